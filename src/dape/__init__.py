@@ -1,0 +1,1 @@
+"""Data-adaptive positional encoding."""

@@ -1,0 +1,19 @@
+"""What a user can get wrong, said in one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: the message names the field, the value and the remedy.
+
+    The command line prints the message alone, without a traceback, and exits with status 2.
+    """
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """Return the error for a `name` that is not among the `known` ones, with the nearest first."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
