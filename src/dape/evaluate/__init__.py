@@ -1,0 +1,1 @@
+"""Perplexity over length, and what a difference between two runs is worth."""

@@ -1,0 +1,1 @@
+"""Fused kernels: forward, backward and decoding that never store a score matrix."""

@@ -1,0 +1,64 @@
+"""Blocks of query rows, each recomputed in the backward pass: memory linear in the length."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dape.attention.reference import attend, visibility
+
+# How many scores a block may hold: 16 MiB of float32 on a CPU, enough to fill a GPU on one.
+SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
+
+
+def rows_per_block(query: Float[Tensor, "batch heads query head_dim"], keys: int) -> int:
+    """Return how many query rows one block takes."""
+    budget = SCORES_PER_BLOCK.get(query.device.type, SCORES_PER_BLOCK["cpu"])
+    return max(1, min(query.shape[2], budget // (query.shape[0] * query.shape[1] * max(keys, 1))))
+
+
+def attend_chunked(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+    query_positions: Int[Tensor, "*batch query"],
+    key_positions: Int[Tensor, "*batch key"],
+    mask: Bool[Tensor, "#batch 1 #query key"] | None,
+    bias: nn.Module | None,
+    adapter: nn.Module | None,
+    scale: float,
+    causal: bool,
+    query_offset: int | Int[Tensor, ""],
+    block_rows: int | None = None,
+) -> Float[Tensor, "batch heads query value_dim"]:
+    """Return the output of `attend`, in blocks; keys after a block's last query are not read."""
+
+    def block(start: int, stop: int, seen: int) -> Tensor:
+        rows, keys = slice(start, stop), slice(0, seen)
+        part = None if mask is None else mask[..., rows if mask.shape[2] > 1 else slice(None), keys]
+        visible = visibility(stop - start, seen, part, causal, query_offset + start, query.device)
+        return attend(
+            query[:, :, rows],
+            key[:, :, keys],
+            value[:, :, keys],
+            query_positions[..., rows],
+            key_positions[..., keys],
+            visible,
+            bias,
+            adapter,
+            scale,
+        )[0]
+
+    total, keys = query.shape[2], key.shape[2]
+    size = block_rows or rows_per_block(query, keys)
+    outputs = []
+    for start in range(0, total, size):
+        stop = min(start + size, total)
+        seen = keys
+        if causal and isinstance(query_offset, int):
+            seen = max(1, min(keys, query_offset + stop))
+        if torch.is_grad_enabled():
+            outputs.append(checkpoint(block, start, stop, seen, use_reentrant=False))
+        else:
+            outputs.append(block(start, stop, seen))
+    return torch.cat(outputs, dim=2)

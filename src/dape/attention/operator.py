@@ -1,0 +1,98 @@
+"""The public operator: arguments checked once, then handed to a backend."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dape.attention.chunked import attend_chunked
+from dape.attention.reference import attend, visibility
+from dape.attention.select import select
+from dape.errors import UserError
+
+
+def attention(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+    bias: nn.Module | None = None,
+    adapter: nn.Module | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    query_offset: int | Int[Tensor, ""] = 0,
+    backend: str = "auto",
+    *,
+    mask: Bool[Tensor, "batch key"] | Bool[Tensor, "#batch 1 #query key"] | None = None,
+    query_positions: Int[Tensor, "*batch query"] | None = None,
+    key_positions: Int[Tensor, "*batch key"] | None = None,
+    return_weights: bool = False,
+) -> (
+    Float[Tensor, "batch heads query value_dim"]
+    | tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"]]
+):
+    r"""Attention whose logits are `adapter(q k^T * scale, bias(i, j))`, or their sum without one.
+
+    Args:
+        query: `[B, H, Tq, d]`.
+        key: `[B, Hkv, Tk, d]`, where Hkv divides H; each serves H / Hkv neighbouring query heads.
+        value: `[B, Hkv, Tk, dv]`.
+        bias: maps positions to `[H, Tq, Tk]`, such as `dape.Kerple`; none adds nothing.
+        adapter: maps scores and bias to logits, such as `dape.DAPE`; any module of that form.
+        causal: whether the query in slot i sees only the keys in slots j <= i + query_offset.
+        scale: factor of the scores, `1 / sqrt(d)` by default.
+        query_offset: slot of the first query among the keys: in decoding, the cached length.
+        backend: `auto`, `reference` or `chunked`.
+        mask: true where a key may be seen: `[B, Tk]` for padding, or `[B or 1, 1, Tq or 1, Tk]`.
+        query_positions: `query_offset + arange(Tq)` by default; a batch axis may lead.
+        key_positions: `arange(Tk)` by default; a batch axis may lead.
+        return_weights: also return the softmax weights (backend `reference`).
+
+    Returns:
+        The output `[B, H, Tq, dv]`; zeros for a query that sees no key.
+
+    Raises:
+        UserError: for shapes that do not fit each other, and for what the backend cannot do.
+    """
+    check(query, key, value, bias, adapter)
+    rows, keys, device = query.shape[2], key.shape[2], query.device
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    if query_positions is None:
+        query_positions = torch.arange(rows, device=device) + query_offset
+    if key_positions is None:
+        key_positions = torch.arange(keys, device=device)
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    if select(backend, return_weights) == "chunked":
+        return attend_chunked(
+            query, key, value, query_positions, key_positions, mask, bias, adapter, scale, causal,
+            query_offset,
+        )  # fmt: skip
+    visible = visibility(rows, keys, mask, causal, query_offset, device)
+    out, weights = attend(
+        query, key, value, query_positions, key_positions, visible, bias, adapter, scale
+    )
+    return (out, weights) if return_weights else out
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, bias: nn.Module | None, adapter: nn.Module | None
+) -> None:
+    """Raise a `UserError` for tensors and modules that do not fit each other."""
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise UserError(f"{shapes}: query and key differ in batch or head_dim")
+    if key.shape[:3] != value.shape[:3]:
+        raise UserError(f"{shapes}: key and value differ in batch, heads or length")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise UserError(f"{shapes}: the query heads must be a multiple of the key heads")
+    if key.shape[2] == 0:
+        raise UserError(f"{shapes}: there is no key to attend to")
+    for name, module in (("bias", bias), ("adapter", adapter)):
+        heads = getattr(module, "num_heads", query.shape[1])
+        if heads != query.shape[1]:
+            raise UserError(
+                f"{name} has num_heads={heads}, but the query has {query.shape[1]} heads"
+            )

@@ -1,0 +1,64 @@
+"""The textbook: whole score matrices in plain PyTorch, what every other backend must equal."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dape.positions.adapter import Rows
+
+
+def visibility(
+    rows: int,
+    keys: int,
+    mask: Bool[Tensor, "#batch 1 #query key"] | None,
+    causal: bool,
+    query_offset: int | Int[Tensor, ""],
+    device: torch.device,
+) -> Bool[Tensor, "#batch 1 query key"]:
+    """Return which key each query may see: `j <= i + query_offset` if causal, and the mask."""
+    visible = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=device)
+    if causal:
+        slots = torch.arange(rows, device=device) + query_offset
+        visible = (torch.arange(keys, device=device) <= slots[:, None])[None, None]
+    return visible if mask is None else visible & mask
+
+
+def attend(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+    query_positions: Int[Tensor, "*batch query"],
+    key_positions: Int[Tensor, "*batch key"],
+    visible: Bool[Tensor, "#batch 1 query key"],
+    bias: nn.Module | None,
+    adapter: nn.Module | None,
+    scale: float,
+) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"]]:
+    """Return the output and the attention weights; a query that sees no key gets zeros.
+
+    The products run in the dtype of the arguments; scores, bias, adapter and softmax in float32, or
+    wider where the arguments are. Grouped key-value heads are never repeated in memory.
+    """
+    batch, heads, rows, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, -1)
+        scores = (grouped @ key.mT).view(batch, heads, rows, keys).to(wide) * scale
+        logits = scores
+        if bias is not None or adapter is not None:
+            shift = scores.new_zeros(()).expand(heads, rows, keys)
+            if bias is not None:
+                shift = bias(query_positions, key_positions).to(wide)
+            if adapter is None:
+                logits = scores + shift
+            elif getattr(adapter, "needs_rows", False):
+                block = Rows(query, key, query_positions, key_positions, visible, scale)
+                logits = adapter(scores, shift, block)
+            else:
+                logits = adapter(scores, shift)
+        # The lowest finite number, not -inf: the gradient of a row that is all -inf is NaN.
+        logits = logits.masked_fill(~visible, torch.finfo(wide).min)
+        weights = logits.softmax(-1).masked_fill(~visible, 0).to(value.dtype)
+        out = weights.view(batch, kv_heads, heads // kv_heads * rows, keys) @ value
+    return out.view(batch, heads, rows, -1), weights

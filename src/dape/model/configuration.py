@@ -1,0 +1,121 @@
+"""The configuration of a DAPE language model, on Hugging Face conventions."""
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from dape.errors import UserError, unknown
+from dape.positions import scheme
+
+# Keys that transformers itself writes into a config.json or passes at load time.
+_FOREIGN = frozenset(
+    {
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_attn_implementation_internal",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "torch_dtype",
+    }
+)
+
+
+@strict
+class DapeConfig(PreTrainedConfig):
+    """Sizes of the model and the scheme by which position enters it.
+
+    Args:
+        vocab_size: entries of the embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: query heads H; `hidden_size / H` is the head dimension.
+        num_key_value_heads: key and value heads, which must divide H; as many by default.
+        intermediate_size: width of the feed-forward layer, `4 * hidden_size` by default.
+        scheme: where position enters, such as `dape-kerple`; `dape info --schemes` lists them.
+        scheme_options: per place (`embedding`, `rotation`, `bias`, `adapter`), options of its
+            module, such as `{"adapter": {"hidden": 32}}`.
+        train_length: tokens per training sequence. It informs schemes that scale by it and never
+            limits how long a sequence the model reads.
+        layer_norm_eps: added to the variance in each layer norm.
+        backend: how attention is computed, as in `dape.attention`.
+
+    Raises:
+        UserError: for an unknown key, scheme or option, or sizes that do not divide.
+
+    """
+
+    model_type = "dape"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    scheme: str = "dape-kerple"
+    scheme_options: dict[str, Any] = field(default_factory=dict)
+    train_length: int = 512
+    layer_norm_eps: float = 1e-5
+    backend: str = "auto"
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Refuse unknown keys, which the base class keeps silently, and impossible sizes."""
+        for name in kwargs:
+            if name not in _FOREIGN:
+                raise unknown("key of DapeConfig", name, DapeConfig.__annotations__)
+        self.check()
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key heads together."""
+        return self.head_dim * (self.num_key_value_heads or self.num_attention_heads)
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """What a module of a scheme may want to know about the model."""
+        return {
+            "num_heads": self.num_attention_heads,
+            "head_dim": self.head_dim,
+            "hidden_size": self.hidden_size,
+            "train_length": self.train_length,
+        }
+
+    def check(self) -> None:
+        """Raise a `UserError` for values that cannot be, naming the field and the remedy."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        heads = self.num_attention_heads
+        kv_heads = heads if self.num_key_value_heads is None else self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise UserError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}"
+            )
+        if kv_heads < 1 or heads % kv_heads:
+            raise UserError(f"num_key_value_heads={kv_heads} does not divide {heads} query heads")
+        scheme.check(self.scheme, self.scheme_options)

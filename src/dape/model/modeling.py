@@ -1,0 +1,323 @@
+"""A language model whose only notion of position is its scheme.
+
+- pre-norm decoder: layer norm, attention, layer norm, GELU feed-forward; biases everywhere
+- position enters at the four places of `dape.positions`; bias and adapter, one per layer, float32
+- attention through `dape.attention`: grouped key-value heads, cache, padding; any length
+- embedding and output layer untied unless asked; the paper's GPT-NeoX initialisation
+"""
+
+import math
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from dape.attention import attention
+from dape.errors import UserError
+from dape.model.configuration import DapeConfig
+from dape.positions import scheme
+
+INTO_STREAM = "into_stream"
+
+
+def residual_projection(in_features: int, out_features: int) -> nn.Linear:
+    """Return a linear layer marked as writing into the residual stream, for its initialisation."""
+    linear = nn.Linear(in_features, out_features)
+    setattr(linear, INTO_STREAM, True)
+    return linear
+
+
+class DapeAttention(nn.Module):
+    """Multi-head attention with the rotation, bias and adapter of the scheme."""
+
+    def __init__(self, config: DapeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        width, kv_width = config.hidden_size, config.key_value_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, kv_width)
+        self.v_proj = nn.Linear(width, kv_width)
+        self.o_proj = residual_projection(width, width)
+        parts = scheme.resolve(config.scheme)
+        dimensions, options = config.dimensions, config.scheme_options
+        self.rotation = parts.build("rotation", dimensions, options)
+        self.position_bias = parts.build("bias", dimensions, options)
+        self.adapter = parts.build("adapter", dimensions, options)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        key_positions: Tensor | None = None,
+        query_offset: int | Tensor = 0,
+        past_key_values: Cache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the mixed hidden states `[B, T, C]`, and the weights if asked for."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, d]
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, Hkv, T, d]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if self.rotation is not None:
+            slots = torch.arange(query.shape[2], device=query.device) + query_offset
+            query, key = self.rotation(
+                query, key, slots if query_positions is None else query_positions
+            )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        out = attention(
+            query,
+            key,
+            value,
+            self.position_bias,
+            self.adapter,
+            query_offset=query_offset,
+            backend=self.config.backend,
+            mask=mask,
+            query_positions=query_positions,
+            key_positions=key_positions,
+            return_weights=output_attentions,
+        )
+        out, weights = out if isinstance(out, tuple) else (out, None)
+        return self.o_proj(out.transpose(1, 2).flatten(2)), weights
+
+
+class DapeMLP(nn.Module):
+    """Feed-forward layer: `W2 gelu(W1 x)`."""
+
+    def __init__(self, config: DapeConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.down_proj = residual_projection(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `[B, T, C]` to `[B, T, C]`."""
+        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states)))
+
+
+class DapeDecoderLayer(GradientCheckpointingLayer):
+    """A pre-norm block: attention, then feed-forward, each with a residual."""
+
+    def __init__(self, config: DapeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.self_attn = DapeAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = DapeMLP(config)
+
+    def forward(self, hidden_states: Tensor, **where: Any) -> Tensor:
+        """Map `[B, T, C]` to `[B, T, C]`; `where` holds mask, positions and cache."""
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), **where)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class DapePreTrainedModel(PreTrainedModel):
+    """What the models share: names for loading, sharding and recording, and the initialisation."""
+
+    config: DapeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DapeDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["position_bias", "adapter"]
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
+        "hidden_states": DapeDecoderLayer,
+        "attentions": DapeAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw weights as the paper's GPT-NeoX does, of width C and depth L.
+
+        Standard deviation of matrices into the residual stream (`o_proj`, `down_proj`):
+        2 / (L sqrt(C)), `wang_init`; of all others: sqrt(2 / (5 C)), `small_init`. Biases 0; layer
+        norms 1 and 0.
+        Modules of a scheme draw their own.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            width, depth = self.config.hidden_size, self.config.num_hidden_layers
+            small, wang = math.sqrt(2 / (5 * width)), 2 / (depth * math.sqrt(width))
+            init.normal_(module.weight, std=wang if hasattr(module, INTO_STREAM) else small)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # type: ignore[operator]
+
+
+class DapeModel(DapePreTrainedModel):
+    """The decoder stack: token ids to hidden states."""
+
+    def __init__(self, config: DapeConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = scheme.resolve(config.scheme).build(
+            "embedding", config.dimensions, config.scheme_options
+        )
+        self.layers = nn.ModuleList(
+            DapeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return hidden states `[B, T, C]` and the cache.
+
+        `attention_mask` is 1 or true for tokens that may be seen: `[B, Tk]`, keys in the cache
+        included, or `[B, 1, T, Tk]`. Positions count the visible tokens unless `position_ids` are
+        given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        where = self.whereabouts(hidden_states, attention_mask, position_ids, past_key_values)
+        if self.position_embedding is not None:
+            positions = where["query_positions"]
+            if positions is None:
+                slots = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+                positions = slots + where["query_offset"]
+            hidden_states = self.position_embedding(hidden_states, positions)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                past_key_values=past_key_values,
+                output_attentions=bool(output_attentions),
+                **where,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def whereabouts(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """Return mask, positions and offset of the queries, as `dape.attention` takes them.
+
+        Positions stay None, meaning slots, where padding cannot move them: a scheme that is
+        relative throughout keeps its biases unbatched.
+        """
+        rows, keys = hidden_states.shape[1], hidden_states.shape[1]
+        past: int | Tensor = 0
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length()
+            past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on
+            keys = past_key_values.get_mask_sizes(rows, 0)[0]
+        mask = None if attention_mask is None else attention_mask.bool()
+        key_positions = None
+        if mask is not None and mask.ndim == 2:
+            mask = nn.functional.pad(mask, (0, keys - mask.shape[1]))
+            if not self.relative:
+                key_positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        query_positions = position_ids
+        if position_ids is not None and past_key_values is None:
+            key_positions = position_ids
+        elif position_ids is None and key_positions is not None:
+            slots = torch.arange(rows, device=key_positions.device) + past
+            query_positions = key_positions[:, slots]
+        return {
+            "mask": mask,
+            "query_positions": query_positions,
+            "key_positions": key_positions,
+            "query_offset": past,
+        }
+
+    @property
+    def relative(self) -> bool:
+        """Whether every part of the scheme sees differences of positions only."""
+        attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
+        parts = (self.position_embedding, attention.rotation, attention.position_bias)
+        return all(part is None or bool(part.relative) for part in parts)
+
+
+class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
+    """The decoder stack with an output layer: token ids to logits and loss."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DapeConfig) -> None:
+        super().__init__(config)
+        self.model = DapeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits `[B, T, V]`, and the mean loss of predicting `labels` if given.
+
+        `labels[b, t]` is the token at t itself, shifted inside; -100 is not scored.
+        `logits_to_keep` is how many last positions get logits, all by default.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Drop the position ids `generate` derives from the mask: the model derives its own."""
+        return super().prepare_inputs_for_generation(*args, **{**kwargs, "position_ids": None})
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """Keep the padding mask: causality is the operator's own, also for a static cache."""
+        return attention_mask

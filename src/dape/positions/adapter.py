@@ -1,0 +1,142 @@
+r"""Adapters: what becomes of the scores A and the bias B before the softmax.
+
+An adapter maps `A = q k^T / sqrt(d)` and B to logits. It sees a block of query rows with whole rows
+of keys, in float32 or wider. Without one the logits are A + B. Any module `adapter(A, B) -> logits`
+will do; one that sets `needs_rows = True` is called with the `Rows` as a third argument.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import leaky_relu, pad
+
+from dape.errors import UserError
+
+INPUTS = ("concat", "sum", "bias", "scores")
+
+
+class Rows(NamedTuple):
+    """The block of query rows behind a block of scores, for adapters that ask for more than A, B.
+
+    `visible` is false where a query may not look: keys after it and padding.
+    """
+
+    query: Float[Tensor, "batch heads query head_dim"]
+    key: Float[Tensor, "batch kv_heads key head_dim"]
+    query_positions: Int[Tensor, "*batch query"]
+    key_positions: Int[Tensor, "*batch key"]
+    visible: Bool[Tensor, "#batch 1 query key"]
+    scale: float
+
+
+class DAPE(nn.Module):
+    r"""Data-adaptive positional encoding (Zheng et al., NeurIPS 2024): A + B + f([A; B]).
+
+    f = W2 LeakyReLU_0.01(W1 x + b1) + b2 acts across heads at each (query, key), the same at all.
+
+    | inputs | f sees | with residual | without |
+    |---|---|---|---|
+    | `concat` | [A; B] | A + B + f (Eq. 3) | A + f (Eq. 2) |
+    | `sum` | A + B | A + B + f | A + f |
+    | `bias` | B | A + B + f (ablation of Table 7) | A + f |
+    | `scores` | A | A + B + f | A + f |
+
+    `kernel_size` k > 1 is DAPE V2 (Zheng et al., ACL 2025): both layers are 1 x k convolutions
+    along the keys, on inputs that are zero where the query may not look. A row is computed as if
+    further masked keys followed, and before its first visible key both layers see zeros: so neither
+    the length, nor padding, nor a cache changes a logit. The authors' code masks by `tril` alone,
+    which makes the last k // 2 logits of a row depend on whether keys follow.
+
+    `hidden` is the width D of f (32 in the paper's language models). The parameters start as those
+    of `nn.Linear` do.
+
+    Raises:
+        UserError: for unknown `inputs`, or an even or non-positive `kernel_size`.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        hidden: int = 32,
+        kernel_size: int = 1,
+        residual: bool = True,
+        inputs: str = "concat",
+    ) -> None:
+        super().__init__()
+        if inputs not in INPUTS:
+            raise UserError(f"inputs={inputs!r} is not one of {', '.join(INPUTS)}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise UserError(
+                f"kernel_size={kernel_size} must be odd: a key and as many on each side"
+            )
+        if hidden < 1:
+            raise UserError(f"hidden={hidden} must be at least 1")
+        self.num_heads, self.hidden, self.kernel_size = num_heads, hidden, kernel_size
+        self.residual, self.inputs = residual, inputs
+        channels = 2 * num_heads if inputs == "concat" else num_heads
+        self.weight_in = nn.Parameter(torch.empty(hidden, channels, kernel_size))
+        self.bias_in = nn.Parameter(torch.empty(hidden))
+        self.weight_out = nn.Parameter(torch.empty(num_heads, hidden, kernel_size))
+        self.bias_out = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether the mask matters: a 1 x 1 kernel looks at no other key."""
+        return self.kernel_size > 1
+
+    def reset_parameters(self) -> None:
+        """Draw both layers from U(-1, 1) / sqrt(fan in)."""
+        for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
+            bound = 1 / math.sqrt(weight[0].numel())
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+        rows: Rows | None = None,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the logits; without `rows` every key counts as visible."""
+        base = scores + bias if self.residual else scores
+        parts = {
+            "concat": (scores, bias),
+            "sum": (scores + bias,),
+            "bias": (bias,),
+            "scores": (scores,),
+        }[self.inputs]
+        weights = self.weight_in.split(self.num_heads, dim=1)
+        reach = self.kernel_size // 2
+        if reach:
+            visible = (
+                torch.ones_like(scores[:, :1], dtype=torch.bool) if rows is None else rows.visible
+            )
+            # Hidden units are needed `reach` columns past the last key: twice as many zeros.
+            parts = tuple(pad(torch.where(visible, part, 0), (reach, 2 * reach)) for part in parts)
+        hidden = mix(parts[0], weights[0])
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            hidden = hidden + mix(part, weight)
+        hidden = leaky_relu(hidden + self.bias_in.to(hidden.dtype)[:, None, None], 0.01)
+        if reach:
+            started = pad(visible.cumsum(-1) > 0, (0, reach), value=True)
+            hidden = pad(torch.where(started, hidden, 0), (reach, 0))
+        return base + mix(hidden, self.weight_out) + self.bias_out.to(base.dtype)[:, None, None]
+
+
+def mix(
+    x: Float[Tensor, "*batch channels query padded"], weight: Float[Tensor, "out channels taps"]
+) -> Float[Tensor, "*batch out query key"]:
+    """Return the 1 x k convolution along the keys, `sum_t W_t x[j + t]`.
+
+    A product per tap instead of a convolution: those run in TF32 on a GPU unless told otherwise.
+    """
+    weight, taps = weight.to(x.dtype), weight.shape[-1]
+    keys = x.shape[-1] - taps + 1
+    out = torch.einsum("oc,...cqk->...oqk", weight[:, :, 0], x[..., :keys])
+    for tap in range(1, taps):
+        out = out + torch.einsum("oc,...cqk->...oqk", weight[:, :, tap], x[..., tap : tap + keys])
+    return out
