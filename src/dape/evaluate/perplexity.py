@@ -1,0 +1,142 @@
+"""The loss of a causal language model on chosen tokens, and what is told of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+
+from dape.errors import UserError
+from dape.evaluate.protocols import Windows
+
+BINS_PER_OCTAVE = 8
+Document = Callable[[int], Int[np.ndarray, " tokens"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One model at one window length; losses are in nats a token.
+
+    loss: mean over all scored tokens; `loss_error` its standard error with documents as clusters,
+        sqrt(D / (D - 1) * sum_d (S_d - loss * n_d)^2) / sum_d n_d, where document d has n_d scored
+        tokens with loss S_d in all; None for a single document.
+    perplexity: exp(loss).
+    bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens.
+    document_losses: mean loss of each document, in the order of the evaluation's documents.
+    contexts: for each bin (eighths of an octave) of the number of tokens before the predicted one,
+        its first and last number and the mean loss.
+    """
+
+    length: int
+    windows: int
+    loss: float
+    loss_error: float | None
+    perplexity: float
+    bits_per_byte: float
+    document_losses: list[float]
+    contexts: list[tuple[int, int, float]]
+
+
+@torch.inference_mode()
+def token_losses(
+    model: Callable[..., Any],
+    document: Document,
+    windows: Windows,
+    *,
+    batch_tokens: int,
+    device: torch.device | str = "cpu",
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> Float[np.ndarray, "windows scored"]:
+    """Return the cross-entropy (nats) of each scored token, a row a window.
+
+    `model` has the interface of a Hugging Face causal language model; it computes the logits of the
+    scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
+    least one; `advance` is told its number of tokens. Raises `UserError` if memory runs out.
+    """
+    rows = max(1, batch_tokens // windows.length)
+    losses = np.empty((len(windows.ends), windows.scored), dtype=np.float32)
+    for first in range(0, len(losses), rows):
+        batch = slice(first, first + rows)
+        tokens = torch.from_numpy(window_tokens(document, windows, batch)).to(device)
+        try:
+            losses[batch] = _forward(model, tokens, windows.scored)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory at length {windows.length} with {len(tokens)} windows a forward; "
+                "lower --batch-tokens or the longest of --lengths"
+            ) from None
+        advance(tokens[:, 1:].numel())
+    return losses
+
+
+def window_tokens(
+    document: Document, windows: Windows, batch: slice
+) -> Int[np.ndarray, "batch window"]:
+    """Return the tokens that the windows of a batch feed, and the one after them."""
+    places = zip(windows.documents[batch], windows.ends[batch], strict=True)
+    rows = [document(int(index))[end - windows.length - 1 : end] for index, end in places]
+    return np.stack(rows).astype(np.int64)
+
+
+def _forward(
+    model: Callable[..., Any], tokens: Int[torch.Tensor, "batch window"], scored: int
+) -> Float[np.ndarray, "batch scored"]:
+    output = model(input_ids=tokens[:, :-1], logits_to_keep=scored, use_cache=False)
+    targets = tokens[:, -scored:]
+    logits = output.logits.float().flatten(0, 1)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.view_as(targets).cpu().numpy()
+
+
+def measure(
+    losses: Float[np.ndarray, "windows scored"],
+    windows: Windows,
+    document_bytes: Int[np.ndarray, " documents"],
+) -> Measurement:
+    """Return the statistics of the token losses; sums are taken in float64.
+
+    `document_bytes` counts the UTF-8 bytes of each document's scored tokens, in ascending order of
+    the documents.
+    """
+    _, owner = np.unique(windows.documents, return_inverse=True)
+    tokens = np.bincount(owner) * windows.scored
+    sums = np.bincount(owner, weights=losses.sum(axis=1, dtype=np.float64))
+    loss = float(sums.sum() / tokens.sum())
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(loss))
+    return Measurement(
+        length=windows.length,
+        windows=len(losses),
+        loss=loss,
+        loss_error=_clustered_error(sums - loss * tokens, int(tokens.sum())),
+        perplexity=perplexity,
+        bits_per_byte=float(sums.sum() / math.log(2) / document_bytes.sum()),
+        document_losses=(sums / tokens).tolist(),
+        contexts=_by_context(losses, windows),
+    )
+
+
+def _clustered_error(residuals: Float[np.ndarray, " documents"], tokens: int) -> float | None:
+    count = len(residuals)
+    if count < 2:
+        return None
+    return float(np.sqrt(count / (count - 1) * np.square(residuals).sum()) / tokens)
+
+
+def _by_context(
+    losses: Float[np.ndarray, "windows scored"], windows: Windows
+) -> list[tuple[int, int, float]]:
+    context = np.arange(windows.length - windows.scored, windows.length) + 1
+    bins = np.floor(BINS_PER_OCTAVE * np.log2(context))
+    _, starts = np.unique(bins, return_index=True)
+    columns = losses.mean(axis=0, dtype=np.float64)
+    return [
+        (int(group[0]), int(group[-1]), float(mean.mean()))
+        for group, mean in zip(
+            np.split(context, starts[1:]), np.split(columns, starts[1:]), strict=True
+        )
+    ]

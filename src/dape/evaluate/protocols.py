@@ -1,0 +1,135 @@
+"""Which tokens are scored, and with how much context: the evaluation protocols, by name.
+
+A *block* is a run of consecutive target tokens of one document. The blocks depend on the longest
+length alone, so that every length, and every model on the same corpus, scores the very same tokens
+and the lengths differ in nothing but context. A *window* of length L that ends before token e
+feeds the L tokens [e - 1 - L, e - 1) in one forward and predicts the L tokens [e - L, e), of which
+the last `min(block, L)` count.
+
+| protocol | block | between blocks | windows a block |
+|---|---|---|---|
+| `last` | the last 256 tokens (DAPE, sections 4, 5) | the longest length | 1 |
+| `sliding` | `stride` tokens | `stride` | 1 |
+| `non_overlapping` | as many tokens as the longest length | the longest length | longest / L |
+
+Scored tokens have between L - block + 1 and L tokens of context under `last` and `sliding`, and
+between 1 and L under `non_overlapping`. Where 256 exceeds the shortest length, a block of `last` is
+as long as the shortest length. The first token of a document is never a target, the end-of-text
+token neither: it stands for no text.
+
+The released DAPE code rebuilds its loader for each length, so that its columns are not the same
+text, and, as configured, averages over all tokens of a window instead of the last 256.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from dape.errors import UserError, unknown
+
+Name = Literal["last", "sliding", "non_overlapping"]
+LAST_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """Blocks of `block` tokens, `step` apart, each with up to `longest` tokens of context."""
+
+    name: str
+    longest: int
+    block: int
+    step: int
+
+    def scored(self, length: int) -> int:
+        """Return how many of its predictions a window of `length` tokens scores."""
+        return min(self.block, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Targets: block b is tokens [stops[b] - block, stops[b]) of document documents[b]."""
+
+    protocol: Protocol
+    documents: Int[np.ndarray, " blocks"]
+    stops: Int[np.ndarray, " blocks"]
+
+    def windows(self, length: int) -> "Windows":
+        """Return the windows of `length` tokens that score each block exactly once."""
+        scored = self.protocol.scored(length)
+        offsets = np.arange(scored - self.protocol.block, 1, scored)
+        ends = (self.stops[:, None] + offsets).ravel()
+        return Windows(length, scored, np.repeat(self.documents, len(offsets)), ends)
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Window w feeds tokens [ends[w] - 1 - length, ends[w] - 1) and scores `scored` predictions."""
+
+    length: int
+    scored: int
+    documents: Int[np.ndarray, " windows"]
+    ends: Int[np.ndarray, " windows"]
+
+
+def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Protocol:
+    """Return the protocol called `name` for windows of `lengths` tokens.
+
+    `stride` (tokens, at most the shortest length) belongs to `sliding` and is needed there.
+    Raises `UserError` for an unknown name and for lengths or a stride that do not fit it.
+    """
+    if name not in get_args(Name):
+        raise unknown("protocol", name, get_args(Name))
+    if not lengths or min(lengths) < 1:
+        raise UserError(f"lengths {list(lengths)}: give one or more lengths of at least 1 token")
+    if (stride is None) == (name == "sliding"):
+        raise UserError(
+            f"protocol {name!r} with stride {stride}: `sliding`, and it alone, needs one"
+        )
+    shortest, longest = min(lengths), max(lengths)
+    if stride is not None:
+        if not 1 <= stride <= shortest:
+            raise UserError(f"stride {stride}: must be from 1 to the shortest length, {shortest}")
+        return Protocol(name, longest, block=stride, step=stride)
+    if name == "last":
+        return Protocol(name, longest, block=min(LAST_TOKENS, shortest), step=longest)
+    ragged = [length for length in lengths if longest % length]
+    if ragged:
+        raise UserError(
+            f"lengths {ragged}: `non_overlapping` needs divisors of the longest, {longest}, "
+            "so that every length scores the same tokens"
+        )
+    return Protocol(name, longest, block=longest, step=longest)
+
+
+def choose_blocks(
+    protocol: Protocol,
+    text_lengths: Int[np.ndarray, " all_documents"],
+    *,
+    documents: int,
+    blocks: int,
+    seed: int,
+) -> Blocks:
+    """Return at most `blocks` evenly spread blocks in each of at most `documents` documents.
+
+    Documents are drawn by `seed` among those that hold the longest window, `text_lengths` being
+    their tokens without end-of-text. Raises `UserError` where none is long enough.
+    """
+    needed = protocol.longest + 1
+    eligible = np.flatnonzero(text_lengths >= needed)
+    if not len(eligible):
+        raise UserError(
+            f"length {protocol.longest}: no document has the {needed} tokens it needs, the longest "
+            f"of {len(text_lengths)} has {max(text_lengths, default=0)}; ask for shorter lengths"
+        )
+    number = min(documents, len(eligible))
+    chosen = np.sort(np.random.default_rng(seed).choice(eligible, number, replace=False))
+    counts = (text_lengths[chosen] - needed) // protocol.step + 1
+    steps = [np.linspace(0, count - 1, min(blocks, count)).round().astype(int) for count in counts]
+    return Blocks(
+        protocol,
+        documents=np.repeat(chosen, [len(each) for each in steps]),
+        stops=needed + protocol.step * np.concatenate(steps),
+    )

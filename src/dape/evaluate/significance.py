@@ -1,0 +1,80 @@
+"""Is one encoding better than another? Paired tests over seeds and over documents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dape.errors import UserError
+
+RESAMPLES = 9_999
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """A two-sided paired test of `candidate - baseline`; `difference` is the mean, nats a token."""
+
+    name: str
+    pairs: int
+    difference: float
+    p_value: float
+
+
+def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
+    """Return Student's paired t-test of two lists of losses, one a seed, in the same order.
+
+    Losses, not perplexities: their logarithm scale makes a ratio of perplexities a difference.
+    Raises `UserError` below two seeds.
+    """
+    from scipy.stats import ttest_rel
+
+    if len(candidate) < 2:
+        raise UserError(f"paired t-test over {len(candidate)} seed: it needs at least 2")
+    return PairedTest(
+        name="paired t over seeds (scipy.stats.ttest_rel)",
+        pairs=len(candidate),
+        difference=float(np.mean(candidate) - np.mean(baseline)),
+        p_value=float(ttest_rel(candidate, baseline).pvalue),
+    )
+
+
+def paired_bootstrap(
+    candidate: Float[np.ndarray, " documents"],
+    baseline: Float[np.ndarray, " documents"],
+    tokens: Int[np.ndarray, " documents"],
+    seed: int = 0,
+) -> PairedTest:
+    """Return the bootstrap over documents of the difference of two mean losses a token.
+
+    Documents are drawn with replacement, each with its loss under both models and its number of
+    scored tokens, which weigh it. With r of the R = 9,999 resamples on the far side of zero,
+    p = min(1, 2 (r + 1) / (R + 1)) (Davison and Hinkley 1997, section 4.2), so that the least is
+    0.0002. Raises `UserError` below two documents.
+    """
+    from scipy.stats import bootstrap
+
+    if len(tokens) < 2:
+        raise UserError(f"bootstrap over {len(tokens)} document: it needs at least 2")
+
+    def mean(losses: Any, weights: Any, axis: int = -1) -> Any:
+        return np.average(losses, axis=axis, weights=weights)
+
+    difference = candidate - baseline
+    resampled = bootstrap(
+        (difference, tokens),
+        mean,
+        paired=True,
+        n_resamples=RESAMPLES,
+        batch=1_000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
+    return PairedTest(
+        name=f"paired bootstrap over documents (scipy.stats.bootstrap, {RESAMPLES:,} resamples)",
+        pairs=len(tokens),
+        difference=float(mean(difference, tokens)),
+        p_value=float(min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))),
+    )

@@ -1,0 +1,62 @@
+"""Paired tests against scipy's own answers on raw numbers, textbook values and simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dape.errors import UserError
+from dape.evaluate.significance import RESAMPLES, paired_bootstrap, paired_t
+
+
+def test_paired_t_equals_scipy_and_the_formula():
+    candidate, baseline = [1.31, 1.28, 1.35], [1.40, 1.38, 1.41]
+    test = paired_t(candidate, baseline)
+    difference = np.subtract(candidate, baseline)
+    t = difference.mean() / (difference.std(ddof=1) / math.sqrt(3))
+    assert test.p_value == pytest.approx(2 * stats.t.sf(abs(t), df=2), rel=1e-9)
+    assert test.p_value == pytest.approx(stats.ttest_rel(candidate, baseline).pvalue, rel=1e-12)
+    assert test.difference == pytest.approx(difference.mean())
+    assert test.pairs == 3
+    assert "ttest_rel" in test.name
+
+
+def test_paired_t_uses_the_pairing():
+    seeds = np.array([0.0, 5.0, 10.0])
+    shifted = seeds + np.array([1.0, 1.01, 0.99])
+    assert paired_t(shifted.tolist(), seeds.tolist()).p_value < 1e-3
+    assert stats.ttest_ind(shifted, seeds).pvalue > 0.5
+
+
+def test_bootstrap_equals_the_t_test_on_many_normal_pairs_of_equal_weight():
+    generator = np.random.default_rng(3)
+    baseline = generator.normal(3.0, 1.0, 200)
+    candidate = baseline + generator.normal(0.02, 0.15, 200)
+    test = paired_bootstrap(candidate, baseline, np.full(200, 256))
+    expected = stats.ttest_rel(candidate, baseline).pvalue
+    assert 0.01 < expected < 0.9
+    assert test.p_value == pytest.approx(expected, abs=0.02)
+    assert test.pairs == 200
+
+
+def test_bootstrap_weighs_documents_by_their_tokens():
+    test = paired_bootstrap(np.array([1.0, 2.0]), np.array([0.0, 0.0]), np.array([300, 100]))
+    assert test.difference == pytest.approx(1.25)
+
+
+def test_bootstrap_cannot_claim_less_than_its_resamples_show():
+    test = paired_bootstrap(np.full(5, 2.0), np.full(5, 1.0), np.full(5, 10))
+    assert test.p_value == pytest.approx(2 / (RESAMPLES + 1))
+
+
+def test_no_difference_is_no_evidence():
+    losses = np.linspace(1, 2, 20)
+    assert paired_bootstrap(losses, losses, np.full(20, 10)).p_value == 1.0
+
+
+def test_a_single_pair_is_refused():
+    with pytest.raises(UserError, match="needs at least 2"):
+        paired_t([1.0], [2.0])
+    with pytest.raises(UserError, match="needs at least 2"):
+        paired_bootstrap(np.ones(1), np.ones(1), np.ones(1, dtype=int))
