@@ -3,7 +3,9 @@
 The public names are imported when first used, so that `import dape` costs nothing beyond Python.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +41,17 @@ __all__ = [
     "UserError",
     "attention",
 ]
+
+
+class _Package(ModuleType):
+    """Keeps `dape.attention` the operator, which importing its subpackage would rebind."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "attention":
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
