@@ -55,6 +55,7 @@ def attention(
         UserError: for shapes that do not fit each other, and for what the backend cannot do.
     """
     check(query, key, value, bias, adapter)
+    check_where(query, key, mask, query_positions, key_positions)
     rows, keys, device = query.shape[2], key.shape[2], query.device
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if query_positions is None:
@@ -96,3 +97,31 @@ def check(
             raise UserError(
                 f"{name} has num_heads={heads}, but the query has {query.shape[1]} heads"
             )
+
+
+def check_where(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> None:
+    """Raise a `UserError` for a mask or positions that do not fit the queries and keys."""
+    batch, _, rows, _ = query.shape
+    keys = key.shape[2]
+    for name, positions, length in (
+        ("query_positions", query_positions, rows),
+        ("key_positions", key_positions, keys),
+    ):
+        if positions is not None and positions.shape[-1] != length:
+            raise UserError(f"{name} {list(positions.shape)} must end with length {length}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise UserError(f"mask has dtype {mask.dtype}; it must be torch.bool, true where seen")
+    sizes = {2: ((batch,), (keys,)), 4: ((1, batch), (1,), (1, rows), (keys,))}.get(mask.ndim, ())
+    if not sizes or any(n not in fit for n, fit in zip(mask.shape, sizes, strict=True)):
+        raise UserError(
+            f"mask {list(mask.shape)} must be [{batch}, {keys}] or "
+            f"[1 or {batch}, 1, 1 or {rows}, {keys}]"
+        )
