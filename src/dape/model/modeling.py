@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from dape.attention import attention
 from dape.errors import UserError
 from dape.model.configuration import DapeConfig
+from dape.model.whereabouts import whereabouts
 from dape.positions import scheme
 
 INTO_STREAM = "into_stream"
@@ -196,9 +197,13 @@ class DapeModel(DapePreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        where = self.whereabouts(hidden_states, attention_mask, position_ids, past_key_values)
+        where = whereabouts(
+            hidden_states, attention_mask, position_ids, past_key_values, self.relative
+        )
         if self.position_embedding is not None:
             positions = where["query_positions"]
             if positions is None:
@@ -215,43 +220,6 @@ class DapeModel(DapePreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
-
-    def whereabouts(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-    ) -> dict[str, Any]:
-        """Return mask, positions and offset of the queries, as `dape.attention` takes them.
-
-        Positions stay None, meaning slots, where padding cannot move them: a scheme that is
-        relative throughout keeps its biases unbatched.
-        """
-        rows, keys = hidden_states.shape[1], hidden_states.shape[1]
-        past: int | Tensor = 0
-        if past_key_values is not None:
-            past = past_key_values.get_seq_length()
-            past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on
-            keys = past_key_values.get_mask_sizes(rows, 0)[0]
-        mask = None if attention_mask is None else attention_mask.bool()
-        key_positions = None
-        if mask is not None and mask.ndim == 2:
-            mask = nn.functional.pad(mask, (0, keys - mask.shape[1]))
-            if not self.relative:
-                key_positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        query_positions = position_ids
-        if position_ids is not None and past_key_values is None:
-            key_positions = position_ids
-        elif position_ids is None and key_positions is not None:
-            slots = torch.arange(rows, device=key_positions.device) + past
-            query_positions = key_positions[:, slots]
-        return {
-            "mask": mask,
-            "query_positions": query_positions,
-            "key_positions": key_positions,
-            "query_offset": past,
-        }
 
     @property
     def relative(self) -> bool:
@@ -313,9 +281,17 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Drop the position ids `generate` derives from the mask: the model derives its own."""
-        return super().prepare_inputs_for_generation(*args, **{**kwargs, "position_ids": None})
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor, **kwargs: Any) -> Tensor:
