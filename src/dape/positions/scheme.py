@@ -86,6 +86,8 @@ def check(name: str, options: Mapping[str, Mapping[str, Any]]) -> None:
         part: Part | None = getattr(found, place)
         if part is None:
             raise UserError(f"scheme_options.{place} is set, but scheme {name!r} has no {place}")
+        if not isinstance(chosen, Mapping):
+            raise UserError(f"scheme_options.{place}={chosen!r} must map option names to values")
         part.check(chosen)
 
 
