@@ -57,7 +57,7 @@ def attend_chunked(
         seen = keys
         if causal and isinstance(query_offset, int):
             seen = max(1, min(keys, query_offset + stop))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and size < total:
             outputs.append(checkpoint(block, start, stop, seen, use_reentrant=False))
         else:
             outputs.append(block(start, stop, seen))

@@ -117,10 +117,10 @@ class DAPE(nn.Module):
             )
             # Hidden units are needed `reach` columns past the last key: twice as many zeros.
             parts = tuple(pad(torch.where(visible, part, 0), (reach, 2 * reach)) for part in parts)
-        hidden = mix(parts[0], weights[0])
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            hidden = hidden + mix(part, weight)
-        hidden = leaky_relu(hidden + self.bias_in.to(hidden.dtype)[:, None, None], 0.01)
+        hidden = self.bias_in.to(scores.dtype)[:, None, None]
+        for part, weight in zip(reversed(parts), reversed(weights), strict=True):
+            hidden = mix(part, weight) + hidden
+        hidden = leaky_relu(hidden, 0.01, inplace=True)
         if reach:
             started = pad(visible.cumsum(-1) > 0, (0, reach), value=True)
             hidden = pad(torch.where(started, hidden, 0), (reach, 0))
