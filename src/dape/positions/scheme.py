@@ -6,13 +6,14 @@ A name is that of a base, with an adapter before it if any: `kerple`, `dape-kerp
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
 from dape.errors import UserError, unknown
 from dape.positions.adapter import DAPE
-from dape.positions.bias import ALiBi, Kerple, NoBias
+from dape.positions.bias import ALiBi, Kerple
 
 PLACES = ("embedding", "rotation", "bias", "adapter")
 # What a model tells the module of a place, if its constructor asks: no option may set these.
@@ -26,12 +27,15 @@ class Part:
     module: type[nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    def accepts(self) -> frozenset[str]:
+        """Return the names of the options that the constructor takes."""
+        return frozenset(inspect.signature(self.module).parameters) - DIMENSIONS
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise a `UserError` for an option the constructor does not take, or the model decides."""
-        accepted = inspect.signature(self.module).parameters.keys() - DIMENSIONS
         for name in options:
-            if name not in accepted:
-                raise unknown(f"option of {self.module.__name__}", name, accepted)
+            if name not in self.accepts():
+                raise unknown(f"option of {self.module.__name__}", name, self.accepts())
 
     def build(self, dimensions: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
         """Return the module; it takes of the model's `dimensions` those its constructor names."""
@@ -42,9 +46,16 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A choice for each of the four places; `None` where position does not enter."""
+    """A choice for each of the four places; `None` where position does not enter.
+
+    `paper` and `year` say where it comes from, and `extrapolates` in a few words whether a model
+    reads further than it was trained. Those of an adapter go before those of the base it adapts.
+    """
 
     name: str
+    paper: str
+    year: int
+    extrapolates: str
     embedding: Part | None = None
     rotation: Part | None = None
     bias: Part | None = None
@@ -59,17 +70,30 @@ class Scheme:
 
 
 BASES = {
-    "nope": Scheme("nope"),
-    "alibi": Scheme("alibi", bias=Part(ALiBi)),
-    "kerple": Scheme("kerple", bias=Part(Kerple)),
+    base.name: base
+    for base in (
+        Scheme("nope", "Kazemnejad et al.", 2023, "no"),
+        Scheme("alibi", "Press et al.", 2022, "yes", bias=Part(ALiBi)),
+        Scheme("kerple", "Chi et al.", 2022, "yes", bias=Part(Kerple)),
+    )
 }
+# What may stand before a base; each is a scheme of the adapter alone.
 ADAPTERS = {
-    "dape": Part(DAPE),
-    "dape3": Part(DAPE, {"kernel_size": 3}),
-    "dape5": Part(DAPE, {"kernel_size": 5}),
-    "dape7": Part(DAPE, {"kernel_size": 7}),
+    adapter.name: adapter
+    for adapter in (
+        Scheme("dape", "Zheng et al.", 2024, "further than its base", adapter=Part(DAPE)),
+        *(
+            Scheme(
+                f"dape{size}",
+                "Zheng et al. (V2)",
+                2025,
+                "further than its base",
+                adapter=Part(DAPE, {"kernel_size": size}),
+            )
+            for size in (3, 5, 7)
+        ),
+    )
 }
-BIASES = {"none": NoBias, "alibi": ALiBi, "kerple": Kerple}
 
 
 def names() -> list[str]:
@@ -95,14 +119,26 @@ def resolve(name: str) -> Scheme:
     """Return the scheme of a name; DAPE sees the scores alone where the base has no bias.
 
     Raises:
-        UserError: for an unknown name, with the nearest known one.
+        UserError: for an unknown name, with the nearest known ones.
     """
     if name in BASES:
         return BASES[name]
     prefix, _, base = name.partition("-")
     if prefix not in ADAPTERS or base not in BASES:
-        raise unknown("scheme", name, names())
-    adapter = ADAPTERS[prefix]
-    if BASES[base].bias is None:
-        adapter = replace(adapter, options={**adapter.options, "inputs": "scores"})
-    return replace(BASES[base], name=name, adapter=adapter)
+        raise unknown("scheme", name, {*BASES, *get_close_matches(name, names())})
+    return compose(ADAPTERS[prefix], BASES[base])
+
+
+def compose(adapter: Scheme, base: Scheme) -> Scheme:
+    """Return the scheme that has an adapter, and everything else from a base."""
+    part = adapter.adapter
+    if part is not None and base.bias is None and "inputs" in part.accepts():
+        part = replace(part, options={**part.options, "inputs": "scores"})
+    return replace(
+        adapter,
+        name=f"{adapter.name}-{base.name}",
+        embedding=base.embedding,
+        rotation=base.rotation,
+        bias=base.bias,
+        adapter=part,
+    )
