@@ -131,7 +131,7 @@ def _by_context(
     losses: Float[np.ndarray, "windows scored"], windows: Windows
 ) -> list[tuple[int, int, float]]:
     context = np.arange(windows.length - windows.scored, windows.length) + 1
-    bins = np.floor(BINS_PER_OCTAVE * np.log2(context))
+    bins = np.ceil(BINS_PER_OCTAVE * np.log2(context))
     _, starts = np.unique(bins, return_index=True)
     columns = losses.mean(axis=0, dtype=np.float64)
     return [

@@ -1,0 +1,154 @@
+"""Runs side by side: seeds of one scheme as a group, groups against each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dape.errors import UserError
+from dape.evaluate.record import Evaluation
+from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
+from dape.positions.scheme import ADAPTERS
+
+METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Evaluations of one recipe that differ in nothing but the training seed."""
+
+    label: str
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def scheme(self) -> str:
+        """Return the scheme that all of them have."""
+        return self.evaluations[0].scheme
+
+    @property
+    def train_length(self) -> int | None:
+        """Return the length that all of them were trained at."""
+        return self.evaluations[0].train_length
+
+    def values(self, metric: str) -> Float[np.ndarray, "seeds lengths"]:
+        """Return a metric, such as `perplexity`, of every run at every length."""
+        rows = [[getattr(m, metric) for m in each.measurements] for each in self.evaluations]
+        return np.array(rows, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two groups at one length; a test that the data do not allow is None.
+
+    The t-test pairs runs by seed (two shared seeds or more). The bootstrap pairs documents (two or
+    more), with each document's loss averaged over the runs of a group.
+    """
+
+    candidate: str
+    baseline: str
+    length: int
+    over_seeds: PairedTest | None
+    over_documents: PairedTest | None
+
+
+def group(evaluations: Sequence[Evaluation]) -> list[Group]:
+    """Return the evaluations in groups, labelled by their scheme, in order of appearance.
+
+    Where two groups have the same scheme, the name of their first run tells them apart.
+    """
+    found: dict[tuple[object, ...], list[Evaluation]] = {}
+    for each in evaluations:
+        alone = each.run if each.settings is None else None
+        key = (each.scheme, each.train_length, each.settings, alone)
+        found.setdefault(key, []).append(each)
+    schemes = [scheme for scheme, *_ in found]
+    groups = []
+    for members in found.values():
+        scheme = members[0].scheme
+        shared = schemes.count(scheme) > 1
+        label = f"{scheme} ({members[0].run})" if shared else scheme
+        groups.append(Group(label, tuple(members)))
+    return groups
+
+
+def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
+    """Raise a `UserError` unless the metric means the same in all of the evaluations.
+
+    Perplexity and loss count tokens, so that they need the same text under the same tokenizer: the
+    same targets. Bits per byte need the same lengths and protocol only.
+    """
+    first = evaluations[0]
+    for other in evaluations[1:]:
+        if other.lengths != first.lengths or other.targets.protocol != first.targets.protocol:
+            raise UserError(
+                f"{other.run} and {first.run} were evaluated at different lengths or by different "
+                "protocols; run `dape eval` on all of them together"
+            )
+        if metric != "bits_per_byte" and other.targets != first.targets:
+            raise UserError(
+                f"{metric} of {other.run} and {first.run} cannot be compared: they score different "
+                "tokens (corpus, tokenizer, split or documents); run `dape eval` on all of them "
+                "together with one --data, or compare --metric bits_per_byte"
+            )
+
+
+def compare(groups: Sequence[Group]) -> list[Comparison]:
+    """Return the tests of each group against its baseline, at every length.
+
+    The baseline of a scheme with an adapter is the group of the same encoding without one, where
+    there is such a group; that of all others is the first group. Groups that score other tokens
+    than their baseline are left out.
+    """
+    comparisons = []
+    for candidate in groups:
+        baseline = _baseline(candidate, groups)
+        if baseline is not candidate and _targets(candidate) == _targets(baseline):
+            lengths = candidate.evaluations[0].lengths
+            comparisons += [_compare(candidate, baseline, n) for n in range(len(lengths))]
+    return comparisons
+
+
+def _targets(group: Group) -> object:
+    return group.evaluations[0].targets
+
+
+def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
+    prefix, _, base = candidate.scheme.partition("-")
+    bare = [each for each in groups if prefix in ADAPTERS and each.scheme == base]
+    return [*bare, groups[0]][0]
+
+
+def _compare(candidate: Group, baseline: Group, place: int) -> Comparison:
+    return Comparison(
+        candidate=candidate.label,
+        baseline=baseline.label,
+        length=candidate.evaluations[0].lengths[place],
+        over_seeds=_over_seeds(candidate, baseline, place),
+        over_documents=_over_documents(candidate, baseline, place),
+    )
+
+
+def _over_seeds(candidate: Group, baseline: Group, place: int) -> PairedTest | None:
+    losses = [
+        {each.seed: each.measurements[place].loss for each in side.evaluations}
+        for side in (candidate, baseline)
+    ]
+    shared = sorted(seed for seed in losses[0].keys() & losses[1].keys() if seed is not None)
+    if len(shared) < 2:
+        return None
+    return paired_t([losses[0][seed] for seed in shared], [losses[1][seed] for seed in shared])
+
+
+def _over_documents(candidate: Group, baseline: Group, place: int) -> PairedTest | None:
+    tokens = np.array(candidate.evaluations[0].targets.tokens)
+    if len(tokens) < 2:
+        return None
+    return paired_bootstrap(
+        _document_losses(candidate, place), _document_losses(baseline, place), tokens
+    )
+
+
+def _document_losses(group: Group, place: int) -> Float[np.ndarray, " documents"]:
+    rows = [each.measurements[place].document_losses for each in group.evaluations]
+    return np.mean(rows, axis=0)

@@ -1,0 +1,94 @@
+"""What an evaluation leaves behind: `RUN/evaluation/PROTOCOL.json`."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dape.errors import UserError
+from dape.evaluate.perplexity import Measurement
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The tokens an evaluation scores; two evaluations with equal targets can be compared.
+
+    `data` is the checksum of the corpus, `block` the tokens of a block, `documents` the numbers of
+    the documents in the split, `tokens` and `bytes` what was scored in each of them.
+    """
+
+    data: str
+    split: str
+    protocol: str
+    block: int
+    longest: int
+    documents: list[int]
+    tokens: list[int]
+    bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One model under one protocol.
+
+    `settings` is a checksum of the recipe without its seed: equal for runs that differ in nothing
+    else. `seed` and `settings` are None for a model that no run of ours trained.
+    """
+
+    run: str
+    scheme: str
+    train_length: int | None
+    seed: int | None
+    settings: str | None
+    parameters: int
+    targets: Targets
+    measurements: list[Measurement]
+    provenance: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the window lengths, ascending."""
+        return [measurement.length for measurement in self.measurements]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(part, path)
+
+
+def load(path: Path) -> Evaluation:
+    """Read what `Evaluation.save` wrote.
+
+    Raises `UserError` naming the command to run if there is none, or if another version wrote it.
+    """
+    remedy = "run `dape eval` on it"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such evaluation; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy} again") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not an evaluation of format {FORMAT}; {remedy} again")
+    measurements = [
+        Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
+        for each in content["measurements"]
+    ]
+    return Evaluation(
+        **{**content, "targets": Targets(**content["targets"]), "measurements": measurements}
+    )
+
+
+def evaluation_path(run: Path, protocol: str, stride: int | None, split: str) -> Path:
+    """Return where the evaluation of a run lies: `RUN/evaluation/sliding-64-validation.json`.
+
+    The test split, being the usual one, is not named.
+    """
+    parts = [protocol, str(stride or ""), "" if split == "test" else split]
+    return run / "evaluation" / f"{'-'.join(filter(None, parts))}.json"

@@ -1,0 +1,166 @@
+"""Curves: a metric over length, loss over context, and training."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dape.errors import UserError
+from dape.evaluate.compare import METRICS, Group
+from dape.figures.style import ACCENT, looks, theme
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of the line called `label`; points of several seeds share their x."""
+
+    label: str
+    x: float
+    y: float
+
+
+def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure":
+    """Draw a metric against the window length: the mean over seeds, a band of one deviation.
+
+    Lines are listed from the highest to the lowest at the longest length. A value that is not
+    finite is left out.
+    """
+    groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
+    points = [
+        Point(group.label, measurement.length, getattr(measurement, metric))
+        for group in groups
+        for evaluation in group.evaluations
+        for measurement in evaluation.measurements
+    ]
+    with theme():
+        figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
+        _lines(axes, points, groups)
+        _length_axis(axes, sorted({point.x for point in points}))
+        _value_axis(axes, points)
+        _mark_training(axes, groups)
+    return figure
+
+
+def over_context(groups: Sequence[Group]) -> "Figure":
+    """Draw the mean loss of a token against how many tokens of its window came before it.
+
+    Each bin of contexts is taken from the longest window that scores it: under `non_overlapping`
+    that is one curve through the longest window, under the other protocols the end of each.
+    """
+    points = []
+    for group in groups:
+        for evaluation in group.evaluations:
+            bins = {
+                (first, last): loss
+                for measurement in evaluation.measurements
+                for first, last, loss in measurement.contexts
+            }
+            points += [
+                Point(group.label, math.sqrt(first * last), loss)
+                for (first, last), loss in bins.items()
+            ]
+    powers = range(int(math.log2(max(point.x for point in points))) + 1)
+    with theme():
+        figure, axes = _canvas("tokens of context", "loss (nats a token)")
+        _lines(axes, points, groups, markers=False)
+        _length_axis(axes, [2**power for power in powers])
+        _value_axis(axes, points)
+        _mark_training(axes, groups)
+    return figure
+
+
+def over_training(
+    groups: Sequence[Group], histories: Mapping[str, Sequence[Mapping[str, float]]]
+) -> "Figure":
+    """Draw the training loss against the tokens seen; `histories` holds the metrics of each run."""
+    points = [
+        Point(group.label, step["tokens"], step["loss"])
+        for group in groups
+        for evaluation in group.evaluations
+        for step in histories.get(evaluation.run, ())
+    ]
+    with theme():
+        figure, axes = _canvas("tokens trained on", "training loss (nats a token)")
+        _lines(axes, points, groups, markers=False)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _value_axis(axes, points)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write the figure in the format of the path's suffix; raise `UserError` for another one."""
+    if path.suffix not in FORMATS:
+        raise UserError(f"{path}: a figure ends in {', '.join(FORMATS)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, metadata=metadata)
+
+
+def _canvas(x: str, y: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    return figure, axes
+
+
+def _lines(
+    axes: "Axes", points: Sequence[Point], groups: Sequence[Group], **options: object
+) -> None:
+    import seaborn
+
+    labels = [group.label for group in groups]
+    seaborn.lineplot(
+        x=[point.x for point in points],
+        y=[point.y if math.isfinite(point.y) else math.nan for point in points],
+        hue=[point.label for point in points],
+        style=[point.label for point in points],
+        hue_order=labels,
+        style_order=labels,
+        errorbar="sd",
+        ax=axes,
+        **{**looks({group.label: group.scheme for group in groups}), **options},
+    )
+    seaborn.move_legend(axes, "center left", bbox_to_anchor=(1.01, 0.5), title=None)
+
+
+def _length_axis(axes: "Axes", ticks: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def _value_axis(axes: "Axes", points: Sequence[Point]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    finite = [point.y for point in points if math.isfinite(point.y)]
+    if finite and max(finite) > LOG_RATIO * min(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _mark_training(axes: "Axes", groups: Sequence[Group]) -> None:
+    for length in {group.train_length for group in groups if group.train_length}:
+        axes.axvline(length, color=ACCENT, linewidth=1, linestyle=":", zorder=1)
+        axes.annotate(
+            f"trained at {length:,}",
+            (length, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            color=ACCENT,
+        )

@@ -1,0 +1,88 @@
+"""How figures look: one theme, and a fixed colour, dash and marker for every scheme."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dape.positions.scheme import ADAPTERS
+
+# seaborn's palette "colorblind", in the order in which encodings take its colours: an encoding has
+# the same colour in every figure, with an adapter and without.
+ENCODINGS = (
+    "kerple",
+    "alibi",
+    "fire",
+    "rope",
+    "cope",
+    "kerple-power",
+    "sandwich",
+    "nope",
+    "sinusoidal",
+    "t5",
+)
+MARKERS = {"dape": "o", "dape3": "s", "dape5": "D", "dape7": "^"}
+SOLID, DASHED = "", (3, 1.5)
+ACCENT = "#555555"
+
+THEME: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": ACCENT,
+    "axes.grid": True,
+    "axes.labelcolor": "#222222",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 200,
+    "figure.figsize": (6.4, 3.6),
+    "font.size": 9,
+    "grid.color": "#e8e8e8",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.handlelength": 3.2,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "dape",
+    "xtick.color": ACCENT,
+    "ytick.color": ACCENT,
+}
+
+
+@contextmanager
+def theme() -> Iterator[None]:
+    """Draw in this package's theme inside, and in the user's own again after."""
+    import seaborn
+    from matplotlib import rc_context
+
+    settings: dict[Any, Any] = {**seaborn.axes_style("ticks"), **THEME}
+    with rc_context(settings):
+        yield
+
+
+def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return palette, dashes and markers of labels for seaborn's `lineplot`, given their schemes.
+
+    One colour an encoding; dashed without an adapter, solid with one, whose marker tells which.
+    A label whose encoding has no colour of its own, or whose looks are taken, gets a free colour.
+    """
+    import seaborn
+
+    parts = {label: split(scheme) for label, scheme in schemes.items()}
+    places: dict[str, int] = {}
+    for label, (adapter, encoding) in parts.items():
+        taken = {places[other] for other in places if parts[other][0] == adapter}
+        own = ENCODINGS.index(encoding) if encoding in ENCODINGS else None
+        free = [n for n in reversed(range(len(ENCODINGS))) if n not in taken]
+        places[label] = own if own is not None and own not in taken else (free or [0])[0]
+    palette = seaborn.color_palette("colorblind", len(ENCODINGS))
+    return {
+        "palette": {label: palette[place] for label, place in places.items()},
+        "dashes": {label: SOLID if adapter else DASHED for label, (adapter, _) in parts.items()},
+        "markers": {label: MARKERS.get(adapter, "o") for label, (adapter, _) in parts.items()},
+    }
+
+
+def split(scheme: str) -> tuple[str, str]:
+    """Return the adapter ("" for none) and the encoding in the name of a scheme."""
+    prefix, _, encoding = scheme.partition("-")
+    return (prefix, encoding) if prefix in ADAPTERS else ("", scheme)

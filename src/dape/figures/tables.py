@@ -1,0 +1,129 @@
+"""Tables of results: the same rows for the screen, for Markdown and for the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dape.evaluate.compare import METRICS, Comparison, Group
+from dape.evaluate.significance import PairedTest
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+NOTHING = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, a header, rows of as many cells, and what must be known to read them."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str
+
+    def markdown(self) -> str:
+        """Return the table in GitHub's Markdown."""
+        ruler = ["---", *("---:" for _ in self.header[1:])]
+        lines = [f"| {' | '.join(cells)} |" for cells in (self.header, ruler, *self.rows)]
+        return f"**{self.title}**\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
+
+    def rich(self) -> "RichTable":
+        """Return the table for the screen."""
+        from rich import box
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD)
+        table.title_justify = table.caption_justify = "left"
+        table.title_style = "bold"
+        for place, name in enumerate(self.header):
+            table.add_column(name, justify="right" if place else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
+    """Return the metric of each group at each length, with its deviation over seeds."""
+    first = groups[0].evaluations[0]
+    trained = {group.train_length for group in groups}
+    lengths = [f"{n:,} (trained)" if n in trained else f"{n:,}" for n in first.lengths]
+    rows = [
+        [group.label, str(len(group.evaluations)), *_cells(group.values(metric), metric)]
+        for group in groups
+    ]
+    seeds = any(len(group.evaluations) > 1 for group in groups)
+    return Table(
+        title=f"{METRICS[metric].capitalize()} by length of the window",
+        header=["scheme", "runs", *lengths],
+        rows=rows,
+        note=describe_targets(groups) + (" ± is one standard deviation over seeds." * seeds),
+    )
+
+
+def describe_targets(groups: Sequence[Group]) -> str:
+    """Return in a sentence what was scored, and with how much context."""
+    targets = groups[0].evaluations[0].targets
+    windows = {
+        "last": f"the last {targets.block:,} tokens of each window",
+        "sliding": f"the last {targets.block:,} tokens of windows that move by as many",
+        "non_overlapping": "all tokens of windows that follow each other",
+    }
+    return (
+        f"Protocol `{targets.protocol}`: {windows[targets.protocol]}. At every length the same "
+        f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
+        f"{targets.split} split are scored."
+    )
+
+
+def tests(comparisons: Sequence[Comparison]) -> Table:
+    """Return the change of perplexity of each candidate against its baseline, with p-values."""
+    lengths = sorted({each.length for each in comparisons})
+    rows, names = [], []
+    for (candidate, baseline), pair in groupby(
+        comparisons, key=lambda each: (each.candidate, each.baseline)
+    ):
+        each_length = list(pair)
+        over_seeds = [each.over_seeds for each in each_length]
+        over_documents = [each.over_documents for each in each_length]
+        rows.append([f"{candidate} against {baseline}", *map(change, each_length)])
+        for label, outcomes in (("seeds", over_seeds), ("documents", over_documents)):
+            found = [test for test in outcomes if test is not None]
+            if found:
+                rows.append([f"p over {found[0].pairs} {label}", *map(p_value, outcomes)])
+                names.append(found[0].name)
+    return Table(
+        title="Change of perplexity, and how sure it is",
+        header=["", *(f"{length:,}" for length in lengths)],
+        rows=rows,
+        note=f"Two-sided p-values: {'; '.join(dict.fromkeys(names))}.",
+    )
+
+
+def change(comparison: Comparison) -> str:
+    """Return by how many percent the candidate's perplexity differs, as `-12.3 %`."""
+    test = comparison.over_documents or comparison.over_seeds
+    return NOTHING if test is None else f"{100 * np.expm1(test.difference):+.1f} %"
+
+
+def p_value(test: PairedTest | None) -> str:
+    """Return a p-value with two significant digits."""
+    return NOTHING if test is None else f"{test.p_value:.2g}"
+
+
+def _cells(values: np.ndarray, metric: str) -> list[str]:
+    means = [number(mean, metric) for mean in values.mean(axis=0)]
+    if len(values) == 1:
+        return means
+    deviations = [number(deviation, metric) for deviation in values.std(axis=0, ddof=1)]
+    return [f"{mean} ± {deviation}" for mean, deviation in zip(means, deviations, strict=True)]
+
+
+def number(value: float, metric: str) -> str:
+    """Return a value of the metric with the digits that are worth reading."""
+    if metric != "perplexity":
+        return f"{value:.4f}"
+    return f"{value:,.2f}" if value < 1e4 else f"{value:.1e}"

@@ -1,0 +1,48 @@
+"""Evaluations made of chosen numbers, for tests of what is drawn and said of them."""
+
+import math
+
+from dape.evaluate.perplexity import Measurement
+from dape.evaluate.record import Evaluation, Targets
+
+LENGTHS = (128, 256, 512, 1024, 2048)
+
+
+def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
+    """Return an evaluation with these losses at these lengths, over three documents."""
+    shares = (0.9, 1.0, 1.1)
+    measurements = [
+        Measurement(
+            length=length,
+            windows=3,
+            loss=loss,
+            loss_error=0.01,
+            perplexity=math.exp(loss),
+            bits_per_byte=loss / math.log(2) / 2,
+            document_losses=[share * loss for share in shares],
+            contexts=[(length // 2 + 1, length, loss)],
+        )
+        for length, loss in zip(lengths, losses, strict=True)
+    ]
+    targets = Targets(
+        data="c0ffee",
+        split="test",
+        protocol="last",
+        block=128,
+        longest=max(lengths),
+        documents=[2, 3, 5],
+        tokens=[128, 128, 128],
+        bytes=[256, 256, 256],
+    )
+    values = {
+        "run": f"runs/{scheme}-{seed}",
+        "scheme": scheme,
+        "train_length": train_length,
+        "seed": seed,
+        "settings": f"settings of {scheme}",
+        "parameters": 1234,
+        "targets": targets,
+        "measurements": measurements,
+        "provenance": {"command": "dape eval runs/*", "device": "cpu", "commit": "abc"},
+    }
+    return Evaluation(**{**values, **changes})
