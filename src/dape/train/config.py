@@ -1,0 +1,259 @@
+"""Recipes: a YAML file as frozen dataclasses, checked before anything heavy is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dape.errors import UserError
+from dape.train import strict
+
+# On the command line a mapping is written as YAML: '{adapter: {hidden: 16}}'.
+Options = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="YAML",
+        instance_from_str=lambda words: yaml.safe_load(words[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The language model; what is not here follows from the corpus and the training length."""
+
+    scheme: str = "dape-kerple"
+    """where position enters, such as kerple or dape-alibi; `dape info` lists them"""
+    scheme_options: Options = field(default_factory=dict)
+    """options of its parts by place, such as {adapter: {hidden: 32}}"""
+    hidden_size: int = 768
+    """width of the residual stream"""
+    num_hidden_layers: int = 12
+    """blocks"""
+    num_attention_heads: int = 12
+    """query heads; must divide hidden_size"""
+    num_key_value_heads: int | None = None
+    """key and value heads; must divide the query heads (as many by default)"""
+    intermediate_size: int | None = None
+    """width of the feed-forward layer (4 x hidden_size by default)"""
+    vocab_size: int | None = None
+    """entries of the embedding, if more than the tokenizer has: 50304 suits tensor cores"""
+    tie_word_embeddings: bool = False
+    """whether input and output embedding are one matrix"""
+    backend: str = "auto"
+    """how attention is computed; `dape info` says which backends work here"""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be."""
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        _at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _divides("model.num_attention_heads", heads, "model.hidden_size", self.hidden_size)
+        if kv_heads:
+            _divides("model.num_key_value_heads", kv_heads, "model.num_attention_heads", heads)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How much is learned, and in which numbers."""
+
+    length: int = 512
+    """tokens per sequence"""
+    batch_size: int = 256
+    """sequences per step, over all devices and accumulated gradients"""
+    steps: int = 50_000
+    """updates of the weights"""
+    precision: Literal["bf16-mixed", "fp32"] = "bf16-mixed"
+    """arithmetic of the layers; weights, gradients, positions and softmax are float32 in both"""
+
+    def __post_init__(self) -> None:
+        """Refuse an empty training."""
+        _at_least(1, "training", self, "length", "batch_size", "steps")
+
+
+@dataclass(frozen=True, slots=True)
+class Optimizer:
+    """AdamW with linear warm-up and a cosine down to a fraction of the peak."""
+
+    learning_rate: float = 6e-4
+    """peak"""
+    warmup: float = 0.01
+    """fraction of the steps that rise to the peak"""
+    final: float = 0.1
+    """fraction of the peak at the last step"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay of the two moments"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: float = 0.1
+    """of matrices; not of biases, norms and positions"""
+    clip_norm: float | None = 1.0
+    """largest norm of the whole gradient (None: as it comes)"""
+
+    def __post_init__(self) -> None:
+        """Refuse rates and fractions outside their range."""
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"optimizer.{name}={value} must be greater than 0")
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"optimizer.{name}={getattr(self, name)} is a fraction, from 0 to 1"
+                )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas={list(self.betas)} must lie in [0, 1)")
+        _at_least(0, "optimizer", self, "weight_decay")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """How the work is laid out; none of it changes what is learned."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA if there is a GPU"""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """with several devices (`torchrun`): a copy of the weights on each, or a shard (FSDP2)"""
+    micro_batch_size: int | None = None
+    """sequences a device computes at once (its whole share of the batch by default)"""
+    compile: bool = False
+    """torch.compile each block"""
+    activation_checkpointing: bool = False
+    """keep only what enters a block, and compute the rest again in the backward pass"""
+
+    def __post_init__(self) -> None:
+        """Refuse an empty micro-batch."""
+        _at_least(1, "hardware", self, "micro_batch_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """What is written down, and how often in steps."""
+
+    log_every: int = 10
+    """a line of metrics.jsonl and TensorBoard"""
+    validate_every: int = 1000
+    """the loss of the same validation batches"""
+    validation_batches: int = 8
+    """batches of training.batch_size sequences"""
+    checkpoint_every: int = 1000
+    """a checkpoint to resume from"""
+    keep_checkpoints: int = 2
+    """how many of the latest stay"""
+    service: Literal["none", "trackio", "wandb"] = "none"
+    """where else metrics go"""
+
+    def __post_init__(self) -> None:
+        """Refuse intervals below one step."""
+        every = ("log_every", "validate_every", "checkpoint_every")
+        _at_least(1, "tracking", self, *every, "validation_batches", "keep_checkpoints")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that a training run depends on."""
+
+    name: str = "{scheme}"
+    """of the run; {scheme} and {seed} are filled in"""
+    out: str | None = None
+    """folder of the run (runs/NAME by default)"""
+    seed: int = 0
+    """of the weights and of the order of the data"""
+    data: str = "data/stdlib"
+    """folder written by `dape prepare`"""
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    hardware: Hardware = field(default_factory=Hardware)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    def __post_init__(self) -> None:
+        """Refuse a name with other blanks, and a batch its parts do not make up."""
+        try:
+            self.name.format(scheme="", seed=0)
+        except (KeyError, IndexError, ValueError):
+            raise UserError(f"name={self.name!r} may hold {{scheme}} and {{seed}} only") from None
+        _at_least(0, "", self, "seed")
+        self.micro_batches(ranks=1)
+
+    @property
+    def folder(self) -> Path:
+        """Return the run folder."""
+        name = self.name.format(scheme=self.model.scheme, seed=self.seed)
+        return Path(self.out) if self.out else Path("runs") / name
+
+    def micro_batches(self, ranks: int) -> int:
+        """Return how many micro-batches each of the `ranks` computes for a step.
+
+        Raises:
+            UserError: if the batch is no whole number of them.
+        """
+        batch, size = self.training.batch_size, self.hardware.micro_batch_size
+        devices = f"{ranks} devices" if ranks > 1 else "the device"
+        if size and batch % (ranks * size):
+            raise UserError(
+                f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
+                f" x {devices}; change one of them"
+            )
+        if batch % ranks:
+            raise UserError(f"training.batch_size={batch} cannot be shared evenly by {devices}")
+        return batch // (ranks * size) if size else 1
+
+
+def read(path: Path) -> Recipe:
+    """Return the recipe in a YAML file, named as the file unless it says otherwise.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown or repeated key (with the near name),
+            a value of the wrong type, or an impossible combination.
+    """
+    data = strict.load(path)
+    try:
+        recipe: Recipe = strict.build(Recipe, {"name": path.stem, **data})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return recipe
+
+
+def write(recipe: Recipe) -> str:
+    """Return the YAML that `read` turns into this recipe again."""
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Return `section.key=new (was old)` of each value that changes what is learned."""
+    fixed = ("seed", "model", "training", "optimizer")
+    before, after = (_flat({name: asdict(recipe)[name] for name in fixed}) for recipe in (old, new))
+    return [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping) and key != "scheme_options"
+        flat |= _flat(value, f"{where}{key}.") if nested else {where + key: value}
+    return flat
+
+
+def _at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(instance, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"{section}.{name}={value} must be at least {minimum}".lstrip("."))
+
+
+def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
+    if value % divisor:
+        raise UserError(f"{name}={value} is not a multiple of {divisor_name}={divisor}")

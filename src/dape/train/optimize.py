@@ -1,0 +1,48 @@
+"""What the optimizer does with which parameter, and at what rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from dape.train.config import Optimizer
+
+# Names that the model gives to the modules of the four places.
+PLACES = frozenset({"position_embedding", "rotation", "position_bias", "adapter"})
+
+
+def learning_rate(step: int, steps: int, settings: Optimizer) -> float:
+    r"""Return the rate of update `step` = 1 .. `steps`: a linear warm-up, then half a cosine.
+
+    With W = `warmup` * `steps` updates of warm-up and the peak r: r step / W up to W, then
+    r (final + (1 - final) (1 + cos(pi (step - W) / (steps - W))) / 2).
+    """
+    warmup = round(settings.warmup * steps)
+    if step <= warmup:
+        return settings.learning_rate * step / warmup
+    cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    return settings.learning_rate * (settings.final + (1 - settings.final) * cosine)
+
+
+def is_positional(name: str) -> bool:
+    """Return whether a parameter of the model, by its name, belongs to the position scheme."""
+    return not PLACES.isdisjoint(name.split("."))
+
+
+def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices, and neither biases, norms nor parameters of positions."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim > 1 and not is_positional(name)
+        (decayed if matrix else free).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": settings.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=next(model.parameters()).device.type == "cuda",
+    )

@@ -1,0 +1,108 @@
+"""How one model is laid out over devices: everything that is distributed, outside the model."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dape.errors import UserError
+from dape.train.config import Hardware, Recipe
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from torch.distributed.device_mesh import DeviceMesh
+
+PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
+
+
+def ranks() -> int:
+    """Return how many processes train together: those `torchrun` started, or this one alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_first_rank() -> bool:
+    """Return whether this process speaks for all."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def device(hardware: Hardware) -> torch.device:
+    """Return the kind of device to train on.
+
+    Raises:
+        UserError: if there are fewer GPUs than processes on this machine.
+    """
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
+        return torch.device("cpu")
+    if gpus < processes:
+        raise UserError(
+            f"hardware.device={hardware.device!r}: {processes} processes for {gpus} GPUs here;"
+            f" start {gpus or 'none'} by `torchrun --nproc_per_node`, or take --hardware.device cpu"
+        )
+    return torch.device("cuda")
+
+
+def launch(recipe: Recipe) -> "Fabric":
+    """Return Lightning's Fabric, started: a single device, DDP, or FSDP2 by `shard`."""
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    strategy: Any = "auto"
+    if ranks() > 1 and recipe.hardware.strategy == "ddp":
+        strategy = DDPStrategy()
+    elif ranks() > 1:
+        strategy = ModelParallelStrategy(shard, data_parallel_size=ranks(), tensor_parallel_size=1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fabric = Fabric(
+        accelerator=device(recipe.hardware).type,
+        devices=local,
+        num_nodes=ranks() // local,
+        strategy=strategy,
+        precision=PRECISION[recipe.training.precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+class Loss(nn.Module):
+    """A language model as the map from windows of tokens `[B, T + 1]` to the mean loss of T."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy, in nats a token, of each token after the first."""
+        targets = tokens[:, 1:].contiguous()
+        loss: torch.Tensor = self.model(
+            input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False
+        ).loss
+        return loss
+
+
+def parallelize(fabric: "Fabric", model: nn.Module, hardware: Hardware) -> nn.Module:
+    """Return the loss of `model` as the devices compute it: checkpoint, compile, shard or copy."""
+    if hardware.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if hardware.compile:
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer.forward = torch.compile(layer.forward)
+    return fabric.setup_module(Loss(model))
+
+
+def shard(loss: Loss, mesh: "DeviceMesh") -> Loss:
+    """Shard each block, then the rest, over the data-parallel ranks (FSDP2).
+
+    Weights travel in float32, and autocast alone decides the arithmetic, as on one device. A bias
+    and an adapter belong to their block's group: attention reads their parameters many times, in
+    blocks of rows or in a kernel, which a group of their own, opened and closed by each call of the
+    module, would not survive.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    data_parallel = mesh["data_parallel"]
+    for layer in loss.model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=data_parallel)
+    fully_shard(loss.model, mesh=data_parallel)
+    return loss

@@ -1,0 +1,141 @@
+"""What a run tells of itself: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from dape.errors import UserError
+from dape.train.config import Recipe
+
+METRICS = "metrics.jsonl"
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def check(recipe: Recipe) -> None:
+    """Raise a `UserError` if the tracking service is not installed."""
+    service = recipe.tracking.service
+    if service != "none" and find_spec(service) is None:
+        raise UserError(
+            f"tracking.service={service!r} is not installed; run `pip install {service}`, or leave"
+            f" the option out: {METRICS} and TensorBoard are written always"
+        )
+
+
+class Tracker:
+    """Writes the metrics of each logged step to every place that keeps them.
+
+    A run that resumes at `step` continues its files there: what they hold of later steps, which are
+    computed again, is dropped from `metrics.jsonl` and hidden by TensorBoard.
+    """
+
+    def __init__(self, recipe: Recipe, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = _reopen(recipe.folder / METRICS, step)
+        self._board = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=step + 1)
+        self._service: Any = None
+        if recipe.tracking.service != "none":
+            self._service = import_module(recipe.tracking.service)
+            self._service.init(
+                project="dape", name=recipe.folder.name, config=asdict(recipe), resume="allow"
+            )
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write one line, of `step` and what was measured there."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        values = {name: value for name, value in metrics.items() if name != "step"}
+        for name, value in values.items():
+            self._board.add_scalar(name, value, int(metrics["step"]))
+        self._board.flush()
+        if self._service is not None:
+            self._service.log(values, step=int(metrics["step"]))
+
+    def close(self) -> None:
+        """Finish every place."""
+        self._file.close()
+        self._board.close()
+        if self._service is not None:
+            self._service.finish()
+
+
+def _reopen(file: Path, step: int) -> Any:
+    """Return `metrics.jsonl` open for appending, without lines that are broken or after `step`."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, file)
+    return file.open("a", encoding="utf-8")
+
+
+class Reporter:
+    """Tells how a run goes: metrics to the tracker, a bar on a terminal, elsewhere lines.
+
+    `ceiling` is how many tokens a second the devices would train on at their peak, if known: the
+    model FLOPs utilisation, `mfu`, is the fraction of it that is reached.
+    """
+
+    def __init__(self, recipe: Recipe, done: int, ceiling: float | None) -> None:
+        self._training, self._ceiling = recipe.training, ceiling
+        self._tracker = Tracker(recipe, done)
+        self._console = Console()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("", total=recipe.training.steps, completed=done)
+        self._first, self._start, self._said = done, time.monotonic(), -math.inf
+        self._updates, self._seconds = 0, 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+        self._tracker.close()
+
+    def step(self, metrics: dict[str, float], due: bool) -> None:
+        """Count an update, and if it is `due` log it with the speed since the last that was."""
+        self._updates += 1
+        self._seconds += metrics.pop("update_seconds")
+        step = int(metrics["step"])
+        if not due:
+            self._bar.update(self._task, completed=step)
+            return
+        tokens = self._updates * self._training.batch_size * self._training.length
+        metrics["tokens_per_second"] = tokens / self._seconds
+        if self._ceiling:
+            metrics["mfu"] = metrics["tokens_per_second"] / self._ceiling
+        self._updates, self._seconds = 0, 0.0
+        self._tracker.log(metrics)
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        now, steps = time.monotonic(), self._training.steps
+        left = (now - self._start) / (step - self._first) * (steps - step)
+        text = "  ".join([*_words(metrics), f"{timedelta(seconds=round(left))} left"])
+        self._bar.update(self._task, completed=step, description=text)
+        due = "validation_loss" in metrics or now - self._said >= SECONDS_BETWEEN_LINES
+        if due and not self._console.is_terminal:
+            self._said = now
+            print(f"step {step}/{steps}  {text}", flush=True)
+
+
+def _words(metrics: dict[str, float]) -> list[str]:
+    words = [f"loss {metrics['loss']:.4f}"]
+    if "validation_loss" in metrics:
+        words.append(f"validation {metrics['validation_loss']:.4f}")
+    words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in metrics:
+        words.append(f"MFU {metrics['mfu']:.0%}")
+    return words
