@@ -32,33 +32,37 @@ def attend_chunked(
     block_rows: int | None = None,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Return the output of `attend`, in blocks; keys after a block's last query are not read."""
+    total, keys = query.shape[2], key.shape[2]
 
-    def block(start: int, stop: int, seen: int) -> Tensor:
-        rows, keys = slice(start, stop), slice(0, seen)
-        part = None if mask is None else mask[..., rows if mask.shape[2] > 1 else slice(None), keys]
+    def block(start: int, stop: int) -> Tensor:
+        seen = keys
+        if causal and isinstance(query_offset, int):
+            seen = max(1, min(keys, query_offset + stop))
+        rows, columns = slice(start, stop), slice(0, seen)
+        part = mask
+        if mask is not None:
+            part = mask[..., rows if mask.shape[2] > 1 else slice(None), columns]
         visible = visibility(stop - start, seen, part, causal, query_offset + start, query.device)
         return attend(
             query[:, :, rows],
-            key[:, :, keys],
-            value[:, :, keys],
+            key[:, :, columns],
+            value[:, :, columns],
             query_positions[..., rows],
-            key_positions[..., keys],
+            key_positions[..., columns],
             visible,
             bias,
             adapter,
             scale,
         )[0]
 
-    total, keys = query.shape[2], key.shape[2]
     size = block_rows or rows_per_block(query, keys)
+    if size >= total:  # no loop, which compilation would unroll for this one length
+        return block(0, total)
     outputs = []
     for start in range(0, total, size):
         stop = min(start + size, total)
-        seen = keys
-        if causal and isinstance(query_offset, int):
-            seen = max(1, min(keys, query_offset + stop))
-        if torch.is_grad_enabled() and size < total:
-            outputs.append(checkpoint(block, start, stop, seen, use_reentrant=False))
+        if torch.is_grad_enabled():
+            outputs.append(checkpoint(block, start, stop, use_reentrant=False))
         else:
-            outputs.append(block(start, stop, seen))
+            outputs.append(block(start, stop))
     return torch.cat(outputs, dim=2)
