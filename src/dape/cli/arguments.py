@@ -62,7 +62,7 @@ def _help(cls: type[Arguments], prog: str, defaults: dict[str, Arguments]) -> st
 def _unexpected(argument: str, page: str) -> UserError:
     if not argument.startswith("-"):
         return UserError(
-            f"unexpected argument {argument!r}; an option is `--name value`, a switch `--name` alone"
+            f"unexpected argument {argument!r}; options are `--name value`, switches `--name`"
         )
     name = argument.partition("=")[0].replace("_", "-")
     known = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", page)) - {"--help"}

@@ -1,0 +1,91 @@
+"""`dape prepare`: text to tokens."""
+
+import time
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dape.cli.arguments import parse
+from dape.data.prepare import Options, Preparation, Status
+from dape.data.shards import Corpus
+from dape.data.writer import SKIPPED
+from dape.errors import UserError
+
+LOG_SECONDS = 30.0  # between lines of progress where there is no terminal to draw a bar on
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TextColumn("{task.fields[rate]}"),
+    TimeRemainingColumn(),
+)
+
+
+def main(argv: list[str]) -> None:
+    """Prepare a corpus, or say that it is there."""
+    options = parse(Options, argv, "dape prepare")
+    preparation = Preparation(options)
+    if preparation.finished:
+        print(f"{options.out} is prepared already, from the same arguments; nothing to do.")
+    else:
+        if preparation.resumed:
+            print(f"Going on with the interrupted preparation of {options.out}.")
+        try:
+            _run(preparation)
+        except OSError as error:
+            raise UserError(
+                f"{options.out} cannot be written: {error}; mend that, and run the same command "
+                "again to resume"
+            ) from error
+    _summarize(options.out)
+
+
+def _run(preparation: Preparation) -> None:
+    """Write the corpus under a progress bar, and say what could not be read."""
+    statuses = preparation.run()
+    with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
+        start = next(statuses)
+        task = progress.add_task(
+            "preparing", total=preparation.source_bytes, completed=start.source_bytes, rate=""
+        )
+        begun = logged = time.monotonic()
+        for status in statuses:
+            now = time.monotonic()
+            progress.update(
+                task, completed=status.source_bytes, rate=_rate(start, status, now - begun)
+            )
+            for problem in status.problems:
+                progress.console.print(f"skipped {problem}", markup=False, soft_wrap=True)
+            if not progress.console.is_terminal and now - logged >= LOG_SECONDS:
+                logged = now
+                progress.console.print(progress.get_renderable())
+
+
+def _rate(start: Status, status: Status, seconds: float) -> str:
+    megabytes = (status.text_bytes - start.text_bytes) / 1e6
+    tokens = status.tokens - start.tokens
+    return f"{megabytes / seconds:.1f} MB/s, {tokens / seconds:,.0f} tokens/s"
+
+
+def _summarize(folder: Path) -> None:
+    """Print what the corpus has, what it lacks, and what was left out of it."""
+    manifest = Corpus(folder).manifest
+    table = Table("split", "documents", "tokens", "bytes of text", "shards", box=SIMPLE_HEAD)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, split in manifest["splits"].items():
+        numbers = split["documents"], split["tokens"], split["bytes"], len(split["shards"])
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    skipped = manifest["skipped"]
+    ignored = sum(source["ignored_files"] for source in manifest["sources"])
+    where = f" (listed in {folder / SKIPPED})" if skipped["broken"] else ""
+    console.print(
+        f"skipped: {skipped['broken']:,} broken{where}, {skipped['empty']:,} empty documents, "
+        f"{ignored:,} files of other kinds\nchecksum: {manifest['checksum']}",
+        markup=False,
+    )

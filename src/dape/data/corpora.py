@@ -1,0 +1,171 @@
+"""Sources of text: files, folders, datasets, the standard library of Python itself."""
+
+import hashlib
+import re
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from platform import python_version
+from typing import Any, Literal
+
+from dape.errors import UserError
+
+Kind = Literal["text", "json", "dataset"]
+
+STANDARD_LIBRARY = "python-stdlib"
+KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".md": "text",
+    ".tex": "text",
+    ".jsonl": "json",
+    ".jsonl.zst": "json",
+}
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is read from front to back: a file, or one split of a dataset.
+
+    `key` identifies a file's document, so that its split does not depend on where the source lies;
+    `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned.
+    """
+
+    location: str
+    key: str
+    kind: Kind
+    size: int | None
+    split: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the user named: its parts in a fixed order, and how many files of no known kind."""
+
+    name: str
+    parts: tuple[Part, ...]
+    ignored: int
+    details: dict[str, str]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry; the fingerprint is of the names, sizes and splits."""
+        contents = repr([(part.key, part.size, part.split) for part in self.parts])
+        return {
+            "name": self.name,
+            "files": len(self.parts),
+            "ignored_files": self.ignored,
+            "bytes": sum(part.size or 0 for part in self.parts),
+            "fingerprint": hashlib.sha256(contents.encode()).hexdigest(),
+            **self.details,
+        }
+
+
+def resolve(name: str) -> Source:
+    """Return the source `name`: `python-stdlib`, a folder, a file, or a Hugging Face dataset.
+
+    Raises `UserError` if it is none of them, or holds nothing that can be read.
+    """
+    path = Path(name).expanduser()
+    if name == STANDARD_LIBRARY:
+        return _standard_library()
+    if path.is_dir():
+        return _folder(name, path)
+    if path.is_file():
+        if not _kind(path):
+            raise UserError(f"source {name!r} is of no known kind ({', '.join(KINDS)})")
+        return Source(name, (_part(path, path.name, path.name),), 0, {})
+    if _kind(path) or path.is_absolute() or name.startswith((".", "~")):
+        raise UserError(f"no file or folder {name!r}; check the path")
+    return _dataset(name)
+
+
+def _kind(path: Path) -> Kind | None:
+    return next((kind for suffix, kind in KINDS.items() if path.name.endswith(suffix)), None)
+
+
+def _part(path: Path, key: str, names: str) -> Part:
+    kind = _kind(path) or "text"
+    return Part(str(path), key, kind, path.stat().st_size, named_split(names, kind))
+
+
+def _folder(name: str, folder: Path) -> Source:
+    files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
+    visible = [
+        (relative.as_posix(), path)
+        for relative, path in files
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts)
+    ]
+    parts = tuple(
+        _part(path, key, f"{folder.resolve().name}/{key}") for key, path in visible if _kind(path)
+    )
+    if not parts:
+        raise UserError(f"source {name!r} has no files of a known kind ({', '.join(KINDS)})")
+    return Source(name, parts, len(visible) - len(parts), {})
+
+
+def _standard_library() -> Source:
+    """Return the modules of the running Python: no tests, no code tables, nothing installed."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+    paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
+    parts = tuple(
+        Part(str(path), key, "text", path.stat().st_size, None)
+        for key, path in paths.items()
+        if not left_out & set(PurePosixPath(key).parts)
+        and not key.startswith(("config-", "_sysconfigdata"))
+    )
+    if not parts:
+        raise UserError(f"{STANDARD_LIBRARY}: {root} has no source files; name a text source")
+    return Source(STANDARD_LIBRARY, parts, 0, {"python": python_version()})
+
+
+def named_split(name: str, kind: Kind) -> str | None:
+    """Return the split that a file's path names, the innermost name first; None if it names none.
+
+    Folders name one (`train/00.jsonl`), and so do files: JSON lines by any word of the name
+    (`wiki.test-01.jsonl`), a text, whose name may be a title, by the whole of it (`test-01.txt`).
+    """
+    *folders, file = PurePosixPath(name).parts
+    stem = file.lower()
+    for suffix in KINDS:
+        stem = stem.removesuffix(suffix)
+    words = [re.sub(r"[-_.]?\d+$", "", stem)] if kind == "text" else re.split(r"[-_.]", stem)
+    candidates = [*reversed(words), *(folder.lower() for folder in reversed(folders))]
+    return next((SPLITS[word] for word in candidates if word in SPLITS), None)
+
+
+def _dataset(name: str) -> Source:
+    parts = []
+    for split, rows in open_dataset(name).items():
+        sizes = rows.info.splits or {}
+        size = sizes[split].num_bytes if split in sizes else None
+        part = Part(f"{name}#{split}", split, "dataset", size or None, SPLITS.get(split))
+        parts.append(part)
+    return Source(name, tuple(parts), 0, {})
+
+
+def open_dataset(name: str) -> Any:
+    """Open a dataset `NAME` or `NAME:CONFIGURATION` of the Hugging Face hub, row by row."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"no file or folder {name!r}; if it is a Hugging Face dataset, first "
+            "`pip install 'dape[datasets]'`"
+        ) from None
+    repository, _, configuration = name.partition(":")
+    try:
+        return load_dataset(repository, configuration or None, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"no file or folder {name!r}, nor a Hugging Face dataset that can be opened: {reason}"
+        ) from error

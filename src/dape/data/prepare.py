@@ -1,0 +1,252 @@
+"""Preparing a corpus: sources to records to tokens to shards, resumable after any interruption."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from dape.data import tokenizer as tokenizers
+from dape.data.corpora import STANDARD_LIBRARY, Part, Source, resolve
+from dape.data.encoding import Batch, Encoding, encoded
+from dape.data.records import Record, read
+from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
+from dape.data.writer import JOURNAL, SKIPPED, SPLITS, CorpusWriter, State
+from dape.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BATCH = 2**20  # bytes of source that a worker is given at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Turn text into tokens: memory-mapped shards with document boundaries, and a manifest."""
+
+    sources: Positional[tuple[str, ...]] = (STANDARD_LIBRARY,)
+    """Folders and files (.txt .md .tex .jsonl .jsonl.zst), Hugging Face datasets
+    (NAME or NAME:CONFIGURATION), or python-stdlib, the source text of this Python."""
+    out: Path
+    """Folder to write; an interrupted preparation in it is resumed."""
+    tokenizer: str = "byte"
+    """byte, gpt2, or a folder with a tokenizer.json."""
+    validation: float = 0.1
+    """Share of the documents for validation, where the source names no splits."""
+    test: float = 0.1
+    """Share of the documents for test, where the source names no splits."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do at a line or file that cannot be read; what is skipped is counted and listed."""
+    workers: int = os.cpu_count() or 1
+    """Processes that tokenize; the result does not depend on their number."""
+    shard_tokens: int = 2**27
+    """A shard ends with the document that brings it to so many tokens."""
+    overwrite: bool = False
+    """Replace what an earlier preparation left in the folder."""
+
+    def __post_init__(self) -> None:
+        if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test < 1):
+            raise UserError(
+                f"validation {self.validation} and test {self.test} must be shares from 0 "
+                "that leave some of the documents for training"
+            )
+        for name in ("workers", "shard_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How far a preparation is: bytes of source read, bytes of text and tokens written.
+
+    `problems` are those met since the last status, each with its place.
+    """
+
+    source_bytes: int
+    text_bytes: int
+    tokens: int
+    problems: list[str]
+
+    @classmethod
+    def of(cls, state: State, source_bytes: int, problems: list[str]) -> "Status":
+        """Return the status of a corpus that is written as far as `state` says."""
+        text_bytes = sum(split.bytes for split in state.splits.values())
+        tokens = sum(split.tokens for split in state.splits.values())
+        return cls(source_bytes, text_bytes, tokens, problems)
+
+
+class Preparation:
+    """The making of one corpus; `finished` if it is there already, `resumed` if a part of it is.
+
+    Raises `UserError` if a source or the tokenizer cannot be found, or if the folder holds
+    something else: other files, or a preparation with other arguments.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._options, self._folder = options, options.out
+        sources = [resolve(name) for name in options.sources]
+        self._parts = [part for source in sources for part in source.parts]
+        self._tokenizer = tokenizers.load(options.tokenizer)
+        self._header = _header(options, sources, self._tokenizer)
+        if options.overwrite:
+            _clear(self._folder)
+        self.finished = (self._folder / MANIFEST).is_file()
+        self.resumed = not self.finished and (self._folder / JOURNAL).is_file()
+        if self.finished:
+            _refuse_other(self._folder, Corpus(self._folder).manifest, self._header)
+        elif self.resumed:
+            journal = json.loads((self._folder / JOURNAL).read_bytes())
+            _refuse_other(self._folder, journal["header"], self._header)
+        elif self._folder.exists() and not _is_free(self._folder):
+            raise UserError(f"{self._folder} holds other files; give --out a new or empty folder")
+
+    @property
+    def source_bytes(self) -> int | None:
+        """Bytes of all sources, None if a size is unknown."""
+        return None if any(part.size is None for part in self._parts) else _size(self._parts)
+
+    def run(self) -> Iterator[Status]:
+        """Write the corpus, from where an earlier run was interrupted.
+
+        Yields a status at the start and after each batch.
+        Raises `UserError` if another process writes to the folder, and at the first problem if the
+        options say so.
+        """
+        options = self._options
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (
+            _locked(self._folder),
+            closing(CorpusWriter(self._folder, self._header, options.on_error == "stop")) as writer,
+        ):
+            part, done = writer.state.part, writer.state.records
+            yield Status.of(writer.state, _size(self._parts[:part]), [])
+            batches = _batches(self._parts, part, done)
+            for batch, records in encoded(batches, self._encoding(), self._workers()):
+                problems = writer.add(records, batch.part, batch.number)
+                yield Status.of(writer.state, batch.source_bytes, problems)
+            self._tokenizer.save_pretrained(self._folder / TOKENIZER)
+            writer.finish()
+
+    def _workers(self) -> int:
+        """Return the number of processes that this much text keeps busy."""
+        if self.source_bytes is None:
+            return self._options.workers
+        return min(self._options.workers, 1 + self.source_bytes // BATCH)
+
+    def _encoding(self) -> Encoding:
+        return Encoding(
+            tokenizers.serialize(self._tokenizer),
+            self._tokenizer.eos_token_id,
+            self._header["dtype"],
+            self._options.validation,
+            self._options.test,
+        )
+
+
+def _header(
+    options: Options, sources: list[Source], tokenizer: "PreTrainedTokenizerFast"
+) -> dict[str, Any]:
+    """Return what the manifest says before anything is read; equal for equal arguments."""
+    size = tokenizers.vocab_size(tokenizer)
+    return {
+        "format": FORMAT,
+        "tokenizer": {
+            "name": options.tokenizer,
+            "vocab_size": size,
+            "end_of_text": tokenizer.eos_token_id,
+            "fingerprint": tokenizers.fingerprint(tokenizer),
+        },
+        "dtype": "uint16" if size <= 2**16 else "uint32",
+        "sources": [source.describe() for source in sources],
+        "options": {
+            "validation": options.validation,
+            "test": options.test,
+            "shard_tokens": options.shard_tokens,
+        },
+    }
+
+
+def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `UserError` if what is in the folder was asked for with other arguments."""
+    was, now = _arguments(there), _arguments(wanted)
+    differences = [
+        f"{name} {was[name][0]} {'changed since' if was[name][0] == text else f'is now {text}'}"
+        for name, (text, value) in now.items()
+        if was[name][1] != value
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} was prepared from other arguments ({'; '.join(differences)}); give those, "
+            "another --out, or --overwrite to replace it"
+        )
+
+
+def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return each argument that decides what is written: as the user knows it, and its identity."""
+    sources, tokenizer = header["sources"], header["tokenizer"]
+    return {
+        "sources": (
+            " ".join(source["name"] for source in sources),
+            [source["fingerprint"] for source in sources],
+        ),
+        "tokenizer": (tokenizer["name"], tokenizer["fingerprint"]),
+        **{name: (str(value), value) for name, value in header["options"].items()},
+    }
+
+
+def _is_free(folder: Path) -> bool:
+    """Return whether there is nothing but what a run killed at its very start leaves."""
+    return folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a preparation wrote, and nothing else."""
+    if not any((folder / name).exists() for name in (MANIFEST, JOURNAL)):
+        return
+    shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+    for name in SPLITS:
+        for path in folder.glob(f"{name}-[0-9]*.*"):
+            path.unlink()
+    for name in (SKIPPED, MANIFEST, JOURNAL):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of the folder; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another process is preparing {folder}; wait for its end") from error
+    finally:
+        os.close(handle)
+
+
+def _size(parts: list[Part]) -> int:
+    return sum(part.size or 0 for part in parts)
+
+
+def _batches(parts: list[Part], first: int, skip: int) -> Iterator[Batch]:
+    """Yield batches of about `BATCH` bytes of what follows `skip` records of part `first`."""
+    before = _size(parts[:first])
+    records: list[Record] = []
+    size = 0
+    for index, part in enumerate(parts[first:], first):
+        done = skip if index == first else 0
+        for number, record in enumerate(read(part, done), done + 1):
+            records.append(record)
+            size += len(record.raw)
+            if size >= BATCH:
+                yield Batch(records, index, number, before + record.source_bytes)
+                records, size = [], 0
+        before += part.size or 0
+    if records:
+        yield Batch(records, index, number, before)

@@ -1,0 +1,169 @@
+"""Reading a source from front to back, as records in a fixed order."""
+
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import BinaryIO
+
+from zstandard import ZstdDecompressor, ZstdError
+
+from dape.data.corpora import Part, open_dataset
+from dape.errors import UserError
+
+BLOCK = 2**17  # bytes read at a time
+PIECE = 2**22  # bytes of a long text that are tokenized at a time
+WORD = 2**14  # bytes at the end of a piece among which a place to cut it is sought
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A document not decoded yet, or a piece of a long one.
+
+    `line` counts from 1; `ends` says whether the document does; `source_bytes` is how many
+    bytes of the part have been read; `problem` says why there is nothing to decode.
+    """
+
+    part: Part
+    line: int
+    raw: bytes
+    source_bytes: int
+    ends: bool = True
+    problem: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where to look, as file:line."""
+        return f"{self.part.location}:{self.line}"
+
+
+def read(part: Part, skip: int = 0) -> Iterator[Record]:
+    """Yield the records of `part` after the first `skip`, always in the same order.
+
+    What cannot be read is a record with a `problem`, in its place; after a damaged spot of a file
+    nothing follows.
+    """
+    return islice(_records(part), skip, None)
+
+
+def _records(part: Part) -> Iterator[Record]:
+    if part.kind == "dataset":
+        yield from _rows(part)
+        return
+    line, offset = 0, 0
+    try:
+        with open(part.location, "rb") as file:
+            for record in (_text if part.kind == "text" else _json_lines)(part, file):
+                line, offset = record.line, record.source_bytes
+                yield record
+    except (OSError, EOFError, ZstdError) as error:
+        yield Record(part, line + 1, b"", offset, problem=f"cannot be read further: {error}")
+
+
+def _text(part: Part, file: BinaryIO) -> Iterator[Record]:
+    """Yield a file that is one document, in pieces if it is long: any length fits in memory."""
+    invalid = _invalid_utf8(file)
+    if invalid:
+        yield Record(part, invalid[0], b"", file.tell(), problem=invalid[1])
+        return
+    file.seek(0)
+    line, block = 1, b""
+    while True:
+        block += file.read(PIECE - len(block))
+        ends = len(block) < PIECE
+        cut = len(block) if ends else _cut(block)
+        yield Record(part, line, block[:cut], file.tell(), ends)
+        if ends:
+            return
+        line += block.count(b"\n", 0, cut)
+        block = block[cut:]
+
+
+def _invalid_utf8(file: BinaryIO) -> tuple[int, str] | None:
+    """Return the line of the first byte that is not UTF-8, and what is wrong with it."""
+    decoder = getincrementaldecoder("utf-8")()
+    line = 1
+    while True:
+        block = file.read(PIECE)
+        try:
+            decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            return line + error.object.count(b"\n", 0, error.start), f"not UTF-8: {error.reason}"
+        if not block:
+            return None
+        line += block.count(b"\n")
+
+
+def _cut(block: bytes) -> int:
+    """Return where to cut a long text: before the last single space or newline between two words.
+
+    Tokenizers of the GPT-2 family start a new word there, so that the pieces of a document have the
+    tokens of the whole. Without such a place near the end, the cut is before the last character.
+    """
+    gaps = list(re.finditer(rb"(?<=\S)[ \n](?=\S)", block[-WORD:]))
+    if gaps:
+        return len(block) - WORD + gaps[-1].start()
+    last = len(block) - 1
+    while block[last] & 0xC0 == 0x80:
+        last -= 1
+    return last
+
+
+def _json_lines(part: Part, file: BinaryIO) -> Iterator[Record]:
+    compressed = part.location.endswith(".zst")
+    chunks = _decompressed(file) if compressed else iter(partial(file.read, BLOCK), b"")
+    for number, raw in enumerate(_lines(chunks), 1):
+        if raw.strip():
+            yield Record(part, number, raw, file.tell())
+
+
+def _decompressed(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the contents of all frames of a zstd file; `EOFError` if the last one is cut short.
+
+    `stream_reader` would take a file that was cut short for a whole one.
+    """
+    decompressor = ZstdDecompressor(max_window_size=2**31)
+    frame = decompressor.decompressobj()
+    while block := file.read(BLOCK):
+        while block:
+            if frame.eof:
+                frame = decompressor.decompressobj()
+            yield frame.decompress(block)
+            block = frame.unused_data
+    if not frame.eof:
+        raise EOFError("the file ends in the middle of a zstd frame")
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    pending: list[bytes] = []
+    for chunk in chunks:
+        first, *more = chunk.split(b"\n")
+        pending.append(first)
+        if more:
+            yield b"".join(pending)
+            yield from more[:-1]
+            pending = [more[-1]]
+    if any(pending):
+        yield b"".join(pending)
+
+
+def _rows(part: Part) -> Iterator[Record]:
+    name, _, split = part.location.rpartition("#")
+    number, offset = 0, 0
+    try:
+        for number, row in enumerate(open_dataset(name)[split], 1):
+            text = row.get("text")
+            if isinstance(text, str):
+                raw = text.encode(errors="surrogatepass")
+                offset += len(raw)
+                yield Record(part, number, raw, offset)
+            else:
+                problem = f"no text in the column 'text' (columns: {', '.join(row)})"
+                yield Record(part, number, b"", offset, problem=problem)
+    except OSError as error:
+        raise UserError(
+            f"reading {part.location} ended after row {number} ({error}); "
+            "run the same command again to resume"
+        ) from error

@@ -1,0 +1,216 @@
+"""A prepared corpus: memory-mapped tokens with document boundaries, and windows to train on."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dape.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+
+class Corpus:
+    """A folder that `dape prepare` wrote.
+
+    Raises `UserError` if the folder holds no finished corpus, or not the bytes its manifest names.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = _manifest(self.folder)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over the checksums of all shards and the tokenizer: equal for equal data."""
+        return self.manifest["checksum"]
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def end_of_text(self) -> int:
+        """The token after each document."""
+        return self.manifest["tokenizer"]["end_of_text"]
+
+    def tokenizer(self) -> "PreTrainedTokenizerFast":
+        """Return the tokenizer that the corpus was made with."""
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(self.folder / TOKENIZER))
+
+    def split(self, name: str) -> "Split":
+        """Return a split, `UserError` if it has no documents: train, validation or test."""
+        splits = self.manifest["splits"]
+        if name not in splits:
+            raise unknown("split", name, splits)
+        if not splits[name]["documents"]:
+            filled = ", ".join(key for key, entry in splits.items() if entry["documents"])
+            raise UserError(
+                f"split {name!r} of {self.folder} has no documents (only {filled}); prepare it "
+                f"with a larger share for {name} or with a source named {name}"
+            )
+        return Split(self.folder, splits[name]["shards"], self.manifest["dtype"])
+
+
+class Split:
+    """The documents of one split, in order, as one stream of tokens; shard borders do not show."""
+
+    def __init__(self, folder: Path, shards: list[dict[str, Any]], dtype: str) -> None:
+        self._arguments = folder, shards, dtype
+        self._tokens = [
+            np.memmap(folder / shard["file"], dtype, "r", shape=shard["tokens"]) for shard in shards
+        ]
+        self._bounds = [np.load(index_file(folder / s["file"]), mmap_mode="r") for s in shards]
+        self._starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
+        self._first_documents = np.cumsum([0, *(shard["documents"] for shard in shards)])
+
+    def __reduce__(self) -> tuple[type["Split"], tuple[Path, list[dict[str, Any]], str]]:
+        """Pickle the names, not the data: a loader's worker maps the files anew."""
+        return Split, self._arguments
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, with the end of text after each document."""
+        return int(self._starts[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return int(self._first_documents[-1])
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document, end of text included, int64 [num_documents]."""
+        return np.concatenate([np.diff(bounds) for bounds in self._bounds])
+
+    def document(self, n: int) -> np.ndarray:
+        """Return the tokens of document `n`, int64, end of text included."""
+        if not 0 <= n < self.num_documents:
+            raise IndexError(f"document {n} of {self.num_documents}")
+        shard = int(np.searchsorted(self._first_documents, n, "right")) - 1
+        start, stop = self._bounds[shard][n - self._first_documents[shard] :][:2]
+        return self._tokens[shard][start:stop].astype(np.int64)
+
+    def slice(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens `start` to `stop` of the stream, int64 [stop - start]."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
+        first = int(np.searchsorted(self._starts, start, "right")) - 1
+        last = int(np.searchsorted(self._starts, stop, "left"))
+        pieces = [
+            self._tokens[shard][max(0, start - offset) : stop - offset]
+            for shard, offset in enumerate(self._starts[first:last], first)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *pieces])
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Windows of `length + 1` tokens to train on: `length` inputs and, one later, their labels.
+
+    An epoch is a seeded permutation of the windows that follow each other from a seeded offset, so
+    that each is seen once; indices past `len(self)` continue with the next epoch's. Window `n` is
+    computed from `n` alone, in constant memory: a run resumes at any step by its number.
+
+    Raises `UserError` for a split that holds no window.
+    """
+
+    split: Split
+    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise UserError(f"window length {self.length} must be at least 1")
+        if self.split.num_tokens <= self.length:
+            raise UserError(
+                f"the split has {self.split.num_tokens} tokens, too few for one window of "
+                f"{self.length} + 1; prepare more text or train at a shorter length"
+            )
+
+    def __len__(self) -> int:
+        """Windows in an epoch, whatever its offset."""
+        return max(1, (self.split.num_tokens - self.length) // self.length)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Iterate over the first epoch."""
+        return (self[n] for n in range(len(self)))
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        """Return window `n`, int64 [length + 1]."""
+        if n < 0:
+            raise IndexError(f"window {n}: windows are numbered from 0")
+        epoch, position = divmod(n, len(self))
+        digest = hashlib.blake2b(f"{self.seed} {epoch}".encode(), digest_size=40).digest()
+        offset, *keys = np.frombuffer(digest, "<u8").tolist()
+        slack = min(self.length, self.split.num_tokens - len(self) * self.length)
+        start = offset % slack + _permuted(position, len(self), keys) * self.length
+        return self.split.slice(start, start + self.length + 1)
+
+
+def _permuted(position: int, count: int, keys: list[int]) -> int:
+    """Return where a keyed permutation of `range(count)` puts `position`.
+
+    A Feistel network permutes the numbers of an even number of bits, and is walked until the number
+    is below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): unlike a
+    shuffled array it takes no memory, at billions of windows too.
+    """
+    half = ((count - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def _mixed(value: int) -> int:
+    """Return a 64-bit hash of a 64-bit number (the finalizer of SplitMix64)."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
+
+
+def index_file(shard: Path) -> Path:
+    """Return the file with the document boundaries of a shard, int64 [documents + 1]."""
+    return shard.with_suffix(".idx.npy")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"no finished corpus in {folder}; run `dape prepare SOURCE --out {folder}`, "
+            "which also resumes an interrupted one"
+        )
+    remedy = "prepare it again with --overwrite"
+    try:
+        manifest = json.loads(file.read_bytes())
+        if manifest["format"] != FORMAT:
+            raise UserError(f"{file} has format {manifest['format']}, not {FORMAT}; {remedy}")
+        width = np.dtype(manifest["dtype"]).itemsize
+        expected = {
+            folder / shard["file"]: shard["tokens"] * width
+            for split in manifest["splits"].values()
+            for shard in split["shards"]
+        }
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is no manifest of a corpus ({error!r}); {remedy}") from error
+    for shard, size in expected.items():
+        if not index_file(shard).is_file() or not shard.is_file() or shard.stat().st_size != size:
+            raise UserError(f"{shard} is missing, or not the {size:,} bytes it had; {remedy}")
+    return manifest

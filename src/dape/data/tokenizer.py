@@ -1,0 +1,152 @@
+"""Tokenizers: bytes, GPT-2's, or any `tokenizer.json`; how many bytes a token stands for."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dape.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+BYTES = {f"<0x{value:02X}>": value for value in range(256)}
+PROBE = "A line,\n\tthe \u00e9t\u00e9 of  \u6f22\u5b57 and \U0001f642.\n"
+
+
+def load(name_or_path: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer `byte`, `gpt2`, or that of a folder or file with a `tokenizer.json`.
+
+    Its `eos_token` is the end of text, which ends every document of a prepared corpus. Raises
+    `UserError` if there is no such tokenizer, if it names no end of text, or if ordinary text can
+    spell that token, so that documents could not be told apart.
+    """
+    if name_or_path == "byte":
+        return byte()
+    tokenizer = _gpt2() if name_or_path == "gpt2" else _from_path(Path(name_or_path).expanduser())
+    if tokenizer.eos_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        known = [token for token in ENDS_OF_TEXT if token in vocabulary]
+        if not known:
+            raise UserError(
+                f"tokenizer {name_or_path!r} names no end of text; "
+                'add "eos_token" to its tokenizer_config.json'
+            )
+        tokenizer.eos_token = known[0]
+    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
+        raise UserError(
+            f"tokenizer {name_or_path!r} reads its end of text {tokenizer.eos_token!r} in ordinary "
+            "text, so documents could not be told apart; use another one"
+        )
+    return tokenizer
+
+
+def byte() -> "PreTrainedTokenizerFast":
+    """Return the tokenizer whose ids 0..255 are the bytes of UTF-8 and 256 is `<|endoftext|>`."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab=BYTES, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _gpt2() -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained("openai-community/gpt2")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "tokenizer 'gpt2' is neither in the Hugging Face cache nor can it be fetched; "
+            "pass a folder that holds its tokenizer.json: --tokenizer PATH"
+        ) from error
+
+
+def _from_path(path: Path) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"no tokenizer {str(path)!r}: give byte, gpt2, or a folder with a tokenizer.json"
+        )
+    try:
+        if file.name == "tokenizer.json":
+            return PreTrainedTokenizerFast.from_pretrained(str(file.parent))
+        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+    except Exception as error:  # the Rust parser raises bare exceptions
+        raise UserError(f"{file} is no Hugging Face tokenizer: {error}") from error
+
+
+def serialize(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the `tokenizer.json` of `tokenizer`: all that encoding needs, without transformers."""
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the SHA-256 of what `tokenizer` does: its `tokenizer.json` and its end of text."""
+    content = f"{serialize(tokenizer)}\n{tokenizer.eos_token_id}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return one more than the largest id, added tokens included."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encoder(serialized: str) -> Callable[[str], np.ndarray]:
+    """Return the function from text to token ids of a serialized tokenizer.
+
+    It adds nothing, and what looks like a special token in the text is ordinary text to it.
+    """
+    if _is_byte(serialized):
+        return lambda text: np.frombuffer(text.encode(), np.uint8)
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(serialized)
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+def _is_byte(serialized: str) -> bool:
+    content = json.loads(serialized)
+    model = content["model"]
+    steps = content["normalizer"], content["pre_tokenizer"], model.get("merges")
+    return model.get("vocab") == BYTES and model.get("byte_fallback", False) and not any(steps)
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
+    """Return how many bytes of UTF-8 each token stands for, int64 [vocabulary]; 0 if special.
+
+    The bytes of a text's tokens sum to the bytes of the text, so that loss in nats a token is
+    `loss / ln 2 * tokens / bytes` bits a byte. Raises `UserError` for a tokenizer that changes the
+    text (lower case, a space put first, ...), where no such count exists.
+    """
+    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    counts = np.zeros(vocab_size(tokenizer), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        if number in tokenizer.all_special_ids:
+            continue
+        if token in BYTES:
+            counts[number] = 1
+        elif byte_level and number not in tokenizer.added_tokens_decoder:
+            counts[number] = len(token)
+        else:
+            counts[number] = len(token.replace("\u2581", " ").encode())
+    if counts[encoder(serialize(tokenizer))(PROBE)].sum() != len(PROBE.encode()):
+        raise UserError(
+            f"bits per byte need a tokenizer that keeps every byte of the text; "
+            f"{tokenizer.name_or_path or 'this one'} does not"
+        )
+    return counts
