@@ -101,7 +101,7 @@ def names() -> list[str]:
     return [*BASES, *(f"{adapter}-{base}" for base in BASES for adapter in ADAPTERS)]
 
 
-def check(name: str, options: Mapping[str, Mapping[str, Any]]) -> None:
+def check(name: str, options: Mapping[str, Any]) -> None:
     """Raise a `UserError` unless the name is known and each option is one its module takes."""
     found = resolve(name)
     for place, chosen in options.items():
