@@ -1,0 +1,264 @@
+"""`dape.attention` against the float64 textbook: outputs and all gradients, option by option."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import (
+    Problem,
+    adapter_formula,
+    bias_formula,
+    blocks_of,
+    solve,
+    solve_by_textbook,
+    visible,
+)
+from torch.testing import assert_close
+
+import dape
+import textbook
+from dape.attention.operator import check, check_where
+from dape.errors import UserError
+
+BACKENDS = ("reference", "chunked")
+DAPE3 = (5, 3, True, "concat")
+
+PROBLEMS = {
+    "causal": Problem(),
+    "bidirectional": Problem(causal=False),
+    "grouped heads": Problem(kv_heads=2),
+    "one key head": Problem(heads=5, kv_heads=1),
+    "offset": Problem(rows=4, keys=11, query_offset=7),
+    "more keys than queries see": Problem(rows=4, keys=11, query_offset=2),
+    "more queries than keys": Problem(rows=9, keys=5),
+    "rows without keys": Problem(query_offset=-3),
+    "cross lengths": Problem(rows=5, keys=9, causal=False),
+    "one token": Problem(rows=1, keys=1),
+    "left padding": Problem(mask="left"),
+    "right padding": Problem(mask="right", causal=False),
+    "mask of every query": Problem(mask="rows"),
+    "mask shared by the batch": Problem(mask="shared", causal=False),
+    "mask of one row": Problem(mask="keys"),
+    "positions": Problem(positions="shared"),
+    "positions of every sequence": Problem(positions="batched", causal=False),
+    "scale": Problem(scale=0.3),
+    "wider values": Problem(value_dim=6),
+    "everything": Problem(
+        kv_heads=2, rows=5, keys=9, value_dim=2, scale=1.5, query_offset=3, mask="rows",
+        positions="batched",
+    ),
+}  # fmt: skip
+MODULES = {
+    "none": (None, None),
+    "alibi": ("alibi", None),
+    "kerple": ("kerple", None),
+    "dape-kerple": ("kerple", (6, 1, True, "concat")),
+    "dape3-kerple": ("kerple", DAPE3),
+}
+ADAPTERS = [
+    (3, kernel_size, residual, inputs)
+    for kernel_size in (1, 3, 5, 7)
+    for residual in (True, False)
+    for inputs in ("concat", "sum", "bias", "scores")
+]
+
+
+def draw(problem, dtype=torch.float64):
+    """Return everything a call takes, but its backend."""
+    return problem.tensors(dtype), problem.modules(), problem.draw_mask(), problem.draw_positions()
+
+
+def assert_equals_textbook(problem, backends=BACKENDS):
+    given_to_both = draw(problem)
+    expected, gradients = solve_by_textbook(problem, *given_to_both)
+    for backend in backends:
+        out, ours = solve(problem, *given_to_both, backend, torch.float64)
+        assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        for mine, theirs in zip(ours, gradients, strict=True):
+            assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("modules", MODULES)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_option_equals_the_textbook(name, modules):
+    bias, adapter = MODULES[modules]
+    assert_equals_textbook(replace(PROBLEMS[name], bias=bias, adapter=adapter))
+
+
+@pytest.mark.parametrize("bias", [None, "kerple"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_every_adapter_equals_the_textbook(adapter, bias):
+    assert_equals_textbook(
+        Problem(rows=5, keys=6, batch=1, mask="left", bias=bias, adapter=adapter)
+    )
+
+
+@given(
+    problem=st.builds(
+        Problem,
+        batch=st.integers(1, 2),
+        heads=st.just(4),
+        kv_heads=st.sampled_from([1, 2, 4]),
+        rows=st.integers(1, 9),
+        keys=st.integers(1, 9),
+        head_dim=st.integers(1, 4),
+        value_dim=st.integers(1, 4),
+        causal=st.booleans(),
+        scale=st.sampled_from([None, 0.7]),
+        query_offset=st.integers(-2, 5),
+        mask=st.sampled_from([None, "left", "right", "rows", "shared", "keys"]),
+        positions=st.sampled_from([None, "shared", "batched"]),
+        bias=st.sampled_from([None, "alibi", "kerple"]),
+        adapter=st.sampled_from([None, *ADAPTERS]),
+    ),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60)
+def test_options_together_equal_the_textbook(problem, seed):
+    torch.manual_seed(seed)
+    assert_equals_textbook(problem)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [1, 33])
+def test_odd_lengths_equal_the_textbook(length, backend):
+    problem = Problem(batch=1, heads=3, kv_heads=3, rows=length, keys=length, adapter=(4,))
+    assert_equals_textbook(problem, [backend])
+
+
+# Relative error in the Euclidean norm, in spacings of the dtype (two roundings each). float32 sums
+# a few dozen terms; in bfloat16 scores, weights and products are each rounded once or twice.
+@pytest.mark.parametrize(("dtype", "spacings"), [(torch.float32, 8), (torch.bfloat16, 1)])
+@pytest.mark.parametrize("modules", MODULES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lower_precision_is_near_the_textbook(backend, modules, dtype, spacings):
+    bias, adapter = MODULES[modules]
+    problem = Problem(
+        kv_heads=2, rows=13, keys=13, head_dim=16, value_dim=16, mask="left", bias=bias,
+        adapter=adapter,
+    )  # fmt: skip
+    given_to_both = draw(problem, dtype)
+    expected, gradients = solve_by_textbook(problem, *given_to_both)
+    out, ours = solve(problem, *given_to_both, backend)
+    assert out.dtype == dtype
+    pairs = [(out, expected), *zip(ours[:3], gradients[:3], strict=True)]
+    if len(ours) > 3:  # a parameter alone may have no gradient but noise: take them together
+        pairs.append([torch.cat([x.flatten() for x in both[3:]]) for both in (ours, gradients)])
+    for mine, theirs in pairs:
+        error = torch.linalg.norm(mine.double() - theirs) / torch.linalg.norm(theirs)
+        assert error < spacings * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("adapter", [None, DAPE3])
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(backend, adapter):
+    problem = Problem(mask="rows", adapter=adapter)
+    tensors, modules, _, positions = draw(problem, torch.float32)
+    mask = torch.ones(2, 1, problem.rows, problem.keys, dtype=torch.bool)
+    mask[0, 0, 3] = False
+    out, gradients = solve(problem, tensors, modules, mask, positions, backend)
+    assert torch.equal(out[0, :, 3], torch.zeros_like(out[0, :, 3]))
+    assert out[1, :, 3].abs().min() > 0
+    assert torch.equal(gradients[0][0, :, 3], torch.zeros_like(gradients[0][0, :, 3]))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+class HeadMixing(torch.nn.Module):
+    """An adapter of a user's own."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(heads, heads, dtype=torch.float64))
+
+    def forward(self, scores, bias):
+        return torch.einsum("gh,bhqk->bgqk", self.weight, scores + bias)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_users_adapter_runs_on_every_backend(backend):
+    problem, mixing = Problem(batch=1), HeadMixing(4)
+    tensors = problem.tensors()
+    with blocks_of(50):
+        out = dape.attention(*tensors, adapter=mixing, backend=backend)
+    positions = torch.arange(7)[None]
+    expected, _ = textbook.attention(
+        *tensors, visible(problem, None), positions, positions,
+        logits=lambda a, b, seen: mixing.weight @ (a + b)[:, seen],
+    )  # fmt: skip
+    assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_weights_are_those_of_the_textbook():
+    problem = Problem(kv_heads=2, mask="left", adapter=(4,), batch=1)
+    tensors, modules, mask, _ = draw(problem)
+    bias, adapter = (module.double() for module in modules)
+    _, weights = dape.attention(
+        *tensors, bias=bias, adapter=adapter, mask=mask, return_weights=True
+    )
+    positions = torch.arange(7)[None]
+    _, expected = textbook.attention(
+        *tensors, visible(problem, mask), positions, positions, bias_formula(bias),
+        adapter_formula(adapter),
+    )  # fmt: skip
+    assert_close(weights, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((2, 4, 3), (2, 4, 3), (2, 4, 3)), "four axes"),
+        (((2, 4, 5, 3), (2, 4, 5, 4), (2, 4, 5, 3)), "batch or head_dim"),
+        (((2, 4, 5, 3), (1, 4, 5, 3), (1, 4, 5, 3)), "batch or head_dim"),
+        (((2, 4, 5, 3), (2, 4, 5, 3), (2, 4, 6, 3)), "key and value differ"),
+        (((2, 4, 5, 3), (2, 3, 5, 3), (2, 3, 5, 3)), "multiple of the key heads"),
+        (((2, 4, 5, 3), (2, 4, 0, 3), (2, 4, 0, 3)), "no key"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shapes, words):
+    with pytest.raises(UserError, match=words) as error:
+        check(*(torch.zeros(shape) for shape in shapes), None, None)
+    assert all(str(list(shape)) in str(error.value) for shape in shapes)
+
+
+def test_modules_of_other_heads_are_named():
+    tensors = Problem(heads=4).tensors()
+    with pytest.raises(UserError, match="bias has num_heads=3, but the query has 4"):
+        dape.attention(*tensors, bias=dape.ALiBi(3))
+    with pytest.raises(UserError, match="adapter has num_heads=5, but the query has 4"):
+        dape.attention(*tensors, adapter=dape.DAPE(5))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(2, 6, dtype=torch.bool),
+        torch.ones(1, 7, dtype=torch.bool),
+        torch.ones(2, 4, 5, 7, dtype=torch.bool),
+        torch.ones(2, 1, 4, 7, dtype=torch.bool),
+        torch.ones(2, 5, 7, dtype=torch.bool),
+        torch.ones(2, 7),
+    ],
+    ids=lambda mask: f"{mask.dtype}{list(mask.shape)}",
+)
+def test_masks_that_do_not_fit_are_refused(mask):
+    query, key, _ = Problem(rows=5, keys=7).tensors()
+    with pytest.raises(UserError, match=r"mask (\[|has dtype torch.float32)"):
+        check_where(query, key, mask, None, None)
+
+
+def test_positions_of_another_length_are_refused():
+    query, key, _ = Problem(rows=5, keys=7).tensors()
+    with pytest.raises(UserError, match=r"query_positions \[1\] must end with length 5"):
+        check_where(query, key, None, torch.tensor([3]), None)
+    with pytest.raises(UserError, match=r"key_positions \[2, 5\] must end with length 7"):
+        check_where(query, key, None, None, torch.zeros(2, 5))
+
+
+def test_unknown_backends_and_impossible_requests_are_refused():
+    tensors = Problem().tensors()
+    with pytest.raises(UserError, match="unknown backend 'chunkd'; did you mean 'chunked'"):
+        dape.attention(*tensors, backend="chunkd")
+    with pytest.raises(UserError, match="'chunked' never holds the attention weights"):
+        dape.attention(*tensors, backend="chunked", return_weights=True)

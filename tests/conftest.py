@@ -1,0 +1,28 @@
+"""What every test shares: one thread, one seed, few and always the same hypothesis examples."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
+)
+settings.load_profile("dape")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and PyTorch sees none"))
