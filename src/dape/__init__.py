@@ -13,32 +13,74 @@ if TYPE_CHECKING:
     from dape.errors import UserError
     from dape.model.configuration import DapeConfig
     from dape.model.modeling import DapeForCausalLM, DapeModel
-    from dape.positions.adapter import DAPE
-    from dape.positions.bias import ALiBi, Kerple, NoBias
+    from dape.positions.absolute import Learned, Sinusoidal
+    from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
+    from dape.positions.bias import FIRE, T5, ALiBi, Kerple, KerplePower, NoBias, Sandwich
+    from dape.positions.rotary import (
+        NTK,
+        DynamicNTK,
+        PositionInterpolation,
+        RandomizedRoPE,
+        RoPE,
+        XPos,
+        YaRN,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ALiBi": "dape.positions.bias",
+    "CoPE": "dape.positions.adapter",
     "DAPE": "dape.positions.adapter",
     "DapeConfig": "dape.model.configuration",
     "DapeForCausalLM": "dape.model.modeling",
     "DapeModel": "dape.model.modeling",
+    "DynamicNTK": "dape.positions.rotary",
+    "FIRE": "dape.positions.bias",
     "Kerple": "dape.positions.bias",
+    "KerplePower": "dape.positions.bias",
+    "Learned": "dape.positions.absolute",
+    "NTK": "dape.positions.rotary",
     "NoBias": "dape.positions.bias",
+    "PositionInterpolation": "dape.positions.rotary",
+    "RandomizedRoPE": "dape.positions.rotary",
+    "RoPE": "dape.positions.rotary",
+    "Sandwich": "dape.positions.bias",
+    "Sinusoidal": "dape.positions.absolute",
+    "T5": "dape.positions.bias",
+    "TalkingHeads": "dape.positions.adapter",
+    "TransformerXL": "dape.positions.adapter",
     "UserError": "dape.errors",
+    "XPos": "dape.positions.rotary",
+    "YaRN": "dape.positions.rotary",
     "attention": "dape.attention.operator",
 }
 
 __all__ = [
     "DAPE",
+    "FIRE",
+    "NTK",
+    "T5",
     "ALiBi",
+    "CoPE",
     "DapeConfig",
     "DapeForCausalLM",
     "DapeModel",
+    "DynamicNTK",
     "Kerple",
+    "KerplePower",
+    "Learned",
     "NoBias",
+    "PositionInterpolation",
+    "RandomizedRoPE",
+    "RoPE",
+    "Sandwich",
+    "Sinusoidal",
+    "TalkingHeads",
+    "TransformerXL",
     "UserError",
+    "XPos",
+    "YaRN",
     "attention",
 ]
 

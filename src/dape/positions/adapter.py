@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pad
 
 from dape.errors import UserError
+from dape.positions.bias import sinusoids
 
 INPUTS = ("concat", "sum", "bias", "scores")
 
@@ -140,3 +141,146 @@ def mix(
     for tap in range(1, taps):
         out = out + torch.einsum("oc,...cqk->...oqk", weight[:, :, tap], x[..., tap : tap + keys])
     return out
+
+
+class TalkingHeads(nn.Module):
+    r"""Talking heads before the softmax: S + P S for S = A + B, P an H x H matrix across heads.
+
+    Shazeer et al., 2020, whose projection of the logits is I + P here, with P = 0 at the start: the
+    model begins as its base, and without what DAPE adds (B apart from A, a hidden layer) this is
+    the plain baseline of head mixing. Their second projection, of the weights after the softmax, is
+    none of an adapter's. x-transformers' `pre_talking_heads` mixes A alone, starting at P = I.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.weight = nn.Parameter(torch.empty(num_heads, num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set P = 0."""
+        nn.init.zeros_(self.weight)
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the mixed sums."""
+        total = scores + bias
+        return total + mix(total, self.weight[:, :, None])
+
+
+class CoPE(nn.Module):
+    r"""Contextual position encoding: A + B + q_i . e[p_ij] (Golovneva et al., 2024, section 4).
+
+    A position is counted in gates: `p_ij = sum_k sigmoid(A_ik)` over the visible keys k from j to
+    the query, both included, at most `npos_max` - 1; e[p] interpolates between the two nearest of
+    `npos_max` learnable embeddings, shared by the heads and zero at the start. Scores are scaled
+    and q is not, as in the listing of their appendix.
+
+    The paper is causal; in bidirectional use we count outwards from the query on both sides alike.
+    Keys must stand in the order of their positions. A bias, of which the paper has none, is added
+    and moves no gate.
+
+    Raises:
+        UserError: for an `npos_max` below 1.
+    """
+
+    needs_rows = True
+
+    def __init__(self, head_dim: int, npos_max: int = 64) -> None:
+        super().__init__()
+        if npos_max < 1:
+            raise UserError(f"npos_max={npos_max} must be at least 1")
+        self.head_dim = head_dim
+        self.weight = nn.Parameter(torch.empty(npos_max, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every embedding to zero."""
+        nn.init.zeros_(self.weight)
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+        rows: Rows,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the sums and what the positions add."""
+        place = self.places(scores, rows)
+        table = rows.query.to(scores.dtype) @ self.weight.to(scores.dtype).mT
+        below, above = (table.gather(-1, x.long()) for x in (place.floor(), place.ceil()))
+        return scores + bias + below.lerp(above, place - place.floor())
+
+    def places(
+        self, scores: Float[Tensor, "batch heads query key"], rows: Rows
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return `p_ij`, summed from the query outwards: far gates cannot round away near ones."""
+        gates = torch.where(rows.visible, scores.sigmoid(), 0)
+        query = rows.query_positions[..., None, :, None]
+        key = rows.key_positions[..., None, None, :]
+        before = torch.where(key <= query, gates, 0).flip(-1).cumsum(-1).flip(-1)
+        after = torch.where(key >= query, gates, 0).cumsum(-1)
+        return torch.where(key <= query, before, after).clamp(max=len(self.weight) - 1)
+
+
+class TransformerXL(nn.Module):
+    r"""Transformer-XL's terms: A + B + scale (u . k_j + (q_i + v) . W r(i - j)), of each head.
+
+    Dai et al., 2019, section 3.3: W is [head_dim, hidden_size] for each head, r the sinusoidal
+    embedding of the signed offset with `hidden_size` entries, u and v vectors. All start from
+    N(0, 0.02), as the authors' and DAPE's code draws them, and are the layer's own.
+
+    r(i - j) is never formed: by the addition theorems `W^T (q_i + v)` is turned by i, and meets the
+    sines and cosines of j in one product. Any positions will do, at the price of `hidden_size`
+    products for each query and key where a table of offsets and a shift take `head_dim`.
+
+    Raises:
+        UserError: for an odd or non-positive `hidden_size`.
+    """
+
+    needs_rows = True
+
+    def __init__(self, num_heads: int, head_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        if hidden_size < 2 or hidden_size % 2:
+            raise UserError(f"hidden_size={hidden_size} must be even and positive: sines, cosines")
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, hidden_size))
+        self.u = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.v = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all three anew."""
+        for parameter in (self.weight, self.u, self.v):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+        rows: Rows,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the sums and the two terms."""
+        return scores + bias + rows.scale * (self.content(rows, scores) + self.offset(rows, scores))
+
+    def content(self, rows: Rows, scores: Tensor) -> Float[Tensor, "batch heads 1 key"]:
+        """Return `u . k_j`, in the dtype of the scores."""
+        key = rows.key.to(scores.dtype)
+        grouped = self.u.to(scores.dtype).unflatten(0, (key.shape[1], -1))
+        return (grouped @ key.mT).flatten(1, 2).unsqueeze(2)
+
+    def offset(self, rows: Rows, scores: Tensor) -> Float[Tensor, "batch heads query key"]:
+        """Return `(q_i + v) . W r(i - j)`, in the dtype of the scores."""
+        weight, v = self.weight.to(scores.dtype), self.v.to(scores.dtype)
+        waves = (rows.query.to(scores.dtype) + v[:, None]) @ weight
+        query, key = (
+            sinusoids(positions, weight.shape[2], scores.dtype).unsqueeze(-3)
+            for positions in (rows.query_positions, rows.key_positions)
+        )
+        (a, b), (sine, cosine) = waves.chunk(2, -1), query.chunk(2, -1)
+        turned = torch.cat((b * sine - a * cosine, a * sine + b * cosine), dim=-1)
+        return turned @ key.mT

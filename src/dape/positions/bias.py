@@ -11,6 +11,10 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import embedding, relu, softplus
+
+from dape.errors import UserError
+from dape.positions.absolute import frequencies
 
 
 class Bias(nn.Module):
@@ -42,9 +46,26 @@ def distance(
     return difference.abs().to(torch.promote_types(dtype, torch.float32)).unsqueeze(-3)
 
 
+def sinusoids(
+    positions: Int[Tensor, "*batch length"], size: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*batch length size"]:
+    """Return `sin(i w_f)` for each frequency `w_f = 10000^(-2 f / size)`, then the cosines.
+
+    The angles are taken in float64: in float32, those of the first frequencies would be off by a
+    thousandth at position 16,384.
+    """
+    angles = positions[..., None] * frequencies(size, 10000.0, torch.float64, positions.device)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
+
+
+def widen(parameter: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return a parameter in at least float32."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 def per_head(parameter: Float[Tensor, "heads"]) -> Float[Tensor, "heads 1 1"]:
     """Return a parameter of each head in at least float32, ready to meet `distance`."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))[:, None, None]
+    return widen(parameter)[:, None, None]
 
 
 def inverse_softplus(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -116,16 +137,12 @@ class Kerple(Bias):
     @property
     def p(self) -> Float[Tensor, "heads"]:
         """The weight of each head."""
-        return nn.functional.softplus(
-            self.raw_p.to(torch.promote_types(self.raw_p.dtype, torch.float32))
-        )
+        return softplus(widen(self.raw_p))
 
     @property
     def a(self) -> Float[Tensor, "heads"]:
         """The inverse length scale of each head, per token."""
-        return nn.functional.softplus(
-            self.raw_a.to(torch.promote_types(self.raw_a.dtype, torch.float32))
-        )
+        return softplus(widen(self.raw_a))
 
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
@@ -133,3 +150,198 @@ class Kerple(Bias):
         """Return `-p_h log(1 + a_h |i - j|)`."""
         delta = distance(query_positions, key_positions, self.raw_p.dtype)
         return -per_head(self.p) * torch.log1p(per_head(self.a) * delta)
+
+
+class KerplePower(Bias):
+    r"""Kerple, power: `B_h = -a_h |i - j|^{p_h}` (Chi et al., 2022, section 4).
+
+    Learnable a > 0 and 0 < p <= 2 for each head, starting at a ~ U(0, 1) and p ~ U(0, 2). The
+    bounds are by softplus and by twice a sigmoid; the authors' code clamps `.data` in every forward
+    instead, as for `Kerple`. The start keeps their floor of 0.01, and stays as far below 2.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__(num_heads)
+        self.raw_p = nn.Parameter(torch.empty(num_heads))
+        self.raw_a = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw p and a anew."""
+        with torch.no_grad():
+            nn.init.uniform_(self.raw_p, 0.01, 1.99)
+            self.raw_p.copy_(torch.logit(self.raw_p / 2))
+            nn.init.uniform_(self.raw_a, 0.01, 1.0)
+            self.raw_a.copy_(inverse_softplus(self.raw_a))
+
+    @property
+    def p(self) -> Float[Tensor, "heads"]:
+        """The power of each head."""
+        return 2 * torch.sigmoid(widen(self.raw_p))
+
+    @property
+    def a(self) -> Float[Tensor, "heads"]:
+        """The weight of each head."""
+        return softplus(widen(self.raw_a))
+
+    def forward(
+        self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
+    ) -> Float[Tensor, "*batch heads query key"]:
+        """Return `-a_h |i - j|^{p_h}`."""
+        delta = distance(query_positions, key_positions, self.raw_p.dtype)
+        return -per_head(self.a) * delta ** per_head(self.p)
+
+
+class T5(Bias):
+    r"""T5: `B_h = W[bucket(|i - j|), h]`, W learnable (Raffel et al., 2020, section 2.1).
+
+    With n buckets and e = n // 2, distances below e have a bucket each; the others share
+    `e + floor((n - e) log(|i - j| / e) / log(max_distance / e))`, at most n - 1.
+
+    - In bidirectional use both sides share the n buckets, as all biases here see `|i - j|`; T5's
+      encoder gives n / 2 to each. In causal use the buckets are those of T5's decoder.
+    - Each layer has its own W; T5 shares that of the first.
+    - The start is Glorot's, N(0, 2 / (n + H)), as in GPT-NeoX, which then multiplies by
+      `sqrt(head_dim)`; transformers draws N(0, 1 / hidden_size).
+
+    Raises:
+        UserError: for fewer than two buckets, or a `max_distance` within the exact ones.
+    """
+
+    def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
+        super().__init__(num_heads)
+        if num_buckets < 2:
+            raise UserError(f"num_buckets={num_buckets} must be at least 2")
+        if max_distance <= num_buckets // 2:
+            raise UserError(
+                f"max_distance={max_distance} must be above num_buckets // 2 = {num_buckets // 2}, "
+                "up to where each distance has its own bucket"
+            )
+        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.weight = nn.Parameter(torch.empty(num_buckets, num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W anew."""
+        nn.init.xavier_normal_(self.weight)
+
+    def starts(self) -> list[int]:
+        """Return the first distance of each bucket but that of 0."""
+        exact = self.num_buckets // 2
+        shared = self.num_buckets - exact
+        # In floats a power that is whole may come out just above it.
+        powers = (exact * (self.max_distance / exact) ** (n / shared) for n in range(1, shared))
+        return [*range(1, exact + 1), *(math.ceil(round(power, 9)) for power in powers)]
+
+    def forward(
+        self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
+    ) -> Float[Tensor, "*batch heads query key"]:
+        """Return the entries of W for each distance."""
+        delta = distance(query_positions, key_positions).squeeze(-3)
+        starts = torch.tensor(self.starts(), dtype=delta.dtype, device=delta.device)
+        bucket = torch.bucketize(delta, starts, right=True, out_int32=True)
+        return embedding(bucket, widen(self.weight)).movedim(-1, -3)
+
+
+class Sandwich(Bias):
+    r"""Sandwich: `B_h = (H / 8h) sum_f cos((i - j) 10000^(-2 f / d_bar))` (Chi et al., 2023).
+
+    What remains of a score between sinusoidal embeddings when only the product of position with
+    position is kept, compressed by 8 h / H for head h = 1..H; f = 0 .. d_bar / 2 - 1, and d_bar is
+    128 whatever the width of the model. No parameters. It is computed as that inner product. NeMo
+    counts f from 1 and subtracts d_bar / 2: a softmax cannot see the constant, an adapter could.
+
+    Raises:
+        UserError: for an odd or non-positive `d_bar`.
+    """
+
+    def __init__(self, num_heads: int, d_bar: int = 128) -> None:
+        super().__init__(num_heads)
+        if d_bar < 2 or d_bar % 2:
+            raise UserError(f"d_bar={d_bar} must be even and positive: sines and cosines")
+        self.d_bar = d_bar
+
+    def forward(
+        self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
+    ) -> Float[Tensor, "*batch heads query key"]:
+        """Return the compressed inner products."""
+        # Counted from the first key and in float64: a shift of all positions changes nothing.
+        query, key = (
+            sinusoids(x - key_positions[..., :1], self.d_bar, torch.float64)
+            for x in (query_positions, key_positions)
+        )
+        product = (query @ key.mT).unsqueeze(-3).to(torch.float32)
+        heads = torch.arange(1, self.num_heads + 1, dtype=product.dtype, device=product.device)
+        return product * per_head(self.num_heads / (8 * heads))
+
+
+class FIRE(Bias):
+    r"""FIRE: `B_h = f_h(psi(|i - j|) / psi(max(i, L)))`, psi(x) = log(1 + c x).
+
+    Li et al., 2024, section 3: f = W2 relu(w1 x + b1) + b2 with `hidden` units, L a learnable
+    threshold that starts at `train_length`, and c > 0, which starts at 0.1. The parameters of f
+    start as those of `nn.Linear` do.
+
+    - The normaliser is psi(max(i, j, L)): in causal use the same, as j <= i, and in bidirectional
+      use it keeps the argument of f within [0, 1] on both sides.
+    - c and L are kept as logarithms, so a step changes them by a factor. The authors' listing takes
+      absolute values, and multiplies a fixed L by a learnable factor.
+    - f has the same activation alone and under DAPE, whose code has ReLU and LeakyReLU. That code
+      also halves the length it starts L at, 128 in its settings for training at 512.
+
+    B depends on i too: it is not `relative`.
+
+    Raises:
+        UserError: for a `train_length` or `hidden` below 1.
+    """
+
+    relative = False
+
+    def __init__(self, num_heads: int, train_length: int = 512, hidden: int = 32) -> None:
+        super().__init__(num_heads)
+        for name, value in (("train_length", train_length), ("hidden", hidden)):
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        self.train_length = train_length
+        # One element each, not none: sharding takes no scalars.
+        self.log_c = nn.Parameter(torch.empty(1))
+        self.log_threshold = nn.Parameter(torch.empty(1))
+        self.weight_in = nn.Parameter(torch.empty(hidden, 1))
+        self.bias_in = nn.Parameter(torch.empty(hidden))
+        self.weight_out = nn.Parameter(torch.empty(num_heads, hidden))
+        self.bias_out = nn.Parameter(torch.empty(num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set c and L, and draw both layers from U(-1, 1) / sqrt(fan in)."""
+        nn.init.constant_(self.log_c, math.log(0.1))
+        nn.init.constant_(self.log_threshold, math.log(self.train_length))
+        for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
+            bound = 1 / math.sqrt(weight.shape[1])
+            nn.init.uniform_(weight, -bound, bound)
+            nn.init.uniform_(bias, -bound, bound)
+
+    @property
+    def c(self) -> Float[Tensor, "1"]:
+        """The inverse length scale of psi, per token."""
+        return widen(self.log_c).exp()
+
+    @property
+    def threshold(self) -> Float[Tensor, "1"]:
+        """L, in tokens: up to it all queries share a normaliser."""
+        return widen(self.log_threshold).exp()
+
+    def forward(
+        self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
+    ) -> Float[Tensor, "*batch heads query key"]:
+        """Return f of the normalised distances."""
+        delta = distance(query_positions, key_positions, self.log_c.dtype)
+        query, key = (
+            torch.log1p(self.c * torch.maximum(x.to(delta.dtype), self.threshold))
+            for x in (query_positions, key_positions)
+        )
+        normaliser = torch.maximum(query[..., :, None], key[..., None, :]).unsqueeze(-3)
+        ratio = torch.log1p(self.c * delta) / normaliser
+        hidden = relu(per_head(self.weight_in[:, 0]) * ratio + per_head(self.bias_in))
+        out = torch.einsum("hc,...cqk->...hqk", widen(self.weight_out), hidden)
+        return out + per_head(self.bias_out)

@@ -12,8 +12,18 @@ from typing import Any
 from torch import nn
 
 from dape.errors import UserError, unknown
-from dape.positions.adapter import DAPE
-from dape.positions.bias import ALiBi, Kerple
+from dape.positions.absolute import Learned, Sinusoidal
+from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
+from dape.positions.bias import FIRE, T5, ALiBi, Kerple, KerplePower, Sandwich
+from dape.positions.rotary import (
+    NTK,
+    DynamicNTK,
+    PositionInterpolation,
+    RandomizedRoPE,
+    RoPE,
+    XPos,
+    YaRN,
+)
 
 PLACES = ("embedding", "rotation", "bias", "adapter")
 # What a model tells the module of a place, if its constructor asks: no option may set these.
@@ -73,9 +83,34 @@ BASES = {
     base.name: base
     for base in (
         Scheme("nope", "Kazemnejad et al.", 2023, "no"),
+        Scheme("sinusoidal", "Vaswani et al.", 2017, "no", embedding=Part(Sinusoidal)),
+        Scheme("learned", "Gehring et al.", 2017, "no", embedding=Part(Learned)),
+        Scheme("rope", "Su et al.", 2021, "no", rotation=Part(RoPE)),
+        Scheme("partial-rope", "Black et al.", 2022, "no", rotation=Part(RoPE, {"fraction": 0.25})),
+        Scheme("pi", "Chen et al.", 2023, "with fine-tuning", rotation=Part(PositionInterpolation)),
+        Scheme("ntk", "bloc97", 2023, "in part", rotation=Part(NTK)),
+        Scheme("dynamic-ntk", "emozilla", 2023, "in part", rotation=Part(DynamicNTK)),
+        Scheme("yarn", "Peng et al.", 2024, "with fine-tuning", rotation=Part(YaRN)),
+        Scheme("xpos", "Sun et al.", 2022, "in part", rotation=Part(XPos)),
+        Scheme(
+            "randomized-rope", "Ruoss et al.", 2023, "up to its pool", rotation=Part(RandomizedRoPE)
+        ),
         Scheme("alibi", "Press et al.", 2022, "yes", bias=Part(ALiBi)),
         Scheme("kerple", "Chi et al.", 2022, "yes", bias=Part(Kerple)),
+        Scheme("kerple-power", "Chi et al.", 2022, "yes", bias=Part(KerplePower)),
+        Scheme("t5", "Raffel et al.", 2020, "in part", bias=Part(T5)),
+        Scheme("sandwich", "Chi et al.", 2023, "yes", bias=Part(Sandwich)),
+        Scheme("fire", "Li et al.", 2024, "in part", bias=Part(FIRE)),
+        Scheme("cope", "Golovneva et al.", 2024, "in part", adapter=Part(CoPE)),
+        Scheme("transformer-xl", "Dai et al.", 2019, "in part", adapter=Part(TransformerXL)),
     )
+}
+# The other forms of the DAPE paper (its section 4.3 and Table 7): A + B + f(A + B), A + f([A; B])
+# and A + B + f(B).
+DAPE_FORMS: dict[str, dict[str, Any]] = {
+    "add": {"inputs": "sum"},
+    "concat": {"residual": False},
+    "bias": {"inputs": "bias"},
 }
 # What may stand before a base; each is a scheme of the adapter alone.
 ADAPTERS = {
@@ -92,13 +127,61 @@ ADAPTERS = {
             )
             for size in (3, 5, 7)
         ),
+        *(
+            Scheme(
+                f"dape-{form}",
+                "Zheng et al.",
+                2024,
+                "further than its base",
+                adapter=Part(DAPE, options),
+            )
+            for form, options in DAPE_FORMS.items()
+        ),
+        Scheme(
+            "talking-heads",
+            "Shazeer et al.",
+            2020,
+            "as its base",
+            adapter=Part(TalkingHeads),
+        ),
     )
+}
+
+
+def fits(adapter: Scheme, base: Scheme) -> bool:
+    """Return whether an adapter may stand before a base.
+
+    Not if the base has an adapter of its own. And without a bias the forms of DAPE are all one.
+    """
+    forms = adapter.adapter is not None and adapter.adapter.options.keys() & {"inputs", "residual"}
+    return base.adapter is None and not (forms and base.bias is None)
+
+
+def compose(adapter: Scheme, base: Scheme) -> Scheme:
+    """Return an adapter before a base; DAPE sees the scores alone where that has no bias."""
+    part = adapter.adapter
+    if part is not None and base.bias is None and "inputs" in part.accepts():
+        part = replace(part, options={**part.options, "inputs": "scores"})
+    return replace(
+        adapter,
+        name=f"{adapter.name}-{base.name}",
+        embedding=base.embedding,
+        rotation=base.rotation,
+        bias=base.bias,
+        adapter=part,
+    )
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for base in BASES.values()
+    for scheme in (base, *(compose(a, base) for a in ADAPTERS.values() if fits(a, base)))
 }
 
 
 def names() -> list[str]:
     """Return every scheme name."""
-    return [*BASES, *(f"{adapter}-{base}" for base in BASES for adapter in ADAPTERS)]
+    return list(SCHEMES)
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
@@ -116,29 +199,11 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def resolve(name: str) -> Scheme:
-    """Return the scheme of a name; DAPE sees the scores alone where the base has no bias.
+    """Return the scheme of a name.
 
     Raises:
         UserError: for an unknown name, with the nearest known ones.
     """
-    if name in BASES:
-        return BASES[name]
-    prefix, _, base = name.partition("-")
-    if prefix not in ADAPTERS or base not in BASES:
-        raise unknown("scheme", name, {*BASES, *get_close_matches(name, names())})
-    return compose(ADAPTERS[prefix], BASES[base])
-
-
-def compose(adapter: Scheme, base: Scheme) -> Scheme:
-    """Return the scheme that has an adapter, and everything else from a base."""
-    part = adapter.adapter
-    if part is not None and base.bias is None and "inputs" in part.accepts():
-        part = replace(part, options={**part.options, "inputs": "scores"})
-    return replace(
-        adapter,
-        name=f"{adapter.name}-{base.name}",
-        embedding=base.embedding,
-        rotation=base.rotation,
-        bias=base.bias,
-        adapter=part,
-    )
+    if name not in SCHEMES:
+        raise unknown("scheme", name, {*BASES, *get_close_matches(name, SCHEMES)})
+    return SCHEMES[name]
