@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from dape.errors import UserError, unknown
 
@@ -91,20 +92,20 @@ class Split:
         return int(self._first_documents[-1])
 
     @property
-    def document_lengths(self) -> np.ndarray:
-        """Tokens of each document, end of text included, int64 [num_documents]."""
+    def document_lengths(self) -> Int64[np.ndarray, " documents"]:
+        """Tokens of each document, end of text included."""
         return np.concatenate([np.diff(bounds) for bounds in self._bounds])
 
-    def document(self, n: int) -> np.ndarray:
-        """Return the tokens of document `n`, int64, end of text included."""
+    def document(self, n: int) -> Int64[np.ndarray, " tokens"]:
+        """Return the tokens of document `n`, end of text included."""
         if not 0 <= n < self.num_documents:
             raise IndexError(f"document {n} of {self.num_documents}")
         shard = int(np.searchsorted(self._first_documents, n, "right")) - 1
         start, stop = self._bounds[shard][n - self._first_documents[shard] :][:2]
         return self._tokens[shard][start:stop].astype(np.int64)
 
-    def slice(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens `start` to `stop` of the stream, int64 [stop - start]."""
+    def slice(self, start: int, stop: int) -> Int64[np.ndarray, " tokens"]:
+        """Return tokens `start` to `stop` of the stream."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
         first = int(np.searchsorted(self._starts, start, "right")) - 1
@@ -148,12 +149,12 @@ class Windows:
         """Iterate over the first epoch."""
         return (self[n] for n in range(len(self)))
 
-    def __getitem__(self, n: int) -> np.ndarray:
-        """Return window `n`, int64 [length + 1]."""
+    def __getitem__(self, n: int) -> Int64[np.ndarray, " length+1"]:
+        """Return window `n`."""
         if n < 0:
             raise IndexError(f"window {n}: windows are numbered from 0")
         epoch, position = divmod(n, len(self))
-        digest = hashlib.blake2b(f"{self.seed} {epoch}".encode(), digest_size=40).digest()
+        digest = hashlib.blake2b(f"{self.seed} {epoch}".encode(), digest_size=64).digest()
         offset, *keys = np.frombuffer(digest, "<u8").tolist()
         slack = min(self.length, self.split.num_tokens - len(self) * self.length)
         start = offset % slack + _permuted(position, len(self), keys) * self.length

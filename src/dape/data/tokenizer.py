@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int64, UInt
 
 from dape.errors import UserError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
-PROBE = "A line,\n\tthe \u00e9t\u00e9 of  \u6f22\u5b57 and \U0001f642.\n"
+PROBE = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642.\n"
 
 
 def load(name_or_path: str) -> "PreTrainedTokenizerFast":
@@ -103,7 +104,7 @@ def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def encoder(serialized: str) -> Callable[[str], np.ndarray]:
+def encoder(serialized: str) -> Callable[[str], UInt[np.ndarray, " tokens"]]:
     """Return the function from text to token ids of a serialized tokenizer.
 
     It adds nothing, and what looks like a special token in the text is ordinary text to it.
@@ -116,7 +117,12 @@ def encoder(serialized: str) -> Callable[[str], np.ndarray]:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return lambda text: np.array(backend.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def encode(text: str) -> UInt[np.ndarray, " tokens"]:
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+    return encode
 
 
 def _is_byte(serialized: str) -> bool:
@@ -126,8 +132,8 @@ def _is_byte(serialized: str) -> bool:
     return model.get("vocab") == BYTES and model.get("byte_fallback", False) and not any(steps)
 
 
-def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
-    """Return how many bytes of UTF-8 each token stands for, int64 [vocabulary]; 0 if special.
+def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " vocabulary"]:
+    """Return how many bytes of UTF-8 each token stands for; 0 if it is special.
 
     The bytes of a text's tokens sum to the bytes of the text, so that loss in nats a token is
     `loss / ln 2 * tokens / bytes` bits a byte. Raises `UserError` for a tokenizer that changes the
@@ -144,7 +150,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray:
             counts[number] = len(token)
         else:
             counts[number] = len(token.replace("\u2581", " ").encode())
-    if counts[encoder(serialize(tokenizer))(PROBE)].sum() != len(PROBE.encode()):
+    ids = encoder(serialize(tokenizer))(PROBE)
+    if tokenizer.decode(ids) != PROBE or counts[ids].sum() != len(PROBE.encode()):
         raise UserError(
             f"bits per byte need a tokenizer that keeps every byte of the text; "
             f"{tokenizer.name_or_path or 'this one'} does not"

@@ -116,21 +116,20 @@ class SplitWriter:
         self.flush()
         self._file.close()
         path = Path(self._file.name)
-        tokens = np.memmap(path, self._dtype, "r")
-        ends = [
-            np.flatnonzero(tokens[start : start + SCAN] == self._end_of_text) + start + 1
-            for start in range(0, len(tokens), SCAN)
-        ]
-        bounds = np.concatenate([[0], *ends]).astype(np.int64)
-        np.save(index_file(path), bounds)
+        checksum, bounds = hashlib.sha256(), [np.zeros(1, np.int64)]
+        tokens = 0
         with open(path, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            while len(block := np.fromfile(file, self._dtype, SCAN)):
+                checksum.update(block)
+                bounds.append(np.flatnonzero(block == self._end_of_text) + tokens + 1)
+                tokens += len(block)
+        np.save(index_file(path), np.concatenate(bounds, dtype=np.int64))
         self._written.shards.append(
             {
                 "file": path.name,
-                "tokens": len(tokens),
-                "documents": len(bounds) - 1,
-                "checksum": checksum,
+                "tokens": tokens,
+                "documents": sum(map(len, bounds)) - 1,
+                "checksum": checksum.hexdigest(),
             }
         )
 

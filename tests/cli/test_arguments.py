@@ -1,0 +1,87 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+from tyro.conf import Positional
+
+from dape.cli.arguments import parse
+from dape.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    """How to step."""
+
+    learning_rate: float = 0.5
+    """Size of a step."""
+    steps: int = 3
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Do a thing."""
+
+    names: Positional[tuple[str, ...]] = ("first",)
+    """What to do it to."""
+    mode: Literal["stop", "skip"] = "stop"
+    """What then."""
+    fast: bool = False
+    """Whether to hurry."""
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self):
+        if self.inner.steps < 0:
+            raise UserError(f"steps {self.inner.steps} must not be negative")
+
+
+def error(*argv):
+    with pytest.raises(UserError) as caught:
+        parse(Outer, argv, "dape thing")
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_values_reach_their_fields():
+    argv = ["a", "b", "--mode", "skip", "--fast", "--inner.learning_rate", "-1", "--inner.steps=7"]
+    assert parse(Outer, argv, "dape thing") == Outer(("a", "b"), "skip", True, Inner(-1.0, 7))
+
+
+def test_what_is_not_given_comes_from_the_default():
+    default = Outer(("x",), "skip", True, Inner(0.25, 9))
+    parsed = parse(Outer, ["--inner.steps", "1"], "dape thing", default)
+    assert parsed == Outer(("x",), "skip", True, Inner(0.25, 1))
+    assert parse(Outer, [], "dape thing") == Outer()
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--mdoe", "skip"], ["unknown option '--mdoe'", "did you mean '--mode'?"]),
+        (["--inner.learnin_rate", "1"], ["did you mean '--inner.learning-rate'?"]),
+        (["--steps", "4"], ["unknown option '--steps'", "did you mean --inner.steps?"]),
+        (["a", "--zzz=3"], ["unknown option '--zzz'", "--inner.steps", "--mode"]),
+        (["--fast", "a", "--mode", "skip", "b"], ["unexpected argument 'b'"]),
+        (["--mode", "jump"], ["--mode", "'jump'", "'stop', 'skip'"]),
+        (["--inner.steps", "many"], ["--inner.steps", "'many'", "expected", "INT", "default: 3"]),
+        (["--mode"], ["--mode", "Missing value", "dape thing --help"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(argv, parts):
+    message = error(*argv)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_check_of_the_class_speaks_for_itself():
+    assert error("--inner.steps", "-2") == "steps -2 must not be negative"
+
+
+def test_help_shows_text_and_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Outer, ["--help"], "dape thing")
+    page = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert "usage: dape thing" in page
+    assert "Size of a step. (default: 0.5)" in page
+    assert "What to do it to. (default: first)" in page
