@@ -1,7 +1,7 @@
 """The configuration of a DAPE language model, on Hugging Face conventions."""
 
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -28,6 +28,7 @@ _FOREIGN = frozenset(
 )
 
 
+@no_type_check  # by jaxtyping's hook, which knows no keys but the fields; `strict` checks those
 @strict
 class DapeConfig(PreTrainedConfig):
     """Sizes of the model and the scheme by which position enters it.
