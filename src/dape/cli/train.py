@@ -18,7 +18,7 @@ PROG = "dape train RECIPE.yaml"
 class Arguments:
     """Train a language model from a recipe; the same command again resumes an interrupted run.
 
-    On several devices: `torchrun --nproc_per_node=N -m dape train RECIPE.yaml ...`.
+    On several devices: `torchrun ... -m dape train RECIPE.yaml ...`, a process for each.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
@@ -111,7 +111,8 @@ def cost(recipe: Recipe, ranks: int) -> str:
     with torch.device("meta"):
         model = build(recipe, entries)
     training, size = recipe.training, estimate.size(model)
-    tokens = training.batch_size * training.length
+    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
     return "\n".join(
@@ -119,11 +120,12 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"run         {recipe.folder}",
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
-            f"step        {tokens:,} tokens in {recipe.micro_batches(ranks)} micro-batches on each"
-            f" of {ranks} devices, {flops:.2e} FLOP",
+            f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
+            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",
-            f"memory      about {sum(parts.values()):.1f} GiB on each device: "
-            + ", ".join(f"{name} {gib:.1f}" for name, gib in parts.items()),
+            f"memory      about {sum(parts.values()):.3g} GiB on each device: "
+            + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
         ]
     )

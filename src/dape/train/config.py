@@ -11,13 +11,24 @@ from tyro.constructors import PrimitiveConstructorSpec
 from dape.errors import UserError
 from dape.train import strict
 
-# On the command line a mapping is written as YAML: '{adapter: {hidden: 16}}'.
+
+def _mapping(text: str) -> dict[str, Any]:
+    """Return the mapping that YAML in one line describes; `ValueError` if it is none."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is no YAML mapping such as '{{adapter: {{hidden: 16}}}}'")
+    return value
+
+
 Options = Annotated[
     dict[str, Any],
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="YAML",
-        instance_from_str=lambda words: yaml.safe_load(words[0]),
+        instance_from_str=lambda words: _mapping(words[0]),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [yaml.safe_dump(value, default_flow_style=True).strip()],
     ),
@@ -165,7 +176,7 @@ class Recipe:
     """folder of the run (runs/NAME by default)"""
     seed: int = 0
     """of the weights and of the order of the data"""
-    data: str = "data/stdlib"
+    data: str = "data/python-stdlib"
     """folder written by `dape prepare`"""
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
@@ -195,14 +206,15 @@ class Recipe:
             UserError: if the batch is no whole number of them.
         """
         batch, size = self.training.batch_size, self.hardware.micro_batch_size
-        devices = f"{ranks} devices" if ranks > 1 else "the device"
         if size and batch % (ranks * size):
             raise UserError(
                 f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
-                f" x {devices}; change one of them"
+                f" x {ranks} devices; change one of them"
             )
         if batch % ranks:
-            raise UserError(f"training.batch_size={batch} cannot be shared evenly by {devices}")
+            raise UserError(
+                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
+            )
         return batch // (ranks * size) if size else 1
 
 

@@ -43,7 +43,7 @@ def size(model: nn.Module) -> Size:
     return Size(sum(p.numel() for _, p in named), positional, multiplied)
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
+def flops_per_token(model: nn.Module, length: int) -> int:
     r"""Return the arithmetic of training on one token, 6 N + 3 T sum_l (4 C + 2 a_l).
 
     N are the parameters in matrix products, T the length, C the width: q k^T and the weighted sum

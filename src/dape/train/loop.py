@@ -17,18 +17,16 @@ from torch.optim import Optimizer
 
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
-from dape.provenance import provenance
+from dape.provenance import device_name, provenance
 from dape.train import checkpoint, folder, parallelize
 from dape.train.checkpoint import Progress
 from dape.train.config import Recipe
 from dape.train.estimate import flops_per_token, peak_flops, size
 from dape.train.optimize import adamw, learning_rate
-from dape.train.track import Reporter
+from dape.train.track import Metrics, Reporter
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +111,10 @@ def setup(recipe: Recipe, corpus: Corpus) -> Session:
     fabric.barrier()
     saved = checkpoint.latest(recipe.folder / "checkpoints")
     progress = checkpoint.load(saved, model, optimizer) if saved else Progress()
+    fabric.print(
+        f"{recipe.folder}: {recipe.model.scheme}, {numbers.parameters:,} parameters, on"
+        f" {device_name(fabric.device)} x {fabric.world_size}, from step {progress.step}"
+    )
     return Session(recipe, corpus, fabric, model, loss, optimizer, progress)
 
 
@@ -243,7 +245,9 @@ def divergence(recipe: Recipe, metrics: Metrics, before: float) -> UserError:
 def export(session: Session) -> None:
     """Write `model/`: the whole model and its tokenizer as Hugging Face loads them."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar for the writing of one file
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(session.model, options=options)
     if session.fabric.is_global_zero:

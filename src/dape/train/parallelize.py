@@ -1,5 +1,6 @@
 """How one model is laid out over devices: everything that is distributed, outside the model."""
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,12 @@ def device(hardware: Hardware) -> torch.device:
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
         return torch.device("cpu")
+    if not gpus:
+        raise UserError("hardware.device='cuda': PyTorch sees no GPU; take --hardware.device cpu")
     if gpus < processes:
         raise UserError(
-            f"hardware.device={hardware.device!r}: {processes} processes for {gpus} GPUs here;"
-            f" start {gpus or 'none'} by `torchrun --nproc_per_node`, or take --hardware.device cpu"
+            f"hardware.device={hardware.device!r}: {processes} processes for {gpus} GPUs; start"
+            f" {gpus} with `torchrun --nproc_per_node={gpus}`, or take --hardware.device cpu"
         )
     return torch.device("cuda")
 
@@ -48,6 +51,7 @@ def launch(recipe: Recipe) -> "Fabric":
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
     if ranks() > 1 and recipe.hardware.strategy == "ddp":
         strategy = DDPStrategy()

@@ -94,8 +94,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if float in options and isinstance(value, str) and _is_number(value):
         remedy = f"; YAML takes it for text, write {float(value):.1e}"
     expected = " or ".join(map(_describe, options))
-    kind = NAMES.get(type(value), type(value).__name__)
-    raise UserError(f"{where}={value!r} is {kind}, expected {expected}{remedy}")
+    raise UserError(f"{where}={value!r}: expected {expected}{remedy}")
 
 
 def _describe(option: Any) -> str:

@@ -9,13 +9,15 @@ from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dape.errors import UserError
 from dape.train.config import Recipe
+
+Metrics = dict[str, float | int]
 
 METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -50,7 +52,7 @@ class Tracker:
                 project="dape", name=recipe.folder.name, config=asdict(recipe), resume="allow"
             )
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: Metrics) -> None:
         """Write one line, of `step` and what was measured there."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
@@ -96,7 +98,7 @@ class Reporter:
         self._first, self._start, self._said = done, time.monotonic(), -math.inf
         self._updates, self._seconds = 0, 0.0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Reporter":
         self._bar.start()
         return self
 
@@ -104,7 +106,7 @@ class Reporter:
         self._bar.stop()
         self._tracker.close()
 
-    def step(self, metrics: dict[str, float], due: bool) -> None:
+    def step(self, metrics: Metrics, due: bool) -> None:
         """Count an update, and if it is `due` log it with the speed since the last that was."""
         self._updates += 1
         self._seconds += metrics.pop("update_seconds")
@@ -120,7 +122,7 @@ class Reporter:
         self._tracker.log(metrics)
         self._show(step, metrics)
 
-    def _show(self, step: int, metrics: dict[str, float]) -> None:
+    def _show(self, step: int, metrics: Metrics) -> None:
         now, steps = time.monotonic(), self._training.steps
         left = (now - self._start) / (step - self._first) * (steps - step)
         text = "  ".join([*_words(metrics), f"{timedelta(seconds=round(left))} left"])
@@ -131,7 +133,7 @@ class Reporter:
             print(f"step {step}/{steps}  {text}", flush=True)
 
 
-def _words(metrics: dict[str, float]) -> list[str]:
+def _words(metrics: Metrics) -> list[str]:
     words = [f"loss {metrics['loss']:.4f}"]
     if "validation_loss" in metrics:
         words.append(f"validation {metrics['validation_loss']:.4f}")

@@ -1,0 +1,97 @@
+from pathlib import Path
+
+import pytest
+
+from dape.cli import main
+from dape.cli.train import read
+from dape.errors import UserError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def fails(capsys, *argv):
+    """Return the one line that a command prints before it ends with status 2."""
+    assert main(["train", *map(str, argv)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_options_are_put_over_the_recipe():
+    recipe = str(RECIPES / "350m.yaml")
+    options = ["--model.scheme", "alibi", "--seed", "3", "--training.batch-size", "512"]
+    arguments = read([recipe, *options, "--optimizer.clip-norm", "None", "--dry-run"])
+    found = arguments.recipe
+    assert (found.model.scheme, found.seed, found.training.batch_size) == ("alibi", 3, 512)
+    assert found.optimizer.clip_norm is None and found.optimizer.learning_rate == 3e-4
+    assert found.model.hidden_size == 1024 and found.folder == Path("runs/350m-alibi")
+    assert arguments.dry_run and not read([recipe]).dry_run
+
+
+def test_scheme_options_are_yaml():
+    options = ["--model.scheme-options", "{adapter: {hidden: 8, inputs: sum}}"]
+    recipe = read([str(RECIPES / "125m.yaml"), *options]).recipe
+    assert recipe.model.scheme_options == {"adapter": {"hidden": 8, "inputs": "sum"}}
+    with pytest.raises(UserError, match=r"'hidden=8' is no YAML mapping such as"):
+        read([str(RECIPES / "125m.yaml"), "--model.scheme-options", "hidden=8"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--training.btach-size", "3"], "did you mean '--training.batch-size'?"),
+        (["--training.steps", "many"], "--training.steps: invalid literal for int()"),
+        (["--training.precision", "fp16"], "invalid choice 'fp16'"),
+        (["--hardware.micro-batch-size", "3"], "training.batch_size=256 is not a multiple"),
+        (["--model.scheme", "dape-kerpel"], "did you mean 'dape-kerple'?"),
+        (["--model.backend", "trition"], "unknown backend 'trition'"),
+        (["--model.scheme-options", "{adapter: {hiden: 3}}"], "'hiden'; did you mean 'hidden'?"),
+        (["--data", "nowhere"], "no finished corpus in nowhere"),
+        (["--tracking.service", "wandb"], "pip install wandb"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, options, message):
+    assert message in fails(capsys, RECIPES / "125m.yaml", "--hardware.device", "cpu", *options)
+
+
+def test_a_recipe_is_named_first(capsys):
+    for argv in ([], ["--seed", "3"]):
+        assert "name a recipe first: `dape train RECIPE.yaml" in fails(capsys, *argv)
+
+
+def test_ranks_that_cannot_share_the_batch(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = fails(capsys, RECIPES / "125m.yaml", "--hardware.device", "cpu")
+    assert "hardware.micro_batch_size=32 x 3 devices" in line
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(RECIPES / "125m.yaml"), "--hardware.device", "cpu"]) == 2
+    assert capsys.readouterr().err == "", "the first rank speaks for all"
+
+
+def test_the_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    page = capsys.readouterr().out
+    assert "--optimizer.warmup FLOAT" in page and "fraction of the steps that rise" in page
+    assert "the same command again resumes" in page
+
+
+def test_a_dry_run_tells_what_the_paper_trained(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(RECIPES / "125m.yaml"), "--dry-run", "--hardware.device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    blocks = 12 * (12 * 768**2 + 13 * 768) + 2 * 768
+    assert f"parameters  {blocks + 2 * 50304 * 768 + 14_352 + 288:,}" in printed
+    assert "14,640 parameters for positions" in printed
+    assert f"{256 * 512:,} tokens: 1 devices x 8 micro-batches x 32 sequences x 512" in printed
+    assert f"50,000 steps, {50_000 * 256 * 512:,} tokens" in printed
+    assert "weights, gradients, moments 2.42" in printed
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_without_data_needs_the_vocabulary(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no finished corpus in data/python-stdlib" in fails(
+        capsys, RECIPES / "demo.yaml", "--dry-run", "--hardware.device", "cpu"
+    )

@@ -1,0 +1,75 @@
+import pytest
+import torch
+from small import recipe
+from torch.utils.flop_counter import FlopCounterMode
+
+from dape import DapeConfig, DapeForCausalLM
+from dape.train.config import Optimizer
+from dape.train.estimate import GIB, flops_per_token, memory, size
+from dape.train.optimize import adamw
+
+H, C, LAYERS, V = 2, 16, 3, 50
+
+
+def model(**changes):
+    sizes = {"hidden_size": C, "num_hidden_layers": LAYERS, "num_attention_heads": H}
+    return DapeForCausalLM(DapeConfig(vocab_size=V, backend="reference", **(sizes | changes)))
+
+
+def test_parameters_by_hand():
+    hidden = 5
+    found = size(model(scheme_options={"adapter": {"hidden": hidden}}))
+    matrices = LAYERS * (4 * C * C + 8 * C * C)
+    biases_and_norms = LAYERS * (4 * C + 5 * C + 4 * C) + 2 * C
+    positional = LAYERS * (2 * H + 2 * H * hidden + hidden + hidden * H + H)
+    assert found.positional == positional
+    assert found.multiplied == matrices + V * C
+    assert found.parameters == matrices + biases_and_norms + 2 * V * C + positional
+
+
+def test_a_tied_embedding_counts_once_and_is_multiplied():
+    tied, untied = size(model(tie_word_embeddings=True)), size(model())
+    assert untied.parameters - tied.parameters == V * C
+    assert tied.multiplied == untied.multiplied
+
+
+def test_the_paper_adds_14352_parameters():
+    with torch.device("meta"):
+        found = size(model(hidden_size=768, num_hidden_layers=12, num_attention_heads=12))
+    assert found.positional == 14_352 + 12 * 2 * 12  # and Kerple's p and a
+
+
+@pytest.mark.parametrize("scheme", ["nope", "kerple", "dape-kerple", "dape-nope"])
+def test_arithmetic_is_what_torch_counts(scheme):
+    module, length = model(scheme=scheme), 8
+    tokens = torch.randint(V, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        module(input_ids=tokens, labels=tokens).loss.backward()
+    assert flops_per_token(module, length) * length == counter.get_total_flops()
+
+
+def test_the_states_take_what_their_tensors_take():
+    module = model()
+    optimizer = adamw(module, Optimizer())
+    module(
+        input_ids=torch.zeros(1, 4, dtype=torch.long), labels=torch.zeros(1, 4).long()
+    ).loss.backward()
+    optimizer.step()
+    held = [p for p in module.parameters()] + [p.grad for p in module.parameters()]
+    held += [
+        moment for state in optimizer.state.values() for moment in state.values() if moment.ndim
+    ]
+    found = sum(tensor.numel() * tensor.element_size() for tensor in held) / GIB
+    settings = recipe("data", "out")
+    parts = memory(settings, size(module).parameters, V, ranks=1)
+    assert parts["weights, gradients, moments"] == pytest.approx(found)
+
+
+def test_sharding_divides_the_states_and_checkpointing_shrinks_activations():
+    copied = memory(recipe("data", "out"), 1000, V, ranks=2)
+    sharded = memory(recipe("data", "out", hardware={"strategy": "fsdp"}), 1000, V, ranks=2)
+    assert sharded["weights, gradients, moments"] == copied["weights, gradients, moments"] / 2
+    again = {"activation_checkpointing": True, "micro_batch_size": 2}
+    thrifty = memory(recipe("data", "out", hardware=again), 1000, V, ranks=2)
+    assert thrifty["logits"] == copied["logits"] / 2
+    assert thrifty["activations"] < copied["activations"] / 2

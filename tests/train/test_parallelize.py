@@ -1,0 +1,83 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+from small import losses, metrics, recipe, validation_loss
+
+from dape import DapeForCausalLM
+from dape.data.shards import Corpus
+from dape.errors import UserError
+from dape.train import checkpoint, parallelize
+from dape.train.config import Hardware
+from dape.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def out(data, tmp_path_factory):
+    """Return a folder with the same run on one rank, and on two: sharded, and copied."""
+    out = tmp_path_factory.mktemp("ranks")
+    train(recipe(data, out / "one"), Corpus(data))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = Path(__file__).with_name("two_ranks.py")
+    done = subprocess.run([*launch, script, data, out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_two_ranks_train_as_one(out, layout):
+    assert losses(out / layout) == pytest.approx(losses(out / "one"), rel=1e-5)
+    norms = [[entry["grad_norm"] for entry in metrics(out / name)] for name in (layout, "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    validations = [metrics(out / name)[-1]["validation_loss"] for name in (layout, "one")]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_the_exported_model_is_whole(out, data, layout):
+    model = DapeForCausalLM.from_pretrained(out / layout / "model").eval()
+    logged = metrics(out / layout)[-1]["validation_loss"]
+    assert validation_loss(model, Corpus(data), batches=8) == pytest.approx(logged, rel=1e-6)
+
+
+def test_each_rank_holds_its_part_of_each_parameter(out):
+    first, second = (json.loads((out / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    weights = load_file(out / "one/model/model.safetensors")
+    assert first.keys() == second.keys() == weights.keys()
+    for name, (is_sharded, placements, size, own) in first.items():
+        assert is_sharded and placements == "(Shard(dim=0),)"
+        assert size == weights[name].size == own + second[name][3]
+        rows = weights[name].shape[0]
+        assert own == size // rows * ((rows + 1) // 2), "the first half of the rows"
+
+
+def test_each_rank_saves_its_shards(out):
+    saved = checkpoint.latest(out / "fsdp" / "checkpoints")
+    assert {path.name for path in saved.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+
+
+def test_a_sharded_run_goes_on_with_one_rank(out, data):
+    """The checkpoint of two ranks, loaded by one, exports the same model."""
+    before = (out / "fsdp/model/model.safetensors").read_bytes()
+    train(recipe(data, out / "fsdp"), Corpus(data))
+    assert (out / "fsdp/model/model.safetensors").read_bytes() == before
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="4 processes for 2 GPUs; start 2 with `torchrun"):
+        parallelize.device(Hardware())
+    assert parallelize.device(Hardware(device="cpu")).type == "cpu"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert parallelize.device(Hardware()).type == "cuda"
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"PyTorch sees no GPU; take .*device cpu"):
+        parallelize.device(Hardware(device="cuda"))
+    assert parallelize.device(Hardware()).type == "cpu"

@@ -1,0 +1,32 @@
+"""Run by torchrun: trains sharded and copied, and writes what each rank holds."""
+
+import json
+import sys
+from pathlib import Path
+
+from small import recipe
+from torch.distributed.tensor import DTensor
+
+from dape.data.shards import Corpus
+from dape.train.loop import export, fit, setup, train
+
+
+def sharded(settings):
+    session = setup(settings, Corpus(settings.data))
+    fit(session)
+    export(session)
+    return {
+        name: [isinstance(p, DTensor), str(p.placements), p.numel(), p.to_local().numel()]
+        for name, p in session.model.named_parameters()
+    }, session.fabric.global_rank
+
+
+def main(data, out):
+    held, rank = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
+    (out / f"rank-{rank}.json").write_text(json.dumps(held))
+    accumulated = {"strategy": "ddp", "micro_batch_size": 2}
+    train(recipe(data, out / "ddp", hardware=accumulated), Corpus(data))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
