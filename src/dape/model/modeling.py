@@ -130,7 +130,11 @@ class DapePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DapeDecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["position_bias", "adapter"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "position_embedding",
+        "position_bias",
+        "adapter",
+    ]
     _can_compile_fullgraph = True
     _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
         "hidden_states": DapeDecoderLayer,

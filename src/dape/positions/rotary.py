@@ -41,7 +41,7 @@ def turn(x: Query, cos: Waves, sin: Waves) -> Query:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def require(name: str, value: float, least: float) -> None:
+def require(name: str, value: int | float, least: int) -> None:
     """Raise a `UserError` for an option below its least value."""
     if value < least:
         raise UserError(f"{name}={value} must be at least {least}")
