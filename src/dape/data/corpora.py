@@ -3,11 +3,14 @@
 import hashlib
 import re
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from platform import python_version
 from typing import Any, Literal
 
+from dape.data.hub import reachable
 from dape.errors import UserError
 
 Kind = Literal["text", "json", "dataset"]
@@ -143,29 +146,36 @@ def named_split(name: str, kind: Kind) -> str | None:
 
 
 def _dataset(name: str) -> Source:
-    parts = []
-    for split, rows in open_dataset(name).items():
-        sizes = rows.info.splits or {}
-        size = sizes[split].num_bytes if split in sizes else None
-        part = Part(f"{name}#{split}", split, "dataset", size or None, SPLITS.get(split))
-        parts.append(part)
-    return Source(name, tuple(parts), 0, {})
-
-
-def open_dataset(name: str) -> Any:
-    """Open a dataset `NAME` or `NAME:CONFIGURATION` of the Hugging Face hub, row by row."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
+    if find_spec("datasets") is None:
         raise UserError(
             f"no file or folder {name!r}; if it is a Hugging Face dataset, first "
             "`pip install 'dape[datasets]'`"
-        ) from None
+        )
+    if not reachable():
+        raise UserError(
+            f"no file or folder {name!r}, and the Hugging Face hub cannot be reached to look for "
+            "a dataset of that name"
+        )
+    return Source(name, tuple(_dataset_parts(name)), 0, {})
+
+
+def _dataset_parts(name: str) -> Iterator[Part]:
+    for split, rows in open_dataset(name).items():
+        sizes = rows.info.splits or {}
+        size = sizes[split].num_bytes if split in sizes else None
+        yield Part(f"{name}#{split}", split, "dataset", size or None, SPLITS.get(split))
+
+
+def open_dataset(name: str) -> Any:
+    """Open the splits of `NAME` or `NAME:CONFIGURATION`, to be read row by row.
+
+    Raises `UserError` with what the `datasets` library says if it cannot be opened.
+    """
+    from datasets import load_dataset
+
     repository, _, configuration = name.partition(":")
     try:
         return load_dataset(repository, configuration or None, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"no file or folder {name!r}, nor a Hugging Face dataset that can be opened: {reason}"
-        ) from error
+        raise UserError(f"the Hugging Face dataset {name!r} cannot be opened: {reason}") from error

@@ -149,7 +149,7 @@ class Windows:
         """Iterate over the first epoch."""
         return (self[n] for n in range(len(self)))
 
-    def __getitem__(self, n: int) -> Int64[np.ndarray, " length+1"]:
+    def __getitem__(self, n: int) -> Int64[np.ndarray, " {self.length}+1"]:
         """Return window `n`."""
         if n < 0:
             raise IndexError(f"window {n}: windows are numbered from 0")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64, UInt
 
+from dape.data.hub import reachable
 from dape.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,11 +64,14 @@ def byte() -> "PreTrainedTokenizerFast":
 def _gpt2() -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
+    repository = "openai-community/gpt2"
     try:
-        return PreTrainedTokenizerFast.from_pretrained("openai-community/gpt2")
+        return PreTrainedTokenizerFast.from_pretrained(repository, local_files_only=True)
     except (OSError, ValueError) as error:
+        if reachable():
+            return PreTrainedTokenizerFast.from_pretrained(repository)
         raise UserError(
-            "tokenizer 'gpt2' is neither in the Hugging Face cache nor can it be fetched; "
+            "tokenizer 'gpt2' is not in the Hugging Face cache, and the hub cannot be reached; "
             "pass a folder that holds its tokenizer.json: --tokenizer PATH"
         ) from error
 

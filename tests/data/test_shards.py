@@ -1,0 +1,187 @@
+import json
+import pickle
+
+import made
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from dape.data.shards import Corpus, Windows
+from dape.errors import UserError
+
+TEXTS = made.texts(40)
+STREAM = [token for text in TEXTS for token in made.byte_tokens(text)]
+KEY = 25  # tokens that occur together but once
+PLACES = {tuple(STREAM[i : i + KEY]): i for i in range(len(STREAM) - KEY + 1)}
+assert len(PLACES) == len(STREAM) - KEY + 1
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    made.write_zst(folder / "train.jsonl.zst", TEXTS)
+    return made.prepare(folder / "train.jsonl.zst", out=folder / "out", shard_tokens=1000)[0]
+
+
+@pytest.fixture(scope="module")
+def split(corpus):
+    assert len(corpus.manifest["splits"]["train"]["shards"]) > 3
+    return corpus.split("train")
+
+
+def test_documents_come_back_with_their_end(split):
+    assert split.num_documents == len(TEXTS)
+    assert [split.document(n).tolist() for n in range(40)] == [*map(made.byte_tokens, TEXTS)]
+    assert split.document_lengths.tolist() == [len(text.encode()) + 1 for text in TEXTS]
+
+
+def test_slices_do_not_show_where_shards_end(split):
+    assert split.num_tokens == len(STREAM)
+    assert split.slice(0, len(STREAM)).tolist() == STREAM
+    for start in range(0, len(STREAM), 97):
+        for stop in (start, start + 1, min(start + 1234, len(STREAM))):
+            assert split.slice(start, stop).tolist() == STREAM[start:stop]
+    assert split.slice(len(STREAM), len(STREAM)).dtype == np.int64
+
+
+def test_what_lies_outside_is_refused(split):
+    for start, stop in [(-1, 3), (5, 4), (0, len(STREAM) + 1)]:
+        with pytest.raises(IndexError, match=f"tokens {start}:{stop}"):
+            split.slice(start, stop)
+    for n in (-1, 40):
+        with pytest.raises(IndexError, match=f"document {n} of 40"):
+            split.document(n)
+
+
+def test_a_pickled_split_holds_names_not_data(split):
+    pickled = pickle.dumps(split)
+    assert len(pickled) < split.num_tokens
+    assert pickle.loads(pickled).slice(0, len(STREAM)).tolist() == STREAM
+
+
+def starts(windows, epoch):
+    """Where in the stream the windows of an epoch begin, in their order."""
+    found = []
+    for n in range(epoch * len(windows), (epoch + 1) * len(windows)):
+        window = windows[n].tolist()
+        start = PLACES[tuple(window[:KEY])]
+        assert window == STREAM[start : start + windows.length + 1]
+        found.append(start)
+    return found
+
+
+@pytest.mark.parametrize("length", [24, 100, 3000, len(STREAM) // 2 + 1, len(STREAM) - 1])
+def test_each_epoch_has_every_window_once(split, length):
+    windows = Windows(split, length, seed=3)
+    assert len(windows) == max(1, (len(STREAM) - length) // length)
+    for epoch in range(4):
+        ordered = sorted(starts(windows, epoch))
+        assert np.diff(ordered).tolist() == [length] * (len(windows) - 1)
+        assert ordered[0] < length
+
+
+def test_order_and_offset_differ_by_epoch_and_seed(split):
+    windows = Windows(split, 24, seed=3)
+    first, second = starts(windows, 0), starts(windows, 1)
+    other = starts(Windows(split, 24, seed=4), 0)
+    for one, two in [(first, second), (first, other)]:
+        assert min(one) != min(two)
+        assert np.argsort(one).tolist() != np.argsort(two).tolist()
+
+
+def test_a_window_depends_on_its_number_alone(split):
+    windows = Windows(split, 24, seed=3)
+    numbers = [1000, 3, 77_777, 0, 1000]
+    fresh = [Windows(split, 24, seed=3)[n].tolist() for n in numbers]
+    assert [windows[n].tolist() for n in numbers] == fresh
+    assert fresh[0] == fresh[-1] != fresh[1]
+    with pytest.raises(IndexError, match="numbered from 0"):
+        windows[-1]
+
+
+def test_iterating_ends_after_an_epoch(split):
+    windows = Windows(split, 100, seed=0)
+    assert [window.tolist() for window in windows] == [
+        windows[n].tolist() for n in range(len(windows))
+    ]
+
+
+def test_every_place_in_the_order_and_every_offset_is_equally_likely(split):
+    length = len(STREAM) // 8
+    windows = Windows(split, length, seed=0)
+    assert len(windows) == 7
+    epochs = np.array([starts(windows, epoch) for epoch in range(700)])
+    offsets = epochs.min(axis=1, keepdims=True)
+    places = (epochs - offsets) // length
+    for column in places.T:
+        assert chisquare(np.bincount(column, minlength=7)).pvalue > 1e-3
+    counts, _ = np.histogram(offsets, bins=10, range=(0, length))
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_a_split_without_a_window_is_refused(split):
+    with pytest.raises(UserError, match=f"has {len(STREAM)} tokens, too few for one window"):
+        Windows(split, len(STREAM), seed=0)
+    with pytest.raises(UserError, match="window length 0"):
+        Windows(split, 0, seed=0)
+
+
+def test_the_corpus_names_its_splits(corpus):
+    with pytest.raises(UserError, match="unknown split 'valid'; did you mean 'validation'"):
+        corpus.split("valid")
+    with pytest.raises(UserError, match=r"'test' of .* has no documents \(only train\)"):
+        corpus.split("test")
+
+
+def test_the_tokenizer_comes_with_the_corpus(corpus):
+    tokenizer = corpus.tokenizer()
+    assert (corpus.vocab_size, corpus.end_of_text) == (257, 256)
+    assert tokenizer.eos_token_id == 256
+    document = corpus.split("train").document(5)
+    assert tokenizer.decode(document) == TEXTS[5] + "<|endoftext|>"
+
+
+def damaged(corpus, folder, damage):
+    copy = folder / "copy"
+    copy.mkdir()
+    for name, content in made.files(corpus.folder).items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(content)
+    damage(copy)
+    with pytest.raises(UserError) as caught:
+        Corpus(copy)
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_corpus_is_refused_with_the_remedy(corpus, tmp_path):
+    with pytest.raises(
+        UserError, match=r"no finished corpus in .*; run `dape prepare SOURCE --out"
+    ):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "manifest.json").write_text("{"), "is no manifest of a corpus"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 0}'), "has format 0, not 1"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "is no manifest of a corpus"),
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or not the"),
+        (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or not the"),
+        (lambda f: (f / "train-00000.bin").write_bytes(b"ab"), "train-00000.bin is missing, or"),
+    ],
+)
+def test_damage_is_told_with_the_remedy(corpus, tmp_path, damage, message):
+    told = damaged(corpus, tmp_path, damage)
+    assert message in told
+    assert told.endswith("prepare it again with --overwrite")
+
+
+def test_the_manifest_adds_up(corpus):
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    train = manifest["splits"]["train"]
+    assert (train["documents"], train["tokens"]) == (len(TEXTS), len(STREAM))
+    assert train["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    for key in ("documents", "tokens"):
+        assert sum(shard[key] for shard in train["shards"]) == train[key]
+    assert corpus.checksum == manifest["checksum"]
