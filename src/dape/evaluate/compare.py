@@ -9,7 +9,7 @@ from jaxtyping import Float
 from dape.errors import UserError
 from dape.evaluate.record import Evaluation
 from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
-from dape.positions.scheme import ADAPTERS
+from dape.positions.scheme import ADAPTERS, BASES
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
 
@@ -96,9 +96,9 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
 def compare(groups: Sequence[Group]) -> list[Comparison]:
     """Return the tests of each group against its baseline, at every length.
 
-    The baseline of a scheme with an adapter is the group of the same encoding without one, where
-    there is such a group; that of all others is the first group. Groups that score other tokens
-    than their baseline are left out.
+    The baseline of a scheme with an adapter is the same encoding without one, if that is there;
+    that of all others is the first scheme without an adapter, or else the first. Groups that score
+    other tokens than their baseline are left out.
     """
     comparisons = []
     for candidate in groups:
@@ -109,14 +109,24 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     return comparisons
 
 
+def split(scheme: str) -> tuple[str, str]:
+    """Return the adapter ("" for none) and the encoding in the name of a scheme."""
+    for adapter in ADAPTERS:
+        encoding = scheme.removeprefix(f"{adapter}-")
+        if encoding != scheme and encoding in BASES:
+            return adapter, encoding
+    return "", scheme
+
+
 def _targets(group: Group) -> object:
     return group.evaluations[0].targets
 
 
 def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
-    prefix, _, base = candidate.scheme.partition("-")
-    bare = [each for each in groups if prefix in ADAPTERS and each.scheme == base]
-    return [*bare, groups[0]][0]
+    adapter, encoding = split(candidate.scheme)
+    same = [each for each in groups if adapter and each.scheme == encoding]
+    bare = [each for each in groups if each.scheme == split(each.scheme)[1]]
+    return [*same, *bare, *groups][0]
 
 
 def _compare(candidate: Group, baseline: Group, place: int) -> Comparison:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from dape.errors import UserError
 from dape.evaluate.protocols import Windows
 
-BINS_PER_OCTAVE = 8
+BINS_PER_OCTAVE = 2
 Document = Callable[[int], Int[np.ndarray, " tokens"]]
 
 
@@ -27,8 +27,8 @@ class Measurement:
     perplexity: exp(loss).
     bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens.
     document_losses: mean loss of each document, in the order of the evaluation's documents.
-    contexts: for each bin (eighths of an octave) of the number of tokens before the predicted one,
-        its first and last number and the mean loss.
+    contexts: for each bin (half an octave) of the number of tokens before the predicted one, its
+        first and last number and the mean loss.
     """
 
     length: int

@@ -17,7 +17,7 @@ from dape.evaluate.perplexity import Measurement, measure, token_losses, window_
 from dape.evaluate.protocols import Protocol, Windows, choose_blocks
 from dape.evaluate.record import Evaluation, Targets
 
-LEARNED_BY = ("model", "training", "optimizer")
+LEARNED_BY = ("data", "model", "training", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def settings(self) -> str | None:
-        """Return a checksum of the recipe without its seed, layout and paths."""
+        """Return a checksum of the recipe without its seed, layout and output."""
         if self.recipe is None:
             return None
         learned = {name: self.recipe.get(name) for name in LEARNED_BY}

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dape.errors import UserError
 from dape.evaluate.compare import METRICS, Group
 from dape.figures.style import ACCENT, looks, theme
 
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = (".png", ".pdf", ".svg")
 LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
 
 
@@ -37,7 +34,7 @@ def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure"
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
-        Point(group.label, measurement.length, getattr(measurement, metric))
+        Point(group.label, float(measurement.length), getattr(measurement, metric))
         for group in groups
         for evaluation in group.evaluations
         for measurement in evaluation.measurements
@@ -45,7 +42,7 @@ def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure"
     with theme():
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
         _lines(axes, points, groups)
-        _length_axis(axes, sorted({point.x for point in points}))
+        _length_axis(axes, groups[0].evaluations[0].lengths)
         _value_axis(axes, points)
         _mark_training(axes, groups)
     return figure
@@ -80,11 +77,13 @@ def over_context(groups: Sequence[Group]) -> "Figure":
 
 
 def over_training(
-    groups: Sequence[Group], histories: Mapping[str, Sequence[Mapping[str, float]]]
+    groups: Sequence[Group], histories: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> "Figure":
     """Draw the training loss against the tokens seen; `histories` holds the metrics of each run."""
+    from matplotlib.ticker import EngFormatter
+
     points = [
-        Point(group.label, step["tokens"], step["loss"])
+        Point(group.label, float(step["tokens"]), step["loss"])
         for group in groups
         for evaluation in group.evaluations
         for step in histories.get(evaluation.run, ())
@@ -92,18 +91,9 @@ def over_training(
     with theme():
         figure, axes = _canvas("tokens trained on", "training loss (nats a token)")
         _lines(axes, points, groups, markers=False)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_formatter(EngFormatter())
         _value_axis(axes, points)
     return figure
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write the figure in the format of the path's suffix; raise `UserError` for another one."""
-    if path.suffix not in FORMATS:
-        raise UserError(f"{path}: a figure ends in {', '.join(FORMATS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else None
-    figure.savefig(path, metadata=metadata)
 
 
 def _canvas(x: str, y: str) -> tuple["Figure", "Axes"]:
@@ -135,9 +125,9 @@ def _lines(
     seaborn.move_legend(axes, "center left", bbox_to_anchor=(1.01, 0.5), title=None)
 
 
-def _length_axis(axes: "Axes", ticks: Sequence[float]) -> None:
+def _length_axis(axes: "Axes", ticks: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, labels=[f"{tick:,.0f}" for tick in ticks])
+    axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
 
 

@@ -4,23 +4,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dape.positions.scheme import ADAPTERS
+from dape.evaluate.compare import split
 
-# seaborn's palette "colorblind", in the order in which encodings take its colours: an encoding has
-# the same colour in every figure, with an adapter and without.
+# An encoding has the same colour in every figure, with an adapter and without: the ten colours of
+# seaborn's palette "colorblind" in its order, and then the same ten darkened.
 ENCODINGS = (
-    "kerple",
-    "alibi",
-    "fire",
-    "rope",
-    "cope",
-    "kerple-power",
-    "sandwich",
-    "nope",
-    "sinusoidal",
-    "t5",
+    *("kerple", "alibi", "fire", "rope", "cope", "sandwich", "xpos", "nope", "learned", "t5"),
+    *("kerple-power", "sinusoidal", "transformer-xl", "yarn", "dynamic-ntk"),
+    *("partial-rope", "randomized-rope", "pi", "ntk"),
 )
-MARKERS = {"dape": "o", "dape3": "s", "dape5": "D", "dape7": "^"}
+DARKENED = 0.55
+MARKERS = {
+    "dape": "o",
+    "dape3": "s",
+    "dape5": "D",
+    "dape7": "^",
+    "dape-add": "v",
+    "dape-concat": "P",
+    "dape-bias": "X",
+    "talking-heads": "p",
+}
 SOLID, DASHED = "", (3, 1.5)
 ACCENT = "#555555"
 
@@ -65,24 +68,25 @@ def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     One colour an encoding; dashed without an adapter, solid with one, whose marker tells which.
     A label whose encoding has no colour of its own, or whose looks are taken, gets a free colour.
     """
-    import seaborn
-
     parts = {label: split(scheme) for label, scheme in schemes.items()}
+    colours = palette()
     places: dict[str, int] = {}
     for label, (adapter, encoding) in parts.items():
         taken = {places[other] for other in places if parts[other][0] == adapter}
-        own = ENCODINGS.index(encoding) if encoding in ENCODINGS else None
-        free = [n for n in reversed(range(len(ENCODINGS))) if n not in taken]
-        places[label] = own if own is not None and own not in taken else (free or [0])[0]
-    palette = seaborn.color_palette("colorblind", len(ENCODINGS))
+        own = [ENCODINGS.index(encoding)] if encoding in ENCODINGS else []
+        candidates = [*own, *reversed(range(len(colours)))]
+        free = (place for place in candidates if place not in taken)
+        places[label] = next(free, candidates[0])
     return {
-        "palette": {label: palette[place] for label, place in places.items()},
+        "palette": {label: colours[place] for label, place in places.items()},
         "dashes": {label: SOLID if adapter else DASHED for label, (adapter, _) in parts.items()},
         "markers": {label: MARKERS.get(adapter, "o") for label, (adapter, _) in parts.items()},
     }
 
 
-def split(scheme: str) -> tuple[str, str]:
-    """Return the adapter ("" for none) and the encoding in the name of a scheme."""
-    prefix, _, encoding = scheme.partition("-")
-    return (prefix, encoding) if prefix in ADAPTERS else ("", scheme)
+def palette() -> list[tuple[float, float, float]]:
+    """Return the colours that encodings and labels take, as red, green and blue."""
+    import seaborn
+
+    bright = seaborn.color_palette("colorblind")
+    return [*bright, *((DARKENED * r, DARKENED * g, DARKENED * b) for r, g, b in bright)]

@@ -29,10 +29,10 @@ class Table:
         """Return the table in GitHub's Markdown."""
         ruler = ["---", *("---:" for _ in self.header[1:])]
         lines = [f"| {' | '.join(cells)} |" for cells in (self.header, ruler, *self.rows)]
-        return f"**{self.title}**\n\n" + "\n".join(lines) + f"\n\n{self.note}\n"
+        return f"**{self.title}**\n\n" + "\n".join(lines) + f"\n\n{self.note}"
 
     def rich(self) -> "RichTable":
-        """Return the table for the screen."""
+        """Return the table for the screen, with deviations under their means to save width."""
         from rich import box
         from rich.table import Table as RichTable
 
@@ -40,9 +40,9 @@ class Table:
         table.title_justify = table.caption_justify = "left"
         table.title_style = "bold"
         for place, name in enumerate(self.header):
-            table.add_column(name, justify="right" if place else "left")
+            table.add_column(name, justify="right" if place else "left", no_wrap=True)
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
         return table
 
 
@@ -50,17 +50,21 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
     """Return the metric of each group at each length, with its deviation over seeds."""
     first = groups[0].evaluations[0]
     trained = {group.train_length for group in groups}
-    lengths = [f"{n:,} (trained)" if n in trained else f"{n:,}" for n in first.lengths]
+    lengths = [f"{n:,}*" if n in trained else f"{n:,}" for n in first.lengths]
     rows = [
         [group.label, str(len(group.evaluations)), *_cells(group.values(metric), metric)]
         for group in groups
     ]
-    seeds = any(len(group.evaluations) > 1 for group in groups)
+    notes = [describe_targets(groups)]
+    if trained & set(first.lengths):
+        notes.append("* length trained at.")
+    if any(len(group.evaluations) > 1 for group in groups):
+        notes.append("± one standard deviation over seeds.")
     return Table(
         title=f"{METRICS[metric].capitalize()} by length of the window",
         header=["scheme", "runs", *lengths],
         rows=rows,
-        note=describe_targets(groups) + (" ± is one standard deviation over seeds." * seeds),
+        note=" ".join(notes),
     )
 
 
@@ -73,7 +77,7 @@ def describe_targets(groups: Sequence[Group]) -> str:
         "non_overlapping": "all tokens of windows that follow each other",
     }
     return (
-        f"Protocol `{targets.protocol}`: {windows[targets.protocol]}. At every length the same "
+        f"Protocol {targets.protocol}: {windows[targets.protocol]}. At every length the same "
         f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
         f"{targets.split} split are scored."
     )
@@ -122,7 +126,7 @@ def _cells(values: np.ndarray, metric: str) -> list[str]:
     return [f"{mean} ± {deviation}" for mean, deviation in zip(means, deviations, strict=True)]
 
 
-def number(value: float, metric: str) -> str:
+def number(value: float, metric: str = "perplexity") -> str:
     """Return a value of the metric with the digits that are worth reading."""
     if metric != "perplexity":
         return f"{value:.4f}"

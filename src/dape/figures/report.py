@@ -1,0 +1,230 @@
+"""A report on evaluated runs: an HTML file that needs no network, or Markdown without figures."""
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dape.evaluate.compare import METRICS, Comparison, Group, compare
+from dape.evaluate.record import Evaluation
+from dape.figures import curves, tables
+from dape.figures.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure as SVG in base64, and what it shows."""
+
+    caption: str
+    data: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is told of groups of runs; `command` is the one that makes the report.
+
+    What run folders tell of training is there for those that are still where they were.
+    """
+
+    groups: Sequence[Group]
+    metric: str
+    command: str
+
+    @property
+    def title(self) -> str:
+        """Return the title."""
+        return f"Reading beyond the training length: {', '.join(g.label for g in self.groups)}"
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """Return the evaluations of all groups."""
+        return [each for group in self.groups for each in group.evaluations]
+
+    def content(self) -> dict[str, Any]:
+        """Return the parts of the report that both formats have, in their order."""
+        comparisons = compare(self.groups)
+        records = {each.run: training_record(Path(each.run)) for each in self.evaluations}
+        return {
+            "findings": findings(self.groups, comparisons),
+            "results": tables.results(self.groups, self.metric),
+            "tests": tables.tests(comparisons) if comparisons else None,
+            "runs": runs_table(self.evaluations, records),
+            "commands": commands(self.evaluations, records, self.command),
+            "origin": origin(self.evaluations),
+        }
+
+    def recipes(self) -> dict[str, str]:
+        """Return the recipe of each group by its label, as its first run has it."""
+        firsts = {group.label: Path(group.evaluations[0].run) for group in self.groups}
+        return {label: _text(run / "config.yaml") for label, run in firsts.items()}
+
+    def html(self) -> str:
+        """Return one HTML page with the figures and recipes in it."""
+        from jinja2 import Environment
+
+        template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+            files("dape.figures").joinpath("report.html").read_text(encoding="utf-8")
+        )
+        histories = {each.run: training_history(Path(each.run)) for each in self.evaluations}
+        return template.render(
+            title=self.title,
+            drawings=drawings(self.groups, self.metric, histories),
+            recipes=self.recipes(),
+            **self.content(),
+        )
+
+    def markdown(self) -> str:
+        """Return the findings, tables and origin in GitHub's Markdown."""
+        content = self.content()
+        shown = [content[name] for name in ("results", "tests", "runs") if content[name]]
+        parts = [
+            f"# {self.title}",
+            *content["findings"],
+            *(table.markdown() for table in shown),
+            "```\n" + "\n".join(content["commands"]) + "\n```",
+            "\n".join(f"- {name}: {value}" for name, value in content["origin"].items()),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def findings(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[str]:
+    """Return what the tests say at the longest length, a sentence for each pair of groups."""
+    by_label = {group.label: group for group in groups}
+    longest = max(groups[0].evaluations[0].lengths)
+    return [
+        finding(each, by_label[each.candidate], by_label[each.baseline])
+        for each in comparisons
+        if each.length == longest
+    ]
+
+
+def finding(comparison: Comparison, candidate: Group, baseline: Group) -> str:
+    """Return a comparison at the longest length in words."""
+    length, trained = comparison.length, candidate.train_length
+    times = f", {length / trained:g} times the training length" if trained else ""
+    ours, theirs = (
+        tables.number(group.values("perplexity")[:, -1].mean()) for group in (candidate, baseline)
+    )
+    sure = [tables.change(comparison)] + [
+        f"p = {tables.p_value(test)} over {test.pairs} {units}"
+        for test, units in (
+            (comparison.over_seeds, "seeds"),
+            (comparison.over_documents, "documents"),
+        )
+        if test is not None
+    ]
+    return (
+        f"At {length:,} tokens{times}, the perplexity of {candidate.label} is {ours}, "
+        f"that of {baseline.label} {theirs} ({', '.join(sure)})."
+    )
+
+
+def drawings(
+    groups: Sequence[Group], metric: str, histories: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Drawing]:
+    """Return the figures: over length, over context and, where there are histories, training."""
+    band = " Bands: one standard deviation over seeds."
+    band *= any(len(group.evaluations) > 1 for group in groups)
+    drawn = {
+        "length": Drawing(
+            f"{METRICS[metric].capitalize()} against the length of the window."
+            f" Dashed: without an adapter; solid: with one.{band}",
+            embedded(curves.over_length(groups, metric)),
+        ),
+        "context": Drawing(
+            f"Mean loss of a scored token against the tokens of context it had.{band}",
+            embedded(curves.over_context(groups)),
+        ),
+    }
+    if any(histories.values()):
+        drawn["training"] = Drawing(
+            f"Loss on the training text while learning.{band}",
+            embedded(curves.over_training(groups, histories)),
+        )
+    return drawn
+
+
+def embedded(figure: "Figure") -> str:
+    """Return a figure as SVG in base64."""
+    image = BytesIO()
+    figure.savefig(image, format="svg", metadata={"Date": None})
+    return base64.b64encode(image.getvalue()).decode()
+
+
+def runs_table(
+    evaluations: Sequence[Evaluation], records: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """Return what each run is, and what it took to train it."""
+    rows = []
+    for each in evaluations:
+        record = records[each.run]
+        rows.append(
+            [
+                each.run,
+                each.scheme,
+                _shown(each.seed),
+                f"{each.parameters:,}",
+                _shown(each.train_length),
+                _shown(record.get("tokens")),
+                _shown(record.get("loss"), ".4f"),
+                _shown(record.get("seconds"), ",.0f"),
+            ]
+        )
+    header = ["run", "scheme", "seed", "parameters", "trained at", "tokens", "loss", "seconds"]
+    return Table("Runs", header, rows, note="Tokens, last loss and seconds of training.")
+
+
+def origin(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Return where the numbers come from."""
+    made = [each.provenance for each in evaluations]
+    targets = [each.targets for each in evaluations]
+    versions = (", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in made)
+    rows = {
+        "corpus checksum": (each.data for each in targets),
+        "documents scored": (
+            f"{len(each.documents)} of the {each.split} split" for each in targets
+        ),
+        "seed of their choice": (str(each["seed"]) for each in made),
+        "device of the evaluation": (each["device"] for each in made),
+        "commit": (each["commit"] or "installed package" for each in made),
+        "versions": versions,
+        "time": (each["time"] for each in made),
+    }
+    return {name: "; ".join(dict.fromkeys(values)) for name, values in rows.items()}
+
+
+def commands(
+    evaluations: Iterable[Evaluation], records: Mapping[str, Mapping[str, Any]], last: str
+) -> list[str]:
+    """Return the commands that trained, evaluated and reported, each once."""
+    trained = [record["command"] for record in records.values() if "command" in record]
+    return list(
+        dict.fromkeys([*trained, *(each.provenance["command"] for each in evaluations), last])
+    )
+
+
+def training_record(run: Path) -> dict[str, Any]:
+    """Return the run.json of a run, empty if there is none."""
+    return json.loads(_text(run / "run.json") or "{}")
+
+
+def training_history(run: Path) -> list[dict[str, Any]]:
+    """Return the steps in the metrics.jsonl of a run, none if there is no such file."""
+    return [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _shown(value: int | float | None, form: str = ",") -> str:
+    return UNKNOWN if value is None else f"{value:{form}}"

@@ -1,0 +1,117 @@
+"""Groups of seeds and the tests between them, against scipy and by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dape.errors import UserError
+from dape.evaluate.compare import check_comparable, compare, group, split
+from dape.positions.scheme import SCHEMES
+from evaluations import LENGTHS, make
+
+KERPLE = [[2.10, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9], [2.08, 2.0, 2.1, 2.2, 2.5]]
+DAPE = [[2.07, 1.9, 1.8, 1.7, 1.7], [2.10, 1.9, 1.9, 1.8, 1.7], [2.07, 1.9, 1.8, 1.7, 1.6]]
+
+
+def seeds(scheme, losses):
+    return [make(scheme, each, seed=seed) for seed, each in enumerate(losses)]
+
+
+def test_seeds_of_one_recipe_are_one_group_with_its_metrics():
+    groups = group([*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)])
+    assert [each.label for each in groups] == ["kerple", "dape-kerple"]
+    np.testing.assert_allclose(groups[0].values("loss"), KERPLE)
+    np.testing.assert_allclose(groups[1].values("perplexity"), np.exp(DAPE))
+
+
+def test_other_settings_are_another_group_told_apart_by_the_run():
+    small, large = make("kerple", KERPLE[0]), make("kerple", KERPLE[1], settings="of a larger one")
+    large = replace(large, run="runs/large")
+    assert [each.label for each in group([small, large])] == [
+        "kerple (runs/kerple-0)",
+        "kerple (runs/large)",
+    ]
+
+
+def test_models_without_a_recipe_are_never_seeds_of_each_other():
+    models = [
+        replace(make("llama", KERPLE[0], settings=None), run=folder) for folder in ("one", "two")
+    ]
+    assert [each.label for each in group(models)] == ["llama (one)", "llama (two)"]
+
+
+def test_the_t_test_is_that_of_scipy_on_the_losses_of_shared_seeds():
+    runs = [
+        *seeds("kerple", KERPLE),
+        *reversed(seeds("dape-kerple", DAPE)),
+        make("dape-kerple", DAPE[0], seed=9),
+    ]
+    comparisons = compare(group(runs))
+    assert [each.length for each in comparisons] == list(LENGTHS)
+    for place, each in enumerate(comparisons):
+        ours, theirs = np.array(DAPE)[:, place], np.array(KERPLE)[:, place]
+        assert (each.candidate, each.baseline) == ("dape-kerple", "kerple")
+        assert each.over_seeds.pairs == 3
+        assert each.over_seeds.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+
+
+def test_the_bootstrap_averages_the_losses_of_a_document_over_seeds():
+    (first, *_) = compare(group([*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)]))
+    by_document = [share * np.mean([2.07, 2.10, 2.07]) for share in (0.9, 1.0, 1.1)]
+    against = [share * np.mean([2.10, 2.12, 2.08]) for share in (0.9, 1.0, 1.1)]
+    assert first.over_documents.pairs == 3
+    assert first.over_documents.difference == pytest.approx(np.mean(by_document) - np.mean(against))
+
+
+def test_a_single_seed_leaves_the_test_over_documents():
+    (first, *_) = compare(group([make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])]))
+    assert first.over_seeds is None
+    assert first.over_documents.pairs == 3
+
+
+@pytest.mark.parametrize(
+    ("order", "pairs"),
+    [
+        (
+            ["kerple", "alibi", "dape-alibi", "dape-kerple"],
+            {("alibi", "kerple"), ("dape-alibi", "alibi"), ("dape-kerple", "kerple")},
+        ),
+        (["dape-kerple", "kerple"], {("dape-kerple", "kerple")}),
+        (["dape-kerple", "dape3-kerple"], {("dape3-kerple", "dape-kerple")}),
+        (["dape-add-kerple", "alibi"], {("dape-add-kerple", "alibi")}),
+    ],
+)
+def test_baselines_are_the_bare_encoding_or_the_first_bare_scheme(order, pairs):
+    comparisons = compare(group([make(scheme, KERPLE[0]) for scheme in order]))
+    assert {(each.candidate, each.baseline) for each in comparisons} == pairs
+
+
+def test_names_of_schemes_split_into_adapter_and_encoding():
+    for name, scheme in SCHEMES.items():
+        adapter, encoding = split(name)
+        assert name == (f"{adapter}-{encoding}" if adapter else encoding)
+        assert (scheme.bias, scheme.rotation) == (
+            SCHEMES[encoding].bias,
+            SCHEMES[encoding].rotation,
+        )
+        assert SCHEMES[encoding].adapter is None or not adapter
+    assert split("dape-add-kerple-power") == ("dape-add", "kerple-power")
+    assert split("a-model-of-others") == ("", "a-model-of-others")
+
+
+def test_perplexities_of_other_tokens_are_refused_and_bits_per_byte_are_not():
+    here, there = make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])
+    there = replace(there, targets=replace(there.targets, data="decade"))
+    with pytest.raises(UserError, match=r"perplexity of runs/dape-kerple-0 .*bits_per_byte"):
+        check_comparable([here, there], "perplexity")
+    check_comparable([here, there], "bits_per_byte")
+    assert compare(group([here, there])) == []
+
+
+def test_other_lengths_are_refused_for_every_metric():
+    here = make("kerple", KERPLE[0])
+    there = make("dape-kerple", DAPE[0][:2], lengths=LENGTHS[:2])
+    with pytest.raises(UserError, match="different lengths"):
+        check_comparable([here, there], "bits_per_byte")

@@ -1,0 +1,50 @@
+"""Evaluations on disk."""
+
+import json
+
+import pytest
+
+from dape.errors import UserError
+from dape.evaluate.record import evaluation_path, load
+from evaluations import make
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    evaluation = make("kerple", [2.0, 1.9, 1.8, 1.7, 1.6])
+    path = tmp_path / "evaluation" / "last.json"
+    evaluation.save(path)
+    assert load(path) == evaluation
+    assert [file.name for file in path.parent.iterdir()] == ["last.json"]
+
+
+def test_numbers_that_are_not_finite_survive(tmp_path):
+    make("nope", [float("inf")], lengths=(128,)).save(tmp_path / "last.json")
+    assert load(tmp_path / "last.json").measurements[0].perplexity == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("last", None, "test"), "last.json"),
+        (("sliding", 64, "validation"), "sliding-64-validation.json"),
+    ],
+)
+def test_the_name_of_the_file_tells_protocol_stride_and_split(tmp_path, arguments, name):
+    assert evaluation_path(tmp_path, *arguments) == tmp_path / "evaluation" / name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such evaluation; run `dape eval`"),
+        ("{", "not JSON"),
+        (json.dumps({"format": 0}), "not an evaluation of format 1"),
+        ("[]", "not an evaluation of format 1"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, message):
+    path = tmp_path / "last.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"{path}.*{message}"):
+        load(path)
