@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from small import batch, losses, metrics, recipe, validation_loss
+from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
@@ -209,3 +210,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert not (tmp_path / "run/model").exists()
     saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoints/*"))
     assert saved == [f"step-{n:08d}" for n in range(2, step, 2)][-2:]
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_blocks_learn_the_same(data, tmp_path):
+    small = {"model": {"num_hidden_layers": 1, "scheme": "nope"}, "training": {"steps": 2}}
+    plain = run(recipe(data, tmp_path / "plain", **small))
+    compiled = run(recipe(data, tmp_path / "compiled", hardware={"compile": True}, **small))
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
