@@ -1,0 +1,58 @@
+"""The configuration: what it refuses, and that it survives its file."""
+
+import pytest
+
+from dape.errors import UserError
+from dape.model.configuration import DapeConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hiden_size": 64}, "'hiden_size'; did you mean 'hidden_size'"),
+        (
+            {"num_layers": 2},
+            "unknown key of DapeConfig 'num_layers'; did you mean 'num_hidden_layers'",
+        ),
+        ({"max_position_embeddings": 64}, "unknown key of DapeConfig 'max_position_embeddings'"),
+        ({"scheme": "dape-kerpel"}, "unknown scheme 'dape-kerpel'; did you mean 'dape-kerple'"),
+        ({"scheme_options": {"adapter": {"hiden": 4}}}, "'hiden'; did you mean 'hidden'"),
+        ({"scheme_options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),
+        ({"hidden_size": 100}, "hidden_size=100 is not a multiple of num_attention_heads=12"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5 does not divide 12"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 does not divide 12"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+        ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(options, words):
+    with pytest.raises(UserError, match=words) as error:
+        DapeConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_type_names_the_field():
+    with pytest.raises(Exception, match=r"hidden_size[\s\S]*expected int"):
+        DapeConfig(hidden_size="wide")
+
+
+def test_every_field_survives_the_file(tmp_path):
+    config = DapeConfig(
+        vocab_size=99, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, intermediate_size=100, scheme="dape3-alibi",
+        scheme_options={"adapter": {"hidden": 5, "residual": False}}, train_length=77,
+        layer_norm_eps=1e-6, backend="reference", use_cache=False, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    loaded = DapeConfig.from_pretrained(tmp_path)
+    assert loaded.to_diff_dict() == config.to_diff_dict()
+    for name in DapeConfig.__annotations__:
+        assert getattr(loaded, name) == getattr(config, name), name
+
+
+def test_sizes_left_out_follow_the_others():
+    config = DapeConfig(hidden_size=96, num_attention_heads=6)
+    assert (config.head_dim, config.feed_forward_size, config.key_value_size) == (16, 384, 96)
+    shared = DapeConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
+    assert shared.key_value_size == 32

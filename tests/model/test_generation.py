@@ -1,0 +1,76 @@
+"""Generation: the same tokens with every cache, padded or not, greedy or by beams."""
+
+import pytest
+import torch
+from models import grown, tokens
+
+OPTIONS = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+CACHES = {
+    "none": {"use_cache": False},
+    "dynamic": {"cache_implementation": "dynamic"},
+    "static": {"cache_implementation": "static"},
+}
+
+
+@pytest.fixture(params=["dape-kerple", "dape3-nope", "fire"])
+def model(request):
+    model = grown(scheme=request.param, train_length=8).requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    # Outputs by far the likeliest, so that rounding cannot decide, and never the padding.
+    model.lm_head.weight.mul_(5)
+    return model
+
+
+def generate(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(ids, attention_mask=mask, suppress_tokens=[0], **OPTIONS, **options)
+    return out[:, ids.shape[1] :]
+
+
+def test_greedy_tokens_are_those_of_repeated_whole_passes_in_every_cache(model):
+    ids = tokens(2, 5)
+    expected = ids
+    for _ in range(OPTIONS["max_new_tokens"]):
+        logits = model(expected, use_cache=False).logits[:, -1, 1:]
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True) + 1], dim=1)
+    assert expected[:, 5:].unique().numel() > 3
+    for options in CACHES.values():
+        assert torch.equal(generate(model, ids, **options), expected[:, 5:])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_left_padded_batch_continues_as_each_of_its_rows_alone(model, cache):
+    ids = tokens(3, 7)
+    mask = torch.ones_like(ids)
+    for row, padding in enumerate((0, 2, 5)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    batch = generate(model, ids, mask, **CACHES[cache])
+    for row, padding in enumerate((0, 2, 5)):
+        alone = generate(model, ids[row : row + 1, padding:], **CACHES[cache])
+        assert torch.equal(batch[row : row + 1], alone)
+
+
+def test_beams_are_the_same_in_every_cache(model):
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+    ids[0, :2], mask[0, :2] = 0, 0
+    beams = [generate(model, ids, mask, num_beams=3, **options) for options in CACHES.values()]
+    assert torch.equal(beams[0], beams[1]) and torch.equal(beams[0], beams[2])
+
+
+def test_generating_far_past_the_training_length(model):
+    ids = tokens(1, 3)
+    options = {**OPTIONS, "max_new_tokens": 40}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert out.shape == (1, 3 + 40)
+    last = model(out[:, :-1], use_cache=False).logits[:, -1].argmax(-1)
+    assert torch.equal(out[:, -1], last)
+
+
+def test_embeddings_start_a_generation_as_their_ids_do(model):
+    ids = tokens(2, 5)
+    embeddings = model.model.embed_tokens(ids)
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        inputs_embeds=embeddings, attention_mask=mask, suppress_tokens=[0], **OPTIONS
+    )
+    assert torch.equal(out, generate(model, ids))

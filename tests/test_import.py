@@ -1,0 +1,42 @@
+"""What importing `dape` costs, counted in modules, and that its names are what they say."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import dape
+
+HEAVY = {"torch", "transformers", "lightning", "matplotlib", "datasets", "tensorboard"}
+
+
+def imported(statements):
+    """Return which of the heavy libraries a fresh Python has imported after some statements."""
+    code = f"import sys; {statements}; print(*({HEAVY!r} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_dape_imports_no_library():
+    assert imported("import dape") == set()
+
+
+def test_attention_and_its_parts_import_torch_alone():
+    assert imported("import dape; dape.attention, dape.Kerple, dape.DAPE") == {"torch"}
+
+
+def test_the_operator_keeps_its_name_after_its_subpackage_is_imported():
+    assert import_module("dape.attention").attention is dape.attention
+    assert dape.attention is import_module("dape.attention.operator").attention
+
+
+@pytest.mark.parametrize("name", dape.__all__)
+def test_every_public_name_is_what_it_says(name):
+    assert getattr(dape, name).__name__ == name
+    assert name in dir(dape)
+
+
+def test_a_name_there_is_not_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'kerple'"):
+        dape.kerple  # noqa: B018
