@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import chisquare
 
 from dape.data.shards import Corpus, Windows
+from dape.data.tokenizer import fingerprint
 from dape.errors import UserError
 
 TEXTS = made.texts(40)
@@ -137,6 +138,7 @@ def test_the_tokenizer_comes_with_the_corpus(corpus):
     tokenizer = corpus.tokenizer()
     assert (corpus.vocab_size, corpus.end_of_text) == (257, 256)
     assert tokenizer.eos_token_id == 256
+    assert fingerprint(tokenizer) == corpus.manifest["tokenizer"]["fingerprint"]
     document = corpus.split("train").document(5)
     assert tokenizer.decode(document) == TEXTS[5] + "<|endoftext|>"
 

@@ -8,8 +8,8 @@ def reachable(seconds: float = 10.0) -> bool:
     network.
     """
     from httpx import HTTPError
+    from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT
-    from huggingface_hub.utils import get_session
 
     try:
         get_session().head(ENDPOINT, timeout=seconds)

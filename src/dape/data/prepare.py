@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -90,20 +90,20 @@ class Preparation:
 
     def __init__(self, options: Options) -> None:
         self._options, self._folder = options, options.out
+        _refuse_inside(options)
         sources = [resolve(name) for name in options.sources]
         self._parts = [part for source in sources for part in source.parts]
         self._tokenizer = tokenizers.load(options.tokenizer)
         self._header = _header(options, sources, self._tokenizer)
-        if options.overwrite:
-            _clear(self._folder)
-        self.finished = (self._folder / MANIFEST).is_file()
-        self.resumed = not self.finished and (self._folder / JOURNAL).is_file()
+        manifest, journal = self._folder / MANIFEST, self._folder / JOURNAL
+        self.finished = manifest.is_file() and not options.overwrite
+        self.resumed = journal.is_file() and not options.overwrite and not self.finished
         if self.finished:
             _refuse_other(self._folder, Corpus(self._folder).manifest, self._header)
         elif self.resumed:
-            journal = json.loads((self._folder / JOURNAL).read_bytes())
-            _refuse_other(self._folder, journal["header"], self._header)
-        elif self._folder.exists() and not _is_free(self._folder):
+            there = json.loads(journal.read_bytes())
+            _refuse_other(self._folder, there["header"], self._header)
+        elif not (manifest.is_file() or journal.is_file() or _is_free(self._folder)):
             raise UserError(f"{self._folder} holds other files; give --out a new or empty folder")
 
     @property
@@ -120,10 +120,12 @@ class Preparation:
         """
         options = self._options
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (
-            _locked(self._folder),
-            closing(CorpusWriter(self._folder, self._header, options.on_error == "stop")) as writer,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(_locked(self._folder))
+            if options.overwrite:
+                _clear(self._folder)
+            stop = options.on_error == "stop"
+            writer = stack.enter_context(closing(CorpusWriter(self._folder, self._header, stop)))
             part, done = writer.state.part, writer.state.records
             yield Status.of(writer.state, _size(self._parts[:part]), [])
             batches = _batches(self._parts, part, done)
@@ -200,18 +202,27 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     }
 
 
+def _refuse_inside(options: Options) -> None:
+    """Raise `UserError` if the corpus would become a part of its source."""
+    for name in options.sources:
+        folder = Path(name).expanduser()
+        inside = options.out.resolve().is_relative_to(folder.resolve())
+        if name != STANDARD_LIBRARY and folder.is_dir() and inside:
+            raise UserError(f"{options.out} lies in the source {name}; name a folder beside it")
+
+
 def _is_free(folder: Path) -> bool:
     """Return whether there is nothing but what a run killed at its very start leaves."""
+    if not folder.exists():
+        return True
     return folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
 
 
 def _clear(folder: Path) -> None:
     """Remove what a preparation wrote, and nothing else."""
-    if not any((folder / name).exists() for name in (MANIFEST, JOURNAL)):
-        return
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     for name in SPLITS:
-        for path in folder.glob(f"{name}-[0-9]*.*"):
+        for path in (*folder.glob(f"{name}-*.bin"), *folder.glob(f"{name}-*.idx.npy")):
             path.unlink()
     for name in (SKIPPED, MANIFEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)

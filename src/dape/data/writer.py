@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ class SplitWriter:
         tokens = 0
         with open(path, "rb") as file:
             while len(block := np.fromfile(file, self._dtype, SCAN)):
-                checksum.update(block)
+                checksum.update(block.data)
                 bounds.append(np.flatnonzero(block == self._end_of_text) + tokens + 1)
                 tokens += len(block)
         np.save(index_file(path), np.concatenate(bounds, dtype=np.int64))
@@ -147,12 +148,14 @@ class CorpusWriter:
         if journal.exists():
             self.state = State.load(json.loads(journal.read_bytes())["state"])
         self._write_journal()
-        self._list = open(folder / SKIPPED, "ab")  # noqa: SIM115 (`close` closes it)
-        self._list.truncate(self.state.listed)
-        self._writers = {
-            name: SplitWriter(folder, name, header, written)
-            for name, written in self.state.splits.items()
-        }
+        with ExitStack() as files:
+            self._list = files.enter_context(open(folder / SKIPPED, "ab"))
+            self._list.truncate(self.state.listed)
+            self._writers = {
+                name: files.enter_context(closing(SplitWriter(folder, name, header, written)))
+                for name, written in self.state.splits.items()
+            }
+            self._files = files.pop_all()
 
     def add(self, records: Iterable[Encoded], part: int, number: int) -> list[str]:
         """Write the records, after which `number` of part `part` are read; return what was wrong.
@@ -194,9 +197,7 @@ class CorpusWriter:
 
     def close(self) -> None:
         """Close all files as they are, to be continued."""
-        self._list.close()
-        for writer in self._writers.values():
-            writer.close()
+        self._files.close()
 
     def finish(self) -> None:
         """End all shards and write the manifest; `UserError` if there is not one document."""

@@ -1,0 +1,347 @@
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import time
+
+import made
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dape.data import prepare, records, writer
+from dape.data.encoding import Batch, Encoding, encoded
+from dape.data.prepare import Options, Preparation
+from dape.data.records import Record
+from dape.data.shards import Corpus
+from dape.data.tokenizer import byte, serialize
+from dape.errors import UserError
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Batches of a few documents."""
+    monkeypatch.setattr(prepare, "BATCH", 1500)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Texts of every kind, with broken ones among them."""
+    folder = tmp_path / "sources"
+    (folder / "more").mkdir(parents=True)
+    made.write_zst(folder / "a.jsonl.zst", made.texts(60, seed=1))
+    lines = made.json_lines(made.texts(60, seed=2)).splitlines(keepends=True)
+    lines[17] = b'{"text": "cut off\n'
+    (folder / "b.jsonl").write_bytes(b"".join(lines))
+    (folder / "more" / "latin.txt").write_bytes("é".encode("latin-1"))
+    for n, text in enumerate(made.texts(20, seed=3, longest=4000)):
+        (folder / "more" / f"{n}.md").write_bytes(text.encode())
+    return folder
+
+
+def test_documents_are_the_tokens_of_their_texts_in_order(tmp_path):
+    expected = {
+        "train": made.texts(30, 1),
+        "validation": made.texts(9, 2),
+        "test": made.texts(8, 3),
+    }
+    (tmp_path / "in").mkdir()
+    for name, documents in expected.items():
+        made.write_zst(tmp_path / "in" / f"{name}-00.jsonl.zst", documents)
+    corpus, problems = made.prepare(tmp_path / "in", out=tmp_path / "out")
+    assert problems == []
+    for name, documents in expected.items():
+        assert made.documents(corpus, name) == [*map(made.byte_tokens, documents)]
+
+
+def test_a_bpe_corpus_equals_tokenizing_anew(tmp_path):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    documents = [text.replace(special[0], "ab cd abc") for text in made.texts(20)]
+    tokenizer.train_from_iterator(documents, trainer)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    made.write_zst(tmp_path / "train.jsonl.zst", documents)
+    corpus, _ = made.prepare(
+        tmp_path / "train.jsonl.zst", out=tmp_path / "out", tokenizer=str(tmp_path / "tokenizer")
+    )
+    assert corpus.end_of_text == tokenizer.token_to_id(special[0])
+    expected = [[*tokenizer.encode(text).ids, corpus.end_of_text] for text in documents]
+    assert made.documents(corpus, "train") == expected
+    split = corpus.split("train")
+    decoded = [corpus.tokenizer().decode(split.document(n)[:-1]) for n in range(20)]
+    assert decoded == documents
+
+
+def test_a_text_file_is_a_document_however_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PIECE", 64)
+    monkeypatch.setattr(records, "WORD", 16)
+    monkeypatch.setattr(prepare, "BATCH", 100)
+    documents = made.texts(6, longest=5000)
+    (tmp_path / "in").mkdir()
+    for n, text in enumerate(documents):
+        (tmp_path / "in" / f"train-{n}.txt").write_bytes(text.encode())
+    corpus, _ = made.prepare(tmp_path / "in", out=tmp_path / "out", shard_tokens=3000)
+    assert made.documents(corpus, "train") == [*map(made.byte_tokens, documents)]
+
+
+def test_documents_go_to_the_split_of_their_content(tmp_path):
+    documents = made.texts(400, longest=30)
+    for name, ordered in [("one", documents), ("two", documents[::-1])]:
+        (tmp_path / f"{name}.jsonl").write_bytes(made.json_lines(ordered))
+    corpora = [made.prepare(tmp_path / f"{n}.jsonl", out=tmp_path / n)[0] for n in ("one", "two")]
+    for name in ("train", "validation", "test"):
+        one, two = (made.documents(corpus, name) for corpus in corpora)
+        assert one == two[::-1]
+        assert len(one) > 20
+    everything = [
+        document for name in writer.SPLITS for document in made.documents(corpora[0], name)
+    ]
+    assert sorted(everything) == sorted(map(made.byte_tokens, documents))
+
+
+def test_what_is_broken_is_told_counted_and_listed(sources, tmp_path):
+    corpus, problems = made.prepare(sources, out=tmp_path / "out", on_error="skip")
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        f"{sources}/b.jsonl:18",
+        f"{sources}/more/latin.txt:1",
+    ]
+    assert corpus.manifest["skipped"] == {"broken": 2, "empty": 0}
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "".join(f"{p}\n" for p in problems)
+    splits = corpus.manifest["splits"].values()
+    assert sum(split["documents"] for split in splits) == 60 + 59 + 20
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "Expecting ',' delimiter"),
+        (b"[1, 2]", 'not an object with a string "text"'),
+        (b'{"meta": {}}', 'not an object with a string "text"'),
+        (b'{"text": 5}', 'not an object with a string "text"'),
+        (b'{"text": "\\ud800"}', "surrogates not allowed"),
+        (b'{"text": "\xe9"}', "can't decode byte"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_broken_line_stops_with_its_place_and_can_be_skipped(tmp_path, line, reason):
+    good = made.texts(3)
+    whole = made.json_lines(good).splitlines(keepends=True)
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"".join([*whole[:2], line, b"\n", whole[2]]))
+    with pytest.raises(UserError) as caught:
+        made.prepare(path, out=tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(f"{path}:3: ")
+    assert reason in message
+    assert "--on-error skip" in message
+    corpus, problems = made.prepare(path, out=tmp_path / "out", on_error="skip")
+    assert len(problems) == 1
+    assert made.documents(corpus, "train") == [*map(made.byte_tokens, good)]
+
+
+def test_empty_documents_are_counted(tmp_path):
+    lines, empty = tmp_path / "train.jsonl", tmp_path / "test.txt"
+    lines.write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n')
+    empty.write_text("")
+    corpus, _ = made.prepare(lines, empty, out=tmp_path / "out")
+    assert corpus.manifest["skipped"] == {"broken": 0, "empty": 3}
+    assert made.documents(corpus, "train") == [made.byte_tokens("a")]
+
+
+def interrupted(options, monkeypatch, statuses):
+    """Run for some statuses, and for two more that the journal does not know of; tear the ends."""
+    run = Preparation(options).run()
+    with monkeypatch.context() as patch:
+        for seconds, times in [(0.0, statuses), (1e9, 2)]:
+            patch.setattr(writer, "JOURNAL_SECONDS", seconds)
+            for _ in range(times):
+                next(run)
+    run.close()
+    assert (options.out / "progress.json").exists()
+    for name in writer.SPLITS:
+        with open(max(options.out.glob(f"{name}-*.bin")), "ab") as file:
+            file.write(b"torn")
+
+
+@pytest.mark.parametrize("stops", [(1,), (2, 3), (7, 1, 9), (25,)])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    sources, tmp_path, monkeypatch, small_steps, stops
+):
+    fixed = {"on_error": "skip", "shard_tokens": 3000, "workers": 1}
+    made.prepare(sources, out=tmp_path / "whole", **fixed)
+    options = Options(sources=(str(sources),), out=tmp_path / "parts", **fixed)
+    for statuses in stops:
+        interrupted(options, monkeypatch, statuses)
+        with pytest.raises(UserError, match="no finished corpus"):
+            Corpus(options.out)
+    assert Preparation(options).resumed
+    made.prepare(sources, out=options.out, **fixed)
+    assert made.files(options.out) == made.files(tmp_path / "whole")
+
+
+def test_a_long_document_resumes_in_its_middle(tmp_path, monkeypatch, small_steps):
+    monkeypatch.setattr(records, "PIECE", 64)
+    monkeypatch.setattr(records, "WORD", 16)
+    (text,) = made.texts(1, seed=5, longest=20_000)
+    path = tmp_path / "train.txt"
+    path.write_bytes(text.encode())
+    options = Options(sources=(str(path),), out=tmp_path / "out", workers=1)
+    interrupted(options, monkeypatch, 4)
+    corpus, _ = made.prepare(path, out=options.out)
+    assert made.documents(corpus, "train") == [made.byte_tokens(text)]
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+    made.write_zst(tmp_path / "train.jsonl.zst", made.texts(4000))
+    arguments = ["prepare", str(tmp_path / "train.jsonl.zst"), "--out", str(tmp_path / "killed")]
+    script = (
+        "import sys, dape.cli, dape.data.prepare, dape.data.writer\n"
+        "dape.data.prepare.BATCH = 2000\n"
+        "dape.data.writer.JOURNAL_SECONDS = 0.0\n"
+        "dape.cli.main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", script, *arguments, "--workers", "1"]
+    journal = tmp_path / "killed" / "progress.json"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not journal.exists() or json.loads(journal.read_bytes())["state"]["records"] < 200:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    made.prepare(tmp_path / "train.jsonl.zst", out=tmp_path / "killed")
+    made.prepare(tmp_path / "train.jsonl.zst", out=tmp_path / "whole")
+    assert made.files(tmp_path / "killed") == made.files(tmp_path / "whole")
+
+
+def test_the_number_of_workers_changes_nothing(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH", 1500)
+    for workers in (1, 2):
+        options = {"on_error": "skip", "shard_tokens": 3000, "workers": workers}
+        made.prepare(sources, out=tmp_path / str(workers), **options)
+    assert made.files(tmp_path / "1") == made.files(tmp_path / "2")
+
+
+def test_a_killed_worker_is_told_with_the_remedy(sources):
+    part = prepare.resolve(str(sources)).parts[0]
+    how = Encoding(serialize(byte()), 256, "uint16", 0.1, 0.1)
+    record = Record(part, 1, b'{"text": "a"}', 13)
+    batches = (Batch([record], 0, n, 13 * n) for n in range(1, 10_000))
+    results = encoded(batches, how, workers=2)
+    _, (first,) = next(results)
+    assert first.tokens.tolist() == [97, 256]
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(UserError, match=r"one of 2 workers was killed.*fewer --workers"):
+        list(results)
+
+
+def test_a_finished_corpus_is_left_alone_and_others_are_refused(sources, tmp_path):
+    fixed = {"out": tmp_path / "out", "on_error": "skip", "workers": 1}
+    made.prepare(sources, **fixed)
+    before = made.files(tmp_path / "out")
+    again = {**fixed, "workers": 2, "on_error": "stop"}
+    assert Preparation(Options(sources=(str(sources),), **again)).finished
+    for other, message in [
+        ({"validation": 0.2}, "validation 0.1 is now 0.2"),
+        ({"shard_tokens": 7}, "shard_tokens 134217728 is now 7"),
+        ({"sources": (f"{sources}/more",)}, f"sources {sources} is now {sources}/more"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            Preparation(Options(**{"sources": (str(sources),), **fixed, **other}))
+        assert message in str(caught.value)
+        assert "--overwrite" in str(caught.value)
+    (sources / "b.jsonl").write_bytes(b'{"text": "changed"}')
+    with pytest.raises(UserError, match=f"sources {sources} changed since"):
+        Preparation(Options(sources=(str(sources),), **fixed))
+    assert made.files(tmp_path / "out") == before
+
+
+def test_an_interrupted_corpus_of_other_arguments_is_refused(
+    sources, tmp_path, monkeypatch, small_steps
+):
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1)
+    interrupted(options, monkeypatch, 3)
+    with pytest.raises(UserError, match=r"test 0\.1 is now 0\.3"):
+        Preparation(Options(sources=(str(sources),), out=tmp_path / "out", test=0.3))
+
+
+def test_overwriting_replaces_the_corpus_and_nothing_else(sources, tmp_path):
+    out = tmp_path / "out"
+    made.prepare(sources, out=out, on_error="skip", shard_tokens=2000)
+    (out / "notes.md").write_text("mine")
+    made.write_zst(tmp_path / "train.jsonl.zst", ["a", "b"])
+    corpus, _ = made.prepare(tmp_path / "train.jsonl.zst", out=out, overwrite=True)
+    assert made.documents(corpus, "train") == [made.byte_tokens("a"), made.byte_tokens("b")]
+    left = {path.name for path in out.iterdir()}
+    assert left == {
+        "manifest.json",
+        "tokenizer",
+        "train-00000.bin",
+        "train-00000.idx.npy",
+        "notes.md",
+    }
+
+
+def test_a_folder_of_other_files_is_refused(sources, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds other files"):
+            Preparation(Options(sources=(str(sources),), out=tmp_path / "out", overwrite=overwrite))
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_corpus_within_its_source_is_refused(sources):
+    with pytest.raises(UserError, match="lies in the source"):
+        Preparation(Options(sources=(str(sources),), out=sources / "more" / "out"))
+
+
+def test_two_runs_do_not_write_to_one_folder(sources, tmp_path, small_steps):
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1, on_error="skip")
+    first = Preparation(options).run()
+    next(first)
+    with pytest.raises(UserError, match="another process is preparing"):
+        next(Preparation(options).run())
+    first.close()
+
+
+def test_a_shard_that_lost_bytes_is_not_gone_on_with(sources, tmp_path, monkeypatch, small_steps):
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1)
+    interrupted(options, monkeypatch, 4)
+    (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-00000\.bin has lost what was written"):
+        next(Preparation(options).run())
+
+
+def test_sources_without_text_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="the sources have no text"):
+        made.prepare(tmp_path / "a.txt", out=tmp_path / "out")
+
+
+def test_the_checksum_is_of_the_data(tmp_path):
+    checksums = []
+    for folder, text in [("a", "one"), ("b", "one"), ("c", "two")]:
+        (tmp_path / folder).mkdir()
+        made.write_zst(tmp_path / folder / "train.jsonl.zst", [text])
+        corpus, _ = made.prepare(tmp_path / folder, out=tmp_path / f"{folder}-out")
+        checksums.append(corpus.checksum)
+    assert checksums[0] == checksums[1] != checksums[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"validation": 0.6, "test": 0.4}, "validation 0.6 and test 0.4 must be shares"),
+        ({"test": -0.1}, "must be shares from 0"),
+        ({"workers": 0}, "workers 0 must be at least 1"),
+        ({"shard_tokens": 0}, "shard_tokens 0 must be at least 1"),
+    ],
+)
+def test_impossible_options_are_told(tmp_path, wrong, message):
+    with pytest.raises(UserError, match=message):
+        Options(out=tmp_path, **wrong)
