@@ -1,5 +1,6 @@
 """`dape eval`: perplexity over length of one or more runs, on the same tokens."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +30,12 @@ def lengths(text: str) -> tuple[int, ...]:
 
     Raises `ValueError` for anything else.
     """
-    numbers: list[int] = []
-    parts = text.split(",")
-    for place, part in enumerate(parts):
-        if part.strip() != "...":
-            numbers.append(int(part))
-        else:
-            numbers += doubled(numbers[-1], int(parts[place + 1]))
-    if min(numbers) < 1:
-        raise ValueError(text)
-    return tuple(sorted(set(numbers)))
+    if not re.fullmatch(r"[1-9]\d*(,(\.\.\.,)?[1-9]\d*)*", text):
+        raise ValueError(f"{text!r} is no list of lengths")
+    found: list[int] = []
+    for dots, digits in re.findall(r"(\.\.\.,)?(\d+)", text):
+        found += [*(doubled(found[-1], int(digits)) if dots else ()), int(digits)]
+    return tuple(sorted(set(found)))
 
 
 def doubled(first: int, last: int) -> list[int]:
