@@ -43,6 +43,13 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         "parameters": 1234,
         "targets": targets,
         "measurements": measurements,
-        "provenance": {"command": "dape eval runs/*", "device": "cpu", "commit": "abc"},
+        "provenance": {
+            "command": "dape eval runs/*",
+            "commit": "abc",
+            "versions": {"python": "3.11", "torch": "2.13"},
+            "device": "cpu",
+            "time": "2026-01-01T00:00:00+00:00",
+            "seed": 0,
+        },
     }
     return Evaluation(**{**values, **changes})

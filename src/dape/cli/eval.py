@@ -213,11 +213,11 @@ def choose_device(name: str) -> "torch.device":
 def show(evaluations: Sequence["Evaluation"], metric: str) -> None:
     """Print the table of results and, for two groups or more, the tests between them."""
     from dape.evaluate.compare import compare, group
-    from dape.figures.tables import results, tests
+    from dape.figures.tables import results, significance
 
     groups = group(evaluations)
     console = Console()
     console.print(results(groups, metric).rich())
     comparisons = compare(groups)
     if comparisons:
-        console.print(tests(comparisons).rich())
+        console.print(significance(comparisons).rich())

@@ -56,7 +56,7 @@ class Report:
         return {
             "findings": findings(self.groups, comparisons),
             "results": tables.results(self.groups, self.metric),
-            "tests": tables.tests(comparisons) if comparisons else None,
+            "tests": tables.significance(comparisons) if comparisons else None,
             "runs": runs_table(self.evaluations, records),
             "commands": commands(self.evaluations, records, self.command),
             "origin": origin(self.evaluations),

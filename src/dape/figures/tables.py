@@ -83,7 +83,7 @@ def describe_targets(groups: Sequence[Group]) -> str:
     )
 
 
-def tests(comparisons: Sequence[Comparison]) -> Table:
+def significance(comparisons: Sequence[Comparison]) -> Table:
     """Return the change of perplexity of each candidate against its baseline, with p-values."""
     lengths = sorted({each.length for each in comparisons})
     rows, names = [], []

@@ -1,0 +1,79 @@
+"""Tables: what stands in their cells."""
+
+import math
+
+import pytest
+from rich.console import Console
+
+from dape.evaluate.compare import compare, group
+from dape.figures.report import findings
+from dape.figures.tables import number, results, significance
+from evaluations import make
+
+KERPLE = [[2.1, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9]]
+DAPE = [[2.0, 1.9, 1.8, 1.7, 1.6], [2.1, 1.9, 1.8, 1.8, 1.7]]
+
+
+@pytest.fixture
+def groups():
+    return group(
+        [
+            make(scheme, losses[seed], seed=seed)
+            for scheme, losses in (("kerple", KERPLE), ("dape-kerple", DAPE))
+            for seed in (0, 1)
+        ]
+    )
+
+
+def test_results_mark_the_training_length_and_say_what_was_scored(groups):
+    table = results(groups)
+    assert table.header == ["scheme", "runs", "128*", "256", "512", "1,024", "2,048"]
+    assert "the last 128 tokens of each window" in table.note
+    assert "the same 384 tokens of 3 documents of the test split" in table.note
+    assert "standard deviation over seeds" in table.note
+
+
+def test_one_run_is_shown_without_a_deviation():
+    table = results(group([make("kerple", KERPLE[0])]), "loss")
+    assert table.rows == [["kerple", "1", "2.1000", "2.0000", "2.1000", "2.3000", "2.6000"]]
+    assert "deviation" not in table.note
+
+
+def test_changes_are_ratios_of_perplexities(groups):
+    table = significance(compare(groups))
+    expected = math.exp((1.6 + 1.7) / 2 - (2.6 + 2.9) / 2) - 1
+    assert table.rows[0][0] == "dape-kerple against kerple"
+    assert table.rows[0][-1] == f"{100 * expected:.1f} %"
+    assert [row[0] for row in table.rows[1:]] == ["p over 2 seeds", "p over 3 documents"]
+    assert "ttest_rel" in table.note and "scipy.stats.bootstrap" in table.note
+
+
+def test_the_finding_is_at_the_longest_length(groups):
+    (sentence,) = findings(groups, compare(groups))
+    assert sentence.startswith("At 2,048 tokens, 16 times the training length, the perplexity of")
+    assert f"dape-kerple is {(math.exp(1.6) + math.exp(1.7)) / 2:.2f}" in sentence
+    assert "over 2 seeds" in sentence and "over 3 documents" in sentence
+
+
+def test_a_table_on_a_narrow_screen_keeps_every_digit(groups):
+    console = Console(width=80)
+    with console.capture() as screen:
+        console.print(results(groups).rich())
+    lines = screen.get().splitlines()
+    (row,) = (line for line in lines if line.split()[:1] == ["dape-kerple"])
+    means = [(math.exp(a) + math.exp(b)) / 2 for a, b in zip(*DAPE, strict=True)]
+    assert row.split()[2:] == [f"{mean:.2f}" for mean in means]
+
+
+@pytest.mark.parametrize(
+    ("value", "metric", "text"),
+    [
+        (8.314, "perplexity", "8.31"),
+        (1234.5, "perplexity", "1,234.50"),
+        (65536.0, "perplexity", "6.6e+04"),
+        (math.inf, "perplexity", "inf"),
+        (1.23456, "bits_per_byte", "1.2346"),
+    ],
+)
+def test_numbers_have_the_digits_worth_reading(value, metric, text):
+    assert number(value, metric) == text
