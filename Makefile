@@ -1,16 +1,30 @@
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := runs/demo
 
 .PHONY: demo demo-seeds check test clean
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
+demo: SEEDS := 0
 demo: $(BIN)/dape
+	$(train_and_evaluate)
+	$(BIN)/dape plot $(RUNS) --out runs/demo/report.html
+
+# The same with three seeds each: what results/demo holds.
+demo-seeds: SEEDS := 0 1 2
+demo-seeds: $(BIN)/dape
+	$(train_and_evaluate)
+	mkdir -p results/demo
+	$(BIN)/dape plot $(RUNS) --out results/demo/table.md
+	$(BIN)/dape plot $(RUNS) --out results/demo/perplexity.png
+
+RUNS = $(foreach seed,$(SEEDS),runs/demo/kerple-$(seed) runs/demo/dape-kerple-$(seed))
+define train_and_evaluate
 	$(BIN)/dape prepare --out data/python-stdlib
-	$(BIN)/dape train recipes/demo.yaml --model.scheme kerple --out $(DEMO)/kerple
-	$(BIN)/dape train recipes/demo.yaml --model.scheme dape-kerple --out $(DEMO)/dape-kerple
-	$(BIN)/dape eval $(DEMO)/kerple $(DEMO)/dape-kerple
-	$(BIN)/dape plot $(DEMO)/kerple $(DEMO)/dape-kerple --report $(DEMO)/report.html
+$(foreach seed,$(SEEDS),$(foreach scheme,kerple dape-kerple,\
+	$(BIN)/dape train recipes/demo.yaml --model.scheme $(scheme) --seed $(seed)
+	))
+	$(BIN)/dape eval $(RUNS)
+endef
 
 check: $(BIN)/.test
 	$(BIN)/ruff format --check .
