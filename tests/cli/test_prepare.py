@@ -51,7 +51,7 @@ def test_stopping_at_a_broken_line_then_going_on(capsys, sources, tmp_path):
     command = sources, "--out", tmp_path / "out"
     status, _, err = run(capsys, *command)
     assert status == 2
-    assert err.splitlines()[-1].startswith(f"dape: error: {sources}/train.jsonl:2: Expecting value")
+    assert err.splitlines()[-1].startswith(f"dape: error: {sources}/train.jsonl:2: not JSON: ")
     status, out, _ = run(capsys, *command, "--on-error", "skip")
     assert status == 0
     assert out.startswith(f"Going on with the interrupted preparation of {tmp_path}/out.")

@@ -118,7 +118,7 @@ def test_what_is_broken_is_told_counted_and_listed(sources, tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": "a"', "Expecting ',' delimiter"),
+        (b'{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
         (b"[1, 2]", 'not an object with a string "text"'),
         (b'{"meta": {}}', 'not an object with a string "text"'),
         (b'{"text": 5}', 'not an object with a string "text"'),

@@ -91,7 +91,10 @@ class Encoder:
 def _text(record: Record) -> str:
     if record.part.kind != "json":
         return record.raw.decode()
-    document = json.loads(record.raw)
+    try:
+        document = json.loads(record.raw)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise ValueError('not an object with a string "text"')
     return document["text"]
