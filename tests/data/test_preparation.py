@@ -243,6 +243,7 @@ def test_a_finished_corpus_is_left_alone_and_others_are_refused(sources, tmp_pat
     fixed = {"out": tmp_path / "out", "on_error": "skip", "workers": 1}
     made.prepare(sources, **fixed)
     before = made.files(tmp_path / "out")
+    (tmp_path / "out" / "progress.json").write_text("as of a run killed at its very end")
     again = {**fixed, "workers": 2, "on_error": "stop"}
     assert Preparation(Options(sources=(str(sources),), **again)).finished
     for other, message in [

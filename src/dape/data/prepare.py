@@ -100,6 +100,7 @@ class Preparation:
         self.resumed = journal.is_file() and not options.overwrite and not self.finished
         if self.finished:
             _refuse_other(self._folder, Corpus(self._folder).manifest, self._header)
+            journal.unlink(missing_ok=True)  # left if the run was killed at its very end
         elif self.resumed:
             there = json.loads(journal.read_bytes())
             _refuse_other(self._folder, there["header"], self._header)

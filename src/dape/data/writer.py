@@ -217,7 +217,7 @@ class CorpusWriter:
         if not self.state.listed:
             (self._folder / SKIPPED).unlink()
         write_json(self._folder / MANIFEST, manifest)
-        (self._folder / JOURNAL).unlink()
+        (self._folder / JOURNAL).unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
