@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("dape", "torch", "transformers", "numpy")
+import dape
+
+PACKAGES = ("torch", "transformers", "numpy")
 
 
 def provenance(device: torch.device | str, argv: list[str] | None = None) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def provenance(device: torch.device | str, argv: list[str] | None = None) -> dic
     return {
         "command": shlex.join(["dape", *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit(),
-        "versions": {"python": platform.python_version()}
+        "versions": {"python": platform.python_version(), "dape": dape.__version__}
         | {name: version(name) for name in PACKAGES},
         "device": device_name(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
