@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_the_seed_moves_weights_and_order(finished, data, tmp_path):
     assert all(a != b for a, b in zip(other, losses(finished[1]), strict=True))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_resumed_run_repeats_its_losses(data, tmp_path, device):
+    keep = {"checkpoint_every": 2, "keep_checkpoints": 3}
+    precision = {"precision": "bf16-mixed"}
+    settings = recipe(
+        data, tmp_path, training=precision, tracking=keep, hardware={"device": device}
+    )
+    first = metrics(run(settings))
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:08d}")
+    again = metrics(run(settings))
+    for old, new in zip(first, again, strict=True):
+        for name in ("step", "tokens", "loss", "grad_norm", "learning_rate"):
+            assert old[name] == new[name]
+    assert all(("mfu" in entry) == (device == "cuda") for entry in again)
+    assert again[-1]["seconds"] > again[1]["seconds"] == first[1]["seconds"]
+
+
 def wait_for(condition, process):
     while not condition():
         assert process.poll() is None, "the run ended by itself"
@@ -155,6 +174,23 @@ def test_a_finished_run_says_so(finished, tmp_path, capsys):
     assert main(command(settings, tmp_path)) == 0
     assert f"{folder} is finished: 6 steps, 768 tokens" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_killed_before_the_export_a_run_still_ends(data, tmp_path, capsys):
+    settings = recipe(data, tmp_path / "run")
+    whole = json.loads((run(settings) / "run.json").read_text())
+    weights = tmp_path / "run/model/model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(weights.parent)
+    known = {name: whole[name] for name in ("data", "started")}
+    (tmp_path / "run/run.json").write_text(json.dumps(known | {"ended": None}))
+    assert main(command(settings, tmp_path)) == 0
+    assert "is finished: 6 steps, 768 tokens" in capsys.readouterr().out
+    assert weights.read_bytes() == before
+    again = json.loads((tmp_path / "run/run.json").read_text())
+    assert again.keys() == whole.keys() and again["ended"] >= whole["ended"]
+    for name in ("step", "tokens", "validation_loss", "seconds", "started"):
+        assert again[name] == whole[name]
 
 
 @pytest.mark.parametrize(

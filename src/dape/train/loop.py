@@ -23,7 +23,7 @@ from dape.train.checkpoint import Progress
 from dape.train.config import Recipe
 from dape.train.estimate import flops_per_token, peak_flops, size
 from dape.train.optimize import adamw, learning_rate
-from dape.train.track import Metrics, Reporter
+from dape.train.track import Metrics, Reporter, last_metrics
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -69,7 +69,7 @@ def train(recipe: Recipe, corpus: Corpus) -> None:
     """
     session = setup(recipe, corpus)
     try:
-        metrics = fit(session)
+        fit(session)
     except torch.OutOfMemoryError:
         raise UserError(
             f"out of memory on {session.fabric.device}: lower hardware.micro_batch_size (now"
@@ -78,7 +78,7 @@ def train(recipe: Recipe, corpus: Corpus) -> None:
         ) from None
     export(session)
     if session.fabric.is_global_zero:
-        folder.write(recipe, {**metrics, "ended": _now()})
+        folder.write(recipe, {**last_metrics(recipe.folder), "ended": _now()})
 
 
 def setup(recipe: Recipe, corpus: Corpus) -> Session:
@@ -113,18 +113,17 @@ def setup(recipe: Recipe, corpus: Corpus) -> Session:
     progress = checkpoint.load(saved, model, optimizer) if saved else Progress()
     fabric.print(
         f"{recipe.folder}: {recipe.model.scheme}, {numbers.parameters:,} parameters, on"
-        f" {device_name(fabric.device)} x {fabric.world_size}, from step {progress.step}"
+        f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
     )
     return Session(recipe, corpus, fabric, model, loss, optimizer, progress)
 
 
-def fit(session: Session) -> Metrics:
-    """Make the updates that are left, validating, logging and saving; return the last metrics."""
+def fit(session: Session) -> None:
+    """Make the updates that are left; validate, log and save on the way."""
     recipe, fabric, progress = session.recipe, session.fabric, session.progress
     steps, every = recipe.training.steps, recipe.tracking
     validation = session.windows("validation", seed=0)
     begun = time.perf_counter() - progress.seconds
-    metrics: Metrics = {}
     with _reporter(session) as reporter:
         for metrics in updates(session):
             progress.step += 1
@@ -144,7 +143,6 @@ def fit(session: Session) -> Metrics:
                     progress,
                     every.keep_checkpoints,
                 )
-    return metrics
 
 
 def updates(session: Session) -> Iterator[Metrics]:

@@ -51,9 +51,11 @@ def launch(recipe: Recipe) -> "Fabric":
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for chatty in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     strategy: Any = "auto"
     if ranks() > 1 and recipe.hardware.strategy == "ddp":
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Fabric's doing
         strategy = DDPStrategy()
     elif ranks() > 1:
         strategy = ModelParallelStrategy(shard, data_parallel_size=ranks(), tensor_parallel_size=1)

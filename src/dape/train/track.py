@@ -33,6 +33,13 @@ def check(recipe: Recipe) -> None:
         )
 
 
+def last_metrics(folder: Path) -> Metrics:
+    """Return what was logged last in the folder of a run."""
+    line = (folder / METRICS).read_text(encoding="utf-8").splitlines()[-1]
+    metrics: Metrics = json.loads(line)
+    return metrics
+
+
 class Tracker:
     """Writes the metrics of each logged step to every place that keeps them.
 
