@@ -54,6 +54,18 @@ def test_a_mistake_is_one_line(capsys, options, message):
     assert message in fails(capsys, RECIPES / "125m.yaml", "--hardware.device", "cpu", *options)
 
 
+def test_a_sweep_is_a_run_for_each_scheme(capsys):
+    recipe = RECIPES / "125m.yaml"
+    options = ["--hardware.device", "cpu", "--dry-run", "--model.scheme"]
+    assert main(["train", str(recipe), *options, "kerple,dape-kerple"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    folders = [words[1] for words in printed if words[0] == "run"]
+    assert folders == ["runs/125m-kerple", "runs/125m-dape-kerple"]
+    assert "did you mean 'alibi'" in fails(capsys, recipe, *options, "kerple,alib")
+    assert "in one folder" in fails(capsys, recipe, *options, "kerple,alibi", "--out", "runs/x")
+    assert "in one folder" in fails(capsys, recipe, *options, "kerple,kerple")
+
+
 def test_a_recipe_is_named_first(capsys):
     for argv in ([], ["--seed", "3"]):
         assert "name a recipe first: `dape train RECIPE.yaml" in fails(capsys, *argv)
@@ -63,6 +75,8 @@ def test_ranks_that_cannot_share_the_batch(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = fails(capsys, RECIPES / "125m.yaml", "--hardware.device", "cpu")
     assert "hardware.micro_batch_size=32 x 3 devices" in line
+    line = fails(capsys, RECIPES / "125m.yaml", "--model.scheme", "kerple,alibi")
+    assert "model.scheme=kerple,alibi on 3 devices" in line
     monkeypatch.setenv("RANK", "1")
     assert main(["train", str(RECIPES / "125m.yaml"), "--hardware.device", "cpu"]) == 2
     assert capsys.readouterr().err == "", "the first rank speaks for all"

@@ -1,6 +1,6 @@
 """`dape train`: a language model from a recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ PROG = "dape train RECIPE.yaml"
 class Arguments:
     """Train a language model from a recipe; the same command again resumes an interrupted run.
 
+    Several schemes, `--model.scheme kerple,dape-kerple`, are trained one after the other.
     On several devices: `torchrun ... -m dape train RECIPE.yaml ...`, a process for each.
     """
 
@@ -32,7 +33,12 @@ def main(argv: list[str]) -> int | None:
     from dape.train.parallelize import is_first_rank
 
     try:
-        return run(arguments)
+        runs = sweep(arguments)
+        for one in runs:
+            check(one)
+        for one in runs:
+            run(one)
+        return 0
     except UserError:
         if is_first_rank():
             raise
@@ -48,21 +54,52 @@ def read(argv: list[str]) -> Arguments:
     return parse(Arguments, argv[1:], PROG, Arguments(config.read(Path(argv[0]))))
 
 
-def run(arguments: Arguments) -> int:
-    """Check the recipe against this machine, the data and the run folder, then train."""
+def sweep(arguments: Arguments) -> list[Arguments]:
+    """Return a run for each of the schemes, which a comma separates.
+
+    Raises:
+        UserError: if they would share a folder, or several devices would train them.
+    """
+    from dape.train import parallelize
+
+    recipe = arguments.recipe
+    models = [replace(recipe.model, scheme=scheme) for scheme in recipe.model.scheme.split(",")]
+    runs = [replace(arguments, recipe=replace(recipe, model=model)) for model in models]
+    if len({run.recipe.folder for run in runs}) < len(runs):
+        raise UserError(
+            f"model.scheme={recipe.model.scheme} would train in one folder; name each scheme once,"
+            " leave --out out and keep {scheme} in the name"
+        )
+    if len(runs) > 1 and parallelize.ranks() > 1:
+        raise UserError(
+            f"model.scheme={recipe.model.scheme} on {parallelize.ranks()} devices: several schemes"
+            " in one command are for one device; start a command for each"
+        )
+    return runs
+
+
+def check(arguments: Arguments) -> None:
+    """Raise a `UserError` for a recipe that this machine cannot run, before anything is loaded."""
     from dape.attention.select import select
     from dape.positions import scheme
-    from dape.train import folder, parallelize, track
+    from dape.train import parallelize, track
 
-    recipe, ranks = arguments.recipe, parallelize.ranks()
+    recipe = arguments.recipe
     scheme.check(recipe.model.scheme, recipe.model.scheme_options)
     select(recipe.model.backend)
-    recipe.micro_batches(ranks)
+    recipe.micro_batches(parallelize.ranks())
     parallelize.device(recipe.hardware)
     track.check(recipe)
+
+
+def run(arguments: Arguments) -> None:
+    """Check the recipe against the data and the run folder, then train."""
+    from dape.train import folder, parallelize
+
+    recipe = arguments.recipe
     if arguments.dry_run:
-        print(cost(recipe, ranks))
-        return 0
+        print(cost(recipe, parallelize.ranks()))
+        return
     from dape.data.shards import Corpus
 
     corpus = Corpus(recipe.data)
@@ -79,7 +116,6 @@ def run(arguments: Arguments) -> int:
             f"{recipe.folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; measure it: dape eval {recipe.folder}"
         )
-    return 0
 
 
 def vocabulary(recipe: Recipe, needed: int) -> int:
