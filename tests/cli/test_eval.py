@@ -185,7 +185,7 @@ def test_lengths_that_mean_nothing_are_refused(text, capsys, runs):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lengths", "16", "--stride", "4"], "`sliding`, and it alone"),
+        (["--lengths", "16", "--stride", "4"], "protocol last has no stride"),
         (["--lengths", "16", "--protocol", "lats"], "--protocol"),
         (["--lengths", "16", "--lenghts", "32"], "did you mean '--lengths'"),
         (["--lengths", "16", "--documents", "0"], "--documents 0: at least 1"),

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from rich.console import Console
 
 from dape.evaluate.compare import compare, group
 from dape.figures.report import findings
@@ -55,11 +54,10 @@ def test_the_finding_is_at_the_longest_length(groups):
     assert "over 2 seeds" in sentence and "over 3 documents" in sentence
 
 
-def test_a_table_on_a_narrow_screen_keeps_every_digit(groups):
-    console = Console(width=80)
-    with console.capture() as screen:
-        console.print(results(groups).rich())
-    lines = screen.get().splitlines()
+def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    results(groups).show()
+    lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if line.split()[:1] == ["dape-kerple"])
     means = [(math.exp(a) + math.exp(b)) / 2 for a, b in zip(*DAPE, strict=True)]
     assert row.split()[2:] == [f"{mean:.2f}" for mean in means]

@@ -66,8 +66,8 @@ class Arguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders, as `dape train` leaves them"""
     lengths: Lengths = ()
-    """tokens in a window, as 128,256,512 or 128,...,16384 (default: the shortest training length,
-    doubled up to 16 times the longest)"""
+    """tokens in a window, as 128,256,512 or 128,...,16384; if not given, the training length
+    and its doublings up to 16 times"""
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """which tokens of a window count: the last 256, the last STRIDE, or all"""
     stride: int | None = None
@@ -79,7 +79,7 @@ class Arguments:
     blocks: int = 4
     """at most so many blocks of scored tokens a document, evenly spread over it"""
     data: Path | None = None
-    """prepared corpus (default: the one that the run was trained on)"""
+    """prepared corpus; if not given, the one that the run was trained on"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
     """what the table on the screen shows; the file holds all"""
     device: str = "auto"
@@ -101,11 +101,8 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Evaluate the runs one after the other, write their files and print the table."""
     arguments = parse(Arguments, argv, prog="dape eval")
-    from transformers.utils import logging
-
     from dape.evaluate.runs import open_run
 
-    logging.disable_progress_bar()
     runs = [open_run(folder) for folder in arguments.runs]
     show(evaluate_all(runs, plans(runs, arguments), arguments, argv), arguments.metric)
 
@@ -155,10 +152,13 @@ def evaluate_all(
     runs: Sequence["Run"], plans: Sequence["Plan"], arguments: Arguments, argv: list[str]
 ) -> list["Evaluation"]:
     """Evaluate the runs, with progress on stderr, and write the file of each."""
+    from transformers.utils import logging
+
     from dape.evaluate.record import evaluation_path
     from dape.evaluate.runs import evaluate
     from dape.provenance import provenance
 
+    logging.disable_progress_bar()
     device = choose_device(arguments.device)
     origin = provenance(device, ["eval", *argv]) | {"seed": arguments.seed}
     bar = Progress(BarColumn(), Speed(), TimeRemainingColumn(), console=Console(stderr=True))
@@ -216,8 +216,7 @@ def show(evaluations: Sequence["Evaluation"], metric: str) -> None:
     from dape.figures.tables import results, significance
 
     groups = group(evaluations)
-    console = Console()
-    console.print(results(groups, metric).rich())
+    results(groups, metric).show()
     comparisons = compare(groups)
     if comparisons:
-        console.print(significance(comparisons).rich())
+        significance(comparisons).show()

@@ -66,7 +66,8 @@ def over_context(groups: Sequence[Group]) -> "Figure":
                 Point(group.label, math.sqrt(first * last), loss)
                 for (first, last), loss in bins.items()
             ]
-    powers = range(int(math.log2(max(point.x for point in points))) + 1)
+    longest = max(groups[0].evaluations[0].lengths)
+    powers = range(int(math.log2(longest)) + 1)
     with theme():
         figure, axes = _canvas("tokens of context", "loss (nats a token)")
         _lines(axes, points, groups, markers=False)

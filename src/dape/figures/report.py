@@ -141,7 +141,8 @@ def drawings(
             embedded(curves.over_length(groups, metric)),
         ),
         "context": Drawing(
-            f"Mean loss of a scored token against the tokens of context it had.{band}",
+            "Mean loss of a scored token against the tokens of context it had. Other contexts are"
+            f" those of other tokens: what all lines share is the text.{band}",
             embedded(curves.over_context(groups)),
         ),
     }

@@ -1,17 +1,14 @@
 """Tables of results: the same rows for the screen, for Markdown and for the report."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dape.evaluate.compare import METRICS, Comparison, Group
 from dape.evaluate.significance import PairedTest
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
 
 NOTHING = "-"
 
@@ -31,19 +28,24 @@ class Table:
         lines = [f"| {' | '.join(cells)} |" for cells in (self.header, ruler, *self.rows)]
         return f"**{self.title}**\n\n" + "\n".join(lines) + f"\n\n{self.note}"
 
-    def rich(self) -> "RichTable":
-        """Return the table for the screen, with deviations under their means to save width."""
+    def show(self) -> None:
+        """Print the table, with deviations under their means, as wide as it must be.
+
+        A screen too narrow for that breaks lines, where rich would cut digits off.
+        """
         from rich import box
+        from rich.console import Console
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD)
+        table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, pad_edge=False)
         table.title_justify = table.caption_justify = "left"
         table.title_style = "bold"
         for place, name in enumerate(self.header):
             table.add_column(name, justify="right" if place else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
-        return table
+        width = Console(width=sys.maxsize).measure(table).maximum
+        Console(width=width).print(table, "")
 
 
 def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
