@@ -98,7 +98,7 @@ def test_documents_are_drawn_by_the_seed_among_those_long_enough():
         (("last", []), "at least 1 token"),
         (("last", [0, 4]), "at least 1 token"),
         (("last", [4], 2), "protocol last has no stride"),
-        (("sliding", [4]), "protocol sliding needs stride; .* --stride TOKENS"),
+        (("sliding", [4]), "protocol sliding needs a stride; .* --stride TOKENS"),
         (("sliding", [4, 8], 5), "stride 5: must be from 1 to the shortest length, 4"),
         (("non_overlapping", [4, 6, 8]), r"lengths \[6\].*divisors of the longest, 8"),
     ],

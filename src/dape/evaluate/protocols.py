@@ -85,9 +85,8 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
     if not lengths or min(lengths) < 1:
         raise UserError(f"lengths {list(lengths)}: give one or more lengths of at least 1 token")
     if (stride is None) == (name == "sliding"):
-        raise UserError(
-            f"protocol {name!r} with stride {stride}: `sliding`, and it alone, needs one"
-        )
+        verb = "needs a" if name == "sliding" else "has no"
+        raise UserError(f"protocol {name} {verb} stride; only sliding takes --stride TOKENS")
     shortest, longest = min(lengths), max(lengths)
     if stride is not None:
         if not 1 <= stride <= shortest:
