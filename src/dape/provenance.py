@@ -4,6 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ def provenance(device: torch.device | str, argv: list[str] | None = None) -> dic
 
     `argv` stands for the words after `dape`; without it, those of this process.
     """
-    from datetime import UTC, datetime
-
     return {
         "command": shlex.join(["dape", *(sys.argv[1:] if argv is None else argv)]),
         "commit": commit(),
