@@ -153,7 +153,13 @@ def test_sliding_has_a_file_of_its_own(runs):
 def test_lengths_reach_sixteen_times_the_training_length_by_default(runs, capsys):
     message = refused(capsys, "eval", runs[0])
     assert "length 256: no document has the 257 tokens it needs" in message
-    assert "the longest of 5 has" in message
+
+
+def test_the_end_of_text_is_not_text_to_score(runs, corpus, capsys):
+    longest = max(len(file.read_bytes()) for file in (corpus.parent / "text/test").iterdir())
+    message = refused(capsys, "eval", runs[0], "--lengths", longest)
+    assert f"the longest of 5 has {longest};" in message
+    assert not dape("eval", runs[0], "--lengths", longest - 1)
 
 
 def test_a_plain_model_folder_needs_a_corpus_and_then_works(runs, corpus, capsys):
