@@ -1,6 +1,7 @@
 """Tables: what stands in their cells."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -45,6 +46,17 @@ def test_changes_are_ratios_of_perplexities(groups):
     assert table.rows[0][-1] == f"{100 * expected:.1f} %"
     assert [row[0] for row in table.rows[1:]] == ["p over 2 seeds", "p over 3 documents"]
     assert "ttest_rel" in table.note and "scipy.stats.bootstrap" in table.note
+
+
+def test_a_single_document_and_seed_leave_the_change_without_a_test(groups):
+    lonely = [
+        replace(run, targets=replace(run.targets, documents=[2], tokens=[128], bytes=[256]))
+        for run in (make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0]))
+    ]
+    table = significance(compare(group(lonely)))
+    assert len(table.rows) == 1
+    assert table.rows[0][-1] == f"{100 * (math.exp(1.6 - 2.6) - 1):.1f} %"
+    assert table.note == "Two-sided p-values: too few documents."
 
 
 def test_the_finding_is_at_the_longest_length(groups):

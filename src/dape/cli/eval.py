@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -166,27 +167,26 @@ def evaluate_all(
     with bar:
         task = bar.add_task("", total=sum(plan.tokens for plan in plans))
         for run, plan in zip(runs, plans, strict=True):
-
-            def measured(result: "Measurement", run: "Run" = run) -> None:
-                text = (
-                    f"{run.folder}  length {result.length:,}  perplexity {result.perplexity:,.2f}"
-                )
-                bar.console.print(text, highlight=False, soft_wrap=True)
-
             evaluation = evaluate(
                 run,
                 plan,
                 device=device,
                 batch_tokens=arguments.batch_tokens,
                 provenance=origin,
-                advance=lambda tokens: bar.advance(task, tokens),
-                measured=measured,
+                advance=partial(bar.advance, task),
+                measured=partial(announce, bar.console, run),
             )
             evaluation.save(
                 evaluation_path(run.folder, arguments.protocol, arguments.stride, arguments.split)
             )
             evaluations.append(evaluation)
     return evaluations
+
+
+def announce(console: Console, run: "Run", result: "Measurement") -> None:
+    """Print a line on what was just measured, which a screen without a bar shows too."""
+    text = f"{run.folder}  length {result.length:,}  perplexity {result.perplexity:,.2f}"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 class Speed(ProgressColumn):

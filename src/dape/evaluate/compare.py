@@ -41,13 +41,15 @@ class Group:
 class Comparison:
     """Two groups at one length; a test that the data do not allow is None.
 
-    The t-test pairs runs by seed (two shared seeds or more). The bootstrap pairs documents (two or
-    more), with each document's loss averaged over the runs of a group.
+    `difference` is the candidate's mean loss over its runs less the baseline's. The t-test pairs
+    runs by seed (two shared seeds or more). The bootstrap pairs documents (two or more), with each
+    document's loss averaged over the runs of a group.
     """
 
     candidate: str
     baseline: str
     length: int
+    difference: float
     over_seeds: PairedTest | None
     over_documents: PairedTest | None
 
@@ -130,10 +132,12 @@ def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
 
 
 def _compare(candidate: Group, baseline: Group, place: int) -> Comparison:
+    ours, theirs = (side.values("loss")[:, place].mean() for side in (candidate, baseline))
     return Comparison(
         candidate=candidate.label,
         baseline=baseline.label,
         length=candidate.evaluations[0].lengths[place],
+        difference=float(ours - theirs),
         over_seeds=_over_seeds(candidate, baseline, place),
         over_documents=_over_documents(candidate, baseline, place),
     )
