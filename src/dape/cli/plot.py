@@ -19,6 +19,8 @@ class Arguments:
 
     The runs that differ in nothing but their seed are one line, with a band of one standard
     deviation. Dashed lines are schemes without an adapter.
+
+    `dape plot encoding NAME` draws a position encoding instead.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -45,6 +47,10 @@ class Arguments:
 
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
+    if argv[:1] == ["encoding"]:
+        from dape.cli import plot_encoding
+
+        return plot_encoding.main(argv[1:])
     arguments = parse(Arguments, argv, prog="dape plot")
     from dape.evaluate.compare import check_comparable, group
     from dape.evaluate.record import evaluation_path, load

@@ -1,0 +1,49 @@
+"""`dape plot encoding`: a position encoding as a picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.errors import UserError
+from dape.figures.encodings import View, draw
+from dape.figures.style import theme
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Draw a position encoding: what it adds over distance, and its matrix.
+
+    A bias is drawn for each head. Of a rotation the scores of ones are drawn, of an embedding the
+    cosines between positions.
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    """scheme, such as kerple, dape-bias-kerple, yarn or sinusoidal (`dape info --schemes`)"""
+    view: Annotated[View, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """file to write: .png, .pdf or .svg; by default NAME.png"""
+
+    @property
+    def file(self) -> Path:
+        """Return where the picture goes."""
+        return self.out or Path(f"{self.name}.png")
+
+    def __post_init__(self) -> None:
+        """Refuse formats nobody draws."""
+        if self.file.suffix not in FORMATS:
+            raise UserError(f"--out {self.out}: its name must end in {', '.join(FORMATS)}")
+
+
+def main(argv: list[str]) -> None:
+    """Write the file and say where it is."""
+    arguments = parse(Arguments, argv, prog="dape plot encoding")
+    figure = draw(arguments.name, arguments.view)
+    arguments.file.parent.mkdir(parents=True, exist_ok=True)
+    with theme():  # the fonts of PDF and the names in SVG are chosen when a figure is saved
+        figure.savefig(arguments.file)
+    print(f"wrote {arguments.file}")

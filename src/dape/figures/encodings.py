@@ -1,0 +1,277 @@
+"""Pictures of encodings: what a scheme tells of position, without data.
+
+The numbers come from the modules that a model is built of, called at the positions drawn.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dape.errors import UserError
+from dape.evaluate.compare import split
+from dape.figures import bias_maps
+from dape.figures.bias_maps import DISTANCE, Map, Row
+from dape.positions.absolute import Learned
+from dape.positions.adapter import DAPE, Rows, TransformerXL
+from dape.positions.rotary import RandomizedRoPE, RoPE
+from dape.positions.scheme import ADAPTERS, BASES, PLACES, Scheme, resolve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESOLUTION = 512  # positions along a side of a matrix, at most: a panel has no more pixels
+
+# Positions of queries and keys to [heads, query, key].
+Values = Callable[[Tensor, Tensor], Tensor]
+Modules = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The model that an encoding is drawn for, and how much of it.
+
+    Raises:
+        UserError: for a size below its least, or a head there is not.
+    """
+
+    heads: int = 12
+    """number of heads"""
+    head_dim: int = 64
+    """width of a head; that of the model is `heads` times as much"""
+    train_length: int = 128
+    """length of training, L, for encodings that know it"""
+    length: int = 512
+    """how many positions are drawn"""
+    matrices: tuple[int, ...] = ()
+    """heads, from 1, whose matrix is drawn; by default the first, one between, and the last"""
+    seed: int = 0
+    """seed of learnable parameters, which are drawn as they start"""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        for name, least in (("heads", 1), ("head_dim", 1), ("train_length", 2), ("length", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        for head in self.matrices:
+            if not 1 <= head <= self.heads:
+                raise UserError(f"matrices: head {head} is not one of 1 to {self.heads}")
+
+    @property
+    def shown(self) -> list[int]:
+        """Return the heads whose matrix is drawn."""
+        return list(self.matrices) or sorted({1, (self.heads + 1) // 2, self.heads})
+
+    @property
+    def dimensions(self) -> dict[str, int]:
+        """Return what the modules of a scheme are built with."""
+        return {
+            "num_heads": self.heads,
+            "head_dim": self.head_dim,
+            "hidden_size": self.heads * self.head_dim,
+            "train_length": self.train_length,
+        }
+
+
+def draw(name: str, view: View) -> "Figure":
+    """Draw what a scheme tells of position: over the distance from the last one, and as a matrix.
+
+    | it has | drawn |
+    |---|---|
+    | a bias | B of each head |
+    | `dape-bias` before that | B + f(B) too: the one form of f that no score enters |
+    | a rotation | the score of q = k = ones / sqrt(d), and that of each pair of dimensions |
+    | an embedding | the cosine between the embeddings of two positions, and the embeddings |
+    | Transformer-XL's terms | those at q = k = 0: v . W r(i - j) / sqrt(d) |
+
+    Raises:
+        UserError: for an unknown scheme, or one that tells nothing of position without data.
+    """
+    scheme = resolve(name)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(view.seed)
+        modules = {place: scheme.build(place, view.dimensions, {}) for place in PLACES}
+        rows = _rows(name, modules, view)
+    built = [type(module) for module in modules.values() if module is not None]
+    knows_length = any("train_length" in inspect.signature(each).parameters for each in built)
+    return bias_maps.draw(
+        rows,
+        _title(scheme),
+        _caption(scheme, modules, view),
+        mark=view.train_length if knows_length else None,
+    )
+
+
+def _rows(name: str, modules: Modules, view: View) -> list[Row]:
+    """Return what is drawn of the place that has something: no scheme takes two of them."""
+    embedding, rotation, bias, adapter = (modules[place] for place in PLACES)
+    base = split(name)[1]
+    if bias is not None:
+        rows = [_bias_row("$B$", bias, view)]
+        if _sees_bias_alone(adapter):
+            rows.append(_bias_row("$B + f(B)$", _adapted(bias, adapter), view))
+        return rows
+    if rotation is not None:
+        return [_rotation_row(base, rotation, view)]
+    if embedding is not None:
+        return [_embedding_row(base, embedding, view)]
+    if isinstance(adapter, TransformerXL):
+        return [_bias_row(r"$v \cdot W r(i - j) / \sqrt{d}$", _without_data(adapter), view)]
+    reason = "nothing in it depends on position"
+    if adapter is not None:
+        reason = "its adapter depends on the scores alone"
+    raise UserError(f"there is nothing to draw of {name!r} without data: {reason}")
+
+
+def _sees_bias_alone(adapter: nn.Module | None) -> bool:
+    return isinstance(adapter, DAPE) and adapter.inputs == "bias"
+
+
+def _bias_row(label: str, values: Values, view: View) -> Row:
+    every, some = torch.arange(view.length), _sample(view.length)
+    lines = values(every[-1:], every)[:, 0].flip(-1)
+    matrices = values(some, some)
+    return Row(
+        label,
+        {f"head {head}": line.numpy() for head, line in enumerate(lines, 1)},
+        [_matrix(f"{label}, head {head}", matrices[head - 1], some) for head in view.shown],
+        by_head=True,
+    )
+
+
+def _adapted(bias: Values, adapter: DAPE) -> Values:
+    """Return the logits at scores of zero."""
+
+    def values(query: Tensor, key: Tensor) -> Tensor:
+        found = bias(query, key)
+        return adapter(torch.zeros_like(found)[None], found)[0]
+
+    return values
+
+
+def _without_data(adapter: TransformerXL) -> Values:
+    """Return the logits at queries and keys of zero."""
+
+    def values(query: Tensor, key: Tensor) -> Tensor:
+        zero = torch.zeros(1, adapter.num_heads, max(len(query), len(key)), adapter.head_dim)
+        scores = torch.zeros(1, adapter.num_heads, len(query), len(key))
+        rows = Rows(
+            query=zero[:, :, : len(query)],
+            key=zero[:, :, : len(key)],
+            query_positions=query,
+            key_positions=key,
+            visible=torch.ones_like(scores[:, :1], dtype=torch.bool),
+            scale=adapter.head_dim**-0.5,
+        )
+        return adapter(scores, scores, rows)[0]
+
+    return values
+
+
+def _rotation_row(name: str, rotation: RoPE, view: View) -> Row:
+    """Return the scores of ones: of each pair that turns they have the cosine of its angle."""
+    every, some = torch.arange(view.length), _sample(view.length)
+    lines = {}
+    if name != "rope":
+        lines["rope"] = _products(RoPE(view.head_dim), view, every).sum(-1).numpy()
+    products = _products(rotation.eval(), view, every)
+    lines[name] = products.sum(-1).numpy()
+    if isinstance(rotation, RandomizedRoPE):
+        trained = _products(rotation.train(), view, torch.arange(view.train_length))
+        lines["a draw in training"] = trained.sum(-1).numpy()
+    pairs = products[:, : rotation.width].unflatten(-1, (2, -1)).sum(1) * (view.head_dim / 2)
+    query, key = _turned(rotation.eval(), view, some)
+    maps = [
+        Map(
+            "each pair alone",
+            pairs.T.numpy(),
+            (DISTANCE, every.numpy()),
+            ("pair, from the fastest", np.arange(rotation.width // 2)),
+        ),
+        _matrix("score", query @ key.T, some),
+    ]
+    return Row(r"score of $q = k = (1, ..., 1) / \sqrt{d}$", lines, maps)
+
+
+def _products(rotation: RoPE, view: View, positions: Tensor) -> Tensor:
+    """Return what each dimension adds to the scores of the last query: [distance, head_dim]."""
+    query, key = _turned(rotation, view, positions)
+    return (query[-1] * key).flip(0)
+
+
+def _turned(rotation: RoPE, view: View, positions: Tensor) -> tuple[Tensor, Tensor]:
+    ones = torch.ones(1, 1, len(positions), view.head_dim, dtype=torch.float64)
+    query, key = rotation(ones / view.head_dim**0.5, ones / view.head_dim**0.5, positions)
+    return query[0, 0], key[0, 0]
+
+
+def _embedding_row(name: str, embedding: nn.Module, view: View) -> Row:
+    length = min(view.length, view.train_length) if isinstance(embedding, Learned) else view.length
+    every = torch.arange(length)
+    width = view.dimensions["hidden_size"]
+    vectors = embedding(torch.zeros(1, length, width, dtype=torch.float64), every)[0]
+    directions = nn.functional.normalize(vectors, dim=-1)
+    some = _sample(length)
+    chosen = directions[some]
+    maps = [
+        Map(
+            "embeddings",
+            vectors[some, ::2].T.numpy(),
+            ("position", some.numpy()),
+            ("even dimension", np.arange(0, width, 2)),
+        ),
+        _matrix("cosine", chosen @ chosen.T, some),
+    ]
+    lines = {name: (directions @ directions[-1]).flip(0).numpy()}
+    return Row("cosine of two embeddings", lines, maps)
+
+
+def _sample(length: int) -> Tensor:
+    """Return positions from the first to the last, all or as many as a panel can show."""
+    return torch.linspace(0, length - 1, min(length, RESOLUTION)).round().long()
+
+
+def _matrix(title: str, values: Tensor, positions: Tensor) -> Map:
+    """Return a map of the keys that each query sees."""
+    hidden = positions[None, :] > positions[:, None]
+    axis = positions.numpy()
+    masked = np.ma.masked_array(values.numpy(), hidden.numpy())
+    return Map(title, masked, ("key position $j$", axis), ("query position $i$", axis))
+
+
+def _title(scheme: Scheme) -> str:
+    adapter, base = split(scheme.name)
+    if not adapter:
+        return _cited(scheme)
+    return f"{scheme.name}: {_cited(ADAPTERS[adapter])} on {_cited(BASES[base])}"
+
+
+def _cited(scheme: Scheme) -> str:
+    return f"{scheme.name} [{scheme.paper}, {scheme.year}]"
+
+
+def _caption(scheme: Scheme, modules: Modules, view: View) -> str:
+    """Return the formula, as the class of the encoding has it, and what a reader must know."""
+    place = next(place for place in PLACES if modules[place] is not None)
+    drawn, options = modules[place], getattr(scheme, place).options
+    notes = [(inspect.getdoc(drawn) or "").partition("\n")[0].replace("`", "")]
+    if options:
+        notes.append(f"Here {', '.join(f'{name} = {value}' for name, value in options.items())}.")
+    if place == "bias" and not drawn.relative:
+        notes.append(f"Lines are of the query at position {view.length - 1:,}.")
+    if place == "rotation":
+        notes.append("What a model learns is how much each pair weighs.")
+    if place == "adapter":
+        notes.append("The part of it that is left at q = k = 0.")
+    elif _sees_bias_alone(modules["adapter"]):
+        notes.append("Below it what f, which sees B alone, makes of it.")
+    elif modules["adapter"] is not None:
+        notes.append(f"What {split(scheme.name)[0]} adds depends on the scores: it is not drawn.")
+    if [*drawn.parameters()] or _sees_bias_alone(modules["adapter"]):
+        notes.append(f"Learnable parameters are as they start, with seed {view.seed}.")
+    notes.append(f"Reads past its training length: {scheme.extrapolates}.")
+    return " ".join(notes)
