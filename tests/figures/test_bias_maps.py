@@ -113,7 +113,7 @@ def test_fire_of_the_last_query_and_of_all():
         )
     for i, j in ((3, 1), (TRAINED, 0), (20, 13)):
         assert matrix(maps[1])[i, j] == pytest.approx(expected(1, i, j), abs=1e-6)
-    assert "the query at position 23" in caption(figure)
+    assert "Lines are of the last query." in caption(figure)
 
 
 def test_the_form_of_dape_that_sees_the_bias_alone_is_drawn_below_it():
@@ -136,6 +136,7 @@ def test_what_depends_on_the_scores_is_left_out_and_said():
     assert len(adapted.axes) == len(alone.axes)
     assert "What dape adds depends on the scores: it is not drawn." in caption(adapted)
     assert "not drawn" not in caption(alone)
+    assert "last query" not in caption(alone)
 
 
 def test_transformer_xl_without_queries_and_keys():
@@ -185,7 +186,10 @@ def test_variants_are_drawn_beside_rope():
 def test_dynamic_ntk_depends_on_the_query_past_the_training_length():
     base = 10000 * (LENGTH / TRAINED) ** (8 / 6)
     own = (LENGTH - 1) * base ** (-2 * np.arange(4) / 8)
-    *_, score = draw("dynamic-ntk", VIEW).axes
+    figure = draw("dynamic-ntk", VIEW)
+    first, _, score = figure.axes
+    assert lines(first)["dynamic-ntk"][-1] == pytest.approx(np.cos(own).mean())
+    assert "Lines are of the last query." in caption(figure)
     assert matrix(score)[-1, 0] == pytest.approx(np.cos(own).mean())
     assert matrix(score)[7, 4] == pytest.approx(np.cos(3 * rope(8)).mean())
 

@@ -261,8 +261,8 @@ def _caption(scheme: Scheme, modules: Modules, view: View) -> str:
     notes = [(inspect.getdoc(drawn) or "").partition("\n")[0].replace("`", "")]
     if options:
         notes.append(f"Here {', '.join(f'{name} = {value}' for name, value in options.items())}.")
-    if place == "bias" and not drawn.relative:
-        notes.append(f"Lines are of the query at position {view.length - 1:,}.")
+    if place != "adapter" and not drawn.relative:
+        notes.append("Lines are of the last query.")
     if place == "rotation":
         notes.append("What a model learns is how much each pair weighs.")
     if place == "adapter":
