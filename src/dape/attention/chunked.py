@@ -59,10 +59,11 @@ def attend_chunked(
     if size >= total:  # no loop, which compilation would unroll for this one length
         return block(0, total)
     outputs = []
-    for start in range(0, total, size):
+    # The largest first: what it frees serves all others. As they grow, a heap would grow by each.
+    for start in reversed(range(0, total, size)):
         stop = min(start + size, total)
         if torch.is_grad_enabled():
             outputs.append(checkpoint(block, start, stop, use_reentrant=False))
         else:
             outputs.append(block(start, stop))
-    return torch.cat(outputs, dim=2)
+    return torch.cat(outputs[::-1], dim=2)
