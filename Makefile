@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait by spinning make a small model many times slower when another program wants a core.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo demo-seeds check test clean
 

@@ -10,7 +10,7 @@ COMMANDS = {
     "prepare": "text to tokens: memory-mapped shards with a manifest",
     "train": "train a language model from a recipe",
     "eval": "perplexity over length of one or more runs",
-    "plot": "perplexity against length, as a figure",
+    "plot": "evaluated runs, or an encoding, as a figure",
     "info": "versions, devices, attention backends, schemes",
 }
 
