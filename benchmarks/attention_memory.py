@@ -116,8 +116,8 @@ def table(record: dict[str, Any]) -> str:
     cells = {(r["scheme"], r["length"], r["backend"]): r for r in record["results"]}
     lines = [
         f"Peak memory of attention, forward and backward, beyond query, key and value: {HEADS}",
-        f"heads of {HEAD_DIM}, batch 1, float32, causal. MiB of resident set; in parentheses, where",
-        "that would not fit, MiB of live tensors.",
+        f"heads of {HEAD_DIM}, batch 1, float32, causal. MiB of resident set; in parentheses, of",
+        "live tensors, where that would not fit.",
         "",
         "| scheme | tokens | reference | chunked | reference / chunked |",
         "|---|---|---|---|---|",
