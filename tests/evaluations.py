@@ -9,7 +9,10 @@ LENGTHS = (128, 256, 512, 1024, 2048)
 
 
 def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
-    """Return an evaluation with these losses at these lengths, over three documents."""
+    """Return an evaluation with these losses at these lengths, over three documents.
+
+    A length whose loss is None was refused.
+    """
     shares = (0.9, 1.0, 1.1)
     measurements = [
         Measurement(
@@ -23,7 +26,10 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
             contexts=[(length // 2 + 1, length, loss)],
         )
         for length, loss in zip(lengths, losses, strict=True)
+        if loss is not None
     ]
+    pairs = zip(lengths, losses, strict=True)
+    refused = {length: f"{length} is too long" for length, loss in pairs if loss is None}
     targets = Targets(
         data="c0ffee",
         split="test",
@@ -43,6 +49,7 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         "parameters": 1234,
         "targets": targets,
         "measurements": measurements,
+        "refused": refused,
         "provenance": {
             "command": "dape eval runs/*",
             "commit": "abc",

@@ -235,6 +235,45 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path, runs, capsys):
     assert "another tokenizer" in message and "--tokenizer" in message
 
 
+def test_a_length_that_a_model_refuses_stops_neither_its_others_nor_the_next_run(
+    tmp_path, runs, corpus, capsys
+):
+    learned = [make_run(tmp_path / f"learned-{seed}", corpus, "learned", seed) for seed in (0, 1)]
+    assert not dape("eval", *learned, runs[0], "--lengths", "8,16,32,64")
+    shown = capsys.readouterr()
+    reasons = {
+        str(n): f"position {n - 1} is outside the learned embedding, whose table ends at "
+        "train_length=16: give fewer tokens, train at a greater train_length, or take a scheme "
+        "without a table, such as dape-kerple"
+        for n in (32, 64)
+    }
+    for run in learned:
+        content = evaluation(run)
+        assert [each["length"] for each in content["measurements"]] == [8, 16]
+        assert content["refused"] == reasons
+        assert f"{run}  length 32  refused: {reasons['32']}\n" in shown.err
+    assert [each["length"] for each in evaluation(runs[0])["measurements"]] == [8, 16, 32, 64]
+    (row,) = (line for line in shown.out.splitlines() if line.split()[:2] == ["learned", "2"])
+    assert row.split()[-2:] == ["—", "—"] and "—" not in row.split()[:4]
+    told = " ".join(shown.out.split())
+    assert f"— learned refused 32, 64 tokens: {reasons['32']}." in told
+    out = tmp_path / "report.html"
+    assert not dape("plot", *learned, runs[0], "--out", out)
+    assert "— learned refused 32, 64 tokens" in out.read_text(encoding="utf-8")
+
+
+def test_running_out_of_memory_is_no_refusal_but_ends_the_command(runs, capsys, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(DapeForCausalLM, "forward", exhausted)
+    assert dape("eval", runs[0], "--lengths", "16,32") == 2
+    shown = capsys.readouterr().err
+    assert "out of memory at length 16 with 10 windows" in shown and "--batch-tokens" in shown
+    assert "refused" not in shown
+    assert not (runs[0] / "evaluation").exists()
+
+
 def test_a_failed_evaluation_leaves_the_old_file(runs, capsys):
     dape("eval", runs[0], "--lengths", 16)
     before = evaluation(runs[0])

@@ -65,6 +65,27 @@ def test_the_bootstrap_averages_the_losses_of_a_document_over_seeds():
     assert first.over_documents.difference == pytest.approx(np.mean(by_document) - np.mean(against))
 
 
+@pytest.mark.parametrize("scheme", ["kerple", "dape-kerple"])
+def test_a_refused_length_leaves_the_comparisons_at_the_others(scheme):
+    whole = [*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)]
+    partly = [
+        make(each.scheme, [*losses[:1], None, *losses[2:]], seed=each.seed)
+        if each.scheme == scheme and each.seed == 1
+        else each
+        for each, losses in zip(whole, [*KERPLE, *DAPE], strict=True)
+    ]
+    check_comparable(partly, "perplexity")
+    first, _, *rest = compare(group(whole))
+    assert compare(group(partly)) == [first, *rest]
+
+
+def test_a_group_has_no_number_where_a_run_refused():
+    (each,) = group(seeds("learned", [[2.0, None, None, None, 2.1], [2.2, 2.3, None, 2.4, 2.5]]))
+    expected = [[2.0, np.nan, np.nan, np.nan, 2.1], [2.2, 2.3, np.nan, 2.4, 2.5]]
+    np.testing.assert_array_equal(each.values("loss"), expected)
+    assert list(each.refused.items()) == [(n, f"{n} is too long") for n in (256, 512, 1024)]
+
+
 def test_a_single_seed_leaves_the_test_over_documents():
     (first, *_) = compare(group([make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])]))
     assert first.over_seeds is None

@@ -17,6 +17,27 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["last.json"]
 
 
+def test_a_refused_length_is_kept_with_its_reason_and_is_plain_json(tmp_path):
+    evaluation = make("learned", [2.0, None], lengths=(128, 256))
+    path = tmp_path / "last.json"
+    evaluation.save(path)
+    content = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert content["refused"] == {"256": "256 is too long"}
+    assert [each["length"] for each in content["measurements"]] == [128]
+    assert load(path) == evaluation
+    assert load(path).lengths == [128, 256]
+
+
+def test_a_file_that_knows_of_no_refusals_has_none(tmp_path):
+    evaluation = make("kerple", [2.0], lengths=(128,))
+    path = tmp_path / "last.json"
+    evaluation.save(path)
+    content = json.loads(path.read_text())
+    del content["refused"]
+    path.write_text(json.dumps(content))
+    assert load(path) == evaluation
+
+
 def test_numbers_that_are_not_finite_survive(tmp_path):
     make("nope", [float("inf")], lengths=(128,)).save(tmp_path / "last.json")
     assert load(tmp_path / "last.json").measurements[0].perplexity == float("inf")

@@ -94,6 +94,25 @@ def test_a_value_that_is_not_finite_is_left_out():
     np.testing.assert_allclose(lines["nope"].get_xdata(), LENGTHS[:-1])
 
 
+def test_a_refused_length_is_left_out_of_the_line_and_not_of_the_axis():
+    learned = [make("learned", [2.0, 2.1, 2.2, None, None], seed=seed) for seed in (0, 1)]
+    groups = group([*learned, make("kerple", KERPLE[0])])
+    (axes,) = over_length(groups).axes
+    lines = drawn(axes)
+    assert list(lines) == ["kerple", "learned"]
+    np.testing.assert_allclose(lines["learned"].get_xdata(), LENGTHS[:3])
+    np.testing.assert_allclose(lines["learned"].get_ydata(), np.exp([2.0, 2.1, 2.2]))
+    assert [text.get_text() for text in axes.get_xticklabels()] == [f"{n:,}" for n in LENGTHS]
+    assert len(drawn(over_context(groups).axes[0])["learned"].get_xdata()) == 3
+
+
+def test_models_that_refuse_every_length_leave_an_empty_figure():
+    groups = group([make("learned", [None] * 5)])
+    for figure in (over_length(groups), over_context(groups)):
+        (axes,) = figure.axes
+        assert not [line for line in axes.lines if line.get_linestyle() != ":"]
+
+
 def test_bits_per_byte_are_drawn_when_asked():
     (axes,) = over_length(runs(), "bits_per_byte").axes
     expected = np.mean(DAPE, axis=0) / math.log(2) / 2

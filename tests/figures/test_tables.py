@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dape.evaluate.compare import compare, group
@@ -37,6 +38,25 @@ def test_one_run_is_shown_without_a_deviation():
     table = results(group([make("kerple", KERPLE[0])]), "loss")
     assert table.rows == [["kerple", "1", "2.1000", "2.0000", "2.1000", "2.3000", "2.6000"]]
     assert "deviation" not in table.note
+
+
+def test_a_refused_length_is_a_dash_with_the_reason_below_and_nan_is_not():
+    learned = make("learned", [2.0, 2.1, None, None, math.nan])
+    table = results(group([make("kerple", KERPLE[0]), learned]), "loss")
+    assert table.rows[1] == ["learned", "1", "2.0000", "2.1000", "—", "—", "nan"]
+    assert table.note.endswith(" — learned refused 512, 1,024 tokens: 512 is too long.")
+    assert "kerple refused" not in table.note
+
+
+def test_changes_stand_under_their_length_where_another_is_refused(groups):
+    learned = make("learned", [2.2, None, 2.3, 2.4, None])
+    table = significance(compare([*groups, *group([learned])]))
+    (row,) = (cells for cells in table.rows if cells[0] == "learned against kerple")
+    differences = np.array([2.2, 2.3, 2.4]) - np.mean(KERPLE, axis=0)[[0, 2, 3]]
+    first, third, fourth = (f"{100 * each:+.1f} %" for each in np.expm1(differences))
+    assert row[1:] == [first, "—", third, fourth, "—"]
+    place = table.rows.index(row)
+    assert [cell == "—" for cell in table.rows[place + 1][1:]] == [False, True, False, False, True]
 
 
 def test_changes_are_ratios_of_perplexities(groups):

@@ -19,7 +19,6 @@ from dape.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from dape.evaluate.perplexity import Measurement
     from dape.evaluate.record import Evaluation
     from dape.evaluate.runs import Plan, Run
 
@@ -174,7 +173,7 @@ def evaluate_all(
                 batch_tokens=arguments.batch_tokens,
                 provenance=origin,
                 advance=partial(bar.advance, task),
-                measured=partial(announce, bar.console, run),
+                announce=partial(announce, bar.console, run),
             )
             evaluation.save(
                 evaluation_path(run.folder, arguments.protocol, arguments.stride, arguments.split)
@@ -183,10 +182,10 @@ def evaluate_all(
     return evaluations
 
 
-def announce(console: Console, run: "Run", result: "Measurement") -> None:
+def announce(console: Console, run: "Run", length: int, outcome: str) -> None:
     """Print a line on what was just measured, which a screen without a bar shows too."""
-    text = f"{run.folder}  length {result.length:,}  perplexity {result.perplexity:,.2f}"
-    console.print(text, highlight=False, soft_wrap=True)
+    text = f"{run.folder}  length {length:,}  {outcome}"
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 class Speed(ProgressColumn):

@@ -32,9 +32,18 @@ class Group:
         return self.evaluations[0].train_length
 
     def values(self, metric: str) -> Float[np.ndarray, "seeds lengths"]:
-        """Return a metric, such as `perplexity`, of every run at every length."""
-        rows = [[getattr(m, metric) for m in each.measurements] for each in self.evaluations]
+        """Return a metric, such as `perplexity`, of every run at every length; NaN if refused."""
+        rows = [
+            [getattr(each.by_length.get(length), metric, np.nan) for length in each.lengths]
+            for each in self.evaluations
+        ]
         return np.array(rows, dtype=np.float64)
+
+    @property
+    def refused(self) -> dict[int, str]:
+        """Return the lengths that a run of them refused, ascending, and why."""
+        reasons = {n: why for each in self.evaluations for n, why in each.refused.items()}
+        return dict(sorted(reasons.items()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +105,7 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
-    """Return the tests of each group against its baseline, at every length.
+    """Return the tests of each group against its baseline, at every length neither refused.
 
     The baseline of a scheme with an adapter is the same encoding without one, if that is there;
     that of all others is the first scheme without an adapter, or else the first. Groups that score
@@ -106,8 +115,9 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     for candidate in groups:
         baseline = _baseline(candidate, groups)
         if baseline is not candidate and _targets(candidate) == _targets(baseline):
-            lengths = candidate.evaluations[0].lengths
-            comparisons += [_compare(candidate, baseline, n) for n in range(len(lengths))]
+            lengths = set(candidate.evaluations[0].lengths)
+            measured = sorted(lengths - candidate.refused.keys() - baseline.refused.keys())
+            comparisons += [_compare(candidate, baseline, length) for length in measured]
     return comparisons
 
 
@@ -131,21 +141,24 @@ def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
     return [*same, *bare, *groups][0]
 
 
-def _compare(candidate: Group, baseline: Group, place: int) -> Comparison:
-    ours, theirs = (side.values("loss")[:, place].mean() for side in (candidate, baseline))
+def _compare(candidate: Group, baseline: Group, length: int) -> Comparison:
+    ours, theirs = (
+        np.mean([each.by_length[length].loss for each in side.evaluations])
+        for side in (candidate, baseline)
+    )
     return Comparison(
         candidate=candidate.label,
         baseline=baseline.label,
-        length=candidate.evaluations[0].lengths[place],
+        length=length,
         difference=float(ours - theirs),
-        over_seeds=_over_seeds(candidate, baseline, place),
-        over_documents=_over_documents(candidate, baseline, place),
+        over_seeds=_over_seeds(candidate, baseline, length),
+        over_documents=_over_documents(candidate, baseline, length),
     )
 
 
-def _over_seeds(candidate: Group, baseline: Group, place: int) -> PairedTest | None:
+def _over_seeds(candidate: Group, baseline: Group, length: int) -> PairedTest | None:
     losses = [
-        {each.seed: each.measurements[place].loss for each in side.evaluations}
+        {each.seed: each.by_length[length].loss for each in side.evaluations}
         for side in (candidate, baseline)
     ]
     shared = sorted(seed for seed in losses[0].keys() & losses[1].keys() if seed is not None)
@@ -154,15 +167,15 @@ def _over_seeds(candidate: Group, baseline: Group, place: int) -> PairedTest | N
     return paired_t([losses[0][seed] for seed in shared], [losses[1][seed] for seed in shared])
 
 
-def _over_documents(candidate: Group, baseline: Group, place: int) -> PairedTest | None:
+def _over_documents(candidate: Group, baseline: Group, length: int) -> PairedTest | None:
     tokens = np.array(candidate.evaluations[0].targets.tokens)
     if len(tokens) < 2:
         return None
     return paired_bootstrap(
-        _document_losses(candidate, place), _document_losses(baseline, place), tokens
+        _document_losses(candidate, length), _document_losses(baseline, length), tokens
     )
 
 
-def _document_losses(group: Group, place: int) -> Float[np.ndarray, " documents"]:
-    rows = [each.measurements[place].document_losses for each in group.evaluations]
+def _document_losses(group: Group, length: int) -> Float[np.ndarray, " documents"]:
+    rows = [each.by_length[length].document_losses for each in group.evaluations]
     return np.mean(rows, axis=0)

@@ -17,6 +17,10 @@ BINS_PER_OCTAVE = 2
 Document = Callable[[int], Int[np.ndarray, " tokens"]]
 
 
+class Refused(UserError):
+    """A model does not take windows of a length; another length or model may go."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One model at one window length; losses are in nats a token.
@@ -55,7 +59,9 @@ def token_losses(
 
     `model` has the interface of a Hugging Face causal language model; it computes the logits of the
     scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
-    least one; `advance` is told its number of tokens. Raises `UserError` if memory runs out.
+    least one; `advance` is told its number of tokens.
+
+    Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
     """
     rows = max(1, batch_tokens // windows.length)
     losses = np.empty((len(windows.ends), windows.scored), dtype=np.float32)
@@ -69,6 +75,8 @@ def token_losses(
                 f"out of memory at length {windows.length} with {len(tokens)} windows a forward; "
                 "lower --batch-tokens or the longest of --lengths"
             ) from None
+        except UserError as error:
+            raise Refused(str(error)) from error
         advance(tokens[:, 1:].numel())
     return losses
 

@@ -73,6 +73,11 @@ class Windows:
     documents: Int[np.ndarray, " windows"]
     ends: Int[np.ndarray, " windows"]
 
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens they feed."""
+        return self.length * len(self.ends)
+
 
 def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Protocol:
     """Return the protocol called `name` for windows of `lengths` tokens.

@@ -35,7 +35,8 @@ class Evaluation:
     """One model under one protocol.
 
     `settings` is a checksum of the recipe without its seed: equal for runs that differ in nothing
-    else. `seed` and `settings` are None for a model that no run of ours trained.
+    else. `seed` and `settings` are None for a model that no run of ours trained. `refused` says why
+    the model did not take windows of a length, for which there is no measurement.
     """
 
     run: str
@@ -47,12 +48,18 @@ class Evaluation:
     targets: Targets
     measurements: list[Measurement]
     provenance: dict[str, Any]
+    refused: dict[int, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
 
     @property
     def lengths(self) -> list[int]:
-        """Return the window lengths, ascending."""
-        return [measurement.length for measurement in self.measurements]
+        """Return the window lengths, ascending, with those that were refused."""
+        return sorted([*self.by_length, *self.refused])
+
+    @property
+    def by_length(self) -> dict[int, Measurement]:
+        """Return the measurements by their length."""
+        return {measurement.length: measurement for measurement in self.measurements}
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -80,8 +87,10 @@ def load(path: Path) -> Evaluation:
         Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
         for each in content["measurements"]
     ]
+    refused = {int(length): reason for length, reason in content.get("refused", {}).items()}
+    targets = Targets(**content["targets"])
     return Evaluation(
-        **{**content, "targets": Targets(**content["targets"]), "measurements": measurements}
+        **{**content, "targets": targets, "measurements": measurements, "refused": refused}
     )
 
 

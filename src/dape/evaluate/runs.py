@@ -13,7 +13,7 @@ import torch
 from dape.data.shards import Corpus
 from dape.data.tokenizer import fingerprint, token_bytes
 from dape.errors import UserError
-from dape.evaluate.perplexity import Measurement, measure, token_losses, window_tokens
+from dape.evaluate.perplexity import Measurement, Refused, measure, token_losses, window_tokens
 from dape.evaluate.protocols import Protocol, Windows, choose_blocks
 from dape.evaluate.record import Evaluation, Targets
 
@@ -118,7 +118,7 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Return how many tokens a model is fed."""
-        return sum(each.length * len(each.ends) for each in self.windows)
+        return sum(each.tokens for each in self.windows)
 
 
 def plan(
@@ -161,26 +161,33 @@ def evaluate(
     batch_tokens: int,
     provenance: dict[str, Any],
     advance: Callable[[int], object],
-    measured: Callable[[Measurement], object],
+    announce: Callable[[int, str], object],
 ) -> Evaluation:
-    """Return the evaluation of a run's model.
+    """Return the evaluation of a run's model; a length it refuses is told of and left out.
 
-    `advance` is told the tokens of each forward, `measured` what was found at each length.
+    `advance` is told the tokens of each forward, `announce` each length and what came of it.
     """
     model = run.load(device)
     part = plan.corpus.split(plan.split)
     measurements: list[Measurement] = []
+    refused: dict[int, str] = {}
     for windows in plan.windows:
-        losses = token_losses(
-            model,
-            part.document,
-            windows,
-            batch_tokens=batch_tokens,
-            device=device,
-            advance=advance,
-        )
+        try:
+            losses = token_losses(
+                model,
+                part.document,
+                windows,
+                batch_tokens=batch_tokens,
+                device=device,
+                advance=advance,
+            )
+        except Refused as reason:
+            refused[windows.length] = str(reason)
+            announce(windows.length, f"refused: {reason}")
+            advance(windows.tokens)
+            continue
         measurements.append(measure(losses, windows, np.array(plan.targets.bytes)))
-        measured(measurements[-1])
+        announce(windows.length, f"perplexity {measurements[-1].perplexity:,.2f}")
     return Evaluation(
         run=str(run.folder),
         scheme=run.scheme,
@@ -191,4 +198,5 @@ def evaluate(
         targets=plan.targets,
         measurements=measurements,
         provenance=provenance,
+        refused=refused,
     )

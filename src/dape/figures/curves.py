@@ -29,8 +29,8 @@ class Point:
 def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure":
     """Draw a metric against the window length: the mean over seeds, a band of one deviation.
 
-    Lines are listed from the highest to the lowest at the longest length. A value that is not
-    finite is left out.
+    Lines are listed from the highest to the lowest at the longest length, those that end before it
+    last. A value that is not finite is left out, and so is a length that a model refused.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
@@ -111,6 +111,8 @@ def _lines(
 ) -> None:
     import seaborn
 
+    if not points:
+        return  # every length was refused: seaborn warns of colours without points
     labels = [group.label for group in groups]
     seaborn.lineplot(
         x=[point.x for point in points],

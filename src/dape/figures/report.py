@@ -17,8 +17,6 @@ from dape.figures.tables import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNKNOWN = "-"
-
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -228,4 +226,4 @@ def _text(file: Path) -> str:
 
 
 def _shown(value: int | float | None, form: str = ",") -> str:
-    return UNKNOWN if value is None else f"{value:{form}}"
+    return tables.NOTHING if value is None else f"{value:{form}}"

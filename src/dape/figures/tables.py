@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from jaxtyping import Float
 
 from dape.evaluate.compare import METRICS, Comparison, Group
 from dape.evaluate.significance import PairedTest
 
-NOTHING = "-"
+NOTHING = "—"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +55,13 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
     first = groups[0].evaluations[0]
     trained = {group.train_length for group in groups}
     lengths = [f"{n:,}*" if n in trained else f"{n:,}" for n in first.lengths]
-    rows = [
-        [group.label, str(len(group.evaluations)), *_cells(group.values(metric), metric)]
-        for group in groups
-    ]
+    rows = [[group.label, str(len(group.evaluations)), *_cells(group, metric)] for group in groups]
     notes = [describe_targets(groups)]
     if trained & set(first.lengths):
         notes.append("* length trained at.")
     if any(len(group.evaluations) > 1 for group in groups):
         notes.append("± one standard deviation over seeds.")
+    notes += [refusal(group) for group in groups if group.refused]
     return Table(
         title=f"{METRICS[metric].capitalize()} by length of the window",
         header=["scheme", "runs", *lengths],
@@ -86,6 +85,13 @@ def describe_targets(groups: Sequence[Group]) -> str:
     )
 
 
+def refusal(group: Group) -> str:
+    """Return in a sentence which lengths a group refused, with the reason given at the shortest."""
+    lengths = ", ".join(f"{length:,}" for length in group.refused)
+    reason = group.refused[min(group.refused)]
+    return f"{NOTHING} {group.label} refused {lengths} tokens: {reason}."
+
+
 def significance(comparisons: Sequence[Comparison]) -> Table:
     """Return the change of perplexity of each candidate against its baseline, with p-values."""
     lengths = sorted({each.length for each in comparisons})
@@ -93,9 +99,10 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
     for (candidate, baseline), pair in groupby(
         comparisons, key=lambda each: (each.candidate, each.baseline)
     ):
-        each_length = list(pair)
-        over_seeds = [each.over_seeds for each in each_length]
-        over_documents = [each.over_documents for each in each_length]
+        by_length = {each.length: each for each in pair}
+        each_length = [by_length.get(length) for length in lengths]
+        over_seeds = [None if each is None else each.over_seeds for each in each_length]
+        over_documents = [None if each is None else each.over_documents for each in each_length]
         rows.append([f"{candidate} against {baseline}", *map(change, each_length)])
         for label, outcomes in (("seeds", over_seeds), ("documents", over_documents)):
             found = [test for test in outcomes if test is not None]
@@ -110,11 +117,13 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
     )
 
 
-def change(comparison: Comparison) -> str:
+def change(comparison: Comparison | None) -> str:
     """Return by how many percent the candidate's perplexity differs, as `-12.3 %`.
 
     With several seeds that is the ratio of geometric means.
     """
+    if comparison is None:
+        return NOTHING
     return f"{100 * math.expm1(comparison.difference):+.1f} %"
 
 
@@ -123,12 +132,16 @@ def p_value(test: PairedTest | None) -> str:
     return NOTHING if test is None else f"{test.p_value:.2g}"
 
 
-def _cells(values: np.ndarray, metric: str) -> list[str]:
-    means = [number(mean, metric) for mean in values.mean(axis=0)]
-    if len(values) == 1:
-        return means
-    deviations = [number(deviation, metric) for deviation in values.std(axis=0, ddof=1)]
-    return [f"{mean} ± {deviation}" for mean, deviation in zip(means, deviations, strict=True)]
+def _cells(group: Group, metric: str) -> list[str]:
+    columns = zip(group.evaluations[0].lengths, group.values(metric).T, strict=True)
+    return [
+        NOTHING if length in group.refused else _cell(values, metric) for length, values in columns
+    ]
+
+
+def _cell(values: Float[np.ndarray, " seeds"], metric: str) -> str:
+    mean = number(values.mean(), metric)
+    return mean if len(values) == 1 else f"{mean} ± {number(values.std(ddof=1), metric)}"
 
 
 def number(value: float, metric: str = "perplexity") -> str:
