@@ -29,7 +29,6 @@ def attend_chunked(
     scale: float,
     causal: bool,
     query_offset: int | Int[Tensor, ""],
-    block_rows: int | None = None,
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Return the output of `attend`, in blocks; keys after a block's last query are not read."""
     total, keys = query.shape[2], key.shape[2]
@@ -55,7 +54,7 @@ def attend_chunked(
             scale,
         )[0]
 
-    size = block_rows or rows_per_block(query, keys)
+    size = rows_per_block(query, keys)
     if size >= total:  # no loop, which compilation would unroll for this one length
         return block(0, total)
     outputs = []
