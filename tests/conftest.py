@@ -9,6 +9,8 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
 settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )

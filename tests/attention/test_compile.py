@@ -8,7 +8,7 @@ from torch.testing import assert_close
 import dape
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 @pytest.mark.parametrize("kernel_size", [1, 3])
 def test_two_chunks_compile_to_one_graph_with_the_same_numbers(kernel_size):
     torch.compiler.reset()

@@ -114,7 +114,7 @@ def test_padding_may_make_a_sequence_longer_than_the_learned_table():
     assert torch.equal(module(x, positions), x + module.weight[positions])
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 @pytest.mark.parametrize("module", [Sinusoidal(8), Learned(12, 8)])
 def test_embeddings_compile_to_one_graph_with_the_same_numbers(module):
     torch.compiler.reset()
@@ -123,7 +123,7 @@ def test_embeddings_compile_to_one_graph_with_the_same_numbers(module):
     assert torch.equal(compiled(x, positions), module(x, positions))
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 def test_compiled_the_learned_table_refuses_what_is_longer():
     torch.compiler.reset()
     compiled = torch.compile(Learned(6, 4), backend="eager")

@@ -405,7 +405,7 @@ def test_nothing_is_trained_or_saved(rotation):
     assert not rotation.state_dict() and not list(rotation.parameters())
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 @every_rotation
 def test_every_rotation_compiles_to_one_graph_with_the_same_numbers(rotation):
     torch.compiler.reset()
@@ -416,7 +416,7 @@ def test_every_rotation_compiles_to_one_graph_with_the_same_numbers(rotation):
         assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 def test_drawing_compiles_and_the_seed_still_decides():
     torch.compiler.reset()
     rotation, (query, key) = RandomizedRoPE(16, LENGTH), draw(6)

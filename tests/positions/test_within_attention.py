@@ -133,7 +133,7 @@ def test_parameters_are_drawn_anew_from_uninitialised_memory(name):
             assert torch.equal(ours, theirs) and ours.ndim > 0
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 @everyone
 def test_forward_and_backward_compile_to_one_graph(name):
     torch.compiler.reset()

@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert saved == [f"step-{n:08d}" for n in range(2, step, 2)][-2:]
 
 
-@pytest.mark.compile
+@pytest.mark.unhooked
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiled_blocks_learn_the_same(data, tmp_path):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dape.attention.chunked import attend_chunked
 from dape.attention.reference import attend, visibility
-from dape.attention.select import select
+from dape.attention.select import FUSED, select
 from dape.errors import UserError
 
 
@@ -42,7 +42,7 @@ def attention(
         causal: whether the query in slot i sees only the keys in slots j <= i + query_offset.
         scale: factor of the scores, `1 / sqrt(d)` by default.
         query_offset: slot of the first query among the keys: in decoding, the cached length.
-        backend: `auto`, `reference` or `chunked`.
+        backend: `auto`, `reference`, `chunked`, or the fused `triton` and `cuda`, on a GPU.
         mask: true where a key may be seen: `[B, Tk]` for padding, or `[B or 1, 1, Tq or 1, Tk]`.
         query_positions: `query_offset + arange(Tq)` by default; a batch axis may lead.
         key_positions: `arange(Tk)` by default; a batch axis may lead.
@@ -58,13 +58,24 @@ def attention(
     check_where(query, key, mask, query_positions, key_positions)
     rows, keys, device = query.shape[2], key.shape[2], query.device
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    chosen = select(backend, return_weights)
+    if chosen in FUSED:
+        from dape.attention.fused.operator import attend_fused, obstacle
+
+        given = query_positions is not None or key_positions is not None
+        reason = obstacle(chosen, query, value, bias, adapter, mask, query_offset, given)
+        if reason is not None or not isinstance(query_offset, int):
+            raise UserError(f"backend={chosen!r} cannot serve this call: {reason}; use 'auto'")
+        return attend_fused(
+            query, key, value, bias, adapter, mask, scale, causal, query_offset, chosen
+        )
     if query_positions is None:
         query_positions = torch.arange(rows, device=device) + query_offset
     if key_positions is None:
         key_positions = torch.arange(keys, device=device)
-    if mask is not None and mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    if select(backend, return_weights) == "chunked":
+    if chosen == "chunked":
         return attend_chunked(
             query, key, value, query_positions, key_positions, mask, bias, adapter, scale, causal,
             query_offset,

@@ -1,7 +1,9 @@
 """Which backend computes a call, and why another cannot."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -17,13 +19,34 @@ class Backend:
     obstacle: Callable[[], str | None] = lambda: None
 
 
+def no_triton() -> str | None:
+    """Return why Triton's kernels cannot run here; its interpreter runs them on a CPU, slowly."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA GPU"
+    return None
+
+
+def no_cuda() -> str | None:
+    """Return why kernels compiled at run time cannot run here."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    return no_triton()
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("reference", "whole score matrices, any dtype: the oracle"),
         Backend("chunked", "pure PyTorch, memory linear in the length"),
+        Backend("triton", "fused kernels, static biases and DAPE V1; by request", no_triton),
+        Backend("cuda", "the same with CUDA across heads; by request", no_cuda),
     )
 }
+FUSED = ("triton", "cuda")
 
 
 def select(backend: str, return_weights: bool = False) -> str:
@@ -41,6 +64,9 @@ def select(backend: str, return_weights: bool = False) -> str:
                 "return_weights needs 'reference' or 'auto'"
             )
         return "reference"
+    reason = None if backend == "auto" else BACKENDS[backend].obstacle()
+    if reason is not None:
+        raise UserError(f"backend={backend!r} does not work here: {reason}; use 'auto'")
     return "chunked" if backend == "auto" else backend
 
 

@@ -1,0 +1,464 @@
+"""Attention in bands of query rows: the kernels put together, forward and backward.
+
+For tables U, C over the distance and weights W1, W2, the logits of a query and a key are
+`A + C + W2 phi(W1 A + U)` with `A = scale q k^T`; without weights they are `A + C`. Only the output
+and the log-sum-exp of each row are kept for the backward pass. Everything is a fixed sequence of
+kernels without atomics, so that two passes agree bit for bit.
+"""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import pad
+from triton import cdiv, next_power_of_2
+
+from dape.attention.fused import kernels
+
+# Scores that stand in the scratch at a time, two bytes each (four in float32).
+SCORES_PER_BAND = 2**25
+# Bands start, and rows of the scratch are padded, at multiples of this: whole tiles of every mixer.
+ALIGNMENT = 32
+# Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
+PROGRAMS = 256
+
+
+class Tile(NamedTuple):
+    """Rows and keys of a program of one head, its warps, and the loads it has under way."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# What was fastest of those tried on an H100 at head_dim 64.
+TILES = {
+    "scores": Tile(64, 128, 4, 3),
+    "softmax_value": Tile(64, 64, 4, 3),
+    "grad_query": Tile(64, 64, 4, 3),
+    "grad_key_value": Tile(64, 64, 4, 3),
+    "grad_table": Tile(64, 64, 4, 3),
+}
+# Products of float32 are taken in float32, not TF32.
+PRECISION = "ieee"
+
+
+class Mixing(NamedTuple):
+    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`."""
+
+    static: Float[Tensor, "heads distances"]
+    hidden: Float[Tensor, "distances hidden"]
+    weight_in: Float[Tensor, "hidden heads"]
+    weight_out: Float[Tensor, "heads hidden"]
+
+
+class Problem(NamedTuple):
+    """One call: the arguments every kernel needs, checked and in their final layout.
+
+    Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
+    is true for keys that may be seen.
+    """
+
+    query: Float[Tensor, "batch heads rows head_dim"]
+    key: Float[Tensor, "batch kv_heads keys head_dim"]
+    value: Float[Tensor, "batch kv_heads keys value_dim"]
+    static: Float[Tensor, "heads distances"] | None
+    mixing: Mixing | None
+    mask: Bool[Tensor, "batch keys"] | None
+    scale: float
+    causal: bool
+    offset: int
+
+    def part(self, batch: slice) -> "Problem":
+        """Return the problem of some elements of the batch."""
+        return self._replace(
+            query=self.query[batch],
+            key=self.key[batch],
+            value=self.value[batch],
+            mask=None if self.mask is None else self.mask[batch],
+        )
+
+
+class Band(NamedTuple):
+    """Some rows of some elements of the batch, the keys they see and the slot of the first row."""
+
+    batch: slice
+    rows: slice
+    keys: int
+    shift: int
+
+
+def bands(problem: Problem) -> list[Band]:
+    """Return the bands of a problem: the whole, unless a scratch limits their size."""
+    batch, heads, rows, _ = problem.query.shape
+    keys = problem.key.shape[2]
+    height, group = rows, batch
+    if problem.mixing is not None:
+        room = SCORES_PER_BAND // (heads * keys)
+        height = min(rows, max(ALIGNMENT, room // ALIGNMENT * ALIGNMENT))
+        group = max(1, min(batch, room // height))
+    return [
+        Band(
+            slice(first, min(batch, first + group)),
+            slice(start, min(rows, start + height)),
+            min(keys, max(1, problem.offset + start + height)) if problem.causal else keys,
+            problem.offset + start,
+        )
+        for first in range(0, batch, group)
+        for start in range(0, rows, height)
+    ]
+
+
+def scratch(problem: Problem) -> Float[Tensor, "group heads rows keys"]:
+    """Return a buffer for the largest band; keys are padded to an aligned stride."""
+    all_bands, heads = bands(problem), problem.query.shape[1]
+    keys = cdiv(max(band.keys for band in all_bands), ALIGNMENT) * ALIGNMENT
+    group, rows = all_bands[0].batch.stop, all_bands[0].rows.stop
+    dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
+    return problem.query.new_empty(group, heads, rows, keys, dtype=dtype)
+
+
+@runtime_checkable
+class Mixer(Protocol):
+    """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal."""
+
+    tile_rows: int
+    tile_keys: int
+
+    def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
+        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+
+    def mix_backward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        band: Band,
+        problem: Problem,
+        mixing: Mixing,
+        lse: Tensor,
+        delta: Tensor,
+        slots: "Slots",
+    ) -> None:
+        """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+
+
+class Diagonals(NamedTuple):
+    """The diagonals of tiles of a band: q holds distances q K + offset + m - n, m < M, n < K.
+
+    `first` is that of the whole problem, so that a diagonal keeps its slot in every band.
+    """
+
+    first: int
+    number: int
+    band_tile: int
+    offset: int
+
+
+def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> Diagonals:
+    """Return the diagonals of a band for tiles of M rows and K keys, M dividing K."""
+    offset = problem.offset % tile_keys
+    if problem.causal:
+        first = -((offset + tile_rows - 1) // tile_keys)
+    else:
+        first = problem.offset // tile_keys + 1 - cdiv(problem.key.shape[2], tile_keys)
+    band_tile = band.shift // tile_keys
+    last_row = (cdiv(band.rows.stop - band.rows.start, tile_rows) - 1) * tile_rows
+    last = band_tile + (last_row + tile_keys - 1) // tile_keys
+    return Diagonals(first, max(0, last + 1 - first), band_tile, offset)
+
+
+def head_sizes(problem: Problem) -> dict[str, Any]:
+    """Return the arguments that the kernels of one head share: head dimensions and switches."""
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    return {
+        "GROUP": problem.query.shape[1] // problem.key.shape[1],
+        "E": head_dim,
+        "WIDE": max(16, next_power_of_2(head_dim)),
+        "V": value_dim,
+        "WIDE_V": max(16, next_power_of_2(value_dim)),
+        "CAUSAL": problem.causal,
+        "MASKED": problem.mask is not None,
+        "MIXED": problem.mixing is not None,
+        "TABLE": problem.static is not None,
+        "PRECISION": PRECISION,
+    }
+
+
+def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
+    """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory."""
+    tile = TILES[kernel]
+    if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
+        tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
+    if rows <= 16 and kernel in ("scores", "softmax_value"):
+        tile = tile._replace(rows=16)
+    return tile
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of batch, head and row; the last axis is contiguous."""
+    return tensor.stride()[:3]
+
+
+def scores(
+    left: Tensor, right: Tensor, out: Tensor, band: Band, problem: Problem, scale: float
+) -> None:
+    """Fill `out` with `scale left right^T` of a band."""
+    batch, heads, rows, size = left.shape
+    tile = tile_of("scores", problem, rows)
+    grid = (cdiv(band.keys, tile.keys), cdiv(rows, tile.rows), batch * heads)
+    kernels.scores_kernel[grid](
+        left, right, out, scale, rows, band.keys, band.shift,
+        *strides(left), *strides(right), *strides(out),
+        heads, heads // right.shape[1], E=size, WIDE=max(16, next_power_of_2(size)),
+        CAUSAL=problem.causal, M=tile.rows, K=tile.keys, PRECISION=PRECISION,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
+    """Return over how many spans the keys of a band are split, a power of two, and their length."""
+    rows = cdiv(band.rows.stop - band.rows.start, tile.rows)
+    programs = rows * (band.batch.stop - band.batch.start) * problem.query.shape[1]
+    wanted = max(1, min(PROGRAMS // programs, band.keys // 256, 64))
+    spans = 1 << (wanted.bit_length() - 1)
+    return spans, cdiv(cdiv(band.keys, spans), tile.keys) * tile.keys
+
+
+def softmax_value(x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor) -> None:
+    """Fill output and log-sum-exp of a band, over spans of keys where rows alone are too few."""
+    part = problem.part(band.batch)
+    query = part.query[:, :, band.rows]
+    batch, heads, rows, _ = query.shape
+    tile = tile_of("softmax_value", problem, rows)
+    spans, length = key_spans(problem, band, tile)
+    table = query if problem.static is None else problem.static
+    mask = query if part.mask is None else part.mask
+    if spans == 1:
+        parts, parts_lse = out[None], lse[None]
+    else:
+        shape = (spans, batch, heads, rows)
+        parts = query.new_empty(*shape, out.shape[-1], dtype=torch.float32)
+        parts_lse = query.new_empty(*shape, dtype=torch.float32)
+    kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+        x, query, part.key, part.value, table, mask, parts, parts_lse,
+        rows, band.keys, table.shape[-1], band.shift, problem.scale, length,
+        *strides(x), *strides(query), *strides(part.key), *strides(part.value),
+        *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
+        heads, **head_sizes(problem), M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if spans > 1:
+        value_dim = out.shape[-1]
+        kernels.combine_kernel[(rows, batch * heads)](
+            parts, parts_lse, out, lse, rows, parts.stride(0), value_dim, parts_lse.stride(0),
+            *strides(out), *lse.stride()[:2],
+            heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=spans, num_warps=4,
+        )  # fmt: skip
+
+
+def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
+    """Return the output `[B, H, Tq, dv]` and the log-sum-exp `[B, H, Tq]`.
+
+    A query that sees no key has zeros and -inf.
+    """
+    out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[3])
+    lse = problem.query.new_empty(out.shape[:3], dtype=torch.float32)
+    x = problem.query if problem.mixing is None else scratch(problem)
+    for band in bands(problem):
+        at = (band.batch, slice(None), band.rows)
+        if problem.mixing is not None:
+            part = problem.part(band.batch)
+            scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
+            mixer.mix(x, band, problem, problem.mixing)
+        softmax_value(x, band, problem, out[at], lse[at])
+    return out, lse
+
+
+def backward(
+    problem: Problem, mixer: Mixer, out: Tensor, lse: Tensor, grad_out: Tensor
+) -> list[Tensor]:
+    """Return the gradients of q, k, v and of C, or C, U, W1 and W2, the scores band by band.
+
+    Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
+    one by a power of two, by which the gradients are divided in the end, exactly.
+    """
+    delta = (out.float() * grad_out.float()).sum(-1)
+    dtype, unit = problem.query.dtype, None
+    if dtype != torch.float32:
+        largest = grad_out.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
+        unit = torch.exp2(torch.log2(largest).ceil())
+        grad_out, delta = (grad_out / unit).to(torch.float16), delta / unit
+        problem = problem._replace(
+            query=to_half(problem.query), key=to_half(problem.key), value=to_half(problem.value)
+        )
+    gradients = unscaled_backward(problem, mixer, lse, delta, grad_out)
+    if unit is not None:
+        gradients = [gradient * unit for gradient in gradients]
+    return [*(gradient.to(dtype) for gradient in gradients[:3]), *gradients[3:]]
+
+
+def to_half(x: Tensor) -> Tensor:
+    """Return `x` in fp16, with what bf16 holds beyond its range brought to the border."""
+    limit = 65280.0  # the largest number both types have
+    return x if x.dtype == torch.float16 else x.clamp(-limit, limit).to(torch.float16)
+
+
+def unscaled_backward(
+    problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor
+) -> list[Tensor]:
+    """Return the gradients in float32, for `grad_out` in the dtype of the problem."""
+    grad_query = torch.empty_like(problem.query, dtype=torch.float32)
+    grad_key = torch.zeros_like(problem.key, dtype=torch.float32)
+    grad_value = torch.zeros_like(problem.value, dtype=torch.float32)
+    gradients = [grad_query, grad_key, grad_value]
+    mixing = problem.mixing
+    if mixing is None:
+        unused, whole = problem.query, bands(problem)[0]
+        one_head(unused, unused, whole, problem, grad_out, lse, delta, *gradients)
+        if problem.static is not None:
+            gradients.append(grad_table(problem, problem.static, grad_out, lse, delta))
+        return gradients
+    x, y, slots = scratch(problem), scratch(problem), Slots.of(problem, mixing, mixer)
+    for band in bands(problem):
+        at, part = (band.batch, slice(None), band.rows), problem.part(band.batch)
+        scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
+        scores(grad_out[at], part.value, y, band, problem, 1.0)
+        mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
+        one_head(x, y, band, problem, grad_out[at], lse[at], delta[at], *gradients)
+    return [*gradients, *slots.gradients(problem, mixing, mixer)]
+
+
+class Slots(NamedTuple):
+    """Where each diagonal of each element of a group sums its share of the weights' gradients."""
+
+    weight_in: Float[Tensor, "group slots UNITS HEADS"]
+    weight_out: Float[Tensor, "group slots HEADS UNITS"]
+    hidden: Float[Tensor, "group slots lines UNITS"]
+    static: Float[Tensor, "group slots lines HEADS"]
+
+    @classmethod
+    def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
+        """Return zeros for the bands of a problem."""
+        all_bands = bands(problem)
+        group = all_bands[0].batch.stop
+        count = max(
+            diagonals(problem, band, mixer.tile_rows, mixer.tile_keys).number for band in all_bands
+        )
+        lines = mixer.tile_rows + mixer.tile_keys
+        units, heads = padded(mixing)
+
+        def zeros(*size: int) -> Tensor:
+            return problem.query.new_zeros(group, count, *size, dtype=torch.float32)
+
+        return cls(
+            zeros(units, heads), zeros(heads, units), zeros(lines, units), zeros(lines, heads)
+        )
+
+    def gradients(self, problem: Problem, mixing: Mixing, mixer: Mixer) -> list[Tensor]:
+        """Return the gradients of C, U, W1 and W2."""
+        count, units = mixing.hidden.shape
+        heads, tile_keys = problem.query.shape[1], mixer.tile_keys
+        where = diagonals(problem, bands(problem)[0], mixer.tile_rows, tile_keys)
+        static = from_diagonals(self.static.sum(0), where, tile_keys, count)[:, :heads]
+        hidden = from_diagonals(self.hidden.sum(0), where, tile_keys, count)[:, :units]
+        weight_in = self.weight_in.sum((0, 1))[:units, :heads]
+        weight_out = self.weight_out.sum((0, 1))[:heads, :units]
+        tables = (static.t(), hidden, weight_in, weight_out)
+        return [table.contiguous() for table in tables]
+
+
+def padded(mixing: Mixing) -> tuple[int, int]:
+    """Return hidden units and heads as the mixers pad them."""
+    units, heads = mixing.weight_in.shape
+    return max(16, next_power_of_2(units)), max(16, next_power_of_2(heads))
+
+
+def from_diagonals(
+    lines: Float[Tensor, "slots lines columns"], where: Diagonals, tile_keys: int, count: int
+) -> Float[Tensor, "distances columns"]:
+    """Return sums for the distances 0..count-1 from those of the lines of each diagonal.
+
+    Line r of diagonal q is i - j = q K + offset + r - (K - 1): the lines of neighbouring diagonals
+    overlap, and negative ones fold onto positive ones, since |i - j| is what counts.
+    """
+    slots, reach, columns = lines.shape
+    total = lines.new_zeros(slots + 1, tile_keys, columns)
+    total[:-1] += lines[:, :tile_keys]
+    total[1:, : reach - tile_keys] += lines[:, tile_keys:]
+    total = total.flatten(0, 1)
+    zero = (tile_keys - 1) - where.first * tile_keys - where.offset  # the row of i - j = 0
+    total, zero = pad(total, (0, 0, max(0, -zero), 0)), max(0, zero)
+    right = total[zero : zero + count]
+    table = pad(right, (0, 0, 0, count - right.shape[0]))
+    left = total[max(0, zero - count + 1) : zero].flip(0)
+    table[1 : 1 + left.shape[0]] += left
+    return table
+
+
+def one_head(
+    x: Tensor,
+    y: Tensor,
+    band: Band,
+    problem: Problem,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    """Fill dQ of a band and add to dK and dV: from P and dA where heads mix, else from q, k, v."""
+    part = problem.part(band.batch)
+    query, grad_query = part.query[:, :, band.rows], grad_query[band.batch, :, band.rows]
+    grad_key, grad_value = grad_key[band.batch], grad_value[band.batch]
+    table = query if problem.static is None else problem.static
+    mask = query if part.mask is None else part.mask
+    batch, heads, rows, _ = query.shape
+    common = (
+        rows, band.keys, table.shape[-1], band.shift, problem.scale,
+        *strides(y), *strides(query), *strides(part.key), *strides(part.value),
+        *strides(grad_out), *lse.stride()[:2],
+    )  # fmt: skip
+    shape, tile = head_sizes(problem), tile_of("grad_query", problem, rows)
+    kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
+        y, query, part.key, part.value, grad_out, table, mask, lse, delta, grad_query,
+        *common, *strides(grad_query), mask.stride(0),
+        heads, **shape, M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
+    kernels.grad_key_value_kernel[(cdiv(band.keys, tile.keys), batch * kv_heads)](
+        x, y, query, part.key, part.value, grad_out, table, mask, lse, delta,
+        grad_key, grad_value,
+        *common, *strides(grad_key), *strides(grad_value), mask.stride(0),
+        kv_heads, **shape, M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def grad_table(
+    problem: Problem, static: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor
+) -> Tensor:
+    """Return dC `[H, N]` without an adapter: the sums of dS along diagonals."""
+    band, launch = bands(problem)[0], tile_of("grad_table", problem, problem.query.shape[2])
+    tile = launch.rows
+    where = diagonals(problem, band, tile, tile)
+    batch, heads, rows, _ = problem.query.shape
+    mask = problem.query if problem.mask is None else problem.mask
+    sums = problem.query.new_empty(heads, where.number, tile, tile, dtype=torch.float32)
+    shape = {k: v for k, v in head_sizes(problem).items() if k not in ("MIXED", "TABLE")}
+    kernels.grad_table_kernel[(where.number, heads)](
+        problem.query, problem.key, problem.value, grad_out, static, mask, lse, delta, sums,
+        rows, band.keys, static.shape[-1],
+        where.first, where.band_tile, where.offset, band.shift, problem.scale, batch,
+        *strides(problem.query), *strides(problem.key), *strides(problem.value),
+        *strides(grad_out), *lse.stride()[:2], mask.stride(0),
+        heads, **shape, M=tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    # Padding each row by one step less than its width shifts it by one: diagonals become columns.
+    skewed = pad(sums.flip(-1), (0, tile)).flatten(-2)[..., : tile * (2 * tile - 1)]
+    lines = skewed.unflatten(-1, (tile, 2 * tile - 1)).sum(-2)  # [H, slots, 2 tile - 1]
+    table = from_diagonals(lines.permute(1, 2, 0), where, tile, static.shape[-1])
+    return table.t().contiguous()

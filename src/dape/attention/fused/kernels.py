@@ -1,0 +1,478 @@
+"""Triton kernels of the banded design: attention that mixes heads, without a square in memory.
+
+The queries are taken in bands of rows; for one band the scores of all heads stand in a scratch
+buffer that the L2 cache can hold, and every kernel below is a simple pass over it:
+
+    scores           X = scale Q K^T                      one head, tiles of rows and keys
+    mix              X <- X + W2 phi(W1 X + U) + C         all heads, tiles along a diagonal
+    softmax_value    O = softmax(X) V                      one head, rows against a span of keys
+    mix_backward     X <- P, Y <- dA from Y = dO V^T       all heads, tiles along a diagonal
+    grad_query       dQ = scale dA K                       one head
+    grad_key_value   dK += scale dA^T Q, dV += P^T dO      one key head
+
+U and C are tables over the distance, so a tile that moves along a diagonal sees the same entries
+all the way: they are loaded once, and their gradients are summed in registers before one reduction.
+Without an adapter there is no scratch: the same kernels compute scores where they need them.
+
+Shapes: B batch, H query heads, G query heads a key head, R rows of the band, T keys, E head dim,
+D hidden units, N positions of a tile (M rows x K keys). A capital suffix is a compile-time size.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
+    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    inside = (rows[:, None] >= 0) & (rows[:, None] < count) & (columns[None, :] < E)
+    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
+
+
+@triton.jit
+def sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Return which of `keys` each of `rows` sees; `shift` is the slot of row 0 among the keys."""
+    seen = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+    if CAUSAL:
+        seen &= keys <= rows + shift
+    if MASKED:
+        seen &= tl.load(mask + keys, (keys >= 0) & (keys < num_keys), 0) != 0
+    return seen
+
+
+@triton.jit
+def scores_kernel(
+    left, right, x, scale, num_rows, num_keys, shift,
+    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_h, x_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X = scale left right^T for a tile of rows and keys of one head; grid (keys, rows, B H)."""
+    b, h = tl.program_id(2) // HEADS, tl.program_id(2) % HEADS
+    first_row, first_key = tl.program_id(1) * M, tl.program_id(0) * K
+    if CAUSAL and first_key > first_row + M - 1 + shift:
+        return
+    left += b.to(tl.int64) * left_b + h * left_h
+    right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
+    a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+    k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
+    out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
+    if x.dtype.element_ty == tl.float16:
+        out = tl.clamp(out, -65504.0, 65504.0)
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    x += b.to(tl.int64) * x_b + h * x_h
+    inside = (rows < num_rows) & (keys < num_keys)
+    tl.store(x + rows.to(tl.int64) * x_t + keys, out.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def load_tables(hidden, static, delta, heads, units, size, H: tl.constexpr, D: tl.constexpr):
+    """Return U `[N, D]` and C `[N, H]` at the distances of a tile's positions."""
+    distance = tl.abs(delta)[:, None]
+    inside = (distance < size) & (units[None, :] < D)
+    u = tl.load(hidden + distance * D + units[None, :], inside, 0.0)
+    inside = (distance < size) & (heads[None, :] < H)
+    return u, tl.load(static + heads[None, :] * size + distance, inside, 0.0)
+
+
+@triton.jit
+def mlp(x, w_in, w_out, one, u, PRECISION: tl.constexpr):
+    """Return z = W1 x + u, phi(z) and y = x + W2 phi(z) of `[N, H]` scores; `one` is the identity.
+
+    The residual is a product with the identity, since x already lies where a product reads it.
+    """
+    z = tl.dot(x, w_in, u, input_precision=PRECISION)
+    hidden = tl.where(z > 0, z, 0.01 * z).to(x.dtype)
+    y = tl.dot(x, one, input_precision=PRECISION)
+    return z, hidden, tl.dot(hidden, w_out, y, input_precision=PRECISION)
+
+
+@triton.jit
+def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.constexpr):
+    """Return first and past-the-last row tile of diagonal q, and the key where row tile 0 starts.
+
+    Tile t of diagonal q holds rows t M + m and keys start + t M + n: i - j is the same for all t.
+    """
+    start = (band_tile - q) * K
+    first = tl.cdiv(tl.maximum(0, 1 - start - K), M)
+    last = tl.cdiv(tl.minimum(num_rows, tl.maximum(0, num_keys - start)), M)
+    return first, last, start
+
+
+@triton.jit
+def mix_kernel(
+    x, w1, w2, hidden_table, static_table, mask,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_h, x_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X <- X + W2 phi(W1 X + U) + C along one diagonal, -inf if unseen; grid (diagonals, B)."""
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    delta_ij = q * K + offset + n // K - n % K
+    u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    w_in = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0).to(compute)
+    w_out = tl.trans(tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0).to(compute))
+    one = (heads[:, None] == heads[None, :]).to(compute)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
+    for tile in range(first, last):
+        rows, keys = tile * M + n // K, start + tile * M + n % K
+        live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+        seen = live
+        if CAUSAL:
+            seen &= delta_ij >= 0
+        if MASKED:
+            seen &= tl.load(mask + b * mask_b + keys, live, 0) != 0
+        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
+        at += b.to(tl.int64) * x_b
+        a = tl.load(x + at, seen[:, None] & (heads[None, :] < H), 0.0)
+        _z, _hidden, y = mlp(a, w_in, w_out, one, u, PRECISION)
+        s = tl.where(seen[:, None], y + c, float("-inf"))
+        tl.store(x + at, s.to(compute), live[:, None] & (heads[None, :] < H))
+
+
+@triton.jit
+def mix_backward_kernel(
+    x, y, w1, w2, hidden_table, static_table, lse, delta, mask,
+    grad_w1, grad_w2, grad_hidden, grad_static,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
+    x_b, x_h, x_t, stat_b, stat_h, mask_b,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
+
+    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. Grid (diagonals, B). The
+    shares are added to those of earlier bands in the diagonal's own slot, so that the sum over the
+    slots, and with it every gradient, has one order.
+    """
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    delta_ij = q * K + offset + n // K - n % K
+    u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    w1_HD = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0).to(compute)
+    w2_HD = tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0).to(compute)
+    one = (heads[:, None] == heads[None, :]).to(compute)
+    sum_u = tl.zeros((M * K, UNITS), tl.float32)
+    sum_c = tl.zeros((M * K, HEADS), tl.float32)
+    sum_w1 = tl.zeros((UNITS, HEADS), tl.float32)
+    sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
+    for tile in range(first, last):
+        rows, keys = tile * M + n // K, start + tile * M + n % K
+        live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+        seen = live
+        if CAUSAL:
+            seen &= delta_ij >= 0
+        if MASKED:
+            seen &= tl.load(mask + b * mask_b + keys, live, 0) != 0
+        seen_heads = seen[:, None] & (heads[None, :] < H)
+        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
+        at += b.to(tl.int64) * x_b
+        a = tl.load(x + at, seen_heads, 0.0)
+        z, hidden, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
+        logit = (logit + c).to(compute).to(tl.float32)  # as the forward pass stored it
+        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None]
+        log_sum = tl.load(lse + stat, seen_heads, 0.0)
+        shared = tl.load(delta + stat, seen_heads, 0.0)
+        weight = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)
+        ds = weight * (tl.load(y + at, seen_heads, 0.0).to(tl.float32) - shared)
+        dh = tl.dot(ds.to(compute), w2_HD, input_precision=PRECISION)
+        dz = tl.where(z > 0, dh, 0.01 * dh)
+        da = tl.dot(dz.to(compute), tl.trans(w1_HD), ds, input_precision=PRECISION)
+        live_heads = live[:, None] & (heads[None, :] < H)
+        tl.store(x + at, weight.to(compute), live_heads)
+        tl.store(y + at, da.to(compute), live_heads)
+        sum_w2 = tl.dot(tl.trans(ds.to(compute)), hidden, sum_w2, input_precision=PRECISION)
+        sum_w1 = tl.dot(tl.trans(dz.to(compute)), a, sum_w1, input_precision=PRECISION)
+        sum_u += dz
+        sum_c += ds
+    slot = b * slots + tl.program_id(0)
+    at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
+    tl.store(grad_w1 + at_w1, tl.load(grad_w1 + at_w1) + sum_w1)
+    at_w2 = slot * UNITS * HEADS + heads[:, None] * UNITS + units[None, :]
+    tl.store(grad_w2 + at_w2, tl.load(grad_w2 + at_w2) + sum_w2)
+    # Summing a tile along its diagonals is a product with zeros and ones.
+    lines = tl.arange(0, M + K)
+    pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
+    at_u = slot * (M + K) * UNITS + lines[:, None] * UNITS + units[None, :]
+    along = tl.dot(pick, sum_u, tl.load(grad_hidden + at_u), input_precision="tf32x3")
+    tl.store(grad_hidden + at_u, along)
+    at_c = slot * (M + K) * HEADS + lines[:, None] * HEADS + heads[None, :]
+    along = tl.dot(pick, sum_c, tl.load(grad_static + at_c), input_precision="tf32x3")
+    tl.store(grad_static + at_c, along)
+
+
+@triton.jit
+def tile_logits(
+    x, x_t, a, k, table, rows, keys, inside, table_size, shift, scale,
+    MIXED: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return base-2 logits of a tile of one head: from the scratch if MIXED, else a k^T and C.
+
+    `rows` and `keys` broadcast to the tile, which is `[rows, keys]` or its transpose alike.
+    """
+    if MIXED:
+        s = tl.load(x + rows.to(tl.int64) * x_t + keys, inside, 0.0).to(tl.float32)
+    else:
+        s = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
+        if TABLE:
+            distance = tl.abs(rows + shift - keys)
+            s += tl.load(table + distance, distance < table_size, 0.0)
+    return s * LOG2E
+
+
+@triton.jit
+def softmax_value_kernel(
+    x, query, key, value, table, mask, out, lse,
+    num_rows, num_keys, table_size, shift, scale, keys_per_split,
+    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, mask_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O = softmax(X + C) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    rows = first_row + tl.arange(0, M)[:, None]
+    b64 = b.to(tl.int64)
+    x += b64 * x_b + h * x_h
+    query += b64 * query_b + h * query_h
+    key += b64 * key_b + (h // GROUP) * key_h
+    value += b64 * value_b + (h // GROUP) * value_h
+    table += h * table_size
+    mask += b * mask_b
+    a = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, WIDE_V), tl.float32)
+    low = tl.program_id(2) * keys_per_split
+    high = tl.minimum(num_keys, low + keys_per_split)
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(low, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+        k = a
+        if not MIXED:
+            k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        s = tile_logits(
+            x, x_t, a, k, table, rows, keys, seen, table_size, shift, scale,
+            MIXED, TABLE, PRECISION,
+        )  # fmt: skip
+        s = tl.where(seen, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weight, 1)
+        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    acc /= tl.where(total > 0, total, 1.0)[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = tl.program_id(2) * out_s + b64 * out_b + h * out_h + rows.to(tl.int64) * out_t + columns
+    tl.store(out + at, acc.to(out.dtype.element_ty), (rows < num_rows) & (columns < V))
+    line = first_row + tl.arange(0, M)
+    at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
+    log_sum = top + tl.log2(tl.where(total > 0, total, 1.0))  # top is -inf where nothing is seen
+    tl.store(lse + at, log_sum / LOG2E, line < num_rows)
+
+
+@triton.jit
+def combine_kernel(
+    part, part_lse, out, lse, num_rows, part_s, part_r, lse_s, out_b, out_h, out_t, lse_b, lse_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    row = tl.program_id(1) * num_rows + tl.program_id(0)
+    spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
+    mass = tl.load(part_lse + spans * lse_s + row)
+    top = tl.max(mass, 0)
+    weight = tl.exp(mass - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
+    parts = tl.load(part + at, (columns < V)[None, :], 0.0)
+    o = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
+    tl.store(out + at, o.to(out.dtype.element_ty), columns < V)
+    log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
+    tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
+
+
+@triton.jit
+def tile_gradient(s, dp, lse, delta, seen):
+    """Return P and dS of a tile from its base-2 logits, dP and the statistics of its rows."""
+    weight = tl.where(seen, tl.exp2(s - lse * LOG2E), 0.0)
+    return weight, tl.where(seen, weight * (dp - delta), 0.0)
+
+
+@triton.jit
+def grad_query_kernel(
+    y, query, key, value, grad_out, table, mask, lse, delta, grad_query,
+    num_rows, num_keys, table_size, shift, scale,
+    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, mask_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dQ = scale dA K of one head, with dA from Y if MIXED; grid (rows, B H)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    line = first_row + tl.arange(0, M)
+    rows = line[:, None]
+    b64 = b.to(tl.int64)
+    y += b64 * x_b + h * x_h
+    key += b64 * key_b + (h // GROUP) * key_h
+    value += b64 * value_b + (h // GROUP) * value_h
+    table += h * table_size
+    mask += b * mask_b
+    if not MIXED:
+        a = load_rows(query + b64 * query_b + h * query_h, query_t, first_row, num_rows, E, M, WIDE)
+        do = load_rows(grad_out + b64 * out_b + h * out_h, out_t, first_row, num_rows, V, M, WIDE_V)
+        log_sum = tl.load(lse + b * stat_b + h * stat_h + line, line < num_rows, 0.0)[:, None]
+        shared = tl.load(delta + b * stat_b + h * stat_h + line, line < num_rows, 0.0)[:, None]
+    acc = tl.zeros((M, WIDE), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        if MIXED:
+            ds = tl.load(y + rows.to(tl.int64) * x_t + keys, seen, 0.0)
+        else:
+            s = tile_logits(
+                y, x_t, a, k, table, rows, keys, seen, table_size, shift, scale,
+                MIXED, TABLE, PRECISION,
+            )  # fmt: skip
+            v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            _weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    columns = tl.arange(0, WIDE)[None, :]
+    at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+    tl.store(at, (acc * scale).to(grad_query.dtype.element_ty), (rows < num_rows) & (columns < E))
+
+
+@triton.jit
+def grad_key_value_kernel(
+    x, y, query, key, value, grad_out, table, mask, lse, delta, grad_key, grad_value,
+    num_rows, num_keys, table_size, shift, scale,
+    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, mask_b,
+    KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add scale dA^T Q to dK and P^T dO to dV, over the group's heads; grid (keys, B Hkv)."""
+    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    first_key = tl.program_id(0) * K
+    keys = first_key + tl.arange(0, K)[:, None]
+    b64 = b.to(tl.int64)
+    mask += b * mask_b
+    k = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
+    v = load_rows(value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V)
+    acc_k = tl.zeros((K, WIDE), tl.float32)
+    acc_v = tl.zeros((K, WIDE_V), tl.float32)
+    low = 0
+    if CAUSAL:
+        low = tl.maximum(0, first_key - shift) // M * M
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        a_base = query + b64 * query_b + h * query_h
+        do_base = grad_out + b64 * out_b + h * out_h
+        x_base = b64 * x_b + h * x_h
+        for first_row in range(low, num_rows, M):
+            line = first_row + tl.arange(0, M)
+            rows = line[None, :]
+            seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+            a = load_rows(a_base, query_t, first_row, num_rows, E, M, WIDE)
+            do = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
+            if MIXED:
+                at = x_base + rows.to(tl.int64) * x_t + keys
+                weight = tl.load(x + at, seen, 0.0)
+                ds = tl.load(y + at, seen, 0.0)
+            else:
+                s = tile_logits(
+                    y, x_t, k, a, table + h * table_size, rows, keys, seen, table_size, shift,
+                    scale, MIXED, TABLE, PRECISION,
+                )  # fmt: skip
+                stat = b * stat_b + h * stat_h + line
+                log_sum = tl.load(lse + stat, line < num_rows, 0.0)[None, :]
+                shared = tl.load(delta + stat, line < num_rows, 0.0)[None, :]
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
+            acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
+            acc_k = tl.dot(ds.to(a.dtype), a, acc_k, input_precision=PRECISION)
+    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+    at = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    inside = (keys < num_keys) & (columns < E)
+    tl.store(at, tl.load(at, inside, 0.0) + acc_k * scale, inside)
+    at = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    inside = (keys < num_keys) & (columns_v < V)
+    tl.store(at, tl.load(at, inside, 0.0) + acc_v, inside)
+
+
+@triton.jit
+def grad_table_kernel(
+    query, key, value, grad_out, table, mask, lse, delta, grad_table,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, shift, scale, batch,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, mask_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum dS of one head over the tiles of one diagonal and the batch; grid (diagonals, H)."""
+    h = tl.program_id(1)
+    q = tl.program_id(0) + first_diagonal
+    table += h * table_size
+    acc = tl.zeros((M, M), tl.float32)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
+    query += h * query_h
+    key += (h // GROUP) * key_h
+    value += (h // GROUP) * value_h
+    grad_out += h * out_h
+    lse += h * stat_h
+    delta += h * stat_h
+    for _element in range(batch):
+        for tile in range(first, last):
+            line = tile * M + tl.arange(0, M)
+            rows, first_key = line[:, None], start + tile * M
+            keys = first_key + tl.arange(0, M)[None, :]
+            seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+            a = load_rows(query, query_t, tile * M, num_rows, E, M, WIDE)
+            k = load_rows(key, key_t, first_key, num_keys, E, M, WIDE)
+            do = load_rows(grad_out, out_t, tile * M, num_rows, V, M, WIDE_V)
+            v = load_rows(value, value_t, first_key, num_keys, V, M, WIDE_V)
+            s = tile_logits(
+                query, 0, a, k, table, rows, keys, seen, table_size, shift, scale,
+                False, True, PRECISION,
+            )  # fmt: skip
+            log_sum = tl.load(lse + line, line < num_rows, 0.0)[:, None]
+            shared = tl.load(delta + line, line < num_rows, 0.0)[:, None]
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            _weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
+            acc += ds
+        query += query_b
+        key += key_b
+        value += value_b
+        grad_out += out_b
+        lse += stat_b
+        delta += stat_b
+        mask += mask_b
+    cells = tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :]
+    tl.store(grad_table + (h * tl.num_programs(0) + tl.program_id(0)) * M * M + cells, acc)

@@ -1,0 +1,75 @@
+"""The kernels across heads in CUDA, for two-byte dtypes: compiled when first used, by NVRTC."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals, padded, strides
+
+tile_rows = 8
+tile_keys = 32
+# Past these the accumulators of a warp no longer fit its registers.
+MOST_HEADS, MOST_UNITS = 16, 32
+
+
+def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
+    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    where = diagonals(problem, band, tile_rows, tile_keys)
+    mask = x if problem.mask is None else problem.mask[band.batch]
+    compiled("mix", *macros(problem, mixing))(
+        grid=(where.number, band.batch.stop - band.batch.start, 1),
+        block=(32 * tile_rows, 1, 1),
+        args=[
+            x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
+            band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
+            where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
+        ],
+    )  # fmt: skip
+
+
+def mix_backward(
+    x: Tensor,
+    y: Tensor,
+    band: Band,
+    problem: Problem,
+    mixing: Mixing,
+    lse: Tensor,
+    delta: Tensor,
+    slots: Slots,
+) -> None:
+    """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+    where = diagonals(problem, band, tile_rows, tile_keys)
+    mask = x if problem.mask is None else problem.mask[band.batch]
+    compiled("mix_backward", *macros(problem, mixing))(
+        grid=(where.number, band.batch.stop - band.batch.start, 1),
+        block=(32 * tile_rows, 1, 1),
+        args=[
+            x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
+            lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
+            band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
+            where.first, where.band_tile, where.offset, slots.hidden.shape[1],
+            *strides(x), *lse.stride()[:2], mask.stride(0),
+        ],
+    )  # fmt: skip
+
+
+def macros(problem: Problem, mixing: Mixing) -> tuple[int, int, int, int, int, int]:
+    """Return what the source is compiled for: H, D, HEADS, UNITS, CAUSAL, MASKED."""
+    hidden, heads = mixing.weight_in.shape
+    units, padded_heads = padded(mixing)
+    masked = problem.mask is not None
+    return heads, hidden, padded_heads, units, int(problem.causal), int(masked)
+
+
+@cache
+def compiled(name: str, *values: int) -> Any:
+    """Return the kernel of that name for these macros, on the current device."""
+    names = ("H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED")
+    defines = [f"#define {key} {value}" for key, value in zip(names, values, strict=True)]
+    if name == "mix_backward":
+        defines.append("#define BACKWARD")
+    source = files("dape.attention.fused").joinpath("mix.cu").read_text()
+    return torch.cuda._compile_kernel("\n".join([*defines, source]), name)

@@ -1,0 +1,191 @@
+"""The fused kernels against the float64 textbook: on a CPU by Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Problem, leaves, solve, solve_by_textbook
+from torch.testing import assert_close
+
+import dape
+from dape.attention.fused import banded, operator
+from dape.errors import UserError
+
+# The interpreter's own warnings, of NumPy.
+pytestmark = [
+    pytest.mark.unhooked,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+DAPE = (5, 1, True, "concat")
+PROBLEMS = {
+    "causal": Problem(rows=37, keys=37),
+    "bidirectional": Problem(rows=19, keys=19, causal=False),
+    "grouped heads": Problem(kv_heads=2, rows=9, keys=9),
+    "one key head": Problem(heads=5, kv_heads=1),
+    "offset": Problem(rows=20, keys=33, query_offset=13),
+    "more keys than queries see": Problem(rows=4, keys=40, query_offset=2),
+    "more queries than keys": Problem(rows=21, keys=5),
+    "rows without keys": Problem(query_offset=-3),
+    "cross lengths": Problem(rows=5, keys=39, causal=False),
+    "behind the keys": Problem(rows=5, keys=9, causal=False, query_offset=50),
+    "one query": Problem(batch=1, rows=1, keys=300, query_offset=299),
+    "left padding": Problem(rows=18, keys=18, mask="left"),
+    "right padding": Problem(mask="right", causal=False),
+    "mask of one row": Problem(mask="keys"),
+    "scale": Problem(scale=0.3),
+    "wider values": Problem(value_dim=6),
+}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Let nothing pass that a kernel did not write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def narrow_bands(monkeypatch):
+    """Let the scratch hold few scores, so that small problems take several bands."""
+    monkeypatch.setattr(banded, "SCORES_PER_BAND", 2 * 4 * 40 * 32)
+
+
+def drawn(problem):
+    return problem.tensors(), problem.modules(), problem.draw_mask(), (None, None)
+
+
+def close(problem, backend="triton", dtype=torch.float32, tolerance=1e-4, least=0.1):
+    """Compare the output and all gradients with the textbook's, by the size of the largest.
+
+    `least` is a size that counts: the gradient of a constant of every key is zero but for rounding.
+    """
+    given = drawn(problem)
+    given[0][:] = [x.to(dtype).double() for x in given[0]]
+    out, gradients = solve(problem, *given, backend, dtype)
+    true_out, true_gradients = solve_by_textbook(problem, *given)
+    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
+        scale = max(least, true.abs().max().item())
+        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("adapter", [None, DAPE], ids=["static", "dape"])
+def test_every_kind_of_call_equals_the_textbook(name, adapter):
+    close(replace(PROBLEMS[name], adapter=adapter))
+
+
+@pytest.mark.parametrize("inputs", ["concat", "sum", "bias", "scores"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("bias", ["alibi", None])
+def test_every_form_of_dape_equals_the_textbook(inputs, residual, bias):
+    close(Problem(adapter=(4, 1, residual, inputs), bias=bias))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("offset", [0, 21])
+def test_bands_change_nothing(narrow_bands, causal, offset):
+    problem = Problem(
+        batch=3, rows=70, keys=91, causal=causal, query_offset=offset, adapter=DAPE, mask="left"
+    )
+    query, key, value = problem.tensors(torch.float32)
+    whole = banded.Problem(query, key, value, None, mixing(), None, 1.0, causal, offset)
+    assert len(banded.bands(whole)) > 3
+    close(problem)
+
+
+def mixing():
+    return banded.Mixing(
+        torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5)
+    )
+
+
+def test_many_heads_and_hidden_units():
+    close(Problem(batch=1, heads=25, kv_heads=5, rows=5, keys=5, adapter=(20, 1, True, "concat")))
+
+
+def test_half_precision_is_as_exact_as_its_digits():
+    close(Problem(rows=20, keys=20, adapter=DAPE), dtype=torch.float16, tolerance=5e-3, least=1.0)
+    close(Problem(rows=20, keys=20), dtype=torch.float16, tolerance=5e-3, least=1.0)
+
+
+def test_small_gradients_survive_half_precision():
+    problem = Problem(adapter=DAPE)
+    tensors, modules, _, _ = drawn(problem)
+    tensors, (bias, adapter), _ = leaves(tensors, modules, torch.float16)
+    bias, adapter = bias.float(), adapter.float()
+    out = dape.attention(*tensors, bias, adapter, backend="triton")
+    weight = torch.randn_like(out)
+    sums = [
+        torch.autograd.grad(out, [*adapter.parameters()], weight * size, retain_graph=True)
+        for size in (1.0, 2.0**-12)
+    ]
+    for large, small in zip(*sums, strict=True):
+        assert_close(small * 2.0**12, large, rtol=1e-2, atol=1e-3)
+
+
+def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
+    given = drawn(Problem(rows=40, keys=40, adapter=DAPE))
+    problem = Problem(rows=40, keys=40, adapter=DAPE)
+    runs = [solve(problem, *given, "triton", torch.float32)[1] for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("adapter", [None, DAPE], ids=["static", "dape"])
+def test_the_operator_is_registered_in_full(adapter):
+    problem = Problem(batch=1, rows=3, keys=3, adapter=adapter)
+    tensors, (bias, adapter), _ = leaves(problem.tensors(torch.float32), problem.modules())
+    found = [
+        x.detach().requires_grad_() for x in operator.tables(bias, adapter, 4, 3, tensors[0].device)
+    ]
+    tables = [*found, None, None, None][:4]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(
+        operator.banded, (*tensors, *tables, None, 0.5, True, 0, "triton"), test_utils=checks
+    )
+
+
+def test_lse_is_that_of_the_logits():
+    query, key, value = Problem(rows=6, keys=6).tensors(torch.float32)
+    _, lse = operator.banded(query, key, value, *[None] * 5, 0.5, False, 0, "triton")
+    assert_close(lse, (0.5 * query.double() @ key.double().mT).logsumexp(-1).float())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adapter": dape.DAPE(4, kernel_size=3)}, "kernel_size=3"),
+        ({"adapter": torch.nn.Identity()}, "do not know the adapter Identity"),
+        ({"bias": dape.FIRE(4, train_length=8)}, "FIRE depends on more than the distance"),
+        ({"query_positions": torch.arange(7)}, "positions are given"),
+        ({"mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)}, "the mask differs between queries"),
+        ({"query_offset": torch.tensor(0)}, "query_offset is a tensor"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused_in_a_line(options, message):
+    query, key, value = Problem().tensors(torch.float32)
+    with pytest.raises(UserError, match=rf"backend='triton' cannot serve this call: .*{message}"):
+        dape.attention(query, key, value, backend="triton", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [129, 512])
+def test_on_a_gpu_against_chunked_in_float64(backend, dtype, rows):
+    tensors = [torch.randn(2, 12, rows, 64, device="cuda", dtype=dtype) for _ in range(3)]
+    modules = (dape.Kerple(12).cuda(), dape.DAPE(12).cuda())
+    results = []
+    for name, wide in ((backend, dtype), ("chunked", torch.float64)):
+        inputs, found, parameters = leaves(tensors, modules, wide)
+        found = [m.float() if wide is dtype else m for m in found]
+        parameters = [p for m in found for p in m.parameters()]
+        out = dape.attention(*inputs, *found, backend=name)
+        torch.manual_seed(1)
+        weight = torch.randn(out.shape, device="cuda").to(dtype).to(wide)
+        results.append([out, *torch.autograd.grad(out, [*inputs, *parameters], weight)])
+    for found, true in zip(*results, strict=True):
+        error = (found.double() - true).norm() / true.norm().clamp(min=1.0)
+        assert error < (2e-2 if dtype is torch.bfloat16 else 1e-2)
