@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Threads that wait by spinning make a small model many times slower when another program wants a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo demo-seeds check test clean
+.PHONY: demo demo-seeds schemes check test clean
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
 demo: SEEDS := 0
@@ -18,6 +18,20 @@ demo-seeds: $(BIN)/dape
 	mkdir -p results/demo
 	$(BIN)/dape plot $(RUNS) --out results/demo/table.md
 	$(BIN)/dape plot $(RUNS) --out results/demo/perplexity.png
+
+# Every encoding, and every form of adapter on one of them: what results/schemes holds.
+SCHEMES := nope sinusoidal learned rope partial-rope pi ntk dynamic-ntk yarn xpos randomized-rope \
+	alibi kerple kerple-power t5 sandwich fire cope transformer-xl \
+	dape-nope dape-rope dape-alibi dape-kerple dape-kerple-power dape-t5 dape-sandwich dape-fire \
+	dape3-kerple dape5-kerple dape7-kerple dape-add-kerple dape-concat-kerple dape-bias-kerple \
+	talking-heads-kerple
+comma := ,
+schemes: $(BIN)/dape
+	$(BIN)/dape prepare --out data/python-stdlib
+	$(BIN)/dape train recipes/schemes.yaml --model.scheme $(subst $() ,$(comma),$(strip $(SCHEMES)))
+	$(BIN)/dape eval $(SCHEMES:%=runs/schemes/%) --documents 20 --blocks 2
+	mkdir -p results/schemes
+	$(BIN)/dape plot $(SCHEMES:%=runs/schemes/%) --out results/schemes/table.md
 
 RUNS = $(foreach seed,$(SEEDS),runs/demo/kerple-$(seed) runs/demo/dape-kerple-$(seed))
 define train_and_evaluate
