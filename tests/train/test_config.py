@@ -142,10 +142,11 @@ def test_recipes_of_the_paper(name):
 
 
 def test_the_small_recipes_run_without_a_gpu():
-    for name in ("cpu", "demo"):
+    small = {"cpu", "demo", "schemes"}
+    for name in small:
         recipe = config.read(RECIPES / f"{name}.yaml")
         assert recipe.training.precision == "fp32" and recipe.model.vocab_size is None
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == {*SIZES, "cpu", "demo"}
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == small | {*SIZES}
 
 
 def test_the_knobs_stay_few():
