@@ -21,6 +21,7 @@ import dape
 import textbook
 from dape.attention.operator import check, check_where
 from dape.errors import UserError
+from dape.positions.adapter import CoPE
 
 BACKENDS = ("reference", "chunked")
 DAPE3 = (5, 3, True, "concat")
@@ -228,6 +229,8 @@ def test_modules_of_other_heads_are_named():
         dape.attention(*tensors, bias=dape.ALiBi(3))
     with pytest.raises(UserError, match="adapter has num_heads=5, but the query has 4"):
         dape.attention(*tensors, adapter=dape.DAPE(5))
+    with pytest.raises(UserError, match="adapter has head_dim=5, but the query has 3"):
+        dape.attention(query, key, value, adapter=CoPE(4, head_dim=5))
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,10 @@ def check(
     if key.shape[2] == 0:
         raise UserError(f"{shapes}: there is no key to attend to")
     for name, module in (("bias", bias), ("adapter", adapter)):
-        heads = getattr(module, "num_heads", query.shape[1])
-        if heads != query.shape[1]:
-            raise UserError(
-                f"{name} has num_heads={heads}, but the query has {query.shape[1]} heads"
-            )
+        for size, axis in (("num_heads", 1), ("head_dim", 3)):
+            built = getattr(module, size, query.shape[axis])
+            if built != query.shape[axis]:
+                raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
 
 
 def check_where(
