@@ -230,7 +230,7 @@ def test_modules_of_other_heads_are_named():
     with pytest.raises(UserError, match="adapter has num_heads=5, but the query has 4"):
         dape.attention(*tensors, adapter=dape.DAPE(5))
     with pytest.raises(UserError, match="adapter has head_dim=5, but the query has 3"):
-        dape.attention(query, key, value, adapter=CoPE(4, head_dim=5))
+        dape.attention(*tensors, adapter=CoPE(head_dim=5))
 
 
 @pytest.mark.parametrize(
