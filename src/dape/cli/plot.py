@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
     from dape.evaluate.record import evaluation_path, load
     from dape.figures.curves import over_length
     from dape.figures.report import Report
+    from dape.figures.style import save
 
     place = (arguments.protocol, arguments.stride, arguments.split)
     evaluations = [load(evaluation_path(run, *place)) for run in arguments.runs]
@@ -67,5 +68,5 @@ def main(argv: list[str]) -> None:
     elif arguments.out.suffix == ".md":
         arguments.out.write_text(report.markdown(), encoding="utf-8")
     else:
-        over_length(report.groups, report.metric).savefig(arguments.out)
+        save(over_length(report.groups, report.metric), arguments.out)
     print(f"wrote {arguments.out}")

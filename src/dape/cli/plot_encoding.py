@@ -9,7 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.figures.encodings import View, draw
-from dape.figures.style import theme
+from dape.figures.style import save
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -44,6 +44,5 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape plot encoding")
     figure = draw(arguments.name, arguments.view)
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    with theme():  # the fonts of PDF and the names in SVG are chosen when a figure is saved
-        figure.savefig(arguments.file)
+    save(figure, arguments.file)
     print(f"wrote {arguments.file}")

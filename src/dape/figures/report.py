@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dape.evaluate.compare import METRICS, Comparison, Group, compare
 from dape.evaluate.record import Evaluation
 from dape.figures import curves, tables
+from dape.figures.style import save
 from dape.figures.tables import Table
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def drawings(
 def embedded(figure: "Figure") -> str:
     """Return a figure as SVG in base64."""
     image = BytesIO()
-    figure.savefig(image, format="svg", metadata={"Date": None})
+    save(figure, image, format="svg", metadata={"Date": None})
     return base64.b64encode(image.getvalue()).decode()
 
 

@@ -2,9 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dape.evaluate.compare import split
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # An encoding has the same colour in every figure, with an adapter and without: the ten colours of
 # seaborn's palette "colorblind" in its order, and then the same ten darkened.
@@ -60,6 +65,12 @@ def theme() -> Iterator[None]:
     settings: dict[Any, Any] = {**seaborn.axes_style("ticks"), **THEME}
     with rc_context(settings):
         yield
+
+
+def save(figure: "Figure", target: Path | BytesIO, **options: Any) -> None:
+    """Save a figure: the fonts of a PDF and the names in an SVG are chosen only now."""
+    with theme():
+        figure.savefig(target, **options)
 
 
 def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
