@@ -127,6 +127,9 @@ class Mixer(Protocol):
     tile_rows: int
     tile_keys: int
 
+    def whole(self, problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
+        """Return what `forward` does by one kernel, or None where there is none for a problem."""
+
     def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         """Turn the scores X of a band into logits, in place; -inf where unseen."""
 
@@ -263,6 +266,10 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
 
     A query that sees no key has zeros and -inf.
     """
+    if problem.mixing is not None:
+        whole = mixer.whole(problem, problem.mixing)
+        if whole is not None:
+            return whole
     out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[3])
     lse = problem.query.new_empty(out.shape[:3], dtype=torch.float32)
     x = problem.query if problem.mixing is None else scratch(problem)

@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dape.attention.fused import forward_cuda
 from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals, padded, strides
 
 tile_rows = 8
 tile_keys = 32
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
+
+
+def whole(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
+    """Return output and log-sum-exp by one kernel, or None where there is none for a problem."""
+    where = forward_cuda.layout_of(problem, mixing)
+    return None if where is None else forward_cuda.forward(problem, mixing, where)
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:

@@ -1,0 +1,381 @@
+// The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
+//
+// A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
+// warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
+// slot is wherever the accumulator of q k^T already sits: a lane moves 16 bytes, the mixers read fragments
+// [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
+// so that heads compute the next scores while the mixers are busy with these.
+//
+//   x = q k^T      y = x + W2 leaky(W1 x + U) / scale      P = exp(scale y + C), masked by C = -inf
+//
+// Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
+// c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
+//
+// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, CAUSAL, MASKED,
+// BF16, ROWS and KEYS of a tile, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef unsigned int uint32;
+typedef unsigned char uint8;
+#if BF16
+typedef __nv_bfloat16 Element;
+#else
+typedef __half Element;
+#endif
+constexpr int HEADS = 16, MIXERS = 4, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS), THREADS = 32 * (HEAD_WARPS + MIXERS);
+constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
+constexpr int LINE = E + 8, SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
+constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1.f / 0.f;
+// A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
+constexpr float SLACK = 8.f;
+struct Shared {
+  Element k[H][KEYS * LINE], v[H][KEYS * LINE];
+  __half x[2][HEADS][SLOTS];
+  __half u[2][SPAN][UNITS];
+  float c[H][C_LINE];
+};
+
+__device__ __forceinline__ uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy16(uint32 to, const void* from, bool real) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)); }
+__device__ __forceinline__ void copy4(uint32 to, const void* from) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from)); }
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int ID> __device__ __forceinline__ void meet(int members) { asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(members) : "memory"); }
+template <int ID> __device__ __forceinline__ void arrive(int members) { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(members) : "memory"); }
+// Scores of buffer `b` are there for the mixers; its logits are there for the heads.
+__device__ __forceinline__ void scores_there(int b) { if (b) arrive<2>(MEMBERS); else arrive<1>(MEMBERS); }
+__device__ __forceinline__ void await_scores(int b) { if (b) meet<2>(MEMBERS); else meet<1>(MEMBERS); }
+__device__ __forceinline__ void logits_there(int b) { if (b) arrive<4>(MEMBERS); else arrive<3>(MEMBERS); }
+__device__ __forceinline__ void await_logits(int b) { if (b) meet<4>(MEMBERS); else meet<3>(MEMBERS); }
+__device__ __forceinline__ void load4(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
+__device__ __forceinline__ void load4_turned(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
+__device__ __forceinline__ void store4_turned(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory"); }
+#if BF16
+#define ELEMENT "bf16"
+#else
+#define ELEMENT "f16"
+#endif
+__device__ __forceinline__ void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// d = a b + c in fp16, whose accumulators are the next product's operand.
+__device__ __forceinline__ void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
+      : "=r"(d[0]), "=r"(d[1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c0), "r"(c1));
+}
+__device__ __forceinline__ uint32 pack_half(float a, float b) { __half2 h = __floats2half2_rn(a, b); return *(uint32*)&h; }
+__device__ __forceinline__ uint32 pack(float a, float b) {
+#if BF16
+  __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return *(uint32*)&h;
+#else
+  return pack_half(a, b);
+#endif
+}
+__device__ __forceinline__ uint32 leaky(uint32 z) { __half2 v = *(__half2*)&z; v = __hmax2(v, __hmul2(v, __float2half2_rn(0.01f))); return *(uint32*)&v; }
+__device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+template <int N> __device__ __forceinline__ void registers_up() { if constexpr (N > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_down() { if constexpr (N > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+struct Arguments {
+  const Element *q, *k, *v;
+  Element* out;
+  float* lse;
+  const float *w1, *w2;
+  const __half* hidden;
+  const float* fixed;
+  const uint8* mask;
+  int rows, keys, distances, low, offset;
+  float scale;
+  int q_t, k_t, v_t, out_t, row0, tiles;
+};
+
+// Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
+// are neighbours, and C in base 2, with the causal mask.
+extern "C" __global__ void pack_tables(const float* hidden_table, const float* static_table, __half* hidden, float* fixed, int table_size, int low, int distances) {
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + H); i += gridDim.x * blockDim.x) {
+    int at = i < distances * UNITS ? i / UNITS : (i - distances * UNITS) % distances, distance = low + at, entry = abs(distance);
+    bool inside = entry < table_size;
+    if (i < distances * UNITS) {
+      int place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
+      hidden[i] = __float2half_rn(inside && unit < D ? hidden_table[entry * D + unit] : 0.f);
+    } else {
+      int head = (i - distances * UNITS) / distances;
+      fixed[head * distances + at] = CAUSAL && distance < 0 ? NEVER : inside ? LOG2E * static_table[head * table_size + entry] : 0.f;
+    }
+  }
+}
+
+__device__ __forceinline__ void load_lines(uint32 to, const Element* from, int stride, int first, int keys, int lane) {
+#pragma unroll
+  for (int i = lane; i < KEYS * E / 8; i += 32) {
+    int line = i / (E / 8), column = i % (E / 8) * 8;
+    bool real = first + line < keys;
+    copy16(to + (line * LINE + column) * 2, from + (real ? (long long)(first + line) * stride + column : 0), real);
+  }
+}
+
+__device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+  const uint32 to_k = address(s.k[h]), to_v = address(s.v[h]), to_c = address(s.c[h]);
+  const float* fixed = a.fixed + (long long)h * a.distances;
+  // C of a tile, from the largest distance down, and a copy one place on: every lane then reads aligned pairs.
+  auto load_static = [&](int n) {
+    const float* from = fixed + a.row0 + a.offset + ROWS - 1 - n * KEYS - a.low;
+#pragma unroll
+    for (int i = lane; i < SPAN; i += 32) {
+      copy4(to_c + i * 4, from - i);
+      copy4(to_c + (COPY + i) * 4, from - i - 1);
+    }
+  };
+  load_lines(to_k, a.k, a.k_t, 0, a.keys, lane);
+  commit();
+  uint32 q[MT][ET][4];
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int e = 0; e < ET; e++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int row = a.row0 + 16 * m + g + 8 * (i & 1);
+        q[m][e][i] = row < a.rows ? *(const uint32*)(a.q + (long long)row * a.q_t + 16 * e + 2 * t + 8 * (i >> 1)) : 0;
+      }
+  float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2];
+#pragma unroll
+  for (int m = 0; m < MT; m++) { top[m][0] = top[m][1] = NEVER; total[m][0] = total[m][1] = 0.f; }
+  const float scale = a.scale * LOG2E;
+
+  auto scores = [&](int n) {
+    float x[MT][NT][4] = {};
+#pragma unroll
+    for (int e = 0; e < ET; e++)
+#pragma unroll
+      for (int p = 0; p < NT / 2; p++) {
+        uint32 b[4];
+        load4(b, to_k + ((16 * p + (lane & 7) + 8 * (lane >> 4)) * LINE + 16 * e + 8 * ((lane >> 3) & 1)) * 2);
+#pragma unroll
+        for (int m = 0; m < MT; m++) { mma(x[m][2 * p], q[m][e], b[0], b[1]); mma(x[m][2 * p + 1], q[m][e], b[2], b[3]); }
+      }
+    __syncwarp();
+    if (n + 1 < a.tiles) load_lines(to_k, a.k, a.k_t, (n + 1) * KEYS, a.keys, lane);
+    commit();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int p = 0; p < NT / 2; p++) {
+        float *low = x[m][2 * p], *high = x[m][2 * p + 1];
+        *(uint4*)(s.x[n & 1][h] + (m * (NT / 2) + p) * 256 + lane * 8) = make_uint4(pack_half(low[0], low[1]), pack_half(low[2], low[3]), pack_half(high[0], high[1]), pack_half(high[2], high[3]));
+      }
+    scores_there(n & 1);
+  };
+  wait<0>();
+  __syncwarp();
+  scores(0);
+  load_lines(to_v, a.v, a.v_t, 0, a.keys, lane);
+  load_static(0);
+  commit();
+  for (int n = 0; n < a.tiles; n++) {
+    if (n + 1 < a.tiles) {
+      wait<1>();  // K of the next tile
+      __syncwarp();
+      scores(n + 1);
+    } else {
+      commit();
+    }
+    uint32 seen = ~0u;
+    if (MASKED || (n + 1) * KEYS > a.keys) {
+      int key = n * KEYS + lane;
+      seen = __ballot_sync(~0u, lane >= KEYS || (key < a.keys && (!MASKED || a.mask[key])));
+    }
+    wait<1>();  // V and C of this tile
+    await_logits(n & 1);
+    float2 c[MT * 2 + NT - 1];  // by (row - key) / 8
+#pragma unroll
+    for (int i = 0; i < MT * 2 + NT - 1; i++) {
+      int at = 2 * t - g - 8 * (i - NT + 1) + ROWS - 1;
+      c[i] = *(const float2*)(s.c[h] + (g & 1 ? at : COPY + at - 1));
+    }
+    uint32 weight[MT][NT][2];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      float y[NT][4];
+#pragma unroll
+      for (int p = 0; p < NT / 2; p++) {
+        uint4 v = *(const uint4*)(s.x[n & 1][h] + (m * (NT / 2) + p) * 256 + lane * 8);
+        uint32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          int tile = 2 * p + (i >> 1), r = i & 1;
+          float2 value = __half22float2(*(__half2*)&pairs[i]), fixed_part = c[2 * m + r - tile + NT - 1];
+          y[tile][2 * r] = fmaf(value.x, scale, fixed_part.x);
+          y[tile][2 * r + 1] = fmaf(value.y, scale, fixed_part.y);
+        }
+      }
+      if (seen != ~0u) {
+#pragma unroll
+        for (int tile = 0; tile < NT; tile++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (!(seen >> (8 * tile + 2 * t + (i & 1)) & 1)) y[tile][i] = NEVER;
+      }
+      float most[2] = {y[0][0], y[0][2]};
+#pragma unroll
+      for (int tile = 0; tile < NT; tile++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) most[i >> 1] = fmaxf(most[i >> 1], y[tile][i]);
+      if (__any_sync(~0u, most[0] > top[m][0] + SLACK || most[1] > top[m][1] + SLACK)) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float x = fmaxf(most[r], __shfl_xor_sync(~0u, most[r], 1));
+          x = fmaxf(top[m][r], fmaxf(x, __shfl_xor_sync(~0u, x, 2)));
+          float shrink = top[m][r] == NEVER ? 0.f : exp2_fast(top[m][r] - x);
+          top[m][r] = x;
+          total[m][r] *= shrink;
+#pragma unroll
+          for (int e = 0; e < E / 8; e++) { o[m][e][2 * r] *= shrink; o[m][e][2 * r + 1] *= shrink; }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float base = top[m][r] == NEVER ? 0.f : top[m][r];
+#pragma unroll
+        for (int tile = 0; tile < NT; tile++) {
+          float low = exp2_fast(y[tile][2 * r] - base), high = exp2_fast(y[tile][2 * r + 1] - base);
+          total[m][r] += low + high;
+          weight[m][tile][r] = pack(low, high);
+        }
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < NT / 2; p++)
+#pragma unroll
+      for (int e = 0; e < E / 16; e++) {
+        uint32 b[4];
+        load4_turned(b, to_v + ((16 * p + (lane & 7) + 8 * ((lane >> 3) & 1)) * LINE + 16 * e + 8 * (lane >> 4)) * 2);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+          uint32 w[4] = {weight[m][2 * p][0], weight[m][2 * p][1], weight[m][2 * p + 1][0], weight[m][2 * p + 1][1]};
+          mma(o[m][2 * e], w, b[0], b[1]);
+          mma(o[m][2 * e + 1], w, b[2], b[3]);
+        }
+      }
+    __syncwarp();
+    if (n + 1 < a.tiles) {
+      load_lines(to_v, a.v, a.v_t, (n + 1) * KEYS, a.keys, lane);
+      load_static(n + 1);
+    }
+    commit();
+  }
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float sum = total[m][r];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      int row = a.row0 + 16 * m + g + 8 * r;
+      float part = sum > 0.f ? 1.f / sum : 0.f;
+      if (row < a.rows) {
+        if (t == 0) a.lse[row] = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
+#pragma unroll
+        for (int e = 0; e < E / 8; e++) *(uint32*)(a.out + (long long)row * a.out_t + 8 * e + 2 * t) = pack(o[m][e][2 * r] * part, o[m][e][2 * r + 1] * part);
+      }
+    }
+}
+
+__device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, int lane) {
+  const int g = lane >> 2, t = lane & 3, thread = 32 * mixer + lane;
+  auto load_hidden = [&](int n) {
+    const __half* from = a.hidden + (long long)(a.row0 + a.offset - (KEYS - 1) - n * KEYS - a.low) * UNITS;
+    if (n < a.tiles)
+#pragma unroll
+      for (int i = thread; i < SPAN * UNITS / 8; i += 32 * MIXERS) copy16(address(s.u[n & 1]) + i * 16, from + i * 8, true);
+    commit();
+  };
+  load_hidden(0);
+  uint32 w1[UT][2], w2[2][UT / 2][2];
+  auto in = [&](int unit, int head) { return unit < D && head < H ? a.w1[unit * H + head] * a.scale : 0.f; };
+  auto out = [&](int head, int unit) { return unit < D && head < H ? a.w2[head * D + unit] / a.scale : 0.f; };
+#pragma unroll
+  for (int n = 0; n < UT; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) w1[n][i] = pack_half(in(8 * n + g, 2 * t + 8 * i), in(8 * n + g, 2 * t + 8 * i + 1));
+#pragma unroll
+  for (int n = 0; n < 2; n++)
+#pragma unroll
+    for (int k = 0; k < UT / 2; k++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) w2[n][k][i] = pack_half(out(8 * n + g, 16 * k + 2 * t + 8 * i), out(8 * n + g, 16 * k + 2 * t + 8 * i + 1));
+  const int first = mixer * GROUPS, chunk = first / 16, pair0 = first % 16 / 2;
+  const int row = 16 * (chunk / (NT / 2)) + pair0 + 8 * ((g >> 1) & 1), key = 16 * (chunk % (NT / 2)) + (g & 1) + 8 * (g >> 2);
+  const int place = ((row - key + KEYS - 1) * UNITS + t * 2 * UT) * 2;
+  const uint32 slot = address(s.x[0]) + (((lane & 7) + 8 * (lane >> 4)) * SLOTS + first * 16 + 8 * ((lane >> 3) & 1)) * 2;
+  for (int n = 0; n < a.tiles; n++) {
+    wait<0>();
+    meet<5>(32 * MIXERS);  // U of this tile is there for all, and that of the last is no longer read
+    load_hidden(n + 1);
+    const uint32 at = slot + (n & 1) * sizeof(s.x[0]);
+    const char* u = (const char*)s.u[n & 1] + place;
+    await_scores(n & 1);
+#pragma unroll
+    for (int i = 0; i < GROUPS / 2; i++) {
+      uint32 x[2][4], y[2][2][2];
+      load4_turned(x[0], at + i * 64);
+      load4_turned(x[1], at + i * 64 + 32);
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        uint32 low[UT], high[UT], z[UT][2];
+#pragma unroll
+        for (int m = 0; m < UT; m += UT % 4 ? 2 : 4) {
+          const uint32 *from_low = (const uint32*)(u + (i - 4 * j) * UNITS * 2) + m, *from_high = (const uint32*)(u + (i - 4 * j - 2) * UNITS * 2) + m;
+          if constexpr (UT % 4) { *(uint2*)(low + m) = *(const uint2*)from_low; *(uint2*)(high + m) = *(const uint2*)from_high; }
+          else { *(uint4*)(low + m) = *(const uint4*)from_low; *(uint4*)(high + m) = *(const uint4*)from_high; }
+        }
+#pragma unroll
+        for (int m = 0; m < UT; m++) {
+          mma_half(z[m], x[j], w1[m], low[m], high[m]);
+          z[m][0] = leaky(z[m][0]);
+          z[m][1] = leaky(z[m][1]);
+        }
+#pragma unroll
+        for (int k = 0; k < UT / 2; k++) {
+          uint32 v[4] = {z[2 * k][0], z[2 * k][1], z[2 * k + 1][0], z[2 * k + 1][1]};
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            mma_half(y[j][half], v, w2[half][k], k ? y[j][half][0] : x[j][2 * half], k ? y[j][half][1] : x[j][2 * half + 1]);
+        }
+      }
+      store4_turned(at + i * 64, y[0][0][0], y[0][0][1], y[0][1][0], y[0][1][1]);
+      store4_turned(at + i * 64 + 32, y[1][0][0], y[1][0][1], y[1][1][0], y[1][1][1]);
+    }
+    logits_there(n & 1);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
+    const Element* q, const Element* k, const Element* v, Element* out, float* lse, const float* w1, const float* w2,
+    const __half* hidden, const float* fixed, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
+    int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t, int out_b, int out_h, int out_t,
+    int lse_b, int lse_h, int mask_b) {
+  extern __shared__ __align__(128) char memory[];
+  Shared& s = *(Shared*)memory;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = min(warp, H - 1);
+  const long long b = blockIdx.y;
+  const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
+  const Arguments a = {
+      q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
+      out + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, mask + b * mask_b,
+      rows, keys, distances, low, offset, (float)scale, q_t, k_t, v_t, out_t, row0, (last + KEYS - 1) / KEYS};
+  for (int line = H; line < HEADS; line++)
+    for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);
+  __syncthreads();
+  if (warp < HEAD_WARPS) {
+    registers_up<HEAD_REGISTERS>();
+    if (warp < H) attend(s, a, warp, lane);
+  } else {
+    registers_down<MIXER_REGISTERS>();
+    mix(s, a, warp - HEAD_WARPS, lane);
+  }
+}

@@ -1,0 +1,139 @@
+"""The forward pass across heads as one kernel, for Hopper and two-byte dtypes; compiled by NVRTC."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from dape.attention.fused.banded import Mixing, Problem, strides
+
+CAPABILITY = (9, 0)
+MIXERS, MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 4, 16, 64, 128
+# Distances of a tile that stand in shared memory.
+SPAN = 64
+REGISTERS = 65536
+
+
+class Layout(NamedTuple):
+    """What the source is compiled for: rows and keys of a tile, registers of each kind of warp."""
+
+    rows: int
+    keys: int
+    head_registers: int
+    mixer_registers: int
+    shared_memory: int
+
+
+def layout(heads: int, head_dim: int, units: int, limit: int) -> Layout | None:
+    """Return the layout for a block that holds all heads, or None where none fits."""
+    head_warps = cdiv(heads, 4) * 4
+    rows = 32 if head_dim <= 64 and head_warps <= 12 else 16
+    if head_dim > 64 and head_warps > 12:
+        return None
+    launched = REGISTERS // (32 * (head_warps + MIXERS)) // 8 * 8
+    registers = (144, 80) if launched < 144 and head_warps <= 12 else (0, 0)
+    for keys in (32, 16):
+        lines = 2 * heads * keys * (head_dim + 8) * 2
+        scores = 2 * 16 * (rows * keys + 8) * 2
+        tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
+        if lines + scores + tables <= limit:
+            return Layout(rows, keys, *registers, lines + scores + tables)
+    return None
+
+
+def layout_of(problem: Problem, mixing: Mixing) -> Layout | None:
+    """Return the layout for a problem, or None if this kernel does not serve it.
+
+    Nor does it where few rows would leave most of the GPU without a block.
+    """
+    device = problem.query.device
+    batch, heads, rows, head_dim = problem.query.shape
+    units = padded_units(mixing)
+    served = (
+        torch.cuda.get_device_capability(device) == CAPABILITY
+        and problem.query.element_size() == 2
+        and problem.offset >= 0
+        and heads <= MOST_HEADS
+        and units <= MOST_UNITS
+        and head_dim == problem.value.shape[3]
+        and head_dim % 16 == 0
+        and head_dim <= WIDEST_HEAD
+    )
+    if not served:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    where = layout(heads, head_dim, units, properties.shared_memory_per_block_optin)
+    if where is None or batch * cdiv(rows, where.rows) < properties.multi_processor_count // 8:
+        return None
+    return where
+
+
+def padded_units(mixing: Mixing) -> int:
+    """Return the hidden units padded to whole products."""
+    return cdiv(mixing.weight_in.shape[0], 16) * 16
+
+
+def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Tensor]:
+    """Return output `[B, H, Tq, dv]` and log-sum-exp `[B, H, Tq]`, as `banded.forward` does."""
+    query = problem.query
+    key, value = aligned(problem.key), aligned(problem.value)
+    batch, heads, rows, head_dim = query.shape
+    keys, units = key.shape[2], padded_units(mixing)
+    out = query.new_empty(batch, heads, rows, head_dim)
+    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    low = -SPAN - (where.keys if problem.causal else cdiv(keys, where.keys) * where.keys)
+    distances = cdiv(rows, where.rows) * where.rows + problem.offset + SPAN - low
+    hidden = query.new_empty(distances, units, dtype=torch.float16)
+    fixed = query.new_empty(heads, distances, dtype=torch.float32)
+    masked = problem.mask is not None
+    mask = query if problem.mask is None else problem.mask
+    macros = (
+        heads, mixing.weight_in.shape[0], units, head_dim, heads // key.shape[1],
+        int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), *where,
+    )  # fmt: skip
+    compiled("pack_tables", *macros)(
+        grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
+        block=(256, 1, 1),
+        args=[
+            mixing.hidden, mixing.static, hidden, fixed, mixing.hidden.shape[0], low, distances,
+        ],
+    )  # fmt: skip
+    compiled("forward", *macros)(
+        grid=(cdiv(rows, where.rows), batch, 1),
+        block=(32 * (cdiv(heads, 4) * 4 + MIXERS), 1, 1),
+        args=[
+            query, key, value, out, lse, mixing.weight_in, mixing.weight_out, hidden, fixed, mask,
+            rows, keys, distances, low, problem.offset, float(problem.scale),
+            *strides(query), *strides(key), *strides(value), *strides(out),
+            *lse.stride()[:2], mask.stride(0),
+        ],
+        shared_mem=where.shared_memory,
+    )  # fmt: skip
+    return out, lse
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return `x` with rows that begin at multiples of 16 bytes."""
+    fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    return x if fits else x.contiguous()
+
+
+NAMES = (
+    "H D UNITS E GROUP CAUSAL MASKED BF16 ROWS KEYS HEAD_REGISTERS MIXER_REGISTERS SHARED"
+).split()
+
+
+@cache
+def compiled(name: str, *values: int) -> Any:
+    """Return the kernel of that name for these macros, on the current device."""
+    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
+    source = files("dape.attention.fused").joinpath("forward.cu").read_text()
+    kernel = torch.cuda._compile_kernel(
+        "\n".join([*defines, source]), name, compute_capability="90a"
+    )
+    if name == "forward":
+        kernel.set_shared_memory_config(values[-1])
+    return kernel
