@@ -1,4 +1,4 @@
-"""The forward pass across heads as one kernel, for Hopper and two-byte dtypes; compiled by NVRTC."""
+"""The whole forward pass across heads as one kernel, for Hopper; compiled by NVRTC."""
 
 from functools import cache
 from importlib.resources import files
@@ -14,7 +14,8 @@ CAPABILITY = (9, 0)
 MIXERS, MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 4, 16, 64, 128
 # Distances of a tile that stand in shared memory.
 SPAN = 64
-REGISTERS = 65536
+# What a block may have on a GPU of this capability.
+REGISTERS, SHARED_MEMORY = 65536, 227 * 1024
 
 
 class Layout(NamedTuple):
@@ -27,7 +28,7 @@ class Layout(NamedTuple):
     shared_memory: int
 
 
-def layout(heads: int, head_dim: int, units: int, limit: int) -> Layout | None:
+def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     """Return the layout for a block that holds all heads, or None where none fits."""
     head_warps = cdiv(heads, 4) * 4
     rows = 32 if head_dim <= 64 and head_warps <= 12 else 16
@@ -39,7 +40,7 @@ def layout(heads: int, head_dim: int, units: int, limit: int) -> Layout | None:
         lines = 2 * heads * keys * (head_dim + 8) * 2
         scores = 2 * 16 * (rows * keys + 8) * 2
         tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
-        if lines + scores + tables <= limit:
+        if lines + scores + tables <= SHARED_MEMORY:
             return Layout(rows, keys, *registers, lines + scores + tables)
     return None
 
@@ -64,11 +65,10 @@ def layout_of(problem: Problem, mixing: Mixing) -> Layout | None:
     )
     if not served:
         return None
-    properties = torch.cuda.get_device_properties(device)
-    where = layout(heads, head_dim, units, properties.shared_memory_per_block_optin)
-    if where is None or batch * cdiv(rows, where.rows) < properties.multi_processor_count // 8:
-        return None
-    return where
+    where = layout(heads, head_dim, units)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    busy = where is not None and batch * cdiv(rows, where.rows) >= processors // 8
+    return where if busy else None
 
 
 def padded_units(mixing: Mixing) -> int:
@@ -122,8 +122,9 @@ def aligned(x: Tensor) -> Tensor:
 
 
 NAMES = (
-    "H D UNITS E GROUP CAUSAL MASKED BF16 ROWS KEYS HEAD_REGISTERS MIXER_REGISTERS SHARED"
-).split()
+    *("H", "D", "UNITS", "E", "GROUP", "CAUSAL", "MASKED", "BF16"),
+    *("ROWS", "KEYS", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
+)
 
 
 @cache
