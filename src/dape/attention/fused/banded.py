@@ -127,6 +127,9 @@ class Mixer(Protocol):
     tile_rows: int
     tile_keys: int
 
+    def segments(self, diagonals: int) -> int:
+        """Return into how many segments to cut each of so many diagonals, a program each."""
+
     def whole(self, problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
         """Return what `forward` does by one kernel, or None where there is none for a problem."""
 
@@ -338,12 +341,12 @@ def unscaled_backward(
 
 
 class Slots(NamedTuple):
-    """Where each diagonal of each element of a group sums its share of the weights' gradients."""
+    """Where each segment of each diagonal of each element of a group sums its gradients."""
 
-    weight_in: Float[Tensor, "group slots UNITS HEADS"]
-    weight_out: Float[Tensor, "group slots HEADS UNITS"]
-    hidden: Float[Tensor, "group slots lines UNITS"]
-    static: Float[Tensor, "group slots lines HEADS"]
+    weight_in: Float[Tensor, "group segments slots UNITS HEADS"]
+    weight_out: Float[Tensor, "group segments slots HEADS UNITS"]
+    hidden: Float[Tensor, "group segments slots lines UNITS"]
+    static: Float[Tensor, "group segments slots lines HEADS"]
 
     @classmethod
     def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
@@ -355,9 +358,10 @@ class Slots(NamedTuple):
         )
         lines = mixer.tile_rows + mixer.tile_keys
         units, heads = padded(mixing)
+        segments = mixer.segments(group * count)
 
         def zeros(*size: int) -> Tensor:
-            return problem.query.new_zeros(group, count, *size, dtype=torch.float32)
+            return problem.query.new_zeros(group, segments, count, *size, dtype=torch.float32)
 
         return cls(
             zeros(units, heads), zeros(heads, units), zeros(lines, units), zeros(lines, heads)
@@ -368,10 +372,10 @@ class Slots(NamedTuple):
         count, units = mixing.hidden.shape
         heads, tile_keys = problem.query.shape[1], mixer.tile_keys
         where = diagonals(problem, bands(problem)[0], mixer.tile_rows, tile_keys)
-        static = from_diagonals(self.static.sum(0), where, tile_keys, count)[:, :heads]
-        hidden = from_diagonals(self.hidden.sum(0), where, tile_keys, count)[:, :units]
-        weight_in = self.weight_in.sum((0, 1))[:units, :heads]
-        weight_out = self.weight_out.sum((0, 1))[:heads, :units]
+        static = from_diagonals(self.static.sum((0, 1)), where, tile_keys, count)[:, :heads]
+        hidden = from_diagonals(self.hidden.sum((0, 1)), where, tile_keys, count)[:, :units]
+        weight_in = self.weight_in.sum((0, 1, 2))[:units, :heads]
+        weight_out = self.weight_out.sum((0, 1, 2))[:heads, :units]
         tables = (static.t(), hidden, weight_in, weight_out)
         return [table.contiguous() for table in tables]
 

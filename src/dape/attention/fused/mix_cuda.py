@@ -10,10 +10,17 @@ from torch import Tensor
 from dape.attention.fused import forward_cuda
 from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals, padded, strides
 
-tile_rows = 8
+tile_rows = 4
 tile_keys = 32
+# Blocks that fill a large GPU a few times over, and blocks on a multiprocessor at a time.
+BLOCKS, RESIDENT = 1536, 3
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
+
+
+def segments(diagonals: int) -> int:
+    """Return into how many segments to cut each of so many diagonals, a block each."""
+    return max(1, min(16, BLOCKS // max(1, diagonals)))
 
 
 def whole(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
@@ -26,8 +33,9 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
+    batch = band.batch.stop - band.batch.start
     compiled("mix", *macros(problem, mixing))(
-        grid=(where.number, band.batch.stop - band.batch.start, 1),
+        grid=(where.number, batch, segments(where.number * batch)),
         block=(32 * tile_rows, 1, 1),
         args=[
             x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
@@ -51,32 +59,33 @@ def mix_backward(
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
     compiled("mix_backward", *macros(problem, mixing))(
-        grid=(where.number, band.batch.stop - band.batch.start, 1),
+        grid=(where.number, band.batch.stop - band.batch.start, slots.hidden.shape[1]),
         block=(32 * tile_rows, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
             lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
             band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
-            where.first, where.band_tile, where.offset, slots.hidden.shape[1],
+            where.first, where.band_tile, where.offset, slots.hidden.shape[2],
             *strides(x), *lse.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
 
 
-def macros(problem: Problem, mixing: Mixing) -> tuple[int, int, int, int, int, int]:
-    """Return what the source is compiled for: H, D, HEADS, UNITS, CAUSAL, MASKED."""
+def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:
+    """Return what the source is compiled for, in the order of `NAMES`."""
     hidden, heads = mixing.weight_in.shape
-    units, padded_heads = padded(mixing)
     masked = problem.mask is not None
-    return heads, hidden, padded_heads, units, int(problem.causal), int(masked)
+    return heads, hidden, padded(mixing)[0], int(problem.causal), int(masked), tile_rows, tile_keys
+
+
+NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS")
 
 
 @cache
 def compiled(name: str, *values: int) -> Any:
     """Return the kernel of that name for these macros, on the current device."""
-    names = ("H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED")
-    defines = [f"#define {key} {value}" for key, value in zip(names, values, strict=True)]
+    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
     if name == "mix_backward":
-        defines.append("#define BACKWARD")
+        defines.append(f"#define BACKWARD\n#define BLOCKS {RESIDENT}")
     source = files("dape.attention.fused").joinpath("mix.cu").read_text()
     return torch.cuda._compile_kernel("\n".join([*defines, source]), name)

@@ -20,6 +20,11 @@ tile_rows = 16
 tile_keys = 16
 
 
+def segments(diagonals: int) -> int:
+    """Return 1: diagonals are not cut."""
+    return 1
+
+
 def whole(problem: Problem, mixing: Mixing) -> None:
     """Return None: there is no one kernel for everything."""
 
@@ -53,7 +58,7 @@ def mix_backward(
         x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
         lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
         band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
-        where.first, where.band_tile, where.offset, slots.hidden.shape[1],
+        where.first, where.band_tile, where.offset, slots.hidden.shape[2],
         *strides(x), *lse.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=8,
     )  # fmt: skip
