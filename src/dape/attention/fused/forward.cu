@@ -11,8 +11,11 @@
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
 //
-// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, CAUSAL, MASKED,
-// BF16, ROWS and KEYS of a tile, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
+// Keys and values lie in blocks of 64 columns, and 32 and 16 for the rest of E. In a line the pieces of 16
+// bytes change places, so that copies fill whole lines and ldmatrix finds eight lines in different banks.
+//
+// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, K_T and V_T
+// strides of keys, CAUSAL, MASKED, BF16, ROWS and KEYS of a tile, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 typedef unsigned int uint32;
@@ -24,13 +27,13 @@ typedef __half Element;
 #endif
 constexpr int HEADS = 16, MIXERS = 4, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS), THREADS = 32 * (HEAD_WARPS + MIXERS);
 constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
-constexpr int LINE = E + 8, SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
+constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1.f / 0.f;
 // A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {
-  Element k[H][KEYS * LINE], v[H][KEYS * LINE];
+  Element k[H][KEYS * E], v[H][KEYS * E];
   __half x[2][HEADS][SLOTS];
   __half u[2][SPAN][UNITS];
   float c[H][C_LINE];
@@ -89,7 +92,7 @@ struct Arguments {
   const uint8* mask;
   int rows, keys, distances, low, offset;
   float scale;
-  int q_t, k_t, v_t, out_t, row0, tiles;
+  int q_t, out_t, row0, tiles;
 };
 
 // Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
@@ -108,14 +111,51 @@ extern "C" __global__ void pack_tables(const float* hidden_table, const float* s
   }
 }
 
-__device__ __forceinline__ void load_lines(uint32 to, const Element* from, int stride, int first, int keys, int lane) {
+// The block of column 16 e: its first column and its width.
+__host__ __device__ constexpr int width_at(int e) { return 16 * e < E / 64 * 64 ? 64 : 16 * e < E / 32 * 32 ? 32 : 16; }
+__host__ __device__ constexpr int block_at(int e) { return 16 * e < E / 64 * 64 ? 16 * e / 64 * 64 : 16 * e < E / 32 * 32 ? E / 64 * 64 : E / 32 * 32; }
+__device__ __forceinline__ constexpr int swap_of(int line, int width) { return width == 64 ? line & 7 : width == 32 ? line >> 1 & 3 : line >> 2 & 1; }
+// A lane's line of an ldmatrix of columns 16 e .. 16 e + 15; `line` is its place in 16 keys, `upper` is set for the upper 8 columns.
+__device__ __forceinline__ uint32 line_address(uint32 base, int p, int e, int line, int upper) {
+  const int width = width_at(e), first = block_at(e);
+  return base + (KEYS * first + (16 * p + line) * width) * 2 + (((16 * e - first) / 8) ^ upper ^ swap_of(line, width)) * 16;
+}
+// A lane's share of the copies of a block of columns; `from` is the lane's own piece of the first line.
+template <int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __forceinline__ void load_block(uint32 to, const Element* from, int lines, int lane) {
+  constexpr int PIECES = WIDTH / 8, STEP = 32 / PIECES;
+  const int piece = lane % PIECES, line = lane / PIECES;
+  const uint32 at = to + KEYS * FIRST * 2 + line * WIDTH * 2 + (piece ^ swap_of(line, WIDTH)) * 16;
 #pragma unroll
-  for (int i = lane; i < KEYS * E / 8; i += 32) {
-    int line = i / (E / 8), column = i % (E / 8) * 8;
-    bool real = first + line < keys;
-    copy16(to + (line * LINE + column) * 2, from + (real ? (long long)(first + line) * stride + column : 0), real);
+  for (int j = 0; j < KEYS / STEP; j++) {
+    const uint32 here = (at ^ (swap_of(j * STEP, WIDTH) * 16)) + j * STEP * WIDTH * 2;
+    const bool real = WHOLE || line + j * STEP < lines;
+    copy16(here, real ? from + j * STEP * STRIDE : from, real);
   }
 }
+template <int WIDTH, int STRIDE> __device__ __forceinline__ int own_piece(int lane) { return lane / (WIDTH / 8) * STRIDE + lane % (WIDTH / 8) * 8; }
+
+// The lines of one tile after the other, zero past the last key.
+template <int STRIDE> struct Lines {
+  const Element* from;  // the lane's own piece of the next tile, in blocks of 64 columns if there are any
+  uint32 to;
+  int left, lane;
+  static constexpr int WIDEST = E >= 64 ? 64 : E >= 32 ? 32 : 16;
+  __device__ __forceinline__ Lines(const Element* first, Element* stage, int keys, int lane)
+      : from(first + own_piece<WIDEST, STRIDE>(lane)), to(address(stage)), left(keys), lane(lane) {}
+  template <bool WHOLE> __device__ __forceinline__ void copy() const {
+#pragma unroll
+    for (int block = 0; block < E / 64; block++) load_block<64, 0, STRIDE, WHOLE>(to + KEYS * block * 128, from + 64 * block, left, lane);
+    const Element* line = from - own_piece<WIDEST, STRIDE>(lane);
+    if constexpr (E & 32) load_block<32, E / 64 * 64, STRIDE, WHOLE>(to, line + own_piece<32, STRIDE>(lane) + E / 64 * 64, left, lane);
+    if constexpr (E & 16) load_block<16, E / 32 * 32, STRIDE, WHOLE>(to, line + own_piece<16, STRIDE>(lane) + E / 32 * 32, left, lane);
+  }
+  __device__ __forceinline__ void load() {
+    if (left >= KEYS) copy<true>();
+    else copy<false>();
+    from += KEYS * STRIDE;
+    left -= KEYS;
+  }
+};
 
 __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int lane) {
   const int g = lane >> 2, t = lane & 3;
@@ -130,7 +170,9 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
       copy4(to_c + (COPY + i) * 4, from - i - 1);
     }
   };
-  load_lines(to_k, a.k, a.k_t, 0, a.keys, lane);
+  Lines<K_T> key_lines(a.k, s.k[h], a.keys, lane);
+  Lines<V_T> value_lines(a.v, s.v[h], a.keys, lane);
+  key_lines.load();
   commit();
   uint32 q[MT][ET][4];
 #pragma unroll
@@ -154,12 +196,12 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
 #pragma unroll
       for (int p = 0; p < NT / 2; p++) {
         uint32 b[4];
-        load4(b, to_k + ((16 * p + (lane & 7) + 8 * (lane >> 4)) * LINE + 16 * e + 8 * ((lane >> 3) & 1)) * 2);
+        load4(b, line_address(to_k, p, e, (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1));
 #pragma unroll
         for (int m = 0; m < MT; m++) { mma(x[m][2 * p], q[m][e], b[0], b[1]); mma(x[m][2 * p + 1], q[m][e], b[2], b[3]); }
       }
     __syncwarp();
-    if (n + 1 < a.tiles) load_lines(to_k, a.k, a.k_t, (n + 1) * KEYS, a.keys, lane);
+    if (n + 1 < a.tiles) key_lines.load();
     commit();
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -173,7 +215,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
   wait<0>();
   __syncwarp();
   scores(0);
-  load_lines(to_v, a.v, a.v_t, 0, a.keys, lane);
+  value_lines.load();
   load_static(0);
   commit();
   for (int n = 0; n < a.tiles; n++) {
@@ -253,7 +295,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
 #pragma unroll
       for (int e = 0; e < E / 16; e++) {
         uint32 b[4];
-        load4_turned(b, to_v + ((16 * p + (lane & 7) + 8 * ((lane >> 3) & 1)) * LINE + 16 * e + 8 * (lane >> 4)) * 2);
+        load4_turned(b, line_address(to_v, p, e, (lane & 7) + 8 * (lane >> 3 & 1), lane >> 4));
 #pragma unroll
         for (int m = 0; m < MT; m++) {
           uint32 w[4] = {weight[m][2 * p][0], weight[m][2 * p][1], weight[m][2 * p + 1][0], weight[m][2 * p + 1][1]};
@@ -263,7 +305,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
       }
     __syncwarp();
     if (n + 1 < a.tiles) {
-      load_lines(to_v, a.v, a.v_t, (n + 1) * KEYS, a.keys, lane);
+      value_lines.load();
       load_static(n + 1);
     }
     commit();
@@ -283,6 +325,40 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
         for (int e = 0; e < E / 8; e++) *(uint32*)(a.out + (long long)row * a.out_t + 8 * e + 2 * t) = pack(o[m][e][2 * r] * part, o[m][e][2 * r + 1] * part);
       }
     }
+}
+
+__device__ __forceinline__ void load_units(uint32 (&u)[UT], const char* table, int distance) {
+  const char* from = table + distance * UNITS * 2;
+#pragma unroll
+  for (int m = 0; m < UT; m += UT % 4 ? 2 : 4)
+    if constexpr (UT % 4) *(uint2*)(u + m) = *(const uint2*)(from + m * 4);
+    else *(uint4*)(u + m) = *(const uint4*)(from + m * 4);
+}
+
+// Two groups of 16 slots, 64 bytes apart: U of their rows g is in `first`, of their rows g + 8 in `second`.
+__device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2]) {
+  uint32 x[2][4], y[2][2][2];
+#pragma unroll
+  for (int q = 0; q < 2; q++) load4_turned(x[q], at + q * 64);
+#pragma unroll
+  for (int q = 0; q < 2; q++) {
+    uint32 z[UT][2];
+#pragma unroll
+    for (int m = 0; m < UT; m++) {
+      mma_half(z[m], x[q], w1[m], first[q][m], second[q][m]);
+      z[m][0] = leaky(z[m][0]);
+      z[m][1] = leaky(z[m][1]);
+    }
+#pragma unroll
+    for (int k = 0; k < UT / 2; k++) {
+      uint32 v[4] = {z[2 * k][0], z[2 * k][1], z[2 * k + 1][0], z[2 * k + 1][1]};
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        mma_half(y[q][half], v, w2[half][k], k ? y[q][half][0] : x[q][2 * half], k ? y[q][half][1] : x[q][2 * half + 1]);
+    }
+  }
+#pragma unroll
+  for (int q = 0; q < 2; q++) store4_turned(at + q * 64, y[q][0][0], y[q][0][1], y[q][1][0], y[q][1][1]);
 }
 
 __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, int lane) {
@@ -319,36 +395,24 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
     const uint32 at = slot + (n & 1) * sizeof(s.x[0]);
     const char* u = (const char*)s.u[n & 1] + place;
     await_scores(n & 1);
+// Group 2 k of 16 slots has rows at distances k and k - 2, group 2 k + 1 at k - 4 and k - 6, so that a walk over the
+    // distances d needs each entry of U once.
+    uint32 low[2][UT], high[2][UT];
+    load_units(high[0], u, -6);
+    load_units(high[1], u, -5);
 #pragma unroll
-    for (int i = 0; i < GROUPS / 2; i++) {
-      uint32 x[2][4], y[2][2][2];
-      load4_turned(x[0], at + i * 64);
-      load4_turned(x[1], at + i * 64 + 32);
+    for (int d = -4; d < GROUPS / 2; d += 2) {
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        uint32 low[UT], high[UT], z[UT][2];
+      for (int q = 0; q < 2; q++) {
 #pragma unroll
-        for (int m = 0; m < UT; m += UT % 4 ? 2 : 4) {
-          const uint32 *from_low = (const uint32*)(u + (i - 4 * j) * UNITS * 2) + m, *from_high = (const uint32*)(u + (i - 4 * j - 2) * UNITS * 2) + m;
-          if constexpr (UT % 4) { *(uint2*)(low + m) = *(const uint2*)from_low; *(uint2*)(high + m) = *(const uint2*)from_high; }
-          else { *(uint4*)(low + m) = *(const uint4*)from_low; *(uint4*)(high + m) = *(const uint4*)from_high; }
-        }
-#pragma unroll
-        for (int m = 0; m < UT; m++) {
-          mma_half(z[m], x[j], w1[m], low[m], high[m]);
-          z[m][0] = leaky(z[m][0]);
-          z[m][1] = leaky(z[m][1]);
-        }
-#pragma unroll
-        for (int k = 0; k < UT / 2; k++) {
-          uint32 v[4] = {z[2 * k][0], z[2 * k][1], z[2 * k + 1][0], z[2 * k + 1][1]};
-#pragma unroll
-          for (int half = 0; half < 2; half++)
-            mma_half(y[j][half], v, w2[half][k], k ? y[j][half][0] : x[j][2 * half], k ? y[j][half][1] : x[j][2 * half + 1]);
-        }
+        for (int m = 0; m < UT; m++) low[q][m] = high[q][m];
+        load_units(high[q], u, d + q);
       }
-      store4_turned(at + i * 64, y[0][0][0], y[0][0][1], y[0][1][0], y[0][1][1]);
-      store4_turned(at + i * 64 + 32, y[1][0][0], y[1][0][1], y[1][1][0], y[1][1][1]);
+#pragma unroll
+      for (int odd = 1; odd >= 0; odd--) {
+        const int k = d + 4 * odd;
+        if (k >= 0 && k < GROUPS / 2) mix_pair(at + (2 * k + odd) * 32, high, low, w1, w2);
+      }
     }
     logits_there(n & 1);
   }
@@ -357,7 +421,7 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     const Element* q, const Element* k, const Element* v, Element* out, float* lse, const float* w1, const float* w2,
     const __half* hidden, const float* fixed, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
-    int q_b, int q_h, int q_t, int k_b, int k_h, int k_t, int v_b, int v_h, int v_t, int out_b, int out_h, int out_t,
+    int q_b, int q_h, int q_t, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
   extern __shared__ __align__(128) char memory[];
   Shared& s = *(Shared*)memory;
@@ -367,7 +431,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
       out + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, mask + b * mask_b,
-      rows, keys, distances, low, offset, (float)scale, q_t, k_t, v_t, out_t, row0, (last + KEYS - 1) / KEYS};
+      rows, keys, distances, low, offset, (float)scale, q_t, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);
   __syncthreads();

@@ -37,7 +37,7 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     launched = REGISTERS // (32 * (head_warps + MIXERS)) // 8 * 8
     registers = (144, 80) if launched < 144 and head_warps <= 12 else (0, 0)
     for keys in (32, 16):
-        lines = 2 * heads * keys * (head_dim + 8) * 2
+        lines = 2 * heads * keys * head_dim * 2
         scores = 2 * 16 * (rows * keys + 8) * 2
         tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
         if lines + scores + tables <= SHARED_MEMORY:
@@ -92,6 +92,7 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
     mask = query if problem.mask is None else problem.mask
     macros = (
         heads, mixing.weight_in.shape[0], units, head_dim, heads // key.shape[1],
+        key.stride(2), value.stride(2),
         int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), *where,
     )  # fmt: skip
     compiled("pack_tables", *macros)(
@@ -107,7 +108,7 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
         args=[
             query, key, value, out, lse, mixing.weight_in, mixing.weight_out, hidden, fixed, mask,
             rows, keys, distances, low, problem.offset, float(problem.scale),
-            *strides(query), *strides(key), *strides(value), *strides(out),
+            *strides(query), *key.stride()[:2], *value.stride()[:2], *strides(out),
             *lse.stride()[:2], mask.stride(0),
         ],
         shared_mem=where.shared_memory,
@@ -122,7 +123,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 NAMES = (
-    *("H", "D", "UNITS", "E", "GROUP", "CAUSAL", "MASKED", "BF16"),
+    *("H", "D", "UNITS", "E", "GROUP", "K_T", "V_T", "CAUSAL", "MASKED", "BF16"),
     *("ROWS", "KEYS", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
 )
 

@@ -5,8 +5,8 @@
 // (g, t) = (lane / 4, lane % 4) loads 16 bytes for each of heads g and g + 8: keys 8 t .. 8 t + 7. Pair p of
 // them is column pair (2 t, 2 t + 1) of key tile p, an 8 x 8 block [head, key] that mma.sync takes as it is
 // and movmatrix turns into [key, head]. The next tiles are on their way meanwhile, by cp.async into a ring
-// that is each warp's own: with few warps on a multiprocessor, latency is what costs. A diagonal is cut into
-// segments of tiles, a block each.
+// that is each warp's own: with few warps on a multiprocessor, latency is what costs. A block has WARPS of the
+// rows of a tile, on a segment of the diagonal.
 //
 //   z[key, unit] = x[key, head] W1^T + U     hidden = leaky(z)      s[head, key] = x + C + W2 hidden^T
 //   P = exp(s - lse), dS = P (dP - delta)    dz = leaky'(z) dS W2   dA[head, key] = dS + W1^T dz^T
@@ -14,11 +14,11 @@
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
-// Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile.
+// Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile, WARPS.
 #include <cuda_fp16.h>
 typedef unsigned int uint32;
 typedef unsigned char uint8;
-constexpr int HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = ROWS + KEYS, STAGES = 3;
+constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = ROWS + KEYS, STAGES = 3;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr uint32 NEVER = 0xfc00fc00u;  // two times -inf
 
@@ -51,14 +51,14 @@ __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.f
 // The key of a warp's 32 that is column c of key tile p.
 __device__ __forceinline__ int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
 
-struct Place {  // the tiles of a block: a segment of its diagonal
-  int first, last, start;
-  __device__ Place(int q, int band_tile, int rows, int keys) : start((band_tile - q) * KEYS) {
+struct Place {  // the tiles of a block: a segment of its diagonal, and its first row of each
+  int first, last, start, row;
+  __device__ Place(int q, int band_tile, int rows, int keys) : start((band_tile - q) * KEYS), row(blockIdx.z % SHARES * WARPS) {
     int low = 1 - start - KEYS, high = keys - start;
     first = low > 0 ? (low + ROWS - 1) / ROWS : 0;
     last = high > 0 ? (min(rows, high) + ROWS - 1) / ROWS : 0;
-    int share = (max(0, last - first) + gridDim.z - 1) / gridDim.z;
-    first += blockIdx.z * share;
+    int segments = gridDim.z / SHARES, share = (max(0, last - first) + segments - 1) / segments;
+    first += blockIdx.z / SHARES * share;
     last = min(last, first + share);
   }
 };
@@ -207,18 +207,18 @@ __device__ __forceinline__ uint2 across_units(uint2 start, const uint4 (&w)[STEP
 __device__ __forceinline__ uint32 part(uint4 v, int p) { return p == 0 ? v.x : p == 1 ? v.y : p == 2 ? v.z : v.w; }
 
 #ifndef BACKWARD
-extern "C" __global__ void __launch_bounds__(32 * ROWS) mix(
+extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
     __half* x, const float* w1, const float* w2, const float* hidden_table, const float* static_table, const uint8* mask,
     int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_h, int x_t, int mask_b) {
   __shared__ Weights w;
-  __shared__ Tables tables_of[ROWS];
-  __shared__ Ring ring[ROWS][STAGES];
-  const int q = blockIdx.x + first_diagonal, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int delta0 = q * KEYS + offset + m;
+  __shared__ Tables tables_of[WARPS];
+  __shared__ Ring ring[WARPS][STAGES];
+  const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
+  const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
   const View view(delta0, t);
-  Tables& tables = tables_of[m];
+  Tables& tables = tables_of[warp];
   load_weights(w, w1, w2);
   load_tables(tables, hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS) mix(
   auto fetch = [&](int tile) {
     int row = tile * ROWS + m, key = place.start + tile * ROWS + 8 * t;
     bool inside = tile < place.last && row < rows && key >= 0 && key < keys;
-    fetch_tile(ring[m][tile % STAGES], base + (inside ? row * x_t + key : 0), x_h, inside, g, lane);
+    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + key : 0), x_h, inside, g, lane);
     commit();
   };
 #pragma unroll
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS) mix(
     const bool whole = view.look(seen, row < rows, first_key, t, keys, mask);
     wait<STAGES - 1>();
     __syncwarp();
-    take_tile(xt, ring[m][tile % STAGES], lane);
+    take_tile(xt, ring[warp][tile % STAGES], lane);
     __syncwarp();
     if (!whole) hide(xt, seen);
 #pragma unroll
@@ -265,24 +265,24 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS) mix(
 }
 #else
 // X <- P, Y <- dA; shares of the gradients of W1, W2, U, C are added to the block's slot in a fixed order.
-extern "C" __global__ void __launch_bounds__(32 * ROWS, BLOCKS) mix_backward(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     __half* x, __half* y, const float* w1, const float* w2, const float* hidden_table, const float* static_table,
     const float* lse, const float* delta, const uint8* mask, float* grad_w1, float* grad_w2, float* grad_hidden, float* grad_static,
     int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int slots,
     int x_b, int x_h, int x_t, int stat_b, int stat_h, int mask_b) {
   struct Stage { Ring x, y; float stats[2][HEADS]; };
-  struct Sums { float u[ROWS][KEYS][UNITS], c[ROWS][HEADS][KEYS], w1[ROWS][HEADS][UNITS], w2[ROWS][HEADS][UNITS]; };
-  struct Walk { Tables tables[ROWS]; Stage ring[ROWS][STAGES]; };
+  struct Sums { float u[WARPS][KEYS][UNITS], c[WARPS][HEADS][KEYS], w1[WARPS][HEADS][UNITS], w2[WARPS][HEADS][UNITS]; };
+  struct Walk { Tables tables[WARPS]; Stage ring[WARPS][STAGES]; };
   __shared__ Weights w;
   __shared__ union { Walk walk; Sums sums; } memory;
-  const int q = blockIdx.x + first_diagonal, b = blockIdx.y, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int delta0 = q * KEYS + offset + m;
+  const int q = blockIdx.x + first_diagonal, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
+  const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
   const View view(delta0, t);
-  const Tables& tables = memory.walk.tables[m];
+  const Tables& tables = memory.walk.tables[warp];
   load_weights(w, w1, w2);
-  load_tables(memory.walk.tables[m], hidden_table, static_table, table_size, delta0, lane);
+  load_tables(memory.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
   float acc_u[2][UT][4] = {}, acc_c[4][4] = {}, acc_w1[UT][4] = {}, acc_w2[UT][4] = {};
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
@@ -294,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS, BLOCKS) mix_backward(
     int row = tile * ROWS + m, key = place.start + tile * ROWS + 8 * t;
     bool real_row = tile < place.last && row < rows, inside = real_row && key >= 0 && key < keys;
     int at = inside ? row * x_t + key : 0;
-    Stage& stage = memory.walk.ring[m][tile % STAGES];
+    Stage& stage = memory.walk.ring[warp][tile % STAGES];
     fetch_tile(stage.x, x + at, x_h, inside, g, lane);
     fetch_tile(stage.y, y + at, x_h, inside, g, lane);
     bool real = real_row && lane % HEADS < H;
@@ -311,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS, BLOCKS) mix_backward(
     const bool whole = view.look(seen, row < rows, first_key, t, keys, mask);
     wait<STAGES - 1>();
     __syncwarp();
-    const Stage& stage = memory.walk.ring[m][tile % STAGES];
+    const Stage& stage = memory.walk.ring[warp][tile % STAGES];
     take_tile(xt, stage.x, lane);
     take_tile(yt, stage.y, lane);
     float log_sum[2];
@@ -377,31 +377,31 @@ extern "C" __global__ void __launch_bounds__(32 * ROWS, BLOCKS) mix_backward(
     for (int n = 0; n < UT; n++) {
       int unit = 8 * n + 2 * t + (i & 1), head = 8 * (i >> 1) + g;
 #pragma unroll
-      for (int f = 0; f < 2; f++) sums.u[m][key_of(2 * f + (i >> 1), g)][unit] = acc_u[f][n][i];
-      sums.w1[m][head][unit] = acc_w1[n][i];
-      sums.w2[m][head][unit] = acc_w2[n][i];
+      for (int f = 0; f < 2; f++) sums.u[warp][key_of(2 * f + (i >> 1), g)][unit] = acc_u[f][n][i];
+      sums.w1[warp][head][unit] = acc_w1[n][i];
+      sums.w2[warp][head][unit] = acc_w2[n][i];
     }
 #pragma unroll
-    for (int p = 0; p < 4; p++) sums.c[m][8 * (i >> 1) + g][8 * t + 2 * p + (i & 1)] = acc_c[p][i];
+    for (int p = 0; p < 4; p++) sums.c[warp][8 * (i >> 1) + g][8 * t + 2 * p + (i & 1)] = acc_c[p][i];
   }
   __syncthreads();
   // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r.
   const long long slot = ((long long)b * gridDim.z + blockIdx.z) * slots + blockIdx.x;
-  for (int i = threadIdx.x; i < LINES * (UNITS + HEADS); i += 32 * ROWS) {
+  for (int i = threadIdx.x; i < LINES * (UNITS + HEADS); i += 32 * WARPS) {
     const bool for_u = i < LINES * UNITS;
     const int at = for_u ? i : i - LINES * UNITS, line = at / (for_u ? UNITS : HEADS), column = at % (for_u ? UNITS : HEADS);
     float sum = 0.f;
-    for (int row = 0; row < ROWS; row++) {
-      int k = row + KEYS - 1 - line;
+    for (int row = 0; row < WARPS; row++) {
+      int k = place.row + row + KEYS - 1 - line;
       if (k >= 0 && k < KEYS) sum += for_u ? sums.u[row][k][column] : sums.c[row][column][k];
     }
     float* to = for_u ? grad_hidden + slot * LINES * UNITS + at : grad_static + slot * LINES * HEADS + at;
     *to += sum;
   }
-  for (int i = threadIdx.x; i < HEADS * UNITS; i += 32 * ROWS) {
+  for (int i = threadIdx.x; i < HEADS * UNITS; i += 32 * WARPS) {
     const int head = i / UNITS, unit = i % UNITS;
     float in = 0.f, out = 0.f;
-    for (int row = 0; row < ROWS; row++) { in += sums.w1[row][head][unit]; out += sums.w2[row][head][unit]; }
+    for (int row = 0; row < WARPS; row++) { in += sums.w1[row][head][unit]; out += sums.w2[row][head][unit]; }
     grad_w1[slot * HEADS * UNITS + unit * HEADS + head] += in;
     grad_w2[slot * HEADS * UNITS + i] += out;
   }

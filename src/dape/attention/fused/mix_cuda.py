@@ -10,17 +10,19 @@ from torch import Tensor
 from dape.attention.fused import forward_cuda
 from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals, padded, strides
 
-tile_rows = 4
+tile_rows = 8
 tile_keys = 32
-# Blocks that fill a large GPU a few times over, and blocks on a multiprocessor at a time.
-BLOCKS, RESIDENT = 1536, 3
+# Rows of a tile that a block has, blocks that fill a large GPU a few times over, and how many of
+# them a multiprocessor holds.
+WARPS, BLOCKS, RESIDENT = 4, 1536, 3
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
 
 
 def segments(diagonals: int) -> int:
-    """Return into how many segments to cut each of so many diagonals, a block each."""
-    return max(1, min(16, BLOCKS // max(1, diagonals)))
+    """Return among how many blocks to share each of so many diagonals."""
+    shares = tile_rows // WARPS
+    return shares * max(1, min(16, BLOCKS // max(1, shares * diagonals)))
 
 
 def whole(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
@@ -36,7 +38,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     batch = band.batch.stop - band.batch.start
     compiled("mix", *macros(problem, mixing))(
         grid=(where.number, batch, segments(where.number * batch)),
-        block=(32 * tile_rows, 1, 1),
+        block=(32 * WARPS, 1, 1),
         args=[
             x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
             band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
@@ -60,7 +62,7 @@ def mix_backward(
     mask = x if problem.mask is None else problem.mask[band.batch]
     compiled("mix_backward", *macros(problem, mixing))(
         grid=(where.number, band.batch.stop - band.batch.start, slots.hidden.shape[1]),
-        block=(32 * tile_rows, 1, 1),
+        block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
             lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
@@ -74,11 +76,11 @@ def mix_backward(
 def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:
     """Return what the source is compiled for, in the order of `NAMES`."""
     hidden, heads = mixing.weight_in.shape
-    masked = problem.mask is not None
-    return heads, hidden, padded(mixing)[0], int(problem.causal), int(masked), tile_rows, tile_keys
+    switches = int(problem.causal), int(problem.mask is not None)
+    return heads, hidden, padded(mixing)[0], *switches, tile_rows, tile_keys, WARPS
 
 
-NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS")
+NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS")
 
 
 @cache
