@@ -20,6 +20,8 @@ demo-seeds: $(BIN)/dape
 	$(BIN)/dape plot $(RUNS) --out results/demo/perplexity.png
 
 # Every encoding, and every form of adapter on one of them: what results/schemes holds.
+# Ten minutes on a data-centre GPU; a day or more on two CPU cores, most of it for the longest windows.
+STEPS := 400
 SCHEMES := nope sinusoidal learned rope partial-rope pi ntk dynamic-ntk yarn xpos randomized-rope \
 	alibi kerple kerple-power t5 sandwich fire cope transformer-xl \
 	dape-nope dape-rope dape-alibi dape-kerple dape-kerple-power dape-t5 dape-sandwich dape-fire \
@@ -28,8 +30,9 @@ SCHEMES := nope sinusoidal learned rope partial-rope pi ntk dynamic-ntk yarn xpo
 comma := ,
 schemes: $(BIN)/dape
 	$(BIN)/dape prepare --out data/python-stdlib
-	$(BIN)/dape train recipes/schemes.yaml --model.scheme $(subst $() ,$(comma),$(strip $(SCHEMES)))
-	$(BIN)/dape eval $(SCHEMES:%=runs/schemes/%) --documents 20 --blocks 2
+	$(BIN)/dape train recipes/cpu.yaml --name schemes/{scheme} --training.steps $(STEPS) \
+		--model.scheme $(subst $() ,$(comma),$(strip $(SCHEMES)))
+	$(BIN)/dape eval $(SCHEMES:%=runs/schemes/%) --lengths 128,512,2048,8192,16384 --blocks 1
 	mkdir -p results/schemes
 	$(BIN)/dape plot $(SCHEMES:%=runs/schemes/%) --out results/schemes/table.md
 

@@ -142,7 +142,7 @@ def test_recipes_of_the_paper(name):
 
 
 def test_the_small_recipes_run_without_a_gpu():
-    small = {"cpu", "demo", "schemes"}
+    small = {"cpu", "demo"}
     for name in small:
         recipe = config.read(RECIPES / f"{name}.yaml")
         assert recipe.training.precision == "fp32" and recipe.model.vocab_size is None
