@@ -6,6 +6,7 @@ and the log-sum-exp of each row are kept for the backward pass. Everything is a 
 kernels without atomics, so that two passes agree bit for bit.
 """
 
+from math import isqrt, prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,7 @@ from triton import cdiv, next_power_of_2
 from dape.attention.fused import kernels
 
 # Scores that stand in the scratch at a time, two bytes each (four in float32).
-SCORES_PER_BAND = 2**25
+SCORES_PER_BAND = 2**27
 # Bands start, and rows of the scratch are padded, at multiples of this: whole tiles of every mixer.
 ALIGNMENT = 32
 # Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
@@ -33,14 +34,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Sizes that suit every head_dim; not tuned for one.
+# For scores in a scratch, the fastest of 64 on an H100 at head_dim 64 that fit smaller GPUs too.
 TILES = {
-    "scores": Tile(64, 128, 4, 3),
-    "softmax_value": Tile(64, 64, 4, 3),
-    "grad_query": Tile(64, 64, 4, 3),
-    "grad_key_value": Tile(64, 64, 4, 3),
-    "grad_table": Tile(64, 64, 4, 3),
+    "scores": Tile(64, 128, 4, 2),
+    "softmax_value": Tile(128, 64, 8, 3),
+    "grad_query": Tile(64, 128, 8, 2),
+    "grad_key_value": Tile(64, 64, 8, 2),
 }
+STATIC_TILE = Tile(64, 64, 4, 3)
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
 
@@ -91,33 +92,70 @@ class Band(NamedTuple):
 
 
 def bands(problem: Problem) -> list[Band]:
-    """Return the bands of a problem: the whole, unless a scratch limits their size."""
+    """Return the bands of a problem: the whole, unless a scratch limits their size.
+
+    Rows that see fewer keys come in higher bands, so that all are about as large.
+    """
     batch, heads, rows, _ = problem.query.shape
-    keys = problem.key.shape[2]
-    height, group = rows, batch
-    if problem.mixing is not None:
-        room = SCORES_PER_BAND // (heads * keys)
-        height = min(rows, max(ALIGNMENT, room // ALIGNMENT * ALIGNMENT))
-        group = max(1, min(batch, room // height))
+    found, start, group = [], 0, batch
+    while start < rows:
+        height = rows - start
+        if problem.mixing is not None:
+            room = SCORES_PER_BAND // heads
+            height = min(height, highest(problem, start, room))
+            if start == 0:
+                area = height * cdiv(visible(problem, height), ALIGNMENT) * ALIGNMENT
+                group = max(1, min(batch, room // area))
+        found.append((slice(start, start + height), visible(problem, start + height)))
+        start += height
     return [
-        Band(
-            slice(first, min(batch, first + group)),
-            slice(start, min(rows, start + height)),
-            min(keys, max(1, problem.offset + start + height)) if problem.causal else keys,
-            problem.offset + start,
-        )
+        Band(slice(first, min(batch, first + group)), band, keys, problem.offset + band.start)
         for first in range(0, batch, group)
-        for start in range(0, rows, height)
+        for band, keys in found
     ]
 
 
-def scratch(problem: Problem) -> Float[Tensor, "group heads rows keys"]:
-    """Return a buffer for the largest band; keys are padded to an aligned stride."""
-    all_bands, heads = bands(problem), problem.query.shape[1]
-    keys = cdiv(max(band.keys for band in all_bands), ALIGNMENT) * ALIGNMENT
-    group, rows = all_bands[0].batch.stop, all_bands[0].rows.stop
-    dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
-    return problem.query.new_empty(group, heads, rows, keys, dtype=dtype)
+def visible(problem: Problem, rows: int) -> int:
+    """Return how many keys the first `rows` queries see among them, at least one."""
+    keys = problem.key.shape[2]
+    return min(keys, max(1, problem.offset + rows)) if problem.causal else keys
+
+
+def highest(problem: Problem, start: int, room: int) -> int:
+    """Return how many rows from `start` on fit a scratch of so many scores a head."""
+    keys = problem.key.shape[2]
+    height = room // (cdiv(keys, ALIGNMENT) * ALIGNMENT)
+    if problem.causal:
+        # Of h rows the last sees c + h keys, and the scratch is padded to less than c + h + 32.
+        c = max(0, problem.offset + start) + ALIGNMENT
+        height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
+    return max(ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
+
+
+class Scratch(NamedTuple):
+    """A buffer for the scores of one band at a time."""
+
+    buffer: Tensor
+    heads: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Scratch":
+        """Return a buffer for the largest band of a problem."""
+        heads = problem.query.shape[1]
+        dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
+        size = max(prod(cls.shape(band, heads)) for band in bands(problem))
+        return cls(problem.query.new_empty(size, dtype=dtype), heads)
+
+    @staticmethod
+    def shape(band: Band, heads: int) -> tuple[int, int, int, int]:
+        """Return the size of a band's scores; keys are padded to an aligned stride."""
+        keys = cdiv(band.keys, ALIGNMENT) * ALIGNMENT
+        return band.batch.stop - band.batch.start, heads, band.rows.stop - band.rows.start, keys
+
+    def view(self, band: Band) -> Float[Tensor, "group heads rows keys"]:
+        """Return the scores of a band."""
+        shape = self.shape(band, self.heads)
+        return self.buffer[: prod(shape)].view(shape)
 
 
 @runtime_checkable
@@ -194,7 +232,7 @@ def head_sizes(problem: Problem) -> dict[str, Any]:
 
 def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory."""
-    tile = TILES[kernel]
+    tile = STATIC_TILE if problem.mixing is None else TILES[kernel]
     if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if rows <= 16 and kernel in ("scores", "softmax_value"):
@@ -275,11 +313,11 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
             return whole
     out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[3])
     lse = problem.query.new_empty(out.shape[:3], dtype=torch.float32)
-    x = problem.query if problem.mixing is None else scratch(problem)
+    scratch = None if problem.mixing is None else Scratch.of(problem)
     for band in bands(problem):
-        at = (band.batch, slice(None), band.rows)
-        if problem.mixing is not None:
-            part = problem.part(band.batch)
+        at, x = (band.batch, slice(None), band.rows), problem.query
+        if scratch is not None and problem.mixing is not None:
+            x, part = scratch.view(band), problem.part(band.batch)
             scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
             mixer.mix(x, band, problem, problem.mixing)
         softmax_value(x, band, problem, out[at], lse[at])
@@ -292,52 +330,88 @@ def backward(
     """Return the gradients of q, k, v and of C, or C, U, W1 and W2, the scores band by band.
 
     Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
-    one by a power of two, by which the gradients are divided in the end, exactly.
+    one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly.
     """
-    delta = (out.float() * grad_out.float()).sum(-1)
-    dtype, unit = problem.query.dtype, None
+    dtype = problem.query.dtype
+    unit = torch.ones((), device=out.device)
     if dtype != torch.float32:
-        largest = grad_out.abs().amax().float().clamp(min=torch.finfo(torch.float32).tiny)
-        unit = torch.exp2(torch.log2(largest).ceil())
-        grad_out, delta = (grad_out / unit).to(torch.float16), delta / unit
-        problem = problem._replace(
-            query=to_half(problem.query), key=to_half(problem.key), value=to_half(problem.value)
+        largest = torch.linalg.vector_norm(grad_out, float("inf")).float()
+        unit = torch.exp2(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)).ceil())
+        query, key, value = map(to_half, (problem.query, problem.key, problem.value))
+        problem = problem._replace(query=query, key=key, value=value)
+    grad_out, delta = prepared(problem, out, grad_out, unit)
+    whole = all(band.rows.stop - band.rows.start == out.shape[2] for band in bands(problem))
+    grad_query = torch.empty_like(problem.query, dtype=dtype)
+    if whole:
+        grad_key, grad_value = (
+            torch.empty_like(x, dtype=dtype) for x in (problem.key, problem.value)
         )
-    gradients = unscaled_backward(problem, mixer, lse, delta, grad_out)
-    if unit is not None:
-        gradients = [gradient * unit for gradient in gradients]
-    return [*(gradient.to(dtype) for gradient in gradients[:3]), *gradients[3:]]
+    else:
+        grad_key, grad_value = (
+            torch.zeros_like(x, dtype=torch.float32) for x in (problem.key, problem.value)
+        )
+    sums = Sums(grad_query, grad_key, grad_value, unit, not whole)
+    tables = table_gradients(problem, mixer, lse, delta, grad_out, sums)
+    return [
+        grad_query, grad_key.to(dtype), grad_value.to(dtype), *(table * unit for table in tables)
+    ]  # fmt: skip
 
 
 def to_half(x: Tensor) -> Tensor:
     """Return `x` in fp16, with what bf16 holds beyond its range brought to the border."""
     limit = 65280.0  # the largest number both types have
-    return x if x.dtype == torch.float16 else x.clamp(-limit, limit).to(torch.float16)
+    if x.dtype == torch.float16:
+        return x
+    return torch.clamp(x, -limit, limit, out=torch.empty_like(x, dtype=torch.float16))
 
 
-def unscaled_backward(
-    problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor
+def prepared(
+    problem: Problem, out: Tensor, grad_out: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return dO / unit in the dtype of the problem, and its products with O by row."""
+    batch, heads, rows, value_dim = out.shape
+    scaled = torch.empty_like(out, dtype=problem.query.dtype)
+    delta = out.new_empty(batch, heads, rows, dtype=torch.float32)
+    kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
+        out, grad_out, unit, scaled, delta, rows,
+        *strides(out), *strides(grad_out), *strides(scaled), *delta.stride()[:2],
+        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), M=64, num_warps=4,
+    )  # fmt: skip
+    return scaled, delta
+
+
+class Sums(NamedTuple):
+    """Where dQ, dK and dV go, times `unit`; `add` if several bands add to dK and dV."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    unit: Tensor
+    add: bool
+
+
+def table_gradients(
+    problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
 ) -> list[Tensor]:
-    """Return the gradients in float32, for `grad_out` in the dtype of the problem."""
-    grad_query = torch.empty_like(problem.query, dtype=torch.float32)
-    grad_key = torch.zeros_like(problem.key, dtype=torch.float32)
-    grad_value = torch.zeros_like(problem.value, dtype=torch.float32)
-    gradients = [grad_query, grad_key, grad_value]
+    """Fill dQ, dK and dV, and return the gradients of the tables and weights."""
     mixing = problem.mixing
     if mixing is None:
         unused, whole = problem.query, bands(problem)[0]
-        one_head(unused, unused, whole, problem, grad_out, lse, delta, *gradients)
-        if problem.static is not None:
-            gradients.append(grad_table(problem, problem.static, grad_out, lse, delta))
-        return gradients
-    x, y, slots = scratch(problem), scratch(problem), Slots.of(problem, mixing, mixer)
+        one_head(unused, unused, whole, problem, grad_out, lse, delta, sums)
+        if problem.static is None:
+            return []
+        return [grad_table(problem, problem.static, grad_out, lse, delta)]
+    scratch, other, slots = (
+        Scratch.of(problem), Scratch.of(problem), Slots.of(problem, mixing, mixer)
+    )  # fmt: skip
     for band in bands(problem):
         at, part = (band.batch, slice(None), band.rows), problem.part(band.batch)
+        x, y = scratch.view(band), other.view(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         scores(grad_out[at], part.value, y, band, problem, 1.0)
         mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
-        one_head(x, y, band, problem, grad_out[at], lse[at], delta[at], *gradients)
-    return [*gradients, *slots.gradients(problem, mixing, mixer)]
+        one_head(x, y, band, problem, grad_out[at], lse[at], delta[at], sums)
+    return slots.gradients(problem, mixing, mixer)
 
 
 class Slots(NamedTuple):
@@ -416,14 +490,12 @@ def one_head(
     grad_out: Tensor,
     lse: Tensor,
     delta: Tensor,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
+    sums: Sums,
 ) -> None:
-    """Fill dQ of a band and add to dK and dV: from P and dA where heads mix, else from q, k, v."""
+    """Fill dQ of a band, and dK and dV: from P and dA where heads mix, else from q, k, v."""
     part = problem.part(band.batch)
-    query, grad_query = part.query[:, :, band.rows], grad_query[band.batch, :, band.rows]
-    grad_key, grad_value = grad_key[band.batch], grad_value[band.batch]
+    query, grad_query = part.query[:, :, band.rows], sums.query[band.batch, :, band.rows]
+    grad_key, grad_value = sums.key[band.batch], sums.value[band.batch]
     table = query if problem.static is None else problem.static
     mask = query if part.mask is None else part.mask
     batch, heads, rows, _ = query.shape
@@ -434,17 +506,19 @@ def one_head(
     )  # fmt: skip
     shape, tile = head_sizes(problem), tile_of("grad_query", problem, rows)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
-        y, query, part.key, part.value, grad_out, table, mask, lse, delta, grad_query,
+        y, query, part.key, part.value, grad_out, table, mask, lse, delta, sums.unit, grad_query,
         *common, *strides(grad_query), mask.stride(0),
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    # Without a band to come, keys that no row sees have their zeros from this one.
+    keys = band.keys if sums.add else part.key.shape[2]
     kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
-    kernels.grad_key_value_kernel[(cdiv(band.keys, tile.keys), batch * kv_heads)](
-        x, y, query, part.key, part.value, grad_out, table, mask, lse, delta,
-        grad_key, grad_value,
+    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
+        x, y, query, part.key, part.value, grad_out, table, mask, lse, delta, sums.unit,
+        grad_key, grad_value, keys,
         *common, *strides(grad_key), *strides(grad_value), mask.stride(0),
-        kv_heads, **shape, M=tile.rows, K=tile.keys,
+        kv_heads, **shape, M=tile.rows, K=tile.keys, ADD=sums.add,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 

@@ -6,7 +6,10 @@
 // [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
 // so that heads compute the next scores while the mixers are busy with these.
 //
-//   x = q k^T      y = x + W2 leaky(W1 x + U) / scale      P = exp(scale y + C), masked by C = -inf
+//   x = q k^T      y = x + W2 leaky(scale W1 x + U) / scale      P = exp(scale y + C), masked by C = -inf
+//
+// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x, s W2 U
+// a part of C. What is left of the first layer after its product is one instruction, relu(z + U).
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
@@ -14,8 +17,9 @@
 // Keys and values lie in blocks of 64 columns, and 32 and 16 for the rest of E. In a line the pieces of 16
 // bytes change places, so that copies fill whole lines and ldmatrix finds eight lines in different banks.
 //
-// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, K_T and V_T
-// strides of keys, CAUSAL, MASKED, BF16, ROWS and KEYS of a tile, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
+// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
+// V_T strides of rows, CAUSAL, MASKED, BF16, ROWS and KEYS of a tile, MIXERS warps, QUERIES_SHARED: queries
+// in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 typedef unsigned int uint32;
@@ -25,15 +29,18 @@ typedef __nv_bfloat16 Element;
 #else
 typedef __half Element;
 #endif
-constexpr int HEADS = 16, MIXERS = 4, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS), THREADS = 32 * (HEAD_WARPS + MIXERS);
+constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS), THREADS = 32 * (HEAD_WARPS + MIXERS);
 constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1.f / 0.f;
+constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1.f / 0.f;
 // A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {
   Element k[H][KEYS * E], v[H][KEYS * E];
+#if QUERIES_SHARED
+  Element q[H][ROWS * E];
+#endif
   __half x[2][HEADS][SLOTS];
   __half u[2][SPAN][UNITS];
   float c[H][C_LINE];
@@ -77,10 +84,13 @@ __device__ __forceinline__ uint32 pack(float a, float b) {
   return pack_half(a, b);
 #endif
 }
-__device__ __forceinline__ uint32 leaky(uint32 z) { __half2 v = *(__half2*)&z; v = __hmax2(v, __hmul2(v, __float2half2_rn(0.01f))); return *(uint32*)&v; }
+__device__ __forceinline__ uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
 __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-template <int N> __device__ __forceinline__ void registers_up() { if constexpr (N > 0) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> __device__ __forceinline__ void registers_down() { if constexpr (N > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
+template <int N> __device__ __forceinline__ void set_registers() {
+  if constexpr (N > LAUNCHED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+  else if constexpr (N > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 
 struct Arguments {
   const Element *q, *k, *v;
@@ -88,45 +98,58 @@ struct Arguments {
   float* lse;
   const float *w1, *w2;
   const __half* hidden;
-  const float* fixed;
+  const float *fixed, *linear;
   const uint8* mask;
   int rows, keys, distances, low, offset;
   float scale;
-  int q_t, out_t, row0, tiles;
+  int out_t, row0, tiles;
 };
 
+#ifdef PACK_TABLES
 // Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
-// are neighbours, and C in base 2, with the causal mask.
-extern "C" __global__ void pack_tables(const float* hidden_table, const float* static_table, __half* hidden, float* fixed, int table_size, int low, int distances) {
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + H); i += gridDim.x * blockDim.x) {
-    int at = i < distances * UNITS ? i / UNITS : (i - distances * UNITS) % distances, distance = low + at, entry = abs(distance);
-    bool inside = entry < table_size;
+// are neighbours, and C with the linear part of U, in base 2, with the causal mask; and s W2 W1, [head][head].
+extern "C" __global__ void pack_tables(
+    const float* hidden_table, const float* static_table, const float* w1, const float* w2, __half* hidden, float* fixed, float* linear,
+    int table_size, int low, int distances) {
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + H) + H * H; i += gridDim.x * blockDim.x) {
     if (i < distances * UNITS) {
-      int place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
-      hidden[i] = __float2half_rn(inside && unit < D ? hidden_table[entry * D + unit] : 0.f);
+      int entry = abs(low + i / UNITS), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
+      hidden[i] = __float2half_rn(entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f);
+    } else if (i < distances * (UNITS + H)) {
+      int at = (i - distances * UNITS) % distances, head = (i - distances * UNITS) / distances, distance = low + at, entry = abs(distance);
+      float sum = 0.f;
+      if (entry < table_size) {
+        for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * hidden_table[(long long)entry * D + unit];
+        sum = LOG2E * (SLOPE * sum + static_table[(long long)head * table_size + entry]);
+      }
+      fixed[(long long)head * distances + at] = CAUSAL && distance < 0 ? NEVER : sum;
     } else {
-      int head = (i - distances * UNITS) / distances;
-      fixed[head * distances + at] = CAUSAL && distance < 0 ? NEVER : inside ? LOG2E * static_table[head * table_size + entry] : 0.f;
+      int head = (i - distances * (UNITS + H)) / H, from = (i - distances * (UNITS + H)) % H;
+      float sum = 0.f;
+      for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * w1[unit * H + from];
+      linear[head * H + from] = SLOPE * sum;
     }
   }
 }
 
+#else
 // The block of column 16 e: its first column and its width.
 __host__ __device__ constexpr int width_at(int e) { return 16 * e < E / 64 * 64 ? 64 : 16 * e < E / 32 * 32 ? 32 : 16; }
 __host__ __device__ constexpr int block_at(int e) { return 16 * e < E / 64 * 64 ? 16 * e / 64 * 64 : 16 * e < E / 32 * 32 ? E / 64 * 64 : E / 32 * 32; }
 __device__ __forceinline__ constexpr int swap_of(int line, int width) { return width == 64 ? line & 7 : width == 32 ? line >> 1 & 3 : line >> 2 & 1; }
-// A lane's line of an ldmatrix of columns 16 e .. 16 e + 15; `line` is its place in 16 keys, `upper` is set for the upper 8 columns.
-__device__ __forceinline__ uint32 line_address(uint32 base, int p, int e, int line, int upper) {
+// A lane's line of an ldmatrix of columns 16 e .. 16 e + 15 of COUNT lines; `line` is its place in 16 of them, `upper` is set for the
+// upper 8 columns.
+template <int COUNT> __device__ __forceinline__ uint32 line_address(uint32 base, int p, int e, int line, int upper) {
   const int width = width_at(e), first = block_at(e);
-  return base + (KEYS * first + (16 * p + line) * width) * 2 + (((16 * e - first) / 8) ^ upper ^ swap_of(line, width)) * 16;
+  return base + (COUNT * first + (16 * p + line) * width) * 2 + (((16 * e - first) / 8) ^ upper ^ swap_of(line, width)) * 16;
 }
 // A lane's share of the copies of a block of columns; `from` is the lane's own piece of the first line.
-template <int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __forceinline__ void load_block(uint32 to, const Element* from, int lines, int lane) {
+template <int COUNT, int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __forceinline__ void load_block(uint32 to, const Element* from, int lines, int lane) {
   constexpr int PIECES = WIDTH / 8, STEP = 32 / PIECES;
   const int piece = lane % PIECES, line = lane / PIECES;
-  const uint32 at = to + KEYS * FIRST * 2 + line * WIDTH * 2 + (piece ^ swap_of(line, WIDTH)) * 16;
+  const uint32 at = to + COUNT * FIRST * 2 + line * WIDTH * 2 + (piece ^ swap_of(line, WIDTH)) * 16;
 #pragma unroll
-  for (int j = 0; j < KEYS / STEP; j++) {
+  for (int j = 0; j < COUNT / STEP; j++) {
     const uint32 here = (at ^ (swap_of(j * STEP, WIDTH) * 16)) + j * STEP * WIDTH * 2;
     const bool real = WHOLE || line + j * STEP < lines;
     copy16(here, real ? from + j * STEP * STRIDE : from, real);
@@ -134,8 +157,8 @@ template <int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __forceinline
 }
 template <int WIDTH, int STRIDE> __device__ __forceinline__ int own_piece(int lane) { return lane / (WIDTH / 8) * STRIDE + lane % (WIDTH / 8) * 8; }
 
-// The lines of one tile after the other, zero past the last key.
-template <int STRIDE> struct Lines {
+// The lines of one tile after the other, zero past the last.
+template <int COUNT, int STRIDE> struct Lines {
   const Element* from;  // the lane's own piece of the next tile, in blocks of 64 columns if there are any
   uint32 to;
   int left, lane;
@@ -144,16 +167,16 @@ template <int STRIDE> struct Lines {
       : from(first + own_piece<WIDEST, STRIDE>(lane)), to(address(stage)), left(keys), lane(lane) {}
   template <bool WHOLE> __device__ __forceinline__ void copy() const {
 #pragma unroll
-    for (int block = 0; block < E / 64; block++) load_block<64, 0, STRIDE, WHOLE>(to + KEYS * block * 128, from + 64 * block, left, lane);
+    for (int block = 0; block < E / 64; block++) load_block<COUNT, 64, 0, STRIDE, WHOLE>(to + COUNT * block * 128, from + 64 * block, left, lane);
     const Element* line = from - own_piece<WIDEST, STRIDE>(lane);
-    if constexpr (E & 32) load_block<32, E / 64 * 64, STRIDE, WHOLE>(to, line + own_piece<32, STRIDE>(lane) + E / 64 * 64, left, lane);
-    if constexpr (E & 16) load_block<16, E / 32 * 32, STRIDE, WHOLE>(to, line + own_piece<16, STRIDE>(lane) + E / 32 * 32, left, lane);
+    if constexpr (E & 32) load_block<COUNT, 32, E / 64 * 64, STRIDE, WHOLE>(to, line + own_piece<32, STRIDE>(lane) + E / 64 * 64, left, lane);
+    if constexpr (E & 16) load_block<COUNT, 16, E / 32 * 32, STRIDE, WHOLE>(to, line + own_piece<16, STRIDE>(lane) + E / 32 * 32, left, lane);
   }
   __device__ __forceinline__ void load() {
-    if (left >= KEYS) copy<true>();
+    if (left >= COUNT) copy<true>();
     else copy<false>();
-    from += KEYS * STRIDE;
-    left -= KEYS;
+    from += COUNT * STRIDE;
+    left -= COUNT;
   }
 };
 
@@ -170,9 +193,14 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
       copy4(to_c + (COPY + i) * 4, from - i - 1);
     }
   };
-  Lines<K_T> key_lines(a.k, s.k[h], a.keys, lane);
-  Lines<V_T> value_lines(a.v, s.v[h], a.keys, lane);
+  Lines<KEYS, K_T> key_lines(a.k, s.k[h], a.keys, lane);
+  Lines<KEYS, V_T> value_lines(a.v, s.v[h], a.keys, lane);
   key_lines.load();
+#if QUERIES_SHARED
+  Lines<ROWS, Q_T>(a.q + (long long)a.row0 * Q_T, s.q[h], a.rows - a.row0, lane).load();
+  commit();
+  const uint32 to_q = address(s.q[h]);
+#else
   commit();
   uint32 q[MT][ET][4];
 #pragma unroll
@@ -182,8 +210,9 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         int row = a.row0 + 16 * m + g + 8 * (i & 1);
-        q[m][e][i] = row < a.rows ? *(const uint32*)(a.q + (long long)row * a.q_t + 16 * e + 2 * t + 8 * (i >> 1)) : 0;
+        q[m][e][i] = row < a.rows ? *(const uint32*)(a.q + (long long)row * Q_T + 16 * e + 2 * t + 8 * (i >> 1)) : 0;
       }
+#endif
   float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2];
 #pragma unroll
   for (int m = 0; m < MT; m++) { top[m][0] = top[m][1] = NEVER; total[m][0] = total[m][1] = 0.f; }
@@ -192,14 +221,20 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
   auto scores = [&](int n) {
     float x[MT][NT][4] = {};
 #pragma unroll
-    for (int e = 0; e < ET; e++)
+    for (int e = 0; e < ET; e++) {
+#if QUERIES_SHARED
+      uint32 q[MT][ET][4];
+#pragma unroll
+      for (int m = 0; m < MT; m++) load4(q[m][e], line_address<ROWS>(to_q, m, e, (lane & 7) + 8 * (lane >> 3 & 1), lane >> 4));
+#endif
 #pragma unroll
       for (int p = 0; p < NT / 2; p++) {
         uint32 b[4];
-        load4(b, line_address(to_k, p, e, (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1));
+        load4(b, line_address<KEYS>(to_k, p, e, (lane & 7) + 8 * (lane >> 4), lane >> 3 & 1));
 #pragma unroll
         for (int m = 0; m < MT; m++) { mma(x[m][2 * p], q[m][e], b[0], b[1]); mma(x[m][2 * p + 1], q[m][e], b[2], b[3]); }
       }
+    }
     __syncwarp();
     if (n + 1 < a.tiles) key_lines.load();
     commit();
@@ -295,7 +330,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
 #pragma unroll
       for (int e = 0; e < E / 16; e++) {
         uint32 b[4];
-        load4_turned(b, line_address(to_v, p, e, (lane & 7) + 8 * (lane >> 3 & 1), lane >> 4));
+        load4_turned(b, line_address<KEYS>(to_v, p, e, (lane & 7) + 8 * (lane >> 3 & 1), lane >> 4));
 #pragma unroll
         for (int m = 0; m < MT; m++) {
           uint32 w[4] = {weight[m][2 * p][0], weight[m][2 * p][1], weight[m][2 * p + 1][0], weight[m][2 * p + 1][1]};
@@ -336,7 +371,7 @@ __device__ __forceinline__ void load_units(uint32 (&u)[UT], const char* table, i
 }
 
 // Two groups of 16 slots, 64 bytes apart: U of their rows g is in `first`, of their rows g + 8 in `second`.
-__device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2]) {
+__device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
   uint32 x[2][4], y[2][2][2];
 #pragma unroll
   for (int q = 0; q < 2; q++) load4_turned(x[q], at + q * 64);
@@ -345,16 +380,17 @@ __device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT]
     uint32 z[UT][2];
 #pragma unroll
     for (int m = 0; m < UT; m++) {
-      mma_half(z[m], x[q], w1[m], first[q][m], second[q][m]);
-      z[m][0] = leaky(z[m][0]);
-      z[m][1] = leaky(z[m][1]);
+      mma_half(z[m], x[q], w1[m], 0, 0);
+      z[m][0] = relu_sum(z[m][0], first[q][m]);
+      z[m][1] = relu_sum(z[m][1], second[q][m]);
     }
+#pragma unroll
+    for (int half = 0; half < 2; half++) mma_half(y[q][half], x[q], w21[half], x[q][2 * half], x[q][2 * half + 1]);
 #pragma unroll
     for (int k = 0; k < UT / 2; k++) {
       uint32 v[4] = {z[2 * k][0], z[2 * k][1], z[2 * k + 1][0], z[2 * k + 1][1]};
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        mma_half(y[q][half], v, w2[half][k], k ? y[q][half][0] : x[q][2 * half], k ? y[q][half][1] : x[q][2 * half + 1]);
+      for (int half = 0; half < 2; half++) mma_half(y[q][half], v, w2[half][k], y[q][half][0], y[q][half][1]);
     }
   }
 #pragma unroll
@@ -371,9 +407,10 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
     commit();
   };
   load_hidden(0);
-  uint32 w1[UT][2], w2[2][UT / 2][2];
+  uint32 w1[UT][2], w2[2][UT / 2][2], w21[2][2];
   auto in = [&](int unit, int head) { return unit < D && head < H ? a.w1[unit * H + head] * a.scale : 0.f; };
-  auto out = [&](int head, int unit) { return unit < D && head < H ? a.w2[head * D + unit] / a.scale : 0.f; };
+  auto out = [&](int head, int unit) { return unit < D && head < H ? a.w2[head * D + unit] * (1.f - SLOPE) / a.scale : 0.f; };
+  auto straight = [&](int head, int from) { return head < H && from < H ? a.linear[head * H + from] : 0.f; };
 #pragma unroll
   for (int n = 0; n < UT; n++)
 #pragma unroll
@@ -384,6 +421,10 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
     for (int k = 0; k < UT / 2; k++)
 #pragma unroll
       for (int i = 0; i < 2; i++) w2[n][k][i] = pack_half(out(8 * n + g, 16 * k + 2 * t + 8 * i), out(8 * n + g, 16 * k + 2 * t + 8 * i + 1));
+#pragma unroll
+  for (int n = 0; n < 2; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) w21[n][i] = pack_half(straight(8 * n + g, 2 * t + 8 * i), straight(8 * n + g, 2 * t + 8 * i + 1));
   const int first = mixer * GROUPS, chunk = first / 16, pair0 = first % 16 / 2;
   const int row = 16 * (chunk / (NT / 2)) + pair0 + 8 * ((g >> 1) & 1), key = 16 * (chunk % (NT / 2)) + (g & 1) + 8 * (g >> 2);
   const int place = ((row - key + KEYS - 1) * UNITS + t * 2 * UT) * 2;
@@ -411,7 +452,7 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
 #pragma unroll
       for (int odd = 1; odd >= 0; odd--) {
         const int k = d + 4 * odd;
-        if (k >= 0 && k < GROUPS / 2) mix_pair(at + (2 * k + odd) * 32, high, low, w1, w2);
+        if (k >= 0 && k < GROUPS / 2) mix_pair(at + (2 * k + odd) * 32, high, low, w1, w2, w21);
       }
     }
     logits_there(n & 1);
@@ -420,8 +461,8 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     const Element* q, const Element* k, const Element* v, Element* out, float* lse, const float* w1, const float* w2,
-    const __half* hidden, const float* fixed, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
-    int q_b, int q_h, int q_t, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
+    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
+    int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
   extern __shared__ __align__(128) char memory[];
   Shared& s = *(Shared*)memory;
@@ -430,16 +471,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
-      out + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, mask + b * mask_b,
-      rows, keys, distances, low, offset, (float)scale, q_t, out_t, row0, (last + KEYS - 1) / KEYS};
+      out + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b,
+      rows, keys, distances, low, offset, (float)scale, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);
   __syncthreads();
   if (warp < HEAD_WARPS) {
-    registers_up<HEAD_REGISTERS>();
+    set_registers<HEAD_REGISTERS>();
     if (warp < H) attend(s, a, warp, lane);
   } else {
-    registers_down<MIXER_REGISTERS>();
+    set_registers<MIXER_REGISTERS>();
     mix(s, a, warp - HEAD_WARPS, lane);
   }
 }
+#endif

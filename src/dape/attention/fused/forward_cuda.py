@@ -11,7 +11,7 @@ from triton import cdiv
 from dape.attention.fused.banded import Mixing, Problem, strides
 
 CAPABILITY = (9, 0)
-MIXERS, MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 4, 16, 64, 128
+MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
 # Distances of a tile that stand in shared memory.
 SPAN = 64
 # What a block may have on a GPU of this capability.
@@ -19,10 +19,12 @@ REGISTERS, SHARED_MEMORY = 65536, 227 * 1024
 
 
 class Layout(NamedTuple):
-    """What the source is compiled for: rows and keys of a tile, registers of each kind of warp."""
+    """What the source is compiled for: a tile's rows and keys, and what kinds of warps have."""
 
     rows: int
     keys: int
+    mixers: int
+    queries_shared: int
     head_registers: int
     mixer_registers: int
     shared_memory: int
@@ -30,18 +32,21 @@ class Layout(NamedTuple):
 
 def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     """Return the layout for a block that holds all heads, or None where none fits."""
-    head_warps = cdiv(heads, 4) * 4
+    head_warps, mixers = cdiv(heads, 4) * 4, 4
     rows = 32 if head_dim <= 64 and head_warps <= 12 else 16
     if head_dim > 64 and head_warps > 12:
         return None
-    launched = REGISTERS // (32 * (head_warps + MIXERS)) // 8 * 8
-    registers = (144, 80) if launched < 144 and head_warps <= 12 else (0, 0)
+    plenty = REGISTERS // (32 * (head_warps + mixers)) >= 144
     for keys in (32, 16):
-        lines = 2 * heads * keys * head_dim * 2
-        scores = 2 * 16 * (rows * keys + 8) * 2
-        tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
-        if lines + scores + tables <= SHARED_MEMORY:
-            return Layout(rows, keys, *registers, lines + scores + tables)
+        for shared in (1, 0):
+            lines = heads * (2 * keys + shared * rows) * head_dim * 2
+            scores = 2 * 16 * (rows * keys + 8) * 2
+            tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
+            size = lines + scores + tables
+            if size <= SHARED_MEMORY:
+                registers = (136, 104) if shared else (144, 80)
+                registers = (0, 0) if plenty or head_warps > 12 else registers
+                return Layout(rows, keys, mixers, shared, *registers, size)
     return None
 
 
@@ -78,8 +83,7 @@ def padded_units(mixing: Mixing) -> int:
 
 def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Tensor]:
     """Return output `[B, H, Tq, dv]` and log-sum-exp `[B, H, Tq]`, as `banded.forward` does."""
-    query = problem.query
-    key, value = aligned(problem.key), aligned(problem.value)
+    query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows, head_dim = query.shape
     keys, units = key.shape[2], padded_units(mixing)
     out = query.new_empty(batch, heads, rows, head_dim)
@@ -88,27 +92,30 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
     distances = cdiv(rows, where.rows) * where.rows + problem.offset + SPAN - low
     hidden = query.new_empty(distances, units, dtype=torch.float16)
     fixed = query.new_empty(heads, distances, dtype=torch.float32)
+    linear = query.new_empty(heads, heads, dtype=torch.float32)
     masked = problem.mask is not None
     mask = query if problem.mask is None else problem.mask
     macros = (
         heads, mixing.weight_in.shape[0], units, head_dim, heads // key.shape[1],
-        key.stride(2), value.stride(2),
+        query.stride(2), key.stride(2), value.stride(2),
         int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), *where,
     )  # fmt: skip
     compiled("pack_tables", *macros)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
         block=(256, 1, 1),
         args=[
-            mixing.hidden, mixing.static, hidden, fixed, mixing.hidden.shape[0], low, distances,
+            mixing.hidden, mixing.static, mixing.weight_in, mixing.weight_out,
+            hidden, fixed, linear, mixing.hidden.shape[0], low, distances,
         ],
     )  # fmt: skip
     compiled("forward", *macros)(
         grid=(cdiv(rows, where.rows), batch, 1),
-        block=(32 * (cdiv(heads, 4) * 4 + MIXERS), 1, 1),
+        block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
-            query, key, value, out, lse, mixing.weight_in, mixing.weight_out, hidden, fixed, mask,
+            query, key, value, out, lse, mixing.weight_in, mixing.weight_out,
+            hidden, fixed, linear, mask,
             rows, keys, distances, low, problem.offset, float(problem.scale),
-            *strides(query), *key.stride()[:2], *value.stride()[:2], *strides(out),
+            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
             *lse.stride()[:2], mask.stride(0),
         ],
         shared_mem=where.shared_memory,
@@ -123,8 +130,8 @@ def aligned(x: Tensor) -> Tensor:
 
 
 NAMES = (
-    *("H", "D", "UNITS", "E", "GROUP", "K_T", "V_T", "CAUSAL", "MASKED", "BF16"),
-    *("ROWS", "KEYS", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
+    *("H", "D", "UNITS", "E", "GROUP", "Q_T", "K_T", "V_T", "CAUSAL", "MASKED", "BF16"),
+    *("ROWS", "KEYS", "MIXERS", "QUERIES_SHARED", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
 )
 
 
@@ -132,6 +139,7 @@ NAMES = (
 def compiled(name: str, *values: int) -> Any:
     """Return the kernel of that name for these macros, on the current device."""
     defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
+    defines.append(f"#define {name.upper()}")
     source = files("dape.attention.fused").joinpath("forward.cu").read_text()
     kernel = torch.cuda._compile_kernel(
         "\n".join([*defines, source]), name, compute_capability="90a"

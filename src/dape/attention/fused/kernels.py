@@ -312,6 +312,27 @@ def combine_kernel(
 
 
 @triton.jit
+def row_products_kernel(
+    out, grad_out, unit, scaled, delta, num_rows,
+    out_b, out_h, out_t, grad_b, grad_h, grad_t, scaled_b, scaled_h, scaled_t, delta_b, delta_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store dO / unit, and delta = O . dO / unit by row; grid (rows, B H)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = tl.program_id(0) * M
+    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
+    o = load_rows(out + b64 * out_b + h * out_h, out_t, first_row, num_rows, V, M, WIDE_V)
+    do = load_rows(grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V)
+    do = do.to(tl.float32) / tl.load(unit)
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = scaled + b64 * scaled_b + h * scaled_h + line[:, None].to(tl.int64) * scaled_t + columns
+    inside = (line < num_rows)[:, None] & (columns < V)
+    tl.store(at, do.to(scaled.dtype.element_ty), inside)
+    products = tl.sum(o.to(tl.float32) * do, 1)
+    tl.store(delta + b64 * delta_b + h * delta_h + line, products, line < num_rows)
+
+
+@triton.jit
 def tile_gradient(s, dp, lse, delta, seen):
     """Return P and dS of a tile from its base-2 logits, dP and the statistics of its rows."""
     weight = tl.where(seen, tl.exp2(s - lse * LOG2E), 0.0)
@@ -320,7 +341,7 @@ def tile_gradient(s, dp, lse, delta, seen):
 
 @triton.jit
 def grad_query_kernel(
-    y, query, key, value, grad_out, table, mask, lse, delta, grad_query,
+    y, query, key, value, grad_out, table, mask, lse, delta, unit, grad_query,
     num_rows, num_keys, table_size, shift, scale,
     x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, mask_b,
@@ -328,7 +349,7 @@ def grad_query_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = scale dA K of one head, with dA from Y if MIXED; grid (rows, B H)."""
+    """Store dQ = unit scale dA K of one head, with dA from Y if MIXED; grid (rows, B H)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     line = first_row + tl.arange(0, M)
@@ -365,20 +386,21 @@ def grad_query_kernel(
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
-    tl.store(at, (acc * scale).to(grad_query.dtype.element_ty), (rows < num_rows) & (columns < E))
+    acc *= scale * tl.load(unit)
+    tl.store(at, acc.to(grad_query.dtype.element_ty), (rows < num_rows) & (columns < E))
 
 
 @triton.jit
 def grad_key_value_kernel(
-    x, y, query, key, value, grad_out, table, mask, lse, delta, grad_key, grad_value,
-    num_rows, num_keys, table_size, shift, scale,
+    x, y, query, key, value, grad_out, table, mask, lse, delta, unit, grad_key, grad_value,
+    keys_stored, num_rows, num_keys, table_size, shift, scale,
     x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, mask_b,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add scale dA^T Q to dK and P^T dO to dV, over the group's heads; grid (keys, B Hkv)."""
+    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys, B Hkv)."""
     b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     first_key = tl.program_id(0) * K
     keys = first_key + tl.arange(0, K)[:, None]
@@ -418,13 +440,21 @@ def grad_key_value_kernel(
                 weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
             acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(ds.to(a.dtype), a, acc_k, input_precision=PRECISION)
+    factor = tl.load(unit)
+    acc_k *= scale * factor
+    acc_v *= factor
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-    at = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-    inside = (keys < num_keys) & (columns < E)
-    tl.store(at, tl.load(at, inside, 0.0) + acc_k * scale, inside)
-    at = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-    inside = (keys < num_keys) & (columns_v < V)
-    tl.store(at, tl.load(at, inside, 0.0) + acc_v, inside)
+    at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    at_v = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    inside_k, inside_v = (
+        (keys < keys_stored) & (columns < E),
+        (keys < keys_stored) & (columns_v < V),
+    )
+    if ADD:
+        acc_k += tl.load(at_k, inside_k, 0.0)
+        acc_v += tl.load(at_v, inside_v, 0.0)
+    tl.store(at_k, acc_k.to(grad_key.dtype.element_ty), inside_k)
+    tl.store(at_v, acc_v.to(grad_value.dtype.element_ty), inside_v)
 
 
 @triton.jit

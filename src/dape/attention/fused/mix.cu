@@ -132,12 +132,9 @@ template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async
 // A tile on its way, or in registers: 32 scores of heads g and g + 8, 16 bytes a lane.
 typedef uint4 Ring[2][32];
 typedef uint32 Tile[2][4];
-__device__ __forceinline__ void fetch_tile(Ring& ring, const __half* base, int stride_h, bool inside, int g, int lane) {
+__device__ __forceinline__ void fetch_tile(Ring& ring, const __half* from, int upper, bool inside, int g, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    bool real = inside && 8 * r + g < H;
-    copy16(&ring[r][lane], real ? base + (8 * r + g) * stride_h : base, real);
-  }
+  for (int r = 0; r < 2; r++) copy16(&ring[r][lane], from + r * upper, inside && 8 * r + g < H);
 }
 __device__ __forceinline__ void take_tile(Tile& x, const Ring& ring, int lane) {
 #pragma unroll
@@ -146,10 +143,10 @@ __device__ __forceinline__ void take_tile(Tile& x, const Ring& ring, int lane) {
     x[r][0] = v.x; x[r][1] = v.y; x[r][2] = v.z; x[r][3] = v.w;
   }
 }
-__device__ __forceinline__ void store_tile(const Tile& x, __half* base, int stride_h, bool inside, int g) {
+__device__ __forceinline__ void store_tile(const Tile& x, __half* to, int upper, bool inside, int g) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H) *(uint4*)(base + (8 * r + g) * stride_h) = make_uint4(x[r][0], x[r][1], x[r][2], x[r][3]);
+    if (inside && 8 * r + g < H) *(uint4*)(to + r * upper) = make_uint4(x[r][0], x[r][1], x[r][2], x[r][3]);
 }
 
 // Which of its keys a warp's row sees, as masks of halves; true if it sees all.
@@ -227,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   auto fetch = [&](int tile) {
     int row = tile * ROWS + m, key = place.start + tile * ROWS + 8 * t;
     bool inside = tile < place.last && row < rows && key >= 0 && key < keys;
-    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + key : 0), x_h, inside, g, lane);
+    fetch_tile(ring[warp][tile % STAGES], base + (inside ? g * x_h + row * x_t + key : 0), inside ? 8 * x_h : 0, inside, g, lane);
     commit();
   };
 #pragma unroll
@@ -260,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
 #pragma unroll
         for (int p = 0; p < 4; p++) xt[r][p] = (xt[r][p] & seen[p]) | (NEVER & ~seen[p]);
     }
-    store_tile(xt, base + row * x_t + key, x_h, row < rows && key >= 0 && key < keys, g);
+    store_tile(xt, base + g * x_h + row * x_t + key, 8 * x_h, row < rows && key >= 0 && key < keys, g);
   }
 }
 #else
@@ -287,39 +284,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   float acc_u[2][UT][4] = {}, acc_c[4][4] = {}, acc_w1[UT][4] = {}, acc_w2[UT][4] = {};
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
   const uint32 ones = 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u;
-  x += (long long)b * x_b;
-  y += (long long)b * x_b;
   mask += b * mask_b;
-  auto fetch = [&](int tile) {
-    int row = tile * ROWS + m, key = place.start + tile * ROWS + 8 * t;
-    bool real_row = tile < place.last && row < rows, inside = real_row && key >= 0 && key < keys;
-    int at = inside ? row * x_t + key : 0;
-    Stage& stage = memory.walk.ring[warp][tile % STAGES];
-    fetch_tile(stage.x, x + at, x_h, inside, g, lane);
-    fetch_tile(stage.y, y + at, x_h, inside, g, lane);
-    bool real = real_row && lane % HEADS < H;
-    copy4(&stage.stats[0][lane], (lane < HEADS ? lse : delta) + (real ? b * stat_b + lane % HEADS * stat_h + row : 0), real);
+  const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS, step = ROWS * (x_t + 1), upper = 8 * x_h;
+  const long long here = (long long)b * x_b + g * x_h + (long long)row0 * x_t + key0 + 8 * t;
+  const int last_key = keys - 8 * t, stat = lane % HEADS * stat_h + row0;
+  const float* stats = (lane < HEADS ? lse : delta) + b * stat_b;
+  // Tile n of the block, whose rows and keys are ROWS on from the last one's.
+  auto fetch = [&](int n) {
+    const int row = row0 + n * ROWS, key = key0 + n * ROWS;
+    const bool real_row = place.first + n < place.last && row < rows, inside = real_row && key + 8 * t >= 0 && key < last_key;
+    Stage& stage = memory.walk.ring[warp][n % STAGES];
+    const long long at = inside ? here + (long long)n * step : 0;
+    fetch_tile(stage.x, x + at, inside ? upper : 0, inside, g, lane);
+    fetch_tile(stage.y, y + at, inside ? upper : 0, inside, g, lane);
+    const bool real = real_row && lane % HEADS < H;
+    copy4(&stage.stats[0][lane], stats + (real ? stat + n * ROWS : 0), real);
     commit();
   };
 #pragma unroll
-  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(place.first + ahead);
-  for (int tile = place.first; tile < place.last; tile++) {
-    fetch(tile + STAGES - 1);
-    int row = tile * ROWS + m, first_key = place.start + tile * ROWS, key = first_key + 8 * t;
+  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead);
+  for (int n = 0; n < place.last - place.first; n++) {
+    fetch(n + STAGES - 1);
+    const int row = row0 + n * ROWS, key = key0 + n * ROWS;
     Tile xt, yt;
     uint32 seen[4];
-    const bool whole = view.look(seen, row < rows, first_key, t, keys, mask);
+    const bool whole = view.look(seen, row < rows, key, t, keys, mask);
     wait<STAGES - 1>();
     __syncwarp();
-    const Stage& stage = memory.walk.ring[warp][tile % STAGES];
+    const Stage& stage = memory.walk.ring[warp][n % STAGES];
     take_tile(xt, stage.x, lane);
     take_tile(yt, stage.y, lane);
-    float log_sum[2];
-    __half2 shared[2];
+    float log_sum[2], shared[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       log_sum[r] = stage.stats[0][8 * r + g] * LOG2E;
-      shared[r] = __float2half2_rn(stage.stats[1][8 * r + g]);
+      shared[r] = stage.stats[1][8 * r + g];
     }
     __syncwarp();
     if (!whole) { hide(xt, seen); hide(yt, seen); }
@@ -334,10 +333,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
         s = across_units(s, w.out, hidden, p % 2, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          float2 logit = __half22float2(half2_of(r ? s.y : s.x));
-          uint32 v = pack(exp2_fast(fmaf(logit.x, LOG2E, -log_sum[r])), exp2_fast(fmaf(logit.y, LOG2E, -log_sum[r])));
-          weight[r][p] = whole ? v : v & seen[p];
-          yt[r][p] = bits(__hmul2(half2_of(weight[r][p]), __hsub2(half2_of(yt[r][p]), shared[r])));
+          const float2 logit = __half22float2(half2_of(r ? s.y : s.x)), dp = __half22float2(half2_of(yt[r][p]));
+          float p0 = exp2_fast(fmaf(logit.x, LOG2E, -log_sum[r])), p1 = exp2_fast(fmaf(logit.y, LOG2E, -log_sum[r]));
+          if (!whole) {
+            p0 = seen[p] & 0xffffu ? p0 : 0.f;
+            p1 = seen[p] >> 16 ? p1 : 0.f;
+          }
+          weight[r][p] = pack(p0, p1);
+          yt[r][p] = pack(p0 * (dp.x - shared[r]), p1 * (dp.y - shared[r]));
         }
       }
       const int p = 2 * f;  // from here on Y is dS
@@ -364,9 +367,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
         yt[0][p + e] = da.x; yt[1][p + e] = da.y;
       }
     }
-    const bool inside = row < rows && key >= 0 && key < keys;
-    store_tile(weight, x + row * x_t + key, x_h, inside, g);
-    store_tile(yt, y + row * x_t + key, x_h, inside, g);
+    const bool inside = row < rows && key + 8 * t >= 0 && key < last_key;
+    const long long at = here + (long long)n * step;
+    store_tile(weight, x + at, upper, inside, g);
+    store_tile(yt, y + at, upper, inside, g);
   }
   wait<0>();
   __syncthreads();

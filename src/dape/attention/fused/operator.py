@@ -176,8 +176,9 @@ def banded_backward(
 
 @banded_backward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> list[Tensor]:
-    given = (query, key, value, *rest[:4])
-    return [torch.empty_like(x).contiguous() for x in given if isinstance(x, Tensor)]
+    tables = [x for x in rest[:4] if isinstance(x, Tensor)]
+    gradients = [torch.empty_like(with_rows(x)) for x in (query, key, value)]
+    return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
