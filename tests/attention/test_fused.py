@@ -29,6 +29,7 @@ PROBLEMS = {
     "rows without keys": Problem(query_offset=-3),
     "cross lengths": Problem(rows=5, keys=39, causal=False),
     "behind the keys": Problem(rows=5, keys=9, causal=False, query_offset=50),
+    "before the keys": Problem(rows=9, keys=12, causal=False, query_offset=-7),
     "one query": Problem(batch=1, rows=1, keys=300, query_offset=299),
     "left padding": Problem(rows=18, keys=18, mask="left"),
     "right padding": Problem(mask="right", causal=False),
@@ -137,20 +138,22 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
 def test_the_operator_is_registered_in_full(adapter):
     problem = Problem(batch=1, rows=3, keys=3, adapter=adapter)
     tensors, (bias, adapter), _ = leaves(problem.tensors(torch.float32), problem.modules())
-    found = [
-        x.detach().requires_grad_() for x in operator.tables(bias, adapter, 4, 3, tensors[0].device)
-    ]
-    tables = [*found, None, None, None][:4]
+    found = operator.tables(bias, adapter, 4, 3, tensors[0].device)
+    tables = [x.detach().requires_grad_() for x in found]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        operator.banded, (*tensors, *tables, None, 0.5, True, 0, "triton"), test_utils=checks
+        operator.banded, (*tensors, tables, None, 0.5, True, 0, "triton"), test_utils=checks
     )
 
 
 def test_lse_is_that_of_the_logits():
     query, key, value = Problem(rows=6, keys=6).tensors(torch.float32)
-    _, lse = operator.banded(query, key, value, *[None] * 5, 0.5, False, 0, "triton")
+    _, lse = operator.banded(query, key, value, [], None, 0.5, False, 0, "triton")
     assert_close(lse, (0.5 * query.double() @ key.double().mT).logsumexp(-1).float())
+
+
+class RowBias(dape.NoBias):
+    relative = False
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_lse_is_that_of_the_logits():
     [
         ({"adapter": dape.DAPE(4, kernel_size=3)}, "kernel_size=3"),
         ({"adapter": torch.nn.Identity()}, "do not know the adapter Identity"),
-        ({"bias": dape.FIRE(4, train_length=8)}, "FIRE depends on more than the distance"),
+        ({"bias": RowBias(4)}, "RowBias depends on more than the distance"),
         ({"query_positions": torch.arange(7)}, "positions are given"),
         ({"mask": torch.ones(1, 1, 7, 7, dtype=torch.bool)}, "the mask differs between queries"),
         ({"query_offset": torch.tensor(0)}, "query_offset is a tensor"),

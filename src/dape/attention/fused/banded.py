@@ -55,11 +55,23 @@ class Mixing(NamedTuple):
     weight_out: Float[Tensor, "heads hidden"]
 
 
+class Features(NamedTuple):
+    """FIRE's `f = (1, relu(weight x + bias))`, for `x = psi[|i - j|] scale[max(i, j)]`.
+
+    The tables of the `Mixing` beside them are over these features: C `[H, 1 + F]`, U `[1 + F, D]`.
+    """
+
+    psi: Float[Tensor, "distances"]
+    scale: Float[Tensor, "slots"]
+    weight: Float[Tensor, "features"]
+    bias: Float[Tensor, "features"]
+
+
 class Problem(NamedTuple):
     """One call: the arguments every kernel needs, checked and in their final layout.
 
     Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
-    is true for keys that may be seen.
+    is true for keys that may be seen. `features` are FIRE's.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -71,6 +83,7 @@ class Problem(NamedTuple):
     scale: float
     causal: bool
     offset: int
+    features: Features | None = None
 
     def part(self, batch: slice) -> "Problem":
         """Return the problem of some elements of the batch."""
@@ -160,8 +173,12 @@ class Scratch(NamedTuple):
 
 @runtime_checkable
 class Mixer(Protocol):
-    """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal."""
+    """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal.
 
+    `Slots` is where the second sums the gradients of the tables.
+    """
+
+    Slots: type[Any]
     tile_rows: int
     tile_keys: int
 
@@ -183,7 +200,7 @@ class Mixer(Protocol):
         mixing: Mixing,
         lse: Tensor,
         delta: Tensor,
-        slots: "Slots",
+        slots: Any,
     ) -> None:
         """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
 
@@ -327,7 +344,7 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, mixer: Mixer, out: Tensor, lse: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v and of C, or C, U, W1 and W2, the scores band by band.
+    """Return the gradients of q, k, v and of the tables in their order, the scores band by band.
 
     Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
     one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly.
@@ -402,7 +419,7 @@ def table_gradients(
             return []
         return [grad_table(problem, problem.static, grad_out, lse, delta)]
     scratch, other, slots = (
-        Scratch.of(problem), Scratch.of(problem), Slots.of(problem, mixing, mixer)
+        Scratch.of(problem), Scratch.of(problem), mixer.Slots.of(problem, mixing, mixer)
     )  # fmt: skip
     for band in bands(problem):
         at, part = (band.batch, slice(None), band.rows), problem.part(band.batch)
@@ -425,11 +442,7 @@ class Slots(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
         """Return zeros for the bands of a problem."""
-        all_bands = bands(problem)
-        group = all_bands[0].batch.stop
-        count = max(
-            diagonals(problem, band, mixer.tile_rows, mixer.tile_keys).number for band in all_bands
-        )
+        group, count = slots_of(problem, mixer)
         lines = mixer.tile_rows + mixer.tile_keys
         units, heads = padded(mixing)
         segments = mixer.segments(group * count)
@@ -452,6 +465,13 @@ class Slots(NamedTuple):
         weight_out = self.weight_out.sum((0, 1, 2))[:heads, :units]
         tables = (static.t(), hidden, weight_in, weight_out)
         return [table.contiguous() for table in tables]
+
+
+def slots_of(problem: Problem, mixer: Mixer) -> tuple[int, int]:
+    """Return the elements of a group, and how many diagonals each may have in a band."""
+    all_bands = bands(problem)
+    numbers = (diagonals(problem, x, mixer.tile_rows, mixer.tile_keys).number for x in all_bands)
+    return all_bands[0].batch.stop, max(numbers)
 
 
 def padded(mixing: Mixing) -> tuple[int, int]:

@@ -103,6 +103,30 @@ def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.cons
 
 
 @triton.jit
+def tile_positions(
+    tile, start, n, delta_ij, num_rows, num_keys, mask,
+    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return rows and keys of a tile's positions, whether there are such, and which are seen."""
+    rows, keys = tile * M + n // K, start + tile * M + n % K
+    live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+    seen = live
+    if CAUSAL:
+        seen &= delta_ij >= 0
+    if MASKED:
+        seen &= tl.load(mask + keys, live, 0) != 0
+    return rows, keys, live, seen
+
+
+@triton.jit
+def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
+    """Return W1^T and W2, both `[H, D]`."""
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    w1_HD = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0)
+    return w1_HD, tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0)
+
+
+@triton.jit
 def mix_kernel(
     x, w1, w2, hidden_table, static_table, mask,
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_h, x_t, mask_b,
@@ -116,19 +140,14 @@ def mix_kernel(
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
     u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
-    inside = (heads[:, None] < H) & (units[None, :] < D)
-    w_in = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0).to(compute)
-    w_out = tl.trans(tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0).to(compute))
+    w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
+    w_in, w_out = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
     one = (heads[:, None] == heads[None, :]).to(compute)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys = tile * M + n // K, start + tile * M + n % K
-        live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
-        seen = live
-        if CAUSAL:
-            seen &= delta_ij >= 0
-        if MASKED:
-            seen &= tl.load(mask + b * mask_b + keys, live, 0) != 0
+        rows, keys, live, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
+        )
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b
         a = tl.load(x + at, seen[:, None] & (heads[None, :] < H), 0.0)
@@ -158,9 +177,8 @@ def mix_backward_kernel(
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
     u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
-    inside = (heads[:, None] < H) & (units[None, :] < D)
-    w1_HD = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0).to(compute)
-    w2_HD = tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0).to(compute)
+    w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
+    w1_HD, w2_HD = w1_HD.to(compute), w2_HD.to(compute)
     one = (heads[:, None] == heads[None, :]).to(compute)
     sum_u = tl.zeros((M * K, UNITS), tl.float32)
     sum_c = tl.zeros((M * K, HEADS), tl.float32)
@@ -168,13 +186,9 @@ def mix_backward_kernel(
     sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys = tile * M + n // K, start + tile * M + n % K
-        live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
-        seen = live
-        if CAUSAL:
-            seen &= delta_ij >= 0
-        if MASKED:
-            seen &= tl.load(mask + b * mask_b + keys, live, 0) != 0
+        rows, keys, live, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
+        )
         seen_heads = seen[:, None] & (heads[None, :] < H)
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b

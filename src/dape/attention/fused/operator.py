@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dape.attention.fused.tables import obstacle as table_obstacle
 from dape.attention.fused.tables import tables
+from dape.positions.bias import FIRE
 
 if TYPE_CHECKING:
     from dape.attention.fused.banded import Problem
@@ -30,7 +31,8 @@ def obstacle(
 ) -> str | None:
     """Return why the fused kernels cannot serve a call, or None if they can."""
     heads, units = query.shape[1], getattr(adapter, "hidden", 0)
-    widest = max(query.shape[3], value.shape[3])
+    features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
+    most, widest = max(units, features), max(query.shape[3], value.shape[3])
     reasons = [
         (positions_given, "positions are given, and the kernels count slots"),
         (not isinstance(query_offset, int), "query_offset is a tensor"),
@@ -38,11 +40,11 @@ def obstacle(
         (query.dtype not in DTYPES, f"the dtype is {query.dtype}"),
         (widest > WIDEST_HEAD, f"head_dim={widest} is more than {WIDEST_HEAD}"),
         (heads > MOST_HEADS, f"{heads} heads are more than {MOST_HEADS}"),
-        (units > MOST_UNITS, f"hidden={units} is more than {MOST_UNITS}"),
+        (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
     found = found or table_obstacle(bias, adapter)
-    if found is None and backend == "cuda" and adapter is not None:
+    if found is None and backend == "cuda" and adapter is not None and not features:
         from dape.attention.fused import mix_cuda
 
         if heads > mix_cuda.MOST_HEADS or units > mix_cuda.MOST_UNITS:
@@ -69,20 +71,19 @@ def attend_fused(
 ) -> Float[Tensor, "batch heads query value_dim"]:
     """Return the output of a call that has no `obstacle`."""
     rows, keys = query.shape[2], key.shape[2]
-    found = tables(bias, adapter, query.shape[1], max(keys, rows + query_offset), query.device)
-    static, hidden, weight_in, weight_out = [*found, None, None, None, None][:4]
+    count = max(keys - min(0, query_offset), rows + query_offset)
+    found = tables(bias, adapter, query.shape[1], count, query.device)
     seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
-    out, _ = banded(
-        query, key, value, static, hidden, weight_in, weight_out, seen, scale, causal,
-        query_offset, backend,
-    )  # fmt: skip
+    out, _ = banded(query, key, value, found, seen, scale, causal, query_offset, backend)
     return out
 
 
-def mixer(backend: str) -> ModuleType:
-    """Return the kernels across heads of a backend."""
-    from dape.attention.fused import mix_cuda, mix_triton
+def mixer(backend: str, problem: "Problem") -> ModuleType:
+    """Return the kernels across heads of a backend; FIRE's are in Triton for both."""
+    from dape.attention.fused import mix_cuda, mix_fire, mix_triton
 
+    if problem.features is not None:
+        return mix_fire
     return mix_cuda if backend == "cuda" else mix_triton
 
 
@@ -95,23 +96,27 @@ def problem_of(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tables: Sequence[Tensor | None],
+    tables: Sequence[Tensor],
     mask: Tensor | None,
     scale: float,
     causal: bool,
     offset: int,
 ) -> "Problem":
-    """Return the problem of an operator's arguments, with contiguous rows."""
-    from dape.attention.fused.banded import Mixing, Problem
+    """Return the problem of an operator's arguments, with contiguous rows.
 
-    given = [table.contiguous() for table in tables if table is not None]
-    mixing = Mixing(*given) if len(given) == len(Mixing._fields) else None
+    Of the tables there are none, C, those of `Mixing`, or those of `Mixing` and `Features`.
+    """
+    from dape.attention.fused.banded import Features, Mixing, Problem
+
+    given = [table.contiguous() for table in tables]
+    mixed = len(Mixing._fields)
     return Problem(
         query=with_rows(query),
         key=with_rows(key),
         value=with_rows(value),
         static=given[0] if given else None,
-        mixing=mixing,
+        mixing=Mixing(*given[:mixed]) if len(given) >= mixed else None,
+        features=Features(*given[mixed:]) if len(given) > mixed else None,
         mask=mask,
         scale=scale,
         causal=causal,
@@ -124,10 +129,7 @@ def banded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    static: Tensor | None,
-    hidden: Tensor | None,
-    weight_in: Tensor | None,
-    weight_out: Tensor | None,
+    tables: Sequence[Tensor],
     mask: Tensor | None,
     scale: float,
     causal: bool,
@@ -137,9 +139,8 @@ def banded(
     """Return output and log-sum-exp of the rows; the arguments are those of `Problem`."""
     from dape.attention.fused.banded import forward
 
-    tables = (static, hidden, weight_in, weight_out)
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return forward(problem, mixer(backend))
+    return forward(problem, mixer(backend, problem))
 
 
 @banded.register_fake
@@ -153,10 +154,7 @@ def banded_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    static: Tensor | None,
-    hidden: Tensor | None,
-    weight_in: Tensor | None,
-    weight_out: Tensor | None,
+    tables: Sequence[Tensor],
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
@@ -166,32 +164,32 @@ def banded_backward(
     offset: int,
     backend: str,
 ) -> list[Tensor]:
-    """Return the gradients of the tensors up to `weight_out` that are given, in order."""
+    """Return the gradients of query, key, value and the tables."""
     from dape.attention.fused.banded import backward
 
-    tables = (static, hidden, weight_in, weight_out)
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return backward(problem, mixer(backend), out, lse, with_rows(grad_out))
+    return backward(problem, mixer(backend, problem), out, lse, with_rows(grad_out))
 
 
 @banded_backward.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> list[Tensor]:
-    tables = [x for x in rest[:4] if isinstance(x, Tensor)]
+def _(
+    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: object
+) -> list[Tensor]:
     gradients = [torch.empty_like(with_rows(x)) for x in (query, key, value)]
     return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.causal, ctx.offset, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    query, key, value, tables, mask, ctx.scale, ctx.causal, ctx.offset, ctx.backend = inputs
+    ctx.save_for_backward(query, key, value, mask, *output, *tables)
     ctx.mark_non_differentiable(output[1])
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, mask, out, lse = ctx.saved_tensors
+def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, mask, out, lse, *tables = ctx.saved_tensors
     rest = (ctx.scale, ctx.causal, ctx.offset, ctx.backend)
-    found = iter(banded_backward(*tensors, mask, out, lse, grad_out, *rest))
-    return (*(None if x is None else next(found) for x in tensors), *[None] * 5)
+    found = banded_backward(query, key, value, tables, mask, out, lse, grad_out, *rest)
+    return *found[:3], found[3:], *[None] * 5
 
 
 banded.register_autograd(_gradients, setup_context=_setup)

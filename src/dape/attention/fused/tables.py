@@ -3,6 +3,11 @@ r"""A bias and an adapter as tables over the distance, by ordinary differentiabl
 If B depends on the distance alone, then so does all that DAPE makes of it: with W1 = [W1a, W1b] on
 [A; B], the logits are `A + C + W2 phi(W1a A + U)` for tables `U = W1b B + b1` and `C = B + b2`. The
 kernels take the tables and give their gradients; what stands behind them is autograd's.
+
+FIRE depends on the row too, but is linear in features `f = (1, relu(v x + c))` of the one number
+`x = psi(|i - j|) / psi(max(i, j, L))`: the logits are `A + C f + W2 phi(W1a A + U f)`, with tables
+over the features instead of the distances, made by the same code. x itself is an entry of a table
+over the distance times one of a table over the later slot.
 """
 
 import torch
@@ -11,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from dape.positions.adapter import DAPE
+from dape.positions.bias import FIRE
 
 
 def obstacle(bias: nn.Module | None, adapter: nn.Module | None) -> str | None:
     """Return why a bias and an adapter are no tables, or None if they are."""
-    if bias is not None and not getattr(bias, "relative", False):
+    if not (bias is None or type(bias) is FIRE or getattr(bias, "relative", False)):
         return f"{type(bias).__name__} depends on more than the distance"
     if adapter is not None and type(adapter) is not DAPE:
         return f"the fused kernels do not know the adapter {type(adapter).__name__}"
@@ -33,31 +39,63 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    In float32. Where no scores are mixed there is C alone, and nothing without a bias.
+    In float32. Where no scores are mixed there is C alone, and nothing without a bias. For FIRE
+    they are over its features, and what makes the features follows.
     """
     with torch.autocast(device.type, enabled=False):
+        if isinstance(bias, FIRE):
+            return fire_tables(bias, adapter, count, device)
         values = None
         if bias is not None:
             distances = torch.arange(count, device=device)
             values = bias(distances, distances[:1])[..., 0].float()
-        if isinstance(adapter, DAPE):
-            return dape_tables(
-                adapter, torch.zeros(num_heads, count, device=device) if values is None else values
-            )
-        return () if values is None else (values,)
+        if not isinstance(adapter, DAPE):
+            return () if values is None else (values,)
+        values = torch.zeros(num_heads, count, device=device) if values is None else values
+        static, hidden, weight_in, weight_out = dape_tables(
+            adapter, values, torch.ones(count, device=device)
+        )
+        if adapter.inputs == "bias":
+            return (static + weight_out @ leaky_relu(hidden, 0.01).t(),)
+        return static, hidden, weight_in, weight_out
 
 
-def dape_tables(adapter: DAPE, values: Float[Tensor, "heads distances"]) -> tuple[Tensor, ...]:
-    """Return the tables of DAPE over a bias; one that sees the bias alone mixes no scores."""
+def fire_tables(
+    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return C `[H, 1 + F]`, U `[1 + F, D]`, W1a and W2 over features, psi, 1 / psi, v and c.
+
+    psi `[N]` is over distances, 1 / psi(max(slot, L)) `[N]` over slots, v and c are `[F]`. Without
+    an adapter D = 0.
+    """
+    slots = torch.arange(count, dtype=bias.c.dtype, device=device)
+    psi = torch.log1p(bias.c * slots).float()
+    scale = 1 / torch.log1p(bias.c * torch.maximum(slots, bias.threshold)).float()
+    values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
+    mixing: tuple[Tensor, ...]
+    if isinstance(adapter, DAPE):
+        constant = torch.zeros(values.shape[1], device=device)
+        constant[0] = 1
+        mixing = dape_tables(adapter, values, constant)
+    else:
+        shapes = (values.shape[1], 0), (0, len(values)), (len(values), 0)
+        mixing = (values, *(values.new_zeros(shape) for shape in shapes))
+    return *mixing, psi, scale, bias.weight_in[:, 0].float(), bias.bias_in.float()
+
+
+def dape_tables(
+    adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "entries"]
+) -> tuple[Tensor, ...]:
+    """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table."""
     weight_in, weight_out = adapter.weight_in[..., 0].float(), adapter.weight_out[..., 0].float()
     bias_in, bias_out = adapter.bias_in.float(), adapter.bias_out.float()
-    static = bias_out[:, None] + (values if adapter.residual else torch.zeros_like(values))
-    if adapter.inputs == "bias":
-        hidden = leaky_relu(values.t() @ weight_in.t() + bias_in, 0.01)
-        return (static + weight_out @ hidden.t(),)
-    if adapter.inputs == "scores":
-        return static, bias_in.expand(values.shape[1], -1), weight_in, weight_out
-    on_scores = on_bias = weight_in
-    if adapter.inputs == "concat":
-        on_scores, on_bias = weight_in.split(adapter.num_heads, dim=1)
-    return static, values.t() @ on_bias.t() + bias_in, on_scores, weight_out
+    static = torch.outer(bias_out, constant) + (values if adapter.residual else 0)
+    nothing = torch.zeros_like(weight_in)
+    on_scores, on_bias = {
+        "concat": weight_in.split(adapter.num_heads, dim=1),
+        "sum": (weight_in, weight_in),
+        "scores": (weight_in, nothing),
+        "bias": (nothing, weight_in),
+    }[adapter.inputs]
+    hidden = values.t() @ on_bias.t() + torch.outer(constant, bias_in)
+    return static, hidden, on_scores, weight_out

@@ -1,0 +1,149 @@
+"""The kernels across heads for FIRE, in Triton: `Features`, and `Mixing` over them."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from triton import next_power_of_2
+
+from dape.attention.fused import fire, mix_triton
+from dape.attention.fused.banded import (
+    Band,
+    Features,
+    Mixer,
+    Mixing,
+    Problem,
+    bands,
+    diagonals,
+    from_diagonals,
+    slots_of,
+    strides,
+)
+from dape.attention.fused.mix_triton import segments, tile_keys, tile_rows, whole
+
+__all__ = ["Slots", "mix", "mix_backward", "segments", "tile_keys", "tile_rows", "whole"]
+
+
+def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
+    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    where = diagonals(problem, band, tile_rows, tile_keys)
+    mask = x if problem.mask is None else problem.mask[band.batch]
+    features = features_of(problem)
+    fire.fire_mix_kernel[(where.number, band.batch.stop - band.batch.start)](
+        x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features, mask,
+        band.rows.stop - band.rows.start, band.keys, len(features.psi),
+        where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
+        **sizes(problem, mixing), num_warps=4,
+    )  # fmt: skip
+
+
+def mix_backward(
+    x: Tensor,
+    y: Tensor,
+    band: Band,
+    problem: Problem,
+    mixing: Mixing,
+    lse: Tensor,
+    delta: Tensor,
+    slots: "Slots",
+) -> None:
+    """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+    where = diagonals(problem, band, tile_rows, tile_keys)
+    mask = x if problem.mask is None else problem.mask[band.batch]
+    features = features_of(problem)
+    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+    pairs = x.new_empty(batch, rows, band.keys, dtype=torch.float32)
+    fire.fire_mix_backward_kernel[(where.number, batch)](
+        x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features,
+        lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
+        slots.psi, slots.weight, slots.bias, pairs,
+        rows, band.keys, len(features.psi),
+        where.first, where.band_tile, where.offset, slots.psi.shape[1],
+        *strides(x), *lse.stride()[:2], mask.stride(0), *pairs.stride()[:2],
+        **sizes(problem, mixing), num_warps=8,
+    )  # fmt: skip
+    add_pairs(slots.scale, pairs, band, problem.causal)
+
+
+def add_pairs(
+    total: Float[Tensor, "slots"],
+    pairs: Float[Tensor, "batch rows keys"],
+    band: Band,
+    causal: bool,
+) -> None:
+    """Add what each query and key of a band have for the later of their slots.
+
+    In causal use that is the query's, and what stands at later keys is nothing.
+    """
+    rows, keys = (torch.arange(size, device=pairs.device) for size in pairs.shape[1:])
+    later = keys > rows[:, None] + band.shift
+    first, end = max(0, band.shift), max(0, band.shift + len(rows))
+    by_row = pairs.masked_fill(later, 0).sum((0, 2))
+    total[first:end] += by_row[first - band.shift :]
+    if not causal:
+        total[: len(keys)] += pairs.masked_fill(~later, 0).sum((0, 1))
+
+
+class Slots(NamedTuple):
+    """Where each diagonal of each element of a group sums its gradients; `scale` is for all."""
+
+    weight_in: Float[Tensor, "group slots UNITS HEADS"]
+    weight_out: Float[Tensor, "group slots HEADS UNITS"]
+    hidden: Float[Tensor, "group slots 1+FEATURES UNITS"]
+    static: Float[Tensor, "group slots 1+FEATURES HEADS"]
+    psi: Float[Tensor, "group slots lines"]
+    weight: Float[Tensor, "group slots FEATURES"]
+    bias: Float[Tensor, "group slots FEATURES"]
+    scale: Float[Tensor, "distances"]
+
+    @classmethod
+    def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
+        """Return zeros for the bands of a problem."""
+        group, count = slots_of(problem, mixer)
+        units, heads, features = (sizes(problem, mixing)[x] for x in ("UNITS", "HEADS", "FEATURES"))
+
+        def zeros(*size: int) -> Tensor:
+            return problem.query.new_zeros(group, count, *size, dtype=torch.float32)
+
+        return cls(
+            weight_in=zeros(units, heads),
+            weight_out=zeros(heads, units),
+            hidden=zeros(1 + features, units),
+            static=zeros(1 + features, heads),
+            psi=zeros(tile_rows + tile_keys),
+            weight=zeros(features),
+            bias=zeros(features),
+            scale=torch.zeros_like(features_of(problem).scale),
+        )
+
+    def gradients(self, problem: Problem, mixing: Mixing, mixer: Mixer) -> list[Tensor]:
+        """Return the gradients of C, U, W1, W2, psi, scale, and the features' weight and bias."""
+        entries, units = mixing.hidden.shape
+        heads, features = mixing.static.shape[0], features_of(problem)
+        where = diagonals(problem, bands(problem)[0], tile_rows, tile_keys)
+        psi = from_diagonals(self.psi.sum(0)[..., None], where, tile_keys, len(features.psi))
+        tables = (
+            self.static.sum((0, 1))[:entries, :heads].t(),
+            self.hidden.sum((0, 1))[:entries, :units],
+            self.weight_in.sum((0, 1))[:units, :heads],
+            self.weight_out.sum((0, 1))[:heads, :units],
+            psi[:, 0],
+            self.scale,
+            self.weight.sum((0, 1))[: entries - 1],
+            self.bias.sum((0, 1))[: entries - 1],
+        )
+        return [table.contiguous() for table in tables]
+
+
+def features_of(problem: Problem) -> Features:
+    """Return the features of a problem of FIRE; others have another mixer."""
+    assert problem.features is not None
+    return problem.features
+
+
+def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:
+    """Return the compile-time arguments: counts, padded, and switches."""
+    features = len(features_of(problem).weight)
+    padded_features = max(16, next_power_of_2(features))
+    return {**mix_triton.sizes(problem, mixing), "F": features, "FEATURES": padded_features}
