@@ -97,8 +97,8 @@ def fire_mix_backward_kernel(
     x_b, x_h, x_t, stat_b, stat_h, mask_b, pair_b, pair_t,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every gradient; grid (diagonals, B).
 
@@ -195,8 +195,8 @@ def fire_mix_backward_kernel(
     at_f = slot * FEATURES + places
     tl.store(grad_weight + at_f, tl.load(grad_weight + at_f) + sum_weight)
     tl.store(grad_bias + at_f, tl.load(grad_bias + at_f) + sum_bias)
-    lines = tl.arange(0, M + K)
+    lines = tl.arange(0, LINES)
     on_line = lines[:, None] == (n // K - n % K + K - 1)[None, :]
-    at_l = slot * (M + K) + lines
+    at_l = slot * LINES + lines
     summed = tl.sum(tl.where(on_line, sum_psi[None, :], 0.0), 1)
     tl.store(grad_psi + at_l, tl.load(grad_psi + at_l) + summed)
