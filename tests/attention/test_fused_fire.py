@@ -206,3 +206,45 @@ def test_more_units_than_the_kernels_hold_are_refused():
     query = torch.zeros(1, 4, 3, 8)
     found = obstacle("triton", query, query, dape.FIRE(4, hidden=65), None, None, 0, False)
     assert found == "hidden=65 is more than 64"
+
+
+@pytest.mark.parametrize("adapter", [None, DAPE], ids=["fire", "dape-fire"])
+def test_one_graph_has_the_same_numbers(adapter):
+    torch.compiler.reset()
+    problem = FireProblem(rows=5, keys=5, adapter=adapter, threshold=2.5)
+    tensors, modules, parameters = leaves(problem.tensors(torch.float32), problem.modules())
+
+    def run(attention):
+        out = attention(*tensors, *modules, backend="triton")
+        return out, *differentiate(out, [*tensors, *parameters])
+
+    compiled = run(torch.compile(dape.attention, fullgraph=True, backend="aot_eager"))
+    for ours, theirs in zip(compiled, run(dape.attention), strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adapter", [None, (32, 1, True, "concat")], ids=["fire", "dape-fire"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [129, 512])
+def test_on_a_gpu_against_chunked_in_float64(backend, dtype, rows, adapter):
+    tensors = [torch.randn(2, 12, rows, 64, device="cuda", dtype=dtype) for _ in range(3)]
+    modules = FireProblem(heads=12, threshold=100.5, units=32, adapter=adapter).modules()
+    results = []
+    for name, wide, widest in (
+        (backend, dtype, torch.float32),
+        ("chunked", torch.float64, torch.float64),
+    ):
+        inputs = [x.detach().to(wide, copy=True).requires_grad_() for x in tensors]
+        found = [m and copy.deepcopy(m).to("cuda", widest) for m in modules]
+        parameters = [p for m in found if m for p in m.parameters()]
+        out = dape.attention(*inputs, *found, backend=name)
+        torch.manual_seed(1)
+        weight = torch.randn(out.shape, device="cuda").to(dtype).to(wide)
+        results.append([out, *torch.autograd.grad(out, [*inputs, *parameters], weight)])
+    for found, true in zip(*results, strict=True):
+        if true.norm() < 1e-9:
+            continue  # a constant of every key
+        error = (found.double() - true).norm() / true.norm().clamp(min=1.0)
+        assert error < {torch.bfloat16: 2e-2, torch.float16: 1e-2, torch.float32: 1e-4}[dtype]

@@ -29,6 +29,14 @@ def test_versions_backends_and_schemes_are_listed(capsys):
     assert ", ".join(BASES) in text and ", ".join(f"{name}-" for name in ADAPTERS) in text
 
 
+def test_what_the_fused_kernels_do_not_serve_is_named(capsys):
+    _, _, text = " ".join(" ".join(run(capsys)).split()).partition(" fused triton and cuda ")
+    assert text == (
+        "serve all of these but cope, transformer-xl, dape3-, dape5-, dape7-, talking-heads-: "
+        "those, DAPE V2 among them, run in chunked"
+    )
+
+
 def test_every_base_and_every_adapter_has_one_row(capsys):
     lines = run(capsys, "--schemes")
     for base in BASES.values():

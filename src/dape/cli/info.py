@@ -62,7 +62,28 @@ def installation() -> "Table":
         table.add_row(f"backend {backend.name}", f"{state} ({backend.purpose})")
     table.add_row("schemes", ", ".join(BASES))
     table.add_row("adapters", ", ".join(f"{name}-" for name in ADAPTERS) + " before a scheme")
+    table.add_row(
+        "fused",
+        f"triton and cuda serve all of these but {', '.join(unfused())}: "
+        "those, DAPE V2 among them, run in chunked",
+    )
     return table
+
+
+def unfused() -> list[str]:
+    """Return the schemes and adapters that the fused kernels do not serve."""
+    import torch
+
+    from dape.attention.fused.tables import obstacle
+    from dape.positions.scheme import ADAPTERS, BASES
+
+    named = BASES | {f"{name}-": adapter for name, adapter in ADAPTERS.items()}
+    with torch.device("meta"):
+        modules = {
+            name: [scheme.build(place, SIZES, {}) for place in ("bias", "adapter")]
+            for name, scheme in named.items()
+        }
+    return [name for name, (bias, adapter) in modules.items() if obstacle(bias, adapter)]
 
 
 def installed(name: str) -> str:
