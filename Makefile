@@ -20,7 +20,7 @@ demo-seeds: $(BIN)/dape
 	$(BIN)/dape plot $(RUNS) --out results/demo/perplexity.png
 
 # Every encoding, and every form of adapter on one of them: what results/schemes holds.
-# Ten minutes on a data-centre GPU; a day or more on two CPU cores, most of it for the longest windows.
+# Two CPU cores would need a day or more, most of it for the longest windows: meant for a GPU.
 STEPS := 400
 SCHEMES := nope sinusoidal learned rope partial-rope pi ntk dynamic-ntk yarn xpos randomized-rope \
 	alibi kerple kerple-power t5 sandwich fire cope transformer-xl \
