@@ -1,0 +1,153 @@
+"""How long a call takes, and how much memory: medians, after warm-up, over rotating inputs.
+
+On a GPU short calls are timed inside a CUDA graph, for the host would limit them otherwise.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import cycle, islice, pairwise
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from dape.bench.attempt import first_line, release
+
+Call = Callable[[], object]
+
+BUDGET = 1000.0  # milliseconds that are measured, and at least so many runs
+FEWEST, MOST = 3, 100
+# Below so many milliseconds a call is captured; calls to fill a graph of so many, at most.
+CAPTURED_BELOW, GRAPH, MOST_CALLS = 20.0, 5.0, 32
+GRAPHED, EVENTS, WALL = "CUDA graph", "CUDA events", "wall clock"
+
+
+class Timing(NamedTuple):
+    """Milliseconds of a call in each run, calls of a run, the clock, and bytes at the peak."""
+
+    milliseconds: list[float]
+    calls: int
+    clock: str
+    peak: int | None = None
+
+    @property
+    def median(self) -> float:
+        """Return the median of the runs."""
+        return median(self.milliseconds)
+
+
+def measure(calls: Sequence[Call], device: torch.device) -> Timing:
+    """Return the timing of calls that differ in their inputs alone."""
+    calls[0]()  # compiles, tunes, loads libraries
+    return on_gpu(calls) if device.type == "cuda" else on_cpu(calls)
+
+
+def on_cpu(calls: Sequence[Call]) -> Timing:
+    """Return the timing by the wall clock; the peak of memory is not known."""
+    found: list[float] = []
+    for call in islice(cycle(calls), MOST):
+        begun = time.perf_counter()
+        call()
+        found.append(1000 * (time.perf_counter() - begun))
+        if len(found) >= FEWEST and sum(found) >= BUDGET:
+            break
+    return Timing(found, 1, WALL)
+
+
+def on_gpu(calls: Sequence[Call]) -> Timing:
+    """Return the timing of a graph of calls, or of each call where those are long."""
+    peak, once = peak_and_time(calls[0])
+    turns = cycle(calls)
+
+    def turn() -> object:
+        return next(turns)()
+
+    if once >= BUDGET:
+        return Timing([once, *event_times(turn, FEWEST - 1)], 1, EVENTS, peak)
+    once = median(event_times(turn, 2 * len(calls)))
+    clock = EVENTS
+    if once < CAPTURED_BELOW:
+        rounds = max(1, min(MOST_CALLS, round(GRAPH / once)) // len(calls))
+        graphed = rounds * list(calls)
+        graph = capture(graphed)
+        if not isinstance(graph, str):
+            found = repeated(graph.replay)
+            graph.reset()
+            return Timing([run / len(graphed) for run in found], len(graphed), GRAPHED, peak)
+        clock = f"{EVENTS} without a graph ({graph})"
+    return Timing(repeated(turn), 1, clock, peak)
+
+
+def peak_and_time(call: Call) -> tuple[int, float]:
+    """Return the bytes that a call needs beyond what is there, results included, and its time."""
+    torch.cuda.synchronize()
+    release()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (once,) = event_times(call, 1)
+    return torch.cuda.max_memory_allocated() - before, once
+
+
+def event_times(run: Call, count: int) -> list[float]:
+    """Return the milliseconds between events around so many runs, one after the other."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in pairwise(events)]
+
+
+def repeated(run: Call) -> list[float]:
+    """Return the milliseconds of as many runs as the budget allows, after one that warms up."""
+    once = event_times(run, 2)[1]
+    return event_times(run, max(FEWEST, min(MOST, int(BUDGET / once))))
+
+
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
+    """Return a graph of the calls, or the reason why there is none.
+
+    A capture that breaks off leaves the allocator and the generator in disorder, so that a call
+    that waits for the GPU is found out before.
+    """
+    current, side = torch.cuda.current_stream(), side_stream()
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            calls[0]()  # libraries make themselves at home on a stream
+            with waiting_forbidden():
+                calls[0]()
+        current.wait_stream(side)
+        release()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            for call in calls:
+                call()
+    except Exception as error:  # whatever a kernel does that a capture forbids
+        return first_line(error)
+    finally:
+        torch.cuda.set_stream(current)  # a capture that breaks off stays on its own
+        torch.cuda.synchronize()
+    return graph
+
+
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """Return the stream of all captures: libraries never give back what they keep for one."""
+    return torch.cuda.Stream()
+
+
+@contextmanager
+def waiting_forbidden() -> Iterator[None]:
+    """Let what would wait for the GPU raise a `RuntimeError`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

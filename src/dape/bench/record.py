@@ -1,0 +1,141 @@
+"""What a benchmark leaves behind: `results.json`."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dape.errors import UserError
+
+FORMAT = 1
+# Why there is no number.
+NOT_SERVED, OUT_OF_MEMORY, FAILED = "not served", "out of memory", "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Why there is no number: `not served`, `out of memory` or `failed`, and the words for it."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """How far a method is from float64, on `batch` sequences of `checked` tokens.
+
+    `errors` are relative Frobenius norms of the output and each gradient, `limits` what they may
+    be. `missing` says why there are none.
+    """
+
+    method: str
+    length: int
+    direction: str
+    batch: int
+    checked: int
+    errors: dict[str, float] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    missing: Missing | None = None
+
+    @property
+    def worst(self) -> str:
+        """Return the tensor that is nearest to its limit, or furthest above; NaN is above all."""
+        return max(self.errors, key=lambda name: (not self.within(name), self.share(name)))
+
+    def within(self, name: str) -> bool:
+        """Return whether a tensor is right."""
+        return self.errors[name] <= self.limits[name]
+
+    def share(self, name: str) -> float:
+        """Return the error of a tensor over its limit."""
+        return self.errors[name] / self.limits[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A method at a length: milliseconds of a call, and bytes at its peak beyond its inputs.
+
+    `milliseconds` is the median of `runs`, each of so many `calls`; `fastest` and `slowest` are the
+    ends. `clock` says how they were taken. `peak` is None on a CPU. `missing` says why all are.
+    """
+
+    method: str
+    length: int
+    batch: int
+    direction: str
+    milliseconds: float | None = None
+    fastest: float | None = None
+    slowest: float | None = None
+    runs: int = 0
+    calls: int = 0
+    clock: str = ""
+    peak: int | None = None
+    missing: Missing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All entries of a command, the checks that let them be printed, and where they come from.
+
+    `yardstick` is the backend that PyTorch's attention chose.
+    """
+
+    scheme: str
+    shape: str
+    heads: int
+    head_dim: int
+    dtype: str
+    tokens: int
+    seed: int
+    provenance: dict[str, Any]
+    yardstick: str = ""
+    checks: list[Check] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    format: int = FORMAT
+
+    @property
+    def lengths(self) -> list[int]:
+        """Return the lengths in the order of measurement."""
+        return list(dict.fromkeys(entry.length for entry in self.entries))
+
+    @property
+    def methods(self) -> list[str]:
+        """Return the names of the methods in the order of measurement."""
+        return list(dict.fromkeys(entry.method for entry in self.entries))
+
+    def entry(self, method: str, length: int, direction: str) -> Entry | None:
+        """Return one entry, if there is one."""
+        asked = (method, length, direction)
+        found = (e for e in self.entries if (e.method, e.length, e.direction) == asked)
+        return next(found, None)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(part, path)
+
+
+def load(path: Path) -> Results:
+    """Read what `Results.save` wrote.
+
+    Raises:
+        UserError: if there is no such file, or another version or program wrote it.
+    """
+    remedy = "measure again with `dape bench attention`"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such results; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not results of format {FORMAT}; {remedy}")
+    for name, cls in (("checks", Check), ("entries", Entry)):
+        content[name] = [
+            cls(**{**each, "missing": each["missing"] and Missing(**each["missing"])})
+            for each in content[name]
+        ]
+    return Results(**content)

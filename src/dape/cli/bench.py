@@ -1,0 +1,166 @@
+"""`dape bench`: speed and memory against named peers, in one process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rich.console import Console
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dape.cli.arguments import parse
+from dape.cli.eval import Lengths, choose_device
+from dape.cli.info import installed
+from dape.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+    from dape.bench.record import Check, Entry, Results
+
+USAGE = "usage: dape bench attention ...\n\n`dape bench attention --help` explains it.\n"
+# Of a GPU, and of a CPU, which has no time for more.
+LENGTHS = {"cuda": (512, 2048, 8192, 32768, 131072), "cpu": (256, 512, 1024)}
+RESULTS, TABLE, FIGURE = "results.json", "table.md", "figure.png"
+
+Names = Annotated[
+    tuple[str, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NAME,NAME,...",
+        instance_from_str=lambda words: tuple(filter(None, words[0].split(","))),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(value)],
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Time attention, forward and with backward, and its peak memory, over the length.
+
+    Every method is first checked against float64, output and gradients; if one is wrong, nothing is
+    timed. Writes results.json, table.md and figure.png, after every measurement anew.
+    """
+
+    scheme: str = "dape-kerple"
+    """bias and adapter, such as kerple or dape-alibi (`dape info --schemes`)"""
+    shape: str = "125m"
+    """heads and width of a head: those of a recipe (125m, 350m, 2.7b, 6.7b), or as 12x64"""
+    lengths: Lengths = ()
+    """tokens of a sequence, as 512,2048 or 512,...,8192; if not given, 512 to 131,072 on a GPU
+    and 256 to 1,024 on a CPU"""
+    tokens: int = 16384
+    """tokens of a call: there are TOKENS / LENGTH sequences, at least one"""
+    methods: Names = ()
+    """what is compared, as cuda,textbook; if not given, all: sdpa, sdpa-cudnn, sdpa-flash,
+    textbook, textbook-compiled, chunked, chunked-compiled, flex, flex-table, triton, cuda. sdpa,
+    PyTorch's own choice, is always there: ratios are to it"""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """of query, key and value"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    seed: int = 0
+    """of inputs and parameters"""
+    out: Path = Path("runs/bench")
+    """folder to write; what is there is overwritten"""
+
+    def __post_init__(self) -> None:
+        """Refuse empty problems."""
+        if self.tokens < 1:
+            raise UserError(f"--tokens {self.tokens}: at least 1")
+        if self.lengths and min(self.lengths) < 2:
+            raise UserError(f"--lengths {min(self.lengths)}: at least 2, or nothing is attended to")
+
+
+def main(argv: list[str]) -> None:
+    """Measure what is named first."""
+    if not argv:
+        raise UserError("name what to measure: dape bench attention")
+    if argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if argv[0] != "attention":
+        raise unknown("benchmark", argv[0], ["attention"])
+    attention(parse(Arguments, argv[1:], prog="dape bench attention"), argv)
+
+
+def attention(arguments: Arguments, argv: Sequence[str]) -> None:
+    """Check and time every method, with a line for each, then print the tables."""
+    from dape.bench.attention import Plan, run
+    from dape.bench.record import load
+    from dape.figures.speed import draw, page, tables
+    from dape.figures.style import save
+
+    device = bench_device(arguments.device)
+    plan = Plan(
+        scheme=arguments.scheme,
+        shape=arguments.shape,
+        lengths=arguments.lengths or LENGTHS[device.type],
+        tokens=arguments.tokens,
+        methods=arguments.methods,
+        dtype=arguments.dtype,
+        device=device,
+        seed=arguments.seed,
+    )
+    out, console = arguments.out, Console(stderr=True)
+
+    def keep(results: "Results") -> None:
+        results.save(out / RESULTS)
+        (out / TABLE).write_text(page(results, FIGURE), encoding="utf-8")
+
+    run(plan, origin(device, argv), partial(announce, console), keep)
+    results = load(out / RESULTS)
+    save(draw(results), out / FIGURE)
+    for table in tables(results):
+        table.show()
+    print(f"wrote {out / RESULTS}, {out / TABLE} and {out / FIGURE}")
+
+
+def bench_device(name: str) -> "torch.device":
+    """Return a device with a clock, and make it the current one if it is a GPU."""
+    import torch
+
+    device = choose_device(name)
+    if device.type not in LENGTHS:
+        raise UserError(f"--device {name}: only {' and '.join(LENGTHS)} are timed")
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def origin(device: "torch.device", argv: Sequence[str]) -> dict[str, Any]:
+    """Return where the results come from, with the versions that attention depends on."""
+    import torch
+
+    from dape.provenance import provenance
+
+    made = provenance(device, ["bench", *argv])
+    made["versions"]["triton"] = installed("triton")
+    if device.type == "cuda":
+        cudnn = torch.backends.cudnn.version()
+        made["versions"] |= {"cuda": torch.version.cuda, "cudnn": cudnn}
+    return made
+
+
+def announce(console: Console, done: "Check | Entry") -> None:
+    """Print a line on what was just checked or measured."""
+    words = [f"length {done.length:,}", done.method, done.direction, outcome(done)]
+    console.print("  ".join(words), highlight=False, soft_wrap=True, markup=False)
+
+
+def outcome(done: "Check | Entry") -> str:
+    """Return in a few words what came out."""
+    from dape.bench.record import Check
+
+    if done.missing is not None:
+        return f"{done.missing.kind}: {done.missing.reason}"
+    if isinstance(done, Check):
+        name = done.worst
+        return (
+            f"checked on {done.batch:,} x {done.checked:,}: {name} is {done.errors[name]:.1e} from "
+            f"float64, of {done.limits[name]:.1e}"
+        )
+    memory = "" if done.peak is None else f"  peak {done.peak / 2**20:,.1f} MiB"
+    return f"{done.milliseconds:,.3f} ms{memory}  ({done.runs} x {done.calls}, {done.clock})"

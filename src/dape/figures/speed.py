@@ -1,0 +1,184 @@
+"""Speed and memory of attention, as `dape bench attention` measured them: tables and a figure."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dape.bench.case import DIRECTIONS, YARDSTICK
+from dape.bench.methods import METHODS
+from dape.bench.record import FAILED, NOT_SERVED, OUT_OF_MEMORY, Entry, Results
+from dape.figures.style import palette, theme
+from dape.figures.tables import NOTHING, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+SHORT = {NOT_SERVED: NOTHING, OUT_OF_MEMORY: "OOM", FAILED: "failed"}
+
+
+def page(results: Results, figure: str) -> str:
+    """Return the tables in Markdown, with a figure's file and what made the numbers."""
+    made = results.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    origin = (
+        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {results.seed}; "
+        f"{made['device']}; {versions}; {made['time']}"
+    )
+    parts = ["# Speed and memory of attention", explanation(results), f"![]({figure})"]
+    return "\n\n".join([*parts, *(each.markdown() for each in tables(results)), origin]) + "\n"
+
+
+def explanation(results: Results) -> str:
+    """Return what the columns are."""
+    plain = ", ".join(name for name in results.methods if METHODS[name].plain)
+    return (
+        "Milliseconds of a call, the median, and their ratio to those of PyTorch's attention "
+        f"(`{YARDSTICK}`, which chose {results.yardstick} here). {plain} leave bias and adapter "
+        "out. Backward means the gradients of q, k, v and of every parameter of bias and adapter. "
+        "The peak is what a call needs beyond its inputs, results included. Every method was "
+        "checked against float64, output and gradients, before any was timed."
+    )
+
+
+def tables(results: Results) -> list[Table]:
+    """Return a table for each length."""
+    return [table(results, length) for length in results.lengths]
+
+
+def table(results: Results, length: int) -> Table:
+    """Return a row for each method: milliseconds, ratios to the yardstick, and peaks."""
+    rows = []
+    for method in results.methods:
+        pair = [results.entry(method, length, direction) for direction in DIRECTIONS]
+        base = [results.entry(YARDSTICK, length, direction) for direction in DIRECTIONS]
+        times = zip(map(milliseconds, pair), map(ratio, pair, base), strict=True)
+        rows.append([method, *(cell for both in times for cell in both), *map(peak, pair)])
+    batch = next(entry.batch for entry in results.entries if entry.length == length)
+    header = [cell for name in DIRECTIONS for cell in (f"{name} (ms)", f"/ {YARDSTICK}")]
+    return Table(
+        title=f"{results.scheme}, {results.heads} heads of {results.head_dim}, {results.dtype}, "
+        f"causal: {batch:,} x {length:,} tokens",
+        header=["method", *header, *(f"peak {name} (MiB)" for name in DIRECTIONS)],
+        rows=rows,
+        note=" ".join([checked(results, length), *clocks(results, length), *gaps(results, length)]),
+    )
+
+
+def milliseconds(entry: Entry | None) -> str:
+    """Return the median, or in a word why there is none."""
+    if entry is None:
+        return ""
+    if entry.missing is not None:
+        return SHORT[entry.missing.kind]
+    return NOTHING if entry.milliseconds is None else digits(entry.milliseconds)
+
+
+def ratio(entry: Entry | None, base: Entry | None) -> str:
+    """Return the median over that of the yardstick."""
+    if entry is None or base is None or not entry.milliseconds or not base.milliseconds:
+        return NOTHING
+    return digits(entry.milliseconds / base.milliseconds)
+
+
+def peak(entry: Entry | None) -> str:
+    """Return the peak in MiB."""
+    if entry is None or entry.peak is None:
+        return NOTHING
+    return f"{entry.peak / MIB:,.0f}" if entry.peak >= 10 * MIB else f"{entry.peak / MIB:.1f}"
+
+
+def digits(value: float) -> str:
+    """Return three digits of a number, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def checked(results: Results, length: int) -> str:
+    """Return in a sentence on what the methods were checked."""
+    check = next(check for check in results.checks if check.length == length)
+    return f"Checked on {check.batch:,} x {check.checked:,} tokens."
+
+
+def clocks(results: Results, length: int) -> list[str]:
+    """Return for each clock in a sentence what it timed."""
+    timed = [(entry.clock, entry) for entry in results.entries if entry.length == length]
+    return [f"By {clock}: {', '.join(names)}." for clock, names in grouped(timed).items() if clock]
+
+
+def gaps(results: Results, length: int) -> list[str]:
+    """Return for each reason in a sentence what has no number because of it."""
+    missing = [
+        (f"{SHORT[entry.missing.kind]} ({entry.missing.reason})", entry)
+        for entry in results.entries
+        if entry.length == length and entry.missing and entry.missing.kind != OUT_OF_MEMORY
+    ]
+    return [f"{reason}: {', '.join(names)}." for reason, names in grouped(missing).items()]
+
+
+def grouped(entries: Sequence[tuple[str, Entry]]) -> dict[str, list[str]]:
+    """Return what has the same text, as `cuda`, or `cuda forward` where one direction has it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for text, entry in entries:
+        found.setdefault(text, {}).setdefault(entry.method, []).append(entry.direction)
+    return {
+        text: [
+            name if len(directions) == len(DIRECTIONS) else f"{name} {directions[0]}"
+            for name, directions in methods.items()
+        ]
+        for text, methods in found.items()
+    }
+
+
+def draw(results: Results) -> "Figure":
+    """Draw milliseconds, forward and with backward, and the peak, against the length."""
+    from matplotlib.figure import Figure
+
+    measured = {entry.method for entry in results.entries if entry.milliseconds}
+    names = [name for name in METHODS if name in measured]
+    peaks = any(entry.peak for entry in results.entries)
+    with theme():
+        figure = Figure(figsize=(4.2 * (len(DIRECTIONS) + peaks), 3.6))
+        panels = figure.subplots(1, len(DIRECTIONS) + peaks)
+        for axes, direction in zip(panels, DIRECTIONS, strict=False):
+            lines(axes, results, names, direction, lambda entry: entry.milliseconds)
+            axes.set_ylabel(f"{direction} (ms)")
+        if peaks:
+            lines(panels[-1], results, names, DIRECTIONS[-1], in_mib)
+            panels[-1].set_ylabel(f"peak, {DIRECTIONS[-1]} (MiB)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+        figure.suptitle(
+            f"{results.scheme}, {results.heads} heads of {results.head_dim}, {results.dtype}, "
+            f"{results.tokens:,} tokens a call; {results.provenance['device']}"
+        )
+    return figure
+
+
+def in_mib(entry: Entry) -> float | None:
+    """Return the peak of an entry in MiB."""
+    return None if entry.peak is None else entry.peak / MIB
+
+
+def lines(
+    axes: "Axes",
+    results: Results,
+    names: Sequence[str],
+    direction: str,
+    value: Callable[[Entry], float | None],
+) -> None:
+    """Draw a line for each method over the lengths at which it has a value."""
+    from matplotlib.ticker import LogLocator
+
+    colours = dict(zip(METHODS, palette(), strict=False))
+    for name in names:
+        entries = [results.entry(name, length, direction) for length in results.lengths]
+        values = [(entry and value(entry)) or math.nan for entry in entries]
+        dash = "--" if METHODS[name].plain else "-"
+        axes.plot(results.lengths, values, dash, marker="o", color=colours[name], label=name)
+    axes.set_xlabel("length (tokens)")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(results.lengths, labels=[f"{n:,}" for n in results.lengths], rotation=45)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.minorticks_off()

@@ -1,0 +1,122 @@
+"""How calls are timed: what is repeated, divided and counted; no test asks how fast."""
+
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dape.bench import clock
+from dape.bench.clock import Timing, measure
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def calls(number, log):
+    return [lambda n=n: log.append(n) for n in range(number)]
+
+
+def test_the_wall_clock_rotates_over_the_inputs_after_a_warm_up(monkeypatch):
+    ticks = count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))  # a second a look
+    monkeypatch.setattr(clock, "BUDGET", 7000)
+    log = []
+    timing = measure(calls(3, log), CPU)
+    assert log == [0, 0, 1, 2, 0, 1, 2, 0]
+    assert timing.milliseconds == [1000.0] * 7
+    assert (timing.calls, timing.clock, timing.peak) == (1, "wall clock", None)
+
+
+def test_long_calls_are_few_and_short_ones_not_endless(monkeypatch):
+    for budget, runs in ((0, clock.FEWEST), (1e9, clock.MOST)):
+        monkeypatch.setattr(clock, "BUDGET", budget)
+        assert len(measure(calls(2, []), CPU).milliseconds) == runs
+
+
+def test_the_median_is_that_of_the_runs():
+    assert Timing([5.0, 1.0, 2.0], 1, "wall clock").median == 2.0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of which every call takes `once` milliseconds, and graphs that are captured."""
+    state = SimpleNamespace(once=1.0, log=[], captured=None, refused=None)
+
+    def event_times(run, number):
+        found = []
+        for _ in range(number):
+            before = len(state.log)
+            run()
+            found.append(state.once * (len(state.log) - before))
+        return found
+
+    def capture(all_calls):
+        state.captured = len(all_calls)
+        replay = lambda: [call() for call in all_calls]  # noqa: E731
+        return state.refused or SimpleNamespace(replay=replay, reset=lambda: None)
+
+    monkeypatch.setattr(clock, "event_times", event_times)
+    monkeypatch.setattr(clock, "peak_and_time", lambda call: (7, event_times(call, 1)[0]))
+    monkeypatch.setattr(clock, "capture", capture)
+    return state
+
+
+@pytest.mark.parametrize(("once", "captured"), [(1.0, 4), (0.01, 32), (3.0, 2), (19.0, 2)])
+def test_a_graph_holds_whole_turns_and_its_time_is_shared_among_its_calls(gpu, once, captured):
+    gpu.once = once
+    timing = measure(calls(2, gpu.log), torch.device("cuda"))
+    assert gpu.captured == captured == timing.calls
+    assert timing.milliseconds == pytest.approx([once] * len(timing.milliseconds))
+    assert (timing.clock, timing.peak) == ("CUDA graph", 7)
+    assert gpu.log.count(0) > gpu.log.count(1) > 0  # the first alone warms up and is weighed
+
+
+def test_long_calls_are_timed_one_by_one(gpu):
+    gpu.once = 25.0
+    timing = measure(calls(2, gpu.log), torch.device("cuda"))
+    assert gpu.captured is None and timing.clock == "CUDA events" and timing.calls == 1
+    assert timing.milliseconds == [25.0] * 40  # a second
+
+
+def test_very_long_calls_are_made_four_times(gpu):
+    gpu.once = 2000.0
+    timing = measure(calls(2, gpu.log), torch.device("cuda"))
+    assert timing.milliseconds == [2000.0] * 3 and len(gpu.log) == 4
+
+
+def test_a_graph_that_cannot_be_captured_is_said_with_the_clock(gpu):
+    gpu.refused = "it waits"
+    timing = measure(calls(2, gpu.log), torch.device("cuda"))
+    assert timing.clock == "CUDA events without a graph (it waits)" and timing.calls == 1
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_what_a_call_takes_at_once():
+    def call():
+        first = torch.ones(16 * MIB, device="cuda")  # 64 MiB
+        second = first + 1
+        del first
+        return second * 2, second
+
+    timing = measure([call, call], torch.device("cuda"))
+    assert timing.peak == 2 * 64 * MIB
+    assert timing.clock == "CUDA graph" and timing.calls > 1 and min(timing.milliseconds) > 0
+
+
+@pytest.mark.gpu
+def test_a_call_that_waits_for_the_gpu_is_not_captured_and_breaks_nothing():
+    x = torch.ones(8, device="cuda")
+    timing = measure([lambda: x.sum().item()], torch.device("cuda"))
+    assert timing.clock.startswith("CUDA events without a graph (called a synchronizing")
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert measure([lambda: x + 1], torch.device("cuda")).clock == "CUDA graph"
+
+
+@pytest.mark.gpu
+def test_a_graph_of_forward_and_backward_is_captured():
+    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+    timing = measure(
+        [lambda: torch.autograd.grad((x @ x).softmax(-1).sum(), x)], torch.device("cuda")
+    )
+    assert timing.clock == "CUDA graph"
