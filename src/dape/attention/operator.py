@@ -1,14 +1,16 @@
 """The public operator: arguments checked once, then handed to a backend."""
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dape.attention import sdpa
 from dape.attention.chunked import attend_chunked
 from dape.attention.reference import attend, visibility
-from dape.attention.select import FUSED, select
+from dape.attention.select import fastest, select
 from dape.errors import UserError
 
 
@@ -42,7 +44,8 @@ def attention(
         causal: whether the query in slot i sees only the keys in slots j <= i + query_offset.
         scale: factor of the scores, `1 / sqrt(d)` by default.
         query_offset: slot of the first query among the keys: in decoding, the cached length.
-        backend: `auto`, `reference`, `chunked`, or the fused `triton` and `cuda`, on a GPU.
+        backend: `auto`, the fastest that serves the call, or `reference`, `chunked`, `sdpa`,
+            `triton`, `cuda`; `dape info` says which work here.
         mask: true where a key may be seen: `[B, Tk]` for padding, or `[B or 1, 1, Tq or 1, Tk]`.
         query_positions: `query_offset + arange(Tq)` by default; a batch axis may lead.
         key_positions: `arange(Tk)` by default; a batch axis may lead.
@@ -60,17 +63,30 @@ def attention(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
-    chosen = select(backend, return_weights)
-    if chosen in FUSED:
-        from dape.attention.fused.operator import attend_fused, obstacle
+    given = query_positions is not None or key_positions is not None
 
-        given = query_positions is not None or key_positions is not None
-        reason = obstacle(chosen, query, value, bias, adapter, mask, query_offset, given)
-        if reason is not None or not isinstance(query_offset, int):
-            raise UserError(f"backend={chosen!r} cannot serve this call: {reason}; use 'auto'")
-        return attend_fused(
-            query, key, value, bias, adapter, mask, scale, causal, query_offset, chosen
-        )
+    def obstacle(name: str) -> str | None:
+        if name == "sdpa":
+            return sdpa.obstacle(query, key, bias, adapter, mask, causal, query_offset)
+        if name in ("triton", "cuda"):
+            from dape.attention.fused.operator import obstacle
+
+            return obstacle(name, query, value, bias, adapter, mask, query_offset, given)
+        return None
+
+    chosen = select(backend, return_weights)
+    if chosen == "auto":
+        chosen = fastest(device, obstacle)
+    reason = obstacle(chosen)
+    if reason is not None:
+        raise UserError(f"backend={chosen!r} cannot serve this call: {reason}; use 'auto'")
+    if chosen == "sdpa":
+        return sdpa.attend_sdpa(query, key, value, scale, causal)
+    if chosen in ("triton", "cuda"):
+        from dape.attention.fused.operator import attend_fused
+
+        first = cast(int, query_offset)  # what is no number has an obstacle
+        return attend_fused(query, key, value, bias, adapter, mask, scale, causal, first, chosen)
     if query_positions is None:
         query_positions = torch.arange(rows, device=device) + query_offset
     if key_positions is None:

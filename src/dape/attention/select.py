@@ -41,19 +41,21 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("reference", "whole score matrices, any dtype: the oracle"),
-        Backend("chunked", "pure PyTorch, memory linear in the length"),
-        Backend("triton", "fused kernels, static biases and DAPE V1; by request", no_triton),
-        Backend("cuda", "the same with CUDA across heads; by request", no_cuda),
+        Backend("chunked", "pure PyTorch, memory linear in the length: serves every call"),
+        Backend("sdpa", "PyTorch's own, where nothing is added to the scores"),
+        Backend("triton", "fused kernels: static biases, FIRE and DAPE V1", no_triton),
+        Backend("cuda", "the same, across heads in CUDA: the fastest in half precision", no_cuda),
     )
 }
-FUSED = ("triton", "cuda")
+# The ones that do not serve every call, the fastest first.
+SPECIAL = ("sdpa", "cuda", "triton")
 
 
 def select(backend: str, return_weights: bool = False) -> str:
-    """Return the name of the backend for a call: `auto` is the fastest that serves it.
+    """Return the name of the backend for a call, or `auto` if the call itself decides.
 
     Raises:
-        UserError: for an unknown backend, or one that cannot serve the call here, saying why.
+        UserError: for an unknown backend, or one that cannot work here, saying why.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ("auto", *BACKENDS))
@@ -64,10 +66,26 @@ def select(backend: str, return_weights: bool = False) -> str:
                 "return_weights needs 'reference' or 'auto'"
             )
         return "reference"
-    reason = None if backend == "auto" else BACKENDS[backend].obstacle()
+    reason = None if backend == "auto" else absent(backend)
     if reason is not None:
         raise UserError(f"backend={backend!r} does not work here: {reason}; use 'auto'")
-    return "chunked" if backend == "auto" else backend
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def absent(backend: str) -> str | None:
+    """Return why a backend does not work here at all, or None."""
+    return BACKENDS[backend].obstacle()
+
+
+def fastest(device: torch.device, obstacle: Callable[[str], str | None]) -> str:
+    """Return the fastest backend for a call: the first without an `obstacle`, else `chunked`.
+
+    The fused kernels serve a GPU; their interpreter on a CPU is for tests.
+    """
+    names = SPECIAL if device.type == "cuda" else SPECIAL[:1]
+    served = (name for name in names if absent(name) is None and obstacle(name) is None)
+    return next(served, "chunked")
 
 
 def devices() -> list[str]:

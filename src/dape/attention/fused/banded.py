@@ -41,7 +41,6 @@ TILES = {
     "grad_query": Tile(64, 128, 8, 2),
     "grad_key_value": Tile(64, 64, 8, 2),
 }
-STATIC_TILE = Tile(64, 64, 4, 3)
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
 
@@ -230,26 +229,24 @@ def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> D
     return Diagonals(first, max(0, last + 1 - first), band_tile, offset)
 
 
-def head_sizes(problem: Problem) -> dict[str, Any]:
-    """Return the arguments that the kernels of one head share: head dimensions and switches."""
-    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+def switches(problem: Problem) -> dict[str, Any]:
+    """Return the compile-time arguments that the kernels of one head share."""
     return {
         "GROUP": problem.query.shape[1] // problem.key.shape[1],
-        "E": head_dim,
-        "WIDE": max(16, next_power_of_2(head_dim)),
-        "V": value_dim,
-        "WIDE_V": max(16, next_power_of_2(value_dim)),
         "CAUSAL": problem.causal,
         "MASKED": problem.mask is not None,
-        "MIXED": problem.mixing is not None,
-        "TABLE": problem.static is not None,
         "PRECISION": PRECISION,
     }
 
 
+def wide(size: int) -> int:
+    """Return a head dimension as products take it."""
+    return max(16, next_power_of_2(size))
+
+
 def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory."""
-    tile = STATIC_TILE if problem.mixing is None else TILES[kernel]
+    tile = TILES[kernel]
     if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if rows <= 16 and kernel in ("scores", "softmax_value"):
@@ -272,7 +269,7 @@ def scores(
     kernels.scores_kernel[grid](
         left, right, out, scale, rows, band.keys, band.shift,
         *strides(left), *strides(right), *strides(out),
-        heads, heads // right.shape[1], E=size, WIDE=max(16, next_power_of_2(size)),
+        heads, heads // right.shape[1], E=size, WIDE=wide(size),
         CAUSAL=problem.causal, M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -290,33 +287,33 @@ def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
 def softmax_value(x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor) -> None:
     """Fill output and log-sum-exp of a band, over spans of keys where rows alone are too few."""
     part = problem.part(band.batch)
-    query = part.query[:, :, band.rows]
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
-    table = query if problem.static is None else problem.static
-    mask = query if part.mask is None else part.mask
-    if spans == 1:
-        parts, parts_lse = out[None], lse[None]
-    else:
-        shape = (spans, batch, heads, rows)
-        parts = query.new_empty(*shape, out.shape[-1], dtype=torch.float32)
-        parts_lse = query.new_empty(*shape, dtype=torch.float32)
+    mask = x if part.mask is None else part.mask
+    parts, parts_lse = out[None], lse[None]
+    if spans > 1:
+        parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
+        parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, query, part.key, part.value, table, mask, parts, parts_lse,
-        rows, band.keys, table.shape[-1], band.shift, problem.scale, length,
-        *strides(x), *strides(query), *strides(part.key), *strides(part.value),
+        x, part.value, mask, parts, parts_lse, rows, band.keys, band.shift, length,
+        *strides(x), *strides(part.value),
         *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
-        heads, **head_sizes(problem), M=tile.rows, K=tile.keys,
+        heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        value_dim = out.shape[-1]
-        kernels.combine_kernel[(rows, batch * heads)](
-            parts, parts_lse, out, lse, rows, parts.stride(0), value_dim, parts_lse.stride(0),
-            *strides(out), *lse.stride()[:2],
-            heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=spans, num_warps=4,
-        )  # fmt: skip
+        combine(parts, parts_lse, out, lse)
+
+
+def combine(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Fill output and log-sum-exp from those of the spans of keys, on the first axis."""
+    batch, heads, rows, value_dim = out.shape
+    kernels.combine_kernel[(rows, batch * heads)](
+        parts, parts_lse, out, lse, rows, parts.stride(0), value_dim, parts_lse.stride(0),
+        *strides(out), *lse.stride()[:2],
+        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=len(parts), num_warps=4,
+    )  # fmt: skip
 
 
 def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
@@ -324,19 +321,24 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
 
     A query that sees no key has zeros and -inf.
     """
-    if problem.mixing is not None:
-        whole = mixer.whole(problem, problem.mixing)
-        if whole is not None:
-            return whole
+    from dape.attention.fused import static
+
+    if problem.mixing is None:
+        return static.forward(problem)
+    whole = mixer.whole(problem, problem.mixing)
+    if whole is not None:
+        return whole
     out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[3])
     lse = problem.query.new_empty(out.shape[:3], dtype=torch.float32)
-    scratch = None if problem.mixing is None else Scratch.of(problem)
+    scratch = Scratch.of(problem)
     for band in bands(problem):
-        at, x = (band.batch, slice(None), band.rows), problem.query
-        if scratch is not None and problem.mixing is not None:
-            x, part = scratch.view(band), problem.part(band.batch)
-            scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
-            mixer.mix(x, band, problem, problem.mixing)
+        at, x, part = (
+            (band.batch, slice(None), band.rows),
+            scratch.view(band),
+            problem.part(band.batch),
+        )
+        scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
+        mixer.mix(x, band, problem, problem.mixing)
         softmax_value(x, band, problem, out[at], lse[at])
     return out, lse
 
@@ -376,10 +378,15 @@ def backward(
 
 def to_half(x: Tensor) -> Tensor:
     """Return `x` in fp16, with what bf16 holds beyond its range brought to the border."""
-    limit = 65280.0  # the largest number both types have
     if x.dtype == torch.float16:
         return x
-    return torch.clamp(x, -limit, limit, out=torch.empty_like(x, dtype=torch.float16))
+    half = torch.empty_like(x, dtype=torch.float16)
+    batch, heads, rows, size = x.shape
+    kernels.half_kernel[(cdiv(rows, 64), batch * heads)](
+        x, half, rows, *strides(x), *strides(half),
+        heads, E=size, WIDE=wide(size), M=64, num_warps=4,
+    )  # fmt: skip
+    return half
 
 
 def prepared(
@@ -411,13 +418,11 @@ def table_gradients(
     problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
 ) -> list[Tensor]:
     """Fill dQ, dK and dV, and return the gradients of the tables and weights."""
+    from dape.attention.fused import static
+
     mixing = problem.mixing
     if mixing is None:
-        unused, whole = problem.query, bands(problem)[0]
-        one_head(unused, unused, whole, problem, grad_out, lse, delta, sums)
-        if problem.static is None:
-            return []
-        return [grad_table(problem, problem.static, grad_out, lse, delta)]
+        return static.backward(problem, lse, delta, grad_out, sums)
     scratch, other, slots = (
         Scratch.of(problem), Scratch.of(problem), mixer.Slots.of(problem, mixing, mixer)
     )  # fmt: skip
@@ -427,7 +432,7 @@ def table_gradients(
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         scores(grad_out[at], part.value, y, band, problem, 1.0)
         mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
-        one_head(x, y, band, problem, grad_out[at], lse[at], delta[at], sums)
+        one_head(x, y, band, problem, grad_out[at], sums)
     return slots.gradients(problem, mixing, mixer)
 
 
@@ -503,31 +508,20 @@ def from_diagonals(
 
 
 def one_head(
-    x: Tensor,
-    y: Tensor,
-    band: Band,
-    problem: Problem,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    sums: Sums,
+    x: Tensor, y: Tensor, band: Band, problem: Problem, grad_out: Tensor, sums: Sums
 ) -> None:
-    """Fill dQ of a band, and dK and dV: from P and dA where heads mix, else from q, k, v."""
+    """Fill dQ of a band, and dK and dV, from P and dA."""
     part = problem.part(band.batch)
     query, grad_query = part.query[:, :, band.rows], sums.query[band.batch, :, band.rows]
     grad_key, grad_value = sums.key[band.batch], sums.value[band.batch]
-    table = query if problem.static is None else problem.static
-    mask = query if part.mask is None else part.mask
-    batch, heads, rows, _ = query.shape
-    common = (
-        rows, band.keys, table.shape[-1], band.shift, problem.scale,
-        *strides(y), *strides(query), *strides(part.key), *strides(part.value),
-        *strides(grad_out), *lse.stride()[:2],
-    )  # fmt: skip
-    shape, tile = head_sizes(problem), tile_of("grad_query", problem, rows)
+    mask = x if part.mask is None else part.mask
+    batch, heads, rows, head_dim = query.shape
+    value_dim, place = grad_out.shape[3], (band.shift, problem.scale)
+    shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim)}
+    tile = tile_of("grad_query", problem, rows)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
-        y, query, part.key, part.value, grad_out, table, mask, lse, delta, sums.unit, grad_query,
-        *common, *strides(grad_query), mask.stride(0),
+        y, part.key, mask, sums.unit, grad_query, rows, band.keys, *place,
+        *strides(y), *strides(part.key), *strides(grad_query), mask.stride(0),
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -535,35 +529,10 @@ def one_head(
     keys = band.keys if sums.add else part.key.shape[2]
     kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
-        x, y, query, part.key, part.value, grad_out, table, mask, lse, delta, sums.unit,
-        grad_key, grad_value, keys,
-        *common, *strides(grad_key), *strides(grad_value), mask.stride(0),
-        kv_heads, **shape, M=tile.rows, K=tile.keys, ADD=sums.add,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        x, y, query, grad_out, mask, sums.unit, grad_key, grad_value,
+        keys, rows, band.keys, *place,
+        *strides(x), *strides(query), *strides(grad_out),
+        *strides(grad_key), *strides(grad_value), mask.stride(0),
+        kv_heads, **shape, V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
+        ADD=sums.add, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-
-
-def grad_table(
-    problem: Problem, static: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor
-) -> Tensor:
-    """Return dC `[H, N]` without an adapter: the sums of dS along diagonals."""
-    band, launch = bands(problem)[0], tile_of("grad_table", problem, problem.query.shape[2])
-    tile = launch.rows
-    where = diagonals(problem, band, tile, tile)
-    batch, heads, rows, _ = problem.query.shape
-    mask = problem.query if problem.mask is None else problem.mask
-    sums = problem.query.new_empty(heads, where.number, tile, tile, dtype=torch.float32)
-    shape = {k: v for k, v in head_sizes(problem).items() if k not in ("MIXED", "TABLE")}
-    kernels.grad_table_kernel[(where.number, heads)](
-        problem.query, problem.key, problem.value, grad_out, static, mask, lse, delta, sums,
-        rows, band.keys, static.shape[-1],
-        where.first, where.band_tile, where.offset, band.shift, problem.scale, batch,
-        *strides(problem.query), *strides(problem.key), *strides(problem.value),
-        *strides(grad_out), *lse.stride()[:2], mask.stride(0),
-        heads, **shape, M=tile, num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
-    # Padding each row by one step less than its width shifts it by one: diagonals become columns.
-    skewed = pad(sums.flip(-1), (0, tile)).flatten(-2)[..., : tile * (2 * tile - 1)]
-    lines = skewed.unflatten(-1, (tile, 2 * tile - 1)).sum(-2)  # [H, slots, 2 tile - 1]
-    table = from_diagonals(lines.permute(1, 2, 0), where, tile, static.shape[-1])
-    return table.t().contiguous()

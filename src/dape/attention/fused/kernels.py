@@ -12,7 +12,6 @@ buffer that the L2 cache can hold, and every kernel below is a simple pass over 
 
 U and C are tables over the distance, so a tile that moves along a diagonal sees the same entries
 all the way: they are loaded once, and their gradients are summed in registers before one reduction.
-Without an adapter there is no scratch: the same kernels compute scores where they need them.
 
 Shapes: B batch, H query heads, G query heads a key head, R rows of the band, T keys, E head dim,
 D hidden units, N positions of a tile (M rows x K keys). A capital suffix is a compile-time size.
@@ -227,46 +226,22 @@ def mix_backward_kernel(
 
 
 @triton.jit
-def tile_logits(
-    x, x_t, a, k, table, rows, keys, inside, table_size, shift, scale,
-    MIXED: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return base-2 logits of a tile of one head: from the scratch if MIXED, else a k^T and C.
-
-    `rows` and `keys` broadcast to the tile, which is `[rows, keys]` or its transpose alike.
-    """
-    if MIXED:
-        s = tl.load(x + rows.to(tl.int64) * x_t + keys, inside, 0.0).to(tl.float32)
-    else:
-        s = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
-        if TABLE:
-            distance = tl.abs(rows + shift - keys)
-            s += tl.load(table + distance, distance < table_size, 0.0)
-    return s * LOG2E
-
-
-@triton.jit
 def softmax_value_kernel(
-    x, query, key, value, table, mask, out, lse,
-    num_rows, num_keys, table_size, shift, scale, keys_per_split,
-    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    x, value, mask, out, lse, num_rows, num_keys, shift, keys_per_split,
+    x_b, x_h, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, mask_b,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(X + C) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
+    """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)[:, None]
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * x_h
-    query += b64 * query_b + h * query_h
-    key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h * table_size
     mask += b * mask_b
-    a = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -277,13 +252,7 @@ def softmax_value_kernel(
     for first_key in range(low, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
-        k = a
-        if not MIXED:
-            k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        s = tile_logits(
-            x, x_t, a, k, table, rows, keys, seen, table_size, shift, scale,
-            MIXED, TABLE, PRECISION,
-        )  # fmt: skip
+        s = tl.load(x + rows.to(tl.int64) * x_t + keys, seen, 0.0).to(tl.float32) * LOG2E
         s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -326,6 +295,21 @@ def combine_kernel(
 
 
 @triton.jit
+def half_kernel(
+    x, half, num_rows, x_b, x_h, x_t, half_b, half_h, half_t,
+    HEADS, E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store X in fp16, no larger than the largest number bf16 has too; grid (rows, B H)."""
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
+    first_row = tl.program_id(0) * M
+    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
+    values = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
+    values = tl.clamp(values.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
+    at = half + b * half_b + h * half_h + rows.to(tl.int64) * half_t + columns
+    tl.store(at, values, (rows < num_rows) & (columns < E))
+
+
+@triton.jit
 def row_products_kernel(
     out, grad_out, unit, scaled, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, scaled_b, scaled_h, scaled_t, delta_b, delta_h,
@@ -347,38 +331,22 @@ def row_products_kernel(
 
 
 @triton.jit
-def tile_gradient(s, dp, lse, delta, seen):
-    """Return P and dS of a tile from its base-2 logits, dP and the statistics of its rows."""
-    weight = tl.where(seen, tl.exp2(s - lse * LOG2E), 0.0)
-    return weight, tl.where(seen, weight * (dp - delta), 0.0)
-
-
-@triton.jit
 def grad_query_kernel(
-    y, query, key, value, grad_out, table, mask, lse, delta, unit, grad_query,
-    num_rows, num_keys, table_size, shift, scale,
-    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, mask_b,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    y, key, mask, unit, grad_query, num_rows, num_keys, shift, scale,
+    y_b, y_h, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t, mask_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dA K of one head, with dA from Y if MIXED; grid (rows, B H)."""
+    """Store dQ = unit scale dA K of one head, with dA from Y; grid (rows, B H)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     line = first_row + tl.arange(0, M)
     rows = line[:, None]
     b64 = b.to(tl.int64)
-    y += b64 * x_b + h * x_h
+    y += b64 * y_b + h * y_h
     key += b64 * key_b + (h // GROUP) * key_h
-    value += b64 * value_b + (h // GROUP) * value_h
-    table += h * table_size
     mask += b * mask_b
-    if not MIXED:
-        a = load_rows(query + b64 * query_b + h * query_h, query_t, first_row, num_rows, E, M, WIDE)
-        do = load_rows(grad_out + b64 * out_b + h * out_h, out_t, first_row, num_rows, V, M, WIDE_V)
-        log_sum = tl.load(lse + b * stat_b + h * stat_h + line, line < num_rows, 0.0)[:, None]
-        shared = tl.load(delta + b * stat_b + h * stat_h + line, line < num_rows, 0.0)[:, None]
     acc = tl.zeros((M, WIDE), tl.float32)
     high = num_keys
     if CAUSAL:
@@ -387,16 +355,7 @@ def grad_query_kernel(
         keys = first_key + tl.arange(0, K)[None, :]
         seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        if MIXED:
-            ds = tl.load(y + rows.to(tl.int64) * x_t + keys, seen, 0.0)
-        else:
-            s = tile_logits(
-                y, x_t, a, k, table, rows, keys, seen, table_size, shift, scale,
-                MIXED, TABLE, PRECISION,
-            )  # fmt: skip
-            v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            _weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
+        ds = tl.load(y + rows.to(tl.int64) * y_t + keys, seen, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
@@ -406,12 +365,12 @@ def grad_query_kernel(
 
 @triton.jit
 def grad_key_value_kernel(
-    x, y, query, key, value, grad_out, table, mask, lse, delta, unit, grad_key, grad_value,
-    keys_stored, num_rows, num_keys, table_size, shift, scale,
-    x_b, x_h, x_t, query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, mask_b,
+    x, y, query, grad_out, mask, unit, grad_key, grad_value,
+    keys_stored, num_rows, num_keys, shift, scale,
+    x_b, x_h, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
+    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, mask_b,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr, TABLE: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys, B Hkv)."""
@@ -420,8 +379,6 @@ def grad_key_value_kernel(
     keys = first_key + tl.arange(0, K)[:, None]
     b64 = b.to(tl.int64)
     mask += b * mask_b
-    k = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
-    v = load_rows(value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V)
     acc_k = tl.zeros((K, WIDE), tl.float32)
     acc_v = tl.zeros((K, WIDE_V), tl.float32)
     low = 0
@@ -438,20 +395,8 @@ def grad_key_value_kernel(
             seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
             a = load_rows(a_base, query_t, first_row, num_rows, E, M, WIDE)
             do = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
-            if MIXED:
-                at = x_base + rows.to(tl.int64) * x_t + keys
-                weight = tl.load(x + at, seen, 0.0)
-                ds = tl.load(y + at, seen, 0.0)
-            else:
-                s = tile_logits(
-                    y, x_t, k, a, table + h * table_size, rows, keys, seen, table_size, shift,
-                    scale, MIXED, TABLE, PRECISION,
-                )  # fmt: skip
-                stat = b * stat_b + h * stat_h + line
-                log_sum = tl.load(lse + stat, line < num_rows, 0.0)[None, :]
-                shared = tl.load(delta + stat, line < num_rows, 0.0)[None, :]
-                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
+            at = x_base + rows.to(tl.int64) * x_t + keys
+            weight, ds = tl.load(x + at, seen, 0.0), tl.load(y + at, seen, 0.0)
             acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(ds.to(a.dtype), a, acc_k, input_precision=PRECISION)
     factor = tl.load(unit)
@@ -469,54 +414,3 @@ def grad_key_value_kernel(
         acc_v += tl.load(at_v, inside_v, 0.0)
     tl.store(at_k, acc_k.to(grad_key.dtype.element_ty), inside_k)
     tl.store(at_v, acc_v.to(grad_value.dtype.element_ty), inside_v)
-
-
-@triton.jit
-def grad_table_kernel(
-    query, key, value, grad_out, table, mask, lse, delta, grad_table,
-    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, shift, scale, batch,
-    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    out_b, out_h, out_t, stat_b, stat_h, mask_b,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sum dS of one head over the tiles of one diagonal and the batch; grid (diagonals, H)."""
-    h = tl.program_id(1)
-    q = tl.program_id(0) + first_diagonal
-    table += h * table_size
-    acc = tl.zeros((M, M), tl.float32)
-    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
-    query += h * query_h
-    key += (h // GROUP) * key_h
-    value += (h // GROUP) * value_h
-    grad_out += h * out_h
-    lse += h * stat_h
-    delta += h * stat_h
-    for _element in range(batch):
-        for tile in range(first, last):
-            line = tile * M + tl.arange(0, M)
-            rows, first_key = line[:, None], start + tile * M
-            keys = first_key + tl.arange(0, M)[None, :]
-            seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
-            a = load_rows(query, query_t, tile * M, num_rows, E, M, WIDE)
-            k = load_rows(key, key_t, first_key, num_keys, E, M, WIDE)
-            do = load_rows(grad_out, out_t, tile * M, num_rows, V, M, WIDE_V)
-            v = load_rows(value, value_t, first_key, num_keys, V, M, WIDE_V)
-            s = tile_logits(
-                query, 0, a, k, table, rows, keys, seen, table_size, shift, scale,
-                False, True, PRECISION,
-            )  # fmt: skip
-            log_sum = tl.load(lse + line, line < num_rows, 0.0)[:, None]
-            shared = tl.load(delta + line, line < num_rows, 0.0)[:, None]
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            _weight, ds = tile_gradient(s, dp, log_sum, shared, seen)
-            acc += ds
-        query += query_b
-        key += key_b
-        value += value_b
-        grad_out += out_b
-        lse += stat_b
-        delta += stat_b
-        mask += mask_b
-    cells = tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :]
-    tl.store(grad_table + (h * tl.num_programs(0) + tl.program_id(0)) * M * M + cells, acc)

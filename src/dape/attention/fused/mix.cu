@@ -20,7 +20,7 @@ typedef unsigned int uint32;
 typedef unsigned char uint8;
 constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = ROWS + KEYS, STAGES = 3;
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr uint32 NEVER = 0xfc00fc00u;  // two times -inf
+constexpr float NEVER = -1.f / 0.f;
 
 __device__ __forceinline__ void mma(float (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -40,7 +40,6 @@ __device__ __forceinline__ uint32 turn(uint32 block) {
 __device__ __forceinline__ __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 __device__ __forceinline__ uint32 bits(__half2 x) { return *(uint32*)&x; }
 __device__ __forceinline__ uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
-__device__ __forceinline__ uint32 add(uint32 a, uint32 b) { return bits(__hadd2(half2_of(a), half2_of(b))); }
 __device__ __forceinline__ uint32 leaky(uint32 z) { __half2 v = half2_of(z); return bits(__hmax2(v, __hmul2(v, __float2half2_rn(0.01f)))); }
 // d leaky'(z): half of d (1 + slope) and half of d (1 - slope) with the sign of z.
 __device__ __forceinline__ uint32 leaky_backward(uint32 d, uint32 z) {
@@ -92,8 +91,9 @@ __device__ __forceinline__ void load_weights(Weights& w, const float* w1, const 
   }
 }
 
-// U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C as scores lie.
-struct Tables { uint2 u[2][UT][32]; uint4 c[2][32]; };
+// U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C, in base 2,
+// as scores lie.
+struct Tables { uint2 u[2][UT][32]; float2 c[2][4][32]; };
 __device__ __forceinline__ void load_tables(Tables& tables, const float* hidden_table, const float* static_table, int size, int delta0, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -110,13 +110,11 @@ __device__ __forceinline__ void load_tables(Tables& tables, const float* hidden_
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const int head = 8 * r + g;
-    auto at = [&](int p) {
-      int low = abs(delta0 - 8 * t - 2 * p), high = abs(delta0 - 8 * t - 2 * p - 1);
-      const float* line = static_table + head * size;
-      // Heads that are padding have no weight.
-      return head < H ? pack(low < size ? line[low] : 0.f, high < size ? line[high] : 0.f) : NEVER;
-    };
-    tables.c[r][lane] = make_uint4(at(0), at(1), at(2), at(3));
+    const float* line = static_table + head * size;
+    // Heads that are padding have no weight.
+    auto at = [&](int delta) { return head < H ? delta < size ? LOG2E * line[delta] : 0.f : NEVER; };
+#pragma unroll
+    for (int p = 0; p < 4; p++) tables.c[r][p][lane] = make_float2(at(abs(delta0 - 8 * t - 2 * p)), at(abs(delta0 - 8 * t - 2 * p - 1)));
   }
 }
 
@@ -146,7 +144,8 @@ __device__ __forceinline__ void take_tile(Tile& x, const Ring& ring, int lane) {
 __device__ __forceinline__ void store_tile(const Tile& x, __half* to, int upper, bool inside, int g) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H) *(uint4*)(to + r * upper) = make_uint4(x[r][0], x[r][1], x[r][2], x[r][3]);
+    if (inside && 8 * r + g < H)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + r * upper), "r"(x[r][0]), "r"(x[r][1]), "r"(x[r][2]), "r"(x[r][3]) : "memory");
 }
 
 // Which of its keys a warp's row sees, as masks of halves; true if it sees all.
@@ -201,7 +200,6 @@ __device__ __forceinline__ uint2 across_units(uint2 start, const uint4 (&w)[STEP
   for (int s = 0; s < STEPS; s++) start = mma_half(w[s][lane], e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
   return start;
 }
-__device__ __forceinline__ uint32 part(uint4 v, int p) { return p == 0 ? v.x : p == 1 ? v.y : p == 2 ? v.z : v.w; }
 
 #ifndef BACKWARD
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
@@ -246,16 +244,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
       first_layer(hidden, xt, f, tables, w, lane);
 #pragma unroll
       for (int p = 2 * f; p < 2 * f + 2; p++) {
-        uint2 s = make_uint2(add(xt[0][p], part(tables.c[0][lane], p)), add(xt[1][p], part(tables.c[1][lane], p)));
-        s = across_units(s, w.out, hidden, p % 2, lane);
-        xt[0][p] = s.x; xt[1][p] = s.y;
+        const uint2 y = across_units(make_uint2(xt[0][p], xt[1][p]), w.out, hidden, p % 2, lane);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const float2 c = tables.c[r][p][lane], v = __half22float2(half2_of(r ? y.y : y.x));
+          xt[r][p] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
+        }
       }
     }
     if (!whole) {
 #pragma unroll
       for (int r = 0; r < 2; r++)
 #pragma unroll
-        for (int p = 0; p < 4; p++) xt[r][p] = (xt[r][p] & seen[p]) | (NEVER & ~seen[p]);
+        for (int p = 0; p < 4; p++) xt[r][p] = (xt[r][p] & seen[p]) | (0xfc00fc00u & ~seen[p]);  // -inf
     }
     store_tile(xt, base + g * x_h + row * x_t + key, 8 * x_h, row < rows && key >= 0 && key < keys, g);
   }
@@ -290,10 +291,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   const int last_key = keys - 8 * t, stat = lane % HEADS * stat_h + row0;
   const float* stats = (lane < HEADS ? lse : delta) + b * stat_b;
   // Tile n of the block, whose rows and keys are ROWS on from the last one's.
-  auto fetch = [&](int n) {
+  auto fetch = [&](int n, int into) {
     const int row = row0 + n * ROWS, key = key0 + n * ROWS;
     const bool real_row = place.first + n < place.last && row < rows, inside = real_row && key + 8 * t >= 0 && key < last_key;
-    Stage& stage = memory.walk.ring[warp][n % STAGES];
+    Stage& stage = memory.walk.ring[warp][into];
     const long long at = inside ? here + (long long)n * step : 0;
     fetch_tile(stage.x, x + at, inside ? upper : 0, inside, g, lane);
     fetch_tile(stage.y, y + at, inside ? upper : 0, inside, g, lane);
@@ -302,16 +303,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     commit();
   };
 #pragma unroll
-  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead);
-  for (int n = 0; n < place.last - place.first; n++) {
-    fetch(n + STAGES - 1);
+  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead, ahead);
+  for (int n = 0, stage_of = 0; n < place.last - place.first; n++, stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
+    fetch(n + STAGES - 1, stage_of == 0 ? STAGES - 1 : stage_of - 1);
     const int row = row0 + n * ROWS, key = key0 + n * ROWS;
     Tile xt, yt;
     uint32 seen[4];
     const bool whole = view.look(seen, row < rows, key, t, keys, mask);
     wait<STAGES - 1>();
     __syncwarp();
-    const Stage& stage = memory.walk.ring[warp][n % STAGES];
+    const Stage& stage = memory.walk.ring[warp][stage_of];
     take_tile(xt, stage.x, lane);
     take_tile(yt, stage.y, lane);
     float log_sum[2], shared[2];
@@ -329,12 +330,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
       first_layer(hidden, xt, f, tables, w, lane);
 #pragma unroll
       for (int p = 2 * f; p < 2 * f + 2; p++) {
-        uint2 s = make_uint2(add(xt[0][p], part(tables.c[0][lane], p)), add(xt[1][p], part(tables.c[1][lane], p)));
-        s = across_units(s, w.out, hidden, p % 2, lane);
+        const uint2 y2 = across_units(make_uint2(xt[0][p], xt[1][p]), w.out, hidden, p % 2, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float2 logit = __half22float2(half2_of(r ? s.y : s.x)), dp = __half22float2(half2_of(yt[r][p]));
-          float p0 = exp2_fast(fmaf(logit.x, LOG2E, -log_sum[r])), p1 = exp2_fast(fmaf(logit.y, LOG2E, -log_sum[r]));
+          const float2 c = tables.c[r][p][lane], v = __half22float2(half2_of(r ? y2.y : y2.x)), dp = __half22float2(half2_of(yt[r][p]));
+          float p0 = exp2_fast(fmaf(v.x, LOG2E, c.x - log_sum[r])), p1 = exp2_fast(fmaf(v.y, LOG2E, c.y - log_sum[r]));
           if (!whole) {
             p0 = seen[p] & 0xffffu ? p0 : 0.f;
             p1 = seen[p] >> 16 ? p1 : 0.f;
@@ -389,25 +389,47 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     for (int p = 0; p < 4; p++) sums.c[warp][8 * (i >> 1) + g][8 * t + 2 * p + (i & 1)] = acc_c[p][i];
   }
   __syncthreads();
-  // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r.
+  // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r. What the slot
+  // holds is loaded first, all at once.
   const long long slot = ((long long)b * gridDim.z + blockIdx.z) * slots + blockIdx.x;
-  for (int i = threadIdx.x; i < LINES * (UNITS + HEADS); i += 32 * WARPS) {
-    const bool for_u = i < LINES * UNITS;
-    const int at = for_u ? i : i - LINES * UNITS, line = at / (for_u ? UNITS : HEADS), column = at % (for_u ? UNITS : HEADS);
-    float sum = 0.f;
-    for (int row = 0; row < WARPS; row++) {
-      int k = place.row + row + KEYS - 1 - line;
-      if (k >= 0 && k < KEYS) sum += for_u ? sums.u[row][k][column] : sums.c[row][column][k];
+  grad_hidden += slot * LINES * UNITS;
+  grad_static += slot * LINES * HEADS;
+  grad_w1 += slot * HEADS * UNITS;
+  grad_w2 += slot * HEADS * UNITS;
+  constexpr int THREADS = 32 * WARPS, U_SHARE = LINES * UNITS / THREADS, C_SHARE = LINES * HEADS / THREADS, W_SHARE = HEADS * UNITS / THREADS;
+  static_assert(LINES * UNITS % THREADS == 0 && LINES * HEADS % THREADS == 0 && HEADS * UNITS % THREADS == 0, "shares are whole");
+  float u[U_SHARE], c[C_SHARE], w1_sum[W_SHARE], w2_sum[W_SHARE];
+  const int thread = threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < U_SHARE; k++) u[k] = grad_hidden[k * THREADS + thread];
+#pragma unroll
+  for (int k = 0; k < C_SHARE; k++) c[k] = grad_static[k * THREADS + thread];
+#pragma unroll
+  for (int k = 0; k < W_SHARE; k++) { w1_sum[k] = grad_w1[k * THREADS + thread]; w2_sum[k] = grad_w2[k * THREADS + thread]; }
+#pragma unroll
+  for (int row = 0; row < WARPS; row++) {
+#pragma unroll
+    for (int k = 0; k < U_SHARE; k++) {
+      int i = k * THREADS + thread, key = place.row + row + KEYS - 1 - i / UNITS;
+      if (key >= 0 && key < KEYS) u[k] += sums.u[row][key][i % UNITS];
     }
-    float* to = for_u ? grad_hidden + slot * LINES * UNITS + at : grad_static + slot * LINES * HEADS + at;
-    *to += sum;
+#pragma unroll
+    for (int k = 0; k < C_SHARE; k++) {
+      int i = k * THREADS + thread, key = place.row + row + KEYS - 1 - i / HEADS;
+      if (key >= 0 && key < KEYS) c[k] += sums.c[row][i % HEADS][key];
+    }
+#pragma unroll
+    for (int k = 0; k < W_SHARE; k++) {
+      int i = k * THREADS + thread;
+      w1_sum[k] += sums.w1[row][i % HEADS][i / HEADS];
+      w2_sum[k] += sums.w2[row][i / UNITS][i % UNITS];
+    }
   }
-  for (int i = threadIdx.x; i < HEADS * UNITS; i += 32 * WARPS) {
-    const int head = i / UNITS, unit = i % UNITS;
-    float in = 0.f, out = 0.f;
-    for (int row = 0; row < WARPS; row++) { in += sums.w1[row][head][unit]; out += sums.w2[row][head][unit]; }
-    grad_w1[slot * HEADS * UNITS + unit * HEADS + head] += in;
-    grad_w2[slot * HEADS * UNITS + i] += out;
-  }
+#pragma unroll
+  for (int k = 0; k < U_SHARE; k++) grad_hidden[k * THREADS + thread] = u[k];
+#pragma unroll
+  for (int k = 0; k < C_SHARE; k++) grad_static[k * THREADS + thread] = c[k];
+#pragma unroll
+  for (int k = 0; k < W_SHARE; k++) { grad_w1[k * THREADS + thread] = w1_sum[k]; grad_w2[k * THREADS + thread] = w2_sum[k]; }
 }
 #endif

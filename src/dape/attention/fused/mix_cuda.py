@@ -14,7 +14,7 @@ tile_rows = 8
 tile_keys = 32
 # Rows of a tile that a block has, blocks that fill a large GPU a few times over, and how many of
 # them a multiprocessor holds.
-WARPS, BLOCKS, RESIDENT = 4, 3072, 2
+WARPS, BLOCKS, RESIDENT = 4, 2048, 3
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
 

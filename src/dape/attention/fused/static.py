@@ -1,0 +1,168 @@
+"""Attention with a static bias, or none: an ordinary kernel of one head with a learnable table."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from triton import cdiv, next_power_of_2
+
+from dape.attention.fused import static_kernels as kernels
+from dape.attention.fused.banded import (
+    PRECISION,
+    Problem,
+    Sums,
+    Tile,
+    bands,
+    combine,
+    diagonals,
+    from_diagonals,
+    key_spans,
+    strides,
+    wide,
+)
+
+# The fastest of six on an H100 at head_dim 64.
+TILES = {
+    "forward": Tile(64, 64, 4, 3),
+    "grad_query": Tile(64, 64, 4, 3),
+    "grad_key_value": Tile(128, 64, 4, 3),
+    "grad_table": Tile(64, 64, 4, 3),
+}
+# No tile is wider; the table is padded by as much as two tiles reach.
+WIDEST_TILE = 128
+LOG2E = 1.4426950408889634
+
+
+class Bias(NamedTuple):
+    """The table in base 2 from distance `-low` on, and a line of 0 or -inf over keys if needed."""
+
+    table: Tensor
+    low: int
+    line: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Bias":
+        """Return the bias of a problem, with what nobody may see at -inf."""
+        batch, heads, rows, _ = problem.query.shape
+        keys, reach = problem.key.shape[2], 2 * WIDEST_TILE
+        table = problem.static
+        if table is None:
+            size = max(keys, rows + problem.offset, 1)
+            table = problem.query.new_zeros(heads, size, dtype=torch.float32)
+        table = table * LOG2E
+        if problem.causal:
+            table, low = pad(table, (reach, reach), value=float("-inf")), reach
+        else:
+            table, low = torch.cat((table[:, 1:].flip(1), table), 1), table.shape[1] - 1 + reach
+            table = pad(table, (reach, reach))
+        # Where every row ends before the keys do, causality hides what is past the last key.
+        ends_unseen = problem.causal and rows + problem.offset <= keys
+        if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
+            return cls(table, low, None)
+        line = problem.query.new_zeros(batch, keys, dtype=torch.float32)
+        if problem.mask is not None:
+            line.masked_fill_(~problem.mask, float("-inf"))
+        return cls(table, low, pad(line, (0, reach), value=float("-inf")))
+
+
+def tile_of(kernel: str, problem: Problem) -> Tile:
+    """Return the tile of a kernel: small ones for few rows, and where wide rows fill memory."""
+    tile, rows = TILES[kernel], problem.query.shape[2]
+    if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
+        tile = Tile(32, 32, 4, 2)
+    elif problem.query.shape[3] > 64:
+        tile = Tile(64, 64, 4, 2)
+    if rows <= 64 and kernel == "forward":
+        tile = tile._replace(rows=min(tile.rows, max(16, next_power_of_2(rows))))
+    return tile
+
+
+def shared(problem: Problem, bias: Bias) -> dict[str, Any]:
+    """Return the compile-time arguments of every kernel."""
+    head_dim, value_dim = problem.query.shape[3], problem.value.shape[3]
+    return {
+        "GROUP": problem.query.shape[1] // problem.key.shape[1],
+        "E": head_dim,
+        "WIDE": wide(head_dim),
+        "V": value_dim,
+        "WIDE_V": wide(value_dim),
+        "LINED": bias.line is not None,
+        "PRECISION": PRECISION,
+    }
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, over spans of keys where rows alone are too few programs."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty(batch, heads, rows, value.shape[3])
+    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    bias, tile, band = Bias.of(problem), tile_of("forward", problem), bands(problem)[0]
+    spans, length = key_spans(problem, band, tile)
+    parts, parts_lse = out[None], lse[None]
+    if spans > 1:
+        parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
+        parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
+    line = query if bias.line is None else bias.line
+    kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+        query, key, value, bias.table, line, parts, parts_lse,
+        rows, band.keys, bias.table.shape[1], bias.low, problem.offset,
+        problem.scale * LOG2E, length,
+        *strides(query), *strides(key), *strides(value),
+        *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
+        heads, **shared(problem, bias), CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if spans > 1:
+        combine(parts, parts_lse, out, lse)
+    return out, lse
+
+
+def backward(
+    problem: Problem, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
+) -> list[Tensor]:
+    """Fill dQ, dK and dV, and return dC `[H, N]` if there is a bias."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, _ = query.shape
+    kv_heads, keys = key.shape[1:3]
+    bias, shape = Bias.of(problem), None
+    shape = shared(problem, bias)
+    line = query if bias.line is None else bias.line
+    tensors = (query, key, value, grad_out, bias.table, line, lse, delta)
+    table = (bias.table.shape[1], bias.low)
+    places = (
+        *strides(query), *strides(key), *strides(value), *strides(grad_out), *lse.stride()[:2],
+    )  # fmt: skip
+    tile = tile_of("grad_query", problem)
+    kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
+        *tensors, sums.unit, sums.query, rows, keys, *table, problem.offset, problem.scale,
+        *places, *strides(sums.query), line.stride(0),
+        heads, **shape, CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    tile = tile_of("grad_key_value", problem)
+    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
+        *tensors, sums.unit, sums.key, sums.value,
+        rows, keys, *table, problem.offset, problem.scale,
+        *places, *strides(sums.key), *strides(sums.value), line.stride(0),
+        kv_heads, **shape, CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if problem.static is None:
+        return []
+    tile = tile_of("grad_table", problem)
+    size = tile.rows
+    where = diagonals(problem, bands(problem)[0], size, size)
+    cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
+    kernels.grad_table_kernel[(where.number, heads)](
+        *tensors, cells, rows, keys, *table,
+        where.first, where.band_tile, where.offset, problem.scale, batch,
+        *places, line.stride(0),
+        heads, **shape, M=size, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    # Padding each row by one step less than its width shifts it by one: diagonals become columns.
+    skewed = pad(cells.flip(-1), (0, size)).flatten(-2)[..., : size * (2 * size - 1)]
+    lines = skewed.unflatten(-1, (size, 2 * size - 1)).sum(-2)  # [H, slots, 2 size - 1]
+    gradient = from_diagonals(lines.permute(1, 2, 0), where, size, problem.static.shape[-1])
+    return [gradient.t().contiguous()]

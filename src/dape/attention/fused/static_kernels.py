@@ -1,0 +1,235 @@
+"""Triton kernels of attention with a static bias: one head a program, nothing in memory between.
+
+The bias is a table over the distance, in base 2, padded on both sides, with -inf where causality
+hides a key: a score takes its entry by one load at `row - key`; no tile needs a mask. Where keys
+alone are hidden (padding, an end within a tile), a line over the keys holds 0 or -inf: `LINED`.
+
+Shapes: B batch, H query and Hkv key heads, R rows, T keys, E and V head dims, tiles of M rows and
+K keys. Strides of batch, head and row come as `_b, _h, _t`.
+"""
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.kernels import LOG2E, diagonal_tiles, load_rows
+
+
+@triton.jit
+def logits(
+    left, right, table, line, distances, keys, scale, LINED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Return base-2 logits of a tile; `scale` is in base 2 too."""
+    s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
+    s += tl.load(table + distances)
+    if LINED:
+        s += tl.load(line + keys)
+    return s
+
+
+@triton.jit
+def row_statistics(lse, delta, rows, num_rows):
+    """Return log-sum-exp in base 2 and delta of rows; 0 for rows that see nothing."""
+    log_sum = tl.load(lse + rows, rows < num_rows, 0.0)
+    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum) * LOG2E
+    return log_sum, tl.load(delta + rows, rows < num_rows, 0.0)
+
+
+@triton.jit
+def forward_kernel(
+    query, key, value, table, line, out, lse,
+    num_rows, num_keys, table_size, table_low, shift, scale, keys_per_span,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, line_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O = softmax(scale Q K^T + C) V of one head over a span of keys; grid (rows, B H, spans)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    rows = first_row + tl.arange(0, M)
+    b64 = b.to(tl.int64)
+    query += b64 * query_b + h * query_h
+    key += b64 * key_b + (h // GROUP) * key_h
+    value += b64 * value_b + (h // GROUP) * value_h
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    line += b64 * line_b
+    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    distances = tl.arange(0, M)[:, None] - tl.arange(0, K)[None, :]
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, WIDE_V), tl.float32)
+    low = tl.program_id(2) * keys_per_span
+    high = tl.minimum(num_keys, low + keys_per_span)
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(low, high, K):
+        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        keys = first_key + tl.arange(0, K)[None, :]
+        s = logits(q, k, table - first_key, line, distances, keys, scale, LINED, PRECISION)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weight, 1)
+        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    total = tl.where(total > 0, total, 1.0)
+    acc /= total[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = tl.program_id(2) * out_s + b64 * out_b + h * out_h
+    at += rows[:, None].to(tl.int64) * out_t + columns
+    inside = (rows < num_rows)[:, None] & (columns < V)
+    tl.store(out + at, acc.to(out.dtype.element_ty), inside)
+    at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + rows
+    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, rows < num_rows)
+
+
+@triton.jit
+def grad_query_kernel(
+    query, key, value, grad_out, table, line, lse, delta, unit, grad_query,
+    num_rows, num_keys, table_size, table_low, shift, scale,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, line_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dQ = unit scale dS K of one head; grid (rows, B H)."""
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    rows = first_row + tl.arange(0, M)
+    b64 = b.to(tl.int64)
+    query += b64 * query_b + h * query_h
+    grad_out += b64 * out_b + h * out_h
+    key += b64 * key_b + (h // GROUP) * key_h
+    value += b64 * value_b + (h // GROUP) * value_h
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    line += b64 * line_b
+    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
+    stat = b64 * stat_b + h * stat_h
+    log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
+    distances = tl.arange(0, M)[:, None] - tl.arange(0, K)[None, :]
+    acc = tl.zeros((M, WIDE), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        keys = first_key + tl.arange(0, K)[None, :]
+        s = logits(q, k, table - first_key, line, distances, keys, scale * LOG2E, LINED, PRECISION)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    acc *= scale * tl.load(unit)
+    columns = tl.arange(0, WIDE)[None, :]
+    at = grad_query + b64 * grad_b + h * grad_h + rows[:, None].to(tl.int64) * grad_t + columns
+    inside = (rows < num_rows)[:, None] & (columns < E)
+    tl.store(at, acc.to(grad_query.dtype.element_ty), inside)
+
+
+@triton.jit
+def grad_key_value_kernel(
+    query, key, value, grad_out, table, line, lse, delta, unit, grad_key, grad_value,
+    num_rows, num_keys, table_size, table_low, shift, scale,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, line_b,
+    KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys, B Hkv)."""
+    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    first_key = tl.program_id(0) * K
+    keys = first_key + tl.arange(0, K)
+    b64 = b.to(tl.int64)
+    line += b64 * line_b
+    k = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
+    v = load_rows(value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V)
+    distances = tl.arange(0, M)[None, :] - tl.arange(0, K)[:, None]
+    acc_k = tl.zeros((K, WIDE), tl.float32)
+    acc_v = tl.zeros((K, WIDE_V), tl.float32)
+    low = 0
+    if CAUSAL:
+        low = tl.maximum(0, first_key - shift) // M * M
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        q_base = query + b64 * query_b + h * query_h
+        do_base = grad_out + b64 * out_b + h * out_h
+        entries = table + h.to(tl.int64) * table_size + table_low + shift - first_key
+        stat = b64 * stat_b + h * stat_h
+        for first_row in range(low, num_rows, M):
+            q = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
+            do = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
+            rows = first_row + tl.arange(0, M)
+            log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
+            s = logits(
+                k, q, entries + first_row, line, distances, keys[:, None], scale * LOG2E, LINED,
+                PRECISION,
+            )  # fmt: skip
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            weight = tl.exp2(s - log_sum[None, :])
+            ds = weight * (dp - shared[None, :])
+            acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
+            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+    factor = tl.load(unit)
+    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+    at = grad_key + b64 * gk_b + kv * gk_h + keys[:, None].to(tl.int64) * gk_t + columns
+    inside = (keys < num_keys)[:, None]
+    acc_k *= scale * factor
+    tl.store(at, acc_k.to(grad_key.dtype.element_ty), inside & (columns < E))
+    at = grad_value + b64 * gv_b + kv * gv_h + keys[:, None].to(tl.int64) * gv_t + columns_v
+    tl.store(at, (acc_v * factor).to(grad_value.dtype.element_ty), inside & (columns_v < V))
+
+
+@triton.jit
+def grad_table_kernel(
+    query, key, value, grad_out, table, line, lse, delta, sums,
+    num_rows, num_keys, table_size, table_low, first_diagonal, band_tile, offset, scale, batch,
+    query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
+    out_b, out_h, out_t, stat_b, stat_h, line_b,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sum dS of one head over the tiles of one diagonal and the batch; grid (diagonals, H)."""
+    h = tl.program_id(1)
+    q = tl.program_id(0) + first_diagonal
+    positions = tl.arange(0, M)
+    # On a diagonal every tile has the same distances, so its entries are loaded once.
+    entries = table + h.to(tl.int64) * table_size + table_low + q * M + offset
+    bias = tl.load(entries + positions[:, None] - positions[None, :])
+    acc = tl.zeros((M, M), tl.float32)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
+    query += h * query_h
+    key += (h // GROUP) * key_h
+    value += (h // GROUP) * value_h
+    grad_out += h * out_h
+    lse += h * stat_h
+    delta += h * stat_h
+    for _element in range(batch):
+        for tile in range(first, last):
+            first_key = start + tile * M
+            rows = tile * M + positions
+            a = load_rows(query, query_t, tile * M, num_rows, E, M, WIDE)
+            k = load_rows(key, key_t, first_key, num_keys, E, M, WIDE)
+            do = load_rows(grad_out, out_t, tile * M, num_rows, V, M, WIDE_V)
+            v = load_rows(value, value_t, first_key, num_keys, V, M, WIDE_V)
+            s = tl.dot(a, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+            if LINED:
+                keys = first_key + positions
+                s += tl.load(line + keys, keys >= 0, float("-inf"))[None, :]
+            log_sum, shared = row_statistics(lse, delta, rows, num_rows)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            acc += tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
+        query += query_b
+        key += key_b
+        value += value_b
+        grad_out += out_b
+        lse += stat_b
+        delta += stat_b
+        line += line_b
+    cells = positions[:, None] * M + positions[None, :]
+    tl.store(sums + (h * tl.num_programs(0) + tl.program_id(0)) * M * M + cells, acc)
