@@ -7,38 +7,40 @@ export OMP_WAIT_POLICY := PASSIVE
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
 demo: SEEDS := 0
-demo: $(BIN)/dape
+demo: $(BIN)/dape data/python-stdlib
 	$(train_and_evaluate)
 	$(BIN)/dape plot $(RUNS) --out runs/demo/report.html
 
 # The same with three seeds each: what results/demo holds.
 demo-seeds: SEEDS := 0 1 2
-demo-seeds: $(BIN)/dape
+demo-seeds: $(BIN)/dape data/python-stdlib
 	$(train_and_evaluate)
 	mkdir -p results/demo
 	$(BIN)/dape plot $(RUNS) --out results/demo/table.md
 	$(BIN)/dape plot $(RUNS) --out results/demo/perplexity.png
 
 # Every encoding, and every form of adapter on one of them: what results/schemes holds.
-# Two CPU cores would need a day or more, most of it for the longest windows: meant for a GPU.
+# Two CPU cores would need a day or more, most of it for the longest windows: meant for a GPU, where
+# `make -j 12 schemes` takes minutes.
 STEPS := 400
 SCHEMES := nope sinusoidal learned rope partial-rope pi ntk dynamic-ntk yarn xpos randomized-rope \
 	alibi kerple kerple-power t5 sandwich fire cope transformer-xl \
 	dape-nope dape-rope dape-alibi dape-kerple dape-kerple-power dape-t5 dape-sandwich dape-fire \
 	dape3-kerple dape5-kerple dape7-kerple dape-add-kerple dape-concat-kerple dape-bias-kerple \
 	talking-heads-kerple
-comma := ,
-schemes: $(BIN)/dape
-	$(BIN)/dape prepare --out data/python-stdlib
-	$(BIN)/dape train recipes/cpu.yaml --name schemes/{scheme} --training.steps $(STEPS) \
-		--model.scheme $(subst $() ,$(comma),$(strip $(SCHEMES)))
-	$(BIN)/dape eval $(SCHEMES:%=runs/schemes/%) --lengths 128,512,2048,8192,16384 --blocks 1
+schemes: $(SCHEMES:%=runs/schemes/%/evaluation/last.json)
 	mkdir -p results/schemes
 	$(BIN)/dape plot $(SCHEMES:%=runs/schemes/%) --out results/schemes/table.md
 
+runs/schemes/%/evaluation/last.json: $(BIN)/dape | data/python-stdlib
+	$(BIN)/dape train recipes/cpu.yaml --name schemes/$* --training.steps $(STEPS) --model.scheme $*
+	$(BIN)/dape eval runs/schemes/$* --lengths 128,512,2048,8192,16384 --blocks 1
+
+data/python-stdlib: $(BIN)/dape
+	$(BIN)/dape prepare --out $@
+
 RUNS = $(foreach seed,$(SEEDS),runs/demo/kerple-$(seed) runs/demo/dape-kerple-$(seed))
 define train_and_evaluate
-	$(BIN)/dape prepare --out data/python-stdlib
 $(foreach seed,$(SEEDS),$(foreach scheme,kerple dape-kerple,\
 	$(BIN)/dape train recipes/demo.yaml --model.scheme $(scheme) --seed $(seed)
 	))

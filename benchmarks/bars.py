@@ -1,0 +1,205 @@
+"""The bars of fused attention, on one GPU, in one process, as ratios to PyTorch's own attention.
+
+    python benchmarks/bars.py [attention decode memory errors training profile ...]
+
+DAPE-Kerple and Kerple with learnable parameters at the paper's 125M shape (12 heads of 64, 32
+hidden units), bf16, causal. Short calls are timed inside a CUDA graph, medians over rotating
+inputs (`dape.bench.clock`). Prints a line for each measurement as it comes, and writes them to
+`--out` as JSON with what they were measured on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import dape
+from dape.bench import parity
+from dape.bench.case import FORWARD, TRAINING, Case, Parts, build, draw, sets, step
+from dape.bench.clock import measure
+from dape.provenance import provenance
+
+DEVICE = torch.device("cuda")
+SCHEMES = {"dape": "dape-kerple", "static": "kerple"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One measurement: ours and the yardstick in milliseconds, or another unit, and their ratio."""
+
+    what: str
+    ours: float
+    yardstick: float | None = None
+    unit: str = "ms"
+
+    @property
+    def ratio(self) -> float | None:
+        """Return ours over the yardstick."""
+        return None if self.yardstick is None else self.ours / self.yardstick
+
+
+def case(scheme: str, batch: int, length: int) -> Case:
+    """Return a case of the 125M shape in bf16."""
+    return Case(scheme, 12, 64, length, batch, "bf16", DEVICE, 0)
+
+
+def milliseconds(attend: Callable[..., Tensor], given: Case, parts: Parts, direction: str) -> float:
+    """Return the median time of a call."""
+    calls = [partial(step, attend, each, parts, direction) for each in draw(given, sets(given))]
+    return measure(calls, DEVICE).median
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return what ratios are to."""
+    return scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def ours(parts: Parts, backend: str) -> Callable[..., Tensor]:
+    """Return a backend of `dape.attention` with some parts."""
+    return partial(dape.attention, bias=parts.bias, adapter=parts.adapter, backend=backend)
+
+
+def attention() -> Iterator[Result]:
+    """Forward, and with backward, of both schemes and backends."""
+    for batch, length in ((1, 8192), (8, 2048), (32, 512)):
+        for direction in (FORWARD, TRAINING):
+            yardstick = milliseconds(plain, case("nope", batch, length), Parts(), direction)
+            for name, backend in (("dape", "cuda"), ("static", "cuda"), ("dape", "triton")):
+                given = case(SCHEMES[name], batch, length)
+                parts = build(given)
+                found = milliseconds(ours(parts, backend), given, parts, direction)
+                yield Result(f"{name} {backend} {batch}x{length} {direction}", found, yardstick)
+
+
+def decode() -> Iterator[Result]:
+    """One query against 32,768 cached keys."""
+    keys = 32768
+    given = [
+        [torch.randn(1, 12, n, 64, device=DEVICE).bfloat16() for n in (1, keys, keys)]
+        for _ in range(4)
+    ]
+    yardstick = measure([partial(scaled_dot_product_attention, *qkv) for qkv in given], DEVICE)
+    for name, scheme in SCHEMES.items():
+        parts = build(case(scheme, 1, keys))
+        attend = partial(ours(parts, "auto"), query_offset=keys - 1)
+        with torch.no_grad():
+            found = measure([partial(attend, *qkv) for qkv in given], DEVICE)
+        yield Result(f"{name} decode {keys} keys", found.median, yardstick.median)
+
+
+def memory() -> Iterator[Result]:
+    """Peak memory beyond the inputs, and time, of long sequences."""
+    for length, direction in ((131072, TRAINING), (1048576, FORWARD)):
+        given = case("dape-kerple", 1, length)
+        parts, inputs = build(given), draw(given, 1)[0]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        step(ours(parts, "auto"), inputs, parts, direction)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - begun
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        yield Result(f"dape {length} {direction} peak", peak, unit="GiB")
+        yield Result(f"dape {length} {direction} time", 1000 * seconds)
+
+
+def errors() -> Iterator[Result]:
+    """Relative Frobenius errors against float64, beside the textbook's in bf16."""
+    for name, scheme in SCHEMES.items():
+        given = case(scheme, 2, 1024)
+        parts, inputs = build(given), draw(given, 1)[0]
+        truth = parity.Truth.of(given, parts, inputs)
+        found = truth.errors_of(ours(parts, "auto"), TRAINING)
+        textbook = parity.errors(
+            parity.by_rows(given, parts, inputs, torch.bfloat16), truth.tensors
+        )
+        for tensor, error in found.items():
+            yield Result(f"{name} error of {tensor}", error, textbook[tensor], "relative")
+
+
+def training() -> Iterator[Result]:
+    """A training step of the 125M model, compiled: thousands of tokens a second."""
+    speeds = {}
+    for scheme in ("nope", "kerple", "dape-kerple"):
+        config = dape.DapeConfig(
+            scheme=scheme, vocab_size=50304, hidden_size=768, num_hidden_layers=12,
+            num_attention_heads=12, train_length=512,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = dape.DapeForCausalLM(config).to(DEVICE)
+        compiled = torch.compile(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(50304, (32, 512), device=DEVICE)
+
+        def update(compiled=compiled, tokens=tokens, optimizer=optimizer) -> None:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for _ in range(4):
+            update()
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            update()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        speeds[scheme] = tokens.numel() / median(times) / 1000
+        yield Result(f"training step {scheme}", speeds[scheme], speeds["nope"], "ktok/s")
+        del model, compiled, optimizer
+
+
+def profile() -> Iterator[Result]:
+    """The time of every kernel of one forward and backward pass."""
+    for name, batch, length in (("dape", 1, 8192), ("dape", 32, 512), ("static", 1, 8192)):
+        given = case(SCHEMES[name], batch, length)
+        parts, inputs = build(given), draw(given, 1)[0]
+        for _ in range(3):
+            step(ours(parts, "auto"), inputs, parts, TRAINING)
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as found:
+            for _ in range(5):
+                step(ours(parts, "auto"), inputs, parts, TRAINING)
+            torch.cuda.synchronize()
+        averages = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
+        for event in averages[:14]:
+            time_ms = event.device_time_total / 5000
+            yield Result(f"{name} {batch}x{length} {event.key[:60]}", time_ms)
+
+
+PARTS = {f.__name__: f for f in (attention, decode, memory, errors, training, profile)}
+
+
+def main() -> None:
+    """Measure what is named, or everything."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/bars.json"))
+    given = parser.parse_args()
+    unknown = [name for name in given.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    record = {"provenance": provenance(DEVICE), "results": []}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in given.parts or PARTS:
+        for result in PARTS[name]():
+            ratio = "" if result.ratio is None else f"{result.ratio:8.2f} x"
+            print(f"{result.what:68} {result.ours:11.4g} {result.unit:8}{ratio}", flush=True)
+            record["results"].append(asdict(result) | {"ratio": result.ratio})
+            given.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
