@@ -321,10 +321,12 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
 
     A query that sees no key has zeros and -inf.
     """
-    from dape.attention.fused import static
+    from dape.attention.fused import decode, static
 
     if problem.mixing is None:
         return static.forward(problem)
+    if decode.serves(problem):
+        return decode.forward(problem, problem.mixing)
     whole = mixer.whole(problem, problem.mixing)
     if whole is not None:
         return whole

@@ -1,0 +1,91 @@
+"""Decoding: few queries against many keys, by one kernel over spans of keys and no scratch.
+
+A program holds the logits `S = A + C + W2 phi(W1 A + U)` of all heads of its rows, tile by tile of
+a span of keys, so that keys and values are read once and nothing else of their size is.
+"""
+
+import torch
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+
+from dape.attention.fused import decode_kernels as kernels
+from dape.attention.fused.banded import (
+    PRECISION,
+    PROGRAMS,
+    Mixing,
+    Problem,
+    Tile,
+    combine,
+    padded,
+    strides,
+    visible,
+    wide,
+)
+
+# More queries, or fewer keys for each, are left to the bands, which read keys once: an estimate.
+MOST_ROWS, KEYS_PER_ROW = 16, 16
+# Columns of a tile, each a head of a row: with more, its products of all with all are what costs.
+MOST_COLUMNS = 64
+# Numbers of one row and head that `combine` holds at a time.
+MOST_PARTS = 2**14
+
+
+def serves(problem: Problem) -> bool:
+    """Return whether a problem mixes heads by tables for few queries against many keys."""
+    rows, keys = problem.query.shape[2], problem.key.shape[2]
+    known = problem.mixing is not None and problem.features is None
+    return known and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
+
+
+def tile_of(problem: Problem, heads: int) -> Tile:
+    """Return the tile for so many heads: 64 keys are the rows of a product on Hopper.
+
+    Two blocks of one row fit a multiprocessor, each with 24 KiB of keys or values under way.
+    """
+    rows = min(next_power_of_2(problem.query.shape[2]), MOST_COLUMNS // heads)
+    num_warps = 4 if rows * heads <= 16 else 8
+    if problem.query.element_size() == 4:
+        return Tile(rows, 32, num_warps, 2)
+    return Tile(rows, 64, num_warps, 4 if problem.query.shape[3] <= 64 else 3)
+
+
+def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """Return over how many spans the keys are split, a power of two, and their length."""
+    batch, _, rows, _ = problem.query.shape
+    keys = visible(problem, rows)
+    wanted = cdiv(PROGRAMS, batch * cdiv(rows, tile.rows))
+    spans = next_power_of_2(min(wanted, cdiv(keys, tile.keys)))
+    spans = min(spans, MOST_PARTS // next_power_of_2(problem.value.shape[3]))
+    return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
+
+
+def forward(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor]:
+    """Return output `[B, H, Tq, dv]` and log-sum-exp `[B, H, Tq]`, as `banded.forward` does."""
+    query, key, value = problem.query, problem.key, problem.value
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, value_dim = key.shape[1], value.shape[3]
+    units, padded_heads = padded(mixing)
+    tile = tile_of(problem, padded_heads)
+    spans, length = key_spans(problem, tile)
+    out = query.new_empty(batch, heads, rows, value_dim)
+    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    parts, parts_lse = out[None], lse[None]
+    if spans > 1:
+        parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
+        parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
+    mask = query if problem.mask is None else problem.mask
+    kernels.decode_kernel[(cdiv(rows, tile.rows), spans, batch)](
+        query, key, value, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
+        mask, parts, parts_lse,
+        rows, visible(problem, rows), mixing.hidden.shape[0], problem.offset, problem.scale, length,
+        *strides(query), *strides(key), *strides(value),
+        *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
+        kv_heads, heads // kv_heads, H=heads, D=mixing.hidden.shape[1],
+        HEADS=padded_heads, UNITS=units, E=head_dim, WIDE=wide(head_dim),
+        V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal, MASKED=problem.mask is not None,
+        M=tile.rows, K=tile.keys, PRECISION=PRECISION,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if spans > 1:
+        combine(parts, parts_lse, out, lse)
+    return out, lse

@@ -1,0 +1,189 @@
+"""Decoding, few queries against many keys, against the float64 textbook."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Problem, leaves, solve, solve_by_textbook
+from torch.testing import assert_close
+
+import dape
+from dape.attention.fused import banded, decode, operator
+
+# The interpreter's own warnings, of NumPy.
+pytestmark = [
+    pytest.mark.unhooked,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+BASE = Problem(rows=1, keys=70, query_offset=69, adapter=(5, 1, True, "concat"))
+PROBLEMS = {
+    "one query": BASE,
+    "several queries": replace(BASE, rows=4, query_offset=66),
+    "a number of queries that is no power of two": replace(BASE, rows=3, query_offset=67),
+    "queries in several tiles": replace(BASE, rows=7, keys=130, query_offset=123),
+    "bidirectional": replace(BASE, rows=2, causal=False, query_offset=30),
+    "keys nobody sees": replace(BASE, rows=2, keys=150, query_offset=20),
+    "a span nobody of a tile sees": replace(BASE, rows=6, keys=100, query_offset=61),
+    "past the keys": replace(BASE, rows=2, query_offset=90),
+    "behind the keys": replace(BASE, causal=False, query_offset=100),
+    "before the keys": replace(BASE, rows=2, causal=False, query_offset=-9),
+    "rows without keys": replace(BASE, rows=4, query_offset=-2),
+    "no key for any row": replace(BASE, rows=2, query_offset=-5),
+    "one key": replace(BASE, keys=20, query_offset=0),
+    "grouped heads": replace(BASE, rows=2, kv_heads=2, query_offset=68),
+    "one key head": replace(BASE, heads=5, kv_heads=1),
+    "one head": replace(BASE, heads=1, kv_heads=1),
+    "25 heads": replace(BASE, batch=1, heads=25, kv_heads=25, rows=3, query_offset=67),
+    "32 heads of 128 numbers": replace(
+        BASE, batch=1, heads=32, kv_heads=8, head_dim=128, value_dim=128
+    ),
+    "64 hidden units": replace(BASE, adapter=(64, 1, True, "concat")),
+    "wider values": replace(BASE, value_dim=20),
+    "narrower values": replace(BASE, head_dim=32, value_dim=6),
+    "left padding": replace(BASE, mask="left"),
+    "right padding": replace(BASE, rows=2, mask="right", causal=False),
+    "mask of one row": replace(BASE, mask="keys"),
+    "scale": replace(BASE, scale=0.3),
+    "no bias": replace(BASE, bias=None),
+    "alibi, no residual": replace(BASE, bias="alibi", adapter=(4, 1, False, "sum")),
+    "scores alone": replace(BASE, adapter=(4, 1, True, "scores")),
+}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Let nothing pass that a kernel did not write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Return the list of problems that decoding served."""
+    served, forward = [], decode.forward
+
+    def spied(problem, mixing):
+        served.append(problem)
+        return forward(problem, mixing)
+
+    monkeypatch.setattr(decode, "forward", spied)
+    return served
+
+
+def close(problem, dtype=torch.float32, tolerance=1e-4, least=0.1):
+    """Compare the output and all gradients with the textbook's, by the size of the largest."""
+    given = (
+        [x.to(dtype).double() for x in problem.tensors()],
+        problem.modules(),
+        problem.draw_mask(),
+    )
+    out, gradients = solve(problem, *given, (None, None), "triton", dtype)
+    true_out, true_gradients = solve_by_textbook(problem, *given, (None, None))
+    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
+        scale = max(least, true.abs().max().item())
+        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_kind_of_call_equals_the_textbook(name, calls):
+    close(PROBLEMS[name])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128])
+def test_every_head_dimension(size, calls):
+    close(replace(BASE, batch=1, head_dim=size, value_dim=size))
+    assert len(calls) == 1
+
+
+def test_half_precision_is_as_exact_as_its_digits(calls):
+    close(replace(BASE, rows=2, query_offset=68), torch.float16, tolerance=5e-3, least=1.0)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("programs", [1, 5, 256])
+@pytest.mark.parametrize("causal", [True, False])
+def test_spans_change_nothing(monkeypatch, programs, causal, calls):
+    monkeypatch.setattr(decode, "PROGRAMS", programs)
+    close(replace(BASE, batch=1, rows=2, keys=300, query_offset=280, causal=causal, mask="left"))
+    assert len(calls) == 1
+
+
+def test_log_sum_exp_is_that_of_the_other_path(monkeypatch):
+    problem = replace(BASE, rows=3, keys=200, query_offset=150, mask="left")
+    tensors, (bias, adapter) = problem.tensors(torch.float32), problem.modules()
+    found = operator.tables(bias, adapter, problem.heads, 200, tensors[0].device)
+    rest = (problem.draw_mask(), 0.5, True, 150, "triton")
+    ours = operator.banded(*tensors, found, *rest)
+    monkeypatch.setattr(decode, "serves", lambda problem: False)
+    for x, y in zip(ours, operator.banded(*tensors, found, *rest), strict=True):
+        assert_close(x, y)
+
+
+def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity():
+    query, key, value = replace(BASE, rows=4).tensors(torch.float32)
+    found = operator.tables(*BASE.modules(), 4, 80, query.device)
+    out, lse = operator.banded(query, key, value, found, None, 0.5, True, -2, "triton")
+    assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
+    assert lse[:, :, 2:].isfinite().all()
+
+
+def test_decoding_token_by_token_equals_one_pass(calls):
+    tensors = replace(BASE, batch=1, rows=50, keys=50).tensors(torch.float32)
+    query, key, value = tensors
+    modules = dict(zip(("bias", "adapter"), BASE.modules(), strict=True))
+    whole = dape.attention(*tensors, **modules, backend="triton")
+    assert not calls
+    for n in range(16, 50, 11):
+        cached = (query[:, :, n : n + 1], key[:, :, : n + 1], value[:, :, : n + 1])
+        one = dape.attention(*cached, **modules, query_offset=n, backend="triton")
+        assert_close(one, whole[:, :, n : n + 1])
+    assert len(calls) == 4
+
+
+def test_few_keys_or_many_queries_are_left_to_the_other_path():
+    for rows, keys in ((17, 600), (2, 31)):
+        tensors = replace(BASE, rows=rows, keys=keys).tensors(torch.float32)
+        assert not decode.serves(banded.Problem(*tensors, None, mixing(), None, 1.0, True, 0))
+
+
+def mixing():
+    return banded.Mixing(
+        torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5)
+    )
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (1, 3), (1, 16), (64, 1)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
+    query, cache = torch.empty(batch, 12, rows, size), torch.empty(1, 1, 1, 1)
+    cache = cache.expand(batch, 12, 32768, size)
+    problem = banded.Problem(query, cache, cache, None, mixing(), None, 1.0, True, 32768 - rows)
+    tile = decode.tile_of(problem, 16)
+    spans, length = decode.key_spans(problem, tile)
+    assert spans * length >= 32768 and spans * size <= decode.MOST_PARTS
+    assert spans * batch * rows >= 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_on_a_gpu_against_chunked_in_float64(backend, rows, calls):
+    tensors = [
+        torch.randn(4, 12, length, 64, device="cuda", dtype=torch.bfloat16)
+        for length in (rows, 4099, 4099)
+    ]
+    modules = (dape.Kerple(12).cuda(), dape.DAPE(12).cuda())
+    results = []
+    for name, wide in (
+        (backend, torch.bfloat16), ("reference", torch.bfloat16), ("reference", torch.float64)
+    ):  # fmt: skip
+        inputs, found, _ = leaves(tensors, modules, wide)
+        found = [m.float() if wide is torch.bfloat16 else m for m in found]
+        options = {"query_offset": 4099 - rows, "backend": name}
+        results.append(dape.attention(*inputs, *found, **options).double())
+    found, textbook, true = results
+    assert len(calls) == 1
+    assert (found - true).norm() <= (textbook - true).norm()
