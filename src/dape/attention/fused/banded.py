@@ -234,7 +234,6 @@ def switches(problem: Problem) -> dict[str, Any]:
     return {
         "GROUP": problem.query.shape[1] // problem.key.shape[1],
         "CAUSAL": problem.causal,
-        "MASKED": problem.mask is not None,
         "PRECISION": PRECISION,
     }
 
@@ -290,15 +289,13 @@ def softmax_value(x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Ten
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
-    mask = x if part.mask is None else part.mask
     parts, parts_lse = out[None], lse[None]
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, part.value, mask, parts, parts_lse, rows, band.keys, band.shift, length,
-        *strides(x), *strides(part.value),
-        *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
+        x, part.value, parts, parts_lse, rows, band.keys, band.shift, length,
+        *strides(x), *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -516,14 +513,13 @@ def one_head(
     part = problem.part(band.batch)
     query, grad_query = part.query[:, :, band.rows], sums.query[band.batch, :, band.rows]
     grad_key, grad_value = sums.key[band.batch], sums.value[band.batch]
-    mask = x if part.mask is None else part.mask
     batch, heads, rows, head_dim = query.shape
     value_dim, place = grad_out.shape[3], (band.shift, problem.scale)
     shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim)}
     tile = tile_of("grad_query", problem, rows)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
-        y, part.key, mask, sums.unit, grad_query, rows, band.keys, *place,
-        *strides(y), *strides(part.key), *strides(grad_query), mask.stride(0),
+        y, part.key, sums.unit, grad_query, rows, band.keys, *place,
+        *strides(y), *strides(part.key), *strides(grad_query),
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -531,10 +527,10 @@ def one_head(
     keys = band.keys if sums.add else part.key.shape[2]
     kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
-        x, y, query, grad_out, mask, sums.unit, grad_key, grad_value,
+        x, y, query, grad_out, sums.unit, grad_key, grad_value,
         keys, rows, band.keys, *place,
         *strides(x), *strides(query), *strides(grad_out),
-        *strides(grad_key), *strides(grad_value), mask.stride(0),
+        *strides(grad_key), *strides(grad_value),
         kv_heads, **shape, V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
         ADD=sums.add, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

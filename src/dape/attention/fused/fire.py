@@ -76,17 +76,20 @@ def fire_mix_kernel(
     along = tl.load(psi + tl.abs(delta_ij), tl.abs(delta_ij) < table_size, 0.0)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys, live, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
-        )
+        rows, keys, there, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            M, K, CAUSAL, MASKED,
+        )  # fmt: skip
+        live = there & (keys < num_keys)
         ratio = along * tl.load(scale + keys + tl.maximum(delta_ij, 0), live, 0.0)
         f = tl.maximum(v * ratio[:, None] + c, 0.0).to(compute)
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b
-        a = tl.load(x + at, seen[:, None] & (heads[None, :] < H), 0.0)
+        inside = there[:, None] & (heads[None, :] < H)
+        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         _z, _hidden, y = feature_mlp(a, f, w_in, w_out, one, u_FD, c_FH, u_1, c_1, D, PRECISION)
         s = tl.where(seen[:, None], y, float("-inf"))
-        tl.store(x + at, s.to(compute), live[:, None] & (heads[None, :] < H))
+        tl.store(x + at, s.to(compute), inside)
 
 
 @triton.jit
@@ -132,10 +135,15 @@ def fire_mix_backward_kernel(
     sum_psi = tl.zeros((M * K,), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys, live, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
+        rows, keys, there, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            M, K, CAUSAL, MASKED,
+        )  # fmt: skip
+        live = there & (keys < num_keys)
+        inside, seen_heads = (
+            there[:, None] & (heads[None, :] < H),
+            seen[:, None] & (heads[None, :] < H),
         )
-        seen_heads = seen[:, None] & (heads[None, :] < H)
         across = tl.load(scale + keys + tl.maximum(delta_ij, 0), live, 0.0)
         ratio = (along * across)[:, None]
         f = tl.maximum(v * ratio + c, 0.0)
@@ -143,7 +151,8 @@ def fire_mix_backward_kernel(
         f = f.to(compute)
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b
-        a = tl.load(x + at, seen_heads, 0.0)
+        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
+        dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z, hidden, logit = feature_mlp(
             a, f, w1_HD, tl.trans(w2_HD), one, u_FD, c_FH, u_1, c_1, D, PRECISION
         )
@@ -152,7 +161,7 @@ def fire_mix_backward_kernel(
         log_sum = tl.load(lse + stat, seen_heads, 0.0)
         shared = tl.load(delta + stat, seen_heads, 0.0)
         share = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)
-        ds = share * (tl.load(y + at, seen_heads, 0.0).to(tl.float32) - shared)
+        ds = share * (dp - shared)
         ds_lean = ds.to(compute)
         df = tl.dot(ds_lean, tl.trans(c_FH), input_precision=PRECISION)
         da = ds
@@ -166,9 +175,8 @@ def fire_mix_backward_kernel(
             sum_w1 = tl.dot(tl.trans(dz_lean), a, sum_w1, input_precision=PRECISION)
             sum_u = tl.dot(tl.trans(f), dz_lean, sum_u, input_precision=PRECISION)
             sum_u_1 += tl.sum(dz, 0)
-        live_heads = live[:, None] & (heads[None, :] < H)
-        tl.store(x + at, share.to(compute), live_heads)
-        tl.store(y + at, da.to(compute), live_heads)
+        tl.store(x + at, share.to(compute), inside)
+        tl.store(y + at, da.to(compute), inside)
         sum_c = tl.dot(tl.trans(f), ds_lean, sum_c, input_precision=PRECISION)
         sum_c_1 += tl.sum(ds, 0)
         df = tl.where(positive, df, 0.0)

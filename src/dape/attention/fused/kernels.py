@@ -32,13 +32,11 @@ def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, W
 
 
 @triton.jit
-def sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
-    """Return which of `keys` each of `rows` sees; `shift` is the slot of row 0 among the keys."""
-    seen = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
+    """Return which of `keys` each of `rows` may see; `shift` is the slot of the first row."""
+    seen = (rows < num_rows) & (keys < num_keys)
     if CAUSAL:
         seen &= keys <= rows + shift
-    if MASKED:
-        seen &= tl.load(mask + keys, (keys >= 0) & (keys < num_keys), 0) != 0
     return seen
 
 
@@ -63,7 +61,7 @@ def scores_kernel(
         out = tl.clamp(out, -65504.0, 65504.0)
     rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
     x += b.to(tl.int64) * x_b + h * x_h
-    inside = (rows < num_rows) & (keys < num_keys)
+    inside = (rows < num_rows) & (keys < x_t)
     tl.store(x + rows.to(tl.int64) * x_t + keys, out.to(x.dtype.element_ty), inside)
 
 
@@ -103,18 +101,21 @@ def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.cons
 
 @triton.jit
 def tile_positions(
-    tile, start, n, delta_ij, num_rows, num_keys, mask,
+    tile, start, n, delta_ij, num_rows, num_keys, x_t, mask,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return rows and keys of a tile's positions, whether there are such, and which are seen."""
+    """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen.
+
+    Lines of the scratch end at a multiple of 16, so that a vector of keys lies in it or does not.
+    """
     rows, keys = tile * M + n // K, start + tile * M + n % K
-    live = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
-    seen = live
+    there = (rows < num_rows) & (keys >= 0) & (keys < x_t)
+    seen = there & (keys < num_keys)
+    if MASKED:
+        seen &= tl.load(mask + keys, seen, 0) != 0
     if CAUSAL:
         seen &= delta_ij >= 0
-    if MASKED:
-        seen &= tl.load(mask + keys, live, 0) != 0
-    return rows, keys, live, seen
+    return rows, keys, there, seen
 
 
 @triton.jit
@@ -144,15 +145,17 @@ def mix_kernel(
     one = (heads[:, None] == heads[None, :]).to(compute)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys, live, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
-        )
+        rows, keys, there, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            M, K, CAUSAL, MASKED,
+        )  # fmt: skip
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b
-        a = tl.load(x + at, seen[:, None] & (heads[None, :] < H), 0.0)
+        inside = there[:, None] & (heads[None, :] < H)
+        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         _z, _hidden, y = mlp(a, w_in, w_out, one, u, PRECISION)
         s = tl.where(seen[:, None], y + c, float("-inf"))
-        tl.store(x + at, s.to(compute), live[:, None] & (heads[None, :] < H))
+        tl.store(x + at, s.to(compute), inside)
 
 
 @triton.jit
@@ -185,26 +188,30 @@ def mix_backward_kernel(
     sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
-        rows, keys, live, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b, M, K, CAUSAL, MASKED
+        rows, keys, there, seen = tile_positions(
+            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            M, K, CAUSAL, MASKED,
+        )  # fmt: skip
+        inside, seen_heads = (
+            there[:, None] & (heads[None, :] < H),
+            seen[:, None] & (heads[None, :] < H),
         )
-        seen_heads = seen[:, None] & (heads[None, :] < H)
         at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
         at += b.to(tl.int64) * x_b
-        a = tl.load(x + at, seen_heads, 0.0)
+        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
+        dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z, hidden, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
         logit = (logit + c).to(compute).to(tl.float32)  # as the forward pass stored it
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None]
         log_sum = tl.load(lse + stat, seen_heads, 0.0)
         shared = tl.load(delta + stat, seen_heads, 0.0)
         weight = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)
-        ds = weight * (tl.load(y + at, seen_heads, 0.0).to(tl.float32) - shared)
+        ds = weight * (dp - shared)
         dh = tl.dot(ds.to(compute), w2_HD, input_precision=PRECISION)
         dz = tl.where(z > 0, dh, 0.01 * dh)
         da = tl.dot(dz.to(compute), tl.trans(w1_HD), ds, input_precision=PRECISION)
-        live_heads = live[:, None] & (heads[None, :] < H)
-        tl.store(x + at, weight.to(compute), live_heads)
-        tl.store(y + at, da.to(compute), live_heads)
+        tl.store(x + at, weight.to(compute), inside)
+        tl.store(y + at, da.to(compute), inside)
         sum_w2 = tl.dot(tl.trans(ds.to(compute)), hidden, sum_w2, input_precision=PRECISION)
         sum_w1 = tl.dot(tl.trans(dz.to(compute)), a, sum_w1, input_precision=PRECISION)
         sum_u += dz
@@ -227,11 +234,10 @@ def mix_backward_kernel(
 
 @triton.jit
 def softmax_value_kernel(
-    x, value, mask, out, lse, num_rows, num_keys, shift, keys_per_split,
+    x, value, out, lse, num_rows, num_keys, shift, keys_per_split,
     x_b, x_h, x_t, value_b, value_h, value_t,
-    out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, mask_b,
-    HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
+    HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
@@ -241,7 +247,6 @@ def softmax_value_kernel(
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * x_h
     value += b64 * value_b + (h // GROUP) * value_h
-    mask += b * mask_b
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -251,9 +256,9 @@ def softmax_value_kernel(
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
-        seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
-        s = tl.load(x + rows.to(tl.int64) * x_t + keys, seen, 0.0).to(tl.float32) * LOG2E
-        s = tl.where(seen, s, float("-inf"))
+        s = tl.load(x + rows.to(tl.int64) * x_t + keys, (rows < num_rows) & (keys < x_t), 0.0)
+        seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        s = tl.where(seen, s.to(tl.float32) * LOG2E, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(s - safe[:, None])
@@ -332,10 +337,9 @@ def row_products_kernel(
 
 @triton.jit
 def grad_query_kernel(
-    y, key, mask, unit, grad_query, num_rows, num_keys, shift, scale,
-    y_b, y_h, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t, mask_b,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    y, key, unit, grad_query, num_rows, num_keys, shift, scale,
+    y_b, y_h, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dQ = unit scale dA K of one head, with dA from Y; grid (rows, B H)."""
@@ -346,16 +350,15 @@ def grad_query_kernel(
     b64 = b.to(tl.int64)
     y += b64 * y_b + h * y_h
     key += b64 * key_b + (h // GROUP) * key_h
-    mask += b * mask_b
     acc = tl.zeros((M, WIDE), tl.float32)
     high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
-        seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        ds = tl.load(y + rows.to(tl.int64) * y_t + keys, seen, 0.0)
+        ds = tl.load(y + rows.to(tl.int64) * y_t + keys, (rows < num_rows) & (keys < y_t), 0.0)
+        ds = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
@@ -364,44 +367,67 @@ def grad_query_kernel(
 
 
 @triton.jit
+def add_rows(
+    acc_k, acc_v, x, y, query, grad_out, first_row, first_key, num_rows, num_keys, shift,
+    x_t, query_t, out_t,
+    E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    BORDER: tl.constexpr, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dA^T Q and P^T dO with some rows added; a tile on the BORDER has keys none wrote."""
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
+    at, inside = rows.to(tl.int64) * x_t + keys, (rows < num_rows) & (keys < x_t)
+    weight, ds = tl.load(x + at, inside, 0.0), tl.load(y + at, inside, 0.0)
+    if BORDER:
+        seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        weight, ds = tl.where(seen, weight, 0.0), tl.where(seen, ds, 0.0)
+    acc_v = tl.dot(tl.trans(weight.to(do.dtype)), do, acc_v, input_precision=PRECISION)
+    return tl.dot(tl.trans(ds.to(q.dtype)), q, acc_k, input_precision=PRECISION), acc_v
+
+
+@triton.jit
 def grad_key_value_kernel(
-    x, y, query, grad_out, mask, unit, grad_key, grad_value,
+    x, y, query, grad_out, unit, grad_key, grad_value,
     keys_stored, num_rows, num_keys, shift, scale,
     x_b, x_h, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
-    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, mask_b,
+    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys, B Hkv)."""
     b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     first_key = tl.program_id(0) * K
-    keys = first_key + tl.arange(0, K)[:, None]
     b64 = b.to(tl.int64)
-    mask += b * mask_b
     acc_k = tl.zeros((K, WIDE), tl.float32)
     acc_v = tl.zeros((K, WIDE_V), tl.float32)
-    low = 0
+    low, whole = 0, 0  # the first rows that see any, and all, of these keys
     if CAUSAL:
         low = tl.maximum(0, first_key - shift) // M * M
+        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
     for member in range(GROUP):
         h = kv * GROUP + member
-        a_base = query + b64 * query_b + h * query_h
+        q_base = query + b64 * query_b + h * query_h
         do_base = grad_out + b64 * out_b + h * out_h
-        x_base = b64 * x_b + h * x_h
-        for first_row in range(low, num_rows, M):
-            line = first_row + tl.arange(0, M)
-            rows = line[None, :]
-            seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
-            a = load_rows(a_base, query_t, first_row, num_rows, E, M, WIDE)
-            do = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
-            at = x_base + rows.to(tl.int64) * x_t + keys
-            weight, ds = tl.load(x + at, seen, 0.0), tl.load(y + at, seen, 0.0)
-            acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
-            acc_k = tl.dot(ds.to(a.dtype), a, acc_k, input_precision=PRECISION)
+        at = b64 * x_b + h * x_h
+        for first_row in range(low, tl.minimum(whole, num_rows), M):
+            acc_k, acc_v = add_rows(
+                acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        for first_row in range(whole, num_rows, M):
+            acc_k, acc_v = add_rows(
+                acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
     factor = tl.load(unit)
     acc_k *= scale * factor
     acc_v *= factor
+    keys = first_key + tl.arange(0, K)[:, None]
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
     at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
     at_v = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v

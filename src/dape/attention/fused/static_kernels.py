@@ -1,8 +1,8 @@
 """Triton kernels of attention with a static bias: one head a program, nothing in memory between.
 
 The bias is a table over the distance, in base 2, padded on both sides, with -inf where causality
-hides a key: a score takes its entry by one load at `row - key`; no tile needs a mask. Where keys
-alone are hidden (padding, an end within a tile), a line over the keys holds 0 or -inf: `LINED`.
+hides a key, so that no tile needs a mask. Where keys alone are hidden (padding, an end within a
+tile), a line over the keys holds 0 or -inf: `LINED`.
 
 Shapes: B batch, H query and Hkv key heads, R rows, T keys, E and V head dims, tiles of M rows and
 K keys. Strides of batch, head and row come as `_b, _h, _t`.
@@ -15,12 +15,29 @@ from dape.attention.fused.kernels import LOG2E, diagonal_tiles, load_rows
 
 
 @triton.jit
+def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
+
+    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
+    product of queries and keys lies: a load for every element would cost more than that product.
+    """
+    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    n = tl.arange(0, A * B)
+    if KEYS_FIRST:
+        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
+        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
+    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
+    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
+
+
+@triton.jit
 def logits(
-    left, right, table, line, distances, keys, scale, LINED: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return base-2 logits of a tile; `scale` is in base 2 too."""
+    left, right, table, line, keys, scale, A: tl.constexpr, B: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, LINED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return base-2 logits of a tile `[A, B]`; `scale` is in base 2 too."""
     s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
-    s += tl.load(table + distances)
+    s += toeplitz(table, A, B, KEYS_FIRST)
     if LINED:
         s += tl.load(line + keys)
     return s
@@ -55,7 +72,6 @@ def forward_kernel(
     table += h.to(tl.int64) * table_size + table_low + shift + first_row
     line += b64 * line_b
     q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
-    distances = tl.arange(0, M)[:, None] - tl.arange(0, K)[None, :]
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -66,7 +82,7 @@ def forward_kernel(
     for first_key in range(low, high, K):
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         keys = first_key + tl.arange(0, K)[None, :]
-        s = logits(q, k, table - first_key, line, distances, keys, scale, LINED, PRECISION)
+        s = logits(q, k, table - first_key, line, keys, scale, M, K, False, LINED, PRECISION)
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(s - safe[:, None])
@@ -111,7 +127,6 @@ def grad_query_kernel(
     do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
     stat = b64 * stat_b + h * stat_h
     log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
-    distances = tl.arange(0, M)[:, None] - tl.arange(0, K)[None, :]
     acc = tl.zeros((M, WIDE), tl.float32)
     high = num_keys
     if CAUSAL:
@@ -120,7 +135,9 @@ def grad_query_kernel(
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
         keys = first_key + tl.arange(0, K)[None, :]
-        s = logits(q, k, table - first_key, line, distances, keys, scale * LOG2E, LINED, PRECISION)
+        s = logits(
+            q, k, table - first_key, line, keys, scale * LOG2E, M, K, False, LINED, PRECISION
+        )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
@@ -149,7 +166,6 @@ def grad_key_value_kernel(
     line += b64 * line_b
     k = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
     v = load_rows(value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V)
-    distances = tl.arange(0, M)[None, :] - tl.arange(0, K)[:, None]
     acc_k = tl.zeros((K, WIDE), tl.float32)
     acc_v = tl.zeros((K, WIDE_V), tl.float32)
     low = 0
@@ -167,7 +183,7 @@ def grad_key_value_kernel(
             rows = first_row + tl.arange(0, M)
             log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
             s = logits(
-                k, q, entries + first_row, line, distances, keys[:, None], scale * LOG2E, LINED,
+                k, q, entries + first_row, line, keys[:, None], scale * LOG2E, K, M, True, LINED,
                 PRECISION,
             )  # fmt: skip
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -200,7 +216,7 @@ def grad_table_kernel(
     positions = tl.arange(0, M)
     # On a diagonal every tile has the same distances, so its entries are loaded once.
     entries = table + h.to(tl.int64) * table_size + table_low + q * M + offset
-    bias = tl.load(entries + positions[:, None] - positions[None, :])
+    bias = toeplitz(entries, M, M, False)
     acc = tl.zeros((M, M), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
     query += h * query_h
