@@ -214,13 +214,23 @@ def test_the_weights_are_those_of_the_textbook():
         (((2, 4, 5, 3), (1, 4, 5, 3), (1, 4, 5, 3)), "batch or head_dim"),
         (((2, 4, 5, 3), (2, 4, 5, 3), (2, 4, 6, 3)), "key and value differ"),
         (((2, 4, 5, 3), (2, 3, 5, 3), (2, 3, 5, 3)), "multiple of the key heads"),
-        (((2, 4, 5, 3), (2, 4, 0, 3), (2, 4, 0, 3)), "no key"),
+        (((2, 4, 5, 3), (2, 4, 0, 3), (2, 4, 0, 3)), "an axis is empty"),
+        (((2, 4, 0, 3), (2, 4, 5, 3), (2, 4, 5, 3)), "an axis is empty"),
+        (((0, 4, 5, 3), (0, 4, 5, 3), (0, 4, 5, 3)), "an axis is empty"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(shapes, words):
     with pytest.raises(UserError, match=words) as error:
         check(*(torch.zeros(shape) for shape in shapes), None, None)
     assert all(str(list(shape)) in str(error.value) for shape in shapes)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "sdpa"])
+def test_a_key_of_another_dtype_is_refused(backend):
+    query, key, value = Problem().tensors(torch.float32)
+    message = r"^the query is torch\.float32, but the key torch\.float64; give both in one dtype$"
+    with pytest.raises(UserError, match=message):
+        dape.attention(query, key.double(), value, backend=backend)
 
 
 def test_modules_of_other_heads_are_named():

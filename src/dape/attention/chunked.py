@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dape.attention.reference import attend, visibility
+from dape.attention.reference import attend, log_sum_exp, visibility
 
 # How many scores a block may hold: 16 MiB of float32 on a CPU, enough to fill a GPU on one.
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
@@ -29,11 +29,15 @@ def attend_chunked(
     scale: float,
     causal: bool,
     query_offset: int | Int[Tensor, ""],
-) -> Float[Tensor, "batch heads query value_dim"]:
-    """Return the output of `attend`, in blocks; keys after a block's last query are not read."""
+    return_lse: bool,
+) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"] | None]:
+    """Return the output of `attend`, and the log-sum-exp of the logits of each row if asked for.
+
+    In blocks: keys after a block's last query are not read.
+    """
     total, keys = query.shape[2], key.shape[2]
 
-    def block(start: int, stop: int) -> Tensor:
+    def block(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         seen = keys
         if causal and isinstance(query_offset, int):
             seen = max(1, min(keys, query_offset + stop))
@@ -42,7 +46,7 @@ def attend_chunked(
         if mask is not None:
             part = mask[..., rows if mask.shape[2] > 1 else slice(None), columns]
         visible = visibility(stop - start, seen, part, causal, query_offset + start, query.device)
-        return attend(
+        out, _, logits = attend(
             query[:, :, rows],
             key[:, :, columns],
             value[:, :, columns],
@@ -52,17 +56,19 @@ def attend_chunked(
             bias,
             adapter,
             scale,
-        )[0]
+        )
+        return out, log_sum_exp(logits, visible) if return_lse else None
 
     size = rows_per_block(query, keys)
     if size >= total:  # no loop, which compilation would unroll for this one length
         return block(0, total)
-    outputs = []
+    blocks = []
     # The largest first: what it frees serves all others. As they grow, a heap would grow by each.
     for start in reversed(range(0, total, size)):
         stop = min(start + size, total)
         if torch.is_grad_enabled():
-            outputs.append(checkpoint(block, start, stop, use_reentrant=False))
+            blocks.append(checkpoint(block, start, stop, use_reentrant=False))
         else:
-            outputs.append(block(start, stop))
-    return torch.cat(outputs[::-1], dim=2)
+            blocks.append(block(start, stop))
+    outputs, sums = zip(*blocks[::-1], strict=True)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if return_lse else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dape.attention import sdpa
 from dape.attention.chunked import attend_chunked
-from dape.attention.reference import attend, visibility
+from dape.attention.reference import attend, log_sum_exp, visibility
 from dape.attention.select import fastest, select
 from dape.errors import UserError
 
@@ -29,9 +29,11 @@ def attention(
     query_positions: Int[Tensor, "*batch query"] | None = None,
     key_positions: Int[Tensor, "*batch key"] | None = None,
     return_weights: bool = False,
+    return_lse: bool = False,
 ) -> (
     Float[Tensor, "batch heads query value_dim"]
     | tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"]]
+    | tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]
 ):
     r"""Attention whose logits are `adapter(q k^T * scale, bias(i, j))`, or their sum without one.
 
@@ -50,9 +52,14 @@ def attention(
         query_positions: `query_offset + arange(Tq)` by default; a batch axis may lead.
         key_positions: `arange(Tk)` by default; a batch axis may lead.
         return_weights: also return the softmax weights (backend `reference`).
+        return_lse: also return `lse_i = log sum_j exp(logits_ij)`, `[B, H, Tq]` in float32 (or
+            wider where the query is), -inf for a query that sees no key. Outputs over parts of
+            the keys merge to that over all: `sum_p exp(lse_p - lse) out_p`, where
+            `lse = logsumexp_p lse_p`. It is not differentiable: gradients flow through the
+            output alone.
 
     Returns:
-        The output `[B, H, Tq, dv]`; zeros for a query that sees no key.
+        The output `[B, H, Tq, dv]` in the dtype of the value; zeros for a query that sees no key.
 
     Raises:
         UserError: for shapes that do not fit each other, and for what the backend cannot do.
@@ -67,14 +74,16 @@ def attention(
 
     def obstacle(name: str) -> str | None:
         if name == "sdpa":
-            return sdpa.obstacle(query, key, bias, adapter, mask, causal, query_offset)
+            return sdpa.obstacle(
+                query, value, bias, adapter, mask, causal, query_offset, return_lse
+            )
         if name in ("triton", "cuda"):
             from dape.attention.fused.operator import obstacle
 
             return obstacle(name, query, value, bias, adapter, mask, query_offset, given)
         return None
 
-    chosen = select(backend, return_weights)
+    chosen = select(backend, return_weights, return_lse)
     if chosen == "auto":
         chosen = fastest(device, obstacle)
     reason = obstacle(chosen)
@@ -86,20 +95,26 @@ def attention(
         from dape.attention.fused.operator import attend_fused
 
         first = cast(int, query_offset)  # what is no number has an obstacle
-        return attend_fused(query, key, value, bias, adapter, mask, scale, causal, first, chosen)
+        out, lse = attend_fused(
+            query, key, value, bias, adapter, mask, scale, causal, first, chosen
+        )
+        return (out, lse) if return_lse else out
     if query_positions is None:
         query_positions = torch.arange(rows, device=device) + query_offset
     if key_positions is None:
         key_positions = torch.arange(keys, device=device)
     if chosen == "chunked":
-        return attend_chunked(
+        out, sums = attend_chunked(
             query, key, value, query_positions, key_positions, mask, bias, adapter, scale, causal,
-            query_offset,
+            query_offset, return_lse,
         )  # fmt: skip
+        return out if sums is None else (out, sums)
     visible = visibility(rows, keys, mask, causal, query_offset, device)
-    out, weights = attend(
+    out, weights, logits = attend(
         query, key, value, query_positions, key_positions, visible, bias, adapter, scale
     )
+    if return_lse:
+        return out, log_sum_exp(logits, visible)
     return (out, weights) if return_weights else out
 
 
@@ -116,8 +131,12 @@ def check(
         raise UserError(f"{shapes}: key and value differ in batch, heads or length")
     if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise UserError(f"{shapes}: the query heads must be a multiple of the key heads")
-    if key.shape[2] == 0:
-        raise UserError(f"{shapes}: there is no key to attend to")
+    if 0 in (*query.shape, *key.shape):
+        raise UserError(f"{shapes}: an axis is empty; there must be a query and a key")
+    if query.dtype != key.dtype:
+        raise UserError(
+            f"the query is {query.dtype}, but the key {key.dtype}; give both in one dtype"
+        )
     for name, module in (("bias", bias), ("adapter", adapter)):
         for size, axis in (("num_heads", 1), ("head_dim", 3)):
             built = getattr(module, size, query.shape[axis])

@@ -1,5 +1,7 @@
 """The textbook: whole score matrices in plain PyTorch, what every other backend must equal."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -23,6 +25,14 @@ def visibility(
     return visible if mask is None else visible & mask
 
 
+class Attended(NamedTuple):
+    """What `attend` returns: the output, the weights, and the logits, lowest where unseen."""
+
+    out: Float[Tensor, "batch heads query value_dim"]
+    weights: Float[Tensor, "batch heads query key"]
+    logits: Float[Tensor, "batch heads query key"]
+
+
 def attend(
     query: Float[Tensor, "batch heads query head_dim"],
     key: Float[Tensor, "batch kv_heads key head_dim"],
@@ -33,8 +43,8 @@ def attend(
     bias: nn.Module | None,
     adapter: nn.Module | None,
     scale: float,
-) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"]]:
-    """Return the output and the attention weights; a query that sees no key gets zeros.
+) -> Attended:
+    """Return output, attention weights and logits; a query that sees no key gets zeros.
 
     The products run in the dtype of the arguments; scores, bias, adapter and softmax in float32, or
     wider where the arguments are. Grouped key-value heads are never repeated in memory.
@@ -61,4 +71,11 @@ def attend(
         logits = logits.masked_fill(~visible, torch.finfo(wide).min)
         weights = logits.softmax(-1).masked_fill(~visible, 0).to(value.dtype)
         out = weights.view(batch, kv_heads, heads // kv_heads * rows, keys) @ value
-    return out.view(batch, heads, rows, -1), weights
+    return Attended(out.view(batch, heads, rows, -1), weights, logits)
+
+
+def log_sum_exp(
+    logits: Float[Tensor, "batch heads query key"], visible: Bool[Tensor, "#batch 1 query key"]
+) -> Float[Tensor, "batch heads query"]:
+    """Return `log sum_j exp(logits_ij)` over the visible keys; -inf for a query that sees none."""
+    return logits.detach().logsumexp(-1).masked_fill(~visible.any(-1), -torch.inf)

@@ -51,7 +51,7 @@ BACKENDS = {
 SPECIAL = ("sdpa", "cuda", "triton")
 
 
-def select(backend: str, return_weights: bool = False) -> str:
+def select(backend: str, return_weights: bool = False, return_lse: bool = False) -> str:
     """Return the name of the backend for a call, or `auto` if the call itself decides.
 
     Raises:
@@ -59,6 +59,11 @@ def select(backend: str, return_weights: bool = False) -> str:
     """
     if backend != "auto" and backend not in BACKENDS:
         raise unknown("backend", backend, ("auto", *BACKENDS))
+    if return_weights and return_lse:
+        raise UserError(
+            "return_weights=True and return_lse=True: a call returns one of them; "
+            "the log-sum-exp needs a call of its own"
+        )
     if return_weights:
         if backend not in ("auto", "reference"):
             raise UserError(

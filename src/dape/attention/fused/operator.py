@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
+# CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
+MOST_PROGRAMS = 65535
 
 
 def obstacle(
@@ -30,7 +32,7 @@ def obstacle(
     positions_given: bool,
 ) -> str | None:
     """Return why the fused kernels cannot serve a call, or None if they can."""
-    heads, units = query.shape[1], getattr(adapter, "hidden", 0)
+    batch, heads, units = *query.shape[:2], getattr(adapter, "hidden", 0)
     features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
     most, widest = max(units, features), max(query.shape[3], value.shape[3])
     reasons = [
@@ -38,8 +40,10 @@ def obstacle(
         (not isinstance(query_offset, int), "query_offset is a tensor"),
         (mask is not None and mask.shape[2] > 1, "the mask differs between queries"),
         (query.dtype not in DTYPES, f"the dtype is {query.dtype}"),
+        (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
         (widest > WIDEST_HEAD, f"head_dim={widest} is more than {WIDEST_HEAD}"),
         (heads > MOST_HEADS, f"{heads} heads are more than {MOST_HEADS}"),
+        (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
         (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
@@ -68,14 +72,13 @@ def attend_fused(
     causal: bool,
     query_offset: int,
     backend: str,
-) -> Float[Tensor, "batch heads query value_dim"]:
-    """Return the output of a call that has no `obstacle`."""
+) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
+    """Return output and log-sum-exp of a call that has no `obstacle`."""
     rows, keys = query.shape[2], key.shape[2]
     count = max(keys - min(0, query_offset), rows + query_offset)
     found = tables(bias, adapter, query.shape[1], count, query.device)
     seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
-    out, _ = banded(query, key, value, found, seen, scale, causal, query_offset, backend)
-    return out
+    return banded(query, key, value, found, seen, scale, causal, query_offset, backend)
 
 
 def mixer(backend: str, problem: "Problem") -> ModuleType:
