@@ -8,7 +8,7 @@ from problems import Problem, leaves, solve, solve_by_textbook
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded, operator
+from dape.attention.fused import banded
 from dape.errors import UserError
 
 # The interpreter's own warnings, of NumPy.
@@ -132,24 +132,6 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
     runs = [solve(problem, *given, "triton", torch.float32)[1] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize("adapter", [None, DAPE], ids=["static", "dape"])
-def test_the_operator_is_registered_in_full(adapter):
-    problem = Problem(batch=1, rows=3, keys=3, adapter=adapter)
-    tensors, (bias, adapter), _ = leaves(problem.tensors(torch.float32), problem.modules())
-    found = operator.tables(bias, adapter, 4, 3, tensors[0].device)
-    tables = [x.detach().requires_grad_() for x in found]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        operator.banded, (*tensors, tables, None, 0.5, True, 0, "triton"), test_utils=checks
-    )
-
-
-def test_lse_is_that_of_the_logits():
-    query, key, value = Problem(rows=6, keys=6).tensors(torch.float32)
-    _, lse = operator.banded(query, key, value, [], None, 0.5, False, 0, "triton")
-    assert_close(lse, (0.5 * query.double() @ key.double().mT).logsumexp(-1).float())
 
 
 class RowBias(dape.NoBias):

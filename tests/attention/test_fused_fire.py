@@ -175,17 +175,6 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("adapter", [None, DAPE], ids=["fire", "dape-fire"])
-def test_the_operator_is_registered_in_full(adapter):
-    problem = FireProblem(batch=1, rows=3, keys=3, adapter=adapter)
-    tensors, (bias, adapter), _ = leaves(problem.tensors(torch.float32), problem.modules())
-    found = operator.tables(bias, adapter, 4, 3, tensors[0].device)
-    tables = [x.detach().requires_grad_() for x in found]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*tensors, tables, None, 0.5, True, 0, "triton")
-    torch.library.opcheck(operator.banded, arguments, test_utils=checks)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cuda_backend_serves_what_triton_does(dtype):
     query = torch.zeros(1, 24, 3, 8, dtype=dtype)
@@ -206,21 +195,6 @@ def test_more_units_than_the_kernels_hold_are_refused():
     query = torch.zeros(1, 4, 3, 8)
     found = obstacle("triton", query, query, dape.FIRE(4, hidden=65), None, None, 0, False)
     assert found == "hidden=65 is more than 64"
-
-
-@pytest.mark.parametrize("adapter", [None, DAPE], ids=["fire", "dape-fire"])
-def test_one_graph_has_the_same_numbers(adapter):
-    torch.compiler.reset()
-    problem = FireProblem(rows=5, keys=5, adapter=adapter, threshold=2.5)
-    tensors, modules, parameters = leaves(problem.tensors(torch.float32), problem.modules())
-
-    def run(attention):
-        out = attention(*tensors, *modules, backend="triton")
-        return out, *differentiate(out, [*tensors, *parameters])
-
-    compiled = run(torch.compile(dape.attention, fullgraph=True, backend="aot_eager"))
-    for ours, theirs in zip(compiled, run(dape.attention), strict=True):
-        assert_close(ours, theirs)
 
 
 @pytest.mark.gpu

@@ -24,6 +24,8 @@ def sharded(settings):
 def main(data, out):
     held, rank = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
+    fused = {"backend": "triton"}
+    train(recipe(data, out / "fused", model=fused, hardware={"strategy": "fsdp"}), Corpus(data))
     accumulated = {"strategy": "ddp", "micro_batch_size": 2}
     train(recipe(data, out / "ddp", hardware=accumulated), Corpus(data))
 
