@@ -26,6 +26,7 @@ PROBLEMS = {
     "bidirectional": Problem(causal=False),
     "grouped heads": Problem(kv_heads=2, scale=0.4),
     "offset": Problem(rows=4, keys=11, query_offset=7),
+    "one query": Problem(rows=1, keys=40, query_offset=39),
     "rows without keys": Problem(query_offset=-3),
     "left padding": Problem(mask="left"),
     "no bias": Problem(bias=None),

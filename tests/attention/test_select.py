@@ -39,11 +39,12 @@ def test_the_fastest_without_an_obstacle_is_taken(monkeypatch, device, missing, 
     assert not set(asked) & set(missing.split())  # what is not here is not asked, nor imported
 
 
-def without(monkeypatch, capability=None, triton=True):
-    """Let the machine have a GPU of some compute capability or none, and Triton or not."""
+def pretend(monkeypatch, capability=None, built=True, triton=True):
+    """Let the machine have a GPU of some compute capability or none, and CUDA and Triton or not."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
     monkeypatch.setattr(select, "find_spec", lambda name: SimpleNamespace() if triton else None)
 
 
@@ -51,6 +52,10 @@ def without(monkeypatch, capability=None, triton=True):
     ("machine", "reasons"),
     [
         ({}, {"triton": "no CUDA GPU", "cuda": "no CUDA GPU"}),
+        (
+            {"built": False},
+            dict.fromkeys(("triton", "cuda"), "this PyTorch is built without CUDA"),
+        ),
         ({"triton": False}, {"triton": "triton is not installed", "cuda": "no CUDA GPU"}),
         (
             {"capability": (7, 5)},
@@ -64,7 +69,7 @@ def without(monkeypatch, capability=None, triton=True):
     ],
 )
 def test_what_does_not_work_here_says_why_in_a_line(monkeypatch, machine, reasons):
-    without(monkeypatch, **machine)
+    pretend(monkeypatch, **machine)
     for name, reason in reasons.items():
         if reason is None:
             assert select.select(name) == name

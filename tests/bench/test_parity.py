@@ -89,7 +89,7 @@ def test_methods_of_a_cpu_pass_and_others_say_why_not():
     assert reasons["sdpa-cudnn"] == "cuDNN needs a CUDA GPU"
     assert "one head" in reasons["flex"] and reasons["flex"] == reasons["flex-table"]
     if not torch.cuda.is_available():
-        assert reasons["cuda"] == "no CUDA GPU"
+        assert "CUDA" in reasons["cuda"]
     training = next(c for c in checks if c.method == "chunked" and "backward" in c.direction)
     assert "output" in training.errors and "adapter.weight_out" in training.errors
 

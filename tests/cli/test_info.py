@@ -4,7 +4,9 @@ import re
 from importlib.metadata import version
 
 import pytest
+import torch
 
+from dape.attention import select
 from dape.cli import main
 from dape.positions.scheme import ADAPTERS, BASES
 
@@ -27,6 +29,26 @@ def test_versions_backends_and_schemes_are_listed(capsys):
     assert any(line.startswith("backend chunked  ") and "works here" in line for line in lines)
     text = " ".join(" ".join(lines).split())
     assert ", ".join(BASES) in text and ", ".join(f"{name}-" for name in ADAPTERS) in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "fused", "auto"),
+    [
+        (False, "not here: no CUDA GPU (", "sdpa, chunked"),
+        (True, "works here (", "sdpa, cuda, triton, chunked"),
+    ],
+)
+def test_it_says_why_fused_kernels_do_not_work_and_what_auto_takes(
+    capsys, monkeypatch, gpu, fused, auto
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(select, "find_spec", lambda name: name)
+    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in run(capsys)}
+    assert lines["backend triton"].startswith(fused) and lines["backend cuda"].startswith(fused)
+    assert lines["backend auto"] == f"takes the first of {auto} that serves a call"
 
 
 def test_what_the_fused_kernels_do_not_serve_is_named(capsys):

@@ -19,22 +19,25 @@ class Backend:
     obstacle: Callable[[], str | None] = lambda: None
 
 
+def no_gpu() -> str | None:
+    """Return why PyTorch has no CUDA GPU here."""
+    if torch.cuda.is_available():
+        return None
+    return "no CUDA GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
+
+
 def no_triton() -> str | None:
     """Return why Triton's kernels cannot run here; its interpreter runs them on a CPU, slowly."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return "no CUDA GPU"
-    return None
+    return None if os.environ.get("TRITON_INTERPRET") == "1" else no_gpu()
 
 
 def no_cuda() -> str | None:
     """Return why kernels compiled at run time cannot run here."""
-    if not torch.cuda.is_available():
-        return "no CUDA GPU"
-    if torch.cuda.get_device_capability() < (8, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    return no_triton()
+    return no_gpu() or no_triton()
 
 
 BACKENDS = {
@@ -83,14 +86,18 @@ def absent(backend: str) -> str | None:
     return BACKENDS[backend].obstacle()
 
 
-def fastest(device: torch.device, obstacle: Callable[[str], str | None]) -> str:
-    """Return the fastest backend for a call: the first without an `obstacle`, else `chunked`.
+def order(device: str) -> list[str]:
+    """Return the backends, on `cpu` or `cuda`, of which `auto` takes the first that serves a call.
 
     The fused kernels serve a GPU; their interpreter on a CPU is for tests.
     """
-    names = SPECIAL if device.type == "cuda" else SPECIAL[:1]
-    served = (name for name in names if absent(name) is None and obstacle(name) is None)
-    return next(served, "chunked")
+    names = SPECIAL if device == "cuda" else SPECIAL[:1]
+    return [*(name for name in names if absent(name) is None), "chunked"]
+
+
+def fastest(device: torch.device, obstacle: Callable[[str], str | None]) -> str:
+    """Return the fastest backend for a call: the first without an `obstacle`."""
+    return next(name for name in order(device.type) if obstacle(name) is None)
 
 
 def devices() -> list[str]:

@@ -45,9 +45,10 @@ def main(argv: list[str]) -> None:
 
 def installation() -> "Table":
     """Return versions, devices, backends and the names of schemes."""
+    import torch
     from rich.table import Table
 
-    from dape.attention.select import BACKENDS, devices
+    from dape.attention.select import BACKENDS, devices, order
     from dape.positions.scheme import ADAPTERS, BASES
 
     table = Table.grid(padding=(0, 2))
@@ -60,6 +61,8 @@ def installation() -> "Table":
         obstacle = backend.obstacle()
         state = "works here" if obstacle is None else f"not here: {obstacle}"
         table.add_row(f"backend {backend.name}", f"{state} ({backend.purpose})")
+    names = ", ".join(order("cuda" if torch.cuda.is_available() else "cpu"))
+    table.add_row("backend auto", f"takes the first of {names} that serves a call")
     table.add_row("schemes", ", ".join(BASES))
     table.add_row("adapters", ", ".join(f"{name}-" for name in ADAPTERS) + " before a scheme")
     table.add_row(
