@@ -8,10 +8,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from dape.model.announce import announce
+
 if TYPE_CHECKING:
     from dape.attention import attention
     from dape.errors import UserError
     from dape.model.configuration import DapeConfig
+    from dape.model.huggingface import DapeForSequenceClassification
     from dape.model.modeling import DapeForCausalLM, DapeModel
     from dape.positions.absolute import Learned, Sinusoidal
     from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
@@ -34,6 +37,7 @@ _HOME = {
     "DAPE": "dape.positions.adapter",
     "DapeConfig": "dape.model.configuration",
     "DapeForCausalLM": "dape.model.modeling",
+    "DapeForSequenceClassification": "dape.model.huggingface",
     "DapeModel": "dape.model.modeling",
     "DynamicNTK": "dape.positions.rotary",
     "FIRE": "dape.positions.bias",
@@ -65,6 +69,7 @@ __all__ = [
     "CoPE",
     "DapeConfig",
     "DapeForCausalLM",
+    "DapeForSequenceClassification",
     "DapeModel",
     "DynamicNTK",
     "Kerple",
@@ -94,6 +99,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+announce()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,28 @@
 """The configuration of a DAPE language model, on Hugging Face conventions."""
 
+import math
+import shutil
 from dataclasses import field
+from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
 
 from dape.errors import UserError, unknown
 from dape.positions import scheme
+
+BLOCKS = ("paper", "modern")
+SHIM = Path(__file__).with_name("shim.py")
+# Where a process that never imported this package finds the classes: in the copy of the shim.
+AUTO_MAP = {
+    "AutoConfig": "modeling_dape.DapeConfig",
+    "AutoModel": "modeling_dape.DapeModel",
+    "AutoModelForCausalLM": "modeling_dape.DapeForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dape.DapeForSequenceClassification",
+}
 
 # Keys that transformers itself writes into a config.json or passes at load time.
 _FOREIGN = frozenset(
@@ -39,17 +54,21 @@ class DapeConfig(PreTrainedConfig):
         num_hidden_layers: number of blocks.
         num_attention_heads: query heads H; `hidden_size / H` is the head dimension.
         num_key_value_heads: key and value heads, which must divide H; as many by default.
-        intermediate_size: width of the feed-forward layer, `4 * hidden_size` by default.
+        block: `paper` (layer norm, GELU, biases everywhere) or `modern` (RMS norm, SwiGLU, no
+            biases: Llama's).
+        intermediate_size: width of the feed-forward layer, by default `4 * hidden_size`; in the
+            modern block, whose feed-forward layer has three matrices, 2/3 of that, rounded up to a
+            multiple of 64.
         scheme: where position enters, such as `dape-kerple`; `dape info --schemes` lists them.
         scheme_options: per place (`embedding`, `rotation`, `bias`, `adapter`), options of its
             module, such as `{"adapter": {"hidden": 32}}`.
         train_length: tokens per training sequence. It informs schemes that scale by it and never
             limits how long a sequence the model reads.
-        layer_norm_eps: added to the variance in each layer norm.
+        layer_norm_eps: added to the variance, or the mean square, in each norm.
         backend: how attention is computed, as in `dape.attention`.
 
     Raises:
-        UserError: for an unknown key, scheme or option, or sizes that do not divide.
+        UserError: for an unknown key, block, scheme or option, or sizes that do not divide.
 
     """
 
@@ -61,6 +80,7 @@ class DapeConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
+    block: str = "paper"
     intermediate_size: int | None = None
     scheme: str = "dape-kerple"
     scheme_options: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +100,22 @@ class DapeConfig(PreTrainedConfig):
                 raise unknown("key of DapeConfig", name, DapeConfig.__annotations__)
         self.check()
         super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)  # a copy on the Hub has the names of its repository in it
+        # Who holds a configuration may hand it to an Auto class, which must know the models by
+        # then. They build on the Auto classes, so those cannot bring them along.
+        import_module("dape.model.huggingface")
+
+    def save_pretrained(
+        self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write `config.json`, and beside it the shim by which `trust_remote_code` finds us."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(SHIM, Path(save_directory) / "modeling_dape.py")
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: folders get the shim, where transformers would copy this file."""
 
     @property
     def head_dim(self) -> int:
@@ -92,9 +128,17 @@ class DapeConfig(PreTrainedConfig):
         return self.head_dim * (self.num_key_value_heads or self.num_attention_heads)
 
     @property
+    def has_biases(self) -> bool:
+        """Whether the linear layers add biases."""
+        return self.block == "paper"
+
+    @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layer."""
-        return self.intermediate_size or 4 * self.hidden_size
+        default = 4 * self.hidden_size
+        if self.block == "modern":
+            default = 64 * math.ceil(2 / 3 * default / 64)
+        return default if self.intermediate_size is None else self.intermediate_size
 
     @property
     def dimensions(self) -> dict[str, int]:
@@ -108,9 +152,13 @@ class DapeConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raise a `UserError` for values that cannot be, naming the field and the remedy."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if self.block not in BLOCKS:
+            raise unknown("block", self.block, BLOCKS)
         heads = self.num_attention_heads
         kv_heads = heads if self.num_key_value_heads is None else self.num_key_value_heads
         if self.hidden_size % heads:
@@ -120,3 +168,6 @@ class DapeConfig(PreTrainedConfig):
         if kv_heads < 1 or heads % kv_heads:
             raise UserError(f"num_key_value_heads={kv_heads} does not divide {heads} query heads")
         scheme.check(self.scheme, self.scheme_options)
+
+
+AutoConfig.register(DapeConfig.model_type, DapeConfig, exist_ok=True)

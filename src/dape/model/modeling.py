@@ -1,6 +1,7 @@
 """A language model whose only notion of position is its scheme.
 
-- pre-norm decoder: layer norm, attention, layer norm, GELU feed-forward; biases everywhere
+- pre-norm decoder: norm, attention, norm, feed-forward; the paper's block has layer norms, GELU and
+  biases everywhere, the modern one Llama's RMS norms, SwiGLU and no biases
 - position enters at the four places of `dape.positions`; bias and adapter, one per layer, float32
 - attention through `dape.attention`: grouped key-value heads, cache, padding; any length
 - embedding and output layer untied unless asked; the paper's GPT-NeoX initialisation
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -29,11 +31,17 @@ from dape.positions import scheme
 INTO_STREAM = "into_stream"
 
 
-def residual_projection(in_features: int, out_features: int) -> nn.Linear:
+def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
     """Return a linear layer marked as writing into the residual stream, for its initialisation."""
-    linear = nn.Linear(in_features, out_features)
+    linear = nn.Linear(in_features, out_features, bias)
     setattr(linear, INTO_STREAM, True)
     return linear
+
+
+def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """Return the norm of the block's style over the residual stream."""
+    kind = nn.RMSNorm if config.block == "modern" else nn.LayerNorm
+    return kind(config.hidden_size, config.layer_norm_eps)
 
 
 class DapeAttention(nn.Module):
@@ -42,11 +50,11 @@ class DapeAttention(nn.Module):
     def __init__(self, config: DapeConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        width, kv_width = config.hidden_size, config.key_value_size
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, kv_width)
-        self.v_proj = nn.Linear(width, kv_width)
-        self.o_proj = residual_projection(width, width)
+        width, kv_width, bias = config.hidden_size, config.key_value_size, config.has_biases
+        self.q_proj = nn.Linear(width, width, bias)
+        self.k_proj = nn.Linear(width, kv_width, bias)
+        self.v_proj = nn.Linear(width, kv_width, bias)
+        self.o_proj = residual_projection(width, width, bias)
         parts = scheme.resolve(config.scheme)
         dimensions, options = config.dimensions, config.scheme_options
         self.rotation = parts.build("rotation", dimensions, options)
@@ -93,16 +101,20 @@ class DapeAttention(nn.Module):
 
 
 class DapeMLP(nn.Module):
-    """Feed-forward layer: `W2 gelu(W1 x)`."""
+    """Feed-forward layer: `W2 gelu(W1 x)`, in the modern block `W2 (silu(Wg x) * W1 x)`."""
 
     def __init__(self, config: DapeConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
-        self.down_proj = residual_projection(config.feed_forward_size, config.hidden_size)
+        width, wide, bias = config.hidden_size, config.feed_forward_size, config.has_biases
+        self.gate_proj = nn.Linear(width, wide, bias) if config.block == "modern" else None
+        self.up_proj = nn.Linear(width, wide, bias)
+        self.down_proj = residual_projection(wide, width, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `[B, T, C]` to `[B, T, C]`."""
-        return self.down_proj(nn.functional.gelu(self.up_proj(hidden_states)))
+        if self.gate_proj is None:
+            return self.down_proj(gelu(self.up_proj(hidden_states)))
+        return self.down_proj(silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class DapeDecoderLayer(GradientCheckpointingLayer):
@@ -110,9 +122,9 @@ class DapeDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DapeConfig, layer_idx: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.input_layernorm = norm(config)
         self.self_attn = DapeAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = norm(config)
         self.mlp = DapeMLP(config)
 
     def forward(self, hidden_states: Tensor, **where: Any) -> Tensor:
@@ -146,21 +158,32 @@ class DapePreTrainedModel(PreTrainedModel):
         """Draw weights as the paper's GPT-NeoX does, of width C and depth L.
 
         Standard deviation of matrices into the residual stream (`o_proj`, `down_proj`):
-        2 / (L sqrt(C)), `wang_init`; of all others: sqrt(2 / (5 C)), `small_init`. Biases 0; layer
-        norms 1 and 0.
-        Modules of a scheme draw their own.
+        2 / (L sqrt(C)), `wang_init`; of all others: sqrt(2 / (5 C)), `small_init`. Biases 0, norms
+        1. Modules of a scheme draw their own.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             width, depth = self.config.hidden_size, self.config.num_hidden_layers
             small, wang = math.sqrt(2 / (5 * width)), 2 / (depth * math.sqrt(width))
             init.normal_(module.weight, std=wang if hasattr(module, INTO_STREAM) else small)
-            if getattr(module, "bias", None) is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
             init.ones_(module.weight)
-            init.zeros_(module.bias)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
+            return
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
+
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        """Return "eager", as transformers calls a model's own code; refuse its other attentions."""
+        if requested_attention not in (None, "eager"):
+            raise UserError(
+                f"attn_implementation={requested_attention!r} knows no bias and no adapter; this "
+                "model takes None or 'eager', and its configuration says how: "
+                f"backend={self.config.backend!r}"
+            )
+        return "eager"
 
 
 class DapeModel(DapePreTrainedModel):
@@ -175,7 +198,7 @@ class DapeModel(DapePreTrainedModel):
         self.layers = nn.ModuleList(
             DapeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.norm = norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 

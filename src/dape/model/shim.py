@@ -1,0 +1,5 @@
+"""The classes of this model: they live in the package `dape` (`pip install dape`)."""
+
+from dape import DapeConfig, DapeForCausalLM, DapeForSequenceClassification, DapeModel
+
+__all__ = ["DapeConfig", "DapeForCausalLM", "DapeForSequenceClassification", "DapeModel"]
