@@ -1,7 +1,6 @@
 """`dape eval` on small run folders, against losses that the models themselves report."""
 
 import json
-import random
 import shutil
 import sys
 
@@ -10,46 +9,10 @@ import pytest
 import torch
 import yaml
 
-from dape import cli
 from dape.cli.eval import lengths
-from dape.data.prepare import Options, Preparation
 from dape.data.shards import Corpus
-from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
-
-SIZES = [3, 70, 65, 200, 64]  # characters of the test documents
-
-
-def prepare(folder, seed=0, tokenizer="byte"):
-    chosen = random.Random(seed)
-    for split, sizes in {"train": [50], "validation": [50], "test": SIZES}.items():
-        (folder / "text" / split).mkdir(parents=True)
-        for number, size in enumerate(sizes):
-            text = "".join(chosen.choice("abcd é") for _ in range(size - 1)) + "."
-            (folder / "text" / split / f"{number}.txt").write_text(text)
-    options = Options(
-        sources=(str(folder / "text"),), out=folder / "data", tokenizer=tokenizer, workers=1
-    )
-    for _ in Preparation(options).run():
-        pass
-    return folder / "data"
-
-
-def make_run(folder, data, scheme, seed=0):
-    torch.manual_seed(seed)
-    config = DapeConfig(
-        scheme=scheme,
-        vocab_size=257,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        train_length=16,
-    )
-    DapeForCausalLM(config).save_pretrained(folder / "model")
-    Corpus(data).tokenizer().save_pretrained(folder / "model")
-    recipe = {"data": str(data), "seed": seed, "model": {"scheme": scheme}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+from folders import dape, make_run, prepare, refused
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +34,6 @@ def runs(tmp_path, made):
     shutil.copytree(made, tmp_path / "runs")
     names = ("kerple-0", "kerple-1", "dape-kerple-0", "dape-kerple-1")
     return [tmp_path / "runs" / name for name in names]
-
-
-def dape(*words):
-    return cli.main([str(word) for word in words])
-
-
-def refused(capsys, *words):
-    assert dape(*words) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 def evaluation(run, name="last"):

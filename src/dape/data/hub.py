@@ -1,4 +1,10 @@
-"""Whether the Hugging Face hub can be reached."""
+"""What the Hugging Face hub has, and whether it can be reached."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dape.errors import UserError
 
 
 def reachable(seconds: float = 10.0) -> bool:
@@ -16,3 +22,32 @@ def reachable(seconds: float = 10.0) -> bool:
     except (HTTPError, OSError):
         return False
     return True
+
+
+def fetch(load: Callable[..., Any], source: str, **options: Any) -> Any:
+    """Return what a `from_pretrained` makes of a folder, or of a name on the hub.
+
+    What the cache holds is not asked for again, and a hub that is not there is not waited for.
+    Raises `UserError` if there is nothing to load.
+    """
+    try:
+        return load(source, local_files_only=True, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+    if Path(source).is_dir():
+        raise UserError(f"{source} cannot be loaded: {reason}")
+    if not reachable():
+        raise UserError(
+            f"no model {source!r}: there is no such folder, the Hugging Face cache has not all of "
+            "it, and the hub cannot be reached"
+        )
+    try:
+        return load(source, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model {source!r}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")

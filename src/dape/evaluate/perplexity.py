@@ -11,14 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from dape.errors import UserError
+from dape.evaluate.limits import Refused
 from dape.evaluate.protocols import Windows
 
 BINS_PER_OCTAVE = 2
 Document = Callable[[int], Int[np.ndarray, " tokens"]]
-
-
-class Refused(UserError):
-    """A model does not take windows of a length; another length or model may go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +92,7 @@ def _forward(
 ) -> Float[np.ndarray, "batch scored"]:
     output = model(input_ids=tokens[:, :-1], logits_to_keep=scored, use_cache=False)
     targets = tokens[:, -scored:]
-    logits = output.logits.float().flatten(0, 1)
+    logits = output.logits[:, -scored:].float().flatten(0, 1)
     losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
     return losses.view_as(targets).cpu().numpy()
 

@@ -3,44 +3,52 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from dape.data.hub import fetch
 from dape.data.shards import Corpus
 from dape.data.tokenizer import fingerprint, token_bytes
 from dape.errors import UserError
-from dape.evaluate.perplexity import Measurement, Refused, measure, token_losses, window_tokens
+from dape.evaluate.limits import STORED, Refused, Tables
+from dape.evaluate.perplexity import Measurement, measure, token_losses, window_tokens
 from dape.evaluate.protocols import Protocol, Windows, choose_blocks
 from dape.evaluate.record import Evaluation, Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 LEARNED_BY = ("data", "model", "training", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A trained model: a folder of `dape train`, or a Hugging Face model folder.
+    """A trained model: a folder of `dape train`, or any causal language model of transformers.
 
-    `config` is the model's config.json; `recipe` the run's config.yaml, None without one.
+    `folder` is where results go, `source` the folder or the hub's name of the model, `config` its
+    configuration; `recipe` the run's config.yaml, None without one.
     """
 
     folder: Path
-    model_folder: Path
-    config: dict[str, Any]
+    source: str
+    config: "PreTrainedConfig"
     recipe: dict[str, Any] | None
 
     @property
     def scheme(self) -> str:
         """Return the position scheme, or the architecture of a model that is not ours."""
-        return self.config.get("scheme") or self.config.get("model_type") or "unknown"
+        return getattr(self.config, "scheme", self.config.model_type)
 
     @property
     def train_length(self) -> int | None:
         """Return the length trained at, or what another model's config says of it."""
-        return self.config.get("train_length") or self.config.get("max_position_embeddings")
+        names = ("train_length", "max_position_embeddings", "max_seq_len")
+        return next((n for name in names if (n := getattr(self.config, name, None))), None)
 
     @property
     def settings(self) -> str | None:
@@ -57,47 +65,82 @@ class Run:
         than the model's.
         """
         if data is None and self.recipe is None:
-            raise UserError(f"{self.folder} has no config.yaml that names a corpus; give --data")
+            raise UserError(f"{self.source} has no config.yaml that names a corpus; give --data")
         corpus = Corpus(data or Path(self.recipe["data"]))  # type: ignore[index]
-        if corpus.vocab_size > self.config["vocab_size"]:
+        if corpus.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{corpus.folder} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"{self.folder} only {self.config['vocab_size']}; prepare it with its tokenizer"
+                f"{self.source} only {self.config.vocab_size}; prepare it with its tokenizer"
             )
-        if (self.model_folder / "tokenizer.json").is_file():
-            self._check_tokenizer(corpus)
+        own = self.tokenizer()
+        if own and fingerprint(own) != fingerprint(corpus.tokenizer()):
+            raise UserError(
+                f"{corpus.folder} was prepared with another tokenizer than that of {self.source}; "
+                f"prepare it with --tokenizer {self._tokenizer_file().parent}"
+            )
         return corpus
 
-    def _check_tokenizer(self, corpus: Corpus) -> None:
+    def tokenizer(self) -> "PreTrainedTokenizerFast | None":
+        """Return the tokenizer that lies with the model, None if there is no tokenizer.json."""
         from transformers import PreTrainedTokenizerFast
 
-        own = PreTrainedTokenizerFast.from_pretrained(str(self.model_folder))
-        if fingerprint(own) != fingerprint(corpus.tokenizer()):
-            raise UserError(
-                f"{corpus.folder} was prepared with another tokenizer than that of {self.folder}; "
-                f"prepare it with --tokenizer {self.model_folder}"
-            )
+        if Path(self.source).is_dir() and not self._tokenizer_file().is_file():
+            return None
+        return fetch(PreTrainedTokenizerFast.from_pretrained, self.source)
 
-    def load(self, device: torch.device) -> torch.nn.Module:
-        """Return the model on the device, in the precision it was saved in."""
+    def _tokenizer_file(self) -> Path:
+        from huggingface_hub import try_to_load_from_cache
+
+        if Path(self.source).is_dir():
+            return Path(self.source) / "tokenizer.json"
+        return Path(str(try_to_load_from_cache(self.source, "tokenizer.json")))
+
+    def load(self, device: torch.device, longest: int = 0) -> torch.nn.Module:
+        """Return the model on the device, in the precision it was saved in.
+
+        A model that stores the values of a formula stores those up to `longest` tokens.
+        """
         from transformers import AutoModelForCausalLM
 
-        from dape.model.modeling import DapeForCausalLM
+        stored = STORED.get(self.config.model_type)
+        options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
+        model = fetch(AutoModelForCausalLM.from_pretrained, self.source, **options)
+        return model.to(device).eval()
 
-        kind = DapeForCausalLM if self.config.get("model_type") == "dape" else AutoModelForCausalLM
-        return kind.from_pretrained(self.model_folder).to(device).eval()
+    @property
+    def ours(self) -> bool:
+        """Return whether the model is of this package, which tells of its limits itself."""
+        return self.config.model_type == "dape"
+
+    def limits(self) -> AbstractContextManager[Any]:
+        """Return the context in which a model that is not ours refuses what it cannot read."""
+        return nullcontext() if self.ours else Tables()
 
 
 def open_run(folder: Path) -> Run:
-    """Return the run in a folder; raise `UserError` if there is no model in it."""
-    for model_folder in (folder / "model", folder):
-        if (model_folder / "config.json").is_file():
-            config = json.loads((model_folder / "config.json").read_text())
-            return Run(folder, model_folder, config, _recipe(folder / "config.yaml"))
-    raise UserError(
-        f"no model in {folder}: neither model/config.json, as a finished `dape train` leaves it, "
-        "nor config.json of a Hugging Face model"
-    )
+    """Return the run in a folder, or the model of that name on the Hugging Face hub.
+
+    Raises `UserError` if there is no such model.
+    """
+    for model in (folder / "model", folder):
+        if (model / "config.json").is_file():
+            return Run(folder, str(model), _config(str(model)), _recipe(folder / "config.yaml"))
+    if folder.exists():
+        unfinished = (folder / "checkpoints").is_dir()
+        raise UserError(
+            f"no model in {folder}: neither model/config.json, as a finished `dape train` leaves "
+            "it, nor config.json of a Hugging Face model"
+            + f"; `dape export {folder} --out DIR` makes one of its latest checkpoint"
+            * unfinished
+        )
+    name = folder.as_posix()
+    return Run(Path("runs") / name, name, _config(name), None)
+
+
+def _config(source: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    return fetch(AutoConfig.from_pretrained, source).get_text_config()
 
 
 def _recipe(file: Path) -> dict[str, Any] | None:
@@ -167,20 +210,21 @@ def evaluate(
 
     `advance` is told the tokens of each forward, `announce` each length and what came of it.
     """
-    model = run.load(device)
+    model = run.load(device, max(windows.length for windows in plan.windows))
     part = plan.corpus.split(plan.split)
     measurements: list[Measurement] = []
     refused: dict[int, str] = {}
     for windows in plan.windows:
         try:
-            losses = token_losses(
-                model,
-                part.document,
-                windows,
-                batch_tokens=batch_tokens,
-                device=device,
-                advance=advance,
-            )
+            with run.limits():
+                losses = token_losses(
+                    model,
+                    part.document,
+                    windows,
+                    batch_tokens=batch_tokens,
+                    device=device,
+                    advance=advance,
+                )
         except Refused as reason:
             refused[windows.length] = str(reason)
             announce(windows.length, f"refused: {reason}")

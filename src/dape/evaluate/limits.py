@@ -1,0 +1,36 @@
+"""Where models that are not ours end: tables of positions, learned or only stored."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from dape.errors import UserError
+
+# Models that follow a formula to any length and merely store it up to the number in this key.
+STORED = {"codegen": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
+
+
+class Refused(UserError):
+    """A model does not take windows of a length; another length or model may go."""
+
+
+class Tables(TorchFunctionMode):
+    """Raise `Refused` where a model asks an embedding for a row it does not have.
+
+    A GPU would not raise but end the process. That is how learned positions end, since
+    `dape eval` checks the vocabulary before.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Check what `torch.nn.functional.embedding` is asked for; let all else pass."""
+        if function is F.embedding:
+            indices, table = args[:2]
+            if indices.numel() and int(indices.max()) >= len(table):
+                raise Refused(
+                    f"its learned positions end: row {int(indices.max())} is asked of a table of "
+                    f"{len(table)}"
+                )
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,155 @@
+"""`dape eval` on models of transformers' own, made here: their own loss is the oracle."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+)
+
+from dape.data.shards import Corpus
+from folders import dape, learned_tokenizer, prepare, refused
+
+ENDS = 16  # what each configuration says of the longest sequence
+SHAPE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+WIDE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+NARROW = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": ENDS}
+CONFIGS = {
+    "llama": LlamaConfig(**SHAPE, **WIDE, intermediate_size=32, max_position_embeddings=ENDS),
+    "gpt_neox": GPTNeoXConfig(**SHAPE, **WIDE, intermediate_size=32, max_position_embeddings=ENDS),
+    "gpt2": GPT2Config(**SHAPE, **NARROW),
+    "opt": OPTConfig(
+        **SHAPE,
+        **WIDE,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+        max_position_embeddings=ENDS,
+        pad_token_id=1,
+    ),
+    "mpt": MptConfig(**SHAPE, d_model=16, n_heads=2, n_layers=1, max_seq_len=ENDS),
+    "gptj": GPTJConfig(**SHAPE, **NARROW, rotary_dim=4),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = learned_tokenizer()
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, made):
+    folder = tmp_path_factory.mktemp("corpus")
+    return prepare(folder, tokenizer=made / "llama", sizes=[400, 900])
+
+
+def evaluation(folder):
+    return json.loads((folder / "evaluation" / "last.json").read_text())
+
+
+def own_loss(model, corpus, targets, length):
+    """Return what the model itself says of the last 8 tokens of the one window in a document."""
+    losses = []
+    for number in targets["documents"]:
+        tokens = torch.from_numpy(Corpus(corpus).split("test").document(number))[None, : 64 + 1]
+        tokens = tokens[:, -length - 1 :]
+        labels = tokens.clone()
+        labels[:, :-8] = -100
+        with torch.no_grad():
+            losses.append(model(input_ids=tokens, labels=labels).loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("name", "longer"),
+    [
+        ("llama", {}),
+        ("gpt_neox", {}),
+        ("mpt", {"max_seq_len": 65}),
+        ("gptj", {"n_positions": 65}),
+    ],
+)
+def test_the_longest_position_of_a_config_limits_no_model_that_can_go_on(
+    made, corpus, name, longer
+):
+    words = ("--lengths", "8,16,64", "--blocks", 1, "--data", corpus)
+    assert not dape("eval", made / name, *words)
+    content = evaluation(made / name)
+    assert (content["scheme"], content["train_length"]) == (name, ENDS)
+    assert content["refused"] == {} and content["seed"] is None
+    model = AutoModelForCausalLM.from_pretrained(made / name, **longer).eval()
+    for measurement in content["measurements"]:
+        expected = own_loss(model, corpus, content["targets"], measurement["length"])
+        assert measurement["document_losses"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("gpt2", ENDS), ("opt", ENDS + 2)])
+def test_learned_positions_end_and_the_table_says_so(made, corpus, capsys, name, rows):
+    folder = made / name
+    assert not dape("eval", folder, "--lengths", "8,16,32", "--data", corpus, "--blocks", 1)
+    content = evaluation(folder)
+    assert [each["length"] for each in content["measurements"]] == [8, 16]
+    reason = f"its learned positions end: row {31 + rows - ENDS} is asked of a table of {rows}"
+    assert content["refused"] == {"32": reason}
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"— {name} refused 32 tokens: {reason}." in told
+
+
+def test_a_corpus_of_another_tokenizer_is_refused_and_the_remedy_works(tmp_path, made, capsys):
+    other = prepare(tmp_path / "bytes", sizes=[400])
+    message = refused(capsys, "eval", made / "llama", "--lengths", 16, "--data", other)
+    assert "another tokenizer" in message
+    tokenizer = message.rpartition("--tokenizer ")[2]
+    mended = prepare(tmp_path / "mended", tokenizer=tokenizer, sizes=[400])
+    assert not dape("eval", made / "llama", "--lengths", 16, "--data", mended)
+
+
+def test_a_name_is_looked_up_in_the_cache_and_measured_as_the_folder_is(tmp_path, made, corpus):
+    """The layout of the cache is the hub library's own; no network is there to ask."""
+    repository = tmp_path / "hub" / "models--someone--small"
+    shutil.copytree(made / "llama", repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    words = ["--lengths", "64", "--blocks", "1", "--data", str(corpus)]
+    run = subprocess.run(
+        [sys.executable, "-m", "dape", "eval", "someone/small", *words],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    dape("eval", made / "llama", *words)
+    found = evaluation(tmp_path / "runs" / "someone" / "small")
+    assert found["measurements"] == evaluation(made / "llama")["measurements"]
+
+
+def test_a_name_nobody_knows_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("dape.data.hub.reachable", lambda: False)
+    message = refused(capsys, "eval", "runs/tpyo", "--lengths", 16)
+    assert "no model 'runs/tpyo': there is no such folder" in message
+    assert "hub cannot be reached" in message
+
+
+def test_a_model_without_weights_is_one_line(tmp_path, made, corpus, capsys):
+    shutil.copytree(made / "llama", tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").unlink()
+    assert dape("eval", tmp_path / "empty", "--lengths", 16, "--data", corpus) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {tmp_path / 'empty'} cannot be loaded" in last
