@@ -64,9 +64,9 @@ def calls(monkeypatch):
     """Return the list of problems that decoding served."""
     served, forward = [], decode.forward
 
-    def spied(problem, mixing):
+    def spied(problem, mixing, exact):
         served.append(problem)
-        return forward(problem, mixing)
+        return forward(problem, mixing, exact)
 
     monkeypatch.setattr(decode, "forward", spied)
     return served
@@ -115,7 +115,7 @@ def test_log_sum_exp_is_that_of_the_other_path(monkeypatch):
     problem = replace(BASE, rows=3, keys=200, query_offset=150, mask="left")
     tensors, (bias, adapter) = problem.tensors(torch.float32), problem.modules()
     found = operator.tables(bias, adapter, problem.heads, 200, tensors[0].device)
-    rest = (problem.draw_mask(), 0.5, True, 150, "triton")
+    rest = (problem.draw_mask(), 0.5, True, 150, "triton", False)
     ours = operator.banded(*tensors, found, *rest)
     monkeypatch.setattr(decode, "serves", lambda problem: False)
     for x, y in zip(ours, operator.banded(*tensors, found, *rest), strict=True):
@@ -125,7 +125,7 @@ def test_log_sum_exp_is_that_of_the_other_path(monkeypatch):
 def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity():
     query, key, value = replace(BASE, rows=4).tensors(torch.float32)
     found = operator.tables(*BASE.modules(), 4, 80, query.device)
-    out, lse = operator.banded(query, key, value, found, None, 0.5, True, -2, "triton")
+    out, lse, _ = operator.banded(query, key, value, found, None, 0.5, True, -2, "triton", False)
     assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert lse[:, :, 2:].isfinite().all()
 

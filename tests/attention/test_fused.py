@@ -8,7 +8,7 @@ from problems import Problem, leaves, solve, solve_by_textbook
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded
+from dape.attention.fused import banded, operator
 from dape.errors import UserError
 
 # The interpreter's own warnings, of NumPy.
@@ -173,3 +173,19 @@ def test_on_a_gpu_against_chunked_in_float64(backend, dtype, rows):
         results.append([out, *torch.autograd.grad(out, [*inputs, *parameters], weight)])
     for found, textbook, true in zip(*results, strict=True):
         assert (found.double() - true).norm() <= (textbook.double() - true).norm()
+
+
+@pytest.mark.parametrize("adapter", [None, DAPE], ids=["static", "dape"])
+def test_rounding_of_the_output_hardly_reaches_the_sums_of_tables(adapter):
+    """The gradient of a constant of every key is zero, and what is left of it is error."""
+    problem = Problem(batch=4, rows=64, keys=64, adapter=adapter)
+    tensors, (bias, adapter), _ = leaves(problem.tensors(), problem.modules(), torch.float16)
+    found = operator.tables(bias.float(), adapter and adapter.float(), 4, 64, tensors[0].device)
+    tables, weight = [x.detach().requires_grad_() for x in found], torch.randn_like(tensors[0])
+
+    def error(exact):
+        out, *_ = operator.banded(*tensors, tables, None, 0.5, True, 0, "triton", exact)
+        (gradient,) = torch.autograd.grad(out, tables[:1], weight)
+        return (gradient.sum(1).abs() / gradient.abs().sum(1)).max()
+
+    assert error(True) < (1e-6 if adapter is None else 0.6 * error(False))

@@ -68,14 +68,14 @@ def test_the_operators_pass_every_check_of_pytorch(name, masked):
     tensors, modules, _ = leaves(problem.tensors(torch.float32), built(name))
     tables = [x.detach().requires_grad_() for x in operator.tables(*modules, 4, 5, CPU)]
     mask = torch.rand(2, 5) < 0.7 if masked else None
-    rest = (0.5, True, 2, "triton")
-    torch.library.opcheck(operator.banded, (*tensors, tables, mask, *rest))
+    how = (0.5, True, 2, "triton")
+    torch.library.opcheck(operator.banded, (*tensors, tables, mask, *how, True))
     with torch.no_grad():
-        out, lse = operator.banded(*tensors, tables, mask, *rest)
+        out, lse, rest = operator.banded(*tensors, tables, mask, *how, True)
     tensors, tables = ([x.detach() for x in given] for given in (tensors, tables))
     grad_out = torch.randn_like(out)
     torch.library.opcheck(
-        operator.banded_backward, (*tensors, tables, mask, out, lse, grad_out, *rest)
+        operator.banded_backward, (*tensors, tables, mask, out, lse, rest, grad_out, *how)
     )
 
 

@@ -34,12 +34,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# For scores in a scratch, the fastest of 64 on an H100 at head_dim 64 that fit smaller GPUs too.
+# For scores in a scratch, the fastest of four to seven on an H100 at head_dim 64.
 TILES = {
     "scores": Tile(64, 128, 4, 2),
-    "softmax_value": Tile(128, 64, 8, 3),
-    "grad_query": Tile(64, 128, 8, 2),
-    "grad_key_value": Tile(64, 64, 8, 2),
+    "softmax_value": Tile(64, 64, 4, 4),
+    "grad_query": Tile(64, 64, 4, 4),
+    "grad_key_value": Tile(64, 64, 4, 3),
 }
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
@@ -184,7 +184,9 @@ class Mixer(Protocol):
     def segments(self, diagonals: int) -> int:
         """Return into how many segments to cut each of so many diagonals, a program each."""
 
-    def whole(self, problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
+    def whole(
+        self, problem: Problem, mixing: Mixing, exact: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return what `forward` does by one kernel, or None where there is none for a problem."""
 
     def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
@@ -283,52 +285,56 @@ def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
     return spans, cdiv(cdiv(band.keys, spans), tile.keys) * tile.keys
 
 
-def softmax_value(x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor) -> None:
-    """Fill output and log-sum-exp of a band, over spans of keys where rows alone are too few."""
+def softmax_value(
+    x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor, rest: Tensor
+) -> None:
+    """Fill what `forward` returns of a band, over spans of keys where rows alone are too few."""
     part = problem.part(band.batch)
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
-    parts, parts_lse = out[None], lse[None]
+    parts, parts_lse, rested = out[None], lse[None], spans == 1 and rest.numel() > 0
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, part.value, parts, parts_lse, rows, band.keys, band.shift, length,
+        x, part.value, parts, parts_lse, rest, rows, band.keys, band.shift, length,
         *strides(x), *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
-        heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim), RESTED=rested,
+        M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        combine(parts, parts_lse, out, lse)
+        combine(parts, parts_lse, out, lse, rest)
 
 
-def combine(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Fill output and log-sum-exp from those of the spans of keys, on the first axis."""
+def combine(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Fill what `forward` returns from the parts of the spans of keys, on the first axis."""
     batch, heads, rows, value_dim = out.shape
     kernels.combine_kernel[(rows, batch * heads)](
-        parts, parts_lse, out, lse, rows, parts.stride(0), value_dim, parts_lse.stride(0),
+        parts, parts_lse, out, lse, rest, rows, parts.stride(0), value_dim, parts_lse.stride(0),
         *strides(out), *lse.stride()[:2],
-        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=len(parts), num_warps=4,
+        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=len(parts),
+        RESTED=rest.numel() > 0, num_warps=4,
     )  # fmt: skip
 
 
-def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
-    """Return the output `[B, H, Tq, dv]` and the log-sum-exp `[B, H, Tq]`.
+def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output `[B, H, Tq, dv]`, the log-sum-exp `[B, H, Tq]`, and what rounding left.
 
-    A query that sees no key has zeros and -inf.
+    A query that sees no key has zeros and -inf. The backward pass takes dO O by row from all of dS;
+    an error there is the same for every key and grows in the sums of tables and weights, so that,
+    if `exact`, what rounding took from the output is kept beside it, else an empty tensor.
     """
     from dape.attention.fused import decode, static
 
     if problem.mixing is None:
-        return static.forward(problem)
+        return *static.forward(problem), problem.query.new_empty(0)
     if decode.serves(problem):
-        return decode.forward(problem, problem.mixing)
-    whole = mixer.whole(problem, problem.mixing)
+        return decode.forward(problem, problem.mixing, exact)
+    whole = mixer.whole(problem, problem.mixing, exact)
     if whole is not None:
         return whole
-    out = problem.query.new_empty(*problem.query.shape[:3], problem.value.shape[3])
-    lse = problem.query.new_empty(out.shape[:3], dtype=torch.float32)
+    out, lse, rest = outputs(problem, exact)
     scratch = Scratch.of(problem)
     for band in bands(problem):
         at, x, part = (
@@ -338,12 +344,21 @@ def forward(problem: Problem, mixer: Mixer) -> tuple[Tensor, Tensor]:
         )
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         mixer.mix(x, band, problem, problem.mixing)
-        softmax_value(x, band, problem, out[at], lse[at])
-    return out, lse
+        softmax_value(x, band, problem, out[at], lse[at], rest[at] if rest.numel() else rest)
+    return out, lse, rest
+
+
+def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return room for what `forward` returns; float32 leaves nothing to keep."""
+    query = problem.query
+    out = query.new_empty(*query.shape[:3], problem.value.shape[3])
+    lse = query.new_empty(out.shape[:3], dtype=torch.float32)
+    kept = exact and query.dtype != torch.float32
+    return out, lse, torch.empty_like(out) if kept else query.new_empty(0)
 
 
 def backward(
-    problem: Problem, mixer: Mixer, out: Tensor, lse: Tensor, grad_out: Tensor
+    problem: Problem, mixer: Mixer, out: Tensor, lse: Tensor, rest: Tensor, grad_out: Tensor
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and of the tables in their order, the scores band by band.
 
@@ -357,7 +372,7 @@ def backward(
         unit = torch.exp2(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)).ceil())
         query, key, value = map(to_half, (problem.query, problem.key, problem.value))
         problem = problem._replace(query=query, key=key, value=value)
-    grad_out, delta = prepared(problem, out, grad_out, unit)
+    grad_out, delta = prepared(problem, out, rest, grad_out, unit)
     whole = all(band.rows.stop - band.rows.start == out.shape[2] for band in bands(problem))
     grad_query = torch.empty_like(problem.query, dtype=dtype)
     if whole:
@@ -389,16 +404,17 @@ def to_half(x: Tensor) -> Tensor:
 
 
 def prepared(
-    problem: Problem, out: Tensor, grad_out: Tensor, unit: Tensor
+    problem: Problem, out: Tensor, rest: Tensor, grad_out: Tensor, unit: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return dO / unit in the dtype of the problem, and its products with O by row."""
     batch, heads, rows, value_dim = out.shape
     scaled = torch.empty_like(out, dtype=problem.query.dtype)
     delta = out.new_empty(batch, heads, rows, dtype=torch.float32)
     kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
-        out, grad_out, unit, scaled, delta, rows,
+        out, rest, grad_out, unit, scaled, delta, rows,
         *strides(out), *strides(grad_out), *strides(scaled), *delta.stride()[:2],
-        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), M=64, num_warps=4,
+        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=rest.numel() > 0,
+        M=64, num_warps=4,
     )  # fmt: skip
     return scaled, delta
 

@@ -16,6 +16,7 @@ from dape.attention.fused.banded import (
     Problem,
     Tile,
     combine,
+    outputs,
     padded,
     strides,
     visible,
@@ -59,18 +60,17 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 
 
-def forward(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor]:
-    """Return output `[B, H, Tq, dv]` and log-sum-exp `[B, H, Tq]`, as `banded.forward` does."""
+def forward(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `banded.forward` does."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     units, padded_heads = padded(mixing)
     tile = tile_of(problem, padded_heads)
     spans, length = key_spans(problem, tile)
-    out = query.new_empty(batch, heads, rows, value_dim)
-    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    out, lse, rest = outputs(problem, exact)
     parts, parts_lse = out[None], lse[None]
-    if spans > 1:
+    if spans > 1 or exact:
         parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
     mask = query if problem.mask is None else problem.mask
@@ -86,6 +86,6 @@ def forward(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor]:
         M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if spans > 1:
-        combine(parts, parts_lse, out, lse)
-    return out, lse
+    if spans > 1 or exact:
+        combine(parts, parts_lse, out, lse, rest)
+    return out, lse, rest

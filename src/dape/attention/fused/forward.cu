@@ -18,7 +18,7 @@
 // bytes change places, so that copies fill whole lines and ldmatrix finds eight lines in different banks.
 //
 // Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
-// V_T strides of rows, CAUSAL, MASKED, BF16, ROWS and KEYS of a tile, MIXERS warps, QUERIES_SHARED: queries
+// V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: what rounding left of the output is stored too, ROWS and KEYS of a tile, MIXERS warps, QUERIES_SHARED: queries
 // in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -94,7 +94,7 @@ template <int N> __device__ __forceinline__ void set_registers() {
 
 struct Arguments {
   const Element *q, *k, *v;
-  Element* out;
+  Element *out, *rest;
   float* lse;
   const float *w1, *w2;
   const __half* hidden;
@@ -357,7 +357,15 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
       if (row < a.rows) {
         if (t == 0) a.lse[row] = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
 #pragma unroll
-        for (int e = 0; e < E / 8; e++) *(uint32*)(a.out + (long long)row * a.out_t + 8 * e + 2 * t) = pack(o[m][e][2 * r] * part, o[m][e][2 * r + 1] * part);
+        for (int e = 0; e < E / 8; e++) {
+          const long long at = (long long)row * a.out_t + 8 * e + 2 * t;
+          const float low = o[m][e][2 * r] * part, high = o[m][e][2 * r + 1] * part;
+          const uint32 rounded = pack(low, high);
+          *(uint32*)(a.out + at) = rounded;
+#if RESTED
+          *(uint32*)(a.rest + at) = pack(low - (float)((const Element*)&rounded)[0], high - (float)((const Element*)&rounded)[1]);
+#endif
+        }
       }
     }
 }
@@ -460,7 +468,7 @@ __device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
-    const Element* q, const Element* k, const Element* v, Element* out, float* lse, const float* w1, const float* w2,
+    const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse, const float* w1, const float* w2,
     const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
     int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
@@ -471,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
-      out + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b,
+      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b,
       rows, keys, distances, low, offset, (float)scale, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);

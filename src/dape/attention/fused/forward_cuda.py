@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from dape.attention.fused.banded import Mixing, Problem, strides
+from dape.attention.fused.banded import Mixing, Problem, outputs, strides
 
 CAPABILITY = (9, 0)
 MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
@@ -81,13 +81,14 @@ def padded_units(mixing: Mixing) -> int:
     return cdiv(mixing.weight_in.shape[0], 16) * 16
 
 
-def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Tensor]:
-    """Return output `[B, H, Tq, dv]` and log-sum-exp `[B, H, Tq]`, as `banded.forward` does."""
+def forward(
+    problem: Problem, mixing: Mixing, where: Layout, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `banded.forward` does."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows, head_dim = query.shape
     keys, units = key.shape[2], padded_units(mixing)
-    out = query.new_empty(batch, heads, rows, head_dim)
-    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
+    out, lse, rest = outputs(problem, exact)
     low = -SPAN - (where.keys if problem.causal else cdiv(keys, where.keys) * where.keys)
     distances = cdiv(rows, where.rows) * where.rows + problem.offset + SPAN - low
     hidden = query.new_empty(distances, units, dtype=torch.float16)
@@ -98,7 +99,7 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
     macros = (
         heads, mixing.weight_in.shape[0], units, head_dim, heads // key.shape[1],
         query.stride(2), key.stride(2), value.stride(2),
-        int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), *where,
+        int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), int(exact), *where,
     )  # fmt: skip
     compiled("pack_tables", *macros)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
@@ -112,7 +113,7 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
         grid=(cdiv(rows, where.rows), batch, 1),
         block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
-            query, key, value, out, lse, mixing.weight_in, mixing.weight_out,
+            query, key, value, out, rest, lse, mixing.weight_in, mixing.weight_out,
             hidden, fixed, linear, mask,
             rows, keys, distances, low, problem.offset, float(problem.scale),
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
@@ -120,7 +121,7 @@ def forward(problem: Problem, mixing: Mixing, where: Layout) -> tuple[Tensor, Te
         ],
         shared_mem=where.shared_memory,
     )  # fmt: skip
-    return out, lse
+    return out, lse, rest
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -130,7 +131,7 @@ def aligned(x: Tensor) -> Tensor:
 
 
 NAMES = (
-    *("H", "D", "UNITS", "E", "GROUP", "Q_T", "K_T", "V_T", "CAUSAL", "MASKED", "BF16"),
+    *("H", "D", "UNITS", "E", "GROUP", "Q_T", "K_T", "V_T", "CAUSAL", "MASKED", "BF16", "RESTED"),
     *("ROWS", "KEYS", "MIXERS", "QUERIES_SHARED", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
 )
 

@@ -233,12 +233,21 @@ def mix_backward_kernel(
 
 
 @triton.jit
+def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
+    """Store O in the dtype of `out`, and what rounding left of it, as a tensor of the same kind."""
+    rounded = o.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, inside)
+    if RESTED:
+        tl.store(rest + at, (o - rounded.to(tl.float32)).to(rest.dtype.element_ty), inside)
+
+
+@triton.jit
 def softmax_value_kernel(
-    x, value, out, lse, num_rows, num_keys, shift, keys_per_split,
+    x, value, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
     x_b, x_h, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
@@ -270,7 +279,7 @@ def softmax_value_kernel(
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
     at = tl.program_id(2) * out_s + b64 * out_b + h * out_h + rows.to(tl.int64) * out_t + columns
-    tl.store(out + at, acc.to(out.dtype.element_ty), (rows < num_rows) & (columns < V))
+    store_output(out, rest, at, acc, (rows < num_rows) & (columns < V), RESTED)
     line = first_row + tl.arange(0, M)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
     log_sum = top + tl.log2(tl.where(total > 0, total, 1.0))  # top is -inf where nothing is seen
@@ -279,8 +288,9 @@ def softmax_value_kernel(
 
 @triton.jit
 def combine_kernel(
-    part, part_lse, out, lse, num_rows, part_s, part_r, lse_s, out_b, out_h, out_t, lse_b, lse_h,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr,
+    part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,
+    out_b, out_h, out_t, lse_b, lse_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
 ):  # fmt: skip
     """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
@@ -294,7 +304,7 @@ def combine_kernel(
     parts = tl.load(part + at, (columns < V)[None, :], 0.0)
     o = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
     at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
-    tl.store(out + at, o.to(out.dtype.element_ty), columns < V)
+    store_output(out, rest, at, o, columns < V, RESTED)
     log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
 
@@ -316,22 +326,25 @@ def half_kernel(
 
 @triton.jit
 def row_products_kernel(
-    out, grad_out, unit, scaled, delta, num_rows,
+    out, rest, grad_out, unit, scaled, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, scaled_b, scaled_h, scaled_t, delta_b, delta_h,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Store dO / unit, and delta = O . dO / unit by row; grid (rows, B H)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = tl.program_id(0) * M
     line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
-    o = load_rows(out + b64 * out_b + h * out_h, out_t, first_row, num_rows, V, M, WIDE_V)
+    at = b64 * out_b + h * out_h
+    o = load_rows(out + at, out_t, first_row, num_rows, V, M, WIDE_V).to(tl.float32)
+    if RESTED:
+        o += load_rows(rest + at, out_t, first_row, num_rows, V, M, WIDE_V)
     do = load_rows(grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V)
     do = do.to(tl.float32) / tl.load(unit)
     columns = tl.arange(0, WIDE_V)[None, :]
     at = scaled + b64 * scaled_b + h * scaled_h + line[:, None].to(tl.int64) * scaled_t + columns
     inside = (line < num_rows)[:, None] & (columns < V)
     tl.store(at, do.to(scaled.dtype.element_ty), inside)
-    products = tl.sum(o.to(tl.float32) * do, 1)
+    products = tl.sum(o * do, 1)
     tl.store(delta + b64 * delta_b + h * delta_h + line, products, line < num_rows)
 
 

@@ -127,62 +127,55 @@ __device__ __forceinline__ void copy4(void* to, const void* from, bool real) {
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// A tile on its way, or in registers: 32 scores of heads g and g + 8, 16 bytes a lane.
+// A tile on its way, 32 scores of heads g and g + 8, 16 bytes a lane, and half of one in registers.
 typedef uint4 Ring[2][32];
-typedef uint32 Tile[2][4];
+typedef uint32 Half[2][2];
 __device__ __forceinline__ void fetch_tile(Ring& ring, const __half* from, int upper, bool inside, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++) copy16(&ring[r][lane], from + r * upper, inside && 8 * r + g < H);
 }
-__device__ __forceinline__ void take_tile(Tile& x, const Ring& ring, int lane) {
+// Half f of a tile that has arrived, and back: 8 bytes of the lane's own 16.
+__device__ __forceinline__ void take_half(Half& x, const Ring& ring, int f, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    uint4 v = ring[r][lane];
-    x[r][0] = v.x; x[r][1] = v.y; x[r][2] = v.z; x[r][3] = v.w;
+    const uint2 v = ((const uint2*)&ring[r][lane])[f];
+    x[r][0] = v.x; x[r][1] = v.y;
   }
 }
-__device__ __forceinline__ void store_tile(const Tile& x, __half* to, int upper, bool inside, int g) {
+__device__ __forceinline__ void put_half(Ring& ring, const Half& x, int f, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; r++) ((uint2*)&ring[r][lane])[f] = make_uint2(x[r][0], x[r][1]);
+}
+__device__ __forceinline__ void store_tile(const Ring& ring, __half* to, int upper, bool inside, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H)
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to + r * upper), "r"(x[r][0]), "r"(x[r][1]), "r"(x[r][2]), "r"(x[r][3]) : "memory");
+    if (inside && 8 * r + g < H) *(uint4*)(to + r * upper) = ring[r][lane];
 }
 
-// Which of its keys a warp's row sees, as masks of halves; true if it sees all.
-struct View {
-  uint32 on_diagonal[4];
-  bool whole;
-  __device__ View(int delta0, int t) : whole(!MASKED && (!CAUSAL || delta0 >= KEYS - 1)) {
+// Which keys of half f of a tile a warp's row sees, as masks of halves.
+__device__ __forceinline__ void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_key, int t, int keys, const uint8* mask) {
 #pragma unroll
-    for (int p = 0; p < 4; p++) {
-      int delta = delta0 - 8 * t - 2 * p;
-      on_diagonal[p] = CAUSAL ? (delta >= 0 ? 0xffffu : 0u) | (delta >= 1 ? 0xffff0000u : 0u) : ~0u;
-    }
+  for (int e = 0; e < 2; e++) {
+    const int place = 8 * t + 4 * f + 2 * e, low = first_key + place, high = low + 1, delta = delta0 - place;
+    const bool sees_low = real_row && low >= 0 && low < keys && (!CAUSAL || delta >= 0) && (!MASKED || mask[low]);
+    const bool sees_high = real_row && high >= 0 && high < keys && (!CAUSAL || delta >= 1) && (!MASKED || mask[high]);
+    seen[e] = (sees_low ? 0xffffu : 0u) | (sees_high ? 0xffff0000u : 0u);
   }
-  __device__ bool look(uint32 (&seen)[4], bool real_row, int first_key, int t, int keys, const uint8* mask) const {
-    if (whole && real_row && first_key >= 0 && first_key + KEYS <= keys) return true;
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      int low = first_key + 8 * t + 2 * p, high = low + 1;
-      bool sees_low = real_row && low >= 0 && low < keys && (!MASKED || mask[low]);
-      bool sees_high = real_row && high >= 0 && high < keys && (!MASKED || mask[high]);
-      seen[p] = on_diagonal[p] & ((sees_low ? 0xffffu : 0u) | (sees_high ? 0xffff0000u : 0u));
-    }
-    return false;
-  }
-};
-__device__ __forceinline__ void hide(Tile& x, const uint32 (&seen)[4]) {
+}
+// Whether a row at that distance from the first of its keys may see them all.
+__device__ __forceinline__ bool sees_all(int delta0) { return !MASKED && (!CAUSAL || delta0 >= KEYS - 1); }
+__device__ __forceinline__ void hide(Half& x, const uint32 (&seen)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
 #pragma unroll
-    for (int p = 0; p < 4; p++) x[r][p] &= seen[p];
+    for (int e = 0; e < 2; e++) x[r][e] &= seen[e];
 }
 
-// [head, key] of key tiles 2 f, 2 f + 1 as the A operand [key, head].
-__device__ __forceinline__ uint4 turn_pair(uint32 r0e0, uint32 r0e1, uint32 r1e0, uint32 r1e1) { return make_uint4(turn(r0e0), turn(r0e1), turn(r1e0), turn(r1e1)); }
+// Half of a tile, [head, key] of key tiles 2 f and 2 f + 1, as the A operand [key, head].
+__device__ __forceinline__ uint4 turn_half(const Half& x) { return make_uint4(turn(x[0][0]), turn(x[0][1]), turn(x[1][0]), turn(x[1][1])); }
 // The hidden units of 16 keys: fragments [unit tile] of [key, unit].
-__device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Tile& x, int f, const Tables& tables, const Weights& w, int lane) {
-  uint4 turned = turn_pair(x[0][2 * f], x[0][2 * f + 1], x[1][2 * f], x[1][2 * f + 1]);
+__device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Weights& w, int lane) {
+  uint4 turned = turn_half(x);
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
     uint4 in = w.in[s][lane];
@@ -212,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
-  const View view(delta0, t);
+  const bool all = sees_all(delta0);
   Tables& tables = tables_of[warp];
   load_weights(w, w1, w2);
   load_tables(tables, hidden_table, static_table, table_size, delta0, lane);
@@ -230,35 +223,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   for (int tile = place.first; tile < place.last; tile++) {
     fetch(tile + STAGES - 1);
     int row = tile * ROWS + m, first_key = place.start + tile * ROWS, key = first_key + 8 * t;
-    Tile xt;
-    uint32 seen[4];
-    const bool whole = view.look(seen, row < rows, first_key, t, keys, mask);
+    const bool real_row = row < rows, whole = all && real_row && first_key >= 0 && first_key + KEYS <= keys;
+    Ring& stage = ring[warp][tile % STAGES];
     wait<STAGES - 1>();
     __syncwarp();
-    take_tile(xt, ring[warp][tile % STAGES], lane);
-    __syncwarp();
-    if (!whole) hide(xt, seen);
 #pragma unroll
     for (int f = 0; f < 2; f++) {
+      Half xf;
+      uint32 seen[2];
       uint2 hidden[UT];
-      first_layer(hidden, xt, f, tables, w, lane);
+      take_half(xf, stage, f, lane);
+      if (!whole) {
+        look(seen, f, real_row, delta0, first_key, t, keys, mask);
+        hide(xf, seen);
+      }
+      first_layer(hidden, xf, f, tables, w, lane);
 #pragma unroll
-      for (int p = 2 * f; p < 2 * f + 2; p++) {
-        const uint2 y = across_units(make_uint2(xt[0][p], xt[1][p]), w.out, hidden, p % 2, lane);
+      for (int e = 0; e < 2; e++) {
+        const uint2 y = across_units(make_uint2(xf[0][e], xf[1][e]), w.out, hidden, e, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float2 c = tables.c[r][p][lane], v = __half22float2(half2_of(r ? y.y : y.x));
-          xt[r][p] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
+          const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? y.y : y.x));
+          xf[r][e] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
+          if (!whole) xf[r][e] = (xf[r][e] & seen[e]) | (0xfc00fc00u & ~seen[e]);  // -inf
         }
       }
+      put_half(stage, xf, f, lane);
     }
-    if (!whole) {
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int p = 0; p < 4; p++) xt[r][p] = (xt[r][p] & seen[p]) | (0xfc00fc00u & ~seen[p]);  // -inf
-    }
-    store_tile(xt, base + g * x_h + row * x_t + key, 8 * x_h, row < rows && key >= 0 && key < keys, g);
+    store_tile(stage, base + g * x_h + row * x_t + key, 8 * x_h, real_row && key >= 0 && key < keys, g, lane);
+    __syncwarp();
   }
 }
 #else
@@ -277,7 +270,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
-  const View view(delta0, t);
   const Tables& tables = memory.walk.tables[warp];
   load_weights(w, w1, w2);
   load_tables(memory.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
@@ -285,68 +277,64 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   float acc_u[2][UT][4] = {}, acc_c[4][4] = {}, acc_w1[UT][4] = {}, acc_w2[UT][4] = {};
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
   const uint32 ones = 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u;
-  mask += b * mask_b;
-  const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS, step = ROWS * (x_t + 1), upper = 8 * x_h;
-  const long long here = (long long)b * x_b + g * x_h + (long long)row0 * x_t + key0 + 8 * t;
-  const int last_key = keys - 8 * t, stat = lane % HEADS * stat_h + row0;
-  const float* stats = (lane < HEADS ? lse : delta) + b * stat_b;
-  // Tile n of the block, whose rows and keys are ROWS on from the last one's.
-  auto fetch = [&](int n, int into) {
-    const int row = row0 + n * ROWS, key = key0 + n * ROWS;
-    const bool real_row = place.first + n < place.last && row < rows, inside = real_row && key + 8 * t >= 0 && key < last_key;
-    Stage& stage = memory.walk.ring[warp][into];
-    const long long at = inside ? here + (long long)n * step : 0;
-    fetch_tile(stage.x, x + at, inside ? upper : 0, inside, g, lane);
-    fetch_tile(stage.y, y + at, inside ? upper : 0, inside, g, lane);
-    const bool real = real_row && lane % HEADS < H;
-    copy4(&stage.stats[0][lane], stats + (real ? stat + n * ROWS : 0), real);
+  // Everything that changes from tile to tile is in a few 32-bit registers, since the sums fill the others: the rows
+  // that are left, the key, and the places of scores and statistics of the tile to come.
+  int left = min(ROWS * (place.last - place.first), rows - (place.first * ROWS + m)), key = place.start + place.first * ROWS;
+  uint32 at = b * x_b + g * x_h + (place.first * ROWS + m) * x_t + key + 8 * t;
+  uint32 stat = b * stat_b + min(lane % HEADS, H - 1) * stat_h + place.first * ROWS + m;
+  Stage* const ring = memory.walk.ring[warp];
+  // The tile `ahead` tiles from this one, into a stage.
+  auto fetch = [&](int ahead, int into) {
+    const int there = key + ahead * ROWS + 8 * t;
+    const bool real = left > ahead * ROWS, inside = real && there >= 0 && there < keys;
+    const uint32 from = inside ? at + ahead * ROWS * (x_t + 1) : 0, upper = inside ? 8 * x_h : 0;
+    fetch_tile(ring[into].x, x + from, upper, inside, g, lane);
+    fetch_tile(ring[into].y, y + from, upper, inside, g, lane);
+    copy4(&ring[into].stats[0][lane], (lane < HEADS ? lse : delta) + (real ? stat + ahead * ROWS : 0), real);
     commit();
   };
 #pragma unroll
   for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead, ahead);
-  for (int n = 0, stage_of = 0; n < place.last - place.first; n++, stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
-    fetch(n + STAGES - 1, stage_of == 0 ? STAGES - 1 : stage_of - 1);
-    const int row = row0 + n * ROWS, key = key0 + n * ROWS;
-    Tile xt, yt;
-    uint32 seen[4];
-    const bool whole = view.look(seen, row < rows, key, t, keys, mask);
+  // Rows past the last are no work, but the walk of a warp is as long as that of its block.
+  for (int tiles = place.last - place.first, stage_of = 0; tiles > 0; tiles--, left -= ROWS, key += ROWS, at += ROWS * (x_t + 1), stat += ROWS, stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
+    fetch(STAGES - 1, stage_of == 0 ? STAGES - 1 : stage_of - 1);
+    const bool whole = sees_all(delta0) && left > 0 && key >= 0 && key + KEYS <= keys;
     wait<STAGES - 1>();
     __syncwarp();
-    const Stage& stage = memory.walk.ring[warp][stage_of];
-    take_tile(xt, stage.x, lane);
-    take_tile(yt, stage.y, lane);
-    float log_sum[2], shared[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      log_sum[r] = stage.stats[0][8 * r + g] * LOG2E;
-      shared[r] = stage.stats[1][8 * r + g];
-    }
-    __syncwarp();
-    if (!whole) { hide(xt, seen); hide(yt, seen); }
-    Tile weight;
+    Stage& stage = ring[stage_of];
 #pragma unroll
     for (int f = 0; f < 2; f++) {
+      Half xf, yf, weight;
+      uint32 seen[2];
       uint2 hidden[UT];
-      first_layer(hidden, xt, f, tables, w, lane);
+      take_half(xf, stage.x, f, lane);
+      take_half(yf, stage.y, f, lane);
+      if (!whole) {
+        look(seen, f, left > 0, delta0, key, t, keys, mask + b * mask_b);
+        hide(xf, seen);
+        hide(yf, seen);
+      }
+      first_layer(hidden, xf, f, tables, w, lane);
 #pragma unroll
-      for (int p = 2 * f; p < 2 * f + 2; p++) {
-        const uint2 y2 = across_units(make_uint2(xt[0][p], xt[1][p]), w.out, hidden, p % 2, lane);
+      for (int e = 0; e < 2; e++) {
+        const uint2 logits = across_units(make_uint2(xf[0][e], xf[1][e]), w.out, hidden, e, lane);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float2 c = tables.c[r][p][lane], v = __half22float2(half2_of(r ? y2.y : y2.x)), dp = __half22float2(half2_of(yt[r][p]));
-          float p0 = exp2_fast(fmaf(v.x, LOG2E, c.x - log_sum[r])), p1 = exp2_fast(fmaf(v.y, LOG2E, c.y - log_sum[r]));
+          const float log_sum = stage.stats[0][8 * r + g], shared = stage.stats[1][8 * r + g];
+          const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? logits.y : logits.x)), dp = __half22float2(half2_of(yf[r][e]));
+          float p0 = exp2_fast(fmaf(v.x - log_sum, LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum, LOG2E, c.y));
           if (!whole) {
-            p0 = seen[p] & 0xffffu ? p0 : 0.f;
-            p1 = seen[p] >> 16 ? p1 : 0.f;
+            p0 = seen[e] & 0xffffu ? p0 : 0.f;
+            p1 = seen[e] >> 16 ? p1 : 0.f;
           }
-          weight[r][p] = pack(p0, p1);
-          yt[r][p] = pack(p0 * (dp.x - shared[r]), p1 * (dp.y - shared[r]));
+          weight[r][e] = pack(p0, p1);
+          yf[r][e] = pack(p0 * (dp.x - shared), p1 * (dp.y - shared));
         }
       }
-      const int p = 2 * f;  // from here on Y is dS
-      const uint4 turned = turn_pair(yt[0][p], yt[0][p + 1], yt[1][p], yt[1][p + 1]);
-      mma(acc_c[p], yt[0][p], yt[1][p], yt[0][p + 1], yt[1][p + 1], ones, 0);
-      mma(acc_c[p + 1], yt[0][p], yt[1][p], yt[0][p + 1], yt[1][p + 1], 0, ones);
+      put_half(stage.x, weight, f, lane);
+      const uint4 turned = turn_half(yf);  // Y is dS from here on
+      mma(acc_c[2 * f], yf[0][0], yf[1][0], yf[0][1], yf[1][1], ones, 0);
+      mma(acc_c[2 * f + 1], yf[0][0], yf[1][0], yf[0][1], yf[1][1], 0, ones);
       uint2 dz[UT];
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
@@ -355,22 +343,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
         for (int n = 2 * s; n < 2 * s + 2; n++) {
           dz[n] = mma_half(turned, n % 2 ? out.z : out.x, n % 2 ? out.w : out.y, 0, 0);
           dz[n] = make_uint2(leaky_backward(dz[n].x, hidden[n].x), leaky_backward(dz[n].y, hidden[n].y));
-          mma(acc_w2[n], yt[0][p], yt[1][p], yt[0][p + 1], yt[1][p + 1], turn(hidden[n].x), turn(hidden[n].y));
+          mma(acc_w2[n], yf[0][0], yf[1][0], yf[0][1], yf[1][1], turn(hidden[n].x), turn(hidden[n].y));
           uint32 low = turn(dz[n].x), high = turn(dz[n].y);
-          mma(acc_w1[n], xt[0][p], xt[1][p], xt[0][p + 1], xt[1][p + 1], low, high);
+          mma(acc_w1[n], xf[0][0], xf[1][0], xf[0][1], xf[1][1], low, high);
           mma(acc_u[f][n], ones, 0, 0, ones, low, high);
         }
       }
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        uint2 da = across_units(make_uint2(yt[0][p + e], yt[1][p + e]), w.in_turned, dz, e, lane);
-        yt[0][p + e] = da.x; yt[1][p + e] = da.y;
+        uint2 da = across_units(make_uint2(yf[0][e], yf[1][e]), w.in_turned, dz, e, lane);
+        yf[0][e] = da.x; yf[1][e] = da.y;
       }
+      put_half(stage.y, yf, f, lane);
     }
-    const bool inside = row < rows && key + 8 * t >= 0 && key < last_key;
-    const long long at = here + (long long)n * step;
-    store_tile(weight, x + at, upper, inside, g);
-    store_tile(yt, y + at, upper, inside, g);
+    const bool inside = left > 0 && key + 8 * t >= 0 && key + 8 * t < keys;
+    store_tile(stage.x, x + at, 8 * x_h, inside, g, lane);
+    store_tile(stage.y, y + at, 8 * x_h, inside, g, lane);
+    __syncwarp();
   }
   wait<0>();
   __syncthreads();

@@ -14,7 +14,7 @@ tile_rows = 8
 tile_keys = 32
 # Rows of a tile that a block has, blocks that fill a large GPU a few times over, and how many of
 # them a multiprocessor holds.
-WARPS, BLOCKS, RESIDENT = 4, 2048, 3
+WARPS, BLOCKS, RESIDENT = 4, 4096, 3
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
 
@@ -25,10 +25,10 @@ def segments(diagonals: int) -> int:
     return shares * max(1, min(16, BLOCKS // max(1, shares * diagonals)))
 
 
-def whole(problem: Problem, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
-    """Return output and log-sum-exp by one kernel, or None where there is none for a problem."""
+def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what `banded.forward` does by one kernel, or None where there is none."""
     where = forward_cuda.layout_of(problem, mixing)
-    return None if where is None else forward_cuda.forward(problem, mixing, where)
+    return None if where is None else forward_cuda.forward(problem, mixing, where, exact)
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:

@@ -25,7 +25,7 @@ def segments(diagonals: int) -> int:
     return 1
 
 
-def whole(problem: Problem, mixing: Mixing) -> None:
+def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
     """Return None: there is no one kernel for everything."""
 
 

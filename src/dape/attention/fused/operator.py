@@ -78,7 +78,11 @@ def attend_fused(
     count = max(keys - min(0, query_offset), rows + query_offset)
     found = tables(bias, adapter, query.shape[1], count, query.device)
     seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
-    return banded(query, key, value, found, seen, scale, causal, query_offset, backend)
+    exact = torch.is_grad_enabled() and any(table.requires_grad for table in found)
+    out, lse, _ = banded(
+        query, key, value, found, seen, scale, causal, query_offset, backend, exact
+    )
+    return out, lse
 
 
 def mixer(backend: str, problem: "Problem") -> ModuleType:
@@ -138,18 +142,26 @@ def banded(
     causal: bool,
     offset: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp of the rows; the arguments are those of `Problem`."""
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return output, log-sum-exp, and if `exact` what rounding left of the output, else nothing.
+
+    The other arguments are those of `Problem`.
+    """
     from dape.attention.fused.banded import forward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return forward(problem, mixer(backend, problem))
+    return forward(problem, mixer(backend, problem), exact)
 
 
 @banded.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    shape = query.shape[:3]
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    kept = bool(others[-1]) and len(tables) > 1 and query.dtype != torch.float32
+    return out, lse, torch.empty_like(out) if kept else query.new_empty(0)
 
 
 @torch.library.custom_op("dape::banded_backward", mutates_args=())
@@ -161,6 +173,7 @@ def banded_backward(
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor,
     grad_out: Tensor,
     scale: float,
     causal: bool,
@@ -171,7 +184,7 @@ def banded_backward(
     from dape.attention.fused.banded import backward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return backward(problem, mixer(backend, problem), out, lse, with_rows(grad_out))
+    return backward(problem, mixer(backend, problem), out, lse, rest, with_rows(grad_out))
 
 
 @banded_backward.register_fake
@@ -182,17 +195,16 @@ def _(
     return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, tables, mask, ctx.scale, ctx.causal, ctx.offset, ctx.backend = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, tables, mask, *ctx.how, _exact = inputs
     ctx.save_for_backward(query, key, value, mask, *output, *tables)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, mask, out, lse, *tables = ctx.saved_tensors
-    rest = (ctx.scale, ctx.causal, ctx.offset, ctx.backend)
-    found = banded_backward(query, key, value, tables, mask, out, lse, grad_out, *rest)
-    return *found[:3], found[3:], *[None] * 5
+def _gradients(ctx: Any, grad_out: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, mask, out, lse, rest, *tables = ctx.saved_tensors
+    found = banded_backward(query, key, value, tables, mask, out, lse, rest, grad_out, *ctx.how)
+    return *found[:3], found[3:], *[None] * 6
 
 
 banded.register_autograd(_gradients, setup_context=_setup)

@@ -112,7 +112,11 @@ def grad_query_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dS K of one head; grid (rows, B H)."""
+    """Store dQ = unit scale dS K of one head; grid (rows, B H).
+
+    A row of dS sums to zero, and what it sums to instead is the error of `delta`, which the rounding
+    of the output caused: taken off here, it does not reach the sums along keys and diagonals.
+    """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)
@@ -128,6 +132,7 @@ def grad_query_kernel(
     stat = b64 * stat_b + h * stat_h
     log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
     acc = tl.zeros((M, WIDE), tl.float32)
+    excess = tl.zeros((M,), tl.float32)
     high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
@@ -140,7 +145,9 @@ def grad_query_kernel(
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
+        excess += tl.sum(ds, 1)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    tl.store(delta + stat + rows, shared + excess, rows < num_rows)
     acc *= scale * tl.load(unit)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows[:, None].to(tl.int64) * grad_t + columns
