@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dape.model.configuration import DapeConfig
     from dape.model.huggingface import DapeForSequenceClassification
     from dape.model.modeling import DapeForCausalLM, DapeModel
+    from dape.model.retrofit import load_adapters, retrofit
     from dape.positions.absolute import Learned, Sinusoidal
     from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
     from dape.positions.bias import FIRE, T5, ALiBi, Kerple, KerplePower, NoBias, Sandwich
@@ -58,6 +59,8 @@ _HOME = {
     "XPos": "dape.positions.rotary",
     "YaRN": "dape.positions.rotary",
     "attention": "dape.attention.operator",
+    "load_adapters": "dape.model.retrofit",
+    "retrofit": "dape.model.retrofit",
 }
 
 __all__ = [
@@ -87,6 +90,8 @@ __all__ = [
     "XPos",
     "YaRN",
     "attention",
+    "load_adapters",
+    "retrofit",
 ]
 
 

@@ -1,0 +1,157 @@
+"""Which adapter and which bias go into each attention, and that they start by changing nothing."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dape.errors import UserError, unknown
+from dape.positions.adapter import DAPE, Rows, TransformerXL
+from dape.positions.scheme import ADAPTERS, BASES, Part
+
+Factory = str | Callable[..., nn.Module]
+
+PARTS: dict[str, dict[str, Part]] = {
+    "adapter": {
+        name: scheme.adapter
+        for name, scheme in (ADAPTERS | BASES).items()
+        if scheme.adapter is not None
+    },
+    "bias": {name: scheme.bias for name, scheme in BASES.items() if scheme.bias is not None},
+}
+# The parameters that make an adapter's last layer; those of the others start at zero by themselves.
+LAST_LAYER = {DAPE: ("weight_out", "bias_out"), TransformerXL: ("weight", "u", "v")}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An adapter and a bias, by a name of `PARTS` or as a factory, with the options of each.
+
+    `options` maps `adapter` and `bias` to options of their constructors.
+    """
+
+    adapter: Factory
+    bias: Factory | None = None
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise a `UserError` for what is no name, no factory, or no option of one."""
+        for place in self.options:
+            if place not in PARTS:
+                raise unknown("place in options", place, PARTS)
+        if self.bias is None and "bias" in self.options:
+            raise UserError("options.bias is set, but no bias is; give bias=, such as 'kerple'")
+        for place in PARTS:
+            part = self.part(place)
+            if part is not None:
+                part.check(self.options.get(place, {}))
+
+    def part(self, place: str) -> Part | None:
+        """Return what stands at a place."""
+        given: Factory | None = getattr(self, place)
+        return None if given is None else part_of(place, given)
+
+    def names(self) -> dict[str, Any]:
+        """Return the choice for a file; a factory of the user's own by its class alone."""
+        found: dict[str, Any] = {"adapter": None, "bias": None, "options": {}}
+        for place in PARTS:
+            part = self.part(place)
+            if part is not None:
+                found[place] = name_of(place, part)
+                options = {**part.options, **self.options.get(place, {})}
+                found["options"] |= {place: options} if options else {}
+        return found
+
+    def build(
+        self, dimensions: Mapping[str, Any], own: nn.Module | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        """Return adapter and bias for an attention; `own` is the bias that the model has.
+
+        A new bias enters through DAPE's f alone, `A + f([A; B])`; the model's own stays with the
+        scores, `A + B + f([A; B])`; and without any it is `A + f(A)`.
+
+        Raises:
+            UserError: for two biases, and an adapter that does not start by changing nothing.
+        """
+        new = self.part("bias")
+        if own is not None and new is not None:
+            raise UserError(
+                f"bias={self.names()['bias']!r}: the model has {type(own).__name__} "
+                "already, which the adapter sees; leave bias out"
+            )
+        options = self.options.get("adapter", {})
+        bias = own if new is None else new.build(dimensions, self.options.get("bias", {}))
+        part = part_of("adapter", self.adapter)
+        form: dict[str, Any] = {"inputs": "scores"} if bias is None else {}
+        form |= {"residual": False} if new else {}
+        form = {name: value for name, value in form.items() if name in part.accepts()}
+        adapter = part.build(dimensions, {**form, **part.options, **options})
+        silence(adapter)
+        check_silent(adapter, bias is not None and new is None, dimensions)
+        return adapter, bias
+
+
+def part_of(place: str, given: Factory) -> Part:
+    """Return the part of a name, or of a factory with the options that `functools.partial` holds.
+
+    Raises:
+        UserError: for an unknown name, and a module that is built already.
+    """
+    if isinstance(given, nn.Module):
+        raise UserError(
+            f"{place}={type(given).__name__}(...) is one module, and each layer gets its own: give "
+            f"the class, {place}={type(given).__name__}, or functools.partial of it with options"
+        )
+    if callable(given):
+        if isinstance(given, functools.partial):
+            return Part(given.func, given.keywords)  # type: ignore[arg-type]
+        return Part(given)  # type: ignore[arg-type]
+    if given in PARTS[place]:
+        return PARTS[place][given]
+    for name in ADAPTERS if place == "adapter" else ():
+        base = given.removeprefix(f"{name}-")
+        if base != given and base in BASES:
+            bias = f", bias={base!r}" if base in PARTS["bias"] else ""
+            raise UserError(f"adapter={given!r} is a whole scheme; give adapter={name!r}{bias}")
+    raise unknown(place, given, PARTS[place])
+
+
+def name_of(place: str, part: Part) -> str:
+    """Return the plainest name of a part's module, or else that of its class."""
+    known = (name for name, other in PARTS[place].items() if other.module is part.module)
+    return next(known, part.module.__name__)
+
+
+def silence(adapter: nn.Module) -> None:
+    """Set an adapter's last layer to zero."""
+    with torch.no_grad():
+        for name in LAST_LAYER.get(type(adapter), ()):
+            adapter.get_parameter(name).zero_()
+
+
+def check_silent(adapter: nn.Module, with_bias: bool, dimensions: Mapping[str, Any]) -> None:
+    """Raise a `UserError` unless the logits are A, or A + B with a bias of the model's own."""
+    heads, width = dimensions["num_heads"], dimensions["head_dim"]
+
+    def wave(*shape: int) -> Tensor:
+        count = torch.Size(shape).numel()
+        return torch.arange(count, dtype=torch.float32).cos().view(shape)
+
+    scores, bias = wave(1, heads, 2, 3), 1 + wave(heads, 2, 3)
+    places = torch.arange(1, 3), torch.arange(3)
+    seen = (places[1] <= places[0][:, None])[None, None]
+    rows = Rows(wave(1, heads, 2, width), wave(1, heads, 3, width), *places, seen, 1.0)
+    more = (rows,) if getattr(adapter, "needs_rows", False) else ()
+    with torch.no_grad():
+        change = adapter(scores, bias, *more) - scores - (bias if with_bias else 0)
+    largest = change.abs().max().item()
+    if not largest < 1e-6:
+        expected = "A + B, B being the model's own bias" if with_bias else "A"
+        raise UserError(
+            f"the adapter {type(adapter).__name__} changes the logits before it has learned "
+            f"anything, by {largest:.2g} where scores are up to 1: at the start it must return "
+            f"{expected}; of this package, 'dape' with residual=False does with any bias"
+        )

@@ -1,0 +1,201 @@
+"""`dape.attention` as an attention of transformers: the function, and the mask that goes with it.
+
+A model asks the mask function once, hands what it returns to each layer, and the layer hands it to
+the attention function. Ours returns a `Sight` instead of a whole mask tensor, so that padding stays
+`[batch, keys]` and causality an argument: what the fused kernels serve.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
+from transformers.modeling_utils import AttentionInterface
+from transformers.utils import is_tracing, logging
+
+from dape.attention import attention
+from dape.errors import UserError
+
+NAME = "dape"
+logger = logging.get_logger(__name__)
+
+
+class Sight(NamedTuple):
+    """Which keys the queries of a layer may see, and where both stand.
+
+    `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
+    before the first key, which a sliding cache has dropped. `tokens` is true for each of these and
+    of the keys that is no padding; None where all are tokens.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    query_offset: int | Tensor
+    key_offset: int = 0
+    tokens: Tensor | None = None
+
+    @property
+    def ndim(self) -> int:
+        """Return zero: Falcon asks whether its mask has four axes, and then puts ALiBi into it."""
+        return 0
+
+    def to(self, *_: Any) -> "Sight":
+        """Return this: MPT casts its mask to booleans, and these are."""
+        return self
+
+    def positions(
+        self, rows: int, keys: int, device: torch.device
+    ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
+        """Return the positions of queries and keys, which count tokens and no padding."""
+        slots = torch.arange(keys, device=device) + self.key_offset
+        query_slots = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
+        if self.tokens is None:
+            return query_slots, slots
+        counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
+        return counted[:, query_slots], counted[:, slots]
+
+
+def sight(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Bool[Tensor, "batch seen"] | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Sight:
+    """Return what the queries may see; the arguments are those of transformers' mask functions.
+
+    Windows that end before the keys do, packed sequences and other patterns become a whole mask
+    `[B, 1, Tq, Tk]`; all else is causality and padding.
+    """
+    tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if tokens is not None and not is_tracing(tokens) and tokens.all():
+        tokens = None
+    wide = allow_is_causal_skip and local_size is not None and kv_length < local_size
+    mask = None if tokens is None else tokens[:, kv_offset : kv_offset + kv_length]
+    causal = allow_is_causal_skip
+    if wide or mask_function is causal_mask_function:
+        causal = True
+    else:
+        mask = sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, tokens,
+            allow_is_causal_skip=False, **kwargs,
+        )  # fmt: skip
+    # A static cache counts on in the tensor it gives; the difference is one of our own.
+    return Sight(mask, causal, q_offset - kv_offset, kv_offset, tokens)
+
+
+def sight_of(
+    attention_mask: Sight | Tensor | None,
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+) -> Sight:
+    """Return the sight that a layer was given; a mask tensor is the caller's own.
+
+    Raises:
+        UserError: for a tensor that is not boolean.
+    """
+    if isinstance(attention_mask, Sight):
+        return attention_mask
+    offset = key.shape[2] - query.shape[2]
+    if attention_mask is None:
+        return Sight(None, True, offset)
+    if attention_mask.dtype != torch.bool:
+        raise UserError(
+            f"attention_mask {list(attention_mask.shape)} of {attention_mask.dtype}: with adapters "
+            "mounted a mask of four axes must be torch.bool, true where a key may be seen"
+        )
+    return Sight(attention_mask, False, offset)
+
+
+def attend(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    output_attentions: bool | None = False,
+    **_: Any,
+) -> tuple[
+    Float[Tensor, "batch query heads value_dim"], Float[Tensor, "batch heads query key"] | None
+]:
+    """Return the output of `dape.attention` with the bias and adapter that `module` holds.
+
+    And the weights, if they are asked for or the backend is `reference`. Attention dropout is not
+    applied: the fused kernels have none.
+
+    Raises:
+        UserError: for a bias that is not relative where positions are not known.
+    """
+    if dropout:
+        logger.warning_once(f"attention dropout {dropout} is not applied while adapters are there")
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    adapter: nn.Module | None = getattr(module, "adapter", None)
+    bias: nn.Module | None = getattr(module, "position_bias", None)
+    backend: str = getattr(module, "attention_backend", "auto")
+    if softcap is not None:
+        adapter = SoftCapped(adapter, softcap)
+    seen = sight_of(attention_mask, query, key)
+    positions: tuple[Tensor | None, Tensor | None] = None, None
+    if bias is not None and not getattr(bias, "relative", False):
+        positions = known_positions(seen, bias, query.shape[2], key.shape[2], query.device)
+    weighted = bool(output_attentions) or backend == "reference"
+    out = attention(
+        query, key, value, bias, adapter,
+        causal=seen.causal, scale=scaling, query_offset=seen.query_offset,
+        backend="auto" if weighted else backend, mask=seen.mask,
+        query_positions=positions[0], key_positions=positions[1], return_weights=weighted,
+    )  # fmt: skip
+    out, weights = out if isinstance(out, tuple) else (out, None)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def known_positions(
+    seen: Sight, bias: nn.Module, rows: int, keys: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of queries and keys, if causality and padding alone decide them."""
+    if rows > 1 and not seen.causal:
+        raise UserError(
+            f"{type(bias).__name__} depends on more than the distance, and where packed sequences "
+            "or a mask of four axes begin is not known; take a relative bias, such as kerple"
+        )
+    return seen.positions(rows, keys, device)
+
+
+class SoftCapped(nn.Module):
+    """An adapter, or none, behind Gemma 2's cap of the scores: `adapter(c tanh(A / c), B)`."""
+
+    def __init__(self, adapter: nn.Module | None, cap: float) -> None:
+        super().__init__()
+        self.adapter, self.cap = adapter, cap
+        self.needs_rows = getattr(adapter, "needs_rows", False)
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+        *rows: Any,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the logits."""
+        capped = self.cap * torch.tanh(scores / self.cap)
+        return capped + bias if self.adapter is None else self.adapter(capped, bias, *rows)
+
+
+# An attention without its mask function silently loses causality.
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sight)

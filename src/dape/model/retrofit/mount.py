@@ -1,0 +1,223 @@
+"""Adapters into the attentions of a pretrained model, and out again."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from dape.attention.select import select
+from dape.errors import UserError, unknown
+from dape.model.modeling import DapePreTrainedModel
+from dape.model.retrofit.choice import Choice, Factory
+from dape.model.retrofit.interface import NAME
+from dape.model.retrofit.survey import Attention, attentions, call, implementation
+
+ADAPTERS, ALL = "adapters", "all"
+# What configurations call the length a model was trained at.
+TRAIN_LENGTH = ("train_length", "max_position_embeddings")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mounted:
+    """What `retrofit` put into a model.
+
+    Attributes:
+        model: the model itself, which is used as before.
+        adapters: for each attention, in order, its `adapter`, and its `position_bias` if new.
+        choice: which adapter and bias they are.
+        train: the names of what trains.
+        parts: the parameters of the model that train too, by name.
+    """
+
+    model: PreTrainedModel
+    adapters: nn.ModuleList
+    choice: Choice
+    train: tuple[str, ...]
+    parts: dict[str, nn.Parameter]
+    _undo: ExitStack
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the base model lacks, by name: the adapters, and the parts that train."""
+        parts = {f"part.{name}": part.detach() for name, part in self.parts.items()}
+        return {**self.adapters.state_dict(), **parts}
+
+    def save(self, folder: str | Path) -> None:
+        """Write `adapters.safetensors` and `adapters.json` for `dape.load_adapters`."""
+        from dape.model.retrofit.storage import save
+
+        save(self, Path(folder))
+
+    def unmount(self) -> None:
+        """Give the model back as it was before, to the bit: parts that trained are put back too."""
+        self._undo.close()
+
+
+def retrofit(
+    model: nn.Module,
+    adapter: Factory = "dape",
+    bias: Factory | None = None,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    train: str | Sequence[str] = ADAPTERS,
+    backend: str = "auto",
+) -> Mounted:
+    r"""Mount an adapter in every attention of a pretrained model, which at first changes nothing.
+
+    The logits of each layer become those of Zheng et al., 2024, on the scores A = scale q k^T that
+    the model has, after its rotations and norms. f's last layer starts at zero:
+
+    | the model has | `bias` | logits |
+    |---|---|---|
+    | no bias (GPT-2, OPT; RoPE: Llama, Mistral, Qwen, Gemma, GPT-NeoX) | none | A + f(A) |
+    | no bias | one, B | A + f([A; B]) |
+    | ALiBi, B (BLOOM, MPT, Falcon-RW) | none | A + B + f([A; B]) |
+
+    The model's code is as it was: `transformers` calls `dape.attention` through its attention
+    interface, with caches, padding, windows and `generate`.
+
+    Args:
+        model: a causal language model of transformers; it is changed in place, until `unmount`.
+        adapter: `dape`, `dape3`, `talking-heads`, `cope`, ..., or a factory such as `dape.DAPE`. A
+            factory is called for each layer with those of `num_heads`, `head_dim`, `hidden_size`,
+            `train_length` that it names.
+        bias: `kerple`, `alibi`, `fire`, `t5`, ..., or a factory.
+        options: of the constructors: `{"adapter": {"hidden": 64}, "bias": {...}}`.
+        train: what trains, all else is frozen: `adapters` (with their biases), and components of
+            parameter names, such as `o_proj`, or `all`.
+        backend: how attention is computed, as in `dape.attention`.
+
+    Returns:
+        A handle that saves and unmounts the adapters.
+
+    Raises:
+        UserError: for a model that cannot be served, and arguments that do not fit.
+
+    """
+    model = servable(model)
+    select(backend)
+    choice = Choice(adapter, bias, options or {})
+    choice.check()
+    names = (train,) if isinstance(train, str) else tuple(train)
+    with implementation(model, "eager"):  # PyTorch's own leaves out what it does not know
+        expected = call(model)
+    with ExitStack() as undo:
+        found = attentions(model)
+        adapters = nn.ModuleList(install(undo, each, choice, model, backend) for each in found)
+        if isinstance(model, DapePreTrainedModel):
+            put(undo, model.config, "backend", backend)
+        else:
+            undo.enter_context(implementation(model, NAME))
+            put(undo, model, "create_masks_for_generate", mask_as_given)
+        parts = set_trainable(undo, model, adapters, names)
+        check_unchanged(model, expected, call(model))
+        return Mounted(model, adapters, choice, names, parts, undo.pop_all())
+
+
+def servable(model: nn.Module) -> PreTrainedModel:
+    """Return the model; raise a `UserError` for one that no adapter can be mounted in."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"{name} cannot be retrofitted: it is no PreTrainedModel of transformers")
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{name} cannot be retrofitted: an encoder stands before its decoder")
+    if any(isinstance(getattr(each, "adapter", None), nn.Module) for each in model.modules()):
+        raise UserError(f"{name} has adapters already; unmount them first")
+    return model
+
+
+def install(
+    undo: ExitStack, each: Attention, choice: Choice, model: PreTrainedModel, backend: str
+) -> nn.ModuleDict:
+    """Put adapter and bias into an attention, and return those that are new."""
+    config = model.config.get_text_config()
+    dimensions = {
+        "num_heads": each.num_heads,
+        "head_dim": each.head_dim,
+        "hidden_size": config.hidden_size,
+    }
+    lengths = (getattr(config, name, None) for name in TRAIN_LENGTH)
+    if length := next(filter(None, lengths), None):
+        dimensions["train_length"] = length
+    adapter, bias = choice.build(dimensions, each.bias)
+    new = nn.ModuleDict({"adapter": adapter})
+    if choice.bias is not None and bias is not None:
+        new["position_bias"] = bias
+    new.to(next(each.module.parameters()).device)
+    put(undo, each.module, "adapter", adapter)
+    if bias is not getattr(each.module, "position_bias", None):
+        put(undo, each.module, "position_bias", bias)
+    put(undo, each.module, "attention_backend", backend)
+    if each.forward is not None:
+        put(undo, each.module, "forward", MethodType(each.forward, each.module))
+    return new
+
+
+def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, until undone."""
+    before = {name: vars(owner)[name]} if name in vars(owner) else {}
+
+    def back() -> None:
+        delattr(owner, name)
+        for attribute, kept in before.items():
+            setattr(owner, attribute, kept)
+
+    setattr(owner, name, value)
+    undo.callback(back)
+
+
+def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:
+    """Return the padding mask: `generate` need not turn it into one of four axes."""
+    return attention_mask
+
+
+def set_trainable(
+    undo: ExitStack, model: nn.Module, adapters: nn.ModuleList, train: Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Let what `train` names require gradients, and return the base model's parameters of it.
+
+    Raises:
+        UserError: for a name that is nowhere in the model.
+    """
+    new = {id(parameter) for parameter in adapters.parameters()}
+    named = dict(model.named_parameters())
+    known = {ADAPTERS, ALL}.union(*(name.split(".") for name in named))
+    for name in train:
+        if name not in known:
+            raise unknown("part to train", name, (each for each in known if not each.isdigit()))
+    parts = {}
+    for name, parameter in named.items():
+        chosen = (
+            bool({ADAPTERS, ALL} & set(train))
+            if id(parameter) in new
+            else (ALL in train or not set(train).isdisjoint(name.split(".")))
+        )
+        undo.callback(parameter.requires_grad_, parameter.requires_grad)
+        parameter.requires_grad_(chosen)
+        if chosen and id(parameter) not in new:
+            undo.callback(restore, parameter, parameter.detach().to("cpu", copy=True))
+            parts[name] = parameter
+    return parts
+
+
+@torch.no_grad()
+def restore(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter the value it had."""
+    parameter.copy_(value)
+
+
+def check_unchanged(model: nn.Module, expected: Tensor, found: Tensor) -> None:
+    """Raise a `UserError` unless the logits are the model's own, up to rounding."""
+    tolerance = max(1e-5, torch.finfo(expected.dtype).eps ** 0.5)
+    difference, largest = ((x.abs().max().item()) for x in (found - expected, expected))
+    if not difference <= tolerance * largest:
+        raise UserError(
+            f"{type(model).__name__} cannot be retrofitted: with adapters that change nothing its "
+            f"logits differ by {difference:.2g} from its own, which are up to {largest:.2g}: its "
+            "attention does more than softmax(scale q k^T + mask) v"
+        )

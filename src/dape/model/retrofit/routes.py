@@ -1,0 +1,143 @@
+"""BLOOM, MPT and Falcon, whose own code computes attention without transformers' interface.
+
+Their attention modules get a `forward` that projects as their own does and then attends as every
+other model: the models' code stays as it is. Their ALiBi becomes a bias, which an adapter sees.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dape.model.retrofit.interface import Sight, attend
+from dape.positions.bias import ALiBi, Bias
+
+
+class FalconALiBi(Bias):
+    r"""ALiBi as Falcon computes it: `B_h = (a_h(j) - a_h(i)) / sqrt(d)`, `a_h(p) = s_h p`.
+
+    In bfloat16, where a_h rounds, so that B is more than a function of the distance.
+    """
+
+    relative = False
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__(num_heads)
+        self.head_dim = head_dim
+
+    def forward(
+        self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
+    ) -> Float[Tensor, "*batch heads query key"]:
+        """Return the differences of the rounded products."""
+        slopes = ALiBi(self.num_heads).slopes(query_positions.device).bfloat16()[:, None]
+        query, key = (
+            (slopes * x[..., None, :].bfloat16()).float() for x in (query_positions, key_positions)
+        )
+        return (key[..., None, :] - query[..., :, None]) / math.sqrt(self.head_dim)
+
+
+def bloom(
+    self: Any,
+    hidden_states: Tensor,
+    residual: Tensor,
+    alibi: Tensor,
+    attention_mask: Sight,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `BloomAttention.forward` does."""
+    from transformers.models.bloom.modeling_bloom import dropout_add
+
+    query, key, value = self._reshape(self.query_key_value(hidden_states))
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    out, weights = attend(
+        self, query, key, value, attention_mask,
+        dropout=self.attention_dropout.p if self.training else 0.0,
+        output_attentions=output_attentions,
+    )  # fmt: skip
+    out = dropout_add(self.dense(out.flatten(2)), residual, self.hidden_dropout, self.training)
+    return out, weights
+
+
+def mpt(
+    self: Any,
+    hidden_states: Tensor,
+    position_bias: Tensor,
+    past_key_values: Any = None,
+    attention_mask: Sight | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `MptAttention.forward` does."""
+    projected = self.Wqkv(hidden_states)
+    if self.clip_qkv:
+        projected = projected.clamp(min=-self.clip_qkv, max=self.clip_qkv)
+    heads = projected.unflatten(2, (3, self.n_heads, self.head_dim))
+    query, key, value = heads.transpose(1, 3).unbind(2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, self.layer_idx)
+    out, weights = attend(
+        self, query, key, value, attention_mask, scaling=self.softmax_scale,
+        dropout=self.attn_dropout_p if self.training else 0.0,
+    )  # fmt: skip
+    return self.out_proj(out.flatten(2)), weights
+
+
+def falcon(
+    self: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Sight,
+    position_ids: Tensor | None = None,
+    layer_past: Any = None,
+    use_cache: bool = False,
+    output_attentions: bool = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `FalconAttention.forward` does."""
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    heads = self._split_heads(self.query_key_value(hidden_states))
+    query, key, value = (x.transpose(1, 2) for x in heads)
+    if position_embeddings is not None and alibi is None:
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, self.layer_idx)
+    out, weights = attend(
+        self, query, key, value, attention_mask,
+        dropout=self.attention_dropout.p if self.training and alibi is not None else 0.0,
+        output_attentions=output_attentions,
+    )  # fmt: skip
+    return self.dense(out.flatten(2)), weights
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How an attention class is served: its `forward`, where it says its heads, its own bias."""
+
+    forward: Callable[..., tuple[Tensor, Tensor | None]]
+    heads: str
+    bias: Callable[[Any], Bias | None]
+
+
+def falcon_bias(module: Any) -> Bias | None:
+    """Return the ALiBi of a Falcon that has one, and no rotary embedding."""
+    return FalconALiBi(module.num_heads, module.head_dim) if module.config.alibi else None
+
+
+ROUTES = {
+    "BloomAttention": Route(bloom, "num_heads", lambda module: ALiBi(module.num_heads)),
+    "MptAttention": Route(mpt, "n_heads", lambda module: ALiBi(module.n_heads)),
+    "FalconAttention": Route(falcon, "num_heads", falcon_bias),
+}
+
+
+def route_of(module: nn.Module) -> Route | None:
+    """Return the route of an attention module, if it needs one."""
+    return ROUTES.get(type(module).__name__)

@@ -1,0 +1,129 @@
+"""Where a pretrained model attends, found by a short forward, and whether that can be served."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from dape.errors import UserError
+from dape.model.modeling import DapeAttention
+from dape.model.retrofit.interface import sight
+from dape.model.retrofit.routes import route_of
+
+SURVEY = "dape_survey"
+# What an attention may ask for beyond softmax(scale q k^T + mask) v, and Gemma 2's cap of it.
+BEYOND = {"s_aux": "attention sinks", "position_bias": "a bias of its own"}
+TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """A module that attends: its heads, its own bias, and the `forward` it needs to be served."""
+
+    module: nn.Module
+    num_heads: int
+    head_dim: int
+    bias: nn.Module | None = None
+    forward: Callable[..., Any] | None = None
+
+
+_found: ContextVar[dict[nn.Module, Attention]] = ContextVar("found")
+
+
+def attentions(model: PreTrainedModel) -> list[Attention]:
+    """Return the attentions of a model, in the order in which it calls them.
+
+    Raises:
+        UserError: if there are none that can be served, saying why.
+    """
+    ours = [module for module in model.modules() if isinstance(module, DapeAttention)]
+    if ours:
+        heads = model.config.num_attention_heads
+        return [Attention(each, heads, each.head_dim, each.position_bias) for each in ours]
+    routed = [(each, route) for each in model.modules() if (route := route_of(each))]
+    if routed:
+        return [
+            Attention(
+                module,
+                getattr(module, route.heads),
+                module.head_dim,
+                route.bias(module),
+                route.forward,
+            )
+            for module, route in routed
+        ]
+    return surveyed(model)
+
+
+def surveyed(model: PreTrainedModel) -> list[Attention]:
+    """Return the modules that call transformers' attention interface."""
+    token = _found.set({})
+    try:
+        with implementation(model, SURVEY):
+            call(model)
+        found = list(_found.get().values())
+    except (AttributeError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be retrofitted: its code handles attention masks "
+            f"itself ({error})"
+        ) from error
+    finally:
+        _found.reset(token)
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} cannot be retrofitted: its attention does not go through the "
+            "attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
+        )
+    return found
+
+
+def record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
+) -> tuple[Tensor, None]:
+    """Note an attention, and return zeros in place of its output.
+
+    Raises:
+        UserError: for an attention that cannot be served.
+    """
+    name = type(module).__name__
+    for key_word, meaning in BEYOND.items():
+        if more.get(key_word) is not None:
+            raise UserError(f"{name} cannot be retrofitted: it has {meaning} ({key_word})")
+    if not getattr(module, "is_causal", True):
+        raise UserError(f"{name} cannot be retrofitted: its attention is not causal")
+    _found.get()[module] = Attention(module, query.shape[1], query.shape[3])
+    return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+@contextmanager
+def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let the model attend by the registered function `name`."""
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@torch.no_grad()
+def call(model: PreTrainedModel) -> Tensor:
+    """Return what the model says of a few tokens: logits, or what else comes first."""
+    training = [module for module in model.modules() if module.training]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(1, TOKENS + 1, device=model.device)[None] % vocabulary
+    try:
+        return model.eval()(input_ids=tokens, use_cache=False)[0]
+    finally:
+        for module in training:
+            module.training = True
+
+
+AttentionInterface.register(SURVEY, record)
+AttentionMaskInterface.register(SURVEY, sight)
