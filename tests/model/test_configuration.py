@@ -1,9 +1,11 @@
 """The configuration: what it refuses, and that it survives its file."""
 
 import pytest
+from transformers import PreTrainedConfig
 
 from dape.errors import UserError
 from dape.model.configuration import DapeConfig
+from dape.model.modeling import DapeForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,10 @@ from dape.model.configuration import DapeConfig
         ({"hidden_size": 100}, "hidden_size=100 is not a multiple of num_attention_heads=12"),
         ({"num_key_value_heads": 5}, "num_key_value_heads=5 does not divide 12"),
         ({"num_key_value_heads": 0}, "num_key_value_heads=0 does not divide 12"),
+        ({"id2lable": {}}, "'id2lable'; did you mean 'id2label'"),
+        ({"temperature": 0.5}, "unknown key of DapeConfig 'temperature'"),
+        ({"block": "modren"}, "unknown block 'modren'; did you mean 'modern'"),
+        ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
     ],
@@ -39,7 +45,7 @@ def test_a_wrong_type_names_the_field():
 def test_every_field_survives_the_file(tmp_path):
     config = DapeConfig(
         vocab_size=99, hidden_size=48, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, intermediate_size=100, scheme="dape3-alibi",
+        num_key_value_heads=2, block="modern", intermediate_size=100, scheme="dape3-alibi",
         scheme_options={"adapter": {"hidden": 5, "residual": False}}, train_length=77,
         layer_norm_eps=1e-6, backend="reference", use_cache=False, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=3,
@@ -49,6 +55,29 @@ def test_every_field_survives_the_file(tmp_path):
     assert loaded.to_diff_dict() == config.to_diff_dict()
     for name in DapeConfig.__annotations__:
         assert getattr(loaded, name) == getattr(config, name), name
+
+
+def test_what_transformers_writes_about_any_model_is_taken_back(tmp_path):
+    """Whole or as the difference to its defaults, and through a dictionary."""
+    config = DapeConfig(
+        num_labels=3, problem_type="regression", dtype="bfloat16", architectures=["DapeModel"],
+        output_hidden_states=True, output_attentions=True, name_or_path="here",
+    )  # fmt: skip
+    written = config.to_dict()
+    assert written.keys() >= PreTrainedConfig().to_dict().keys()
+    for use_diff in (True, False):
+        config.to_json_file(tmp_path / "config.json", use_diff=use_diff)
+        loaded = DapeConfig.from_pretrained(tmp_path, name_or_path="here")
+        assert loaded.to_dict() == written
+    assert DapeConfig.from_dict(config.to_dict()).to_dict() == written
+    assert DapeConfig(**config.to_dict()).to_dict() == written
+
+
+def test_fields_set_later_are_checked_when_the_model_is_built():
+    config = DapeConfig(hidden_size=32, num_attention_heads=4)
+    config.num_attention_heads = 5
+    with pytest.raises(UserError, match="hidden_size=32 is not a multiple"):
+        DapeForCausalLM(config)
 
 
 def test_sizes_left_out_follow_the_others():

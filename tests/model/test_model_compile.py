@@ -3,13 +3,16 @@
 import pytest
 import torch
 from models import grown, tokens
+from torch._dynamo.utils import counters
 from torch.testing import assert_close
+from transformers import CompileConfig
 
 
 @pytest.mark.unhooked
-def test_one_graph_serves_every_length():
+@pytest.mark.parametrize("block", ["paper", "modern"])
+def test_one_graph_serves_every_length(block):
     torch.compiler.reset()
-    model = grown(scheme="dape-kerple", num_hidden_layers=1).train()
+    model = grown(scheme="dape-kerple", num_hidden_layers=1, block=block).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
     def step(function, ids):
@@ -26,3 +29,23 @@ def test_one_graph_serves_every_length():
             ours = step(compiled, ids)
         for mine, theirs in zip(ours, step(model, ids), strict=True):
             assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-fire", "rope"])
+def test_generating_with_a_static_cache_compiles_whole(scheme):
+    """As `generate` does by itself on a GPU: a graph for the prompt, and one for every token."""
+    torch.compiler.reset()
+    counters.clear()
+    model = grown(scheme=scheme)
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
+    ids[0, :2], mask[0, :2] = 0, 0
+    options = {
+        "attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0,
+        "cache_implementation": "static",
+    }  # fmt: skip
+    whole = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    whole._compile_all_devices = True
+    compiled = model.generate(ids, compile_config=whole, **options)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert torch.equal(compiled, model.generate(ids, **options))

@@ -30,11 +30,13 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
-def test_weights_start_with_the_documented_deviations():
+@pytest.mark.parametrize("block", ["paper", "modern"])
+def test_weights_start_with_the_documented_deviations(block):
     width, depth = 128, 4
     model = fresh(
-        hidden_size=width, num_hidden_layers=depth, vocab_size=500, intermediate_size=4 * width
-    )
+        hidden_size=width, num_hidden_layers=depth, vocab_size=500, intermediate_size=4 * width,
+        block=block,
+    )  # fmt: skip
     small, wang = math.sqrt(2 / (5 * width)), 2 / (depth * math.sqrt(width))
     for name, parameter in model.named_parameters():
         if ".adapter." in name or ".position_bias." in name:
@@ -199,9 +201,10 @@ def test_a_mask_must_cover_the_cached_keys_too():
         model(ids[:, 4:], attention_mask=torch.ones(2, 3), past_key_values=cache)
 
 
+@pytest.mark.parametrize("block", ["paper", "modern"])
 @pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-nope"])
-def test_checkpointing_layers_changes_no_gradient(scheme):
-    model, ids = grown(scheme=scheme).train(), tokens(2, 9)
+def test_checkpointing_layers_changes_no_gradient(scheme, block):
+    model, ids = grown(scheme=scheme, block=block).train(), tokens(2, 9)
 
     def gradients():
         model.zero_grad()

@@ -58,6 +58,7 @@ def test_a_written_recipe_is_read_as_the_same(tmp_path):
         ("model: {num_key_value_heads: 5}", "heads=12 is not a multiple of .*_heads=5"),
         ("model: {hidden_size: 0}", "model.hidden_size=0 must be at least 1"),
         ("hardware: {micro_batch_size: 3}", "batch_size=256 is not a multiple of .*size=3"),
+        ("model: {block: modren}", "model.block='modren': expected 'paper' or 'modern'"),
         ("optimizer: {warmup: 1.5}", "optimizer.warmup=1.5 is a fraction"),
         ("optimizer: {eps: .nan}", "optimizer.eps=nan must be greater than 0"),
         ("optimizer: {betas: [0.9, 1.0]}", r"optimizer.betas=\[0.9, 1.0\] must lie in"),

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from dataclasses import field
+from dataclasses import field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, no_type_check
@@ -30,8 +30,10 @@ _FOREIGN = frozenset(
         "_commit_hash",
         "_experts_implementation_internal",
         "_attn_implementation_internal",
+        "_name_or_path",
         "attn_implementation",
         "auto_map",
+        "custom_pipelines",
         "experts_implementation",
         "model_type",
         "name_or_path",
@@ -57,8 +59,7 @@ class DapeConfig(PreTrainedConfig):
         block: `paper` (layer norm, GELU, biases everywhere) or `modern` (RMS norm, SwiGLU, no
             biases: Llama's).
         intermediate_size: width of the feed-forward layer, by default `4 * hidden_size`; in the
-            modern block, whose feed-forward layer has three matrices, 2/3 of that, rounded up to a
-            multiple of 64.
+            modern block, which has three matrices there, 2/3 of that, up to a multiple of 64.
         scheme: where position enters, such as `dape-kerple`; `dape info --schemes` lists them.
         scheme_options: per place (`embedding`, `rotation`, `bias`, `adapter`), options of its
             module, such as `{"adapter": {"hidden": 32}}`.
@@ -97,10 +98,10 @@ class DapeConfig(PreTrainedConfig):
         """Refuse unknown keys, which the base class keeps silently, and impossible sizes."""
         for name in kwargs:
             if name not in _FOREIGN:
-                raise unknown("key of DapeConfig", name, DapeConfig.__annotations__)
+                raise unknown("key of DapeConfig", name, [key.name for key in fields(self)])
         self.check()
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)  # a copy on the Hub has the names of its repository in it
+        self.auto_map = dict(AUTO_MAP)
         # Who holds a configuration may hand it to an Auto class, which must know the models by
         # then. They build on the Auto classes, so those cannot bring them along.
         import_module("dape.model.huggingface")
@@ -135,10 +136,10 @@ class DapeConfig(PreTrainedConfig):
     @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layer."""
-        default = 4 * self.hidden_size
-        if self.block == "modern":
-            default = 64 * math.ceil(2 / 3 * default / 64)
-        return default if self.intermediate_size is None else self.intermediate_size
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        modern = 64 * math.ceil(self.hidden_size / 24)
+        return modern if self.block == "modern" else 4 * self.hidden_size
 
     @property
     def dimensions(self) -> dict[str, int]:

@@ -191,6 +191,7 @@ class DapeModel(DapePreTrainedModel):
 
     def __init__(self, config: DapeConfig) -> None:
         super().__init__(config)
+        config.check()  # again: its fields may have been set since
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = scheme.resolve(config.scheme).build(
             "embedding", config.dimensions, config.scheme_options

@@ -51,8 +51,10 @@ class Model:
     """query heads; must divide hidden_size"""
     num_key_value_heads: int | None = None
     """key and value heads; must divide the query heads (as many by default)"""
+    block: Literal["paper", "modern"] = "paper"
+    """layer norm, GELU and biases, or RMS norm, SwiGLU and no biases"""
     intermediate_size: int | None = None
-    """width of the feed-forward layer (4 x hidden_size by default)"""
+    """width of the feed-forward layer (4 x hidden_size by default, modern 8/3 x)"""
     vocab_size: int | None = None
     """entries of the embedding, if more than the tokenizer has: 50304 suits tensor cores"""
     tie_word_embeddings: bool = False

@@ -1,0 +1,55 @@
+"""Sequence classification: scores read at the last token, by whichever side the padding is."""
+
+import numpy as np
+import pytest
+import torch
+from models import SIZES, tokens
+from torch.testing import assert_close
+
+from dape.model.configuration import DapeConfig
+from dape.model.huggingface import DapeForSequenceClassification
+
+
+@pytest.fixture(params=["paper", "modern"])
+def model(request):
+    config = DapeConfig(
+        **SIZES, scheme="dape-kerple", block=request.param, num_labels=3, pad_token_id=0
+    )
+    return DapeForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_are_those_of_the_last_token_of_each_row_alone(model, side):
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    padding = slice(0, 4) if side == "left" else slice(5, 9)
+    ids[0, padding], mask[0, padding] = 0, 0
+    logits = model(ids, attention_mask=mask).logits
+    short = ids[:1, 4:] if side == "left" else ids[:1, :5]
+    for row, alone in enumerate((short, ids[1:])):
+        assert_close(logits[row : row + 1], model(alone).logits, rtol=1e-5, atol=1e-6)
+        hidden = model.model(alone).last_hidden_state[:, -1]
+        assert_close(model(alone).logits, hidden @ model.score.weight.T)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_labels(model):
+    ids, labels = tokens(4, 9), torch.tensor([0, 2, 1, 2])
+    out = model(ids, labels=labels)
+    logits = out.logits.detach().double().numpy()
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(4), labels]
+    assert out.loss.item() == pytest.approx(losses.mean(), rel=1e-5)
+    out.loss.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_head_starts_on_the_stack_of_a_language_model(model, tmp_path):
+    from dape.model.modeling import DapeForCausalLM
+
+    language = DapeForCausalLM(DapeConfig(**SIZES, scheme="dape-kerple"))
+    language.save_pretrained(tmp_path)
+    loaded = DapeForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=5, problem_type="multi_label_classification"
+    )
+    ids = tokens(1, 9)
+    hidden = language.eval().model(ids).last_hidden_state
+    assert torch.equal(loaded.model(ids).last_hidden_state, hidden)
+    assert loaded(ids, labels=torch.ones(1, 5)).loss.isfinite() and loaded.score.out_features == 5

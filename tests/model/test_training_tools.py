@@ -1,0 +1,95 @@
+"""Others' training tools on the models: PEFT's LoRA and the Trainer of transformers."""
+
+import math
+
+import pytest
+import torch
+from models import fresh, tokens
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+from dape.model.modeling import DapeForCausalLM
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+
+
+def learn(model, steps):
+    """Train for some steps on one batch, and return the loss of each."""
+    ids = tokens(2, 9)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, {"q_proj", "v_proj"}),
+        ({"target_modules": "all-linear"}, set(PROJECTIONS)),
+        (
+            {"target_modules": ["q_proj"], "modules_to_save": ["position_bias", "adapter"]},
+            {"q_proj", "position_bias", "adapter"},
+        ),
+    ],
+    ids=["named", "all linear layers", "with the encoding"],
+)
+def test_lora_trains_what_it_names_and_survives_its_file(options, expected, tmp_path):
+    ids = tokens(2, 9)
+    base = fresh(scheme="dape-kerple")
+    base.save_pretrained(tmp_path / "base")
+    start = base(ids).logits
+    frozen = {name: weight.clone() for name, weight in base.named_parameters()}
+    model = get_peft_model(base, LoraConfig(r=2, **options))
+    assert torch.equal(model(ids).logits, start)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in trained:
+        assert "lora_" in name or "modules_to_save" in name
+    found = {part for name in trained for part in name.split(".") if part in expected}
+    assert found == expected
+    losses = learn(model.train(), 4)
+    assert losses[-1] < losses[0]
+    out = model.eval()(ids).logits
+    assert (out - start).abs().max() > 1e-3
+    for name, weight in model.get_base_model().named_parameters():
+        if not ("lora_" in name or "modules_to_save" in name):
+            plain = name.replace(".base_layer", "").replace(".original_module", "")
+            assert torch.equal(weight, frozen[plain]), name
+    model.save_pretrained(tmp_path / "lora")
+    base = DapeForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
+    assert torch.equal(loaded(ids).logits, out)
+    assert_close(loaded.merge_and_unload()(ids).logits, out, rtol=1e-5, atol=1e-5)
+
+
+def trainer(model, folder, **options):
+    rows = [(torch.arange(12) + start) % 10 + 1 for start in range(16)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=12, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, logging_steps=1, save_steps=6, use_cpu=True, disable_tqdm=True,
+        report_to="none", gradient_checkpointing=True, **options,
+    )  # fmt: skip
+    data = [{"input_ids": ids, "labels": ids} for ids in rows]
+    return Trainer(model, arguments, train_dataset=data)
+
+
+@pytest.mark.parametrize("block", ["paper", "modern"])
+def test_the_trainer_learns_and_resumes_to_the_same_weights(block, tmp_path):
+    first = trainer(fresh(scheme="dape-kerple", block=block), tmp_path / "first")
+    first.train()
+    losses = [entry["loss"] for entry in first.state.log_history if "loss" in entry]
+    # The next token follows from the last one: an untrained model knows nothing of that.
+    assert losses[0] == pytest.approx(math.log(37), rel=0.1) and losses[-1] < losses[0] / 3
+    ids = tokens(1, 9)
+    loaded = DapeForCausalLM.from_pretrained(tmp_path / "first" / "checkpoint-12")
+    assert torch.equal(loaded(ids).logits, first.model.eval()(ids).logits)
+    second = trainer(fresh(scheme="dape-kerple", block=block), tmp_path / "second")
+    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-6"))
+    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
