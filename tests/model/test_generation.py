@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import grown, tokens
+from torch.testing import assert_close
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
 CACHES = {
@@ -74,3 +75,25 @@ def test_embeddings_start_a_generation_as_their_ids_do(model):
         inputs_embeds=embeddings, attention_mask=mask, suppress_tokens=[0], **OPTIONS
     )
     assert torch.equal(out, generate(model, ids))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generating_returns_the_weights_and_states_of_one_whole_pass(model, cache):
+    ids = tokens(2, 5)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), return_dict_in_generate=True,
+        output_attentions=True, output_hidden_states=True, **OPTIONS, **CACHES[cache],
+    )  # fmt: skip
+    whole = model(
+        out.sequences[:, :-1], output_attentions=True, output_hidden_states=True, use_cache=False
+    )
+    assert len(out.attentions) == len(out.hidden_states) == OPTIONS["max_new_tokens"]
+    for layer in range(2):
+        for step in range(OPTIONS["max_new_tokens"]):
+            seen = 5 + step
+            weights = out.attentions[step][layer][:, :, -1]
+            assert not weights[..., seen:].any()
+            expected = whole.attentions[layer][:, :, seen - 1, :seen]
+            assert_close(weights[..., :seen], expected, rtol=1e-9, atol=1e-9)
+            state = out.hidden_states[step][layer + 1][:, -1]
+            assert_close(state, whole.hidden_states[layer + 1][:, seen - 1], rtol=1e-9, atol=1e-9)

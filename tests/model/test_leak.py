@@ -42,10 +42,19 @@ def test_an_attention_without_its_mask_function_sees_the_future_in_another_model
 @pytest.mark.parametrize("name", [LEAKY, "sdpa", "flash_attention_2", "flex_attention"])
 def test_ours_refuses_an_attention_of_transformers(name, tmp_path):
     fresh().save_pretrained(tmp_path)
-    words = f"attn_implementation='{name}' knows no bias .* None or 'eager'.* backend='auto'"
+    words = f"attn_implementation='{name}': .* by backend='auto' .*; leave it out, or say 'eager'"
     with pytest.raises(UserError, match=words) as error:
         DapeForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
     assert "\n" not in str(error.value)
+    model = fresh()
+    with pytest.raises(UserError, match=words):
+        model.set_attn_implementation(name)
+    model.set_attn_implementation("eager")
+
+
+def test_ours_refuses_batches_that_are_packed_into_pages():
+    with pytest.raises(UserError, match=r"attn_implementation='paged\|eager'"):
+        fresh(eos_token_id=1).generate_batch([[2, 3, 4], [5, 6]])
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])

@@ -157,6 +157,8 @@ def test_explicit_positions_equal_implicit_ones(scheme, cache):
         )  # fmt: skip
     seen = mask.bool()
     assert_close(out[seen], expected[seen], rtol=1e-9, atol=1e-9)
+    short = model(ids, attention_mask=mask, position_ids=positions.int(), use_cache=False).logits
+    assert_close(short[seen], expected[seen], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -179,11 +179,16 @@ class DapePreTrainedModel(PreTrainedModel):
         """Return "eager", as transformers calls a model's own code; refuse its other attentions."""
         if requested_attention not in (None, "eager"):
             raise UserError(
-                f"attn_implementation={requested_attention!r} knows no bias and no adapter; this "
-                "model takes None or 'eager', and its configuration says how: "
-                f"backend={self.config.backend!r}"
+                f"attn_implementation={requested_attention!r}: this model has an attention of its "
+                f"own, by backend={self.config.backend!r} of its configuration; leave it out, or "
+                "say 'eager'"
             )
         return "eager"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Let `set_attn_implementation` ask the method above, and not just warn."""
+        return True
 
 
 class DapeModel(DapePreTrainedModel):

@@ -42,7 +42,7 @@ def whereabouts(
         query_positions = key_positions[:, slots]
         if position_ids is not None:
             key_positions = key_positions + (position_ids - query_positions)[:, :1]
-            query_positions = position_ids.expand(len(key_positions), -1)
+            query_positions = position_ids.expand(len(key_positions), -1).to(key_positions.dtype)
             key_positions = key_positions.index_copy(1, slots, query_positions)
     return {
         "mask": mask,
