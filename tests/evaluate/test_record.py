@@ -59,8 +59,8 @@ def test_the_name_of_the_file_tells_protocol_stride_and_split(tmp_path, argument
     [
         (None, "no such evaluation; run `dape eval`"),
         ("{", "not JSON"),
-        (json.dumps({"format": 0}), "not an evaluation of format 1"),
-        ("[]", "not an evaluation of format 1"),
+        (json.dumps({"format": 0}), "no evaluation of format 1"),
+        ("[]", "no evaluation of format 1"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, message):

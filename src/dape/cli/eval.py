@@ -1,11 +1,10 @@
-"""`dape eval`: perplexity over length of one or more runs, on the same tokens."""
+"""`dape eval`: what models make of long texts, each by the same measure on the same tokens."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -19,10 +18,13 @@ from dape.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from dape.evaluate.record import Evaluation
-    from dape.evaluate.runs import Plan, Run
+    from dape.evaluate.runs import Run
 
 TIMES_TRAINED = 16
+IDLE = {  # options that only perplexity heeds, and those about a corpus
+    "retrieval": ("protocol", "stride", "documents", "blocks", "metric"),
+    "harness": ("protocol", "stride", "documents", "blocks", "metric", "split", "data", "seed"),
+}
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -43,28 +45,68 @@ def doubled(first: int, last: int) -> list[int]:
     return [first << times for times in range(max(0, last // first).bit_length())]
 
 
-Lengths = Annotated[
-    tuple[int, ...],
-    PrimitiveConstructorSpec(
+def commas(metavar: str, read: Callable[[str], tuple[Any, ...]]) -> PrimitiveConstructorSpec[Any]:
+    """Return how an option is read whose one word holds several values."""
+    return PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda words: lengths(words[0]),
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
+    )
+
+
+Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
+Fractions = Annotated[
+    tuple[float, ...], commas("FLOAT,...", lambda text: tuple(map(float, text.split(","))))
 ]
+Names = Annotated[tuple[str, ...], commas("NAME,...", lambda text: tuple(text.split(",")))]
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Does the model tell, at the end of a text, the number that was hidden in it?"""
+
+    tasks: Annotated[Names, tyro.conf.arg(name="retrieval")] = ()
+    """instead of perplexity: passkey (in five sentences, over and over), needle (in text of the
+    corpus), or passkey,needle"""
+    depths: Fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """how much of the text comes before the number"""
+    trials: int = 10
+    """numbers at each length and depth"""
+
+    def __post_init__(self) -> None:
+        """Refuse depths outside the text, and no trials."""
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise UserError(f"--depths {','.join(map(str, self.depths))}: each from 0 to 1")
+        if self.trials < 1:
+            raise UserError(f"--trials {self.trials}: at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Harness:
+    """Tasks of the Language Model Evaluation Harness, `pip install 'dape[harness]'`."""
+
+    tasks: Annotated[Names, tyro.conf.arg(name="harness")] = ()
+    """instead of perplexity: tasks of lm-eval, such as lambada_openai,wikitext; --lengths are the
+    most tokens that a request keeps, by default the training length"""
+    include_path: Path | None = None
+    """folder with tasks of your own (YAML)"""
+    limit: int | None = None
+    """at most so many documents of a task"""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """Measure perplexity over length: the same tokens for every length and model.
 
-    A model of a run folder, or a Hugging Face model folder with --data. Writes
-    RUN/evaluation/PROTOCOL.json; `dape plot` draws it.
+    A model is a run folder, or with --data a folder or a hub name of any causal language model of
+    transformers. Writes RUN/evaluation/PROTOCOL.json, which `dape plot` draws.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders, as `dape train` leaves them"""
+    """run folders, as `dape train` leaves them; model folders; names on the Hugging Face hub, whose
+    results go to runs/NAME"""
     lengths: Lengths = ()
     """tokens in a window, as 128,256,512 or 128,...,16384; if not given, the training length
     and its doublings up to 16 times"""
@@ -87,104 +129,79 @@ class Arguments:
     batch_tokens: int = 16384
     """tokens in one forward; a window that is longer goes alone"""
     seed: int = 0
-    """of the choice of documents"""
+    """of the choice of documents, and of hidden numbers"""
+    retrieval: Annotated[Retrieval, tyro.conf.arg(name="")] = Retrieval()
+    harness: Annotated[Harness, tyro.conf.arg(name="")] = Harness()
 
     def __post_init__(self) -> None:
-        """Refuse counts below one, and no runs."""
+        """Refuse counts below one, no runs, and options without a meaning."""
         if not self.runs:
             raise UserError("no run given: dape eval RUN...")
         for name in ("documents", "blocks", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        _refuse_idle(self)
+
+
+def _refuse_idle(arguments: Arguments) -> None:
+    """Raise a `UserError` for an option that the measurement asked for would not heed."""
+    retrieval, harness = arguments.retrieval, arguments.harness
+    if retrieval.tasks and harness.tasks:
+        raise UserError("--retrieval and --harness: one at a time")
+    if not retrieval.tasks and retrieval != Retrieval():
+        raise UserError("--depths and --trials belong to --retrieval TASKS")
+    if not harness.tasks and harness != Harness():
+        raise UserError("--include-path and --limit belong to --harness TASKS")
+    kind = "retrieval" if retrieval.tasks else "harness" if harness.tasks else "perplexity"
+    for field in fields(arguments):
+        if field.name in IDLE.get(kind, ()) and getattr(arguments, field.name) != field.default:
+            raise UserError(f"--{field.name} has no meaning with --{kind}; leave it out")
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate the runs one after the other, write their files and print the table."""
+    """Measure the runs one after the other, write their files and print the table."""
     arguments = parse(Arguments, argv, prog="dape eval")
+    from transformers.utils import logging
+
     from dape.evaluate.runs import open_run
 
+    logging.disable_progress_bar()  # of the loading of weights
     runs = [open_run(folder) for folder in arguments.runs]
-    show(evaluate_all(runs, plans(runs, arguments), arguments, argv), arguments.metric)
+    if arguments.retrieval.tasks:
+        from dape.cli import eval_retrieval
 
+        eval_retrieval.run(runs, arguments, argv)
+    elif arguments.harness.tasks:
+        from dape.cli import eval_harness
 
-def plans(runs: Sequence["Run"], arguments: Arguments) -> list["Plan"]:
-    """Return what to score for each run; one plan for all that share a corpus.
+        eval_harness.run(runs, arguments, argv)
+    else:
+        from dape.cli import eval_perplexity
 
-    Raises `UserError` where perplexities of different corpora or tokenizers would meet.
-    """
-    from dape.evaluate.protocols import protocol
-    from dape.evaluate.runs import plan
-
-    asked = list(arguments.lengths or default_lengths(runs))
-    rule = protocol(arguments.protocol, asked, arguments.stride)
-    corpora = [run.corpus(arguments.data) for run in runs]
-    if arguments.metric != "bits_per_byte" and len({each.checksum for each in corpora}) > 1:
-        raise UserError(
-            f"{arguments.metric} cannot be compared over different corpora or tokenizers "
-            f"({', '.join(sorted({str(each.folder) for each in corpora}))}); give one --data, "
-            "--metric bits_per_byte, or evaluate the runs one by one"
-        )
-    by_corpus = {
-        corpus.checksum: plan(
-            corpus,
-            arguments.split,
-            rule,
-            asked,
-            documents=arguments.documents,
-            blocks=arguments.blocks,
-            seed=arguments.seed,
-        )
-        for corpus in {each.checksum: each for each in corpora}.values()
-    }
-    return [by_corpus[corpus.checksum] for corpus in corpora]
+        eval_perplexity.run(runs, arguments, argv)
 
 
 def default_lengths(runs: Sequence["Run"]) -> tuple[int, ...]:
     """Return the shortest training length and its doublings, up to 16 times the longest."""
-    trained = [run.train_length for run in runs]
-    known = [length for length in trained if length]
-    if len(known) < len(runs):
-        raise UserError("a model does not say at what length it was trained; give --lengths")
+    known = [trained_at(run) for run in runs]
     return tuple(doubled(min(known), TIMES_TRAINED * max(known)))
 
 
-def evaluate_all(
-    runs: Sequence["Run"], plans: Sequence["Plan"], arguments: Arguments, argv: list[str]
-) -> list["Evaluation"]:
-    """Evaluate the runs, with progress on stderr, and write the file of each."""
-    from transformers.utils import logging
-
-    from dape.evaluate.record import evaluation_path
-    from dape.evaluate.runs import evaluate
-    from dape.provenance import provenance
-
-    logging.disable_progress_bar()
-    device = choose_device(arguments.device)
-    origin = provenance(device, ["eval", *argv]) | {"seed": arguments.seed}
-    bar = Progress(BarColumn(), Speed(), TimeRemainingColumn(), console=Console(stderr=True))
-    evaluations = []
-    with bar:
-        task = bar.add_task("", total=sum(plan.tokens for plan in plans))
-        for run, plan in zip(runs, plans, strict=True):
-            evaluation = evaluate(
-                run,
-                plan,
-                device=device,
-                batch_tokens=arguments.batch_tokens,
-                provenance=origin,
-                advance=partial(bar.advance, task),
-                announce=partial(announce, bar.console, run),
-            )
-            evaluation.save(
-                evaluation_path(run.folder, arguments.protocol, arguments.stride, arguments.split)
-            )
-            evaluations.append(evaluation)
-    return evaluations
+def trained_at(run: "Run") -> int:
+    """Return the training length of a run; raise `UserError` if its model does not say."""
+    if run.train_length is None:
+        raise UserError(f"{run.source} does not say at what length it was trained; give --lengths")
+    return run.train_length
 
 
-def announce(console: Console, run: "Run", length: int, outcome: str) -> None:
+def progress() -> Progress:
+    """Return the bar that is drawn on stderr."""
+    return Progress(BarColumn(), Speed(), TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def announce(console: Console, what: str, length: int, outcome: str) -> None:
     """Print a line on what was just measured, which a screen without a bar shows too."""
-    text = f"{run.folder}  length {length:,}  {outcome}"
+    text = f"{what}  length {length:,}  {outcome}"
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -207,15 +224,3 @@ def choose_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; use cpu, or see `dape info`") from None
-
-
-def show(evaluations: Sequence["Evaluation"], metric: str) -> None:
-    """Print the table of results and, for two groups or more, the tests between them."""
-    from dape.evaluate.compare import compare, group
-    from dape.figures.tables import results, significance
-
-    groups = group(evaluations)
-    results(groups, metric).show()
-    comparisons = compare(groups)
-    if comparisons:
-        significance(comparisons).show()

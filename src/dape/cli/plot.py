@@ -20,7 +20,8 @@ class Arguments:
     The runs that differ in nothing but their seed are one line, with a band of one standard
     deviation. Dashed lines are schemes without an adapter.
 
-    `dape plot encoding NAME` draws a position encoding instead.
+    `dape plot encoding NAME` draws a position encoding instead, `dape plot retrieval RUN...` what
+    `dape eval --retrieval` measured.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -51,6 +52,10 @@ def main(argv: list[str]) -> None:
         from dape.cli import plot_encoding
 
         return plot_encoding.main(argv[1:])
+    if argv[:1] == ["retrieval"]:
+        from dape.cli import plot_retrieval
+
+        return plot_retrieval.main(argv[1:])
     arguments = parse(Arguments, argv, prog="dape plot")
     from dape.evaluate.compare import check_comparable, group
     from dape.evaluate.record import evaluation_path, load

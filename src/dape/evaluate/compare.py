@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from dape.errors import UserError
 from dape.evaluate.record import Evaluation
+from dape.evaluate.retrieval import Retrieval
 from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
 from dape.positions.scheme import ADAPTERS, BASES
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
+Record = TypeVar("Record", Evaluation, Retrieval)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +67,28 @@ class Comparison:
 
 
 def group(evaluations: Sequence[Evaluation]) -> list[Group]:
-    """Return the evaluations in groups, labelled by their scheme, in order of appearance.
+    """Return the evaluations in groups, as `gather` labels them."""
+    return [Group(label, tuple(members)) for label, members in gather(evaluations).items()]
 
-    Where two groups have the same scheme, the name of their first run tells them apart.
+
+def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Return records of runs by label, their scheme, in order of appearance.
+
+    Runs that differ in nothing but their seed share a label. Where two labels would be the same
+    scheme, the name of the first run tells them apart.
     """
-    found: dict[tuple[object, ...], list[Evaluation]] = {}
-    for each in evaluations:
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for each in records:
         alone = each.run if each.settings is None else None
         key = (each.scheme, each.train_length, each.settings, alone)
         found.setdefault(key, []).append(each)
     schemes = [scheme for scheme, *_ in found]
-    groups = []
+    labelled = {}
     for members in found.values():
         scheme = members[0].scheme
         shared = schemes.count(scheme) > 1
-        label = f"{scheme} ({members[0].run})" if shared else scheme
-        groups.append(Group(label, tuple(members)))
-    return groups
+        labelled[f"{scheme} ({members[0].run})" if shared else scheme] = members
+    return labelled
 
 
 def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:

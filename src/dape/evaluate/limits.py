@@ -1,7 +1,10 @@
 """Where models that are not ours end: tables of positions, learned or only stored."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -34,3 +37,20 @@ class Tables(TorchFunctionMode):
                     f"{len(table)}"
                 )
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def told(length: int, windows: int) -> Iterator[None]:
+    """Tell in a line why a forward of so many windows fails.
+
+    Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"out of memory at length {length} with {windows} windows a forward; "
+            "lower --batch-tokens or the longest of --lengths"
+        ) from None
+    except UserError as error:
+        raise Refused(str(error)) from error

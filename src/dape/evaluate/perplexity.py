@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from dape.errors import UserError
-from dape.evaluate.limits import Refused
+from dape.evaluate.limits import told
 from dape.evaluate.protocols import Windows
 
 BINS_PER_OCTAVE = 2
@@ -65,15 +64,8 @@ def token_losses(
     for first in range(0, len(losses), rows):
         batch = slice(first, first + rows)
         tokens = torch.from_numpy(window_tokens(document, windows, batch)).to(device)
-        try:
+        with told(windows.length, len(tokens)):
             losses[batch] = _forward(model, tokens, windows.scored)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"out of memory at length {windows.length} with {len(tokens)} windows a forward; "
-                "lower --batch-tokens or the longest of --lengths"
-            ) from None
-        except UserError as error:
-            raise Refused(str(error)) from error
         advance(tokens[:, 1:].numel())
     return losses
 

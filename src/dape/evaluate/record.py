@@ -63,10 +63,7 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(part, path)
+        write(path, self)
 
 
 def load(path: Path) -> Evaluation:
@@ -74,15 +71,7 @@ def load(path: Path) -> Evaluation:
 
     Raises `UserError` naming the command to run if there is none, or if another version wrote it.
     """
-    remedy = "run `dape eval` on it"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such evaluation; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {remedy} again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not an evaluation of format {FORMAT}; {remedy} again")
+    content = read(path, "evaluation", FORMAT, "run `dape eval` on it")
     measurements = [
         Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
         for each in content["measurements"]
@@ -101,3 +90,27 @@ def evaluation_path(run: Path, protocol: str, stride: int | None, split: str) ->
     """
     parts = [protocol, str(stride or ""), "" if split == "test" else split]
     return run / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
+
+
+def write(path: Path, record: Any) -> None:
+    """Write a dataclass as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
+    os.replace(part, path)
+
+
+def read(path: Path, kind: str, form: int, remedy: str) -> dict[str, Any]:
+    """Return the fields of what `write` wrote.
+
+    Raises `UserError` with the remedy if there is no such file, or of another format.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {kind}; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {remedy} again") from None
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise UserError(f"{path}: no {kind} of format {form}; {remedy} again")
+    return content

@@ -58,6 +58,17 @@ class Run:
         learned = {name: self.recipe.get(name) for name in LEARNED_BY}
         return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:16]
 
+    def facts(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return what every record of a measurement says of the run and its model."""
+        return {
+            "run": str(self.folder),
+            "scheme": self.scheme,
+            "train_length": self.train_length,
+            "seed": None if self.recipe is None else self.recipe["seed"],
+            "settings": self.settings,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+
     def corpus(self, data: Path | None) -> Corpus:
         """Return the corpus in `data`, or else the one trained on.
 
@@ -233,12 +244,7 @@ def evaluate(
         measurements.append(measure(losses, windows, np.array(plan.targets.bytes)))
         announce(windows.length, f"perplexity {measurements[-1].perplexity:,.2f}")
     return Evaluation(
-        run=str(run.folder),
-        scheme=run.scheme,
-        train_length=run.train_length,
-        seed=None if run.recipe is None else run.recipe["seed"],
-        settings=run.settings,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        **run.facts(model),
         targets=plan.targets,
         measurements=measurements,
         provenance=provenance,

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -61,7 +61,7 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
         notes.append("* length trained at.")
     if any(len(group.evaluations) > 1 for group in groups):
         notes.append("± one standard deviation over seeds.")
-    notes += [refusal(group) for group in groups if group.refused]
+    notes += [refusal(group.label, group.refused) for group in groups if group.refused]
     return Table(
         title=f"{METRICS[metric].capitalize()} by length of the window",
         header=["scheme", "runs", *lengths],
@@ -85,11 +85,10 @@ def describe_targets(groups: Sequence[Group]) -> str:
     )
 
 
-def refusal(group: Group) -> str:
-    """Return in a sentence which lengths a group refused, with the reason given at the shortest."""
-    lengths = ", ".join(f"{length:,}" for length in group.refused)
-    reason = group.refused[min(group.refused)]
-    return f"{NOTHING} {group.label} refused {lengths} tokens: {reason}."
+def refusal(label: str, refused: Mapping[int, str]) -> str:
+    """Return in a sentence which lengths were refused, with the reason given at the shortest."""
+    lengths = ", ".join(f"{length:,}" for length in sorted(refused))
+    return f"{NOTHING} {label} refused {lengths} tokens: {refused[min(refused)]}."
 
 
 def significance(comparisons: Sequence[Comparison]) -> Table:

@@ -1,0 +1,54 @@
+"""`dape plot retrieval`: hidden numbers over depth and length, as a heat map or a table."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.errors import UserError
+
+FORMATS = (".png", ".pdf", ".svg", ".md")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Draw what `dape eval --retrieval` measured over depth and length, a panel for each scheme.
+
+    The runs that differ in nothing but their seed share a panel, which shows their mean.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders that `dape eval --retrieval` was run on"""
+    out: Path
+    """file to write: a heat map (.png, .pdf, .svg) or the table (.md)"""
+    task: Literal["passkey", "needle"] = "passkey"
+    """what was asked"""
+    metric: Literal["exact", "accuracy", "rank", "log_probability"] = "exact"
+    """whole numbers, tokens of a number, the mean rank of such a token, or the log-probability of a
+    number"""
+
+    def __post_init__(self) -> None:
+        """Refuse formats nobody draws, and no runs."""
+        if not self.runs:
+            raise UserError("no run given: dape plot retrieval RUN... --out FILE")
+        if self.out.suffix not in FORMATS:
+            raise UserError(f"--out {self.out}: its name must end in {', '.join(FORMATS)}")
+
+
+def main(argv: list[str]) -> None:
+    """Write the file and say where it is."""
+    arguments = parse(Arguments, argv, prog="dape plot retrieval")
+    from dape.evaluate.retrieval import load, retrieval_path
+    from dape.figures.retrieval import heat_map, table
+    from dape.figures.style import save
+
+    records = [load(retrieval_path(run, arguments.task)) for run in arguments.runs]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.out.suffix == ".md":
+        text = table(records, arguments.metric).markdown()
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+    else:
+        save(heat_map(records, arguments.metric), arguments.out)
+    print(f"wrote {arguments.out}")

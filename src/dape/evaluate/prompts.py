@@ -1,0 +1,149 @@
+"""Prompts that hide a number at a depth of a long text and ask for it at the end.
+
+- `passkey`: five short sentences over and over (Mohtashami and Jaggi 2023, Landmark Attention).
+  Here its number always has five digits; theirs has one to five.
+- `needle`: documents of the corpus (Hsieh et al. 2024, RULER, the single needle with a number).
+
+A prompt of length L feeds exactly L tokens and predicts L, of which the last count: the answer. Its
+lines are tokenized one by one. The text around the hidden line is cut to fit, and depth is the
+fraction of it that comes before that line. A trial has the same number, and the same text as far
+as it goes, at every length and depth.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from dape.data.shards import Corpus
+from dape.data.tokenizer import encoder, serialize
+from dape.errors import UserError
+from dape.evaluate.limits import Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Tokens = Int[np.ndarray, " tokens"]
+FILLER = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+)
+WORDS = ("anchor", "bridge", "candle", "forest", "harbour", "island", "kettle", "ladder", "mirror")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The lines of a prompt; `{number}` has `digits` digits, `{word}` is one of `WORDS`."""
+
+    opening: str
+    hidden: str
+    question: str
+    digits: int
+
+
+TASKS = {
+    "passkey": Task(
+        opening="There is an important info hidden inside a lot of irrelevant text. Find it and "
+        "memorize them. I will quiz you about the important information there.\n",
+        hidden="\nThe pass key is {number}. Remember it. {number} is the pass key.\n",
+        question="\nWhat is the pass key? The pass key is",
+        digits=5,
+    ),
+    "needle": Task(
+        opening="A special magic number is hidden within the following text. Make sure to memorize "
+        "it. I will quiz you about the number afterwards.\n",
+        hidden="\nOne of the special magic numbers for {word} is: {number}.\n",
+        question="\nWhat is the special magic number for {word} mentioned in the provided text? "
+        "The special magic number for {word} mentioned in the provided text is",
+        digits=7,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Tokens of a prompt, the last `answer` of which are to be predicted."""
+
+    tokens: Tokens
+    answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts of a task in the tokens of a model.
+
+    `start` are the tokens that every text begins with, such as Llama's. `around(n, generator)`
+    returns n tokens to hide the line in.
+    """
+
+    task: Task
+    encode: Callable[[str], Tokens]
+    start: Tokens
+    around: Callable[[int, np.random.Generator], Tokens]
+
+    def make(self, length: int, depth: float, trial: int, seed: int) -> Prompt:
+        """Return a prompt that feeds `length` tokens.
+
+        Raises `Refused` if its own lines are longer, `UserError` if the text is too short.
+        """
+        generator = np.random.default_rng([seed, trial])
+        least = 10 ** (self.task.digits - 1)
+        number = int(generator.integers(least, 10 * least))
+        word = WORDS[generator.integers(len(WORDS))]
+        opening, hidden, question, answer = (
+            self.encode(line.format(number=number, word=word)).astype(np.int64)
+            for line in (self.task.opening, self.task.hidden, self.task.question, " {number}")
+        )
+        fixed = len(self.start) + sum(map(len, (opening, hidden, question, answer)))
+        room = length + 1 - fixed
+        if room < 0:
+            raise Refused(f"the prompt alone has {fixed - 1} tokens")
+        before, after = np.split(self.around(room, generator), [round(depth * room)])
+        parts = (self.start, opening, before, hidden, after, question, answer)
+        return Prompt(np.concatenate(parts), len(answer))
+
+
+def passkey(tokenizer: "PreTrainedTokenizerFast") -> Prompts:
+    """Return the prompts of the task `passkey`."""
+    encode = encoder(serialize(tokenizer))
+    filler = encode(FILLER).astype(np.int64)
+    return Prompts(
+        TASKS["passkey"], encode, _start(tokenizer), lambda count, _: np.resize(filler, count)
+    )
+
+
+def needle(tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, split: str) -> Prompts:
+    """Return the prompts of the task `needle`, hidden in documents of a split."""
+    part = corpus.split(split)
+
+    def around(count: int, generator: np.random.Generator) -> Tokens:
+        first = int(generator.integers(part.num_documents))
+        numbers = (
+            number % part.num_documents for number in range(first, first + part.num_documents)
+        )
+        text = _joined((part.document(number)[:-1] for number in numbers), count)
+        if len(text) < count:
+            raise UserError(
+                f"a needle needs {count:,} tokens of text around it, and split {split!r} of "
+                f"{corpus.folder} has {len(text):,}; ask for shorter lengths"
+            )
+        return text[:count]
+
+    return Prompts(TASKS["needle"], encoder(serialize(tokenizer)), _start(tokenizer), around)
+
+
+def _joined(documents: Iterable[Tokens], count: int) -> Tokens:
+    """Return the documents one after the other, as many as `count` tokens take."""
+    pieces, tokens = [np.empty(0, np.int64)], 0
+    for document in documents:
+        if tokens >= count:
+            break
+        pieces.append(document)
+        tokens += len(document)
+    return np.concatenate(pieces)
+
+
+def _start(tokenizer: "PreTrainedTokenizerFast") -> Tokens:
+    added = tokenizer("").input_ids
+    return np.array([token for token in added if token == tokenizer.bos_token_id], np.int64)

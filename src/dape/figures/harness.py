@@ -1,0 +1,39 @@
+"""What lm-eval measured, as a table."""
+
+from collections.abc import Sequence
+
+from dape.evaluate.harness import Harnessed, Score
+from dape.figures.tables import NOTHING, Table
+
+
+def table(results: Sequence[Harnessed]) -> Table:
+    """Return the metrics of each run and task by the most tokens that a request keeps."""
+    lengths = sorted({each.max_length for each in results})
+    cells: dict[tuple[str, str, str], dict[int, str]] = {}
+    for each in results:
+        for score in each.scores:
+            row = cells.setdefault((each.run, each.task, score.metric), {})
+            row[each.max_length] = cell(score)
+    notes = ["Columns: a request keeps its last so many tokens (max_length)."]
+    cut = {(each.run, each.max_length): each.cut for each in results if each.cut}
+    notes += [f"{run} at {n:,}: lm-eval cut {times:,} requests." for (run, n), times in cut.items()]
+    notes += [
+        f"{NOTHING} {each.run}, {each.task} at {each.max_length:,}: {each.refused}."
+        for each in results
+        if each.refused
+    ]
+    return Table(
+        title="Tasks of lm-eval",
+        header=["run", "task", "metric", *(f"{length:,}" for length in lengths)],
+        rows=[
+            [*names, *(row.get(length, NOTHING) for length in lengths)]
+            for names, row in cells.items()
+        ],
+        note=" ".join(notes),
+    )
+
+
+def cell(score: Score) -> str:
+    """Return a metric with its standard error, if it has one."""
+    error = "" if score.error is None else f" ± {score.error:.2g}"
+    return f"{score.value:.4g}{error}"

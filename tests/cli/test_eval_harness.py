@@ -1,0 +1,204 @@
+"""`dape eval --harness` on tasks made here: the numbers are worked out from the model's logits."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from dape.data.tokenizer import byte
+from dape.model.modeling import DapeForCausalLM
+from folders import dape, make_run, prepare, refused
+
+TEXTS = ["abcd abc \u00e9 bad cab.", "dab cab abba", "c"]
+QUESTIONS = [
+    {"context": 10 * "abcd ", "choices": ["a", "b", "\u00e9", "ddd"], "answer": 0},
+    {"context": 9 * "dcba ", "choices": ["bc", "a", "cc", " "], "answer": 2},
+    {"context": "a", "choices": ["d", "c", "b", "a"], "answer": 1},
+    {"context": 7 * "bad ", "choices": ["ab", "ba", "da", "ad"], "answer": 3},
+]
+END = 256
+LENGTHS = (8, 16, 64)
+
+
+def task(folder, name, documents, **settings):
+    rows = "".join(json.dumps(document) + "\n" for document in documents)
+    (folder / f"{name}.jsonl").write_text(rows)
+    content = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "test_split": "test",
+        "metadata": {"version": 7},
+        **settings,
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    task(
+        folder,
+        "rolling",
+        [{"text": text} for text in TEXTS],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    task(
+        folder,
+        "choosing",
+        QUESTIONS,
+        output_type="multiple_choice",
+        doc_to_text="{{context}}",
+        doc_to_choice="choices",
+        doc_to_target="answer",
+        target_delimiter="",
+        metric_list=[{"metric": "acc"}],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return make_run(folder / "kerple", prepare(folder), "kerple")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def result(run, name, length):
+    return json.loads((run / "harness" / f"{name}-{length}.json").read_text())
+
+
+def log_probabilities(model, context, continuation):
+    """Return the log-probability of each token of the continuation after the context."""
+    tokens = torch.tensor([context + continuation])
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[0].double()
+    rows = logits[len(context) - 1 : -1].log_softmax(-1)
+    return rows[range(len(continuation)), continuation].tolist()
+
+
+def bits_per_byte(model, length):
+    """Return it over windows that meet in one token, the last of which reaches back to be full."""
+    total = 0.0
+    for text in TEXTS:
+        tokens = [END, *text.encode()]
+        for first in range(1, len(tokens), length):
+            window = tokens[first : first + length]
+            context = tokens[max(0, first + len(window) - 1 - length) : first]
+            total += sum(log_probabilities(model, context, window))
+    return -total / math.log(2) / sum(len(text.encode()) for text in TEXTS)
+
+
+def accuracy(model, length):
+    """Return how often the right choice is likeliest, after the last tokens that fit."""
+    right = []
+    for question in QUESTIONS:
+        sums = []
+        for choice in question["choices"]:
+            context, answer = list(question["context"].encode()), list(choice.encode())
+            context = context[-(length + 1 - len(answer)) :]
+            sums.append(sum(log_probabilities(model, context, answer)))
+        right.append(sums.index(max(sums)) == question["answer"])
+    return sum(right) / len(right)
+
+
+def test_requests_keep_as_many_tokens_as_asked_whatever_the_model_was_trained_at(
+    run, tasks, capsys
+):
+    words = ("--harness", "rolling,choosing", "--include-path", tasks, "--lengths", "8,16,64")
+    assert not dape("eval", run, *words)
+    model = DapeForCausalLM.from_pretrained(run / "model").eval()
+    found = {}
+    for length in LENGTHS:
+        content = result(run, "rolling", length)
+        ((metric, value, error),) = (score.values() for score in content["scores"])
+        assert (metric, error) == ("bits_per_byte", None)
+        assert value == pytest.approx(bits_per_byte(model, length), rel=1e-5)
+        found[length] = value
+        ((metric, value, error),) = (s.values() for s in result(run, "choosing", length)["scores"])
+        right = accuracy(model, length)
+        assert (metric, value) == ("acc", right)
+        sd = math.sqrt(right * (1 - right) * 4 / 3)  # of the sample
+        assert error == pytest.approx(sd / 2, rel=1e-6)
+    assert len(set(found.values())) == 3
+    shown = capsys.readouterr()
+    table = shown.out
+    assert "already-initialized" not in shown.err  # nothing of how we call lm-eval
+    for length in LENGTHS:
+        assert f"{found[length]:.4g}" in table
+
+
+def test_the_file_tells_what_was_asked_and_what_was_cut(run, tasks):
+    dape("eval", run, "--harness", "choosing", "--include-path", tasks, "--lengths", "8,64")
+    content = result(run, "choosing", 8)
+    assert (content["version"], content["samples"], content["max_length"]) == ("7", 4, 8)
+    assert (content["scheme"], content["train_length"], content["seed"]) == ("kerple", 16, 0)
+    assert content["provenance"]["versions"]["lm-eval"]
+    assert content["provenance"]["command"].startswith(f"dape eval {run} --harness choosing")
+    over = {  # lm-eval asks once for choices that differ in their last token
+        (question["context"], choice.encode()[:-1])
+        for question in QUESTIONS
+        for choice in question["choices"]
+        if len(question["context"].encode()) + len(choice.encode()) > 8 + 1
+    }
+    assert content["cut"] == len(over) == 9
+    assert result(run, "choosing", 64)["cut"] == 0
+
+
+def test_without_lengths_it_is_the_training_length_and_a_limit_is_heeded(run, tasks):
+    words = ("--include-path", tasks, "--limit", 2)
+    assert not dape("eval", run, "--harness", "rolling", *words)
+    assert result(run, "rolling", 16)["samples"] == 2
+
+
+def test_learned_positions_that_end_are_a_dash_with_the_reason(tmp_path, tasks, capsys):
+    config = GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    config.bos_token_id = config.eos_token_id = END
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    words = ("--include-path", tasks, "--lengths", "16,32")
+    assert not dape("eval", tmp_path, "--harness", "choosing", *words)
+    assert result(tmp_path, "choosing", 16)["scores"]
+    refusal = result(tmp_path, "choosing", 32)
+    reason = "its learned positions end: row 31 is asked of a table of 16"
+    assert (refusal["scores"], refusal["refused"]) == ([], reason)
+    assert f"choosing at 32: {reason}." in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_answer_that_does_not_fit_is_told(run, tasks, capsys):
+    words = ("--include-path", tasks, "--lengths", "2")
+    assert not dape("eval", run, "--harness", "choosing", *words)
+    assert result(run, "choosing", 2)["refused"] == "an answer alone is longer than 2 tokens"
+
+
+def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, monkeypatch):
+    words = ("eval", run, "--harness")
+    missing = tmp_path / "nothing"
+    assert "no such folder" in refused(capsys, *words, "a", "--include-path", missing)
+    assert "--documents has no meaning" in refused(capsys, *words, "a", "--documents", 3)
+    # lm-eval's own tasks, which take it 15 seconds to list, are those of this folder here
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
+    message = refused(capsys, *words, "roling")
+    assert "lm-eval knows no task 'roling'; did you mean rolling?" in message
+    (tasks / "rolling.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    assert dape(*words, "rolling") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: the data of rolling cannot be had" in last
+    (tmp_path / "elsewhere.jsonl").rename(tasks / "rolling.jsonl")
+
+
+def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    message = refused(capsys, "eval", run, "--harness", "wikitext")
+    assert message == "dape: error: --harness needs lm-eval: pip install 'dape[harness]'"

@@ -1,0 +1,151 @@
+"""`dape eval --retrieval` and `dape plot retrieval` on small run folders."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from dape.data.shards import Corpus
+from dape.data.tokenizer import byte
+from dape.evaluate.prompts import needle, passkey
+from dape.model.modeling import DapeForCausalLM
+from folders import dape, make_run, prepare, refused
+
+ASKED = ("--lengths", "350,400", "--depths", "0,0.5,1", "--trials", "2", "--seed", "5")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("made")
+    return [make_run(folder / f"kerple-{seed}", corpus, "kerple", seed) for seed in (0, 1)]
+
+
+@pytest.fixture
+def runs(tmp_path, made):
+    for run in made:
+        shutil.copytree(run, tmp_path / run.name)
+    return [tmp_path / run.name for run in made]
+
+
+def record(run, task):
+    return json.loads((run / "retrieval" / f"{task}.json").read_text())
+
+
+def test_the_file_holds_what_the_model_itself_says_of_the_numbers(runs, corpus, capsys):
+    assert not dape("eval", *runs, "--retrieval", "passkey,needle", *ASKED)
+    tasks = {"passkey": passkey(byte()), "needle": needle(byte(), Corpus(corpus), "test")}
+    for run in runs:
+        model = DapeForCausalLM.from_pretrained(run / "model").eval()
+        for name, prompts in tasks.items():
+            content = record(run, name)
+            assert len(content["cells"]) == 6
+            for cell in content["cells"]:
+                losses = []
+                for trial in range(2):
+                    prompt = prompts.make(cell["length"], cell["depth"], trial, seed=5)
+                    tokens = torch.from_numpy(prompt.tokens)[None]
+                    labels = tokens.clone()
+                    labels[:, : -prompt.answer] = -100
+                    with torch.no_grad():
+                        loss = model(input_ids=tokens, labels=labels).loss.item()
+                    losses.append(-loss * prompt.answer)
+                expected = pytest.approx(sum(losses) / 2, rel=1e-5)
+                assert cell["log_probability"] == expected
+    shown = capsys.readouterr()
+    assert f"{runs[1]}  needle  length 400  exact 0%" in shown.err
+    assert "Passkey: whole number right" in shown.out and "Needle: whole" in shown.out
+
+
+def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
+    dape("eval", runs[0], "--retrieval", "passkey,needle", *ASKED)
+    content = record(runs[0], "needle")
+    words = " ".join(ASKED)
+    command = f"dape eval {runs[0]} --retrieval passkey,needle {words}"
+    assert content["provenance"]["command"] == command
+    assert content["plan"] == {"lengths": [350, 400], "depths": [0, 0.5, 1], "trials": 2, "seed": 5}
+    assert (content["scheme"], content["seed"], content["train_length"]) == ("kerple", 0, 16)
+    assert content["data"] == Corpus(corpus).checksum
+    assert record(runs[0], "passkey")["data"] is None
+
+
+def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):
+    dape("eval", *runs, "--retrieval", "passkey", *ASKED)
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("draw it: dape ").split()
+    out = tmp_path / "figures" / "map.png"
+    assert not dape(*command[:-1], out)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    table = tmp_path / "map.md"
+    assert not dape("plot", "retrieval", *runs, "--out", table, "--metric", "log_probability")
+    (row,) = (
+        line for line in table.read_text().splitlines() if line.startswith("| kerple | 2 | 0.5")
+    )
+    means = [
+        sum(
+            cell["log_probability"]
+            for run in runs
+            for cell in record(run, "passkey")["cells"]
+            if (cell["length"], cell["depth"]) == (length, 0.5)
+        )
+        / 2
+        for length in (350, 400)
+    ]
+    assert row == f"| kerple | 2 | 0.5 | {means[0]:.1f} | {means[1]:.1f} |"
+
+
+def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, capsys):
+    config = GPT2Config(vocab_size=257, n_embd=16, n_layer=1, n_head=2, n_positions=300)
+    config.bos_token_id = config.eos_token_id = 256
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    words = ("--lengths", "100,300,301", "--trials", "1")
+    assert not dape("eval", tmp_path, "--retrieval", "passkey", *words)
+    reasons = {
+        "100": "the prompt alone has 252 tokens",
+        "301": "its learned positions end: row 300 is asked of a table of 300",
+    }
+    assert record(tmp_path, "passkey")["refused"] == reasons
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"— gpt2 refused 100, 301 tokens: {reasons['100']}." in told
+    assert "gpt2 1 0.25 — 0% —" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--retrieval", "paskey"], "unknown --retrieval 'paskey'; did you mean 'passkey'?"),
+        (["--retrieval", "passkey", "--depths", "0,2"], "--depths 0.0,2.0: each from 0 to 1"),
+        (["--retrieval", "passkey", "--depths", "a"], "--depths"),
+        (["--retrieval", "passkey", "--trials", "0"], "--trials 0: at least 1"),
+        (["--retrieval", "passkey", "--protocol", "sliding"], "--protocol has no meaning with"),
+        (["--retrieval", "passkey", "--harness", "a"], "one at a time"),
+        (["--trials", "3"], "--depths and --trials belong to --retrieval"),
+        (["--limit", "3"], "--include-path and --limit belong to --harness"),
+    ],
+)
+def test_mistakes_are_one_line_with_the_remedy(made, capsys, words, message):
+    assert message in refused(capsys, "eval", made[0], "--lengths", 300, *words)
+
+
+def test_a_model_without_a_tokenizer_is_one_line(runs, capsys):
+    (runs[0] / "model" / "tokenizer.json").unlink()
+    message = refused(capsys, "eval", runs[0], "--retrieval", "passkey", *ASKED)
+    assert "has no tokenizer.json" in message
+
+
+def test_plots_of_nothing_or_of_other_questions_are_one_line(runs, tmp_path, capsys):
+    out = tmp_path / "map.png"
+    message = refused(capsys, "plot", "retrieval", *runs, "--out", out)
+    assert "no such retrieval; run `dape eval --retrieval passkey` on it" in message
+    dape("eval", runs[0], "--retrieval", "passkey", *ASKED)
+    dape("eval", runs[1], "--retrieval", "passkey", *ASKED[:-1], "6")
+    capsys.readouterr()
+    assert "were not asked the same" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
+    assert "must end in" in refused(capsys, "plot", "retrieval", *runs, "--out", tmp_path / "a.gif")
+    assert "dape plot retrieval RUN..." in refused(capsys, "plot", "retrieval", "--out", out)
