@@ -8,7 +8,7 @@ from problems import Problem, leaves, solve, solve_by_textbook
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded, operator
+from dape.attention.fused import banded, mix_triton, operator
 from dape.errors import UserError
 
 # The interpreter's own warnings, of NumPy.
@@ -49,8 +49,9 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture
 def narrow_bands(monkeypatch):
-    """Let the scratch hold few scores, so that small problems take several bands."""
+    """Let the scratch hold few scores, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(banded, "SCORES_PER_BAND", 2 * 4 * 40 * 32)
+    monkeypatch.setattr(mix_triton, "ROWS", 16)
 
 
 def drawn(problem):
@@ -93,6 +94,7 @@ def test_bands_change_nothing(narrow_bands, causal, offset):
     query, key, value = problem.tensors(torch.float32)
     whole = banded.Problem(query, key, value, None, mixing(), None, 1.0, causal, offset)
     assert len(banded.bands(whole)) > 3
+    assert mix_triton.segments(10, 32) == 2
     close(problem)
 
 

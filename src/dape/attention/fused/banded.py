@@ -174,14 +174,15 @@ class Scratch(NamedTuple):
 class Mixer(Protocol):
     """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal.
 
-    `Slots` is where the second sums the gradients of the tables.
+    `Slots` is where the second sums the gradients of the tables, along the `lines` of a tile.
     """
 
     Slots: type[Any]
     tile_rows: int
     tile_keys: int
+    lines: int
 
-    def segments(self, diagonals: int) -> int:
+    def segments(self, diagonals: int, rows: int) -> int:
         """Return into how many segments to cut each of so many diagonals, a program each."""
 
     def whole(
@@ -463,15 +464,18 @@ class Slots(NamedTuple):
     def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
         """Return zeros for the bands of a problem."""
         group, count = slots_of(problem, mixer)
-        lines = mixer.tile_rows + mixer.tile_keys
         units, heads = padded(mixing)
-        segments = mixer.segments(group * count)
+        rows = max(band.rows.stop - band.rows.start for band in bands(problem))
+        segments = mixer.segments(group * count, rows)
 
         def zeros(*size: int) -> Tensor:
             return problem.query.new_zeros(group, segments, count, *size, dtype=torch.float32)
 
         return cls(
-            zeros(units, heads), zeros(heads, units), zeros(lines, units), zeros(lines, heads)
+            zeros(units, heads),
+            zeros(heads, units),
+            zeros(mixer.lines, units),
+            zeros(mixer.lines, heads),
         )
 
     def gradients(self, problem: Problem, mixing: Mixing, mixer: Mixer) -> list[Tensor]:

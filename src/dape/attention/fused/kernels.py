@@ -89,14 +89,17 @@ def mlp(x, w_in, w_out, one, u, PRECISION: tl.constexpr):
 
 @triton.jit
 def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.constexpr):
-    """Return first and past-the-last row tile of diagonal q, and the key where row tile 0 starts.
+    """Return the row tiles of this program on diagonal q, and the key where row tile 0 starts.
 
     Tile t of diagonal q holds rows t M + m and keys start + t M + n: i - j is the same for all t.
+    The programs of axis 2 share them, each a segment.
     """
     start = (band_tile - q) * K
     first = tl.cdiv(tl.maximum(0, 1 - start - K), M)
     last = tl.cdiv(tl.minimum(num_rows, tl.maximum(0, num_keys - start)), M)
-    return first, last, start
+    share = tl.cdiv(tl.maximum(0, last - first), tl.num_programs(2))
+    first += tl.program_id(2) * share
+    return first, tl.minimum(last, first + share), start
 
 
 @triton.jit
@@ -134,7 +137,7 @@ def mix_kernel(
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X <- X + W2 phi(W1 X + U) + C along one diagonal, -inf if unseen; grid (diagonals, B)."""
+    """X <- X + W2 phi(W1 X + U) + C, -inf if unseen; grid (diagonals, B, segments)."""
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -165,14 +168,14 @@ def mix_backward_kernel(
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_h, x_t, stat_b, stat_h, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
 
-    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. Grid (diagonals, B). The
-    shares are added to those of earlier bands in the diagonal's own slot, so that the sum over the
-    slots, and with it every gradient, has one order.
+    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. Grid (diagonals, B,
+    segments). The shares are added to those of earlier bands in the segment's own slot, so that the
+    sum over the slots, and with it every gradient, has one order.
     """
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
@@ -216,18 +219,18 @@ def mix_backward_kernel(
         sum_w1 = tl.dot(tl.trans(dz.to(compute)), a, sum_w1, input_precision=PRECISION)
         sum_u += dz
         sum_c += ds
-    slot = b * slots + tl.program_id(0)
+    slot = (b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)
     at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
     tl.store(grad_w1 + at_w1, tl.load(grad_w1 + at_w1) + sum_w1)
     at_w2 = slot * UNITS * HEADS + heads[:, None] * UNITS + units[None, :]
     tl.store(grad_w2 + at_w2, tl.load(grad_w2 + at_w2) + sum_w2)
     # Summing a tile along its diagonals is a product with zeros and ones.
-    lines = tl.arange(0, M + K)
+    lines = tl.arange(0, LINES)
     pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
-    at_u = slot * (M + K) * UNITS + lines[:, None] * UNITS + units[None, :]
+    at_u = slot * LINES * UNITS + lines[:, None] * UNITS + units[None, :]
     along = tl.dot(pick, sum_u, tl.load(grad_hidden + at_u), input_precision="tf32x3")
     tl.store(grad_hidden + at_u, along)
-    at_c = slot * (M + K) * HEADS + lines[:, None] * HEADS + heads[None, :]
+    at_c = slot * LINES * HEADS + lines[:, None] * HEADS + heads[None, :]
     along = tl.dot(pick, sum_c, tl.load(grad_static + at_c), input_precision="tf32x3")
     tl.store(grad_static + at_c, along)
 

@@ -12,17 +12,18 @@ from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals,
 
 tile_rows = 8
 tile_keys = 32
-# Rows of a tile that a block has, blocks that fill a large GPU a few times over, and how many of
-# them a multiprocessor holds.
-WARPS, BLOCKS, RESIDENT = 4, 4096, 3
+lines = tile_rows + tile_keys
+# Rows of a tile that a block has, blocks that fill a large GPU a few times over, how many of them a
+# multiprocessor holds, and the rows of a segment that are worth its start.
+WARPS, BLOCKS, RESIDENT, ROWS = 4, 4096, 3, 256
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
 
 
-def segments(diagonals: int) -> int:
+def segments(diagonals: int, rows: int) -> int:
     """Return among how many blocks to share each of so many diagonals."""
     shares = tile_rows // WARPS
-    return shares * max(1, min(16, BLOCKS // max(1, shares * diagonals)))
+    return shares * max(1, min(16, rows // ROWS, BLOCKS // max(1, shares * diagonals)))
 
 
 def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -35,13 +36,13 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
-    batch = band.batch.stop - band.batch.start
+    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
     compiled("mix", *macros(problem, mixing))(
-        grid=(where.number, batch, segments(where.number * batch)),
+        grid=(where.number, batch, segments(where.number * batch, rows)),
         block=(32 * WARPS, 1, 1),
         args=[
             x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
-            band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
+            rows, band.keys, mixing.hidden.shape[0],
             where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
         ],
     )  # fmt: skip

@@ -20,14 +20,14 @@ from dape.attention.fused.banded import (
     slots_of,
     strides,
 )
-from dape.attention.fused.mix_triton import segments, whole
+from dape.attention.fused.mix_triton import lines, tile_keys, tile_rows, whole
 
-__all__ = ["Slots", "mix", "mix_backward", "segments", "tile_keys", "tile_rows", "whole"]
+__all__ = ["Slots", "lines", "mix", "mix_backward", "segments", "tile_keys", "tile_rows", "whole"]
 
-# Half of `mix_triton`'s: in float32 the products of more would not fit shared memory.
-tile_rows = 8
-tile_keys = 16
-LINES = next_power_of_2(tile_rows + tile_keys)
+
+def segments(diagonals: int, rows: int) -> int:
+    """Return 1: diagonals are not cut."""
+    return 1
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
@@ -66,7 +66,7 @@ def mix_backward(
         rows, band.keys, len(features.psi),
         where.first, where.band_tile, where.offset, slots.psi.shape[1],
         *strides(x), *lse.stride()[:2], mask.stride(0), *pairs.stride()[:2],
-        LINES=LINES, **sizes(problem, mixing), num_warps=8,
+        LINES=lines, **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
     add_pairs(slots.scale, pairs, band, problem.causal)
 
@@ -116,7 +116,7 @@ class Slots(NamedTuple):
             weight_out=zeros(heads, units),
             hidden=zeros(1 + features, units),
             static=zeros(1 + features, heads),
-            psi=zeros(LINES),
+            psi=zeros(lines),
             weight=zeros(features),
             bias=zeros(features),
             scale=torch.zeros_like(features_of(problem).scale),
@@ -154,6 +154,4 @@ def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:
         **mix_triton.sizes(problem, mixing),
         "F": features,
         "FEATURES": max(16, next_power_of_2(features)),
-        "M": tile_rows,
-        "K": tile_keys,
     }

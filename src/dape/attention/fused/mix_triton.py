@@ -16,13 +16,18 @@ from dape.attention.fused.banded import (
     strides,
 )
 
-tile_rows = 16
+# Tiles of more rows would not fit the registers, nor in float32 shared memory.
+tile_rows = 8
 tile_keys = 16
+lines = 32
+# Programs that fill a large GPU a few times over, so that short diagonals even out, and the rows
+# of a segment that are worth its start.
+PROGRAMS, ROWS = 2048, 256
 
 
-def segments(diagonals: int) -> int:
-    """Return 1: diagonals are not cut."""
-    return 1
+def segments(diagonals: int, rows: int) -> int:
+    """Return among how many programs to share each of so many diagonals."""
+    return max(1, min(16, rows // ROWS, PROGRAMS // max(1, diagonals)))
 
 
 def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
@@ -33,9 +38,11 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
-    kernels.mix_kernel[(where.number, band.batch.stop - band.batch.start)](
+    batch = band.batch.stop - band.batch.start
+    rows = band.rows.stop - band.rows.start
+    kernels.mix_kernel[(where.number, batch, segments(where.number * batch, rows))](
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
-        band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
+        rows, band.keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
         **sizes(problem, mixing), num_warps=4,
     )  # fmt: skip
@@ -54,13 +61,14 @@ def mix_backward(
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
-    kernels.mix_backward_kernel[(where.number, band.batch.stop - band.batch.start)](
+    batch, each = band.batch.stop - band.batch.start, slots.hidden.shape[1]
+    kernels.mix_backward_kernel[(where.number, batch, each)](
         x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
         lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
         band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, slots.hidden.shape[2],
-        *strides(x), *lse.stride()[:2], mask.stride(0),
-        **sizes(problem, mixing), num_warps=8,
+        *strides(x), *lse.stride()[:2], mask.stride(0), LINES=lines,
+        **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
 
 

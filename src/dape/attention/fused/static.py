@@ -122,7 +122,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 def backward(
     problem: Problem, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
 ) -> list[Tensor]:
-    """Fill dQ, then, with `delta` as that pass corrects it, dK and dV; return dC `[H, N]` if any."""
+    """Fill dQ, then with `delta` as that corrects it dK and dV; return dC `[H, N]` if any."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -155,7 +155,7 @@ def backward(
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
-    kernels.grad_table_kernel[(where.number, heads)](
+    kernels.grad_table_kernel[(heads, where.number)](
         *tensors, cells, rows, keys, *table,
         where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0),

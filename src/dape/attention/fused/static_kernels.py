@@ -114,8 +114,8 @@ def grad_query_kernel(
 ):  # fmt: skip
     """Store dQ = unit scale dS K of one head; grid (rows, B H).
 
-    A row of dS sums to zero, and what it sums to instead is the error of `delta`, which the rounding
-    of the output caused: taken off here, it does not reach the sums along keys and diagonals.
+    A row of dS sums to zero, and what it sums to instead is the error of `delta`, caused by the
+    rounding of the output: taken off here, it does not reach the sums along keys and diagonals.
     """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -217,9 +217,12 @@ def grad_table_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum dS of one head over the tiles of one diagonal and the batch; grid (diagonals, H)."""
-    h = tl.program_id(1)
-    q = tl.program_id(0) + first_diagonal
+    """Sum dS of one head over the tiles of one diagonal and the batch; grid (H, diagonals).
+
+    The long diagonals of all heads come first.
+    """
+    h = tl.program_id(0)
+    q = tl.program_id(1) + first_diagonal
     positions = tl.arange(0, M)
     # On a diagonal every tile has the same distances, so its entries are loaded once.
     entries = table + h.to(tl.int64) * table_size + table_low + q * M + offset
@@ -255,4 +258,4 @@ def grad_table_kernel(
         delta += stat_b
         line += line_b
     cells = positions[:, None] * M + positions[None, :]
-    tl.store(sums + (h * tl.num_programs(0) + tl.program_id(0)) * M * M + cells, acc)
+    tl.store(sums + (h * tl.num_programs(1) + tl.program_id(1)) * M * M + cells, acc)
