@@ -90,7 +90,7 @@ class Choice:
         form = {name: value for name, value in form.items() if name in part.accepts()}
         adapter = part.build(dimensions, {**form, **part.options, **options})
         silence(adapter)
-        check_silent(adapter, bias is not None and new is None, dimensions)
+        check_silent(adapter, bias is not None, own is not None, dimensions)
         return adapter, bias
 
 
@@ -132,26 +132,27 @@ def silence(adapter: nn.Module) -> None:
             adapter.get_parameter(name).zero_()
 
 
-def check_silent(adapter: nn.Module, with_bias: bool, dimensions: Mapping[str, Any]) -> None:
-    """Raise a `UserError` unless the logits are A, or A + B with a bias of the model's own."""
+def check_silent(
+    adapter: nn.Module, biased: bool, added: bool, dimensions: Mapping[str, Any]
+) -> None:
+    """Raise a `UserError` unless the logits are A, or A + B where the model adds a bias itself."""
     heads, width = dimensions["num_heads"], dimensions["head_dim"]
 
     def wave(*shape: int) -> Tensor:
         count = torch.Size(shape).numel()
         return torch.arange(count, dtype=torch.float32).cos().view(shape)
 
-    scores, bias = wave(1, heads, 2, 3), 1 + wave(heads, 2, 3)
+    scores, bias = wave(1, heads, 2, 3), biased * (1 + wave(heads, 2, 3))
     places = torch.arange(1, 3), torch.arange(3)
-    seen = (places[1] <= places[0][:, None])[None, None]
-    rows = Rows(wave(1, heads, 2, width), wave(1, heads, 3, width), *places, seen, 1.0)
+    visible = (places[1] <= places[0][:, None])[None, None]
+    rows = Rows(wave(1, heads, 2, width), wave(1, heads, 3, width), *places, visible, 1.0)
     more = (rows,) if getattr(adapter, "needs_rows", False) else ()
     with torch.no_grad():
-        change = adapter(scores, bias, *more) - scores - (bias if with_bias else 0)
-    largest = change.abs().max().item()
-    if not largest < 1e-6:
-        expected = "A + B, B being the model's own bias" if with_bias else "A"
+        change = (adapter(scores, bias, *more) - scores - added * bias).abs().max().item()
+    if not change < 1e-6:
+        expected = "A + B, with the model's own bias B" if added else "A, whatever the bias"
         raise UserError(
             f"the adapter {type(adapter).__name__} changes the logits before it has learned "
-            f"anything, by {largest:.2g} where scores are up to 1: at the start it must return "
-            f"{expected}; of this package, 'dape' with residual=False does with any bias"
+            f"anything, by {change:.2g} on scores up to 1: it must start as {expected}; take "
+            f"'dape'{', or leave bias out' if biased and not added else ''}"
         )

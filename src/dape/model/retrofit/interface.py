@@ -125,7 +125,7 @@ def attend(
     value: Float[Tensor, "batch kv_heads key value_dim"],
     attention_mask: Any,
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float | int = 0.0,
     softcap: float | None = None,
     output_attentions: bool | None = False,
     **_: Any,

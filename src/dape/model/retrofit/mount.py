@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import select
@@ -16,7 +17,7 @@ from dape.errors import UserError, unknown
 from dape.model.modeling import DapePreTrainedModel
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.interface import NAME
-from dape.model.retrofit.survey import Attention, attentions, call, implementation
+from dape.model.retrofit.survey import Attention, attentions, call, own_logits
 
 ADAPTERS, ALL = "adapters", "all"
 # What configurations call the length a model was trained at.
@@ -99,24 +100,27 @@ def retrofit(
         UserError: for a model that cannot be served, and arguments that do not fit.
 
     """
-    model = servable(model)
-    select(backend)
+    names = (train,) if isinstance(train, str) else tuple(train)
     choice = Choice(adapter, bias, options or {})
     choice.check()
-    names = (train,) if isinstance(train, str) else tuple(train)
-    with implementation(model, "eager"):  # PyTorch's own leaves out what it does not know
-        expected = call(model)
+    select(backend)
+    return mount(servable(model), choice, names, backend)
+
+
+def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backend: str) -> Mounted:
+    """Mount a choice, or nothing at all if a `UserError` is raised on the way."""
+    expected = own_logits(model)
     with ExitStack() as undo:
         found = attentions(model)
         adapters = nn.ModuleList(install(undo, each, choice, model, backend) for each in found)
         if isinstance(model, DapePreTrainedModel):
             put(undo, model.config, "backend", backend)
         else:
-            undo.enter_context(implementation(model, NAME))
+            attend_by(undo, model.config.get_text_config(), NAME)
             put(undo, model, "create_masks_for_generate", mask_as_given)
-        parts = set_trainable(undo, model, adapters, names)
+        parts = set_trainable(undo, model, adapters, train)
         check_unchanged(model, expected, call(model))
-        return Mounted(model, adapters, choice, names, parts, undo.pop_all())
+        return Mounted(model, adapters, choice, train, parts, undo.pop_all())
 
 
 def servable(model: nn.Module) -> PreTrainedModel:
@@ -169,6 +173,12 @@ def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
     setattr(owner, name, value)
     undo.callback(back)
+
+
+def attend_by(undo: ExitStack, config: PreTrainedConfig, name: str) -> None:
+    """Let a model attend by the registered function `name`, until undone."""
+    undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+    config._attn_implementation = name
 
 
 def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:

@@ -125,5 +125,15 @@ def call(model: PreTrainedModel) -> Tensor:
             module.training = True
 
 
+def own_logits(model: PreTrainedModel) -> Tensor:
+    """Return `call` by the model's own code.
+
+    The eager code leaves nothing out: PyTorch's own attention knows no cap of the scores. But that
+    of Falcon adds ALiBi twice, and its other once, as Falcon was trained.
+    """
+    with implementation(model, "sdpa" if model.config.model_type == "falcon" else "eager"):
+        return call(model)
+
+
 AttentionInterface.register(SURVEY, record)
 AttentionMaskInterface.register(SURVEY, sight)

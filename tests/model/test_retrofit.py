@@ -1,0 +1,78 @@
+"""Adapters in pretrained models: what changes nothing at first, what trains, what comes back."""
+
+import pytest
+import torch
+from pretrained import NAMES, bias_for, move, padded, pretrained, tokens
+from torch.testing import assert_close
+
+import dape
+
+every_model = pytest.mark.parametrize("name", NAMES)
+DTYPES = {torch.float32: 1e-5, torch.float64: 1e-6}
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+@every_model
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_logits_start_as_the_models_own(name, dtype):
+    model, ids = pretrained(name, dtype), tokens(2, 12)
+    expected = logits(model, ids)
+    mounted = dape.retrofit(model, adapter="dape", bias=bias_for(name))
+    assert len(mounted.adapters) == 2 and expected.std() > 0.1
+    assert_close(logits(model, ids), expected, rtol=0, atol=DTYPES[dtype])
+
+
+@every_model
+def test_left_padding_starts_as_the_models_own(name):
+    model = pretrained(name)
+    ids, mask = padded()
+    expected = logits(model, ids, attention_mask=mask)
+    dape.retrofit(model, bias=bias_for(name))
+    seen = mask.bool()
+    found = logits(model, ids, attention_mask=mask)
+    assert_close(found[seen], expected[seen], rtol=0, atol=1e-5)
+
+
+@every_model
+def test_unmounting_gives_the_model_back_to_the_bit(name):
+    model, ids = pretrained(name), tokens(2, 12)
+    expected, state = logits(model, ids), {k: v.clone() for k, v in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    mounted = dape.retrofit(model, bias=bias_for(name), train=("adapters", "all"))
+    move(model, 0.1)
+    assert (logits(model, ids) - expected).abs().max() > 1e-3
+    mounted.unmount()
+    mounted.unmount()
+    assert torch.equal(logits(model, ids), expected)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert model.config._attn_implementation == pretrained(name).config._attn_implementation
+    dape.retrofit(model, bias=bias_for(name))
+
+
+@every_model
+def test_gradients_reach_the_adapters_alone_and_a_step_moves_the_logits(name):
+    model, ids = pretrained(name).train(), tokens(2, 12)
+    mounted = dape.retrofit(model, bias=bias_for(name))
+    assert all(
+        module.training for module in model.modules() if "dape" not in type(module).__module__
+    )
+    before = logits(model.eval(), ids)
+    optimizer = torch.optim.SGD(mounted.adapters.parameters(), lr=10.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+    new = {id(parameter) for parameter in mounted.adapters.parameters()}
+    for where, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in new), where
+        if id(parameter) in new:
+            assert parameter.grad is not None and parameter.grad.any(), where
+        else:
+            assert parameter.grad is None, where
+    assert (logits(model, ids) - before).abs().max() > 1e-4

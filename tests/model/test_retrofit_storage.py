@@ -1,0 +1,250 @@
+"""Adapters in a folder, the parts that train with them, and what is refused in one line."""
+
+import functools
+import json
+
+import pytest
+import torch
+from pretrained import GROUPED, NAMES, SIZES, bias_for, move, pretrained, tokens
+from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import dape
+from dape.errors import UserError
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_adapters_on_the_base_model_are_the_model(name, tmp_path):
+    model, ids = pretrained(name), tokens(2, 12)
+    base = set(model.state_dict())
+    mounted = dape.retrofit(model, bias=bias_for(name))
+    move(mounted.adapters, 0.3)
+    mounted.save(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"adapters.safetensors", "adapters.json"}
+    saved = sum(tensor.numel() for tensor in load_file(tmp_path / "adapters.safetensors").values())
+    assert saved == sum(p.numel() for key, p in model.state_dict().items() if key not in base)
+    other = pretrained(name)
+    again = dape.load_adapters(other, tmp_path)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    again.unmount()
+    assert torch.equal(logits(other, ids), logits(pretrained(name), ids))
+
+
+def test_parts_that_train_are_saved_loaded_and_put_back(tmp_path):
+    model, ids = pretrained("llama"), tokens(2, 12)
+    expected = logits(model, ids)
+    mounted = dape.retrofit(model, bias="t5", train=["adapters", "input_layernorm", "lm_head"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if ".adapter." not in name and "_bias." not in name} == {
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "lm_head.weight",
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    mounted.save(tmp_path)
+    other = pretrained("llama")
+    handle = dape.load_adapters(other, tmp_path)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+    for each, one in ((mounted, model), (handle, other)):
+        each.unmount()
+        assert torch.equal(logits(one, ids), expected)
+
+
+def test_only_named_parts_train():
+    model = pretrained("gpt2")
+    dape.retrofit(model, train="ln_f")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "transformer.ln_f.weight",
+        "transformer.ln_f.bias",
+    }
+
+
+def test_options_and_factories_survive_the_file(tmp_path):
+    for number, (adapter, options) in enumerate(
+        (
+            ("dape3", {"adapter": {"hidden": 8}}),
+            (functools.partial(dape.DAPE, kernel_size=3, hidden=8), None),
+        )
+    ):
+        model, ids = pretrained("llama"), tokens(2, 12)
+        mounted = dape.retrofit(model, adapter, dape.Kerple, options=options)
+        move(mounted.adapters, 0.3)
+        mounted.save(tmp_path / str(number))
+        other = pretrained("llama")
+        found = dape.load_adapters(other, tmp_path / str(number)).adapters[1]["adapter"]
+        assert (found.hidden, found.kernel_size, found.residual) == (8, 3, False)
+        assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+class Gate(nn.Module):
+    """An adapter of a user's own: the scores times 1 + g, g = 0 at the start."""
+
+    def __init__(self, num_heads):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(num_heads, 1, 1))
+
+    def forward(self, scores, bias):
+        return scores * (1 + self.gate)
+
+
+def test_an_adapter_of_ones_own_is_given_again(tmp_path):
+    model, ids = pretrained("llama"), tokens(2, 12)
+    mounted = dape.retrofit(model, Gate)
+    assert_close(logits(model, ids), logits(pretrained("llama"), ids), rtol=0, atol=1e-5)
+    move(mounted.adapters, 0.3)
+    mounted.save(tmp_path)
+    other = pretrained("llama")
+    with pytest.raises(UserError, match="is Gate, a class of your own: give adapter="):
+        dape.load_adapters(other, tmp_path)
+    dape.load_adapters(other, tmp_path, adapter=Gate)
+    assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+class Loud(Gate):
+    def forward(self, scores, bias):
+        return scores * (1.5 + self.gate)
+
+
+SMALL = {**GROUPED, "head_dim": 8}
+MODELS = {
+    "t5": lambda: T5ForConditionalGeneration(T5Config(d_model=24, num_heads=4, num_layers=1)),
+    "bert": lambda: BertLMHeadModel(BertConfig(**SIZES, intermediate_size=20)),
+    "gptj": lambda: GPTJForCausalLM(
+        GPTJConfig(vocab_size=61, n_embd=24, n_layer=1, n_head=4, rotary_dim=2)
+    ),
+    "mamba": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1)
+    ),
+    "gpt-oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    ),
+    "linear": lambda: nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder stands before"),
+        ("bert", "BertSelfAttention cannot be retrofitted: its attention is not causal"),
+        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code handles attention masks itself"),
+        ("mamba", "MambaForCausalLM cannot be retrofitted: its attention does not go through"),
+        ("gpt-oss", r"GptOssAttention cannot be retrofitted: it has attention sinks \(s_aux\)"),
+        ("linear", "Linear cannot be retrofitted: it is no PreTrainedModel"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
+    model = MODELS[name]()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=words) as error:
+        dape.retrofit(model)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("llama", {"adapter": "dpae"}, "unknown adapter 'dpae'; did you mean 'dape'"),
+        ("llama", {"bias": "kerpel"}, "unknown bias 'kerpel'; did you mean 'kerple'"),
+        ("llama", {"bias": "rope"}, "unknown bias 'rope'"),
+        (
+            "llama",
+            {"adapter": "dape3-kerple"},
+            "adapter='dape3-kerple' is a whole scheme; give adapter='dape3', bias='kerple'",
+        ),
+        ("llama", {"adapter": "dape-rope"}, "is a whole scheme; give adapter='dape'$"),
+        ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is one module, and each layer"),
+        ("llama", {"options": {"adapter": {"hiden": 3}}}, "'hiden'; did you mean 'hidden'"),
+        ("llama", {"options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),
+        ("llama", {"options": {"bias": {}}}, "options.bias is set, but no bias is"),
+        ("llama", {"train": "o_porj"}, "unknown part to train 'o_porj'; did you mean 'o_proj'"),
+        ("llama", {"backend": "trition"}, "unknown backend 'trition'"),
+        (
+            "llama",
+            {"adapter": "talking-heads", "bias": "kerple"},
+            "TalkingHeads changes the logits before it .* or leave bias out",
+        ),
+        (
+            "llama",
+            {"bias": "kerple", "options": {"adapter": {"residual": True}}},
+            "DAPE changes the logits before .* it must start as A, whatever the bias",
+        ),
+        ("llama", {"adapter": Loud}, "Loud changes the logits before it has learned"),
+        (
+            "bloom",
+            {"bias": "kerple"},
+            "bias='kerple': the model has ALiBi already, which the adapter sees",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(name, options, words):
+    model, ids = pretrained(name), tokens(1, 8)
+    expected = logits(model, ids)
+    with pytest.raises(UserError, match=words) as error:
+        dape.retrofit(model, **options)
+    assert "\n" not in str(error.value)
+    assert torch.equal(logits(model, ids), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapters_are_mounted_once():
+    model = pretrained("llama")
+    dape.retrofit(model)
+    with pytest.raises(UserError, match="LlamaForCausalLM has adapters already; unmount"):
+        dape.retrofit(model)
+
+
+def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):
+    """The last resort: here a model that scales its queries where only its eager code can see."""
+    from transformers.models.llama import modeling_llama
+
+    own = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_llama,
+        "eager_attention_forward",
+        lambda module, query, *rest, **more: own(module, 1.5 * query, *rest, **more),
+    )
+    with pytest.raises(UserError, match="with adapters that change nothing its logits differ by"):
+        dape.retrofit(pretrained("llama"))
+
+
+def test_folders_that_do_not_fit_are_one_line(tmp_path):
+    dape.retrofit(pretrained("llama"), bias="kerple").save(tmp_path)
+    ids, other = tokens(1, 8), LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 3}))
+    expected = logits(other, ids)
+    with pytest.raises(UserError, match=r"do not fit this model: 2.adapter.bias_in is missing"):
+        dape.load_adapters(other, tmp_path)
+    assert torch.equal(logits(other, ids), expected)
+    with pytest.raises(UserError, match=r"are for a model of type 'llama' .* this is 'gpt2'"):
+        dape.load_adapters(pretrained("gpt2"), tmp_path)
+    with pytest.raises(UserError, match=r"no adapters in .*: it has no adapters.json"):
+        dape.load_adapters(pretrained("llama"), tmp_path / "nowhere")
+    settings = json.loads((tmp_path / "adapters.json").read_text())
+    (tmp_path / "adapters.json").write_text(json.dumps({**settings, "format": 2}))
+    with pytest.raises(UserError, match="is not of format 1"):
+        dape.load_adapters(pretrained("llama"), tmp_path)
