@@ -196,20 +196,16 @@ def set_trainable(
     """
     new = {id(parameter) for parameter in adapters.parameters()}
     named = dict(model.named_parameters())
-    known = {ADAPTERS, ALL}.union(*(name.split(".") for name in named))
+    own = {name: set(name.split(".")) for name, each in named.items() if id(each) not in new}
+    known = {ADAPTERS, ALL}.union(*own.values())
     for name in train:
         if name not in known:
             raise unknown("part to train", name, (each for each in known if not each.isdigit()))
     parts = {}
     for name, parameter in named.items():
-        chosen = (
-            bool({ADAPTERS, ALL} & set(train))
-            if id(parameter) in new
-            else (ALL in train or not set(train).isdisjoint(name.split(".")))
-        )
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        parameter.requires_grad_(chosen)
-        if chosen and id(parameter) not in new:
+        parameter.requires_grad_(not {ALL, *own.get(name, {ADAPTERS})}.isdisjoint(train))
+        if parameter.requires_grad and name in own:
             undo.callback(restore, parameter, parameter.detach().to("cpu", copy=True))
             parts[name] = parameter
     return parts
