@@ -220,7 +220,7 @@ class Recipe:
         return batch // (ranks * size) if size else 1
 
 
-def read(path: Path) -> Recipe:
+def read(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
     """Return the recipe in a YAML file, named as the file unless it says otherwise.
 
     Raises:
@@ -229,7 +229,7 @@ def read(path: Path) -> Recipe:
     """
     data = strict.load(path)
     try:
-        recipe: Recipe = strict.build(Recipe, {"name": path.stem, **data})
+        recipe: Recipe = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return recipe

@@ -1,6 +1,7 @@
 """What a recipe costs: parameters, arithmetic and memory, from its numbers alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,12 +52,13 @@ def flops_per_token(model: nn.Module, length: int) -> int:
     pass costs twice the forward. As in PaLM (Chowdhery et al., 2022, appendix B) all pairs count,
     also those the causal mask hides, and recomputation does not.
     """
-    width: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
-    pairs = 0
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        adapter = layer.self_attn.adapter
-        weights = () if adapter is None else adapter.parameters()
-        pairs += 4 * width + 2 * sum(weight.numel() for weight in weights if weight.ndim > 1)
+    config: Any = model.config
+    mixing = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if "adapter" in name.split(".") and weight.ndim > 1
+    )
+    pairs = 4 * config.hidden_size * config.num_hidden_layers + 2 * mixing
     return 6 * size(model).multiplied + 3 * length * pairs
 
 

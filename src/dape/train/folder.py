@@ -24,7 +24,7 @@ def check(recipe: Recipe, data_checksum: str) -> None:
         return
     if not (folder / RECIPE).is_file():
         raise UserError(f"{folder} exists and is no run; {remedy}")
-    changed = config.differences(config.read(folder / RECIPE), recipe)
+    changed = config.differences(config.read(folder / RECIPE, type(recipe)), recipe)
     if changed:
         raise UserError(f"{folder} holds a run with other settings: {', '.join(changed)}; {remedy}")
     found = record(folder).get("data", {}).get("checksum", data_checksum)

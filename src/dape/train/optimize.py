@@ -30,12 +30,16 @@ def is_positional(name: str) -> bool:
 
 
 def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices, and neither biases, norms nor parameters of positions."""
+    """Return AdamW that decays matrices, and neither biases, norms nor parameters of positions.
+
+    Frozen parameters it leaves alone.
+    """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim > 1 and not is_positional(name)
-        (decayed if matrix else free).append(parameter)
+        if parameter.requires_grad:
+            (decayed if matrix else free).append(parameter)
     return torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": settings.weight_decay},
