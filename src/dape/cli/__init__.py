@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a language model from a recipe",
     "eval": "perplexity over length of one or more runs",
     "plot": "evaluated runs, or an encoding, as a figure",
+    "export": "a run as a Hugging Face folder with a model card",
     "bench": "speed and memory of attention, against named peers",
     "info": "versions, devices, attention backends, schemes",
 }

@@ -74,6 +74,22 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     with _alone_or_not():  # fills the tensors of both in place
         load_shards({"model": weights, "optimizer": moments}, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    return _progress(path)
+
+
+def load_weights(path: Path, model: nn.Module) -> Progress:
+    """Put a checkpoint's weights in place, in a model that is not to be trained on."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+
+    weights = get_model_state_dict(model)
+    with _alone_or_not():
+        load_shards({"model": weights}, checkpoint_id=path)
+    set_model_state_dict(model, weights)
+    return _progress(path)
+
+
+def _progress(path: Path) -> Progress:
     return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
 
 

@@ -1,0 +1,163 @@
+"""The model card of a run: what was trained and what was measured, and nothing else."""
+
+import math
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dape.data.shards import Corpus
+from dape.errors import UserError
+from dape.evaluate import record, retrieval
+from dape.evaluate.compare import METRICS, group, split
+from dape.evaluate.record import Evaluation
+from dape.figures.report import training_history, training_record
+from dape.figures.retrieval import table as retrieval_table
+from dape.figures.tables import NOTHING, Table, describe_targets, number, refusal
+from dape.positions import scheme
+from dape.train.estimate import size
+from dape.train.restore import Trained
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+
+def card(trained: Trained, name: str) -> "ModelCard":
+    """Return the card of a model that is called `name`.
+
+    What lies in the folder of the run was measured of the finished model, and so is on its card
+    alone.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    evaluations = [record.load(file) for file in _results(trained, "evaluation")]
+    retrievals = [retrieval.load(file) for file in _results(trained, "retrieval")]
+    parts = [
+        *(f"{perplexities(each).markdown()} {origin(each.provenance)}" for each in evaluations),
+        *(f"{retrieval_table([each]).markdown()} {origin(each.provenance)}" for each in retrievals),
+    ]
+    recipe, steps = trained.recipe, f"{trained.step:,} of {trained.recipe.training.steps:,} steps"
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            tags=["dape", recipe.model.scheme],
+            model_name=name,
+            eval_results=[result for each in evaluations for result in results(each)] or None,
+        ),
+        template_str=files("dape.figures").joinpath("card.md").read_text(encoding="utf-8"),
+        name=name,
+        parameters=f"{size(trained.model).parameters:,}",
+        length=f"{recipe.training.length:,}",
+        scheme=recipe.model.scheme,
+        papers=papers(recipe.model.scheme),
+        steps="" if trained.finished else steps,
+        training=training(trained),
+        recipe=(trained.run / "config.yaml").read_text(encoding="utf-8").strip(),
+        measured="\n\n".join(parts),
+    )
+
+
+def training(trained: Trained) -> dict[str, str]:
+    """Return what is known of the training, by name; what is not known is left out."""
+    made, recipe = training_record(trained.run), trained.recipe.training
+    steps = [each for each in training_history(trained.run) if each["step"] == trained.step]
+    last = steps[-1] if steps else {}
+    data, numbers = made.get("data", {}), size(trained.model)
+    tokens = trained.step * recipe.batch_size * recipe.length
+    rows = {
+        "data": sources(data),
+        "checksum of the data": data.get("checksum"),
+        "tokens seen": f"{tokens:,} ({trained.step:,} steps of {recipe.batch_size:,} sequences of "
+        f"{recipe.length:,})",
+        "parameters": f"{numbers.parameters:,}, of which {numbers.positional:,} for positions",
+        "precision": recipe.precision,
+        "training loss of the last step": _shown(last.get("loss"), "{:.4f} nats a token"),
+        "validation loss": _shown(last.get("validation_loss"), "{:.4f} nats a token"),
+        "seed": str(trained.recipe.seed),
+        "hardware": _shown(made.get("device"), f"{made.get('ranks')} x {{}}"),
+        "time": _shown(last.get("seconds"), "{:,.0f} s"),
+        "versions": ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items()),
+        "commit": made.get("commit"),
+        "command": _shown(made.get("command"), "`{}`"),
+    }
+    return {name: value for name, value in rows.items() if value}
+
+
+def _shown(value: Any, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def sources(data: Mapping[str, Any]) -> str | None:
+    """Return the folder of a corpus and, if it is still there, what it was made from."""
+    if not data:
+        return None
+    try:
+        corpus = Corpus(data["path"])
+    except UserError:
+        return data["path"]
+    if corpus.checksum != data["checksum"]:
+        return data["path"]
+    names = ", ".join(source["name"] for source in corpus.manifest["sources"])
+    return f"{data['path']}, from {names}"
+
+
+def papers(name: str) -> str:
+    """Return who published the parts of a scheme."""
+    adapter, encoding = split(name)
+    parts = [scheme.ADAPTERS[adapter]] * bool(adapter) + [scheme.BASES[encoding]]
+    return " on ".join(f"{part.name}: {part.paper}, {part.year}" for part in parts)
+
+
+def perplexities(evaluation: Evaluation) -> Table:
+    """Return perplexity and bits per byte by length, with the protocol in the note."""
+    found = evaluation.by_length
+    rows = [
+        [
+            title,
+            *(
+                number(getattr(found[length], metric), metric) if length in found else NOTHING
+                for length in evaluation.lengths
+            ),
+        ]
+        for metric, title in METRICS.items()
+    ]
+    note = describe_targets(group([evaluation]))
+    if evaluation.refused:
+        note += " " + refusal(evaluation.scheme, evaluation.refused)
+    header = ["", *(f"{length:,}" for length in evaluation.lengths)]
+    return Table("Perplexity, bits per byte and loss by length of the window", header, rows, note)
+
+
+def origin(provenance: Mapping[str, Any]) -> str:
+    """Return in a sentence where a measurement was made."""
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    commit = f", commit {provenance['commit']}" if provenance["commit"] else ""
+    return (
+        f"Measured on {provenance['device']} with {versions}{commit}, {provenance['time']}: "
+        f"`{provenance['command']}`."
+    )
+
+
+def results(evaluation: Evaluation) -> "Iterator[EvalResult]":
+    """Yield the perplexity at each length as the hub's metadata has it, where it is finite."""
+    from huggingface_hub import EvalResult
+
+    targets = evaluation.targets
+    protocol = f"protocol {targets.protocol}"
+    for measured in evaluation.measurements:
+        if math.isfinite(measured.perplexity):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"corpus {targets.data[:12]}",
+                dataset_split=targets.split,
+                dataset_revision=targets.data,
+                metric_type="perplexity",
+                metric_name=f"perplexity at {measured.length:,} tokens, {protocol}",
+                metric_value=round(measured.perplexity, 4),
+            )
+
+
+def _results(trained: Trained, kind: str) -> list[Path]:
+    return sorted((trained.run / kind).glob("*.json")) if trained.finished else []
