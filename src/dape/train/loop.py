@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -67,7 +67,12 @@ def train(recipe: Recipe, corpus: Corpus) -> None:
     Raises:
         UserError: if the loss or its gradient is no longer finite, or memory does not suffice.
     """
-    session = setup(recipe, corpus)
+    complete(setup(recipe, corpus), export)
+
+
+def complete(session: Session, save: Callable[[Session], None]) -> None:
+    """Make the updates that are left, save what was learned, and note the end."""
+    recipe = session.recipe
     try:
         fit(session)
     except torch.OutOfMemoryError:
@@ -76,13 +81,13 @@ def train(recipe: Recipe, corpus: Corpus) -> None:
             f" {recipe.hardware.micro_batch_size or 'the whole batch'}), turn on"
             " hardware.activation_checkpointing, or shard with hardware.strategy=fsdp"
         ) from None
-    export(session)
+    save(session)
     if session.fabric.is_global_zero:
         folder.write(recipe, {**last_metrics(recipe.folder), "ended": _now()})
 
 
 def setup(recipe: Recipe, corpus: Corpus) -> Session:
-    """Return model and optimizer as the run left them, or as its seed draws them.
+    """Return the session of a model that the recipe's seed draws.
 
     Every rank draws the whole model on its device, so that the weights are the same for any number
     of ranks, and then keeps its part.
@@ -91,6 +96,11 @@ def setup(recipe: Recipe, corpus: Corpus) -> Session:
     torch.manual_seed(recipe.seed)
     with fabric.device:
         model = build(recipe, recipe.model.vocab_size or corpus.vocab_size, corpus.end_of_text)
+    return begin(recipe, corpus, fabric, model)
+
+
+def begin(recipe: Recipe, corpus: Corpus, fabric: "Fabric", model: nn.Module) -> Session:
+    """Return the session of a model, with its optimizer, as the run left them if it did."""
     numbers = size(model)
     loss = parallelize.parallelize(fabric, model, recipe.hardware)
     optimizer = adamw(model, recipe.optimizer)
