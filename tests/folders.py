@@ -4,7 +4,7 @@ import random
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dape import cli
@@ -16,16 +16,16 @@ from dape.model.modeling import DapeForCausalLM
 SIZES = [3, 70, 65, 200, 64]  # characters of the test documents
 
 
-def text(size, chosen):
-    return "".join(chosen.choice("abcd é") for _ in range(size - 1)) + "."
+def text(size, chosen, letters="abcd é"):
+    return "".join(chosen.choice(letters) for _ in range(size - 1)) + "."
 
 
-def prepare(folder, seed=0, tokenizer="byte", sizes=SIZES):
+def prepare(folder, seed=0, tokenizer="byte", sizes=SIZES, letters="abcd é"):
     chosen = random.Random(seed)
     for split, sizes_of in {"train": [50], "validation": [50], "test": sizes}.items():
         (folder / "text" / split).mkdir(parents=True)
         for number, size in enumerate(sizes_of):
-            (folder / "text" / split / f"{number}.txt").write_text(text(size, chosen))
+            (folder / "text" / split / f"{number}.txt").write_text(text(size, chosen, letters))
     options = Options(
         sources=(str(folder / "text"),), out=folder / "data", tokenizer=str(tokenizer), workers=1
     )
@@ -64,6 +64,25 @@ def learned_tokenizer(vocab_size=300):
     )
     backend.train_from_iterator([text(5000, random.Random(1))], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def spaced_tokenizer():
+    """Return a tokenizer of bytes and spaces that puts a space first, as Llama 2's does."""
+    vocabulary = {f"<0x{value:02X}>": value for value in range(256)}
+    vocabulary |= {"\u2581": 256, "a": 257, "\u2581a": 258, "</s>": 259}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 def dape(*words):

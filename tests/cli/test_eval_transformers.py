@@ -1,6 +1,7 @@
 """`dape eval` on models of transformers' own, made here: their own loss is the oracle."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from dape.data.shards import Corpus
-from folders import dape, learned_tokenizer, prepare, refused
+from folders import dape, learned_tokenizer, prepare, refused, spaced_tokenizer
 
 ENDS = 16  # what each configuration says of the longest sequence
 SHAPE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
@@ -118,6 +119,40 @@ def test_a_corpus_of_another_tokenizer_is_refused_and_the_remedy_works(tmp_path,
     tokenizer = message.rpartition("--tokenizer ")[2]
     mended = prepare(tmp_path / "mended", tokenizer=tokenizer, sizes=[400])
     assert not dape("eval", made / "llama", "--lengths", 16, "--data", mended)
+
+
+def test_models_of_different_tokenizers_meet_in_bits_per_byte(tmp_path, made):
+    """On a text without accents, whose bytes are the characters that the tokens decode to."""
+    shutil.copytree(made / "llama", tmp_path / "spaced")
+    spaced_tokenizer().save_pretrained(tmp_path / "spaced")
+    shutil.copytree(made / "llama", tmp_path / "joined")
+    out = tmp_path / "table.md"
+    for name in ("spaced", "joined"):
+        model = tmp_path / name
+        data = prepare(tmp_path / f"{name}-text", tokenizer=model, sizes=[300, 400], letters="ab ")
+        words = ("--lengths", "16,64", "--blocks", 1, "--data", data)
+        assert not dape("eval", model, *words)
+        content, tokenizer = evaluation(model), Corpus(data).tokenizer()
+        measured = content["measurements"][1]
+        decoded = [
+            (tokenizer.decode(document[:65]), tokenizer.decode(document[: 65 - 16]))
+            for document in map(
+                Corpus(data).split("test").document, content["targets"]["documents"]
+            )
+        ]
+        characters = sum(len(whole) - len(before) for whole, before in decoded)
+        nats = sum(16 * loss for loss in measured["document_losses"])
+        assert characters > 32  # some tokens are more than a byte
+        expected = nats / math.log(2) / characters
+        assert measured["bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    folders = (tmp_path / "spaced", tmp_path / "joined")
+    assert not dape("plot", *folders, "--out", out, "--metric", "bits_per_byte")
+    for folder in folders:
+        (row,) = (
+            line for line in out.read_text().splitlines() if f"({folder})" in line and "|" in line
+        )
+        shown = [f"{each['bits_per_byte']:.4f}" for each in evaluation(folder)["measurements"]]
+        assert row.endswith(f"| {' | '.join(shown)} |")
 
 
 def test_a_name_is_looked_up_in_the_cache_and_measured_as_the_folder_is(tmp_path, made, corpus):

@@ -18,6 +18,7 @@ from dape.data.tokenizer import (
     vocab_size,
 )
 from dape.errors import UserError
+from folders import spaced_tokenizer
 
 TEXTS = [
     "",
@@ -110,6 +111,15 @@ def test_token_bytes_with_byte_fallback_and_visible_spaces():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     sizes = token_bytes(tokenizer)
     assert sizes[[0x41, 256, 257, 258, 259]].tolist() == [1, 1, 1, 2, 0]
+
+
+def test_token_bytes_where_a_space_is_put_first():
+    tokenizer = spaced_tokenizer()
+    sizes = token_bytes(tokenizer)
+    text = "a cat, a caf\u00e9"
+    first, *rest = encoder(serialize(tokenizer))(text)
+    assert first == 258  # the space put first, and "a"
+    assert sizes[rest].sum() == len(text[1:].encode())
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFC()])

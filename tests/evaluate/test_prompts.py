@@ -10,7 +10,7 @@ from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate.limits import Refused
 from dape.evaluate.prompts import needle, passkey
-from folders import learned_tokenizer, prepare
+from folders import learned_tokenizer, prepare, spaced_tokenizer
 
 LANDMARK = (  # Mohtashami and Jaggi 2023, as their code writes it
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -108,3 +108,12 @@ def test_a_text_begins_as_the_tokenizer_begins_texts():
     assert begun.tokens[1:50].tolist() == plain.tokens[:49].tolist()
     assert len(begun.tokens) == len(plain.tokens)
     assert tokenizer.decode(begun.tokens[-begun.answer :]).strip().isdigit()
+
+
+def test_an_answer_goes_on_from_its_question_where_texts_begin_with_a_space():
+    """As Llama 2 and Mistral tokenize: alone, " 12345" would get a second space."""
+    tokenizer = spaced_tokenizer()
+    prompt = passkey(tokenizer).make(400, 0.5, trial=0, seed=0)
+    pieces = tokenizer.convert_ids_to_tokens(prompt.tokens[-prompt.answer - 1 :].tolist())
+    number = tokenizer.decode(prompt.tokens)[-5:]
+    assert pieces == ["<0x73>", "\u2581", *(f"<0x{ord(digit):02X}>" for digit in number)]

@@ -73,8 +73,9 @@ class Prompt:
 class Prompts:
     """Prompts of a task in the tokens of a model.
 
-    `start` are the tokens that every text begins with, such as Llama's. `around(n, generator)`
-    returns n tokens to hide the line in.
+    The answer is tokenized with its question, as a text that goes on. `start` are the tokens that
+    every text begins with, such as Llama's. `around(n, generator)` returns n tokens to hide the
+    line in.
     """
 
     task: Task
@@ -91,17 +92,18 @@ class Prompts:
         least = 10 ** (self.task.digits - 1)
         number = int(generator.integers(least, 10 * least))
         word = WORDS[generator.integers(len(WORDS))]
-        opening, hidden, question, answer = (
+        task = self.task
+        opening, hidden, question, asked = (
             self.encode(line.format(number=number, word=word)).astype(np.int64)
-            for line in (self.task.opening, self.task.hidden, self.task.question, " {number}")
+            for line in (task.opening, task.hidden, task.question, task.question + " {number}")
         )
-        fixed = len(self.start) + sum(map(len, (opening, hidden, question, answer)))
+        fixed = sum(map(len, (self.start, opening, hidden, asked)))
         room = length + 1 - fixed
         if room < 0:
             raise Refused(f"the prompt alone has {fixed - 1} tokens")
         before, after = np.split(self.around(room, generator), [round(depth * room)])
-        parts = (self.start, opening, before, hidden, after, question, answer)
-        return Prompt(np.concatenate(parts), len(answer))
+        parts = (self.start, opening, before, hidden, after, asked)
+        return Prompt(np.concatenate(parts), answer=len(asked) - len(question))
 
 
 def passkey(tokenizer: "PreTrainedTokenizerFast") -> Prompts:
