@@ -32,9 +32,9 @@ def card(trained: Trained, name: str) -> "ModelCard":
 
     evaluations = [record.load(file) for file in _results(trained, "evaluation")]
     retrievals = [retrieval.load(file) for file in _results(trained, "retrieval")]
-    parts = [
-        *(f"{perplexities(each).markdown()} {origin(each.provenance)}" for each in evaluations),
-        *(f"{retrieval_table([each]).markdown()} {origin(each.provenance)}" for each in retrievals),
+    measured = [
+        *((perplexities(each), each.provenance) for each in evaluations),
+        *((retrieval_table([each]), each.provenance) for each in retrievals),
     ]
     recipe, steps = trained.recipe, f"{trained.step:,} of {trained.recipe.training.steps:,} steps"
     return ModelCard.from_template(
@@ -54,7 +54,7 @@ def card(trained: Trained, name: str) -> "ModelCard":
         steps="" if trained.finished else steps,
         training=training(trained),
         recipe=(trained.run / "config.yaml").read_text(encoding="utf-8").strip(),
-        measured="\n\n".join(parts),
+        measured="\n\n".join(f"{table.markdown()} {origin(made)}" for table, made in measured),
     )
 
 
@@ -126,7 +126,8 @@ def perplexities(evaluation: Evaluation) -> Table:
     if evaluation.refused:
         note += " " + refusal(evaluation.scheme, evaluation.refused)
     header = ["", *(f"{length:,}" for length in evaluation.lengths)]
-    return Table("Perplexity, bits per byte and loss by length of the window", header, rows, note)
+    title = f"By length of the window, protocol {evaluation.targets.protocol}"
+    return Table(title, header, rows, note)
 
 
 def origin(provenance: Mapping[str, Any]) -> str:
