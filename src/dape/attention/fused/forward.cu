@@ -84,6 +84,13 @@ __device__ __forceinline__ uint32 pack(float a, float b) {
   return pack_half(a, b);
 #endif
 }
+__device__ __forceinline__ float2 unpack(uint32 v) {
+#if BF16
+  return __bfloat1622float2(*(__nv_bfloat162*)&v);
+#else
+  return __half22float2(*(__half2*)&v);
+#endif
+}
 __device__ __forceinline__ uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
 __device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
@@ -363,7 +370,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
           const uint32 rounded = pack(low, high);
           *(uint32*)(a.out + at) = rounded;
 #if RESTED
-          *(uint32*)(a.rest + at) = pack(low - (float)((const Element*)&rounded)[0], high - (float)((const Element*)&rounded)[1]);
+          *(uint32*)(a.rest + at) = pack(low - unpack(rounded).x, high - unpack(rounded).y);
 #endif
         }
       }

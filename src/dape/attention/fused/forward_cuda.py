@@ -86,7 +86,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `banded.forward` does."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
-    batch, heads, rows, head_dim = query.shape
+    batch, heads, rows = query.shape[:3]
     keys, units = key.shape[2], padded_units(mixing)
     out, lse, rest = outputs(problem, exact)
     low = -SPAN - (where.keys if problem.causal else cdiv(keys, where.keys) * where.keys)
@@ -94,14 +94,9 @@ def forward(
     hidden = query.new_empty(distances, units, dtype=torch.float16)
     fixed = query.new_empty(heads, distances, dtype=torch.float32)
     linear = query.new_empty(heads, heads, dtype=torch.float32)
-    masked = problem.mask is not None
     mask = query if problem.mask is None else problem.mask
-    macros = (
-        heads, mixing.weight_in.shape[0], units, head_dim, heads // key.shape[1],
-        query.stride(2), key.stride(2), value.stride(2),
-        int(problem.causal), int(masked), int(query.dtype == torch.bfloat16), int(exact), *where,
-    )  # fmt: skip
-    compiled("pack_tables", *macros)(
+    values = macros(problem._replace(query=query, key=key, value=value), mixing, where, exact)
+    compiled("pack_tables", *values)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
         block=(256, 1, 1),
         args=[
@@ -109,7 +104,7 @@ def forward(
             hidden, fixed, linear, mixing.hidden.shape[0], low, distances,
         ],
     )  # fmt: skip
-    compiled("forward", *macros)(
+    compiled("forward", *values)(
         grid=(cdiv(rows, where.rows), batch, 1),
         block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
@@ -136,15 +131,28 @@ NAMES = (
 )
 
 
+def macros(problem: Problem, mixing: Mixing, where: Layout, exact: bool) -> tuple[int, ...]:
+    """Return what the source is compiled for, in the order of `NAMES`."""
+    query, key, value = problem.query, problem.key, problem.value
+    heads, units = query.shape[1], padded_units(mixing)
+    switches = problem.causal, problem.mask is not None, query.dtype == torch.bfloat16, exact
+    return (
+        heads, mixing.weight_in.shape[0], units, query.shape[3], heads // key.shape[1],
+        query.stride(2), key.stride(2), value.stride(2), *map(int, switches), *where,
+    )  # fmt: skip
+
+
+def source(name: str, *values: int) -> str:
+    """Return the source of the kernel of that name for these macros."""
+    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
+    text = files("dape.attention.fused").joinpath("forward.cu").read_text()
+    return "\n".join([*defines, f"#define {name.upper()}", text])
+
+
 @cache
 def compiled(name: str, *values: int) -> Any:
     """Return the kernel of that name for these macros, on the current device."""
-    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
-    defines.append(f"#define {name.upper()}")
-    source = files("dape.attention.fused").joinpath("forward.cu").read_text()
-    kernel = torch.cuda._compile_kernel(
-        "\n".join([*defines, source]), name, compute_capability="90a"
-    )
+    kernel = torch.cuda._compile_kernel(source(name, *values), name, compute_capability="90a")
     if name == "forward":
         kernel.set_shared_memory_config(values[-1])
     return kernel

@@ -84,11 +84,15 @@ def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:
 NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS")
 
 
-@cache
-def compiled(name: str, *values: int) -> Any:
-    """Return the kernel of that name for these macros, on the current device."""
+def source(name: str, *values: int) -> str:
+    """Return the source of the kernel of that name for these macros."""
     defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
     if name == "mix_backward":
         defines.append(f"#define BACKWARD\n#define BLOCKS {RESIDENT}")
-    source = files("dape.attention.fused").joinpath("mix.cu").read_text()
-    return torch.cuda._compile_kernel("\n".join([*defines, source]), name)
+    return "\n".join([*defines, files("dape.attention.fused").joinpath("mix.cu").read_text()])
+
+
+@cache
+def compiled(name: str, *values: int) -> Any:
+    """Return the kernel of that name for these macros, on the current device."""
+    return torch.cuda._compile_kernel(source(name, *values), name)

@@ -1,0 +1,80 @@
+"""The CUDA kernels compile, for every kind of call, with the flags that PyTorch compiles them by.
+
+A CPU cannot run them; what they compute is tested on a GPU.
+"""
+
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
+
+import dape
+from dape.attention.fused import forward_cuda, mix_cuda, operator
+
+nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+HEADERS = Path(find_spec("nvidia").submodule_search_locations[0], "cu13", "include")
+KINDS = {
+    "causal": {},
+    "padded": {"masked": True},
+    "bidirectional": {"causal": False},
+    "odd sizes in fp16": {"heads": 5, "hidden": 7, "head_dim": 48, "dtype": torch.float16},
+    "wide": {"heads": 16, "hidden": 32, "head_dim": 128, "causal": False, "masked": True},
+}
+
+
+def problem(heads=12, hidden=32, head_dim=64, dtype=torch.bfloat16, causal=True, masked=False):
+    query = torch.zeros(1, heads, 64, head_dim, dtype=dtype)
+    bias, adapter = dape.Kerple(heads), dape.DAPE(heads, hidden=hidden)
+    tables = operator.tables(bias, adapter, heads, 64, query.device)
+    mask = torch.ones(1, 64, dtype=torch.bool) if masked else None
+    return operator.problem_of(query, query, query, tables, mask, 1.0, causal, 0)
+
+
+def refusal(source, capability):
+    """Return what the compiler says of a source that it refuses, or nothing."""
+    options = [f"--gpu-architecture=sm_{capability}", f"-I{HEADERS}", *flags_of_pytorch()]
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if result == nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        return ""
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.decode()
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("name", ["mix", "mix_backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_across_heads_compile(kind, name, capability):
+    given = problem(**KINDS[kind])
+    source = mix_cuda.source(name, *mix_cuda.macros(given, given.mixing))
+    assert refusal(source, capability) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [*product(["forward"], [False, True]), ("pack_tables", False)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_forward_pass_compiles(kind, name, exact):
+    given = problem(**KINDS[kind])
+    heads, head_dim, units = (
+        given.query.shape[1],
+        given.query.shape[3],
+        forward_cuda.padded_units(given.mixing),
+    )
+    where = forward_cuda.layout(heads, head_dim, units)
+    if where is None:
+        assert kind == "wide"
+        return
+    source = forward_cuda.source(name, *forward_cuda.macros(given, given.mixing, where, exact))
+    assert refusal(source, "90a") == ""
+
+
+def test_the_compiler_refuses_what_pytorch_would():
+    assert "no suitable conversion" in refusal(
+        "#include <cuda_fp16.h>\n__global__ void x(float* a, __half b) { *a = (float)b; }", "90"
+    )
