@@ -165,7 +165,8 @@ def close_as_the_textbook(scheme, backend, dtype, rows, device):
 
     P is rounded to the dtype before it meets V. The error that this leaves in a row of dS is the
     same for every key, and all that the gradient of a few parameters holds: there both are about
-    as exact, by chance one or the other.
+    as exact, by chance one or the other. In fp16 mixed scores pass through a scratch with no more
+    digits than the dtype.
     """
     case = Case(scheme, 12, 64, rows, 2, dtype, torch.device(device), 0)
     parts, (inputs,) = build(case), draw(case, 1)
@@ -176,6 +177,8 @@ def close_as_the_textbook(scheme, backend, dtype, rows, device):
     for name, error in parity.errors(textbook, truth.tensors).items():
         if parity.vanishes(name, truth.tensors):
             error = parity.ZERO_LIMIT
+        elif dtype == "fp16" and parts.adapter is not None:
+            error *= 2
         elif truth.tensors[name].numel() < 1000:
             error *= 1.25
         assert found[name] <= error, name
