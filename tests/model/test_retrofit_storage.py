@@ -187,7 +187,7 @@ def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
         (
             "llama",
             {"adapter": "talking-heads", "bias": "kerple"},
-            "TalkingHeads changes the logits before it .* or leave bias out",
+            "TalkingHeads changes the logits before it .* or let bias be None",
         ),
         (
             "llama",

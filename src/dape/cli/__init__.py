@@ -9,6 +9,7 @@ from dape.errors import UserError, unknown
 COMMANDS = {
     "prepare": "text to tokens: memory-mapped shards with a manifest",
     "train": "train a language model from a recipe",
+    "retrofit": "adapters in a pretrained model, trained at a longer length",
     "eval": "perplexity over length of one or more runs",
     "plot": "evaluated runs, or an encoding, as a figure",
     "export": "a run as a Hugging Face folder with a model card",

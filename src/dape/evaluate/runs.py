@@ -133,9 +133,14 @@ def open_run(folder: Path) -> Run:
 
     Raises `UserError` if there is no such model.
     """
+    recipe = _recipe(folder / "config.yaml")
+    if recipe and "base" in recipe.get("model", {}):
+        from dape.evaluate.finetuned import open_finetuned
+
+        return open_finetuned(folder, recipe)
     for model in (folder / "model", folder):
         if (model / "config.json").is_file():
-            return Run(folder, str(model), _config(str(model)), _recipe(folder / "config.yaml"))
+            return Run(folder, str(model), _config(str(model)), recipe)
     if folder.exists():
         unfinished = (folder / "checkpoints").is_dir()
         raise UserError(

@@ -42,10 +42,11 @@ def save(
 ) -> None:
     """Write `step-NNNNNNNN` into `folder`, each rank its own shards, and drop all but `keep`.
 
+    Frozen parameters are left out: they are where they came from.
     A process that dies meanwhile leaves a `.partial` folder, which is not looked at and removed by
     the next call.
     """
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
     path = folder / f"step-{progress.step:08d}"
@@ -54,7 +55,8 @@ def save(
         for leftover in folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
     fabric.barrier()
-    weights, moments = get_state_dict(model, optimizer)
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     with _alone_or_not():
         save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
     if fabric.is_global_zero:
@@ -67,13 +69,21 @@ def save(
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     """Put a checkpoint's weights and moments in place, over any number of ranks."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
     from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-    weights, moments = get_state_dict(model, optimizer)
+    # Not strict: what is frozen is in no checkpoint. What is not, the model itself has asked for.
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     with _alone_or_not():  # fills the tensors of both in place
         load_shards({"model": weights, "optimizer": moments}, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
+    )
     return _progress(path)
 
 

@@ -121,9 +121,10 @@ def begin(recipe: Recipe, corpus: Corpus, fabric: "Fabric", model: nn.Module) ->
     fabric.barrier()
     saved = checkpoint.latest(recipe.folder / "checkpoints")
     progress = checkpoint.load(saved, model, optimizer) if saved else Progress()
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     fabric.print(
-        f"{recipe.folder}: {recipe.model.scheme}, {numbers.parameters:,} parameters, on"
-        f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
+        f"{recipe.folder}: {recipe.model.scheme}, {trained:,} of {numbers.parameters:,} parameters"
+        f" train, on {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
     )
     return Session(recipe, corpus, fabric, model, loss, optimizer, progress)
 

@@ -80,7 +80,7 @@ class Choice:
         if own is not None and new is not None:
             raise UserError(
                 f"bias={self.names()['bias']!r}: the model has {type(own).__name__} "
-                "already, which the adapter sees; leave bias out"
+                "already, which the adapter sees; let bias be None"
             )
         options = self.options.get("adapter", {})
         bias = own if new is None else new.build(dimensions, self.options.get("bias", {}))
@@ -154,5 +154,5 @@ def check_silent(
         raise UserError(
             f"the adapter {type(adapter).__name__} changes the logits before it has learned "
             f"anything, by {change:.2g} on scores up to 1: it must start as {expected}; take "
-            f"'dape'{', or leave bias out' if biased and not added else ''}"
+            f"'dape'{', or let bias be None' if biased and not added else ''}"
         )

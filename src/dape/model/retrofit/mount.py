@@ -118,9 +118,9 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
         else:
             attend_by(undo, model.config.get_text_config(), NAME)
             put(undo, model, "create_masks_for_generate", mask_as_given)
-        parts = set_trainable(undo, model, adapters, train)
+        own = keep_trainable(undo, model, train, adapters)
         check_unchanged(model, expected, call(model))
-        return Mounted(model, adapters, choice, train, parts, undo.pop_all())
+        return Mounted(model, adapters, choice, train, own, undo.pop_all())
 
 
 def servable(model: nn.Module) -> PreTrainedModel:
@@ -187,28 +187,38 @@ def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:
 
 
 def set_trainable(
-    undo: ExitStack, model: nn.Module, adapters: nn.ModuleList, train: Sequence[str]
+    model: nn.Module, train: Sequence[str], adapters: nn.Module | None = None
 ) -> dict[str, nn.Parameter]:
-    """Let what `train` names require gradients, and return the base model's parameters of it.
+    """Let what `train` names require gradients, and return what of it is no adapter's.
 
     Raises:
-        UserError: for a name that is nowhere in the model.
+        UserError: for a name that is nowhere in the model, and if nothing would train.
     """
-    new = {id(parameter) for parameter in adapters.parameters()}
+    new = set() if adapters is None else {id(each) for each in adapters.parameters()}
     named = dict(model.named_parameters())
-    own = {name: set(name.split(".")) for name, each in named.items() if id(each) not in new}
-    known = {ADAPTERS, ALL}.union(*own.values())
+    words = {name: set(name.split(".")) for name, each in named.items() if id(each) not in new}
+    known = {ADAPTERS, ALL}.union(*words.values())
     for name in train:
         if name not in known:
             raise unknown("part to train", name, (each for each in known if not each.isdigit()))
-    parts = {}
     for name, parameter in named.items():
+        parameter.requires_grad_(not {ALL, *words.get(name, {ADAPTERS})}.isdisjoint(train))
+    trained = {name: each for name, each in named.items() if each.requires_grad}
+    if not trained:
+        raise UserError(f"train={list(train)}: nothing would train; name parts, or 'all'")
+    return {name: each for name, each in trained.items() if name in words}
+
+
+def keep_trainable(
+    undo: ExitStack, model: nn.Module, train: Sequence[str], adapters: nn.Module
+) -> dict[str, nn.Parameter]:
+    """Do and return what `set_trainable` does, and put back flags and values when undone."""
+    for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
-        parameter.requires_grad_(not {ALL, *own.get(name, {ADAPTERS})}.isdisjoint(train))
-        if parameter.requires_grad and name in own:
-            undo.callback(restore, parameter, parameter.detach().to("cpu", copy=True))
-            parts[name] = parameter
-    return parts
+    own = set_trainable(model, train, adapters)
+    for parameter in own.values():
+        undo.callback(restore, parameter, parameter.detach().to("cpu", copy=True))
+    return own
 
 
 @torch.no_grad()

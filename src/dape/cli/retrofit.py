@@ -1,0 +1,114 @@
+"""`dape retrofit`: adapters in a pretrained model, trained at a longer length, before and after."""
+
+from argparse import ArgumentError, ArgumentParser
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.cli.eval import Arguments as Measures
+from dape.cli.eval import Lengths, doubled
+from dape.errors import UserError
+from dape.train import config
+from dape.train.finetune import Retrofit
+
+if TYPE_CHECKING:
+    from dape.evaluate.runs import Run
+
+PROG = "dape retrofit MODEL"
+BEYOND = 4  # how many times the longer of both training lengths is measured by default
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Train adapters in a pretrained model, and measure the model without and with them.
+
+    MODEL is a folder, a run folder or a name on the Hugging Face hub; `--recipe FILE.yaml` says
+    what is not given here. Before they are trained, the adapters change nothing. RUN/adapters is
+    where they go. The same command again resumes an interrupted run.
+    """
+
+    recipe: Annotated[Retrofit, tyro.conf.arg(name="")]
+    lengths: Lengths = ()
+    """tokens in a window to measure perplexity at; if not given, the lengths trained at and their
+    doublings up to 4 times"""
+    protocol: Literal["last", "non_overlapping"] = "last"
+    """which tokens of a window count: the last 256, or all"""
+    documents: int = 100
+    """at most so many documents of the test split"""
+
+
+def main(argv: list[str]) -> int | None:
+    """Check everything, fine-tune, then measure; of several ranks the first alone says so."""
+    arguments = read(argv)
+    from dape.train.parallelize import is_first_rank
+
+    try:
+        run(arguments)
+        return 0
+    except UserError:
+        if is_first_rank():
+            raise
+        return 2
+
+
+def read(argv: list[str]) -> Arguments:
+    """Return the recipe of `--recipe` for the model named first, with the options put over it."""
+    if argv and argv[0] in ("-h", "--help"):
+        return parse(Arguments, argv, PROG, Arguments(Retrofit()))
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"name a model first: `{PROG} [--recipe FILE.yaml] [--section.key value]`")
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", type=Path)
+    try:
+        found, rest = parser.parse_known_args(argv[1:])
+    except ArgumentError:
+        raise UserError("--recipe needs a file") from None
+    recipe = cast(Retrofit, config.read(found.recipe, Retrofit)) if found.recipe else Retrofit()
+    named = replace(recipe, model=replace(recipe.model, base=str(Path(argv[0]))))
+    return parse(Arguments, rest, PROG, Arguments(named))
+
+
+def run(arguments: Arguments) -> None:
+    """Fine-tune unless that is done, and measure the base and the run on the same tokens."""
+    from transformers.utils import logging
+
+    from dape.cli import eval_perplexity
+    from dape.evaluate.runs import open_run
+    from dape.train import finetune, folder, parallelize
+
+    logging.disable_progress_bar()  # of the loading of weights
+    recipe = arguments.recipe
+    finetune.check(recipe)
+    base = open_run(Path(recipe.model.base))
+    corpus = base.corpus(Path(recipe.data))
+    folder.check(recipe, corpus.checksum)
+    words = measurement(arguments, base)
+    measure = parse(Measures, words, "dape eval")
+    eval_perplexity.plans([base], measure)  # lengths that no document has are told of now
+    if not folder.record(recipe.folder).get("ended"):
+        finetune.finetune(recipe, corpus)
+    if parallelize.is_first_rank():
+        eval_perplexity.run([base, open_run(recipe.folder)], measure, words)
+
+
+def measurement(arguments: Arguments, base: "Run") -> list[str]:
+    """Return the words after `dape eval` that measure the base and the run."""
+    recipe = arguments.recipe
+    lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
+    return [
+        *(recipe.model.base, str(recipe.folder)),
+        *("--data", recipe.data),
+        *("--lengths", ",".join(map(str, lengths))),
+        *("--protocol", arguments.protocol),
+        *("--documents", str(arguments.documents)),
+        *("--device", recipe.hardware.device),
+    ]
+
+
+def default_lengths(before: int | None, after: int) -> list[int]:
+    """Return the shorter training length and its doublings, up to 4 times the longer."""
+    known = [length for length in (before, after) if length]
+    return doubled(min(known), BEYOND * max(known))
