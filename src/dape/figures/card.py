@@ -45,7 +45,7 @@ def card(trained: Trained, name: str) -> "ModelCard":
             model_name=name,
             eval_results=[result for each in evaluations for result in results(each)] or None,
         ),
-        template_str=files("dape.figures").joinpath("card.md").read_text(encoding="utf-8"),
+        template_str=files("dape.figures").joinpath("card.md.jinja").read_text(encoding="utf-8"),
         name=name,
         parameters=f"{size(trained.model).parameters:,}",
         length=f"{recipe.training.length:,}",
