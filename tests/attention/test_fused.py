@@ -13,6 +13,7 @@ from dape.attention.fused import banded, mix_triton, operator
 from dape.bench import parity
 from dape.bench.case import DTYPES, TRAINING, Case, build, draw
 from dape.errors import UserError
+from dape.positions.bias import Bias
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -139,8 +140,8 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
         assert torch.equal(first, second)
 
 
-class RowBias(dape.NoBias):
-    relative = False
+class RowBias(Bias):
+    """Says nothing of what B depends on."""
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,11 @@ from dape.positions.absolute import frequencies
 class Bias(nn.Module):
     """The interface of a bias: `bias(query_positions, key_positions) -> B`.
 
-    `relative` says that B depends on the distance alone, which lets a kernel keep it as a table.
+    A class whose B depends on the distance `|i - j|` alone says so by `relative = True`, which lets a
+    kernel keep it as a table; without, it is computed for every query and key.
     """
 
-    relative = True
+    relative = False
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
@@ -76,6 +77,8 @@ def inverse_softplus(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 class NoBias(Bias):
     """No bias: B = 0 (NoPE of Kazemnejad et al., 2023, when nothing else carries position)."""
 
+    relative = True
+
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
@@ -97,6 +100,8 @@ class ALiBi(Bias):
     next smaller power of two M come first, then every second one of the sequence for 2 M, as the
     authors' code does; the paper names only powers of two.
     """
+
+    relative = True
 
     def slopes(self, device: torch.device | None = None) -> Float[Tensor, "heads"]:
         """Return `s_h`; computed when asked, so that casting a model cannot round them."""
@@ -120,6 +125,8 @@ class Kerple(Bias):
     softplus; the authors' and DAPE's code clamp `.data` at 0.01 in every forward instead, which
     sharding and compilation forbid. The start keeps their floor of 0.01.
     """
+
+    relative = True
 
     def __init__(self, num_heads: int) -> None:
         super().__init__(num_heads)
@@ -159,6 +166,8 @@ class KerplePower(Bias):
     bounds are by softplus and by twice a sigmoid; the authors' code clamps `.data` in every forward
     instead, as for `Kerple`. The start keeps their floor of 0.01, and stays as far below 2.
     """
+
+    relative = True
 
     def __init__(self, num_heads: int) -> None:
         super().__init__(num_heads)
@@ -208,6 +217,8 @@ class T5(Bias):
         UserError: for fewer than two buckets, or a `max_distance` within the exact ones.
     """
 
+    relative = True
+
     def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(num_heads)
         if num_buckets < 2:
@@ -255,6 +266,8 @@ class Sandwich(Bias):
         UserError: for an odd or non-positive `d_bar`.
     """
 
+    relative = True
+
     def __init__(self, num_heads: int, d_bar: int = 128) -> None:
         super().__init__(num_heads)
         if d_bar < 2 or d_bar % 2:
@@ -294,8 +307,6 @@ class FIRE(Bias):
     Raises:
         UserError: for a `train_length` or `hidden` below 1.
     """
-
-    relative = False
 
     def __init__(self, num_heads: int, train_length: int = 512, hidden: int = 32) -> None:
         super().__init__(num_heads)
