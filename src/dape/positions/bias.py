@@ -20,8 +20,8 @@ from dape.positions.absolute import frequencies
 class Bias(nn.Module):
     """The interface of a bias: `bias(query_positions, key_positions) -> B`.
 
-    A class whose B depends on the distance `|i - j|` alone says so by `relative = True`, which lets a
-    kernel keep it as a table; without, it is computed for every query and key.
+    A class whose B depends on the distance `|i - j|` alone says so by `relative = True`, which lets
+    a kernel keep it as a table; without, it is computed for every query and key.
     """
 
     relative = False
