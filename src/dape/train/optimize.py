@@ -40,11 +40,12 @@ def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
         matrix = parameter.ndim > 1 and not is_positional(name)
         if parameter.requires_grad:
             (decayed if matrix else free).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": settings.weight_decay},
-            {"params": free, "weight_decay": 0.0},
-        ],
+        [group for group in groups if group["params"]],  # a checkpoint loses an empty group
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,

@@ -1,0 +1,171 @@
+"""Fine-tuning of a pretrained model: what plain PyTorch does, with all but the adapters at rest."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import batch, losses
+from torch.distributed.checkpoint import FileSystemReader
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import dape
+from dape.data.shards import Corpus, Windows
+from dape.errors import UserError
+from dape.train import loop, strict
+from dape.train.finetune import Retrofit, check, finetune
+
+CONFIG = {
+    "vocab_size": 257, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": None,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder)
+    return folder
+
+
+def recipe(base, data, out, **changes):
+    sections = {
+        "data": data,
+        "out": str(out),
+        "model": {"base": str(base), "options": {"adapter": {"hidden": 8}}},
+        "training": {"length": 16, "batch_size": 8, "steps": 6, "precision": "fp32"},
+        "optimizer": {"learning_rate": 1e-1, "warmup": 0.0, "final": 1.0, "weight_decay": 0.0},
+        "hardware": {"device": "cpu"},
+        "tracking": {"log_every": 1, "validate_every": 4, "checkpoint_every": 3},
+    }
+    for name, value in changes.items():
+        sections[name] = sections[name] | value if isinstance(value, dict) else value
+    return strict.build(Retrofit, sections)
+
+
+def run(settings):
+    finetune(settings, Corpus(settings.data))
+    return settings.folder
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory):
+    return run(recipe(base, data, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+def plain_losses(model, parameters, data):
+    """Return the losses of six steps of AdamW in plain PyTorch."""
+    windows = Windows(Corpus(data).split("train"), 16, seed=0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-1, betas=(0.9, 0.95), weight_decay=0)
+    found = []
+    for step in range(6):
+        tokens = torch.from_numpy(batch(windows, step, 8))
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_adapters_train_as_in_plain_pytorch_and_the_base_rests(finished, base, data):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    mounted = dape.retrofit(model, "dape", "kerple", options={"adapter": {"hidden": 8}})
+    expected = plain_losses(model, list(mounted.adapters.parameters()), data)
+    assert losses(finished) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[-1] - expected[0]) > 1e-3
+    saved = load_file(finished / "adapters" / "adapters.safetensors")
+    for name, tensor in mounted.state().items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)
+    own = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert all(torch.equal(own[name], value) for name, value in weights.items())
+
+
+def test_checkpoints_hold_what_trains_alone(finished):
+    (last,) = sorted((finished / "checkpoints").glob("step-00000006"))
+    names = FileSystemReader(last).read_metadata().state_dict_metadata
+    weights = {name for name in names if name.startswith("model.")}
+    assert len(weights) == 2 * (4 + 2)
+    assert all(".adapter." in name or ".position_bias." in name for name in weights)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_adapters(
+    finished, base, data, tmp_path, monkeypatch
+):
+    settings = recipe(base, data, tmp_path / "run")
+
+    def cut(session):
+        for step, metrics in enumerate(updates(session), start=1):
+            if step == 5:
+                raise KeyboardInterrupt
+            yield metrics
+
+    updates = loop.updates
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "updates", cut)
+        run(settings)
+    assert not (tmp_path / "run" / "adapters").exists()
+    run(settings)
+    whole, resumed = (
+        load_file(folder / "adapters" / "adapters.safetensors")
+        for folder in (finished, settings.folder)
+    )
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_model_as_it_is_trains_whole_and_is_saved_whole(base, data, tmp_path):
+    settings = recipe(
+        base, data, tmp_path / "run", model={"adapter": None, "train": "all", "options": {}}
+    )
+    folder = run(settings)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = plain_losses(model, list(model.parameters()), data)
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(saved.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
+    assert (folder / "model" / "tokenizer.json").is_file()
+
+
+def test_keys_of_the_configuration_change(data, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = dape.DapeConfig(scheme="rope", vocab_size=257, train_length=16, **sizes)
+    dape.DapeForCausalLM(config).save_pretrained(tmp_path / "base" / "model")
+    changes = {"adapter": None, "train": "q_proj", "options": {}, "config": {"scheme": "yarn"}}
+    folder = run(recipe(tmp_path / "base", data, tmp_path / "run", model=changes))
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert isinstance(saved.model.layers[0].self_attn.rotation, dape.YaRN)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base" / "model").state_dict()
+    moved = {name for name, value in saved.state_dict().items() if not value.equal(before[name])}
+    assert moved == {f"model.layers.0.self_attn.q_proj.{kind}" for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"config": {"hiden_size": 8}}, "unknown key of the configuration of .* 'hiden_size'"),
+        ({"adapter": None}, "nothing would train; name parts, or 'all'"),
+        ({"train": "adapters,q_porj"}, "unknown part to train 'q_porj'; did you mean 'q_proj'"),
+        ({"adapter": "dpae"}, "unknown adapter 'dpae'"),
+    ],
+)
+def test_mistakes_are_found_before_a_step(base, data, tmp_path, model, words):
+    with pytest.raises(UserError, match=words):
+        run(recipe(base, data, tmp_path / "run", model=model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layouts_that_fine_tuning_does_not_have(base, data, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"hardware.compile=true: the blocks of pretrained"):
+        check(recipe(base, data, tmp_path, hardware={"compile": True}))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check(recipe(base, data, tmp_path))
+    with pytest.raises(UserError, match=r"hardware.strategy='fsdp': adapters are not sharded"):
+        check(recipe(base, data, tmp_path, hardware={"strategy": "fsdp"}))
