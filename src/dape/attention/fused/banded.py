@@ -247,8 +247,13 @@ def wide(size: int) -> int:
 
 
 def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
-    """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory."""
+    """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory.
+
+    What wide heads have under way fits the 99 KiB of shared memory of smaller GPUs.
+    """
     tile = TILES[kernel]
+    if max(problem.query.shape[3], problem.value.shape[3]) > 64:
+        tile = tile._replace(num_stages=tile.num_stages - 1)
     if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if rows <= 16 and kernel in ("scores", "softmax_value"):

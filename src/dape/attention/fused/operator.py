@@ -45,6 +45,10 @@ def obstacle(
         (heads > MOST_HEADS, f"{heads} heads are more than {MOST_HEADS}"),
         (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
         (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
+        (
+            query.dtype == torch.float32 and heads > 16 and units > 32,
+            f"in float32 {heads} heads and hidden={units} need more shared memory than most GPUs have",
+        ),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
     found = found or table_obstacle(bias, adapter)
