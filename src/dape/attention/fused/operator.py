@@ -47,7 +47,7 @@ def obstacle(
         (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
         (
             query.dtype == torch.float32 and heads > 16 and units > 32,
-            f"in float32 {heads} heads and hidden={units} need more shared memory than most GPUs have",
+            f"in float32 {heads} heads and hidden={units} need more shared memory than GPUs have",
         ),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
