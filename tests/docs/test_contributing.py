@@ -1,19 +1,15 @@
-import re
-from pathlib import Path
-
 import pytest
 import torch
+from pages import blocks
 
 import dape
 from dape.positions import bias as bias_module
 from dape.positions import scheme
 
-TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
-
 
 @pytest.fixture
 def example(monkeypatch):
-    definition, line = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    definition, line = blocks("CONTRIBUTING.md", "python")
     names = dict(vars(bias_module))
     exec(definition, names)
     base = eval(line, {**vars(scheme), **names})
