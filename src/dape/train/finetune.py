@@ -58,7 +58,7 @@ class Retrofit(Recipe):
         default_factory=lambda: Training(length=2048, batch_size=32, steps=1000)
     )
     optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(learning_rate=1e-3, warmup=0.05, weight_decay=0.0)
+        default_factory=lambda: Optimizer(learning_rate=1e-2, warmup=0.05, weight_decay=0.0)
     )
     tracking: Tracking = field(
         default_factory=lambda: Tracking(validate_every=100, checkpoint_every=250)
