@@ -7,6 +7,8 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import CompileConfig
 
+from dape.positions.scheme import ADAPTERS, BASES
+
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize("block", ["paper", "modern"])
@@ -29,6 +31,24 @@ def test_one_graph_serves_every_length(block):
             ours = step(compiled, ids)
         for mine, theirs in zip(ours, step(model, ids), strict=True):
             assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("scheme", [*BASES, *(f"{adapter}-kerple" for adapter in ADAPTERS)])
+def test_every_scheme_compiles_whole(scheme):
+    torch.compiler.reset()
+    model = grown(scheme=scheme, num_hidden_layers=1).eval()  # random positions are for training
+    ids = tokens(2, 11)
+
+    def step(function):
+        model.zero_grad()
+        loss = function(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)
+
+    ours = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    for mine, theirs in zip(ours, step(model), strict=True):
+        assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.unhooked
