@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from models import fresh
 from pretrained import GROUPED, NAMES, SIZES, bias_for, move, pretrained, tokens
 from safetensors.torch import load_file
 from torch import nn
@@ -215,8 +216,9 @@ def test_arguments_that_do_not_fit_are_one_line(name, options, words):
 def test_adapters_are_mounted_once():
     model = pretrained("llama")
     dape.retrofit(model)
-    with pytest.raises(UserError, match="LlamaForCausalLM has adapters already; unmount"):
-        dape.retrofit(model)
+    for once in (model, fresh(scheme="dape-kerple")):
+        with pytest.raises(UserError, match=f"{type(once).__name__} has adapters already: those"):
+            dape.retrofit(once)
 
 
 def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):

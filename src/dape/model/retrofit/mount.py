@@ -131,7 +131,9 @@ def servable(model: nn.Module) -> PreTrainedModel:
     if model.config.is_encoder_decoder:
         raise UserError(f"{name} cannot be retrofitted: an encoder stands before its decoder")
     if any(isinstance(getattr(each, "adapter", None), nn.Module) for each in model.modules()):
-        raise UserError(f"{name} has adapters already; unmount them first")
+        raise UserError(
+            f"{name} has adapters already: those of its scheme, or mounted ones, to unmount first"
+        )
     return model
 
 
