@@ -146,6 +146,13 @@ def test_learned_positions_end_where_they_end_with_adapters_too(models, command,
     assert "learned positions end" in content["refused"]["64"]
 
 
+def test_what_it_saved_is_shared_as_it_is(models, command, capsys):
+    assert not command(models / "llama", "--name", "a")
+    assert cli.main(["export", "runs/a", "--out", "shared"]) == 2
+    line = "dape: error: runs/a is of `dape retrofit`: share what it saved, adapters or a model\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
 def test_a_model_with_alibi_takes_no_other_bias(models, command, capsys):
     line = refused(capsys, command, models / "bloom", "--name", "b")
     assert "bias='kerple': the model has ALiBi already" in line

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.train import checkpoint, config, folder
+from dape.train import checkpoint, config, folder, strict
 from dape.train.config import Recipe
 from dape.train.loop import build
 
@@ -39,6 +39,8 @@ def restore(run: Path) -> Trained:
     """
     if not (run / folder.RECIPE).is_file():
         raise UserError(f"no run in {run}: it has no {folder.RECIPE}, as `dape train` writes one")
+    if "base" in strict.load(run / folder.RECIPE).get("model", {}):
+        raise UserError(f"{run} is of `dape retrofit`: share what it saved, adapters or a model")
     recipe = config.read(run / folder.RECIPE)
     if (run / "model" / "config.json").is_file():
         return _finished(run, recipe)
