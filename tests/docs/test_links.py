@@ -2,8 +2,9 @@
 
 import re
 
+import nbformat
 import pytest
-from pages import ROOT, text
+from pages import BLOCK, ROOT, text
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in ROOT.glob("docs/*.*"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")

@@ -2,16 +2,22 @@
 
 import json
 import math
+import re
+import shlex
+from dataclasses import asdict
 
 import pytest
 import torch
-from pages import execute, small_recipe, text
+from pages import ROOT, execute, small_recipe, text
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from dape import DapeConfig, DapeForCausalLM
+from dape.cli import retrofit
 from dape.data.tokenizer import byte
 from dape.model.retrofit.choice import PARTS
 
 PAGE = "docs/longer-contexts.md"
+OPTIONS = re.findall(r"^\| `(--[^`]+)` \|", text(PAGE), flags=re.MULTILINE)
 LENGTHS = [512, 1024, 2048, 4096, 8192]
 
 
@@ -86,8 +92,6 @@ def test_the_names_on_the_page_are_those_of_retrofit():
 
 def test_a_rope_model_is_loaded_as_yarn(tmp_path):
     """The last line of the page: YaRN's angles and temperature, on RoPE's weights."""
-    from dape import DapeConfig, DapeForCausalLM
-
     assert 'from_pretrained(DIR, scheme="yarn")' in text(PAGE)
     sizes = {"vocab_size": 11, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     rope = DapeForCausalLM(DapeConfig(scheme="rope", **sizes))
@@ -100,3 +104,13 @@ def test_a_rope_model_is_loaded_as_yarn(tmp_path):
         found, expected, plain = (each.eval()(tokens).logits for each in (loaded, yarn, rope))
     assert torch.equal(found, expected)
     assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_options_on_the_page_are_taken(options):
+    words = shlex.split(options)
+    recipe = str(ROOT / "recipes" / "retrofit.yaml")
+    found = asdict(retrofit.read(["my-model", "--recipe", recipe, *words]).recipe)
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        section, key = name.removeprefix("--").split(".")
+        assert str(found[section][key]) == value
