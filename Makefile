@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Threads that wait by spinning make a small model many times slower when another program wants a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo demo-seeds schemes check test clean
+.PHONY: demo demo-seeds schemes retrofit check test clean
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
 demo: SEEDS := 0
@@ -38,6 +38,30 @@ runs/schemes/%/evaluation/last.json: $(BIN)/dape | data/python-stdlib
 
 data/python-stdlib: $(BIN)/dape
 	$(BIN)/dape prepare --out $@
+
+# A RoPE model trained at 512 tokens on data/books, then for 5 % of its steps more: as it is, as YaRN,
+# and with DAPE's adapters alone. For a GPU. BASE and TUNE are options for all of either kind.
+BASE :=
+TUNE := --training.steps 100
+LENGTHS := 512,1024,2048,4096,8192,16384
+WHOLE := --model.adapter None --model.train all --optimizer.learning-rate 1e-4
+YARN := {scheme: yarn, scheme_options: {rotation: {factor: 16}}}
+ARMS := plain-512 plain-2048 yarn-2048 dape-512 dape-2048
+plain-512 := $(WHOLE) --training.length 512
+plain-2048 := $(WHOLE)
+yarn-2048 := $(WHOLE) --model.config '$(YARN)'
+dape-512 := --training.length 512
+dape-2048 :=
+TUNED = $(foreach seed,$(SEEDS),$(foreach arm,$(ARMS),runs/retrofit/$(arm)-$(seed)))
+retrofit: SEEDS := 0 1 2
+retrofit: $(BIN)/dape
+	$(foreach seed,$(SEEDS),$(BIN)/dape train recipes/retrofit-base.yaml --seed $(seed) $(BASE) &&) true
+	$(foreach seed,$(SEEDS),$(foreach arm,$(ARMS),\
+		$(BIN)/dape retrofit runs/retrofit/base-$(seed) --recipe recipes/retrofit.yaml --seed $(seed) \
+			--name retrofit/$(arm)-{seed} --lengths $(LENGTHS) $(TUNE) $($(arm)) &&)) true
+	mkdir -p results/retrofit
+	$(BIN)/dape plot $(SEEDS:%=runs/retrofit/base-%) $(TUNED) --out results/retrofit/table.md
+	$(BIN)/dape plot $(SEEDS:%=runs/retrofit/base-%) $(TUNED) --out results/retrofit/perplexity.png
 
 RUNS = $(foreach seed,$(SEEDS),runs/demo/kerple-$(seed) runs/demo/dape-kerple-$(seed))
 define train_and_evaluate
