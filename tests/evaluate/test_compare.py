@@ -35,6 +35,12 @@ def test_other_settings_are_another_group_told_apart_by_the_run():
     ]
 
 
+def test_lengths_trained_at_tell_groups_of_a_scheme_apart():
+    short = make("kerple", KERPLE[0], settings="short")
+    long = replace(make("kerple", KERPLE[1], settings="long"), train_length=2048)
+    assert [each.label for each in group([short, long])] == ["kerple at 128", "kerple at 2,048"]
+
+
 def test_models_without_a_recipe_are_never_seeds_of_each_other():
     models = [
         replace(make("llama", KERPLE[0], settings=None), run=folder) for folder in ("one", "two")

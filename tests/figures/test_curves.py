@@ -1,6 +1,7 @@
 """What is drawn, read back from the axes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,6 +81,12 @@ def test_lengths_are_on_a_logarithmic_axis_with_the_training_length_marked():
     (mark,) = (line for line in axes.lines if line.get_linestyle() == ":")
     assert set(mark.get_xdata()) == {128}
     assert [text.get_text() for text in axes.texts] == ["trained at 128"]
+
+
+def test_every_training_length_is_marked():
+    longer = replace(make("alibi", [2.0] * 5, settings="longer"), train_length=512)
+    (axes,) = over_length([*runs(), *group([longer])]).axes
+    assert [text.get_text() for text in axes.texts] == ["trained at 128", "512"]
 
 
 @pytest.mark.parametrize(("worst", "scale"), [(3.0, "linear"), (3.5, "log")])

@@ -75,7 +75,7 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return records of runs by label, their scheme, in order of appearance.
 
     Runs that differ in nothing but their seed share a label. Where two labels would be the same
-    scheme, the name of the first run tells them apart.
+    scheme, the length trained at tells them apart, or else the name of the first run.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
     for each in records:
@@ -83,11 +83,14 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
         key = (each.scheme, each.train_length, each.settings, alone)
         found.setdefault(key, []).append(each)
     schemes = [scheme for scheme, *_ in found]
+    trained = [(scheme, length) for scheme, length, *_ in found]
     labelled = {}
-    for members in found.values():
-        scheme = members[0].scheme
-        shared = schemes.count(scheme) > 1
-        labelled[f"{scheme} ({members[0].run})" if shared else scheme] = members
+    for (scheme, length, *_), members in found.items():
+        label = str(scheme)
+        if schemes.count(scheme) > 1:
+            told = length is not None and trained.count((scheme, length)) == 1
+            label += f" at {length:,}" if told else f" ({members[0].run})"
+        labelled[label] = members
     return labelled
 
 

@@ -146,14 +146,15 @@ def _value_axis(axes: "Axes", points: Sequence[Point]) -> None:
 
 
 def _mark_training(axes: "Axes", groups: Sequence[Group]) -> None:
-    for length in {group.train_length for group in groups if group.train_length}:
+    lengths = sorted({group.train_length for group in groups if group.train_length})
+    for length in lengths:
         axes.axvline(length, color=ACCENT, linewidth=1, linestyle=":", zorder=1)
         axes.annotate(
-            f"trained at {length:,}",
+            f"trained at {length:,}" if length == lengths[0] else f"{length:,}",
             (length, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
             textcoords="offset points",
-            ha="center",
+            ha="right" if length == lengths[0] < lengths[-1] else "center",
             color=ACCENT,
         )
