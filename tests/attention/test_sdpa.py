@@ -25,6 +25,8 @@ PROBLEMS = {
     "offset without causality": replace(PLAIN, causal=False, query_offset=3),
     "positions, which nothing reads": replace(PLAIN, positions="batched"),
     "one token": replace(PLAIN, rows=1, keys=1),
+    "one query of many": replace(PLAIN, rows=1, keys=9, query_offset=8),
+    "queries behind the keys": replace(PLAIN, rows=3, keys=5, query_offset=4),
     "scale": replace(PLAIN, scale=0.3),
     "several blocks": replace(PLAIN, batch=1, heads=2, kv_heads=1, rows=70, keys=130),
 }

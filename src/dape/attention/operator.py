@@ -90,7 +90,7 @@ def attention(
     if reason is not None:
         raise UserError(f"backend={chosen!r} cannot serve this call: {reason}; use 'auto'")
     if chosen == "sdpa":
-        return sdpa.attend_sdpa(query, key, value, scale, causal)
+        return sdpa.attend_sdpa(query, key, value, scale, causal, query_offset)
     if chosen in ("triton", "cuda"):
         from dape.attention.fused.operator import attend_fused
 

@@ -27,10 +27,11 @@ def obstacle(
     head_dim, grouped = query.shape[3], query.shape[1] != value.shape[1]
     on_gpu = query.device.type == "cuda"
     moved = not (isinstance(query_offset, int) and query_offset == 0)
+    hiding = causal and not sees_all(query_offset, value.shape[2])
     reasons = [
         (bias is not None or adapter is not None, "it knows neither a bias nor an adapter"),
         (mask is not None, "a mask would keep it from its fast kernels"),
-        (causal and moved, "its causality knows no query_offset"),
+        (hiding and moved, "its causality knows no query_offset"),
         (return_lse, "it returns no log-sum-exp"),
         (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
         (head_dim != value.shape[3], "its kernels want values as wide as queries"),
@@ -47,14 +48,21 @@ def obstacle(
     return next((reason for holds, reason in reasons if holds), None)
 
 
+def sees_all(query_offset: int | Int[Tensor, ""], keys: int) -> bool:
+    """Return whether even the first query sees every key, as in decoding with a cache."""
+    return isinstance(query_offset, int) and query_offset >= keys - 1
+
+
 def attend_sdpa(
     query: Float[Tensor, "batch heads query head_dim"],
     key: Float[Tensor, "batch kv_heads key head_dim"],
     value: Float[Tensor, "batch kv_heads key head_dim"],
     scale: float,
     causal: bool,
+    query_offset: int | Int[Tensor, ""],
 ) -> Float[Tensor, "batch heads query head_dim"]:
     """Return the output of a call that has no `obstacle`."""
+    causal = causal and not sees_all(query_offset, key.shape[2])
     # As in every backend, the arguments say the dtype: autocast would take float32 to half.
     with torch.autocast(query.device.type, enabled=False):
         return scaled_dot_product_attention(
