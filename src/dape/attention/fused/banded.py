@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# For scores in a scratch, the fastest of four to seven on an H100 at head_dim 64.
+# The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
     "scores": Tile(64, 128, 4, 2),
     "softmax_value": Tile(64, 64, 4, 4),

@@ -1,0 +1,113 @@
+"""The time of each kernel of the banded and static designs, for candidates of its tile.
+
+    python benchmarks/tiles.py [static banded mix]
+
+On one GPU, at the paper's 125M shape (12 heads of 64, 32 hidden units), bf16, causal, forward and
+backward once with each candidate; milliseconds of the kernel by PyTorch's profiler. What `TILES` in
+`static.py` and `banded.py` say, and the constants of `mix_cuda.py`, are the fastest of these.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from types import ModuleType
+
+import torch
+
+import dape
+from dape.attention.fused import banded, mix_cuda, mix_triton, operator, static
+from dape.attention.fused.banded import Problem, Tile
+
+SHAPES = ((1, 8192), (32, 512))
+ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 4, 3)]
+STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD) | {
+    "grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]
+}
+BANDED = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
+    "scores": [(64, 128, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2)]
+}
+# Rows of a tile, blocks of a launch, and blocks that a multiprocessor holds.
+MIX = [(8, 2048, 3), (8, 4096, 3), (8, 4096, 2), (16, 4096, 3), (32, 4096, 3)]
+
+
+def problem(batch: int, length: int, adapter: torch.nn.Module | None) -> Problem:
+    """Return a problem of that shape with random inputs."""
+    query, key, value = (
+        torch.randn(batch, 12, length, 64, device="cuda").bfloat16() for _ in range(3)
+    )
+    with torch.no_grad():
+        tables = operator.tables(dape.Kerple(12).cuda(), adapter, 12, length, query.device)
+    return operator.problem_of(query, key, value, tables, None, 0.125, True, 0)
+
+
+def milliseconds(run: Callable[[], object], calls: int = 4) -> dict[str, float]:
+    """Return the time that a run spends in each kernel, by the kernel's name."""
+    run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    return {event.key: event.device_time_total / calls / 1000 for event in found.key_averages()}
+
+
+def run(given: Problem, mixer: ModuleType) -> Callable[[], object]:
+    """Return a forward and a backward pass; `softmax_value` runs in the forward of Triton."""
+    out = banded.forward(given, mixer, True)
+    grad_out = torch.randn_like(out[0])
+
+    def both() -> None:
+        banded.forward(given, mix_triton, False)
+        banded.backward(given, mixer, *out, grad_out)
+
+    return both
+
+
+def tiles(module: ModuleType, candidates: dict[str, list[tuple[int, ...]]]) -> Iterator[str]:
+    """Yield a line for each kernel, shape and candidate of a module's `TILES`."""
+    adapter = None if module is static else dape.DAPE(12).cuda()
+    kept = dict(module.TILES)
+    for shape in SHAPES:
+        given = problem(*shape, adapter)
+        for row in zip_longest(*candidates.values()):
+            chosen = {k: Tile(*each) for k, each in zip(candidates, row, strict=True) if each}
+            module.TILES.update(chosen)
+            found = milliseconds(run(given, mix_cuda))
+            for kernel, tile in chosen.items():
+                yield f"{kernel:16} {shape!s:12} {tuple(tile)!s:18} {found[f'{kernel}_kernel']:.3f}"
+    module.TILES.update(kept)
+
+
+def mix() -> Iterator[str]:
+    """Yield a line for each shape and candidate of the backward kernel across heads."""
+    for shape in SHAPES:
+        given = problem(*shape, dape.DAPE(12).cuda())
+        for rows, blocks, resident in MIX:
+            mix_cuda.tile_rows, mix_cuda.BLOCKS, mix_cuda.RESIDENT = rows, blocks, resident
+            mix_cuda.lines = rows + mix_cuda.tile_keys
+            mix_cuda.compiled.cache_clear()
+            found = milliseconds(run(given, mix_cuda))
+            tried, time = (rows, blocks, resident), found["mix_backward"]
+            yield f"mix_backward {shape!s:12} {tried!s:15} {time:.3f}"
+
+
+PARTS = {
+    "static": lambda: tiles(static, STATIC),
+    "banded": lambda: tiles(banded, BANDED),
+    "mix": mix,
+}
+
+
+def main() -> None:
+    """Print what is named, or everything."""
+    unknown = [name for name in sys.argv[1:] if name not in PARTS]
+    if unknown:
+        sys.exit(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    for name in sys.argv[1:] or PARTS:
+        for line in PARTS[name]():
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
