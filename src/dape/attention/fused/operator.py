@@ -46,8 +46,8 @@ def obstacle(
         (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
         (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
         (
-            query.dtype == torch.float32 and heads > 16 and units > 32,
-            f"in float32 {heads} heads and hidden={units} need more shared memory than GPUs have",
+            query.dtype == torch.float32 and heads > 16 and units > 32 and is_small(query.device),
+            f"in float32 {heads} heads and hidden={units} need more shared memory than it has",
         ),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
@@ -63,6 +63,13 @@ def obstacle(
         elif query.dtype == torch.float32:
             found = "its scratch is fp16, too narrow for float32"
     return found
+
+
+def is_small(device: torch.device) -> bool:
+    """Return whether a GPU has less shared memory than the widest float32 tiles take."""
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 136 * 1024
 
 
 def attend_fused(
