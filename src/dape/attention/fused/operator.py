@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
 # CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
 MOST_PROGRAMS = 65535
+# Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
+LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def obstacle(
@@ -66,10 +68,8 @@ def obstacle(
 
 
 def is_small(device: torch.device) -> bool:
-    """Return whether a GPU has less shared memory than the widest float32 tiles take."""
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin < 136 * 1024
+    """Return whether a GPU has less shared memory than the widest float32 tiles take, 132 KiB."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in LARGE
 
 
 def attend_fused(
