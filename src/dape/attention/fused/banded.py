@@ -254,7 +254,7 @@ def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     tile = TILES[kernel]
     if max(problem.query.shape[3], problem.value.shape[3]) > 64:
         tile = tile._replace(num_stages=tile.num_stages - 1)
-    if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
+    if problem.query.element_size() == 4:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if rows <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)

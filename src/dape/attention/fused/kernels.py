@@ -1,7 +1,7 @@
 """Triton kernels of the banded design: attention that mixes heads, without a square in memory.
 
 The queries are taken in bands of rows; for one band the scores of all heads stand in a scratch
-buffer that the L2 cache can hold, and every kernel below is a simple pass over it:
+buffer, and every kernel below is a simple pass over it:
 
     scores           X = scale Q K^T                      one head, tiles of rows and keys
     mix              X <- X + W2 phi(W1 X + U) + C         all heads, tiles along a diagonal

@@ -69,7 +69,7 @@ class Bias(NamedTuple):
 def tile_of(kernel: str, problem: Problem) -> Tile:
     """Return the tile of a kernel: small ones for few rows, and where wide rows fill memory."""
     tile, rows = TILES[kernel], problem.query.shape[2]
-    if problem.query.element_size() == 4 or problem.query.shape[3] > 128:
+    if problem.query.element_size() == 4:
         tile = Tile(32, 32, 4, 2)
     elif problem.query.shape[3] > 64:
         tile = Tile(64, 64, 4, 2)
