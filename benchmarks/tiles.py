@@ -16,7 +16,8 @@ import torch
 
 import dape
 from dape.attention.fused import banded, mix_cuda, mix_triton, operator, static
-from dape.attention.fused.banded import Problem, Tile
+from dape.attention.fused.banded import Tile
+from dape.attention.fused.geometry import Problem
 
 SHAPES = ((1, 8192), (32, 512))
 ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 4, 3)]

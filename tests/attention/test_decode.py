@@ -8,7 +8,7 @@ from problems import Problem, leaves, solve, solve_by_textbook
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded, decode, operator
+from dape.attention.fused import decode, geometry, operator
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -146,11 +146,11 @@ def test_decoding_token_by_token_equals_one_pass(calls):
 def test_few_keys_or_many_queries_are_left_to_the_other_path():
     for rows, keys in ((17, 600), (2, 31)):
         tensors = replace(BASE, rows=rows, keys=keys).tensors(torch.float32)
-        assert not decode.serves(banded.Problem(*tensors, None, mixing(), None, 1.0, True, 0))
+        assert not decode.serves(geometry.Problem(*tensors, None, mixing(), None, 1.0, True, 0))
 
 
 def mixing():
-    return banded.Mixing(
+    return geometry.Mixing(
         torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5)
     )
 
@@ -160,7 +160,7 @@ def mixing():
 def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
     query, cache = torch.empty(batch, 12, rows, size), torch.empty(1, 1, 1, 1)
     cache = cache.expand(batch, 12, 32768, size)
-    problem = banded.Problem(query, cache, cache, None, mixing(), None, 1.0, True, 32768 - rows)
+    problem = geometry.Problem(query, cache, cache, None, mixing(), None, 1.0, True, 32768 - rows)
     tile = decode.tile_of(problem, 16)
     spans, length = decode.key_spans(problem, tile)
     assert spans * length >= 32768 and spans * size <= decode.MOST_PARTS

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import dape
 import textbook
-from dape.attention.fused import banded, operator
+from dape.attention.fused import geometry, operator
 from dape.attention.fused.operator import obstacle
 
 # The interpreter's own warnings, of NumPy.
@@ -67,7 +67,7 @@ def unwritten_memory_is_nan():
 @pytest.fixture
 def narrow_bands(monkeypatch):
     """Let the scratch hold few scores, so that small problems take several bands."""
-    monkeypatch.setattr(banded, "SCORES_PER_BAND", 4 * 40 * 32)
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 40 * 32)
 
 
 def drawn(problem, dtype=torch.float32):
@@ -146,9 +146,9 @@ def test_bands_change_nothing(narrow_bands, causal, offset):
         rows=50, keys=60, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
         threshold=30.5,
     )  # fmt: skip
-    tensors, mixing = problem.tensors(torch.float32), banded.Mixing(*[torch.zeros(4, 4)] * 4)
-    whole = banded.Problem(*tensors, None, mixing, None, 1.0, causal, offset)
-    assert len(banded.bands(whole)) > 2
+    tensors, mixing = problem.tensors(torch.float32), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
+    whole = geometry.Problem(*tensors, None, mixing, None, 1.0, causal, offset)
+    assert len(geometry.bands(whole)) > 2
     close(problem)
 
 

@@ -6,21 +6,16 @@ and the log-sum-exp of each row are kept for the backward pass. Everything is a 
 kernels without atomics, so that two passes agree bit for bit.
 """
 
-from math import isqrt, prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import kernels
+from dape.attention.fused.geometry import Band, Mixing, Problem, Scratch, bands, strides
 
-# Scores that stand in the scratch at a time, two bytes each (four in float32).
-SCORES_PER_BAND = 2**27
-# Bands start, and rows of the scratch are padded, at multiples of this: whole tiles of every mixer.
-ALIGNMENT = 32
 # Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
 PROGRAMS = 256
 
@@ -43,131 +38,6 @@ TILES = {
 }
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
-
-
-class Mixing(NamedTuple):
-    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`."""
-
-    static: Float[Tensor, "heads distances"]
-    hidden: Float[Tensor, "distances hidden"]
-    weight_in: Float[Tensor, "hidden heads"]
-    weight_out: Float[Tensor, "heads hidden"]
-
-
-class Features(NamedTuple):
-    """FIRE's `f = (1, relu(weight x + bias))`, for `x = psi[|i - j|] scale[max(i, j)]`.
-
-    The tables of the `Mixing` beside them are over these features: C `[H, 1 + F]`, U `[1 + F, D]`.
-    """
-
-    psi: Float[Tensor, "distances"]
-    scale: Float[Tensor, "slots"]
-    weight: Float[Tensor, "features"]
-    bias: Float[Tensor, "features"]
-
-
-class Problem(NamedTuple):
-    """One call: the arguments every kernel needs, checked and in their final layout.
-
-    Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
-    is true for keys that may be seen. `features` are FIRE's.
-    """
-
-    query: Float[Tensor, "batch heads rows head_dim"]
-    key: Float[Tensor, "batch kv_heads keys head_dim"]
-    value: Float[Tensor, "batch kv_heads keys value_dim"]
-    static: Float[Tensor, "heads distances"] | None
-    mixing: Mixing | None
-    mask: Bool[Tensor, "batch keys"] | None
-    scale: float
-    causal: bool
-    offset: int
-    features: Features | None = None
-
-    def part(self, batch: slice) -> "Problem":
-        """Return the problem of some elements of the batch."""
-        return self._replace(
-            query=self.query[batch],
-            key=self.key[batch],
-            value=self.value[batch],
-            mask=None if self.mask is None else self.mask[batch],
-        )
-
-
-class Band(NamedTuple):
-    """Some rows of some elements of the batch, the keys they see and the slot of the first row."""
-
-    batch: slice
-    rows: slice
-    keys: int
-    shift: int
-
-
-def bands(problem: Problem) -> list[Band]:
-    """Return the bands of a problem: the whole, unless a scratch limits their size.
-
-    Rows that see fewer keys come in higher bands, so that all are about as large.
-    """
-    batch, heads, rows, _ = problem.query.shape
-    found, start, group = [], 0, batch
-    while start < rows:
-        height = rows - start
-        if problem.mixing is not None:
-            room = SCORES_PER_BAND // heads
-            height = min(height, highest(problem, start, room))
-            if start == 0:
-                area = height * cdiv(visible(problem, height), ALIGNMENT) * ALIGNMENT
-                group = max(1, min(batch, room // area))
-        found.append((slice(start, start + height), visible(problem, start + height)))
-        start += height
-    return [
-        Band(slice(first, min(batch, first + group)), band, keys, problem.offset + band.start)
-        for first in range(0, batch, group)
-        for band, keys in found
-    ]
-
-
-def visible(problem: Problem, rows: int) -> int:
-    """Return how many keys the first `rows` queries see among them, at least one."""
-    keys = problem.key.shape[2]
-    return min(keys, max(1, problem.offset + rows)) if problem.causal else keys
-
-
-def highest(problem: Problem, start: int, room: int) -> int:
-    """Return how many rows from `start` on fit a scratch of so many scores a head."""
-    keys = problem.key.shape[2]
-    height = room // (cdiv(keys, ALIGNMENT) * ALIGNMENT)
-    if problem.causal:
-        # Of h rows the last sees c + h keys, and the scratch is padded to less than c + h + 32.
-        c = max(0, problem.offset + start) + ALIGNMENT
-        height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
-    return max(ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
-
-
-class Scratch(NamedTuple):
-    """A buffer for the scores of one band at a time."""
-
-    buffer: Tensor
-    heads: int
-
-    @classmethod
-    def of(cls, problem: Problem) -> "Scratch":
-        """Return a buffer for the largest band of a problem."""
-        heads = problem.query.shape[1]
-        dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
-        size = max(prod(cls.shape(band, heads)) for band in bands(problem))
-        return cls(problem.query.new_empty(size, dtype=dtype), heads)
-
-    @staticmethod
-    def shape(band: Band, heads: int) -> tuple[int, int, int, int]:
-        """Return the size of a band's scores; keys are padded to an aligned stride."""
-        keys = cdiv(band.keys, ALIGNMENT) * ALIGNMENT
-        return band.batch.stop - band.batch.start, heads, band.rows.stop - band.rows.start, keys
-
-    def view(self, band: Band) -> Float[Tensor, "group heads rows keys"]:
-        """Return the scores of a band."""
-        shape = self.shape(band, self.heads)
-        return self.buffer[: prod(shape)].view(shape)
 
 
 @runtime_checkable
@@ -207,31 +77,6 @@ class Mixer(Protocol):
         """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
 
 
-class Diagonals(NamedTuple):
-    """The diagonals of tiles of a band: q holds distances q K + offset + m - n, m < M, n < K.
-
-    `first` is that of the whole problem, so that a diagonal keeps its slot in every band.
-    """
-
-    first: int
-    number: int
-    band_tile: int
-    offset: int
-
-
-def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> Diagonals:
-    """Return the diagonals of a band for tiles of M rows and K keys, M dividing K."""
-    offset = problem.offset % tile_keys
-    if problem.causal:
-        first = -((offset + tile_rows - 1) // tile_keys)
-    else:
-        first = problem.offset // tile_keys + 1 - cdiv(problem.key.shape[2], tile_keys)
-    band_tile = band.shift // tile_keys
-    last_row = (cdiv(band.rows.stop - band.rows.start, tile_rows) - 1) * tile_rows
-    last = band_tile + (last_row + tile_keys - 1) // tile_keys
-    return Diagonals(first, max(0, last + 1 - first), band_tile, offset)
-
-
 def switches(problem: Problem) -> dict[str, Any]:
     """Return the compile-time arguments that the kernels of one head share."""
     return {
@@ -259,11 +104,6 @@ def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     if rows <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)
     return tile
-
-
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of batch, head and row; the last axis is contiguous."""
-    return tensor.stride()[:3]
 
 
 def scores(
@@ -299,14 +139,15 @@ def softmax_value(
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
-    parts, parts_lse, rested = out[None], lse[None], spans == 1 and rest.numel() > 0
+    parts, parts_lse, exact = out[None], lse[None], rest.numel() > 0
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         x, part.value, parts, parts_lse, rest, rows, band.keys, band.shift, length,
         *strides(x), *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
-        heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim), RESTED=rested,
+        heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
+        EXACT=exact, RESTED=exact and spans == 1,
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
@@ -328,8 +169,9 @@ def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor
     """Return the output `[B, H, Tq, dv]`, the log-sum-exp `[B, H, Tq]`, and what rounding left.
 
     A query that sees no key has zeros and -inf. The backward pass takes dO O by row from all of dS;
-    an error there is the same for every key and grows in the sums of tables and weights, so that,
-    if `exact`, what rounding took from the output is kept beside it, else an empty tensor.
+    an error there is the same for every key and grows in the sums of tables and weights. So, if
+    `exact`, P meets V in two parts, and what rounding took from the output is kept beside it, else
+    an empty tensor.
     """
     from dape.attention.fused import decode, static
 
@@ -374,8 +216,7 @@ def backward(
     dtype = problem.query.dtype
     unit = torch.ones((), device=out.device)
     if dtype != torch.float32:
-        largest = torch.linalg.vector_norm(grad_out, float("inf")).float()
-        unit = torch.exp2(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)).ceil())
+        unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
         query, key, value = map(to_half, (problem.query, problem.key, problem.value))
         problem = problem._replace(query=query, key=key, value=value)
     grad_out, delta = prepared(problem, out, rest, grad_out, unit)
@@ -391,22 +232,20 @@ def backward(
         )
     sums = Sums(grad_query, grad_key, grad_value, unit, not whole)
     tables = table_gradients(problem, mixer, lse, delta, grad_out, sums)
-    return [
-        grad_query, grad_key.to(dtype), grad_value.to(dtype), *(table * unit for table in tables)
-    ]  # fmt: skip
+    return [grad_query, grad_key.to(dtype), grad_value.to(dtype), *tables]
+
+
+def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the least power of two that is no less than `x`, by the exponent in its bits."""
+    bits = x.clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32)
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def to_half(x: Tensor) -> Tensor:
-    """Return `x` in fp16, with what bf16 holds beyond its range brought to the border."""
+    """Return `x` in fp16, no larger than the largest number that bf16 has too."""
     if x.dtype == torch.float16:
         return x
-    half = torch.empty_like(x, dtype=torch.float16)
-    batch, heads, rows, size = x.shape
-    kernels.half_kernel[(cdiv(rows, 64), batch * heads)](
-        x, half, rows, *strides(x), *strides(half),
-        heads, E=size, WIDE=wide(size), M=64, num_warps=4,
-    )  # fmt: skip
-    return half
+    return torch.clamp(x, -65280, 65280, out=torch.empty_like(x, dtype=torch.float16))
 
 
 def prepared(
@@ -438,7 +277,7 @@ class Sums(NamedTuple):
 def table_gradients(
     problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
 ) -> list[Tensor]:
-    """Fill dQ, dK and dV, and return the gradients of the tables and weights."""
+    """Fill dQ, dK and dV, and return the gradients of tables and weights, all times `unit`."""
     from dape.attention.fused import static
 
     mixing = problem.mixing
@@ -454,81 +293,7 @@ def table_gradients(
         scores(grad_out[at], part.value, y, band, problem, 1.0)
         mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
         one_head(x, y, band, problem, grad_out[at], sums)
-    return slots.gradients(problem, mixing, mixer)
-
-
-class Slots(NamedTuple):
-    """Where each segment of each diagonal of each element of a group sums its gradients."""
-
-    weight_in: Float[Tensor, "group segments slots UNITS HEADS"]
-    weight_out: Float[Tensor, "group segments slots HEADS UNITS"]
-    hidden: Float[Tensor, "group segments slots lines UNITS"]
-    static: Float[Tensor, "group segments slots lines HEADS"]
-
-    @classmethod
-    def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
-        """Return zeros for the bands of a problem."""
-        group, count = slots_of(problem, mixer)
-        units, heads = padded(mixing)
-        rows = max(band.rows.stop - band.rows.start for band in bands(problem))
-        segments = mixer.segments(group * count, rows)
-
-        def zeros(*size: int) -> Tensor:
-            return problem.query.new_zeros(group, segments, count, *size, dtype=torch.float32)
-
-        return cls(
-            zeros(units, heads),
-            zeros(heads, units),
-            zeros(mixer.lines, units),
-            zeros(mixer.lines, heads),
-        )
-
-    def gradients(self, problem: Problem, mixing: Mixing, mixer: Mixer) -> list[Tensor]:
-        """Return the gradients of C, U, W1 and W2."""
-        count, units = mixing.hidden.shape
-        heads, tile_keys = problem.query.shape[1], mixer.tile_keys
-        where = diagonals(problem, bands(problem)[0], mixer.tile_rows, tile_keys)
-        static = from_diagonals(self.static.sum((0, 1)), where, tile_keys, count)[:, :heads]
-        hidden = from_diagonals(self.hidden.sum((0, 1)), where, tile_keys, count)[:, :units]
-        weight_in = self.weight_in.sum((0, 1, 2))[:units, :heads]
-        weight_out = self.weight_out.sum((0, 1, 2))[:heads, :units]
-        tables = (static.t(), hidden, weight_in, weight_out)
-        return [table.contiguous() for table in tables]
-
-
-def slots_of(problem: Problem, mixer: Mixer) -> tuple[int, int]:
-    """Return the elements of a group, and how many diagonals each may have in a band."""
-    all_bands = bands(problem)
-    numbers = (diagonals(problem, x, mixer.tile_rows, mixer.tile_keys).number for x in all_bands)
-    return all_bands[0].batch.stop, max(numbers)
-
-
-def padded(mixing: Mixing) -> tuple[int, int]:
-    """Return hidden units and heads as the mixers pad them."""
-    units, heads = mixing.weight_in.shape
-    return max(16, next_power_of_2(units)), max(16, next_power_of_2(heads))
-
-
-def from_diagonals(
-    lines: Float[Tensor, "slots lines columns"], where: Diagonals, tile_keys: int, count: int
-) -> Float[Tensor, "distances columns"]:
-    """Return sums for the distances 0..count-1 from those of the lines of each diagonal.
-
-    Line r of diagonal q is i - j = q K + offset + r - (K - 1): the lines of neighbouring diagonals
-    overlap, and negative ones fold onto positive ones, since |i - j| is what counts.
-    """
-    slots, reach, columns = lines.shape
-    total = lines.new_zeros(slots + 1, tile_keys, columns)
-    total[:-1] += lines[:, :tile_keys]
-    total[1:, : reach - tile_keys] += lines[:, tile_keys:]
-    total = total.flatten(0, 1)
-    zero = (tile_keys - 1) - where.first * tile_keys - where.offset  # the row of i - j = 0
-    total, zero = pad(total, (0, 0, max(0, -zero), 0)), max(0, zero)
-    right = total[zero : zero + count]
-    table = pad(right, (0, 0, 0, count - right.shape[0]))
-    left = total[max(0, zero - count + 1) : zero].flip(0)
-    table[1 : 1 + left.shape[0]] += left
-    return table
+    return slots.gradients(problem, mixing, mixer, sums.unit)
 
 
 def one_head(

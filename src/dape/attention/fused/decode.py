@@ -9,19 +9,9 @@ from torch import Tensor
 from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import decode_kernels as kernels
-from dape.attention.fused.banded import (
-    PRECISION,
-    PROGRAMS,
-    Mixing,
-    Problem,
-    Tile,
-    combine,
-    outputs,
-    padded,
-    strides,
-    visible,
-    wide,
-)
+from dape.attention.fused.banded import PRECISION, PROGRAMS, Tile, combine, outputs, wide
+from dape.attention.fused.geometry import Extent, Mixing, Problem, strides
+from dape.attention.fused.slots import padded
 
 # More queries, or fewer keys for each, are left to the bands, which read keys once: an estimate.
 MOST_ROWS, KEYS_PER_ROW = 16, 16
@@ -53,7 +43,7 @@ def tile_of(problem: Problem, heads: int) -> Tile:
 def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     """Return over how many spans the keys are split, a power of two, and their length."""
     batch, _, rows, _ = problem.query.shape
-    keys = visible(problem, rows)
+    keys = Extent.of(problem).visible(rows)
     wanted = cdiv(PROGRAMS, batch * cdiv(rows, tile.rows))
     spans = next_power_of_2(min(wanted, cdiv(keys, tile.keys)))
     spans = min(spans, MOST_PARTS // next_power_of_2(problem.value.shape[3]))
@@ -77,7 +67,8 @@ def forward(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tens
     kernels.decode_kernel[(cdiv(rows, tile.rows), spans, batch)](
         query, key, value, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
         mask, parts, parts_lse,
-        rows, visible(problem, rows), mixing.hidden.shape[0], problem.offset, problem.scale, length,
+        rows, Extent.of(problem).visible(rows), mixing.hidden.shape[0],
+        problem.offset, problem.scale, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
         kv_heads, heads // kv_heads, H=heads, D=mixing.hidden.shape[1],

@@ -282,6 +282,9 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
       c[i] = *(const float2*)(s.c[h] + (g & 1 ? at : COPY + at - 1));
     }
     uint32 weight[MT][NT][2];
+#if RESTED
+    uint32 weight_rest[MT][NT][2];  // what rounding took from P: the gradients of tables are sums in which it counts
+#endif
 #pragma unroll
     for (int m = 0; m < MT; m++) {
       float y[NT][4];
@@ -329,6 +332,10 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
           float low = exp2_fast(y[tile][2 * r] - base), high = exp2_fast(y[tile][2 * r + 1] - base);
           total[m][r] += low + high;
           weight[m][tile][r] = pack(low, high);
+#if RESTED
+          const float2 rounded = unpack(weight[m][tile][r]);
+          weight_rest[m][tile][r] = pack(low - rounded.x, high - rounded.y);
+#endif
         }
       }
     }
@@ -343,6 +350,11 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
           uint32 w[4] = {weight[m][2 * p][0], weight[m][2 * p][1], weight[m][2 * p + 1][0], weight[m][2 * p + 1][1]};
           mma(o[m][2 * e], w, b[0], b[1]);
           mma(o[m][2 * e + 1], w, b[2], b[3]);
+#if RESTED
+          uint32 w_rest[4] = {weight_rest[m][2 * p][0], weight_rest[m][2 * p][1], weight_rest[m][2 * p + 1][0], weight_rest[m][2 * p + 1][1]};
+          mma(o[m][2 * e], w_rest, b[0], b[1]);
+          mma(o[m][2 * e + 1], w_rest, b[2], b[3]);
+#endif
         }
       }
     __syncwarp();

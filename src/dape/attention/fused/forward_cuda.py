@@ -1,14 +1,15 @@
 """The whole forward pass across heads as one kernel, for Hopper; compiled by NVRTC."""
 
 from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton import cdiv
 
-from dape.attention.fused.banded import Mixing, Problem, outputs, strides
+from dape.attention.fused.banded import outputs
+from dape.attention.fused.geometry import Mixing, Problem, strides
+from dape.attention.fused.launch import Kernel, kernel, source_of
 
 CAPABILITY = (9, 0)
 MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
@@ -96,7 +97,7 @@ def forward(
     linear = query.new_empty(heads, heads, dtype=torch.float32)
     mask = query if problem.mask is None else problem.mask
     values = macros(problem._replace(query=query, key=key, value=value), mixing, where, exact)
-    compiled("pack_tables", *values)(
+    compiled(query.device.index, "pack_tables", *values)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
         block=(256, 1, 1),
         args=[
@@ -104,7 +105,7 @@ def forward(
             hidden, fixed, linear, mixing.hidden.shape[0], low, distances,
         ],
     )  # fmt: skip
-    compiled("forward", *values)(
+    compiled(query.device.index, "forward", *values)(
         grid=(cdiv(rows, where.rows), batch, 1),
         block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
@@ -114,7 +115,6 @@ def forward(
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
             *lse.stride()[:2], mask.stride(0),
         ],
-        shared_mem=where.shared_memory,
     )  # fmt: skip
     return out, lse, rest
 
@@ -144,15 +144,11 @@ def macros(problem: Problem, mixing: Mixing, where: Layout, exact: bool) -> tupl
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
-    text = files("dape.attention.fused").joinpath("forward.cu").read_text()
-    return "\n".join([*defines, f"#define {name.upper()}", text])
+    return source_of("forward.cu", dict(zip(NAMES, values, strict=True)) | {name.upper(): 1})
 
 
 @cache
-def compiled(name: str, *values: int) -> Any:
-    """Return the kernel of that name for these macros, on the current device."""
-    kernel = torch.cuda._compile_kernel(source(name, *values), name, compute_capability="90a")
-    if name == "forward":
-        kernel.set_shared_memory_config(values[-1])
-    return kernel
+def compiled(device: int, name: str, *values: int) -> Kernel:
+    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    shared_memory = values[-1] if name == "forward" else 0
+    return kernel(source(name, *values), name, capability="90a", shared_memory=shared_memory)

@@ -168,14 +168,14 @@ def mix_backward_kernel(
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_h, x_t, stat_b, stat_h, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, ADD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
 
     dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. Grid (diagonals, B,
-    segments). The shares are added to those of earlier bands in the segment's own slot, so that the
-    sum over the slots, and with it every gradient, has one order.
+    segments). The shares are added to those of earlier bands, if any, in the segment's own slot, so
+    that the sum over the slots, and with it every gradient, has one order.
     """
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
@@ -221,18 +221,64 @@ def mix_backward_kernel(
         sum_c += ds
     slot = (b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)
     at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
-    tl.store(grad_w1 + at_w1, tl.load(grad_w1 + at_w1) + sum_w1)
+    add_or_store(grad_w1 + at_w1, sum_w1, ADD)
     at_w2 = slot * UNITS * HEADS + heads[:, None] * UNITS + units[None, :]
-    tl.store(grad_w2 + at_w2, tl.load(grad_w2 + at_w2) + sum_w2)
+    add_or_store(grad_w2 + at_w2, sum_w2, ADD)
     # Summing a tile along its diagonals is a product with zeros and ones.
     lines = tl.arange(0, LINES)
     pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
     at_u = slot * LINES * UNITS + lines[:, None] * UNITS + units[None, :]
-    along = tl.dot(pick, sum_u, tl.load(grad_hidden + at_u), input_precision="tf32x3")
-    tl.store(grad_hidden + at_u, along)
+    add_or_store(grad_hidden + at_u, tl.dot(pick, sum_u, input_precision="tf32x3"), ADD)
     at_c = slot * LINES * HEADS + lines[:, None] * HEADS + heads[None, :]
-    along = tl.dot(pick, sum_c, tl.load(grad_static + at_c), input_precision="tf32x3")
-    tl.store(grad_static + at_c, along)
+    add_or_store(grad_static + at_c, tl.dot(pick, sum_c, input_precision="tf32x3"), ADD)
+
+
+@triton.jit
+def add_or_store(at, share, ADD: tl.constexpr):
+    """Store a share, or add it to what is there."""
+    if ADD:
+        share += tl.load(at)
+    tl.store(at, share)
+
+
+@triton.jit
+def fold_kernel(
+    lines, unit, table, terms, slots, reach, lowest, K, count, columns,
+    line_n, line_q, line_r, line_c, table_d, table_c,
+    SPANS: tl.constexpr, SKEWED: tl.constexpr,
+    DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
+
+    Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
+    more than SPANS slots.
+    """
+    first = tl.program_id(0) * DISTANCES
+    d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((DISTANCES, COLUMNS), tl.float32)
+    for negative in tl.static_range(2):
+        if (negative == 0) | (first <= -lowest):
+            at = (-d if negative else d) - lowest
+            for back in tl.static_range(SPANS):
+                q = at // K - back
+                r = at - q * K
+                real = (at >= 0) & (q >= 0) & (q < slots) & (r < reach) & (d < count)
+                if negative:
+                    real &= d > 0
+                place = q.to(tl.int64) * line_q + r * line_r
+                for start in range(0, terms, TERMS):
+                    n = start + tl.arange(0, TERMS)
+                    inside = (n < terms)[:, None] & real[None, :]
+                    if SKEWED:
+                        column = r[None, :] - n[:, None]
+                        inside &= (column >= 0) & (column < K)
+                    here = n.to(tl.int64)[:, None] * line_n + place[None, :]
+                    here = here[:, :, None] + (c * line_c)[None, None, :]
+                    good = inside[:, :, None] & (c < columns)[None, None, :]
+                    total += tl.sum(tl.load(lines + here, good, 0.0), 0)
+    at = d[:, None] * table_d + (c * table_c)[None, :]
+    good = (d < count)[:, None] & (c < columns)[None, :]
+    tl.store(table + at, total * tl.load(unit), good)
 
 
 @triton.jit
@@ -250,9 +296,13 @@ def softmax_value_kernel(
     x_b, x_h, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
-    RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans)."""
+    """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
+
+    If EXACT, what rounding took from P meets V too.
+    """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)[:, None]
@@ -277,7 +327,11 @@ def softmax_value_kernel(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(weight, 1)
         v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        rounded = weight.to(v.dtype)
+        acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=PRECISION)
+        if EXACT:
+            left = (weight - rounded.to(tl.float32)).to(v.dtype)
+            acc = tl.dot(left, v, acc, input_precision=PRECISION)
         top = new_top
     acc /= tl.where(total > 0, total, 1.0)[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
@@ -310,21 +364,6 @@ def combine_kernel(
     store_output(out, rest, at, o, columns < V, RESTED)
     log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
-
-
-@triton.jit
-def half_kernel(
-    x, half, num_rows, x_b, x_h, x_t, half_b, half_h, half_t,
-    HEADS, E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Store X in fp16, no larger than the largest number bf16 has too; grid (rows, B H)."""
-    b, h = (tl.program_id(1) // HEADS).to(tl.int64), tl.program_id(1) % HEADS
-    first_row = tl.program_id(0) * M
-    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
-    values = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
-    values = tl.clamp(values.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
-    at = half + b * half_b + h * half_h + rows.to(tl.int64) * half_t + columns
-    tl.store(at, values, (rows < num_rows) & (columns < E))
 
 
 @triton.jit

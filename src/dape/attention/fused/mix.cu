@@ -259,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     __half* x, __half* y, const float* w1, const float* w2, const float* hidden_table, const float* static_table,
     const float* lse, const float* delta, const uint8* mask, float* grad_w1, float* grad_w2, float* grad_hidden, float* grad_static,
-    int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int slots,
+    int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int slots, int add,
     int x_b, int x_h, int x_t, int stat_b, int stat_h, int mask_b) {
   struct Stage { Ring x, y; float stats[2][HEADS]; };
   struct Sums { float u[WARPS][KEYS][UNITS], c[WARPS][HEADS][KEYS], w1[WARPS][HEADS][UNITS], w2[WARPS][HEADS][UNITS]; };
@@ -269,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   const int q = blockIdx.x + first_diagonal, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
-  if (place.first >= place.last) return;
+  if (add && place.first >= place.last) return;
   const Tables& tables = memory.walk.tables[warp];
   load_weights(w, w1, w2);
   load_tables(memory.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
@@ -379,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   }
   __syncthreads();
   // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r. What the slot
-  // holds is loaded first, all at once.
+  // holds, if bands add to it, is loaded first, all at once.
   const long long slot = ((long long)b * gridDim.z + blockIdx.z) * slots + blockIdx.x;
   grad_hidden += slot * LINES * UNITS;
   grad_static += slot * LINES * HEADS;
@@ -390,11 +390,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   float u[U_SHARE], c[C_SHARE], w1_sum[W_SHARE], w2_sum[W_SHARE];
   const int thread = threadIdx.x;
 #pragma unroll
-  for (int k = 0; k < U_SHARE; k++) u[k] = grad_hidden[k * THREADS + thread];
+  for (int k = 0; k < U_SHARE; k++) u[k] = add ? grad_hidden[k * THREADS + thread] : 0.f;
 #pragma unroll
-  for (int k = 0; k < C_SHARE; k++) c[k] = grad_static[k * THREADS + thread];
+  for (int k = 0; k < C_SHARE; k++) c[k] = add ? grad_static[k * THREADS + thread] : 0.f;
 #pragma unroll
-  for (int k = 0; k < W_SHARE; k++) { w1_sum[k] = grad_w1[k * THREADS + thread]; w2_sum[k] = grad_w2[k * THREADS + thread]; }
+  for (int k = 0; k < W_SHARE; k++) { w1_sum[k] = add ? grad_w1[k * THREADS + thread] : 0.f; w2_sum[k] = add ? grad_w2[k * THREADS + thread] : 0.f; }
 #pragma unroll
   for (int row = 0; row < WARPS; row++) {
 #pragma unroll

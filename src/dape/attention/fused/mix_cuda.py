@@ -1,14 +1,13 @@
 """The kernels across heads in CUDA, for two-byte dtypes: compiled when first used, by NVRTC."""
 
 from functools import cache
-from importlib.resources import files
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from dape.attention.fused import forward_cuda
-from dape.attention.fused.banded import Band, Mixing, Problem, Slots, diagonals, padded, strides
+from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals, strides
+from dape.attention.fused.launch import Kernel, kernel, source_of
+from dape.attention.fused.slots import Slots, padded
 
 tile_rows = 8
 tile_keys = 32
@@ -37,7 +36,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
     batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
-    compiled("mix", *macros(problem, mixing))(
+    compiled(x.device.index, "mix", *macros(problem, mixing))(
         grid=(where.number, batch, segments(where.number * batch, rows)),
         block=(32 * WARPS, 1, 1),
         args=[
@@ -61,14 +60,14 @@ def mix_backward(
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
-    compiled("mix_backward", *macros(problem, mixing))(
+    compiled(x.device.index, "mix_backward", *macros(problem, mixing))(
         grid=(where.number, band.batch.stop - band.batch.start, slots.hidden.shape[1]),
         block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
             lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
             band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
-            where.first, where.band_tile, where.offset, slots.hidden.shape[2],
+            where.first, where.band_tile, where.offset, slots.hidden.shape[2], int(slots.add),
             *strides(x), *lse.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
@@ -86,13 +85,13 @@ NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS")
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    defines = [f"#define {key} {value}" for key, value in zip(NAMES, values, strict=True)]
+    defines = dict(zip(NAMES, values, strict=True))
     if name == "mix_backward":
-        defines.append(f"#define BACKWARD\n#define BLOCKS {RESIDENT}")
-    return "\n".join([*defines, files("dape.attention.fused").joinpath("mix.cu").read_text()])
+        defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
+    return source_of("mix.cu", defines)
 
 
 @cache
-def compiled(name: str, *values: int) -> Any:
-    """Return the kernel of that name for these macros, on the current device."""
-    return torch.cuda._compile_kernel(source(name, *values), name)
+def compiled(device: int, name: str, *values: int) -> Kernel:
+    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    return kernel(source(name, *values), name)

@@ -8,19 +8,18 @@ from torch import Tensor
 from triton import next_power_of_2
 
 from dape.attention.fused import fire, mix_triton
-from dape.attention.fused.banded import (
+from dape.attention.fused.banded import Mixer
+from dape.attention.fused.geometry import (
     Band,
     Features,
-    Mixer,
     Mixing,
     Problem,
     bands,
     diagonals,
-    from_diagonals,
-    slots_of,
     strides,
 )
 from dape.attention.fused.mix_triton import lines, tile_keys, tile_rows, whole
+from dape.attention.fused.slots import fold, slots_of
 
 __all__ = ["Slots", "lines", "mix", "mix_backward", "segments", "tile_keys", "tile_rows", "whole"]
 
@@ -122,23 +121,26 @@ class Slots(NamedTuple):
             scale=torch.zeros_like(features_of(problem).scale),
         )
 
-    def gradients(self, problem: Problem, mixing: Mixing, mixer: Mixer) -> list[Tensor]:
-        """Return the gradients of C, U, W1, W2, psi, scale, and the features' weight and bias."""
+    def gradients(
+        self, problem: Problem, mixing: Mixing, mixer: Mixer, unit: Float[Tensor, ""]
+    ) -> list[Tensor]:
+        """Return the gradients of C, U, W1, W2, and of the features, times `unit`."""
         entries, units = mixing.hidden.shape
         heads, features = mixing.static.shape[0], features_of(problem)
         where = diagonals(problem, bands(problem)[0], tile_rows, tile_keys)
-        psi = from_diagonals(self.psi.sum(0)[..., None], where, tile_keys, len(features.psi))
+        psi = torch.empty_like(features.psi)
+        fold(self.psi[..., None], where, tile_keys, unit, psi[:, None])
         tables = (
             self.static.sum((0, 1))[:entries, :heads].t(),
             self.hidden.sum((0, 1))[:entries, :units],
             self.weight_in.sum((0, 1))[:units, :heads],
             self.weight_out.sum((0, 1))[:heads, :units],
-            psi[:, 0],
             self.scale,
             self.weight.sum((0, 1))[: entries - 1],
             self.bias.sum((0, 1))[: entries - 1],
         )
-        return [table.contiguous() for table in tables]
+        gradients = [table.contiguous() * unit for table in tables]
+        return [*gradients[:4], psi, *gradients[4:]]
 
 
 def features_of(problem: Problem) -> Features:

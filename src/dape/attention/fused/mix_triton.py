@@ -5,16 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from dape.attention.fused import kernels
-from dape.attention.fused.banded import (
-    PRECISION,
-    Band,
-    Mixing,
-    Problem,
-    Slots,
-    diagonals,
-    padded,
-    strides,
-)
+from dape.attention.fused.banded import PRECISION
+from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals, strides
+from dape.attention.fused.slots import Slots, padded
 
 # Tiles of more rows would not fit the registers, nor in float32 shared memory.
 tile_rows = 8
@@ -67,7 +60,7 @@ def mix_backward(
         lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
         band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, slots.hidden.shape[2],
-        *strides(x), *lse.stride()[:2], mask.stride(0), LINES=lines,
+        *strides(x), *lse.stride()[:2], mask.stride(0), LINES=lines, ADD=slots.add,
         **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
 

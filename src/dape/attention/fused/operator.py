@@ -13,7 +13,7 @@ from dape.attention.fused.tables import tables
 from dape.positions.bias import FIRE
 
 if TYPE_CHECKING:
-    from dape.attention.fused.banded import Problem
+    from dape.attention.fused.geometry import Problem
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
@@ -124,7 +124,7 @@ def problem_of(
 
     Of the tables there are none, C, those of `Mixing`, or those of `Mixing` and `Features`.
     """
-    from dape.attention.fused.banded import Features, Mixing, Problem
+    from dape.attention.fused.geometry import Features, Mixing, Problem
 
     given = [table.contiguous() for table in tables]
     mixed = len(Mixing._fields)
@@ -162,7 +162,8 @@ def banded(
     from dape.attention.fused.banded import forward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return forward(problem, mixer(backend, problem), exact)
+    with torch.cuda.device_of(query):
+        return forward(problem, mixer(backend, problem), exact)
 
 
 @banded.register_fake
@@ -195,7 +196,8 @@ def banded_backward(
     from dape.attention.fused.banded import backward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
-    return backward(problem, mixer(backend, problem), out, lse, rest, with_rows(grad_out))
+    with torch.cuda.device_of(query):
+        return backward(problem, mixer(backend, problem), out, lse, rest, with_rows(grad_out))
 
 
 @banded_backward.register_fake

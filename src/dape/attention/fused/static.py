@@ -8,19 +8,9 @@ from torch.nn.functional import pad
 from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import static_kernels as kernels
-from dape.attention.fused.banded import (
-    PRECISION,
-    Problem,
-    Sums,
-    Tile,
-    bands,
-    combine,
-    diagonals,
-    from_diagonals,
-    key_spans,
-    strides,
-    wide,
-)
+from dape.attention.fused.banded import PRECISION, Sums, Tile, combine, key_spans, wide
+from dape.attention.fused.geometry import Problem, bands, diagonals, strides
+from dape.attention.fused.slots import fold
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
@@ -161,8 +151,9 @@ def backward(
         *places, line.stride(0),
         heads, **shape, M=size, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    # Padding each row by one step less than its width shifts it by one: diagonals become columns.
-    skewed = pad(cells.flip(-1), (0, size)).flatten(-2)[..., : size * (2 * size - 1)]
-    lines = skewed.unflatten(-1, (size, 2 * size - 1)).sum(-2)  # [H, slots, 2 size - 1]
-    gradient = from_diagonals(lines.permute(1, 2, 0), where, size, problem.static.shape[-1])
-    return [gradient.t().contiguous()]
+    # A row lies reversed, so that one line further is one column further in all of them.
+    steps = size - 1, size * size, 1, where.number * size * size
+    lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
+    gradient = torch.empty_like(problem.static)
+    fold(lines, where, size, sums.unit, gradient.t(), skewed=True)
+    return [gradient]

@@ -219,7 +219,7 @@ def grad_table_kernel(
 ):  # fmt: skip
     """Sum dS of one head over the tiles of one diagonal and the batch; grid (H, diagonals).
 
-    The long diagonals of all heads come first.
+    The long diagonals of all heads come first. What is stored has its rows reversed.
     """
     h = tl.program_id(0)
     q = tl.program_id(1) + first_diagonal
@@ -257,5 +257,5 @@ def grad_table_kernel(
         lse += stat_b
         delta += stat_b
         line += line_b
-    cells = positions[:, None] * M + positions[None, :]
+    cells = positions[:, None] * M + (M - 1 - positions)[None, :]
     tl.store(sums + (h * tl.num_programs(1) + tl.program_id(1)) * M * M + cells, acc)

@@ -1,0 +1,191 @@
+"""One call of the fused kernels, and its geometry: bands of query rows, diagonals of tiles."""
+
+from functools import lru_cache
+from math import isqrt, prod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from triton import cdiv
+
+# Scores that stand in the scratch at a time, two bytes each (four in float32).
+SCORES_PER_BAND = 2**27
+# Bands start, and rows of the scratch are padded, at multiples of this: whole tiles of every mixer.
+ALIGNMENT = 32
+
+
+class Mixing(NamedTuple):
+    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`."""
+
+    static: Float[Tensor, "heads distances"]
+    hidden: Float[Tensor, "distances hidden"]
+    weight_in: Float[Tensor, "hidden heads"]
+    weight_out: Float[Tensor, "heads hidden"]
+
+
+class Features(NamedTuple):
+    """FIRE's `f = (1, relu(weight x + bias))`, for `x = psi[|i - j|] scale[max(i, j)]`.
+
+    The tables of the `Mixing` beside them are over these features: C `[H, 1 + F]`, U `[1 + F, D]`.
+    """
+
+    psi: Float[Tensor, "distances"]
+    scale: Float[Tensor, "slots"]
+    weight: Float[Tensor, "features"]
+    bias: Float[Tensor, "features"]
+
+
+class Problem(NamedTuple):
+    """One call: the arguments every kernel needs, checked and in their final layout.
+
+    Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
+    is true for keys that may be seen. `features` are FIRE's.
+    """
+
+    query: Float[Tensor, "batch heads rows head_dim"]
+    key: Float[Tensor, "batch kv_heads keys head_dim"]
+    value: Float[Tensor, "batch kv_heads keys value_dim"]
+    static: Float[Tensor, "heads distances"] | None
+    mixing: Mixing | None
+    mask: Bool[Tensor, "batch keys"] | None
+    scale: float
+    causal: bool
+    offset: int
+    features: Features | None = None
+
+    def part(self, batch: slice) -> "Problem":
+        """Return the problem of some elements of the batch."""
+        return self._replace(
+            query=self.query[batch],
+            key=self.key[batch],
+            value=self.value[batch],
+            mask=None if self.mask is None else self.mask[batch],
+        )
+
+
+class Band(NamedTuple):
+    """Some rows of some elements of the batch, the keys they see and the slot of the first row."""
+
+    batch: slice
+    rows: slice
+    keys: int
+    shift: int
+
+
+class Extent(NamedTuple):
+    """What the bands of a problem depend on; without mixing there is no scratch, nor `heads`."""
+
+    batch: int
+    rows: int
+    keys: int
+    offset: int
+    causal: bool
+    heads: int | None
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Extent":
+        """Return that of a problem."""
+        batch, heads, rows, _ = problem.query.shape
+        mixed = heads if problem.mixing is not None else None
+        return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, mixed)
+
+    def visible(self, rows: int) -> int:
+        """Return how many keys the first `rows` queries see among them, at least one."""
+        return min(self.keys, max(1, self.offset + rows)) if self.causal else self.keys
+
+
+def bands(problem: Problem) -> tuple[Band, ...]:
+    """Return the bands of a problem: the whole, unless a scratch limits their size.
+
+    Rows that see fewer keys come in higher bands, so that all are about as large.
+    """
+    return bands_of(Extent.of(problem), SCORES_PER_BAND)
+
+
+@lru_cache(maxsize=256)
+def bands_of(extent: Extent, scores: int) -> tuple[Band, ...]:
+    """Return the bands for a scratch of so many scores."""
+    batch, rows = extent.batch, extent.rows
+    found, start, group = [], 0, batch
+    while start < rows:
+        height = rows - start
+        if extent.heads is not None:
+            room = scores // extent.heads
+            height = min(height, highest(extent, start, room))
+            if start == 0:
+                area = height * cdiv(extent.visible(height), ALIGNMENT) * ALIGNMENT
+                group = max(1, min(batch, room // area))
+        found.append((slice(start, start + height), extent.visible(start + height)))
+        start += height
+    return tuple(
+        Band(slice(first, min(batch, first + group)), band, keys, extent.offset + band.start)
+        for first in range(0, batch, group)
+        for band, keys in found
+    )
+
+
+def highest(extent: Extent, start: int, room: int) -> int:
+    """Return how many rows from `start` on fit a scratch of so many scores a head."""
+    height = room // (cdiv(extent.keys, ALIGNMENT) * ALIGNMENT)
+    if extent.causal:
+        # Of h rows the last sees c + h keys, and the scratch is padded to less than c + h + 32.
+        c = max(0, extent.offset + start) + ALIGNMENT
+        height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
+    return max(ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
+
+
+class Scratch(NamedTuple):
+    """A buffer for the scores of one band at a time."""
+
+    buffer: Tensor
+    heads: int
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Scratch":
+        """Return a buffer for the largest band of a problem."""
+        heads = problem.query.shape[1]
+        dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
+        size = max(prod(cls.shape(band, heads)) for band in bands(problem))
+        return cls(problem.query.new_empty(size, dtype=dtype), heads)
+
+    @staticmethod
+    def shape(band: Band, heads: int) -> tuple[int, int, int, int]:
+        """Return the size of a band's scores; keys are padded to an aligned stride."""
+        keys = cdiv(band.keys, ALIGNMENT) * ALIGNMENT
+        return band.batch.stop - band.batch.start, heads, band.rows.stop - band.rows.start, keys
+
+    def view(self, band: Band) -> Float[Tensor, "group heads rows keys"]:
+        """Return the scores of a band."""
+        shape = self.shape(band, self.heads)
+        return self.buffer[: prod(shape)].view(shape)
+
+
+class Diagonals(NamedTuple):
+    """The diagonals of tiles of a band: q holds distances q K + offset + m - n, m < M, n < K.
+
+    `first` is that of the whole problem, so that a diagonal keeps its slot in every band.
+    """
+
+    first: int
+    number: int
+    band_tile: int
+    offset: int
+
+
+def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> Diagonals:
+    """Return the diagonals of a band for tiles of M rows and K keys, M dividing K."""
+    offset = problem.offset % tile_keys
+    if problem.causal:
+        first = -((offset + tile_rows - 1) // tile_keys)
+    else:
+        first = problem.offset // tile_keys + 1 - cdiv(problem.key.shape[2], tile_keys)
+    band_tile = band.shift // tile_keys
+    last_row = (cdiv(band.rows.stop - band.rows.start, tile_rows) - 1) * tile_rows
+    last = band_tile + (last_row + tile_keys - 1) // tile_keys
+    return Diagonals(first, max(0, last + 1 - first), band_tile, offset)
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of batch, head and row; the last axis is contiguous."""
+    return tensor.stride()[:3]
