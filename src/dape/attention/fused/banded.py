@@ -217,8 +217,7 @@ def backward(
     unit = torch.ones((), device=out.device)
     if dtype != torch.float32:
         unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
-        query, key, value = map(to_half, (problem.query, problem.key, problem.value))
-        problem = problem._replace(query=query, key=key, value=value)
+        problem = in_half(problem)
     grad_out, delta = prepared(problem, out, rest, grad_out, unit)
     whole = all(band.rows.stop - band.rows.start == out.shape[2] for band in bands(problem))
     grad_query = torch.empty_like(problem.query, dtype=dtype)
@@ -241,11 +240,20 @@ def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
     return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
-def to_half(x: Tensor) -> Tensor:
-    """Return `x` in fp16, no larger than the largest number that bf16 has too."""
-    if x.dtype == torch.float16:
-        return x
-    return torch.clamp(x, -65280, 65280, out=torch.empty_like(x, dtype=torch.float16))
+def in_half(problem: Problem) -> Problem:
+    """Return a problem in fp16, where bf16 goes beyond its range at the border of both."""
+    given = problem.query, problem.key, problem.value
+    if problem.query.dtype == torch.float16:
+        return problem
+    query, key, value = halves = [torch.empty_like(x, dtype=torch.float16) for x in given]
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, keys, value_dim = value.shape[1:]
+    kernels.half_kernel[(cdiv(max(rows, keys), 64), batch * heads, 3)](
+        *given, *halves, rows, keys, batch, heads, kv_heads,
+        *(stride for x in (*given, *halves) for stride in strides(x)),
+        E=head_dim, WIDE=wide(head_dim), V=value_dim, WIDE_V=wide(value_dim), M=64, num_warps=4,
+    )  # fmt: skip
+    return problem._replace(query=query, key=key, value=value)
 
 
 def prepared(

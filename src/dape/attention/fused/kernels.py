@@ -367,6 +367,47 @@ def combine_kernel(
 
 
 @triton.jit
+def store_half(
+    x, half, num_rows, heads, x_b, x_h, x_t, half_b, half_h, half_t,
+    E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store some rows of X in fp16, no larger than the largest number that bf16 has too."""
+    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    first_row = tl.program_id(0) * M
+    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
+    values = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
+    values = tl.clamp(values.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
+    at = half + b * half_b + h * half_h + rows.to(tl.int64) * half_t + columns
+    tl.store(at, values, (rows < num_rows) & (columns < E))
+
+
+@triton.jit
+def half_kernel(
+    query, key, value, half_query, half_key, half_value, num_rows, num_keys, BATCH, HEADS, KV_HEADS,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
+    hq_b, hq_h, hq_t, hk_b, hk_h, hk_t, hv_b, hv_h, hv_t,
+    E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store Q, K and V in fp16; grid (rows, B H, 3), of rows and heads the most."""
+    which, line = tl.program_id(2), tl.program_id(1)
+    if which == 0:
+        if line < BATCH * HEADS:
+            store_half(
+                query, half_query, num_rows, HEADS, q_b, q_h, q_t, hq_b, hq_h, hq_t, E, WIDE, M
+            )
+    elif line < BATCH * KV_HEADS:
+        if which == 1:
+            store_half(
+                key, half_key, num_keys, KV_HEADS, k_b, k_h, k_t, hk_b, hk_h, hk_t, E, WIDE, M
+            )
+        else:
+            store_half(
+                value, half_value, num_keys, KV_HEADS, v_b, v_h, v_t, hv_b, hv_h, hv_t,
+                V, WIDE_V, M,
+            )  # fmt: skip
+
+
+@triton.jit
 def row_products_kernel(
     out, rest, grad_out, unit, scaled, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, scaled_b, scaled_h, scaled_t, delta_b, delta_h,
