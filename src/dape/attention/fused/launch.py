@@ -1,6 +1,8 @@
 """CUDA kernels compiled when first used, by NVRTC, and started at little cost."""
 
+from collections.abc import Callable
 from ctypes import addressof, c_uint64, c_void_p
+from functools import cache
 from importlib.resources import files
 from struct import pack
 from typing import NamedTuple
@@ -31,10 +33,16 @@ class Kernel(NamedTuple):
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
         stream = c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _get_gpu_runtime_library().cuLaunchKernel(
-            self.function, *grid, *block, self.shared_memory, stream, places, None
+        _check_cuda(
+            launcher()(self.function, *grid, *block, self.shared_memory, stream, places, None)
         )
-        _check_cuda(status)
+
+
+@cache
+def launcher() -> Callable[..., int]:
+    """Return the driver's function that starts a kernel."""
+    function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernel
+    return function
 
 
 def word(argument: Tensor | int | float) -> int:
