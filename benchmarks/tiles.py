@@ -27,8 +27,8 @@ STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD) | 
 BANDED = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
     "scores": [(64, 128, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2)]
 }
-# Rows of a tile, blocks of a launch, and blocks that a multiprocessor holds.
-MIX = [(8, 2048, 3), (8, 4096, 3), (8, 4096, 2), (16, 4096, 3), (32, 4096, 3)]
+# Blocks of a launch, and blocks that a multiprocessor holds.
+MIX = [(512, 2), (1024, 2), (2048, 2), (4096, 2), (1024, 3)]
 
 
 def problem(batch: int, length: int, adapter: torch.nn.Module | None) -> Problem:
@@ -84,13 +84,11 @@ def mix() -> Iterator[str]:
     """Yield a line for each shape and candidate of the backward kernel across heads."""
     for shape in SHAPES:
         given = problem(*shape, dape.DAPE(12).cuda())
-        for rows, blocks, resident in MIX:
-            mix_cuda.tile_rows, mix_cuda.BLOCKS, mix_cuda.RESIDENT = rows, blocks, resident
-            mix_cuda.lines = rows + mix_cuda.tile_keys
+        for tried in MIX:
+            mix_cuda.BLOCKS, mix_cuda.RESIDENT = tried
             mix_cuda.compiled.cache_clear()
             found = milliseconds(run(given, mix_cuda))
-            tried, time = (rows, blocks, resident), found["mix_backward"]
-            yield f"mix_backward {shape!s:12} {tried!s:15} {time:.3f}"
+            yield f"mix_backward {shape!s:12} {tried!s:12} {found['mix_backward']:.3f}"
 
 
 PARTS = {

@@ -98,7 +98,7 @@ def test_bands_change_nothing(narrow_bands, causal, offset):
     query, key, value = problem.tensors(torch.float32)
     whole = geometry.Problem(query, key, value, None, mixing(), None, 1.0, causal, offset)
     assert len(geometry.bands(whole)) > 3
-    assert mix_triton.segments(10, 32) == 2
+    assert mix_triton.share(1, 10, 32) == (1, 2)
     close(problem)
 
 

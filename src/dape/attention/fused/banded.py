@@ -44,16 +44,18 @@ PRECISION = "ieee"
 class Mixer(Protocol):
     """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal.
 
-    `Slots` is where the second sums the gradients of the tables, along the `lines` of a tile.
+    `Slots` is where the second sums the gradients of the tables, along the `lines` of a tile, or of
+    each of its `shares` if several programs have some of its rows each.
     """
 
     Slots: type[Any]
     tile_rows: int
     tile_keys: int
     lines: int
+    shares: int
 
-    def segments(self, diagonals: int, rows: int) -> int:
-        """Return into how many segments to cut each of so many diagonals, a program each."""
+    def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+        """Return how many elements a program takes, and into how many segments to cut diagonals."""
 
     def whole(
         self, problem: Problem, mixing: Mixing, exact: bool
@@ -107,18 +109,24 @@ def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
 
 
 def scores(
-    left: Tensor, right: Tensor, out: Tensor, band: Band, problem: Problem, scale: float
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    band: Band,
+    problem: Problem,
+    scale: float,
+    unit: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band."""
+    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given."""
     batch, heads, rows, size = left.shape
     tile = tile_of("scores", problem, rows)
     grid = (cdiv(band.keys, tile.keys), cdiv(rows, tile.rows), batch * heads)
     kernels.scores_kernel[grid](
-        left, right, out, scale, rows, band.keys, band.shift,
-        *strides(left), *strides(right), *strides(out),
+        left, right, out, scale, left if unit is None else unit, rows, band.keys, band.shift,
+        *strides(left), *strides(right), *out.stride()[:2],
         heads, heads // right.shape[1], E=size, WIDE=wide(size),
-        CAUSAL=problem.causal, M=tile.rows, K=tile.keys, PRECISION=PRECISION,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        CAUSAL=problem.causal, IN_UNITS=unit is not None, M=tile.rows, K=tile.keys,
+        PRECISION=PRECISION, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
 
@@ -145,7 +153,7 @@ def softmax_value(
         parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         x, part.value, parts, parts_lse, rest, rows, band.keys, band.shift, length,
-        *strides(x), *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
+        *x.stride()[:2], *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
         EXACT=exact, RESTED=exact and spans == 1,
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -213,12 +221,14 @@ def backward(
     Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
     one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly.
     """
+    from dape.attention.fused import static
+
     dtype = problem.query.dtype
     unit = torch.ones((), device=out.device)
     if dtype != torch.float32:
         unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
         problem = in_half(problem)
-    grad_out, delta = prepared(problem, out, rest, grad_out, unit)
+    scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, unit)
     whole = all(band.rows.stop - band.rows.start == out.shape[2] for band in bands(problem))
     grad_query = torch.empty_like(problem.query, dtype=dtype)
     if whole:
@@ -230,7 +240,10 @@ def backward(
             torch.zeros_like(x, dtype=torch.float32) for x in (problem.key, problem.value)
         )
     sums = Sums(grad_query, grad_key, grad_value, unit, not whole)
-    tables = table_gradients(problem, mixer, lse, delta, grad_out, sums)
+    if problem.mixing is None:
+        tables = static.backward(problem, lse, delta, scaled, sums)
+    else:
+        tables = mixed_backward(problem, problem.mixing, mixer, lse, delta, grad_out, scaled, sums)
     return [grad_query, grad_key.to(dtype), grad_value.to(dtype), *tables]
 
 
@@ -241,35 +254,46 @@ def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 
 def in_half(problem: Problem) -> Problem:
-    """Return a problem in fp16, where bf16 goes beyond its range at the border of both."""
+    """Return a problem in fp16, where bf16 goes beyond its range at the border of both.
+
+    V stays as it is where heads mix: it meets dO, not what stands in the scratch.
+    """
     given = problem.query, problem.key, problem.value
     if problem.query.dtype == torch.float16:
         return problem
+    number = 3 if problem.mixing is None else 2
     query, key, value = halves = [torch.empty_like(x, dtype=torch.float16) for x in given]
     batch, heads, rows, head_dim = query.shape
     kv_heads, keys, value_dim = value.shape[1:]
-    kernels.half_kernel[(cdiv(max(rows, keys), 64), batch * heads, 3)](
+    kernels.half_kernel[(cdiv(max(rows, keys), 64), batch * heads, number)](
         *given, *halves, rows, keys, batch, heads, kv_heads,
         *(stride for x in (*given, *halves) for stride in strides(x)),
         E=head_dim, WIDE=wide(head_dim), V=value_dim, WIDE_V=wide(value_dim), M=64, num_warps=4,
     )  # fmt: skip
-    return problem._replace(query=query, key=key, value=value)
+    return problem._replace(query=query, key=key, value=value if number == 3 else problem.value)
 
 
 def prepared(
-    problem: Problem, out: Tensor, rest: Tensor, grad_out: Tensor, unit: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return dO / unit in the dtype of the problem, and its products with O by row."""
+    problem: Problem, out: Tensor, rest: Tensor, lse: Tensor, grad_out: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dO / unit in the dtype of the problem, and by row the log-sum-exp and dO O / unit.
+
+    Where heads meet, both numbers of all heads of a row lie side by side.
+    """
     batch, heads, rows, value_dim = out.shape
+    mixed = problem.mixing is not None
     scaled = torch.empty_like(out, dtype=problem.query.dtype)
-    delta = out.new_empty(batch, heads, rows, dtype=torch.float32)
+    if mixed:
+        copied, delta = lse.new_empty(batch, rows, 2, heads).permute(2, 0, 3, 1)
+    else:
+        copied, delta = lse, torch.empty_like(lse)
     kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
-        out, rest, grad_out, unit, scaled, delta, rows,
-        *strides(out), *strides(grad_out), *strides(scaled), *delta.stride()[:2],
+        out, rest, grad_out, lse, unit, scaled, copied, delta, rows,
+        *strides(out), *strides(grad_out), *lse.stride()[:2], *strides(scaled), *delta.stride(),
         heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=rest.numel() > 0,
-        M=64, num_warps=4,
+        COPIED=mixed, M=64, num_warps=4,
     )  # fmt: skip
-    return scaled, delta
+    return scaled, copied, delta
 
 
 class Sums(NamedTuple):
@@ -282,15 +306,17 @@ class Sums(NamedTuple):
     add: bool
 
 
-def table_gradients(
-    problem: Problem, mixer: Mixer, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
+def mixed_backward(
+    problem: Problem,
+    mixing: Mixing,
+    mixer: Mixer,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    scaled: Tensor,
+    sums: Sums,
 ) -> list[Tensor]:
-    """Fill dQ, dK and dV, and return the gradients of tables and weights, all times `unit`."""
-    from dape.attention.fused import static
-
-    mixing = problem.mixing
-    if mixing is None:
-        return static.backward(problem, lse, delta, grad_out, sums)
+    """Fill dQ, dK and dV band by band, and return the gradients of tables and weights."""
     scratch, other, slots = (
         Scratch.of(problem), Scratch.of(problem), mixer.Slots.of(problem, mixing, mixer)
     )  # fmt: skip
@@ -298,9 +324,9 @@ def table_gradients(
         at, part = (band.batch, slice(None), band.rows), problem.part(band.batch)
         x, y = scratch.view(band), other.view(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
-        scores(grad_out[at], part.value, y, band, problem, 1.0)
+        scores(grad_out[at], part.value, y, band, problem, 1.0, sums.unit)
         mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
-        one_head(x, y, band, problem, grad_out[at], sums)
+        one_head(x, y, band, problem, scaled[at], sums)
     return slots.gradients(problem, mixing, mixer, sums.unit)
 
 
@@ -317,7 +343,7 @@ def one_head(
     tile = tile_of("grad_query", problem, rows)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
         y, part.key, sums.unit, grad_query, rows, band.keys, *place,
-        *strides(y), *strides(part.key), *strides(grad_query),
+        *y.stride()[:2], *strides(part.key), *strides(grad_query),
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -327,7 +353,7 @@ def one_head(
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
         x, y, query, grad_out, sums.unit, grad_key, grad_value,
         keys, rows, band.keys, *place,
-        *strides(x), *strides(query), *strides(grad_out),
+        *x.stride()[:2], *strides(query), *strides(grad_out),
         *strides(grad_key), *strides(grad_value),
         kv_heads, **shape, V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
         ADD=sums.add, num_warps=tile.num_warps, num_stages=tile.num_stages,

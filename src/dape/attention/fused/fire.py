@@ -15,7 +15,13 @@ tables and stays apart here.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, diagonal_tiles, load_weights, tile_positions
+from dape.attention.fused.kernels import (
+    LOG2E,
+    diagonal_tiles,
+    load_weights,
+    places_of_heads,
+    tile_positions,
+)
 
 
 @triton.jit
@@ -52,7 +58,7 @@ def feature_mlp(
 @triton.jit
 def fire_mix_kernel(
     x, w1, w2, hidden_table, static_table, psi, scale, weight, bias, mask,
-    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_h, x_t, mask_b,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
@@ -77,14 +83,13 @@ def fire_mix_kernel(
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b,
             M, K, CAUSAL, MASKED,
         )  # fmt: skip
         live = there & (keys < num_keys)
         ratio = along * tl.load(scale + keys + tl.maximum(delta_ij, 0), live, 0.0)
         f = tl.maximum(v * ratio[:, None] + c, 0.0).to(compute)
-        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
-        at += b.to(tl.int64) * x_b
+        at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         _z, _hidden, y = feature_mlp(a, f, w_in, w_out, one, u_FD, c_FH, u_1, c_1, D, PRECISION)
@@ -97,7 +102,7 @@ def fire_mix_backward_kernel(
     x, y, w1, w2, hidden_table, static_table, psi, scale, weight, bias, lse, delta, mask,
     grad_w1, grad_w2, grad_hidden, grad_static, grad_psi, grad_weight, grad_bias, grad_scale,
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
-    x_b, x_h, x_t, stat_b, stat_h, mask_b, pair_b, pair_t,
+    x_b, x_t, stat_b, stat_h, stat_t, mask_b, pair_b, pair_t,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
@@ -136,7 +141,7 @@ def fire_mix_backward_kernel(
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b,
             M, K, CAUSAL, MASKED,
         )  # fmt: skip
         live = there & (keys < num_keys)
@@ -149,15 +154,14 @@ def fire_mix_backward_kernel(
         f = tl.maximum(v * ratio + c, 0.0)
         positive = f > 0
         f = f.to(compute)
-        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
-        at += b.to(tl.int64) * x_b
+        at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z, hidden, logit = feature_mlp(
             a, f, w1_HD, tl.trans(w2_HD), one, u_FD, c_FH, u_1, c_1, D, PRECISION
         )
         logit = logit.to(compute).to(tl.float32)  # as the forward pass stored it
-        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None]
+        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum = tl.load(lse + stat, seen_heads, 0.0)
         shared = tl.load(delta + stat, seen_heads, 0.0)
         share = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)

@@ -9,10 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from triton import cdiv
 
+from dape.attention.fused.kernels import BLOCK
+
 # Scores that stand in the scratch at a time, two bytes each (four in float32).
 SCORES_PER_BAND = 2**27
-# Bands start, and rows of the scratch are padded, at multiples of this: whole tiles of every mixer.
-ALIGNMENT = 32
+# Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
+ALIGNMENT = BLOCK.value
 
 
 class Mixing(NamedTuple):
@@ -150,12 +152,13 @@ class Scratch(NamedTuple):
         return cls(problem.query.new_empty(size, dtype=dtype), heads)
 
     @staticmethod
-    def shape(band: Band, heads: int) -> tuple[int, int, int, int]:
-        """Return the size of a band's scores; keys are padded to an aligned stride."""
-        keys = cdiv(band.keys, ALIGNMENT) * ALIGNMENT
-        return band.batch.stop - band.batch.start, heads, band.rows.stop - band.rows.start, keys
+    def shape(band: Band, heads: int) -> tuple[int, int, int, int, int]:
+        """Return the size of a band's scores, of whole blocks of keys."""
+        blocks = cdiv(band.keys, ALIGNMENT)
+        batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+        return batch, rows, blocks, heads, ALIGNMENT
 
-    def view(self, band: Band) -> Float[Tensor, "group heads rows keys"]:
+    def view(self, band: Band) -> Float[Tensor, "group rows blocks heads keys"]:
         """Return the scores of a band."""
         shape = self.shape(band, self.heads)
         return self.buffer[: prod(shape)].view(shape)

@@ -13,6 +13,9 @@ buffer, and every kernel below is a simple pass over it:
 U and C are tables over the distance, so a tile that moves along a diagonal sees the same entries
 all the way: they are loaded once, and their gradients are summed in registers before one reduction.
 
+In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours: what
+the kernels across heads want is one piece, and a kernel of one head still finds whole sectors.
+
 Shapes: B batch, H query heads, G query heads a key head, R rows of the band, T keys, E head dim,
 D hidden units, N positions of a tile (M rows x K keys). A capital suffix is a compile-time size.
 """
@@ -21,6 +24,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Keys of one head that lie side by side in the scratch.
+BLOCK = tl.constexpr(32)
 
 
 @triton.jit
@@ -41,13 +46,24 @@ def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def places(rows, first_key, row_size, heads, K: tl.constexpr):
+    """Return where K keys of one head lie in the scratch, from a multiple of BLOCK on."""
+    keys = tl.arange(0, K)[None, :]
+    columns = first_key * heads + keys // BLOCK * (BLOCK * heads) + keys % BLOCK
+    return rows.to(tl.int64) * row_size + columns
+
+
+@triton.jit
 def scores_kernel(
-    left, right, x, scale, num_rows, num_keys, shift,
-    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_h, x_t,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    left, right, x, scale, unit, num_rows, num_keys, shift,
+    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for a tile of rows and keys of one head; grid (keys, rows, B H)."""
+    """X = scale left right^T for a tile of rows and keys of one head; grid (keys, rows, B H).
+
+    If IN_UNITS, divided by `unit`.
+    """
     b, h = tl.program_id(2) // HEADS, tl.program_id(2) % HEADS
     first_row, first_key = tl.program_id(1) * M, tl.program_id(0) * K
     if CAUSAL and first_key > first_row + M - 1 + shift:
@@ -57,12 +73,14 @@ def scores_kernel(
     a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
     k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
     out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
+    if IN_UNITS:
+        out /= tl.load(unit)
     if x.dtype.element_ty == tl.float16:
         out = tl.clamp(out, -65504.0, 65504.0)
     rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
-    x += b.to(tl.int64) * x_b + h * x_h
-    inside = (rows < num_rows) & (keys < x_t)
-    tl.store(x + rows.to(tl.int64) * x_t + keys, out.to(x.dtype.element_ty), inside)
+    x += b.to(tl.int64) * x_b + h * BLOCK
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    tl.store(x + places(rows, first_key, x_t, HEADS, K), out.to(x.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -104,21 +122,28 @@ def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.cons
 
 @triton.jit
 def tile_positions(
-    tile, start, n, delta_ij, num_rows, num_keys, x_t, mask,
+    tile, start, n, delta_ij, num_rows, num_keys, mask,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen.
 
-    Lines of the scratch end at a multiple of 16, so that a vector of keys lies in it or does not.
+    Keys in the scratch end with a block, so that a vector of keys lies in it or does not.
     """
     rows, keys = tile * M + n // K, start + tile * M + n % K
-    there = (rows < num_rows) & (keys >= 0) & (keys < x_t)
+    there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
     seen = there & (keys < num_keys)
     if MASKED:
         seen &= tl.load(mask + keys, seen, 0) != 0
     if CAUSAL:
         seen &= delta_ij >= 0
     return rows, keys, there, seen
+
+
+@triton.jit
+def places_of_heads(rows, keys, heads, row_size, H: tl.constexpr):
+    """Return where all heads of a tile's positions `[N]` lie in the scratch, `[N, HEADS]`."""
+    at = rows.to(tl.int64) * row_size + keys // BLOCK * (BLOCK * H) + keys % BLOCK
+    return at[:, None] + heads[None, :] * BLOCK
 
 
 @triton.jit
@@ -132,7 +157,7 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def mix_kernel(
     x, w1, w2, hidden_table, static_table, mask,
-    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_h, x_t, mask_b,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,11 +174,10 @@ def mix_kernel(
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b,
             M, K, CAUSAL, MASKED,
         )  # fmt: skip
-        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
-        at += b.to(tl.int64) * x_b
+        at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         _z, _hidden, y = mlp(a, w_in, w_out, one, u, PRECISION)
@@ -164,9 +188,8 @@ def mix_kernel(
 @triton.jit
 def mix_backward_kernel(
     x, y, w1, w2, hidden_table, static_table, lse, delta, mask,
-    grad_w1, grad_w2, grad_hidden, grad_static,
-    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
-    x_b, x_h, x_t, stat_b, stat_h, mask_b,
+    sums, num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots, slot_size,
+    x_b, x_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, ADD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -192,20 +215,19 @@ def mix_backward_kernel(
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
-            tile, start, n, delta_ij, num_rows, num_keys, x_t, mask + b * mask_b,
+            tile, start, n, delta_ij, num_rows, num_keys, mask + b * mask_b,
             M, K, CAUSAL, MASKED,
         )  # fmt: skip
         inside, seen_heads = (
             there[:, None] & (heads[None, :] < H),
             seen[:, None] & (heads[None, :] < H),
         )
-        at = heads[None, :].to(tl.int64) * x_h + (rows.to(tl.int64) * x_t + keys)[:, None]
-        at += b.to(tl.int64) * x_b
+        at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z, hidden, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
         logit = (logit + c).to(compute).to(tl.float32)  # as the forward pass stored it
-        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None]
+        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum = tl.load(lse + stat, seen_heads, 0.0)
         shared = tl.load(delta + stat, seen_heads, 0.0)
         weight = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)
@@ -220,17 +242,19 @@ def mix_backward_kernel(
         sum_u += dz
         sum_c += ds
     slot = (b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)
-    at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_w1 + at_w1, sum_w1, ADD)
-    at_w2 = slot * UNITS * HEADS + heads[:, None] * UNITS + units[None, :]
-    add_or_store(grad_w2 + at_w2, sum_w2, ADD)
+    sums += slot.to(tl.int64) * slot_size
     # Summing a tile along its diagonals is a product with zeros and ones.
     lines = tl.arange(0, LINES)
     pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
-    at_u = slot * LINES * UNITS + lines[:, None] * UNITS + units[None, :]
-    add_or_store(grad_hidden + at_u, tl.dot(pick, sum_u, input_precision="tf32x3"), ADD)
-    at_c = slot * LINES * HEADS + lines[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_static + at_c, tl.dot(pick, sum_c, input_precision="tf32x3"), ADD)
+    at_u = lines[:, None] * UNITS + units[None, :]
+    add_or_store(sums + at_u, tl.dot(pick, sum_u, input_precision="tf32x3"), ADD)
+    sums += LINES * UNITS
+    at_c = heads[None, :] * LINES + lines[:, None]
+    add_or_store(sums + at_c, tl.dot(pick, sum_c, input_precision="tf32x3"), ADD)
+    sums += LINES * HEADS
+    add_or_store(sums + heads[None, :] * UNITS + units[:, None], sum_w1, ADD)
+    sums += UNITS * HEADS
+    add_or_store(sums + heads[:, None] * UNITS + units[None, :], sum_w2, ADD)
 
 
 @triton.jit
@@ -293,7 +317,7 @@ def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
 @triton.jit
 def softmax_value_kernel(
     x, value, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
-    x_b, x_h, x_t, value_b, value_h, value_t,
+    x_b, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
     EXACT: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
@@ -307,7 +331,7 @@ def softmax_value_kernel(
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)[:, None]
     b64 = b.to(tl.int64)
-    x += b64 * x_b + h * x_h
+    x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
@@ -318,7 +342,8 @@ def softmax_value_kernel(
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
-        s = tl.load(x + rows.to(tl.int64) * x_t + keys, (rows < num_rows) & (keys < x_t), 0.0)
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        s = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
         seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
         s = tl.where(seen, s.to(tl.float32) * LOG2E, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -388,7 +413,7 @@ def half_kernel(
     hq_b, hq_h, hq_t, hk_b, hk_h, hk_t, hv_b, hv_h, hv_t,
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Store Q, K and V in fp16; grid (rows, B H, 3), of rows and heads the most."""
+    """Store Q, K and, if asked, V in fp16; grid (rows, B H, 2 or 3), of rows and heads the most."""
     which, line = tl.program_id(2), tl.program_id(1)
     if which == 0:
         if line < BATCH * HEADS:
@@ -409,11 +434,16 @@ def half_kernel(
 
 @triton.jit
 def row_products_kernel(
-    out, rest, grad_out, unit, scaled, delta, num_rows,
-    out_b, out_h, out_t, grad_b, grad_h, grad_t, scaled_b, scaled_h, scaled_t, delta_b, delta_h,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr,
+    out, rest, grad_out, lse, unit, scaled, copied, delta, num_rows,
+    out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
+    scaled_b, scaled_h, scaled_t, delta_b, delta_h, delta_t,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
+    M: tl.constexpr,
 ):  # fmt: skip
-    """Store dO / unit, and delta = O . dO / unit by row; grid (rows, B H)."""
+    """Store dO / unit, and delta = O . dO / unit by row; grid (rows, B H).
+
+    If COPIED, the log-sum-exp goes beside delta.
+    """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = tl.program_id(0) * M
     line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
@@ -428,13 +458,17 @@ def row_products_kernel(
     inside = (line < num_rows)[:, None] & (columns < V)
     tl.store(at, do.to(scaled.dtype.element_ty), inside)
     products = tl.sum(o * do, 1)
-    tl.store(delta + b64 * delta_b + h * delta_h + line, products, line < num_rows)
+    at = b64 * delta_b + h * delta_h + line * delta_t
+    tl.store(delta + at, products, line < num_rows)
+    if COPIED:
+        log_sum = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
+        tl.store(copied + at, log_sum, line < num_rows)
 
 
 @triton.jit
 def grad_query_kernel(
     y, key, unit, grad_query, num_rows, num_keys, shift, scale,
-    y_b, y_h, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
+    y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -444,7 +478,7 @@ def grad_query_kernel(
     line = first_row + tl.arange(0, M)
     rows = line[:, None]
     b64 = b.to(tl.int64)
-    y += b64 * y_b + h * y_h
+    y += b64 * y_b + h * BLOCK
     key += b64 * key_b + (h // GROUP) * key_h
     acc = tl.zeros((M, WIDE), tl.float32)
     high = num_keys
@@ -453,7 +487,8 @@ def grad_query_kernel(
     for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        ds = tl.load(y + rows.to(tl.int64) * y_t + keys, (rows < num_rows) & (keys < y_t), 0.0)
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        ds = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
         ds = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
@@ -465,7 +500,7 @@ def grad_query_kernel(
 @triton.jit
 def add_rows(
     acc_k, acc_v, x, y, query, grad_out, first_row, first_key, num_rows, num_keys, shift,
-    x_t, query_t, out_t,
+    heads, x_t, query_t, out_t,
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     BORDER: tl.constexpr, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -474,7 +509,8 @@ def add_rows(
     rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
     q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
-    at, inside = rows.to(tl.int64) * x_t + keys, (rows < num_rows) & (keys < x_t)
+    at = places(rows, first_key, x_t, heads, K)
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
     weight, ds = tl.load(x + at, inside, 0.0), tl.load(y + at, inside, 0.0)
     if BORDER:
         seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
@@ -487,7 +523,7 @@ def add_rows(
 def grad_key_value_kernel(
     x, y, query, grad_out, unit, grad_key, grad_value,
     keys_stored, num_rows, num_keys, shift, scale,
-    x_b, x_h, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
+    x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
     gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
@@ -507,17 +543,17 @@ def grad_key_value_kernel(
         h = kv * GROUP + member
         q_base = query + b64 * query_b + h * query_h
         do_base = grad_out + b64 * out_b + h * out_h
-        at = b64 * x_b + h * x_h
+        at = b64 * x_b + h * BLOCK
         for first_row in range(low, tl.minimum(whole, num_rows), M):
             acc_k, acc_v = add_rows(
                 acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, x_t, query_t, out_t,
+                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
                 E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
         for first_row in range(whole, num_rows, M):
             acc_k, acc_v = add_rows(
                 acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, x_t, query_t, out_t,
+                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
                 E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
     factor = tl.load(unit)

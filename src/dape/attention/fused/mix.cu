@@ -18,7 +18,8 @@
 #include <cuda_fp16.h>
 typedef unsigned int uint32;
 typedef unsigned char uint8;
-constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = ROWS + KEYS, STAGES = 3;
+constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = WARPS + KEYS, STAGES = 3;
+static_assert(ROWS == KEYS, "the tiles of a diagonal are whole blocks of the scratch");
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NEVER = -1.f / 0.f;
 
@@ -91,6 +92,13 @@ __device__ __forceinline__ void load_weights(Weights& w, const float* w1, const 
   }
 }
 
+// A lane's part of a matrix, which stays in registers.
+typedef uint4 Matrix[STEPS];
+__device__ __forceinline__ void take(Matrix& matrix, const uint4 (&from)[STEPS][32], int lane) {
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) matrix[s] = from[s][lane];
+}
+
 // U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C, in base 2,
 // as scores lie.
 struct Tables { uint2 u[2][UT][32]; float2 c[2][4][32]; };
@@ -130,9 +138,9 @@ template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async
 // A tile on its way, 32 scores of heads g and g + 8, 16 bytes a lane, and half of one in registers.
 typedef uint4 Ring[2][32];
 typedef uint32 Half[2][2];
-__device__ __forceinline__ void fetch_tile(Ring& ring, const __half* from, int upper, bool inside, int g, int lane) {
+__device__ __forceinline__ void fetch_tile(Ring& ring, const __half* from, bool inside, int g, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) copy16(&ring[r][lane], from + r * upper, inside && 8 * r + g < H);
+  for (int r = 0; r < 2; r++) copy16(&ring[r][lane], from + r * 8 * KEYS, inside && 8 * r + g < H);
 }
 // Half f of a tile that has arrived, and back: 8 bytes of the lane's own 16.
 __device__ __forceinline__ void take_half(Half& x, const Ring& ring, int f, int lane) {
@@ -146,10 +154,10 @@ __device__ __forceinline__ void put_half(Ring& ring, const Half& x, int f, int l
 #pragma unroll
   for (int r = 0; r < 2; r++) ((uint2*)&ring[r][lane])[f] = make_uint2(x[r][0], x[r][1]);
 }
-__device__ __forceinline__ void store_tile(const Ring& ring, __half* to, int upper, bool inside, int g, int lane) {
+__device__ __forceinline__ void store_tile(const Ring& ring, __half* to, bool inside, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H) *(uint4*)(to + r * upper) = ring[r][lane];
+    if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * KEYS) = ring[r][lane];
 }
 
 // Which keys of half f of a tile a warp's row sees, as masks of halves.
@@ -174,11 +182,11 @@ __device__ __forceinline__ void hide(Half& x, const uint32 (&seen)[2]) {
 // Half of a tile, [head, key] of key tiles 2 f and 2 f + 1, as the A operand [key, head].
 __device__ __forceinline__ uint4 turn_half(const Half& x) { return make_uint4(turn(x[0][0]), turn(x[0][1]), turn(x[1][0]), turn(x[1][1])); }
 // The hidden units of 16 keys: fragments [unit tile] of [key, unit].
-__device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Weights& w, int lane) {
+__device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Matrix& w, int lane) {
   uint4 turned = turn_half(x);
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
-    uint4 in = w.in[s][lane];
+    const uint4 in = w[s];
 #pragma unroll
     for (int n = 2 * s; n < 2 * s + 2; n++) {
       uint2 u = tables.u[f][n][lane];
@@ -188,16 +196,16 @@ __device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, 
   }
 }
 // start + W[head, unit] v[unit, key] for key tile e of the pair whose fragments [key, unit] are v.
-__device__ __forceinline__ uint2 across_units(uint2 start, const uint4 (&w)[STEPS][32], const uint2 (&v)[UT], int e, int lane) {
+__device__ __forceinline__ uint2 across_units(uint2 start, const Matrix& w, const uint2 (&v)[UT], int e) {
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) start = mma_half(w[s][lane], e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
+  for (int s = 0; s < STEPS; s++) start = mma_half(w[s], e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
   return start;
 }
 
 #ifndef BACKWARD
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
     __half* x, const float* w1, const float* w2, const float* hidden_table, const float* static_table, const uint8* mask,
-    int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_h, int x_t, int mask_b) {
+    int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {
   __shared__ Weights w;
   __shared__ Tables tables_of[WARPS];
   __shared__ Ring ring[WARPS][STAGES];
@@ -210,20 +218,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   load_weights(w, w1, w2);
   load_tables(tables, hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
+  Matrix w_in, w_out;
+  take(w_in, w.in, lane);
+  take(w_out, w.out, lane);
   __half* base = x + (long long)blockIdx.y * x_b;
   mask += blockIdx.y * mask_b;
   auto fetch = [&](int tile) {
-    int row = tile * ROWS + m, key = place.start + tile * ROWS + 8 * t;
-    bool inside = tile < place.last && row < rows && key >= 0 && key < keys;
-    fetch_tile(ring[warp][tile % STAGES], base + (inside ? g * x_h + row * x_t + key : 0), inside ? 8 * x_h : 0, inside, g, lane);
+    int row = tile * ROWS + m, key = place.start + tile * ROWS;
+    bool inside = tile < place.last && row < rows;
+    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + key * H + g * KEYS + 8 * t : 0), inside, g, lane);
     commit();
   };
 #pragma unroll
   for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(place.first + ahead);
   for (int tile = place.first; tile < place.last; tile++) {
     fetch(tile + STAGES - 1);
-    int row = tile * ROWS + m, first_key = place.start + tile * ROWS, key = first_key + 8 * t;
-    const bool real_row = row < rows, whole = all && real_row && first_key >= 0 && first_key + KEYS <= keys;
+    int row = tile * ROWS + m, first_key = place.start + tile * ROWS;
+    const bool real_row = row < rows, whole = all && real_row && first_key + KEYS <= keys;
     Ring& stage = ring[warp][tile % STAGES];
     wait<STAGES - 1>();
     __syncwarp();
@@ -237,10 +248,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
         look(seen, f, real_row, delta0, first_key, t, keys, mask);
         hide(xf, seen);
       }
-      first_layer(hidden, xf, f, tables, w, lane);
+      first_layer(hidden, xf, f, tables, w_in, lane);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const uint2 y = across_units(make_uint2(xf[0][e], xf[1][e]), w.out, hidden, e, lane);
+        const uint2 y = across_units(make_uint2(xf[0][e], xf[1][e]), w_out, hidden, e);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
           const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? y.y : y.x));
@@ -250,95 +261,129 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
       }
       put_half(stage, xf, f, lane);
     }
-    store_tile(stage, base + g * x_h + row * x_t + key, 8 * x_h, real_row && key >= 0 && key < keys, g, lane);
+    store_tile(stage, base + row * x_t + first_key * H + g * KEYS + 8 * t, real_row, g, lane);
     __syncwarp();
   }
 }
 #else
-// X <- P, Y <- dA; shares of the gradients of W1, W2, U, C are added to the block's slot in a fixed order.
+// A tile of a walk: those that are left of its element, whether its row exists, its first key, and where it lies.
+struct Cursor {
+  int tiles, left, key;
+  uint32 at, stat, mask;
+};
+// Where a float2 of row g goes within a line of sums, so that the lanes of a store meet different banks.
+__device__ __forceinline__ int unit_place(int unit, int g) { return unit ^ 8 * (UNITS == 16 ? g >> 1 & 1 : g & 3); }
+__device__ __forceinline__ int key_place(int key, int g) { return key ^ 2 * (g & 3); }
+__device__ __forceinline__ int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_of`
+
+// X <- P, Y <- dA; the sums of U, C, W1 and W2 go to the block's slot, or are added to what is there. A block walks
+// over the same diagonal of some elements, one after the other.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     __half* x, __half* y, const float* w1, const float* w2, const float* hidden_table, const float* static_table,
-    const float* lse, const float* delta, const uint8* mask, float* grad_w1, float* grad_w2, float* grad_hidden, float* grad_static,
-    int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int slots, int add,
-    int x_b, int x_h, int x_t, int stat_b, int stat_h, int mask_b) {
+    const float* lse, const float* delta, const uint8* mask, float* slot, int batch, int elements, int rows, int keys,
+    int table_size, int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add,
+    int x_b, int x_t, int stat_b, int stat_h, int stat_t, int mask_b) {
   struct Stage { Ring x, y; float stats[2][HEADS]; };
-  struct Sums { float u[WARPS][KEYS][UNITS], c[WARPS][HEADS][KEYS], w1[WARPS][HEADS][UNITS], w2[WARPS][HEADS][UNITS]; };
+  struct Sums { float u[WARPS][KEYS * UNITS], c[WARPS][HEADS * KEYS], w1[WARPS][HEADS * UNITS], w2[WARPS][HEADS * UNITS]; };
   struct Walk { Tables tables[WARPS]; Stage ring[WARPS][STAGES]; };
   __shared__ Weights w;
   __shared__ union { Walk walk; Sums sums; } memory;
-  const int q = blockIdx.x + first_diagonal, b = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
-  if (add && place.first >= place.last) return;
+  const int tiles = max(0, place.last - place.first), first_element = blockIdx.y * elements;
+  const int total = tiles * max(0, min(elements, batch - first_element));
+  if (add && total == 0) return;
   const Tables& tables = memory.walk.tables[warp];
   load_weights(w, w1, w2);
   load_tables(memory.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
+  Matrix w_in, w_out, w_out_turned, w_in_turned;
+  take(w_in, w.in, lane);
+  take(w_out, w.out, lane);
+  take(w_out_turned, w.out_turned, lane);
+  take(w_in_turned, w.in_turned, lane);
   float acc_u[2][UT][4] = {}, acc_c[4][4] = {}, acc_w1[UT][4] = {}, acc_w2[UT][4] = {};
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
   const uint32 ones = 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u;
-  // Everything that changes from tile to tile is in a few 32-bit registers, since the sums fill the others: the rows
-  // that are left, the key, and the places of scores and statistics of the tile to come.
-  int left = min(ROWS * (place.last - place.first), rows - (place.first * ROWS + m)), key = place.start + place.first * ROWS;
-  uint32 at = b * x_b + g * x_h + (place.first * ROWS + m) * x_t + key + 8 * t;
-  uint32 stat = b * stat_b + min(lane % HEADS, H - 1) * stat_h + place.first * ROWS + m;
+  const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS, left0 = min(ROWS * tiles, rows - row0);
+  const int step = ROWS * x_t + KEYS * H, stat_step = ROWS * stat_t;
+  Cursor here = {
+      tiles, left0, key0, (uint32)(first_element * x_b + row0 * x_t + key0 * H + g * KEYS + 8 * t),
+      (uint32)(first_element * stat_b + min(lane % HEADS, H - 1) * stat_h + row0 * stat_t), (uint32)(first_element * mask_b)};
+  Cursor next = here;
+  auto advance = [&](Cursor& c) {
+    c.left -= ROWS; c.key += ROWS; c.at += step; c.stat += stat_step;
+    if (--c.tiles == 0) {
+      c.tiles = tiles; c.left = left0; c.key = key0;
+      c.at += x_b - tiles * step; c.stat += stat_b - tiles * stat_step; c.mask += mask_b;
+    }
+  };
   Stage* const ring = memory.walk.ring[warp];
-  // The tile `ahead` tiles from this one, into a stage.
-  auto fetch = [&](int ahead, int into) {
-    const int there = key + ahead * ROWS + 8 * t;
-    const bool real = left > ahead * ROWS, inside = real && there >= 0 && there < keys;
-    const uint32 from = inside ? at + ahead * ROWS * (x_t + 1) : 0, upper = inside ? 8 * x_h : 0;
-    fetch_tile(ring[into].x, x + from, upper, inside, g, lane);
-    fetch_tile(ring[into].y, y + from, upper, inside, g, lane);
-    copy4(&ring[into].stats[0][lane], (lane < HEADS ? lse : delta) + (real ? stat + ahead * ROWS : 0), real);
+  int fetched = 0;
+  auto fetch = [&](int into) {
+    const bool real = fetched++ < total && next.left > 0;
+    fetch_tile(ring[into].x, x + (real ? next.at : 0), real, g, lane);
+    fetch_tile(ring[into].y, y + (real ? next.at : 0), real, g, lane);
+    copy4(&ring[into].stats[0][lane], (lane < HEADS ? lse : delta) + (real ? next.stat : 0), real);
     commit();
+    advance(next);
   };
 #pragma unroll
-  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead, ahead);
+  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead);
   // Rows past the last are no work, but the walk of a warp is as long as that of its block.
-  for (int tiles = place.last - place.first, stage_of = 0; tiles > 0; tiles--, left -= ROWS, key += ROWS, at += ROWS * (x_t + 1), stat += ROWS, stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
-    fetch(STAGES - 1, stage_of == 0 ? STAGES - 1 : stage_of - 1);
-    const bool whole = sees_all(delta0) && left > 0 && key >= 0 && key + KEYS <= keys;
+  for (int n = 0, stage_of = 0; n < total; n++, advance(here), stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
+    fetch(stage_of == 0 ? STAGES - 1 : stage_of - 1);
+    const bool whole = sees_all(delta0) && here.left > 0 && here.key + KEYS <= keys;
     wait<STAGES - 1>();
     __syncwarp();
-    Stage& stage = ring[stage_of];
+    const Stage& stage = ring[stage_of];
+    uint32 xs[2][4], ys[2][4];  // the lane's 16 bytes of heads g and g + 8
+    float log_sum[2], shared[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      *(uint4*)xs[r] = stage.x[r][lane];
+      *(uint4*)ys[r] = stage.y[r][lane];
+      log_sum[r] = stage.stats[0][8 * r + g];
+      shared[r] = stage.stats[1][8 * r + g];
+    }
 #pragma unroll
     for (int f = 0; f < 2; f++) {
-      Half xf, yf, weight;
+      Half xf, yf;
       uint32 seen[2];
       uint2 hidden[UT];
-      take_half(xf, stage.x, f, lane);
-      take_half(yf, stage.y, f, lane);
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) { xf[r][e] = xs[r][2 * f + e]; yf[r][e] = ys[r][2 * f + e]; }
       if (!whole) {
-        look(seen, f, left > 0, delta0, key, t, keys, mask + b * mask_b);
+        look(seen, f, here.left > 0, delta0, here.key, t, keys, mask + here.mask);
         hide(xf, seen);
         hide(yf, seen);
       }
-      first_layer(hidden, xf, f, tables, w, lane);
+      first_layer(hidden, xf, f, tables, w_in, lane);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const uint2 logits = across_units(make_uint2(xf[0][e], xf[1][e]), w.out, hidden, e, lane);
+        const uint2 logits = across_units(make_uint2(xf[0][e], xf[1][e]), w_out, hidden, e);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const float log_sum = stage.stats[0][8 * r + g], shared = stage.stats[1][8 * r + g];
           const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? logits.y : logits.x)), dp = __half22float2(half2_of(yf[r][e]));
-          float p0 = exp2_fast(fmaf(v.x - log_sum, LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum, LOG2E, c.y));
+          float p0 = exp2_fast(fmaf(v.x - log_sum[r], LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum[r], LOG2E, c.y));
           if (!whole) {
             p0 = seen[e] & 0xffffu ? p0 : 0.f;
             p1 = seen[e] >> 16 ? p1 : 0.f;
           }
-          weight[r][e] = pack(p0, p1);
-          yf[r][e] = pack(p0 * (dp.x - shared), p1 * (dp.y - shared));
+          xs[r][2 * f + e] = pack(p0, p1);
+          yf[r][e] = pack(p0 * (dp.x - shared[r]), p1 * (dp.y - shared[r]));
         }
       }
-      put_half(stage.x, weight, f, lane);
       const uint4 turned = turn_half(yf);  // Y is dS from here on
       mma(acc_c[2 * f], yf[0][0], yf[1][0], yf[0][1], yf[1][1], ones, 0);
       mma(acc_c[2 * f + 1], yf[0][0], yf[1][0], yf[0][1], yf[1][1], 0, ones);
       uint2 dz[UT];
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
-        uint4 out = w.out_turned[s][lane];
+        const uint4 out = w_out_turned[s];
 #pragma unroll
         for (int n = 2 * s; n < 2 * s + 2; n++) {
           dz[n] = mma_half(turned, n % 2 ? out.z : out.x, n % 2 ? out.w : out.y, 0, 0);
@@ -351,74 +396,66 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
       }
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        uint2 da = across_units(make_uint2(yf[0][e], yf[1][e]), w.in_turned, dz, e, lane);
-        yf[0][e] = da.x; yf[1][e] = da.y;
+        const uint2 da = across_units(make_uint2(yf[0][e], yf[1][e]), w_in_turned, dz, e);
+        ys[0][2 * f + e] = da.x; ys[1][2 * f + e] = da.y;
       }
-      put_half(stage.y, yf, f, lane);
     }
-    const bool inside = left > 0 && key + 8 * t >= 0 && key + 8 * t < keys;
-    store_tile(stage.x, x + at, 8 * x_h, inside, g, lane);
-    store_tile(stage.y, y + at, 8 * x_h, inside, g, lane);
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      if (here.left > 0 && 8 * r + g < H) {
+        *(uint4*)(x + here.at + r * 8 * KEYS) = *(uint4*)xs[r];
+        *(uint4*)(y + here.at + r * 8 * KEYS) = *(uint4*)ys[r];
+      }
     __syncwarp();
   }
   wait<0>();
   __syncthreads();
   Sums& sums = memory.sums;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < 2; i++) {
 #pragma unroll
     for (int n = 0; n < UT; n++) {
-      int unit = 8 * n + 2 * t + (i & 1), head = 8 * (i >> 1) + g;
+      const int unit = unit_place(8 * n + 2 * t, g), head = 8 * i + g;
 #pragma unroll
-      for (int f = 0; f < 2; f++) sums.u[warp][key_of(2 * f + (i >> 1), g)][unit] = acc_u[f][n][i];
-      sums.w1[warp][head][unit] = acc_w1[n][i];
-      sums.w2[warp][head][unit] = acc_w2[n][i];
+      for (int f = 0; f < 2; f++) *(float2*)&sums.u[warp][key_of(2 * f + i, g) * UNITS + unit] = make_float2(acc_u[f][n][2 * i], acc_u[f][n][2 * i + 1]);
+      *(float2*)&sums.w1[warp][head * UNITS + unit] = make_float2(acc_w1[n][2 * i], acc_w1[n][2 * i + 1]);
+      *(float2*)&sums.w2[warp][head * UNITS + unit] = make_float2(acc_w2[n][2 * i], acc_w2[n][2 * i + 1]);
     }
 #pragma unroll
-    for (int p = 0; p < 4; p++) sums.c[warp][8 * (i >> 1) + g][8 * t + 2 * p + (i & 1)] = acc_c[p][i];
+    for (int p = 0; p < 4; p++) *(float2*)&sums.c[warp][(8 * i + g) * KEYS + key_place(8 * t + 2 * p, g)] = make_float2(acc_c[p][2 * i], acc_c[p][2 * i + 1]);
   }
   __syncthreads();
-  // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r. What the slot
-  // holds, if bands add to it, is loaded first, all at once.
-  const long long slot = ((long long)b * gridDim.z + blockIdx.z) * slots + blockIdx.x;
-  grad_hidden += slot * LINES * UNITS;
-  grad_static += slot * LINES * HEADS;
-  grad_w1 += slot * HEADS * UNITS;
-  grad_w2 += slot * HEADS * UNITS;
-  constexpr int THREADS = 32 * WARPS, U_SHARE = LINES * UNITS / THREADS, C_SHARE = LINES * HEADS / THREADS, W_SHARE = HEADS * UNITS / THREADS;
-  static_assert(LINES * UNITS % THREADS == 0 && LINES * HEADS % THREADS == 0 && HEADS * UNITS % THREADS == 0, "shares are whole");
-  float u[U_SHARE], c[C_SHARE], w1_sum[W_SHARE], w2_sum[W_SHARE];
-  const int thread = threadIdx.x;
+  // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r.
+  constexpr int THREADS = 32 * WARPS;
+  slot += ((long long)(blockIdx.y * (gridDim.z / SHARES) + blockIdx.z / SHARES) * slots + blockIdx.x * SHARES + blockIdx.z % SHARES) * slot_size;
+  auto put = [&](int at, float sum) { slot[at] = add ? slot[at] + sum : sum; };
+  for (int i = threadIdx.x; i < LINES * UNITS; i += THREADS) {
+    float sum = 0.f;
 #pragma unroll
-  for (int k = 0; k < U_SHARE; k++) u[k] = add ? grad_hidden[k * THREADS + thread] : 0.f;
-#pragma unroll
-  for (int k = 0; k < C_SHARE; k++) c[k] = add ? grad_static[k * THREADS + thread] : 0.f;
-#pragma unroll
-  for (int k = 0; k < W_SHARE; k++) { w1_sum[k] = add ? grad_w1[k * THREADS + thread] : 0.f; w2_sum[k] = add ? grad_w2[k * THREADS + thread] : 0.f; }
-#pragma unroll
-  for (int row = 0; row < WARPS; row++) {
-#pragma unroll
-    for (int k = 0; k < U_SHARE; k++) {
-      int i = k * THREADS + thread, key = place.row + row + KEYS - 1 - i / UNITS;
-      if (key >= 0 && key < KEYS) u[k] += sums.u[row][key][i % UNITS];
+    for (int row = 0; row < WARPS; row++) {
+      const int key = row + KEYS - 1 - i / UNITS;
+      if (key >= 0 && key < KEYS) sum += sums.u[row][key * UNITS + unit_place(i % UNITS, row_of(key))];
     }
-#pragma unroll
-    for (int k = 0; k < C_SHARE; k++) {
-      int i = k * THREADS + thread, key = place.row + row + KEYS - 1 - i / HEADS;
-      if (key >= 0 && key < KEYS) c[k] += sums.c[row][i % HEADS][key];
-    }
-#pragma unroll
-    for (int k = 0; k < W_SHARE; k++) {
-      int i = k * THREADS + thread;
-      w1_sum[k] += sums.w1[row][i % HEADS][i / HEADS];
-      w2_sum[k] += sums.w2[row][i / UNITS][i % UNITS];
-    }
+    put(i, sum);
   }
+  slot += LINES * UNITS;
+  for (int i = threadIdx.x; i < HEADS * LINES; i += THREADS) {
+    float sum = 0.f;
 #pragma unroll
-  for (int k = 0; k < U_SHARE; k++) grad_hidden[k * THREADS + thread] = u[k];
+    for (int row = 0; row < WARPS; row++) {
+      const int key = row + KEYS - 1 - i % LINES, head = i / LINES;
+      if (key >= 0 && key < KEYS) sum += sums.c[row][head * KEYS + key_place(key, head)];
+    }
+    put(i, sum);
+  }
+  slot += HEADS * LINES;
+  for (int i = threadIdx.x; i < HEADS * UNITS; i += THREADS) {
+    const int from = i / UNITS * UNITS + unit_place(i % UNITS, i / UNITS);
+    float sum_w1 = 0.f, sum_w2 = 0.f;
 #pragma unroll
-  for (int k = 0; k < C_SHARE; k++) grad_static[k * THREADS + thread] = c[k];
-#pragma unroll
-  for (int k = 0; k < W_SHARE; k++) { grad_w1[k * THREADS + thread] = w1_sum[k]; grad_w2[k * THREADS + thread] = w2_sum[k]; }
+    for (int row = 0; row < WARPS; row++) { sum_w1 += sums.w1[row][from]; sum_w2 += sums.w2[row][from]; }
+    put(i, sum_w1);
+    put(HEADS * UNITS + i, sum_w2);
+  }
 }
 #endif

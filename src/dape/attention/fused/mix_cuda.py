@@ -5,24 +5,26 @@ from functools import cache
 from torch import Tensor
 
 from dape.attention.fused import forward_cuda
-from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals, strides
+from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals
 from dape.attention.fused.launch import Kernel, kernel, source_of
 from dape.attention.fused.slots import Slots, padded
 
-tile_rows = 8
+tile_rows = 32
 tile_keys = 32
-lines = tile_rows + tile_keys
 # Rows of a tile that a block has, blocks that fill a large GPU a few times over, how many of them a
 # multiprocessor holds, and the rows of a segment that are worth its start.
-WARPS, BLOCKS, RESIDENT, ROWS = 4, 4096, 3, 256
+WARPS, BLOCKS, RESIDENT, ROWS = 4, 1024, 2, 256
+shares = tile_rows // WARPS
+lines = WARPS + tile_keys
 # Past these the accumulators of a warp no longer fit its registers.
 MOST_HEADS, MOST_UNITS = 16, 32
 
 
-def segments(diagonals: int, rows: int) -> int:
-    """Return among how many blocks to share each of so many diagonals."""
-    shares = tile_rows // WARPS
-    return shares * max(1, min(16, rows // ROWS, BLOCKS // max(1, shares * diagonals)))
+def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+    """Return how many elements a block takes, and into how many segments to cut a diagonal."""
+    blocks = shares * max(1, diagonals)
+    elements = max(1, min(batch, batch * blocks // BLOCKS))
+    return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
 
 
 def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -36,13 +38,14 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
     batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+    _, segments = share(batch, where.number, rows)
     compiled(x.device.index, "mix", *macros(problem, mixing))(
-        grid=(where.number, batch, segments(where.number * batch, rows)),
+        grid=(where.number, batch, shares * segments),
         block=(32 * WARPS, 1, 1),
         args=[
             x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
             rows, band.keys, mixing.hidden.shape[0],
-            where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
+            where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
 
@@ -60,15 +63,17 @@ def mix_backward(
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
+    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+    groups = len(slots.sums) // slots.segments
     compiled(x.device.index, "mix_backward", *macros(problem, mixing))(
-        grid=(where.number, band.batch.stop - band.batch.start, slots.hidden.shape[1]),
+        grid=(where.number, groups, shares * slots.segments),
         block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-            lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
-            band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
-            where.first, where.band_tile, where.offset, slots.hidden.shape[2], int(slots.add),
-            *strides(x), *lse.stride()[:2], mask.stride(0),
+            lse, delta, mask, slots.sums, batch, slots.elements, rows, band.keys,
+            mixing.hidden.shape[0], where.first, where.band_tile, where.offset,
+            *slots.sums.shape[1:], int(slots.add),
+            *x.stride()[:2], *lse.stride(), mask.stride(0),
         ],
     )  # fmt: skip
 

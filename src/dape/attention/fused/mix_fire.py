@@ -16,17 +16,26 @@ from dape.attention.fused.geometry import (
     Problem,
     bands,
     diagonals,
-    strides,
 )
-from dape.attention.fused.mix_triton import lines, tile_keys, tile_rows, whole
-from dape.attention.fused.slots import fold, slots_of
+from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, whole
+from dape.attention.fused.slots import fold, lowest, slots_of
 
-__all__ = ["Slots", "lines", "mix", "mix_backward", "segments", "tile_keys", "tile_rows", "whole"]
+__all__ = [
+    "Slots",
+    "lines",
+    "mix",
+    "mix_backward",
+    "share",
+    "shares",
+    "tile_keys",
+    "tile_rows",
+    "whole",
+]
 
 
-def segments(diagonals: int, rows: int) -> int:
-    """Return 1: diagonals are not cut."""
-    return 1
+def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+    """Return that a program takes one element, and that diagonals are not cut."""
+    return 1, 1
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
@@ -37,7 +46,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     fire.fire_mix_kernel[(where.number, band.batch.stop - band.batch.start)](
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features, mask,
         band.rows.stop - band.rows.start, band.keys, len(features.psi),
-        where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
+        where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=4,
     )  # fmt: skip
 
@@ -64,7 +73,7 @@ def mix_backward(
         slots.psi, slots.weight, slots.bias, pairs,
         rows, band.keys, len(features.psi),
         where.first, where.band_tile, where.offset, slots.psi.shape[1],
-        *strides(x), *lse.stride()[:2], mask.stride(0), *pairs.stride()[:2],
+        *x.stride()[:2], *lse.stride(), mask.stride(0), *pairs.stride()[:2],
         LINES=lines, **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
     add_pairs(slots.scale, pairs, band, problem.causal)
@@ -129,7 +138,7 @@ class Slots(NamedTuple):
         heads, features = mixing.static.shape[0], features_of(problem)
         where = diagonals(problem, bands(problem)[0], tile_rows, tile_keys)
         psi = torch.empty_like(features.psi)
-        fold(self.psi[..., None], where, tile_keys, unit, psi[:, None])
+        fold(self.psi[..., None], lowest(where, tile_keys), tile_keys, unit, psi[:, None])
         tables = (
             self.static.sum((0, 1))[:entries, :heads].t(),
             self.hidden.sum((0, 1))[:entries, :units],

@@ -6,21 +6,25 @@ from torch import Tensor
 
 from dape.attention.fused import kernels
 from dape.attention.fused.banded import PRECISION
-from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals, strides
+from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals
 from dape.attention.fused.slots import Slots, padded
 
 # Tiles of more rows would not fit the registers, nor in float32 shared memory.
 tile_rows = 8
 tile_keys = 16
 lines = 32
+shares = 1
 # Programs that fill a large GPU a few times over, so that short diagonals even out, and the rows
 # of a segment that are worth its start.
 PROGRAMS, ROWS = 2048, 256
 
 
-def segments(diagonals: int, rows: int) -> int:
-    """Return among how many programs to share each of so many diagonals."""
-    return max(1, min(16, rows // ROWS, PROGRAMS // max(1, diagonals)))
+def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+    """Return how many elements a program takes, one, and into how many segments a diagonal is cut.
+
+    The diagonals are those of one element.
+    """
+    return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
 
 
 def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
@@ -33,10 +37,10 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     mask = x if problem.mask is None else problem.mask[band.batch]
     batch = band.batch.stop - band.batch.start
     rows = band.rows.stop - band.rows.start
-    kernels.mix_kernel[(where.number, batch, segments(where.number * batch, rows))](
+    kernels.mix_kernel[(where.number, batch, share(batch, where.number, rows)[1])](
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
         rows, band.keys, mixing.hidden.shape[0],
-        where.first, where.band_tile, where.offset, *strides(x), mask.stride(0),
+        where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=4,
     )  # fmt: skip
 
@@ -54,13 +58,13 @@ def mix_backward(
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch]
-    batch, each = band.batch.stop - band.batch.start, slots.hidden.shape[1]
-    kernels.mix_backward_kernel[(where.number, batch, each)](
+    batch = band.batch.stop - band.batch.start
+    kernels.mix_backward_kernel[(where.number, batch, slots.segments)](
         x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-        lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
+        lse, delta, mask, slots.sums,
         band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
-        where.first, where.band_tile, where.offset, slots.hidden.shape[2],
-        *strides(x), *lse.stride()[:2], mask.stride(0), LINES=lines, ADD=slots.add,
+        where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
+        *x.stride()[:2], *lse.stride(), mask.stride(0), LINES=lines, ADD=slots.add,
         **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
 

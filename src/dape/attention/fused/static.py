@@ -10,7 +10,7 @@ from triton import cdiv, next_power_of_2
 from dape.attention.fused import static_kernels as kernels
 from dape.attention.fused.banded import PRECISION, Sums, Tile, combine, key_spans, wide
 from dape.attention.fused.geometry import Problem, bands, diagonals, strides
-from dape.attention.fused.slots import fold
+from dape.attention.fused.slots import fold, lowest
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
@@ -155,5 +155,5 @@ def backward(
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     gradient = torch.empty_like(problem.static)
-    fold(lines, where, size, sums.unit, gradient.t(), skewed=True)
+    fold(lines, lowest(where, size), size, sums.unit, gradient.t(), skewed=True)
     return [gradient]
