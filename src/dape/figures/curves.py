@@ -140,7 +140,10 @@ def _value_axis(axes: "Axes", points: Sequence[Point]) -> None:
     finite = [point.y for point in points if math.isfinite(point.y)]
     if finite and max(finite) > LOG_RATIO * min(finite):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        within = max(finite) < 10 * min(finite)
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8) if within else (1, 2, 5))
+        )
         axes.yaxis.set_major_formatter("{x:,g}")
         axes.yaxis.set_minor_locator(NullLocator())
 

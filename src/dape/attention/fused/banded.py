@@ -120,7 +120,7 @@ def scores(
     """Fill `out` with `scale left right^T` of a band, divided by `unit` if given."""
     batch, heads, rows, size = left.shape
     tile = tile_of("scores", problem, rows)
-    grid = (cdiv(band.keys, tile.keys), cdiv(rows, tile.rows), batch * heads)
+    grid = (cdiv(band.keys, tile.keys) * cdiv(rows, tile.rows) * heads, batch)
     kernels.scores_kernel[grid](
         left, right, out, scale, left if unit is None else unit, rows, band.keys, band.shift,
         *strides(left), *strides(right), *out.stride()[:2],
@@ -341,7 +341,7 @@ def one_head(
     value_dim, place = grad_out.shape[3], (band.shift, problem.scale)
     shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim)}
     tile = tile_of("grad_query", problem, rows)
-    kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
+    kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch)](
         y, part.key, sums.unit, grad_query, rows, band.keys, *place,
         *y.stride()[:2], *strides(part.key), *strides(grad_query),
         heads, **shape, M=tile.rows, K=tile.keys,
@@ -350,7 +350,7 @@ def one_head(
     # Without a band to come, keys that no row sees have their zeros from this one.
     keys = band.keys if sums.add else part.key.shape[2]
     kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
-    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
+    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys) * kv_heads, batch)](
         x, y, query, grad_out, sums.unit, grad_key, grad_value,
         keys, rows, band.keys, *place,
         *x.stride()[:2], *strides(query), *strides(grad_out),

@@ -60,12 +60,13 @@ def scores_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for a tile of rows and keys of one head; grid (keys, rows, B H).
+    """X = scale left right^T for a tile of rows and keys of one head; grid (tiles H, B).
 
     If IN_UNITS, divided by `unit`.
     """
-    b, h = tl.program_id(2) // HEADS, tl.program_id(2) % HEADS
-    first_row, first_key = tl.program_id(1) * M, tl.program_id(0) * K
+    b, h, tile = tl.program_id(1), tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    across = tl.cdiv(num_keys, K)
+    first_row, first_key = tile // across * M, tile % across * K
     if CAUSAL and first_key > first_row + M - 1 + shift:
         return
     left += b.to(tl.int64) * left_b + h * left_h
@@ -472,9 +473,9 @@ def grad_query_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dA K of one head, with dA from Y; grid (rows, B H)."""
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    """Store dQ = unit scale dA K of one head, with dA from Y; grid (rows H, B)."""
+    b, h = tl.program_id(1), tl.program_id(0) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
     line = first_row + tl.arange(0, M)
     rows = line[:, None]
     b64 = b.to(tl.int64)
@@ -529,9 +530,9 @@ def grad_key_value_kernel(
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys, B Hkv)."""
-    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
-    first_key = tl.program_id(0) * K
+    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
+    b, kv = tl.program_id(1), tl.program_id(0) % KV_HEADS
+    first_key = tl.program_id(0) // KV_HEADS * K
     b64 = b.to(tl.int64)
     acc_k = tl.zeros((K, WIDE), tl.float32)
     acc_v = tl.zeros((K, WIDE_V), tl.float32)
