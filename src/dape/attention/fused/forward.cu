@@ -20,10 +20,6 @@
 // Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
 // V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: what rounding left of the output is stored too, ROWS and KEYS of a tile, MIXERS warps, QUERIES_SHARED: queries
 // in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-typedef unsigned int uint32;
-typedef unsigned char uint8;
 #if BF16
 typedef __nv_bfloat16 Element;
 #else
@@ -33,7 +29,7 @@ constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXE
 constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
-constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -1.f / 0.f;
+constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, NEVER = -__builtin_huge_valf();
 // A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {
@@ -46,37 +42,26 @@ struct Shared {
   float c[H][C_LINE];
 };
 
-__device__ __forceinline__ uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void copy16(uint32 to, const void* from, bool real) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)); }
-__device__ __forceinline__ void copy4(uint32 to, const void* from) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from)); }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-template <int ID> __device__ __forceinline__ void meet(int members) { asm volatile("bar.sync %0, %1;" ::"n"(ID), "r"(members) : "memory"); }
-template <int ID> __device__ __forceinline__ void arrive(int members) { asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(members) : "memory"); }
 // Scores of buffer `b` are there for the mixers; its logits are there for the heads.
-__device__ __forceinline__ void scores_there(int b) { if (b) arrive<2>(MEMBERS); else arrive<1>(MEMBERS); }
-__device__ __forceinline__ void await_scores(int b) { if (b) meet<2>(MEMBERS); else meet<1>(MEMBERS); }
-__device__ __forceinline__ void logits_there(int b) { if (b) arrive<4>(MEMBERS); else arrive<3>(MEMBERS); }
-__device__ __forceinline__ void await_logits(int b) { if (b) meet<4>(MEMBERS); else meet<3>(MEMBERS); }
-__device__ __forceinline__ void load4(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
-__device__ __forceinline__ void load4_turned(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
-__device__ __forceinline__ void store4_turned(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory"); }
+DEVICE void scores_there(int b) { if (b) arrive<2>(MEMBERS); else arrive<1>(MEMBERS); }
+DEVICE void await_scores(int b) { if (b) meet<2>(MEMBERS); else meet<1>(MEMBERS); }
+DEVICE void logits_there(int b) { if (b) arrive<4>(MEMBERS); else arrive<3>(MEMBERS); }
+DEVICE void await_logits(int b) { if (b) meet<4>(MEMBERS); else meet<3>(MEMBERS); }
+DEVICE void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
 #if BF16
-#define ELEMENT "bf16"
+  mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
 #else
-#define ELEMENT "f16"
+  mma(c, a[0], a[1], a[2], a[3], b0, b1);
 #endif
-__device__ __forceinline__ void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 // d = a b + c in fp16, whose accumulators are the next product's operand.
-__device__ __forceinline__ void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
-      : "=r"(d[0]), "=r"(d[1]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(c0), "r"(c1));
+DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
+  const uint2 sum = mma_half(make_uint4(a[0], a[1], a[2], a[3]), b[0], b[1], c0, c1);
+  d[0] = sum.x;
+  d[1] = sum.y;
 }
-__device__ __forceinline__ uint32 pack_half(float a, float b) { __half2 h = __floats2half2_rn(a, b); return *(uint32*)&h; }
-__device__ __forceinline__ uint32 pack(float a, float b) {
+DEVICE uint32 pack_half(float a, float b) { __half2 h = __floats2half2_rn(a, b); return *(uint32*)&h; }
+DEVICE uint32 pack(float a, float b) {
 #if BF16
   __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
   return *(uint32*)&h;
@@ -84,19 +69,18 @@ __device__ __forceinline__ uint32 pack(float a, float b) {
   return pack_half(a, b);
 #endif
 }
-__device__ __forceinline__ float2 unpack(uint32 v) {
+DEVICE float2 unpack(uint32 v) {
 #if BF16
   return __bfloat1622float2(*(__nv_bfloat162*)&v);
 #else
   return __half22float2(*(__half2*)&v);
 #endif
 }
-__device__ __forceinline__ uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
-__device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
-template <int N> __device__ __forceinline__ void set_registers() {
-  if constexpr (N > LAUNCHED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-  else if constexpr (N > 0) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+template <int N> DEVICE void set_registers() {
+  if constexpr (N > LAUNCHED) more_registers<N>();
+  else if constexpr (N > 0) fewer_registers<N>();
 }
 
 struct Arguments {
@@ -143,15 +127,15 @@ extern "C" __global__ void pack_tables(
 // The block of column 16 e: its first column and its width.
 __host__ __device__ constexpr int width_at(int e) { return 16 * e < E / 64 * 64 ? 64 : 16 * e < E / 32 * 32 ? 32 : 16; }
 __host__ __device__ constexpr int block_at(int e) { return 16 * e < E / 64 * 64 ? 16 * e / 64 * 64 : 16 * e < E / 32 * 32 ? E / 64 * 64 : E / 32 * 32; }
-__device__ __forceinline__ constexpr int swap_of(int line, int width) { return width == 64 ? line & 7 : width == 32 ? line >> 1 & 3 : line >> 2 & 1; }
+DEVICE constexpr int swap_of(int line, int width) { return width == 64 ? line & 7 : width == 32 ? line >> 1 & 3 : line >> 2 & 1; }
 // A lane's line of an ldmatrix of columns 16 e .. 16 e + 15 of COUNT lines; `line` is its place in 16 of them, `upper` is set for the
 // upper 8 columns.
-template <int COUNT> __device__ __forceinline__ uint32 line_address(uint32 base, int p, int e, int line, int upper) {
+template <int COUNT> DEVICE uint32 line_address(uint32 base, int p, int e, int line, int upper) {
   const int width = width_at(e), first = block_at(e);
   return base + (COUNT * first + (16 * p + line) * width) * 2 + (((16 * e - first) / 8) ^ upper ^ swap_of(line, width)) * 16;
 }
 // A lane's share of the copies of a block of columns; `from` is the lane's own piece of the first line.
-template <int COUNT, int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __forceinline__ void load_block(uint32 to, const Element* from, int lines, int lane) {
+template <int COUNT, int WIDTH, int FIRST, int STRIDE, bool WHOLE> DEVICE void load_block(uint32 to, const Element* from, int lines, int lane) {
   constexpr int PIECES = WIDTH / 8, STEP = 32 / PIECES;
   const int piece = lane % PIECES, line = lane / PIECES;
   const uint32 at = to + COUNT * FIRST * 2 + line * WIDTH * 2 + (piece ^ swap_of(line, WIDTH)) * 16;
@@ -162,7 +146,7 @@ template <int COUNT, int WIDTH, int FIRST, int STRIDE, bool WHOLE> __device__ __
     copy16(here, real ? from + j * STEP * STRIDE : from, real);
   }
 }
-template <int WIDTH, int STRIDE> __device__ __forceinline__ int own_piece(int lane) { return lane / (WIDTH / 8) * STRIDE + lane % (WIDTH / 8) * 8; }
+template <int WIDTH, int STRIDE> DEVICE int own_piece(int lane) { return lane / (WIDTH / 8) * STRIDE + lane % (WIDTH / 8) * 8; }
 
 // The lines of one tile after the other, zero past the last.
 template <int COUNT, int STRIDE> struct Lines {
@@ -170,16 +154,16 @@ template <int COUNT, int STRIDE> struct Lines {
   uint32 to;
   int left, lane;
   static constexpr int WIDEST = E >= 64 ? 64 : E >= 32 ? 32 : 16;
-  __device__ __forceinline__ Lines(const Element* first, Element* stage, int keys, int lane)
+  DEVICE Lines(const Element* first, Element* stage, int keys, int lane)
       : from(first + own_piece<WIDEST, STRIDE>(lane)), to(address(stage)), left(keys), lane(lane) {}
-  template <bool WHOLE> __device__ __forceinline__ void copy() const {
+  template <bool WHOLE> DEVICE void copy() const {
 #pragma unroll
     for (int block = 0; block < E / 64; block++) load_block<COUNT, 64, 0, STRIDE, WHOLE>(to + COUNT * block * 128, from + 64 * block, left, lane);
     const Element* line = from - own_piece<WIDEST, STRIDE>(lane);
     if constexpr (E & 32) load_block<COUNT, 32, E / 64 * 64, STRIDE, WHOLE>(to, line + own_piece<32, STRIDE>(lane) + E / 64 * 64, left, lane);
     if constexpr (E & 16) load_block<COUNT, 16, E / 32 * 32, STRIDE, WHOLE>(to, line + own_piece<16, STRIDE>(lane) + E / 32 * 32, left, lane);
   }
-  __device__ __forceinline__ void load() {
+  DEVICE void load() {
     if (left >= COUNT) copy<true>();
     else copy<false>();
     from += COUNT * STRIDE;
@@ -187,7 +171,7 @@ template <int COUNT, int STRIDE> struct Lines {
   }
 };
 
-__device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int lane) {
+DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const uint32 to_k = address(s.k[h]), to_v = address(s.v[h]), to_c = address(s.c[h]);
   const float* fixed = a.fixed + (long long)h * a.distances;
@@ -196,8 +180,8 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
     const float* from = fixed + a.row0 + a.offset + ROWS - 1 - n * KEYS - a.low;
 #pragma unroll
     for (int i = lane; i < SPAN; i += 32) {
-      copy4(to_c + i * 4, from - i);
-      copy4(to_c + (COPY + i) * 4, from - i - 1);
+      copy4(to_c + i * 4, from - i, true);
+      copy4(to_c + (COPY + i) * 4, from - i - 1, true);
     }
   };
   Lines<KEYS, K_T> key_lines(a.k, s.k[h], a.keys, lane);
@@ -389,7 +373,7 @@ __device__ __forceinline__ void attend(Shared& s, const Arguments& a, int h, int
     }
 }
 
-__device__ __forceinline__ void load_units(uint32 (&u)[UT], const char* table, int distance) {
+DEVICE void load_units(uint32 (&u)[UT], const char* table, int distance) {
   const char* from = table + distance * UNITS * 2;
 #pragma unroll
   for (int m = 0; m < UT; m += UT % 4 ? 2 : 4)
@@ -398,7 +382,7 @@ __device__ __forceinline__ void load_units(uint32 (&u)[UT], const char* table, i
 }
 
 // Two groups of 16 slots, 64 bytes apart: U of their rows g is in `first`, of their rows g + 8 in `second`.
-__device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
+DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
   uint32 x[2][4], y[2][2][2];
 #pragma unroll
   for (int q = 0; q < 2; q++) load4_turned(x[q], at + q * 64);
@@ -424,7 +408,7 @@ __device__ __forceinline__ void mix_pair(uint32 at, const uint32 (&first)[2][UT]
   for (int q = 0; q < 2; q++) store4_turned(at + q * 64, y[q][0][0], y[q][0][1], y[q][1][0], y[q][1][1]);
 }
 
-__device__ __forceinline__ void mix(Shared& s, const Arguments& a, int mixer, int lane) {
+DEVICE void mix(Shared& s, const Arguments& a, int mixer, int lane) {
   const int g = lane >> 2, t = lane & 3, thread = 32 * mixer + lane;
   auto load_hidden = [&](int n) {
     const __half* from = a.hidden + (long long)(a.row0 + a.offset - (KEYS - 1) - n * KEYS - a.low) * UNITS;

@@ -53,9 +53,10 @@ def word(argument: Tensor | int | float) -> int:
 
 
 def source_of(file: str, defines: dict[str, int]) -> str:
-    """Return the source in a file beside this one behind some macros."""
-    text = files("dape.attention.fused").joinpath(file).read_text()
-    return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), text])
+    """Return the source in a file beside this one behind some macros and `ptx.cuh`."""
+    folder = files("dape.attention.fused")
+    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", file))
+    return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 
 
 def kernel(source: str, name: str, capability: str | None = None, shared_memory: int = 0) -> Kernel:

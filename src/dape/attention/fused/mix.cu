@@ -15,41 +15,22 @@
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
 // Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile, WARPS.
-#include <cuda_fp16.h>
-typedef unsigned int uint32;
-typedef unsigned char uint8;
 constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = WARPS + KEYS, STAGES = 3;
 static_assert(ROWS == KEYS, "the tiles of a diagonal are whole blocks of the scratch");
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NEVER = -1.f / 0.f;
+constexpr float NEVER = -__builtin_huge_valf();
 
-__device__ __forceinline__ void mma(float (&c)[4], uint32 a0, uint32 a1, uint32 a2, uint32 a3, uint32 b0, uint32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ uint2 mma_half(uint4 a, uint32 b0, uint32 b1, uint32 c0, uint32 c1) {
-  uint2 d;
-  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%9};"
-      : "=r"(d.x), "=r"(d.y) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
-  return d;
-}
-__device__ __forceinline__ uint32 turn(uint32 block) {
-  uint32 turned;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(block));
-  return turned;
-}
-__device__ __forceinline__ __half2 half2_of(uint32 x) { return *(__half2*)&x; }
-__device__ __forceinline__ uint32 bits(__half2 x) { return *(uint32*)&x; }
-__device__ __forceinline__ uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
-__device__ __forceinline__ uint32 leaky(uint32 z) { __half2 v = half2_of(z); return bits(__hmax2(v, __hmul2(v, __float2half2_rn(0.01f)))); }
+DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
+DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
+DEVICE uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
+DEVICE uint32 leaky(uint32 z) { __half2 v = half2_of(z); return bits(__hmax2(v, __hmul2(v, __float2half2_rn(0.01f)))); }
 // d leaky'(z): half of d (1 + slope) and half of d (1 - slope) with the sign of z.
-__device__ __forceinline__ uint32 leaky_backward(uint32 d, uint32 z) {
+DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
   __half2 signed_d = half2_of(d ^ (z & 0x80008000u));
   return bits(__hfma2(half2_of(d), __float2half2_rn(0.505f), __hmul2(signed_d, __float2half2_rn(0.495f))));
 }
-__device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 // The key of a warp's 32 that is column c of key tile p.
-__device__ __forceinline__ int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
+DEVICE int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
 
 struct Place {  // the tiles of a block: a segment of its diagonal, and its first row of each
   int first, last, start, row;
@@ -71,7 +52,7 @@ struct Weights {
   uint4 out_turned[STEPS][32], in_turned[STEPS][32];
 #endif
 };
-__device__ __forceinline__ void load_weights(Weights& w, const float* w1, const float* w2) {
+DEVICE void load_weights(Weights& w, const float* w1, const float* w2) {
   if (threadIdx.x >= 32) return;
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   auto in = [&](int unit, int head) { return unit < D && head < H ? w1[unit * H + head] : 0.f; };
@@ -94,7 +75,7 @@ __device__ __forceinline__ void load_weights(Weights& w, const float* w1, const 
 
 // A lane's part of a matrix, which stays in registers.
 typedef uint4 Matrix[STEPS];
-__device__ __forceinline__ void take(Matrix& matrix, const uint4 (&from)[STEPS][32], int lane) {
+DEVICE void take(Matrix& matrix, const uint4 (&from)[STEPS][32], int lane) {
 #pragma unroll
   for (int s = 0; s < STEPS; s++) matrix[s] = from[s][lane];
 }
@@ -102,7 +83,7 @@ __device__ __forceinline__ void take(Matrix& matrix, const uint4 (&from)[STEPS][
 // U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C, in base 2,
 // as scores lie.
 struct Tables { uint2 u[2][UT][32]; float2 c[2][4][32]; };
-__device__ __forceinline__ void load_tables(Tables& tables, const float* hidden_table, const float* static_table, int size, int delta0, int lane) {
+DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* static_table, int size, int delta0, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int f = 0; f < 2; f++)
@@ -126,42 +107,33 @@ __device__ __forceinline__ void load_tables(Tables& tables, const float* hidden_
   }
 }
 
-__device__ __forceinline__ void copy16(void* to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 16 : 0));
-}
-__device__ __forceinline__ void copy4(void* to, const void* from, bool real) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"((uint32)__cvta_generic_to_shared(to)), "l"(from), "r"(real ? 4 : 0));
-}
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-
 // A tile on its way, 32 scores of heads g and g + 8, 16 bytes a lane, and half of one in registers.
 typedef uint4 Ring[2][32];
 typedef uint32 Half[2][2];
-__device__ __forceinline__ void fetch_tile(Ring& ring, const __half* from, bool inside, int g, int lane) {
+DEVICE void fetch_tile(Ring& ring, const __half* from, bool inside, int g, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) copy16(&ring[r][lane], from + r * 8 * KEYS, inside && 8 * r + g < H);
+  for (int r = 0; r < 2; r++) copy16(address(&ring[r][lane]), from + r * 8 * KEYS, inside && 8 * r + g < H);
 }
 // Half f of a tile that has arrived, and back: 8 bytes of the lane's own 16.
-__device__ __forceinline__ void take_half(Half& x, const Ring& ring, int f, int lane) {
+DEVICE void take_half(Half& x, const Ring& ring, int f, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const uint2 v = ((const uint2*)&ring[r][lane])[f];
     x[r][0] = v.x; x[r][1] = v.y;
   }
 }
-__device__ __forceinline__ void put_half(Ring& ring, const Half& x, int f, int lane) {
+DEVICE void put_half(Ring& ring, const Half& x, int f, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++) ((uint2*)&ring[r][lane])[f] = make_uint2(x[r][0], x[r][1]);
 }
-__device__ __forceinline__ void store_tile(const Ring& ring, __half* to, bool inside, int g, int lane) {
+DEVICE void store_tile(const Ring& ring, __half* to, bool inside, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
     if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * KEYS) = ring[r][lane];
 }
 
 // Which keys of half f of a tile a warp's row sees, as masks of halves.
-__device__ __forceinline__ void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_key, int t, int keys, const uint8* mask) {
+DEVICE void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_key, int t, int keys, const uint8* mask) {
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const int place = 8 * t + 4 * f + 2 * e, low = first_key + place, high = low + 1, delta = delta0 - place;
@@ -171,8 +143,8 @@ __device__ __forceinline__ void look(uint32 (&seen)[2], int f, bool real_row, in
   }
 }
 // Whether a row at that distance from the first of its keys may see them all.
-__device__ __forceinline__ bool sees_all(int delta0) { return !MASKED && (!CAUSAL || delta0 >= KEYS - 1); }
-__device__ __forceinline__ void hide(Half& x, const uint32 (&seen)[2]) {
+DEVICE bool sees_all(int delta0) { return !MASKED && (!CAUSAL || delta0 >= KEYS - 1); }
+DEVICE void hide(Half& x, const uint32 (&seen)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
 #pragma unroll
@@ -180,9 +152,9 @@ __device__ __forceinline__ void hide(Half& x, const uint32 (&seen)[2]) {
 }
 
 // Half of a tile, [head, key] of key tiles 2 f and 2 f + 1, as the A operand [key, head].
-__device__ __forceinline__ uint4 turn_half(const Half& x) { return make_uint4(turn(x[0][0]), turn(x[0][1]), turn(x[1][0]), turn(x[1][1])); }
+DEVICE uint4 turn_half(const Half& x) { return make_uint4(turn(x[0][0]), turn(x[0][1]), turn(x[1][0]), turn(x[1][1])); }
 // The hidden units of 16 keys: fragments [unit tile] of [key, unit].
-__device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Matrix& w, int lane) {
+DEVICE void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Matrix& w, int lane) {
   uint4 turned = turn_half(x);
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
@@ -196,7 +168,7 @@ __device__ __forceinline__ void first_layer(uint2 (&hidden)[UT], const Half& x, 
   }
 }
 // start + W[head, unit] v[unit, key] for key tile e of the pair whose fragments [key, unit] are v.
-__device__ __forceinline__ uint2 across_units(uint2 start, const Matrix& w, const uint2 (&v)[UT], int e) {
+DEVICE uint2 across_units(uint2 start, const Matrix& w, const uint2 (&v)[UT], int e) {
 #pragma unroll
   for (int s = 0; s < STEPS; s++) start = mma_half(w[s], e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
   return start;
@@ -272,9 +244,9 @@ struct Cursor {
   uint32 at, stat, mask;
 };
 // Where a float2 of row g goes within a line of sums, so that the lanes of a store meet different banks.
-__device__ __forceinline__ int unit_place(int unit, int g) { return unit ^ 8 * (UNITS == 16 ? g >> 1 & 1 : g & 3); }
-__device__ __forceinline__ int key_place(int key, int g) { return key ^ 2 * (g & 3); }
-__device__ __forceinline__ int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_of`
+DEVICE int unit_place(int unit, int g) { return unit ^ 8 * (UNITS == 16 ? g >> 1 & 1 : g & 3); }
+DEVICE int key_place(int key, int g) { return key ^ 2 * (g & 3); }
+DEVICE int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_of`
 
 // X <- P, Y <- dA; the sums of U, C, W1 and W2 go to the block's slot, or are added to what is there. A block walks
 // over the same diagonal of some elements, one after the other.
@@ -325,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     const bool real = fetched++ < total && next.left > 0;
     fetch_tile(ring[into].x, x + (real ? next.at : 0), real, g, lane);
     fetch_tile(ring[into].y, y + (real ? next.at : 0), real, g, lane);
-    copy4(&ring[into].stats[0][lane], (lane < HEADS ? lse : delta) + (real ? next.stat : 0), real);
+    copy4(address(&ring[into].stats[0][lane]), (lane < HEADS ? lse : delta) + (real ? next.stat : 0), real);
     commit();
     advance(next);
   };

@@ -1,0 +1,36 @@
+"""The CUDA kernels on a CPU: compiled as C++, with `emulated.h` in place of `ptx.cuh`."""
+
+import ctypes
+import subprocess
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+
+from dape.attention.fused.launch import word
+
+HERE = Path(__file__).parent
+PTX = files("dape.attention.fused").joinpath("ptx.cuh").read_text()
+ENTRY = """
+extern "C" void entry(const uint64_t* words, const int* grid, int width) {{
+  launch({name}, words, grid, width);
+}}
+"""
+
+
+def compiled(source, name, folder):
+    """Return the kernel of a source as `launch.kernel` does, for tensors on a CPU."""
+    assert PTX in source
+    text = source.replace(PTX, '#include "emulated.h"') + ENTRY.format(name=name)
+    path = folder / f"{name}-{sha256(text.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        given = folder / f"{path.stem}.cpp"
+        given.write_text(text)
+        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}"]
+        subprocess.run(["c++", *flags, given, "-o", path], check=True)
+    entry = ctypes.CDLL(str(path)).entry
+
+    def start(grid, block, args):
+        words = (ctypes.c_uint64 * len(args))(*map(word, args))
+        entry(words, (ctypes.c_int * 3)(*grid), block[0])
+
+    return start
