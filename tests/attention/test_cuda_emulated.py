@@ -142,8 +142,8 @@ def relative(found, exact):
 def check(call):
     """Compare with float64, by the errors of the textbook in bf16.
 
-    A hidden unit that is zero but for rounding has one of two slopes, which is much in the gradients
-    of so few keys; a wrong kernel is off by 30 times the textbook's error.
+    A hidden unit that is zero but for rounding has one of two slopes, which is much in gradients of
+    so few keys; a wrong kernel is off by 30 times the textbook's error.
     """
     for i, (found, exact, rounded) in enumerate(zip(*solve(call), strict=True)):
         assert relative(found, exact) <= (2 if i < 4 else 4) * relative(rounded, exact)

@@ -25,7 +25,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Keys of one head that lie side by side in the scratch.
-BLOCK = tl.constexpr(32)
+BLOCK = tl.constexpr(64)
 
 
 @triton.jit
@@ -47,9 +47,13 @@ def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
 
 @triton.jit
 def places(rows, first_key, row_size, heads, K: tl.constexpr):
-    """Return where K keys of one head lie in the scratch, from a multiple of BLOCK on."""
+    """Return where K keys of one head lie in the scratch, from a multiple of K on."""
     keys = tl.arange(0, K)[None, :]
-    columns = first_key * heads + keys // BLOCK * (BLOCK * heads) + keys % BLOCK
+    if K < BLOCK:
+        keys += first_key
+        columns = keys // BLOCK * (BLOCK * heads) + keys % BLOCK
+    else:
+        columns = first_key * heads + keys // BLOCK * (BLOCK * heads) + keys % BLOCK
     return rows.to(tl.int64) * row_size + columns
 
 

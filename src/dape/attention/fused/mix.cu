@@ -14,11 +14,12 @@
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
-// Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile, WARPS.
+// Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile, WARPS,
+// BLOCK keys of a head side by side in the scratch.
 constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = WARPS + KEYS, STAGES = 3;
-static_assert(ROWS == KEYS, "the tiles of a diagonal are whole blocks of the scratch");
+static_assert(ROWS == KEYS && BLOCK % KEYS == 0, "a line of a tile lies within a block of the scratch");
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr float NEVER = -__builtin_huge_valf();
+#define NEVER (-1.f / 0.f)
 
 DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
@@ -29,6 +30,8 @@ DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
   __half2 signed_d = half2_of(d ^ (z & 0x80008000u));
   return bits(__hfma2(half2_of(d), __float2half2_rn(0.505f), __hmul2(signed_d, __float2half2_rn(0.495f))));
 }
+// Where a line of a tile lies in a row of the scratch, by its first key.
+DEVICE int along(int key) { return (key & -BLOCK) * H + (key & (BLOCK - 1)); }
 // The key of a warp's 32 that is column c of key tile p.
 DEVICE int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
 
@@ -112,7 +115,7 @@ typedef uint4 Ring[2][32];
 typedef uint32 Half[2][2];
 DEVICE void fetch_tile(Ring& ring, const __half* from, bool inside, int g, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) copy16(address(&ring[r][lane]), from + r * 8 * KEYS, inside && 8 * r + g < H);
+  for (int r = 0; r < 2; r++) copy16(address(&ring[r][lane]), from + r * 8 * BLOCK, inside && 8 * r + g < H);
 }
 // Half f of a tile that has arrived, and back: 8 bytes of the lane's own 16.
 DEVICE void take_half(Half& x, const Ring& ring, int f, int lane) {
@@ -129,7 +132,7 @@ DEVICE void put_half(Ring& ring, const Half& x, int f, int lane) {
 DEVICE void store_tile(const Ring& ring, __half* to, bool inside, int g, int lane) {
 #pragma unroll
   for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * KEYS) = ring[r][lane];
+    if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * BLOCK) = ring[r][lane];
 }
 
 // Which keys of half f of a tile a warp's row sees, as masks of halves.
@@ -198,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   auto fetch = [&](int tile) {
     int row = tile * ROWS + m, key = place.start + tile * ROWS;
     bool inside = tile < place.last && row < rows;
-    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + key * H + g * KEYS + 8 * t : 0), inside, g, lane);
+    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + along(key) + g * BLOCK + 8 * t : 0), inside, g, lane);
     commit();
   };
 #pragma unroll
@@ -233,12 +236,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
       }
       put_half(stage, xf, f, lane);
     }
-    store_tile(stage, base + row * x_t + first_key * H + g * KEYS + 8 * t, real_row, g, lane);
+    store_tile(stage, base + row * x_t + along(first_key) + g * BLOCK + 8 * t, real_row, g, lane);
     __syncwarp();
   }
 }
 #else
-// A tile of a walk: those that are left of its element, whether its row exists, its first key, and where it lies.
+// A tile of a walk: those that are left of its element, whether its row exists, its first key, and where its row lies.
 struct Cursor {
   int tiles, left, key;
   uint32 at, stat, mask;
@@ -279,9 +282,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
   const uint32 ones = 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u;
   const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS, left0 = min(ROWS * tiles, rows - row0);
-  const int step = ROWS * x_t + KEYS * H, stat_step = ROWS * stat_t;
+  const int step = ROWS * x_t, stat_step = ROWS * stat_t;
   Cursor here = {
-      tiles, left0, key0, (uint32)(first_element * x_b + row0 * x_t + key0 * H + g * KEYS + 8 * t),
+      tiles, left0, key0, (uint32)(first_element * x_b + row0 * x_t + g * BLOCK + 8 * t),
       (uint32)(first_element * stat_b + min(lane % HEADS, H - 1) * stat_h + row0 * stat_t), (uint32)(first_element * mask_b)};
   Cursor next = here;
   auto advance = [&](Cursor& c) {
@@ -295,8 +298,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   int fetched = 0;
   auto fetch = [&](int into) {
     const bool real = fetched++ < total && next.left > 0;
-    fetch_tile(ring[into].x, x + (real ? next.at : 0), real, g, lane);
-    fetch_tile(ring[into].y, y + (real ? next.at : 0), real, g, lane);
+    const uint32 from = real ? next.at + along(next.key) : 0;
+    fetch_tile(ring[into].x, x + from, real, g, lane);
+    fetch_tile(ring[into].y, y + from, real, g, lane);
     copy4(address(&ring[into].stats[0][lane]), (lane < HEADS ? lse : delta) + (real ? next.stat : 0), real);
     commit();
     advance(next);
@@ -372,11 +376,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
         ys[0][2 * f + e] = da.x; ys[1][2 * f + e] = da.y;
       }
     }
+    const uint32 to = here.at + along(here.key);
 #pragma unroll
     for (int r = 0; r < 2; r++)
       if (here.left > 0 && 8 * r + g < H) {
-        *(uint4*)(x + here.at + r * 8 * KEYS) = *(uint4*)xs[r];
-        *(uint4*)(y + here.at + r * 8 * KEYS) = *(uint4*)ys[r];
+        *(uint4*)(x + to + r * 8 * BLOCK) = *(uint4*)xs[r];
+        *(uint4*)(y + to + r * 8 * BLOCK) = *(uint4*)ys[r];
       }
     __syncwarp();
   }

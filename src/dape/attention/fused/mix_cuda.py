@@ -5,7 +5,7 @@ from functools import cache
 from torch import Tensor
 
 from dape.attention.fused import forward_cuda
-from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals
+from dape.attention.fused.geometry import ALIGNMENT, Band, Mixing, Problem, diagonals
 from dape.attention.fused.launch import Kernel, kernel, source_of
 from dape.attention.fused.slots import Slots, padded
 
@@ -82,10 +82,10 @@ def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:
     """Return what the source is compiled for, in the order of `NAMES`."""
     hidden, heads = mixing.weight_in.shape
     switches = int(problem.causal), int(problem.mask is not None)
-    return heads, hidden, padded(mixing)[0], *switches, tile_rows, tile_keys, WARPS
+    return heads, hidden, padded(mixing)[0], *switches, tile_rows, tile_keys, WARPS, ALIGNMENT
 
 
-NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS")
+NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS", "BLOCK")
 
 
 def source(name: str, *values: int) -> str:
