@@ -77,9 +77,9 @@ def scores_kernel(
     right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
     a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
     k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
-    out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
     if IN_UNITS:
-        out /= tl.load(unit)
+        scale = scale / tl.load(unit)
+    out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
     if x.dtype.element_ty == tl.float16:
         out = tl.clamp(out, -65504.0, 65504.0)
     rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
