@@ -2,7 +2,7 @@
 //
 // A warp owns 32 neighbouring keys of one row and walks down a diagonal of tiles (ROWS rows, one a warp,
 // times KEYS keys), so that its distances, and with them its entries of U and C, never change. Lane
-// (g, t) = (lane / 4, lane % 4) loads 16 bytes for each of heads g and g + 8: keys 8 t .. 8 t + 7. Pair p of
+// (g, t) = (lane / 4, lane % 4) loads 16 bytes for each of heads g, g + 8, ...: keys 8 t .. 8 t + 7. Pair p of
 // them is column pair (2 t, 2 t + 1) of key tile p, an 8 x 8 block [head, key] that mma.sync takes as it is
 // and movmatrix turns into [key, head]. The next tiles are on their way meanwhile, by cp.async into a ring
 // that is each warp's own: with few warps on a multiprocessor, latency is what costs. A block has WARPS of the
@@ -14,9 +14,10 @@
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
-// Macros: H heads, D hidden units padded to UNITS (16 or 32), CAUSAL, MASKED, ROWS, KEYS of a tile, WARPS,
-// BLOCK keys of a head side by side in the scratch.
-constexpr int SHARES = ROWS / WARPS, HEADS = 16, UT = UNITS / 8, STEPS = UNITS / 16, LINES = WARPS + KEYS, STAGES = 3;
+// Macros: H heads padded to HEADS, D hidden units padded to UNITS (16 or 32 both), CAUSAL, MASKED, ROWS, KEYS of a
+// tile, WARPS, STAGES of the ring, BLOCK keys of a head side by side in the scratch, SHARED bytes of shared memory.
+constexpr int SHARES = ROWS / WARPS, LINES = WARPS + KEYS;
+constexpr int UT = UNITS / 8, STEPS = UNITS / 16, HT = HEADS / 8, PARTS = HEADS / 16;  // tiles of 8, and of 16
 static_assert(ROWS == KEYS && BLOCK % KEYS == 0, "a line of a tile lies within a block of the scratch");
 constexpr float LOG2E = 1.4426950408889634f;
 #define NEVER (-1.f / 0.f)
@@ -47,45 +48,55 @@ struct Place {  // the tiles of a block: a segment of its diagonal, and its firs
   }
 };
 
-// The weights as fragments, 16 bytes a lane: W1 [unit, head] and W2^T [unit, head] as B operands of two unit tiles
-// each, W2 [head, unit] and W1^T [head, unit] as A operands of 16 units each.
+// The weights as fragments of 16 heads each, 16 bytes a lane: W1 [unit, head] and W2^T [unit, head] as B operands of two
+// unit tiles each, W2 [head, unit] and W1^T [head, unit] as A operands of 16 units each.
+typedef uint4 Matrix[PARTS][STEPS][32];
 struct Weights {
-  uint4 in[STEPS][32], out[STEPS][32];
+  Matrix in, out;
 #ifdef BACKWARD
-  uint4 out_turned[STEPS][32], in_turned[STEPS][32];
+  Matrix out_turned, in_turned;
 #endif
 };
 DEVICE void load_weights(Weights& w, const float* w1, const float* w2) {
-  if (threadIdx.x >= 32) return;
-  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const int part = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if (part >= PARTS) return;
   auto in = [&](int unit, int head) { return unit < D && head < H ? w1[unit * H + head] : 0.f; };
   auto out = [&](int head, int unit) { return unit < D && head < H ? w2[head * D + unit] : 0.f; };
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
-    int unit = 16 * s + g, head = 2 * t, line = g, column = 16 * s + 2 * t;
-    w.in[s][lane] = make_uint4(pack(in(unit, head), in(unit, head + 1)), pack(in(unit, head + 8), in(unit, head + 9)),
-                               pack(in(unit + 8, head), in(unit + 8, head + 1)), pack(in(unit + 8, head + 8), in(unit + 8, head + 9)));
-    w.out[s][lane] = make_uint4(pack(out(line, column), out(line, column + 1)), pack(out(line + 8, column), out(line + 8, column + 1)),
-                                pack(out(line, column + 8), out(line, column + 9)), pack(out(line + 8, column + 8), out(line + 8, column + 9)));
+    int unit = 16 * s + g, head = 16 * part + 2 * t, line = 16 * part + g, column = 16 * s + 2 * t;
+    w.in[part][s][lane] = make_uint4(pack(in(unit, head), in(unit, head + 1)), pack(in(unit, head + 8), in(unit, head + 9)),
+                                     pack(in(unit + 8, head), in(unit + 8, head + 1)), pack(in(unit + 8, head + 8), in(unit + 8, head + 9)));
+    w.out[part][s][lane] = make_uint4(pack(out(line, column), out(line, column + 1)), pack(out(line + 8, column), out(line + 8, column + 1)),
+                                      pack(out(line, column + 8), out(line, column + 9)), pack(out(line + 8, column + 8), out(line + 8, column + 9)));
 #ifdef BACKWARD
-    w.out_turned[s][lane] = make_uint4(pack(out(head, unit), out(head + 1, unit)), pack(out(head + 8, unit), out(head + 9, unit)),
-                                       pack(out(head, unit + 8), out(head + 1, unit + 8)), pack(out(head + 8, unit + 8), out(head + 9, unit + 8)));
-    w.in_turned[s][lane] = make_uint4(pack(in(column, line), in(column + 1, line)), pack(in(column, line + 8), in(column + 1, line + 8)),
-                                      pack(in(column + 8, line), in(column + 9, line)), pack(in(column + 8, line + 8), in(column + 9, line + 8)));
+    w.out_turned[part][s][lane] = make_uint4(pack(out(head, unit), out(head + 1, unit)), pack(out(head + 8, unit), out(head + 9, unit)),
+                                             pack(out(head, unit + 8), out(head + 1, unit + 8)), pack(out(head + 8, unit + 8), out(head + 9, unit + 8)));
+    w.in_turned[part][s][lane] = make_uint4(pack(in(column, line), in(column + 1, line)), pack(in(column, line + 8), in(column + 1, line + 8)),
+                                            pack(in(column + 8, line), in(column + 9, line)), pack(in(column + 8, line + 8), in(column + 9, line + 8)));
 #endif
   }
 }
-
-// A lane's part of a matrix, which stays in registers.
-typedef uint4 Matrix[STEPS];
-DEVICE void take(Matrix& matrix, const uint4 (&from)[STEPS][32], int lane) {
+// A lane's part of a matrix: in registers, unless there are as many heads that the sums fill them.
+struct Held {
+#if HEADS == 16
+  uint4 own[STEPS];
+  __device__ Held(const Matrix& from, int lane) {
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) matrix[s] = from[s][lane];
-}
+    for (int s = 0; s < STEPS; s++) own[s] = from[0][s][lane];
+  }
+  DEVICE uint4 at(int, int s) const { return own[s]; }
+#else
+  const Matrix& from;
+  int lane;
+  __device__ Held(const Matrix& from, int lane) : from(from), lane(lane) {}
+  DEVICE uint4 at(int part, int s) const { return from[part][s][lane]; }
+#endif
+};
 
 // U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C, in base 2,
 // as scores lie.
-struct Tables { uint2 u[2][UT][32]; float2 c[2][4][32]; };
+struct Tables { uint2 u[2][UT][32]; float2 c[HT][4][32]; };
 DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* static_table, int size, int delta0, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -100,7 +111,7 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
       tables.u[f][n][lane] = make_uint2(at(0), at(1));
     }
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
+  for (int r = 0; r < HT; r++) {
     const int head = 8 * r + g;
     const float* line = static_table + head * size;
     // Heads that are padding have no weight.
@@ -110,29 +121,28 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
   }
 }
 
-// A tile on its way, 32 scores of heads g and g + 8, 16 bytes a lane, and half of one in registers.
-typedef uint4 Ring[2][32];
-typedef uint32 Half[2][2];
+// A tile on its way, 32 scores of every eighth head, 16 bytes a lane; the lane's own; and the half of them for 16 keys.
+typedef uint4 Ring[HT][32];
+typedef uint32 Own[HT][4];
+typedef uint32 Half[HT][2];
 DEVICE void fetch_tile(Ring& ring, const __half* from, bool inside, int g, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) copy16(address(&ring[r][lane]), from + r * 8 * BLOCK, inside && 8 * r + g < H);
+  for (int r = 0; r < HT; r++) copy16(address(&ring[r][lane]), from + r * 8 * BLOCK, inside && 8 * r + g < H);
 }
-// Half f of a tile that has arrived, and back: 8 bytes of the lane's own 16.
-DEVICE void take_half(Half& x, const Ring& ring, int f, int lane) {
+DEVICE void take_tile(Own& x, const Ring& ring, int lane) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
-    const uint2 v = ((const uint2*)&ring[r][lane])[f];
-    x[r][0] = v.x; x[r][1] = v.y;
-  }
+  for (int r = 0; r < HT; r++) *(uint4*)x[r] = ring[r][lane];
 }
-DEVICE void put_half(Ring& ring, const Half& x, int f, int lane) {
+DEVICE void take_half(Half& half, const Own& x, int f) {
 #pragma unroll
-  for (int r = 0; r < 2; r++) ((uint2*)&ring[r][lane])[f] = make_uint2(x[r][0], x[r][1]);
+  for (int r = 0; r < HT; r++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) half[r][e] = x[r][2 * f + e];
 }
-DEVICE void store_tile(const Ring& ring, __half* to, bool inside, int g, int lane) {
+DEVICE void store_tile(const Own& x, __half* to, bool inside, int g) {
 #pragma unroll
-  for (int r = 0; r < 2; r++)
-    if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * BLOCK) = ring[r][lane];
+  for (int r = 0; r < HT; r++)
+    if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * BLOCK) = *(const uint4*)x[r];
 }
 
 // Which keys of half f of a tile a warp's row sees, as masks of halves.
@@ -149,31 +159,39 @@ DEVICE void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_
 DEVICE bool sees_all(int delta0) { return !MASKED && (!CAUSAL || delta0 >= KEYS - 1); }
 DEVICE void hide(Half& x, const uint32 (&seen)[2]) {
 #pragma unroll
-  for (int r = 0; r < 2; r++)
+  for (int r = 0; r < HT; r++)
 #pragma unroll
     for (int e = 0; e < 2; e++) x[r][e] &= seen[e];
 }
 
-// Half of a tile, [head, key] of key tiles 2 f and 2 f + 1, as the A operand [key, head].
-DEVICE uint4 turn_half(const Half& x) { return make_uint4(turn(x[0][0]), turn(x[0][1]), turn(x[1][0]), turn(x[1][1])); }
-// The hidden units of 16 keys: fragments [unit tile] of [key, unit].
-DEVICE void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Matrix& w, int lane) {
-  uint4 turned = turn_half(x);
+// c += x[head, key] b[key, column] for the heads of a part and 16 keys.
+DEVICE void add_product(float (&c)[4], const Half& x, int part, uint32 b0, uint32 b1) { mma(c, x[2 * part][0], x[2 * part + 1][0], x[2 * part][1], x[2 * part + 1][1], b0, b1); }
+// start + x[key, head] W[head, unit] for 16 keys: fragments [unit tile] of [key, unit].
+DEVICE void across_heads(uint2 (&z)[UT], const Half& x, const Held& w) {
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) {
-    const uint4 in = w[s];
+  for (int part = 0; part < PARTS; part++) {
+    // [head, key] of two key tiles, turned into the A operand [key, head].
+    const uint4 turned = make_uint4(turn(x[2 * part][0]), turn(x[2 * part][1]), turn(x[2 * part + 1][0]), turn(x[2 * part + 1][1]));
 #pragma unroll
-    for (int n = 2 * s; n < 2 * s + 2; n++) {
-      uint2 u = tables.u[f][n][lane];
-      hidden[n] = mma_half(turned, n % 2 ? in.z : in.x, n % 2 ? in.w : in.y, u.x, u.y);
-      hidden[n] = make_uint2(leaky(hidden[n].x), leaky(hidden[n].y));
+    for (int s = 0; s < STEPS; s++) {
+      const uint4 b = w.at(part, s);
+      z[2 * s] = mma_half(turned, b.x, b.y, z[2 * s].x, z[2 * s].y);
+      z[2 * s + 1] = mma_half(turned, b.z, b.w, z[2 * s + 1].x, z[2 * s + 1].y);
     }
   }
 }
-// start + W[head, unit] v[unit, key] for key tile e of the pair whose fragments [key, unit] are v.
-DEVICE uint2 across_units(uint2 start, const Matrix& w, const uint2 (&v)[UT], int e) {
+// The hidden units of 16 keys.
+DEVICE void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Held& w, int lane) {
 #pragma unroll
-  for (int s = 0; s < STEPS; s++) start = mma_half(w[s], e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
+  for (int n = 0; n < UT; n++) hidden[n] = tables.u[f][n][lane];
+  across_heads(hidden, x, w);
+#pragma unroll
+  for (int n = 0; n < UT; n++) hidden[n] = make_uint2(leaky(hidden[n].x), leaky(hidden[n].y));
+}
+// start + W[head, unit] v[unit, key] for a part's heads and key tile e of the pair whose fragments [key, unit] are v.
+DEVICE uint2 across_units(uint2 start, const Held& w, int part, const uint2 (&v)[UT], int e) {
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) start = mma_half(w.at(part, s), e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x, start.x, start.y);
   return start;
 }
 
@@ -181,62 +199,64 @@ DEVICE uint2 across_units(uint2 start, const Matrix& w, const uint2 (&v)[UT], in
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
     __half* x, const float* w1, const float* w2, const float* hidden_table, const float* static_table, const uint8* mask,
     int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {
-  __shared__ Weights w;
-  __shared__ Tables tables_of[WARPS];
-  __shared__ Ring ring[WARPS][STAGES];
+  struct Memory { Weights w; Tables tables[WARPS]; Ring ring[WARPS][STAGES]; };
+  static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
+  extern __shared__ __align__(128) char memory[];
+  Memory& shared = *(Memory*)memory;
   const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
-  const bool all = sees_all(delta0);
-  Tables& tables = tables_of[warp];
-  load_weights(w, w1, w2);
-  load_tables(tables, hidden_table, static_table, table_size, delta0, lane);
+  const Tables& tables = shared.tables[warp];
+  load_weights(shared.w, w1, w2);
+  load_tables(shared.tables[warp], hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
-  Matrix w_in, w_out;
-  take(w_in, w.in, lane);
-  take(w_out, w.out, lane);
-  __half* base = x + (long long)blockIdx.y * x_b;
+  const Held w_in(shared.w.in, lane), w_out(shared.w.out, lane);
+  x += (long long)blockIdx.y * x_b + g * BLOCK + 8 * t;
   mask += blockIdx.y * mask_b;
+  Ring* const ring = shared.ring[warp];
   auto fetch = [&](int tile) {
-    int row = tile * ROWS + m, key = place.start + tile * ROWS;
-    bool inside = tile < place.last && row < rows;
-    fetch_tile(ring[warp][tile % STAGES], base + (inside ? row * x_t + along(key) + g * BLOCK + 8 * t : 0), inside, g, lane);
+    const int row = tile * ROWS + m, key = place.start + tile * ROWS;
+    const bool inside = tile < place.last && row < rows;
+    fetch_tile(ring[tile % STAGES], x + (inside ? row * x_t + along(key) : 0), inside, g, lane);
     commit();
   };
 #pragma unroll
   for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(place.first + ahead);
   for (int tile = place.first; tile < place.last; tile++) {
     fetch(tile + STAGES - 1);
-    int row = tile * ROWS + m, first_key = place.start + tile * ROWS;
-    const bool real_row = row < rows, whole = all && real_row && first_key + KEYS <= keys;
-    Ring& stage = ring[warp][tile % STAGES];
+    const int row = tile * ROWS + m, key = place.start + tile * ROWS;
+    const bool real_row = row < rows, whole = sees_all(delta0) && real_row && key + KEYS <= keys;
     wait<STAGES - 1>();
     __syncwarp();
+    Own xs;
+    take_tile(xs, ring[tile % STAGES], lane);
 #pragma unroll
     for (int f = 0; f < 2; f++) {
       Half xf;
       uint32 seen[2];
       uint2 hidden[UT];
-      take_half(xf, stage, f, lane);
+      take_half(xf, xs, f);
       if (!whole) {
-        look(seen, f, real_row, delta0, first_key, t, keys, mask);
+        look(seen, f, real_row, delta0, key, t, keys, mask);
         hide(xf, seen);
       }
       first_layer(hidden, xf, f, tables, w_in, lane);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const uint2 y = across_units(make_uint2(xf[0][e], xf[1][e]), w_out, hidden, e);
+      for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? y.y : y.x));
-          xf[r][e] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
-          if (!whole) xf[r][e] = (xf[r][e] & seen[e]) | (0xfc00fc00u & ~seen[e]);  // -inf
+        for (int e = 0; e < 2; e++) {
+          const uint2 y = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, hidden, e);
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int r = 2 * part + i;
+            const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(i ? y.y : y.x));
+            xs[r][2 * f + e] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
+            if (!whole) xs[r][2 * f + e] = (xs[r][2 * f + e] & seen[e]) | (0xfc00fc00u & ~seen[e]);  // -inf
+          }
         }
-      }
-      put_half(stage, xf, f, lane);
     }
-    store_tile(stage, base + row * x_t + along(first_key) + g * BLOCK + 8 * t, real_row, g, lane);
+    store_tile(xs, x + row * x_t + along(key), real_row, g);
     __syncwarp();
   }
 }
@@ -258,34 +278,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     const float* lse, const float* delta, const uint8* mask, float* slot, int batch, int elements, int rows, int keys,
     int table_size, int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add,
     int x_b, int x_t, int stat_b, int stat_h, int stat_t, int mask_b) {
-  struct Stage { Ring x, y; float stats[2][HEADS]; };
+  struct Stage { Ring x, y; float stats[2 * HEADS]; };
   struct Sums { float u[WARPS][KEYS * UNITS], c[WARPS][HEADS * KEYS], w1[WARPS][HEADS * UNITS], w2[WARPS][HEADS * UNITS]; };
   struct Walk { Tables tables[WARPS]; Stage ring[WARPS][STAGES]; };
-  __shared__ Weights w;
-  __shared__ union { Walk walk; Sums sums; } memory;
+  struct Memory { Weights w; union { Walk walk; Sums sums; }; };
+  static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
+  extern __shared__ __align__(128) char memory[];
+  Memory& shared = *(Memory*)memory;
   const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   const int tiles = max(0, place.last - place.first), first_element = blockIdx.y * elements;
   const int total = tiles * max(0, min(elements, batch - first_element));
   if (add && total == 0) return;
-  const Tables& tables = memory.walk.tables[warp];
-  load_weights(w, w1, w2);
-  load_tables(memory.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
+  const Tables& tables = shared.walk.tables[warp];
+  load_weights(shared.w, w1, w2);
+  load_tables(shared.walk.tables[warp], hidden_table, static_table, table_size, delta0, lane);
   __syncthreads();
-  Matrix w_in, w_out, w_out_turned, w_in_turned;
-  take(w_in, w.in, lane);
-  take(w_out, w.out, lane);
-  take(w_out_turned, w.out_turned, lane);
-  take(w_in_turned, w.in_turned, lane);
-  float acc_u[2][UT][4] = {}, acc_c[4][4] = {}, acc_w1[UT][4] = {}, acc_w2[UT][4] = {};
+  const Held w_in(shared.w.in, lane), w_out(shared.w.out, lane), w_out_turned(shared.w.out_turned, lane), w_in_turned(shared.w.in_turned, lane);
+  float acc_u[2][UT][4] = {}, acc_c[PARTS][4][4] = {}, acc_w1[PARTS][UT][4] = {}, acc_w2[PARTS][UT][4] = {};
   // The unit matrix as an A operand, and as a B operand of the lower and the upper 8 of 16 keys.
   const uint32 ones = 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u;
   const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS, left0 = min(ROWS * tiles, rows - row0);
   const int step = ROWS * x_t, stat_step = ROWS * stat_t;
   Cursor here = {
       tiles, left0, key0, (uint32)(first_element * x_b + row0 * x_t + g * BLOCK + 8 * t),
-      (uint32)(first_element * stat_b + min(lane % HEADS, H - 1) * stat_h + row0 * stat_t), (uint32)(first_element * mask_b)};
+      (uint32)(first_element * stat_b + row0 * stat_t), (uint32)(first_element * mask_b)};
   Cursor next = here;
   auto advance = [&](Cursor& c) {
     c.left -= ROWS; c.key += ROWS; c.at += step; c.stat += stat_step;
@@ -294,14 +312,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
       c.at += x_b - tiles * step; c.stat += stat_b - tiles * stat_step; c.mask += mask_b;
     }
   };
-  Stage* const ring = memory.walk.ring[warp];
+  Stage* const ring = shared.walk.ring[warp];
   int fetched = 0;
   auto fetch = [&](int into) {
     const bool real = fetched++ < total && next.left > 0;
     const uint32 from = real ? next.at + along(next.key) : 0;
     fetch_tile(ring[into].x, x + from, real, g, lane);
     fetch_tile(ring[into].y, y + from, real, g, lane);
-    copy4(address(&ring[into].stats[0][lane]), (lane < HEADS ? lse : delta) + (real ? next.stat : 0), real);
+#pragma unroll
+    for (int i = lane; i < 2 * HEADS; i += 32) copy4(address(&ring[into].stats[i]), (i < HEADS ? lse : delta) + (real ? next.stat + min(i % HEADS, H - 1) * stat_h : 0), real);
     commit();
     advance(next);
   };
@@ -314,24 +333,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     wait<STAGES - 1>();
     __syncwarp();
     const Stage& stage = ring[stage_of];
-    uint32 xs[2][4], ys[2][4];  // the lane's 16 bytes of heads g and g + 8
-    float log_sum[2], shared[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-      *(uint4*)xs[r] = stage.x[r][lane];
-      *(uint4*)ys[r] = stage.y[r][lane];
-      log_sum[r] = stage.stats[0][8 * r + g];
-      shared[r] = stage.stats[1][8 * r + g];
-    }
+    Own xs, ys;
+    take_tile(xs, stage.x, lane);
+    take_tile(ys, stage.y, lane);
 #pragma unroll
     for (int f = 0; f < 2; f++) {
       Half xf, yf;
       uint32 seen[2];
       uint2 hidden[UT];
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) { xf[r][e] = xs[r][2 * f + e]; yf[r][e] = ys[r][2 * f + e]; }
+      take_half(xf, xs, f);
+      take_half(yf, ys, f);
       if (!whole) {
         look(seen, f, here.left > 0, delta0, here.key, t, keys, mask + here.mask);
         hide(xf, seen);
@@ -339,67 +350,78 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
       }
       first_layer(hidden, xf, f, tables, w_in, lane);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const uint2 logits = across_units(make_uint2(xf[0][e], xf[1][e]), w_out, hidden, e);
+      for (int part = 0; part < PARTS; part++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(r ? logits.y : logits.x)), dp = __half22float2(half2_of(yf[r][e]));
-          float p0 = exp2_fast(fmaf(v.x - log_sum[r], LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum[r], LOG2E, c.y));
-          if (!whole) {
-            p0 = seen[e] & 0xffffu ? p0 : 0.f;
-            p1 = seen[e] >> 16 ? p1 : 0.f;
+        for (int e = 0; e < 2; e++) {
+          const uint2 logits = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, hidden, e);
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int r = 2 * part + i;
+            const float log_sum = stage.stats[8 * r + g], mean = stage.stats[HEADS + 8 * r + g];
+            const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(i ? logits.y : logits.x)), dp = __half22float2(half2_of(yf[r][e]));
+            float p0 = exp2_fast(fmaf(v.x - log_sum, LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum, LOG2E, c.y));
+            if (!whole) {
+              p0 = seen[e] & 0xffffu ? p0 : 0.f;
+              p1 = seen[e] >> 16 ? p1 : 0.f;
+            }
+            xs[r][2 * f + e] = pack(p0, p1);
+            yf[r][e] = pack(p0 * (dp.x - mean), p1 * (dp.y - mean));  // Y is dS from here on
           }
-          xs[r][2 * f + e] = pack(p0, p1);
-          yf[r][e] = pack(p0 * (dp.x - shared[r]), p1 * (dp.y - shared[r]));
         }
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        add_product(acc_c[part][2 * f], yf, part, ones, 0);
+        add_product(acc_c[part][2 * f + 1], yf, part, 0, ones);
       }
-      const uint4 turned = turn_half(yf);  // Y is dS from here on
-      mma(acc_c[2 * f], yf[0][0], yf[1][0], yf[0][1], yf[1][1], ones, 0);
-      mma(acc_c[2 * f + 1], yf[0][0], yf[1][0], yf[0][1], yf[1][1], 0, ones);
-      uint2 dz[UT];
+      uint2 dz[UT] = {};
+      across_heads(dz, yf, w_out_turned);
 #pragma unroll
-      for (int s = 0; s < STEPS; s++) {
-        const uint4 out = w_out_turned[s];
+      for (int n = 0; n < UT; n++) {
+        dz[n] = make_uint2(leaky_backward(dz[n].x, hidden[n].x), leaky_backward(dz[n].y, hidden[n].y));
+        const uint32 hidden_low = turn(hidden[n].x), hidden_high = turn(hidden[n].y), low = turn(dz[n].x), high = turn(dz[n].y);
 #pragma unroll
-        for (int n = 2 * s; n < 2 * s + 2; n++) {
-          dz[n] = mma_half(turned, n % 2 ? out.z : out.x, n % 2 ? out.w : out.y, 0, 0);
-          dz[n] = make_uint2(leaky_backward(dz[n].x, hidden[n].x), leaky_backward(dz[n].y, hidden[n].y));
-          mma(acc_w2[n], yf[0][0], yf[1][0], yf[0][1], yf[1][1], turn(hidden[n].x), turn(hidden[n].y));
-          uint32 low = turn(dz[n].x), high = turn(dz[n].y);
-          mma(acc_w1[n], xf[0][0], xf[1][0], xf[0][1], xf[1][1], low, high);
-          mma(acc_u[f][n], ones, 0, 0, ones, low, high);
+        for (int part = 0; part < PARTS; part++) {
+          add_product(acc_w2[part][n], yf, part, hidden_low, hidden_high);
+          add_product(acc_w1[part][n], xf, part, low, high);
         }
+        mma(acc_u[f][n], ones, 0, 0, ones, low, high);
       }
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const uint2 da = across_units(make_uint2(yf[0][e], yf[1][e]), w_in_turned, dz, e);
-        ys[0][2 * f + e] = da.x; ys[1][2 * f + e] = da.y;
-      }
+      for (int part = 0; part < PARTS; part++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const uint2 da = across_units(make_uint2(yf[2 * part][e], yf[2 * part + 1][e]), w_in_turned, part, dz, e);
+          ys[2 * part][2 * f + e] = da.x;
+          ys[2 * part + 1][2 * f + e] = da.y;
+        }
     }
     const uint32 to = here.at + along(here.key);
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-      if (here.left > 0 && 8 * r + g < H) {
-        *(uint4*)(x + to + r * 8 * BLOCK) = *(uint4*)xs[r];
-        *(uint4*)(y + to + r * 8 * BLOCK) = *(uint4*)ys[r];
-      }
+    store_tile(xs, x + to, here.left > 0, g);
+    store_tile(ys, y + to, here.left > 0, g);
     __syncwarp();
   }
   wait<0>();
   __syncthreads();
-  Sums& sums = memory.sums;
+  Sums& sums = shared.sums;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
+    auto pair = [&](const float (&c)[4]) { return make_float2(c[2 * i], c[2 * i + 1]); };
 #pragma unroll
     for (int n = 0; n < UT; n++) {
-      const int unit = unit_place(8 * n + 2 * t, g), head = 8 * i + g;
+      const int unit = unit_place(8 * n + 2 * t, g);
 #pragma unroll
-      for (int f = 0; f < 2; f++) *(float2*)&sums.u[warp][key_of(2 * f + i, g) * UNITS + unit] = make_float2(acc_u[f][n][2 * i], acc_u[f][n][2 * i + 1]);
-      *(float2*)&sums.w1[warp][head * UNITS + unit] = make_float2(acc_w1[n][2 * i], acc_w1[n][2 * i + 1]);
-      *(float2*)&sums.w2[warp][head * UNITS + unit] = make_float2(acc_w2[n][2 * i], acc_w2[n][2 * i + 1]);
+      for (int f = 0; f < 2; f++) *(float2*)&sums.u[warp][key_of(2 * f + i, g) * UNITS + unit] = pair(acc_u[f][n]);
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        const int at = (16 * part + 8 * i + g) * UNITS + unit;
+        *(float2*)&sums.w1[warp][at] = pair(acc_w1[part][n]);
+        *(float2*)&sums.w2[warp][at] = pair(acc_w2[part][n]);
+      }
     }
 #pragma unroll
-    for (int p = 0; p < 4; p++) *(float2*)&sums.c[warp][(8 * i + g) * KEYS + key_place(8 * t + 2 * p, g)] = make_float2(acc_c[p][2 * i], acc_c[p][2 * i + 1]);
+    for (int part = 0; part < PARTS; part++)
+#pragma unroll
+      for (int p = 0; p < 4; p++) *(float2*)&sums.c[warp][(16 * part + 8 * i + g) * KEYS + key_place(8 * t + 2 * p, g)] = pair(acc_c[part][p]);
   }
   __syncthreads();
   // The sums of the warps, in their order; line r is the distance of row m and key m + KEYS - 1 - r.

@@ -16,8 +16,10 @@ tile_keys = 32
 WARPS, BLOCKS, RESIDENT, ROWS = 4, 1024, 2, 256
 shares = tile_rows // WARPS
 lines = WARPS + tile_keys
+# Tiles of a warp that are under way or in work.
+STAGES = 3
 # Past these the accumulators of a warp no longer fit its registers.
-MOST_HEADS, MOST_UNITS = 16, 32
+MOST_HEADS, MOST_UNITS = 32, 32
 
 
 def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
@@ -82,15 +84,28 @@ def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:
     """Return what the source is compiled for, in the order of `NAMES`."""
     hidden, heads = mixing.weight_in.shape
     switches = int(problem.causal), int(problem.mask is not None)
-    return heads, hidden, padded(mixing)[0], *switches, tile_rows, tile_keys, WARPS, ALIGNMENT
+    sizes = tile_rows, tile_keys, WARPS, STAGES, ALIGNMENT
+    return heads, hidden, *reversed(padded(mixing)), *switches, *sizes
 
 
-NAMES = ("H", "D", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS", "BLOCK")
+NAMES = ["H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS", "STAGES", "BLOCK"]
+
+
+def shared_memory(name: str, heads: int, units: int) -> int:
+    """Return the bytes of shared memory of a kernel for padded numbers of heads and units."""
+    matrix, tile = 2 * heads * units, 2 * heads * tile_keys
+    tables = 2 * tile_keys * units + 4 * tile_keys * heads
+    if name == "mix":
+        return 2 * matrix + WARPS * (tables + STAGES * tile)
+    walk = tables + STAGES * (2 * tile + 8 * heads)
+    sums = 4 * (tile_keys * (units + heads) + 2 * heads * units)
+    return 4 * matrix + WARPS * max(walk, sums)
 
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
     defines = dict(zip(NAMES, values, strict=True))
+    defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
     if name == "mix_backward":
         defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
     return source_of("mix.cu", defines)
@@ -99,4 +114,5 @@ def source(name: str, *values: int) -> str:
 @cache
 def compiled(device: int, name: str, *values: int) -> Kernel:
     """Return the kernel of that name for these macros, on the current device, which is `device`."""
-    return kernel(source(name, *values), name)
+    size = shared_memory(name, *values[2:4])
+    return kernel(source(name, *values), name, shared_memory=size)
