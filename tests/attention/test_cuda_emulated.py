@@ -47,6 +47,7 @@ CALLS = {
     "16 heads": Call(batch=1, heads=16, kv_heads=16, hidden=20),
     "25 heads": Call(batch=1, heads=25, kv_heads=25, hidden=32, rows=40, keys=44),
     "32 heads": Call(batch=1, heads=32, kv_heads=8, rows=35, keys=35, causal=False, masked=True),
+    "64 units": Call(batch=1, hidden=50, rows=40, keys=40),
     "rows without keys": Call(offset=-9),
     "scores alone": Call(inputs="scores"),
 }

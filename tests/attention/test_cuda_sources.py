@@ -22,6 +22,7 @@ KINDS = {
     "bidirectional": {"causal": False},
     "odd sizes in fp16": {"heads": 5, "hidden": 7, "head_dim": 48, "dtype": torch.float16},
     "many heads": {"heads": 25, "masked": True},
+    "many units": {"hidden": 64},
     "wide": {"heads": 16, "hidden": 32, "head_dim": 128, "causal": False, "masked": True},
 }
 

@@ -14,7 +14,7 @@
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
-// Macros: H heads padded to HEADS, D hidden units padded to UNITS (16 or 32 both), CAUSAL, MASKED, ROWS, KEYS of a
+// Macros: H heads padded to HEADS (16 or 32), D hidden units padded to UNITS (16, 32 or 64), CAUSAL, MASKED, ROWS, KEYS of a
 // tile, WARPS, STAGES of the ring, BLOCK keys of a head side by side in the scratch, SHARED bytes of shared memory.
 constexpr int SHARES = ROWS / WARPS, LINES = WARPS + KEYS;
 constexpr int UT = UNITS / 8, STEPS = UNITS / 16, HT = HEADS / 8, PARTS = HEADS / 16;  // tiles of 8, and of 16
@@ -77,9 +77,9 @@ DEVICE void load_weights(Weights& w, const float* w1, const float* w2) {
 #endif
   }
 }
-// A lane's part of a matrix: in registers, unless there are as many heads that the sums fill them.
+// A lane's part of a matrix: in registers, unless there are so many that the sums fill them.
 struct Held {
-#if HEADS == 16
+#if HEADS == 16 && UNITS <= 32
   uint4 own[STEPS];
   __device__ Held(const Matrix& from, int lane) {
 #pragma unroll

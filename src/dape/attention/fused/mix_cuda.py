@@ -7,7 +7,7 @@ from torch import Tensor
 from dape.attention.fused import forward_cuda
 from dape.attention.fused.geometry import ALIGNMENT, Band, Mixing, Problem, diagonals
 from dape.attention.fused.launch import Kernel, kernel, source_of
-from dape.attention.fused.slots import Slots, padded
+from dape.attention.fused.slots import Slots, padded, padded_size
 
 tile_rows = 32
 tile_keys = 32
@@ -18,8 +18,15 @@ shares = tile_rows // WARPS
 lines = WARPS + tile_keys
 # Tiles of a warp that are under way or in work.
 STAGES = 3
-# Past these the accumulators of a warp no longer fit its registers.
-MOST_HEADS, MOST_UNITS = 32, 32
+# Past so many weights of a layer, padded, the accumulators of a warp no longer fit its registers.
+MOST_WEIGHTS = 1024
+
+
+def obstacle(heads: int, units: int) -> str | None:
+    """Return why the kernels do not serve so many heads and hidden units, or None if they do."""
+    if padded_size(heads) * padded_size(units) <= MOST_WEIGHTS:
+        return None
+    return f"{heads} heads with hidden={units}: it serves 32 heads with 32 units, or 16 with 64"
 
 
 def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:

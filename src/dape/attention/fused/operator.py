@@ -57,12 +57,8 @@ def obstacle(
     if found is None and backend == "cuda" and adapter is not None and not features:
         from dape.attention.fused import mix_cuda
 
-        if heads > mix_cuda.MOST_HEADS or units > mix_cuda.MOST_UNITS:
-            found = (
-                f"{heads} heads and hidden={units} are more than {mix_cuda.MOST_HEADS} and "
-                f"{mix_cuda.MOST_UNITS}"
-            )
-        elif query.dtype == torch.float32:
+        found = mix_cuda.obstacle(heads, units)
+        if query.dtype == torch.float32:
             found = "its scratch is fp16, too narrow for float32"
     return found
 

@@ -76,7 +76,12 @@ def slots_of(problem: Problem, mixer: Mixer) -> tuple[int, int]:
 def padded(mixing: Mixing) -> tuple[int, int]:
     """Return hidden units and heads as the mixers pad them."""
     units, heads = mixing.weight_in.shape
-    return max(16, next_power_of_2(units)), max(16, next_power_of_2(heads))
+    return padded_size(units), padded_size(heads)
+
+
+def padded_size(count: int) -> int:
+    """Return a number of heads or hidden units as products take it."""
+    return max(16, next_power_of_2(count))
 
 
 def lowest(where: Diagonals, tile_keys: int) -> int:
