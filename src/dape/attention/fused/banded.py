@@ -11,10 +11,18 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import kernels
-from dape.attention.fused.geometry import Band, Mixing, Problem, Scratch, bands, strides
+from dape.attention.fused.geometry import (
+    Band,
+    Mixing,
+    Problem,
+    Scratch,
+    bands,
+    cdiv,
+    next_power_of_2,
+    strides,
+)
 
 # Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
 PROGRAMS = 256

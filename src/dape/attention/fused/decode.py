@@ -6,11 +6,10 @@ a span of keys, so that keys and values are read once and nothing else of their 
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import decode_kernels as kernels
 from dape.attention.fused.banded import PRECISION, PROGRAMS, Tile, combine, outputs, wide
-from dape.attention.fused.geometry import Extent, Mixing, Problem, strides
+from dape.attention.fused.geometry import Extent, Mixing, Problem, cdiv, next_power_of_2, strides
 from dape.attention.fused.slots import padded
 
 # More queries, or fewer keys for each, are left to the bands, which read keys once: an estimate.

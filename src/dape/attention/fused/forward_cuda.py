@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from dape.attention.fused.banded import outputs
-from dape.attention.fused.geometry import Mixing, Problem, strides
+from dape.attention.fused.geometry import Mixing, Problem, cdiv, strides
 from dape.attention.fused.launch import Kernel, kernel, source_of
 
 CAPABILITY = (9, 0)

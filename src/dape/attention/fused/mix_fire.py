@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triton import next_power_of_2
 
 from dape.attention.fused import fire, mix_triton
 from dape.attention.fused.banded import Mixer
@@ -16,6 +15,7 @@ from dape.attention.fused.geometry import (
     Problem,
     bands,
     diagonals,
+    next_power_of_2,
 )
 from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, whole
 from dape.attention.fused.slots import fold, lowest, slots_of

@@ -9,11 +9,18 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import kernels
 from dape.attention.fused.banded import Mixer
-from dape.attention.fused.geometry import Diagonals, Mixing, Problem, bands, diagonals
+from dape.attention.fused.geometry import (
+    Diagonals,
+    Mixing,
+    Problem,
+    bands,
+    cdiv,
+    diagonals,
+    next_power_of_2,
+)
 
 
 class Slots(NamedTuple):

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from triton import cdiv, next_power_of_2
 
 from dape.attention.fused import static_kernels as kernels
 from dape.attention.fused.banded import PRECISION, Sums, Tile, combine, key_spans, wide
-from dape.attention.fused.geometry import Problem, bands, diagonals, strides
+from dape.attention.fused.geometry import Problem, bands, cdiv, diagonals, next_power_of_2, strides
 from dape.attention.fused.slots import fold, lowest
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
