@@ -1,6 +1,6 @@
 """The time of each kernel of the banded and static designs, for candidates of its tile.
 
-    python benchmarks/tiles.py [static banded mix]
+    python benchmarks/tiles.py [static banded mix bands]
 
 On one GPU, at the paper's 125M shape (12 heads of 64, 32 hidden units), bf16, causal, forward and
 backward once with each candidate; milliseconds of the kernel by PyTorch's profiler. What `TILES` in
@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 import dape
-from dape.attention.fused import banded, mix_cuda, mix_triton, operator, static
+from dape.attention.fused import banded, geometry, mix_cuda, mix_triton, operator, static
 from dape.attention.fused.banded import Tile
 from dape.attention.fused.geometry import Problem
 
@@ -29,6 +29,8 @@ BANDED = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HE
 }
 # Blocks of a launch, and blocks that a multiprocessor holds.
 MIX = [(512, 2), (1024, 2), (2048, 2), (4096, 2), (1024, 3)]
+# Scores that stand in the scratch.
+BANDS = [2**25, 2**26, 2**27, 2**28]
 
 
 def problem(batch: int, length: int, adapter: torch.nn.Module | None) -> Problem:
@@ -91,10 +93,21 @@ def mix() -> Iterator[str]:
             yield f"mix_backward {shape!s:12} {tried!s:12} {found['mix_backward']:.3f}"
 
 
+def bands() -> Iterator[str]:
+    """Yield a line for each shape and size of the scratch: all kernels of both passes together."""
+    for shape in (*SHAPES, (1, 32768)):
+        given = problem(*shape, dape.DAPE(12).cuda())
+        for scores in BANDS:
+            geometry.SCORES_PER_BAND = scores
+            found = sum(milliseconds(run(given, mix_cuda)).values())
+            yield f"all kernels {shape!s:12} 2^{scores.bit_length() - 1} scores {found:.3f}"
+
+
 PARTS = {
     "static": lambda: tiles(static, STATIC),
     "banded": lambda: tiles(banded, BANDED),
     "mix": mix,
+    "bands": bands,
 }
 
 
