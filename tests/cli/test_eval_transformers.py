@@ -64,12 +64,14 @@ def evaluation(folder):
     return json.loads((folder / "evaluation" / "last.json").read_text())
 
 
-def own_loss(model, corpus, targets, length):
+def own_loss(model, corpus, targets, length, begin=None):
     """Return what the model itself says of the last 8 tokens of the one window in a document."""
     losses = []
     for number in targets["documents"]:
         tokens = torch.from_numpy(Corpus(corpus).split("test").document(number))[None, : 64 + 1]
-        tokens = tokens[:, -length - 1 :]
+        tokens = tokens[:, -length - 1 :].clone()
+        if begin is not None:
+            tokens[:, 0] = begin
         labels = tokens.clone()
         labels[:, :-8] = -100
         with torch.no_grad():
@@ -98,6 +100,27 @@ def test_the_longest_position_of_a_config_limits_no_model_that_can_go_on(
     for measurement in content["measurements"]:
         expected = own_loss(model, corpus, content["targets"], measurement["length"])
         assert measurement["document_losses"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_window_begins_as_the_model_s_texts_do_if_asked_for(made, corpus, capsys):
+    words = ("--lengths", "8,16,64", "--blocks", 1, "--data", corpus, "--bos")
+    assert not dape("eval", made / "llama", *words)
+    content = evaluation(made / "llama")
+    model = AutoModelForCausalLM.from_pretrained(made / "llama").eval()
+    for measurement in content["measurements"]:
+        given = (model, corpus, content["targets"], measurement["length"])
+        assert measurement["document_losses"] == pytest.approx(own_loss(*given, 0), rel=1e-5)
+        assert measurement["document_losses"] != pytest.approx(own_loss(*given), rel=1e-5)
+    capsys.readouterr()
+    assert not dape("plot", made / "llama", "--out", made / "table.md")
+    assert "begins with the model's token for the beginning" in (made / "table.md").read_text()
+
+
+def test_a_model_without_a_token_for_the_beginning_is_refused(tmp_path, corpus, capsys):
+    config = LlamaConfig(**{**SHAPE, "bos_token_id": None}, **WIDE, intermediate_size=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    said = refused(capsys, "eval", tmp_path / "model", "--lengths", 8, "--data", corpus, "--bos")
+    assert f"--bos: the configuration of {tmp_path / 'model'} has no bos_token_id" in said
 
 
 @pytest.mark.parametrize(("name", "rows"), [("gpt2", ENDS), ("opt", ENDS + 2)])

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 TIMES_TRAINED = 16
 IDLE = {  # options that only perplexity heeds, and those about a corpus
-    "retrieval": ("protocol", "stride", "documents", "blocks", "metric"),
-    "harness": ("protocol", "stride", "documents", "blocks", "metric", "split", "data", "seed"),
+    "retrieval": ("protocol", "stride", "documents", "blocks", "bos", "metric"),
+    "harness": (
+        *("protocol", "stride", "documents", "blocks", "bos", "metric", "split", "data", "seed"),
+    ),
 }
 
 
@@ -122,6 +124,9 @@ class Arguments:
     """at most so many blocks of scored tokens a document, evenly spread over it"""
     data: Path | None = None
     """prepared corpus; if not given, the one that the run was trained on"""
+    bos: bool = False
+    """let a model's own token for the beginning of a text take the place of the first of each
+    window; Gemma needs it"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
     """what the table on the screen shows; the file holds all"""
     device: str = "auto"

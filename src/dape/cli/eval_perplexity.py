@@ -21,8 +21,12 @@ def run(runs: Sequence[Run], arguments: Arguments, argv: list[str]) -> None:
 def plans(runs: Sequence[Run], arguments: Arguments) -> list[Plan]:
     """Return what to score for each run; one plan for all that share a corpus.
 
-    Raises `UserError` where perplexities of different corpora or tokenizers would meet.
+    Raises `UserError` where perplexities of different corpora or tokenizers would meet, and for a
+    model that lacks the token that windows are to begin with.
     """
+    if arguments.bos:
+        for run in runs:
+            run.beginning()
     asked = list(arguments.lengths or default_lengths(runs))
     rule = protocol(arguments.protocol, asked, arguments.stride)
     corpora = [run.corpus(arguments.data) for run in runs]
@@ -41,6 +45,7 @@ def plans(runs: Sequence[Run], arguments: Arguments) -> list[Plan]:
             documents=arguments.documents,
             blocks=arguments.blocks,
             seed=arguments.seed,
+            bos=arguments.bos,
         )
         for corpus in {each.checksum: each for each in corpora}.values()
     }

@@ -48,6 +48,7 @@ def token_losses(
     windows: Windows,
     *,
     batch_tokens: int,
+    begin: int | None = None,
     device: torch.device | str = "cpu",
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Float[np.ndarray, "windows scored"]:
@@ -55,7 +56,8 @@ def token_losses(
 
     `model` has the interface of a Hugging Face causal language model; it computes the logits of the
     scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
-    least one; `advance` is told its number of tokens.
+    least one; `advance` is told its number of tokens. The token `begin`, if any, takes the place of
+    the first of each window.
 
     Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
     """
@@ -64,6 +66,8 @@ def token_losses(
     for first in range(0, len(losses), rows):
         batch = slice(first, first + rows)
         tokens = torch.from_numpy(window_tokens(document, windows, batch)).to(device)
+        if begin is not None:
+            tokens[:, 0] = begin
         with told(windows.length, len(tokens)):
             losses[batch] = _forward(model, tokens, windows.scored)
         advance(tokens[:, 1:].numel())

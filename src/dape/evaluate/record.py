@@ -17,7 +17,8 @@ class Targets:
     """The tokens an evaluation scores; two evaluations with equal targets can be compared.
 
     `data` is the checksum of the corpus, `block` the tokens of a block, `documents` the numbers of
-    the documents in the split, `tokens` and `bytes` what was scored in each of them.
+    the documents in the split, `tokens` and `bytes` what was scored in each of them. With `bos`
+    each window begins with the model's token for that instead of its first.
     """
 
     data: str
@@ -28,6 +29,7 @@ class Targets:
     documents: list[int]
     tokens: list[int]
     bytes: list[int]
+    bos: bool = False
 
 
 @dataclass(frozen=True, slots=True)

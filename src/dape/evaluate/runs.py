@@ -123,6 +123,13 @@ class Run:
         """Return whether the model is of this package, which tells of its limits itself."""
         return self.config.model_type == "dape"
 
+    def beginning(self) -> int:
+        """Return the token that the model's texts begin with, a `UserError` if there is none."""
+        found = getattr(self.config, "bos_token_id", None)
+        if found is None:
+            raise UserError(f"--bos: the configuration of {self.source} has no bos_token_id")
+        return int(found)
+
     def limits(self) -> AbstractContextManager[Any]:
         """Return the context in which a model that is not ours refuses what it cannot read."""
         return nullcontext() if self.ours else Tables()
@@ -189,8 +196,12 @@ def plan(
     documents: int,
     blocks: int,
     seed: int,
+    bos: bool = False,
 ) -> Plan:
-    """Return the plan for a split; the arguments are those of `choose_blocks`."""
+    """Return the plan for a split; most arguments are those of `choose_blocks`.
+
+    With `bos` each window begins with the model's token for that.
+    """
     part = corpus.split(split)
     chosen = choose_blocks(
         protocol, part.document_lengths - 1, documents=documents, blocks=blocks, seed=seed
@@ -208,6 +219,7 @@ def plan(
         documents=numbers.tolist(),
         tokens=(np.bincount(owner) * windows[0].scored).tolist(),
         bytes=np.bincount(owner, weights=sizes).astype(int).tolist(),
+        bos=bos,
     )
     return Plan(corpus, split, windows, targets)
 
@@ -225,7 +237,10 @@ def evaluate(
     """Return the evaluation of a run's model; a length it refuses is told of and left out.
 
     `advance` is told the tokens of each forward, `announce` each length and what came of it.
+
+    Raises `UserError` if windows are to begin with a token that the configuration lacks.
     """
+    begin = run.beginning() if plan.targets.bos else None
     model = run.load(device, max(windows.length for windows in plan.windows))
     part = plan.corpus.split(plan.split)
     measurements: list[Measurement] = []
@@ -238,6 +253,7 @@ def evaluate(
                     part.document,
                     windows,
                     batch_tokens=batch_tokens,
+                    begin=begin,
                     device=device,
                     advance=advance,
                 )

@@ -82,6 +82,8 @@ def describe_targets(groups: Sequence[Group]) -> str:
         f"Protocol {targets.protocol}: {windows[targets.protocol]}. At every length the same "
         f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
         f"{targets.split} split are scored."
+        + " Each window begins with the model's token for the beginning of a text."
+        * targets.bos
     )
 
 
