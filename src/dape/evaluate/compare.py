@@ -110,8 +110,8 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
         if metric != "bits_per_byte" and other.targets != first.targets:
             raise UserError(
                 f"{metric} of {other.run} and {first.run} cannot be compared: they score different "
-                "tokens (corpus, tokenizer, split, documents, --bos); run `dape eval` on all of them "
-                "together with one --data, or compare --metric bits_per_byte"
+                "tokens (corpus, tokenizer, split, documents, --bos); run `dape eval` on all of "
+                "them together with one --data, or compare --metric bits_per_byte"
             )
 
 
