@@ -35,6 +35,9 @@ PROBLEMS = {
     "behind the keys": Problem(rows=5, keys=9, causal=False, query_offset=50),
     "before the keys": Problem(rows=9, keys=12, causal=False, query_offset=-7),
     "one query": Problem(batch=1, rows=1, keys=300, query_offset=299),
+    "few rows and many keys": Problem(
+        batch=1, heads=2, kv_heads=2, rows=20, keys=600, query_offset=570
+    ),
     "left padding": Problem(rows=18, keys=18, mask="left"),
     "right padding": Problem(mask="right", causal=False),
     "mask of one row": Problem(mask="keys"),

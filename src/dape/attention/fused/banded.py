@@ -349,12 +349,18 @@ def one_head(
     value_dim, place = grad_out.shape[3], (band.shift, problem.scale)
     shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim)}
     tile = tile_of("grad_query", problem, rows)
-    kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch)](
-        y, part.key, sums.unit, grad_query, rows, band.keys, *place,
-        *y.stride()[:2], *strides(part.key), *strides(grad_query),
+    spans, length = key_spans(problem, band, tile)
+    parts = grad_query[None]
+    if spans > 1:
+        parts = query.new_empty(spans, *query.shape, dtype=torch.float32)
+    kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch, spans)](
+        y, part.key, sums.unit, parts, rows, band.keys, band.shift, length, problem.scale,
+        *y.stride()[:2], *strides(part.key), *parts.stride()[:4],
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    if spans > 1:
+        grad_query.copy_(parts.sum(0))
     # Without a band to come, keys that no row sees have their zeros from this one.
     keys = band.keys if sums.add else part.key.shape[2]
     kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
