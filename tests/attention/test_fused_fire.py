@@ -143,7 +143,7 @@ def test_every_form_of_dape_equals_the_formula(inputs, residual):
 @pytest.mark.parametrize("offset", [0, 21, -20])
 def test_bands_change_nothing(narrow_bands, causal, offset):
     problem = FireProblem(
-        rows=50, keys=60, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
+        rows=75, keys=80, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
         threshold=30.5,
     )  # fmt: skip
     tensors, mixing = problem.tensors(torch.float32), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
