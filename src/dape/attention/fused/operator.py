@@ -57,9 +57,9 @@ def obstacle(
     if found is None and backend == "cuda" and adapter is not None and not features:
         from dape.attention.fused import mix_cuda
 
-        found = mix_cuda.obstacle(heads, units)
         if query.dtype == torch.float32:
-            found = "its scratch is fp16, too narrow for float32"
+            return "its scratch is fp16, too narrow for float32"
+        return mix_cuda.obstacle(heads, units)
     return found
 
 
