@@ -12,7 +12,8 @@ their padded sizes. Strides of span, batch, head and row come as `_s, _b, _h, _t
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows, load_tables, load_weights
+from dape.attention.fused.kernels import LOG2E, load_rows
+from dape.attention.fused.mix_kernels import load_tables, load_weights
 
 # These change with every token: no kernel of its own for those that 16 divides.
 GROWING = ("num_keys", "table_size", "shift")

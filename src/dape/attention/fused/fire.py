@@ -15,8 +15,8 @@ tables and stays apart here.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import (
-    LOG2E,
+from dape.attention.fused.kernels import LOG2E
+from dape.attention.fused.mix_kernels import (
     diagonal_tiles,
     load_weights,
     places_of_heads,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dape.attention.fused import kernels
+from dape.attention.fused import mix_kernels as kernels
 from dape.attention.fused.banded import PRECISION
 from dape.attention.fused.geometry import Band, Mixing, Problem, diagonals
 from dape.attention.fused.slots import Slots, padded

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dape.attention.fused import kernels
+from dape.attention.fused import mix_kernels as kernels
 from dape.attention.fused.banded import Mixer
 from dape.attention.fused.geometry import (
     Diagonals,

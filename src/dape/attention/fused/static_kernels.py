@@ -11,7 +11,8 @@ K keys. Strides of batch, head and row come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, diagonal_tiles, load_rows
+from dape.attention.fused.kernels import LOG2E, load_rows
+from dape.attention.fused.mix_kernels import diagonal_tiles
 
 
 @triton.jit
