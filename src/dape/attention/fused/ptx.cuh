@@ -8,7 +8,7 @@ typedef unsigned char uint8;
 
 // Copies to shared memory that are under way: 16 bytes around the L1 cache, or 4, zeros if not `real`.
 DEVICE uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }
-DEVICE void copy16(uint32 to, const void* from, bool real) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)); }
+DEVICE void copy16(uint32 to, const void* from, bool real) { asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real ? 16 : 0)); }
 DEVICE void copy4(uint32 to, const void* from, bool real) { asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(real ? 4 : 0)); }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
