@@ -155,6 +155,8 @@ def test_bands_segments_and_elements_change_nothing(emulated, causal, monkeypatc
     check(replace(problem, batch=1))
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 96 * 32 * 2)
     check(problem)
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 64 * 64)
+    check(replace(problem, batch=1, rows=134, keys=150))
 
 
 def test_two_backward_passes_agree_bit_for_bit(emulated):

@@ -1,4 +1,4 @@
-"""Attention in bands of query rows: the kernels put together, forward and backward.
+"""Attention in bands of scores: the kernels put together, forward and backward.
 
 For tables U, C over the distance and weights W1, W2, the logits of a query and a key are
 `A + C + W2 phi(W1 A + U)` with `A = scale q k^T`; without weights they are `A + C`. Only the output
@@ -19,6 +19,7 @@ from dape.attention.fused.geometry import (
     Problem,
     Scratch,
     bands,
+    blocks,
     cdiv,
     next_power_of_2,
     strides,
@@ -128,9 +129,10 @@ def scores(
     """Fill `out` with `scale left right^T` of a band, divided by `unit` if given."""
     batch, heads, rows, size = left.shape
     tile = tile_of("scores", problem, rows)
-    grid = (cdiv(band.keys, tile.keys) * cdiv(rows, tile.rows) * heads, batch)
+    keys = right.shape[2]
+    grid = (cdiv(keys, tile.keys) * cdiv(rows, tile.rows) * heads, batch)
     kernels.scores_kernel[grid](
-        left, right, out, scale, left if unit is None else unit, rows, band.keys, band.shift,
+        left, right, out, scale, left if unit is None else unit, rows, keys, band.shift,
         *strides(left), *strides(right), *out.stride()[:2],
         heads, heads // right.shape[1], E=size, WIDE=wide(size),
         CAUSAL=problem.causal, IN_UNITS=unit is not None, M=tile.rows, K=tile.keys,
@@ -140,18 +142,17 @@ def scores(
 
 def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
     """Return over how many spans the keys of a band are split, a power of two, and their length."""
-    rows = cdiv(band.rows.stop - band.rows.start, tile.rows)
-    programs = rows * (band.batch.stop - band.batch.start) * problem.query.shape[1]
-    wanted = max(1, min(PROGRAMS // programs, band.keys // 256, 64))
+    batch, rows, keys = band.sizes
+    programs = cdiv(rows, tile.rows) * batch * problem.query.shape[1]
+    wanted = max(1, min(PROGRAMS // programs, keys // 256, 64))
     spans = 1 << (wanted.bit_length() - 1)
-    return spans, cdiv(cdiv(band.keys, spans), tile.keys) * tile.keys
+    return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 
 
 def softmax_value(
-    x: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor, rest: Tensor
+    x: Tensor, value: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor, rest: Tensor
 ) -> None:
     """Fill what `forward` returns of a band, over spans of keys where rows alone are too few."""
-    part = problem.part(band.batch)
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
@@ -160,8 +161,8 @@ def softmax_value(
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, part.value, parts, parts_lse, rest, rows, band.keys, band.shift, length,
-        *x.stride()[:2], *strides(part.value), *parts.stride()[:4], *parts_lse.stride()[:3],
+        x, value, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
+        *x.stride()[:2], *strides(value), *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
         EXACT=exact, RESTED=exact and spans == 1,
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -199,16 +200,14 @@ def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor
     if whole is not None:
         return whole
     out, lse, rest = outputs(problem, exact)
-    scratch = Scratch.of(problem)
-    for band in bands(problem):
-        at, x, part = (
-            (band.batch, slice(None), band.rows),
-            scratch.view(band),
-            problem.part(band.batch),
-        )
+    all_bands = bands(problem)
+    scratch = Scratch.of(problem, all_bands)
+    for band in all_bands:
+        at, x, part = (band.batch, slice(None), band.rows), scratch.view(band), problem.part(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         mixer.mix(x, band, problem, problem.mixing)
-        softmax_value(x, band, problem, out[at], lse[at], rest[at] if rest.numel() else rest)
+        kept = rest[at] if rest.numel() else rest
+        softmax_value(x, part.value, band, problem, out[at], lse[at], kept)
     return out, lse, rest
 
 
@@ -237,22 +236,18 @@ def backward(
         unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
         problem = in_half(problem)
     scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, unit)
-    whole = all(band.rows.stop - band.rows.start == out.shape[2] for band in bands(problem))
-    grad_query = torch.empty_like(problem.query, dtype=dtype)
+    given = problem.query, problem.key, problem.value
+    whole = all(band.rows.start == band.keys.start == 0 for band in blocks(problem))
     if whole:
-        grad_key, grad_value = (
-            torch.empty_like(x, dtype=dtype) for x in (problem.key, problem.value)
-        )
+        query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
     else:
-        grad_key, grad_value = (
-            torch.zeros_like(x, dtype=torch.float32) for x in (problem.key, problem.value)
-        )
-    sums = Sums(grad_query, grad_key, grad_value, unit, not whole)
+        query, key, value = (torch.zeros_like(x, dtype=torch.float32) for x in given)
+    sums = Sums(query, key, value, unit, not whole)
     if problem.mixing is None:
         tables = static.backward(problem, lse, delta, scaled, sums)
     else:
         tables = mixed_backward(problem, problem.mixing, mixer, lse, delta, grad_out, scaled, sums)
-    return [grad_query, grad_key.to(dtype), grad_value.to(dtype), *tables]
+    return [*(gradient.to(dtype) for gradient in sums[:3]), *tables]
 
 
 def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -305,7 +300,7 @@ def prepared(
 
 
 class Sums(NamedTuple):
-    """Where dQ, dK and dV go, times `unit`; `add` if several bands add to dK and dV."""
+    """Where dQ, dK and dV go, times `unit`; `add` if several bands add to them."""
 
     query: Tensor
     key: Tensor
@@ -325,11 +320,11 @@ def mixed_backward(
     sums: Sums,
 ) -> list[Tensor]:
     """Fill dQ, dK and dV band by band, and return the gradients of tables and weights."""
-    scratch, other, slots = (
-        Scratch.of(problem), Scratch.of(problem), mixer.Slots.of(problem, mixing, mixer)
-    )  # fmt: skip
-    for band in bands(problem):
-        at, part = (band.batch, slice(None), band.rows), problem.part(band.batch)
+    all_bands = blocks(problem)
+    scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
+    slots = mixer.Slots.of(problem, mixing, mixer)
+    for band in all_bands:
+        at, part = (band.batch, slice(None), band.rows), problem.part(band)
         x, y = scratch.view(band), other.view(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         scores(grad_out[at], part.value, y, band, problem, 1.0, sums.unit)
@@ -341,34 +336,28 @@ def mixed_backward(
 def one_head(
     x: Tensor, y: Tensor, band: Band, problem: Problem, grad_out: Tensor, sums: Sums
 ) -> None:
-    """Fill dQ of a band, and dK and dV, from P and dA."""
-    part = problem.part(band.batch)
+    """Fill dQ, dK and dV from P and dA of a band, or add to them."""
+    part, keys = problem.part(band), band.keys
+    if not sums.add:
+        keys = slice(0, problem.key.shape[2])  # those that no row sees have zeros
     query, grad_query = part.query[:, :, band.rows], sums.query[band.batch, :, band.rows]
-    grad_key, grad_value = sums.key[band.batch], sums.value[band.batch]
-    batch, heads, rows, head_dim = query.shape
-    value_dim, place = grad_out.shape[3], (band.shift, problem.scale)
-    shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim)}
+    grad_key, grad_value = sums.key[band.batch, :, keys], sums.value[band.batch, :, keys]
+    (batch, heads, rows, head_dim), kv_heads = query.shape, part.key.shape[1]
+    value_dim, place = grad_out.shape[3], (part.key.shape[2], band.shift, problem.scale)
+    shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim), "ADD": sums.add}
     tile = tile_of("grad_query", problem, rows)
-    spans, length = key_spans(problem, band, tile)
-    parts = grad_query[None]
-    if spans > 1:
-        parts = query.new_empty(spans, *query.shape, dtype=torch.float32)
-    kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch, spans)](
-        y, part.key, sums.unit, parts, rows, band.keys, band.shift, length, problem.scale,
-        *y.stride()[:2], *strides(part.key), *parts.stride()[:4],
+    kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch)](
+        y, part.key, sums.unit, grad_query, rows, *place,
+        *y.stride()[:2], *strides(part.key), *strides(grad_query),
         heads, **shape, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if spans > 1:
-        grad_query.copy_(parts.sum(0))
-    # Without a band to come, keys that no row sees have their zeros from this one.
-    keys = band.keys if sums.add else part.key.shape[2]
-    kv_heads, tile = part.key.shape[1], tile_of("grad_key_value", problem, rows)
-    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys) * kv_heads, batch)](
+    tile = tile_of("grad_key_value", problem, rows)
+    kernels.grad_key_value_kernel[(cdiv(grad_key.shape[2], tile.keys) * kv_heads, batch)](
         x, y, query, grad_out, sums.unit, grad_key, grad_value,
-        keys, rows, band.keys, *place,
+        grad_key.shape[2], rows, *place,
         *x.stride()[:2], *strides(query), *strides(grad_out),
         *strides(grad_key), *strides(grad_value),
         kv_heads, **shape, V=value_dim, WIDE_V=wide(value_dim), M=tile.rows, K=tile.keys,
-        ADD=sums.add, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from dape.attention.fused.kernels import BLOCK
 
 # Scores that stand in the scratch at a time, two bytes each (four in float32).
 SCORES_PER_BAND = 2**27
+# Keys to a row of a band that is cut between keys.
+ASPECT = 4
 # Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
 ALIGNMENT = BLOCK.value
 
@@ -66,23 +68,33 @@ class Problem(NamedTuple):
     offset: int
     features: Features | None = None
 
-    def part(self, batch: slice) -> "Problem":
-        """Return the problem of some elements of the batch."""
+    def part(self, band: "Band") -> "Problem":
+        """Return the problem of the elements and keys of a band, with all rows."""
+        mask = self.mask
         return self._replace(
-            query=self.query[batch],
-            key=self.key[batch],
-            value=self.value[batch],
-            mask=None if self.mask is None else self.mask[batch],
+            query=self.query[band.batch],
+            key=self.key[band.batch, :, band.keys],
+            value=self.value[band.batch, :, band.keys],
+            mask=None if mask is None else mask[band.batch, band.keys],
         )
 
 
 class Band(NamedTuple):
-    """Some rows of some elements of the batch, the keys they see and the slot of the first row."""
+    """Some rows of some elements of the batch, and keys that they see, as the scratch holds them.
+
+    `shift` is the slot of the first row, counted from the first of the keys.
+    """
 
     batch: slice
     rows: slice
-    keys: int
+    keys: slice
     shift: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Return how many elements, rows and keys it has."""
+        batch, rows, keys = (part.stop - part.start for part in self[:3])
+        return batch, rows, keys
 
 
 class Extent(NamedTuple):
@@ -112,29 +124,52 @@ def bands(problem: Problem) -> tuple[Band, ...]:
 
     Rows that see fewer keys come in higher bands, so that all are about as large.
     """
-    return bands_of(Extent.of(problem), SCORES_PER_BAND)
+    return bands_of(Extent.of(problem), SCORES_PER_BAND, False)
+
+
+def blocks(problem: Problem) -> tuple[Band, ...]:
+    """Return the bands of a problem, cut between keys where they would be wide and low.
+
+    What the backward pass adds to for every band, dQ by row, dK and dV by key and the tables by
+    distance, is then little beside its scores, however long the sequence.
+    """
+    return bands_of(Extent.of(problem), SCORES_PER_BAND, True)
 
 
 @lru_cache(maxsize=256)
-def bands_of(extent: Extent, scores: int) -> tuple[Band, ...]:
-    """Return the bands for a scratch of so many scores."""
+def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
+    """Return the bands for a scratch of so many scores; if `cut`, none far wider than high."""
     batch, rows = extent.batch, extent.rows
-    found, start, group = [], 0, batch
+    found, start, largest = [], 0, 1
     while start < rows:
-        height = rows - start
+        height, pieces = rows - start, 1
         if extent.heads is not None:
             room = scores // extent.heads
             height = min(height, highest(extent, start, room))
-            if start == 0:
-                area = height * cdiv(extent.visible(height), ALIGNMENT) * ALIGNMENT
-                group = max(1, min(batch, room // area))
-        found.append((slice(start, start + height), extent.visible(start + height)))
+            widest = max(ALIGNMENT, whole_blocks(isqrt(ASPECT * room)))
+            if cut and start + height < rows and extent.visible(start + height) > widest:
+                height = min(rows - start, max(ALIGNMENT, whole_blocks(room // widest)))
+                pieces = cdiv(extent.visible(start + height), widest)
+        keys = extent.visible(start + height)
+        width = cdiv(cdiv(keys, pieces), ALIGNMENT) * ALIGNMENT
+        largest = max(largest, height * width)
+        found += [
+            (slice(start, start + height), slice(first, min(keys, first + width)))
+            for first in range(0, keys, width)
+        ]
         start += height
+    group = batch if extent.heads is None else max(1, min(batch, scores // extent.heads // largest))
     return tuple(
-        Band(slice(first, min(batch, first + group)), band, keys, extent.offset + band.start)
+        Band(slice(first, min(batch, first + group)), band, keys, shift)
         for first in range(0, batch, group)
         for band, keys in found
+        for shift in [extent.offset + band.start - keys.start]
     )
+
+
+def whole_blocks(size: int) -> int:
+    """Return the largest multiple of `ALIGNMENT` that is no more than a size."""
+    return size // ALIGNMENT * ALIGNMENT
 
 
 def highest(extent: Extent, start: int, room: int) -> int:
@@ -144,7 +179,7 @@ def highest(extent: Extent, start: int, room: int) -> int:
         # Of h rows the last sees c + h keys, and the scratch is padded by less than a block.
         c = max(0, extent.offset + start) + ALIGNMENT
         height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
-    return max(ALIGNMENT, height // ALIGNMENT * ALIGNMENT)
+    return max(ALIGNMENT, whole_blocks(height))
 
 
 class Scratch(NamedTuple):
@@ -154,19 +189,18 @@ class Scratch(NamedTuple):
     heads: int
 
     @classmethod
-    def of(cls, problem: Problem) -> "Scratch":
-        """Return a buffer for the largest band of a problem."""
+    def of(cls, problem: Problem, all_bands: tuple[Band, ...]) -> "Scratch":
+        """Return a buffer for the largest of some bands of a problem."""
         heads = problem.query.shape[1]
         dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
-        size = max(prod(cls.shape(band, heads)) for band in bands(problem))
+        size = max(prod(cls.shape(band, heads)) for band in all_bands)
         return cls(problem.query.new_empty(size, dtype=dtype), heads)
 
     @staticmethod
     def shape(band: Band, heads: int) -> tuple[int, int, int, int, int]:
         """Return the size of a band's scores, of whole blocks of keys."""
-        blocks = cdiv(band.keys, ALIGNMENT)
-        batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
-        return batch, rows, blocks, heads, ALIGNMENT
+        batch, rows, keys = band.sizes
+        return batch, rows, cdiv(keys, ALIGNMENT), heads, ALIGNMENT
 
     def view(self, band: Band) -> Float[Tensor, "group rows blocks heads keys"]:
         """Return the scores of a band."""
@@ -177,26 +211,35 @@ class Scratch(NamedTuple):
 class Diagonals(NamedTuple):
     """The diagonals of tiles of a band: q holds distances q K + offset + m - n, m < M, n < K.
 
-    `first` is that of the whole problem, so that a diagonal keeps its slot in every band.
+    The first of them has place `slot` among those of the whole problem.
     """
 
     first: int
     number: int
+    slot: int
     band_tile: int
     offset: int
 
 
 def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> Diagonals:
     """Return the diagonals of a band for tiles of M rows and K keys, M dividing K."""
-    offset = problem.offset % tile_keys
-    if problem.causal:
-        first = -((offset + tile_rows - 1) // tile_keys)
-    else:
-        first = problem.offset // tile_keys + 1 - cdiv(problem.key.shape[2], tile_keys)
+    _, rows, keys = band.sizes
+    lowest = lowest_diagonal(problem, tile_rows, tile_keys)
     band_tile = band.shift // tile_keys
-    last_row = (cdiv(band.rows.stop - band.rows.start, tile_rows) - 1) * tile_rows
+    first = max(lowest, band_tile + 1 - cdiv(keys, tile_keys))
+    last_row = (cdiv(rows, tile_rows) - 1) * tile_rows
     last = band_tile + (last_row + tile_keys - 1) // tile_keys
-    return Diagonals(first, max(0, last + 1 - first), band_tile, offset)
+    number = max(0, last + 1 - first)
+    return Diagonals(first, number, first - lowest, band_tile, problem.offset % tile_keys)
+
+
+def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int) -> int:
+    """Return the first diagonal of a whole problem."""
+    extent = Extent.of(problem)
+    first = problem.offset // tile_keys + 1 - cdiv(extent.visible(extent.rows), tile_keys)
+    if problem.causal:
+        first = max(first, -((problem.offset % tile_keys + tile_rows - 1) // tile_keys))
+    return first
 
 
 def strides(tensor: Tensor) -> tuple[int, ...]:

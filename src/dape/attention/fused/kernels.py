@@ -249,12 +249,12 @@ def row_products_kernel(
 
 @triton.jit
 def grad_query_kernel(
-    y, key, unit, grad_query, num_rows, num_keys, shift, keys_per_span, scale,
-    y_b, y_t, key_b, key_h, key_t, grad_s, grad_b, grad_h, grad_t,
+    y, key, unit, grad_query, num_rows, num_keys, shift, scale,
+    y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dA K of one head and a span of keys; grid (rows H, B, spans)."""
+    """Store, or ADD, dQ = unit scale dA K of one head; grid (rows H, B)."""
     b, h = tl.program_id(1), tl.program_id(0) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
     line = first_row + tl.arange(0, M)
@@ -263,11 +263,10 @@ def grad_query_kernel(
     y += b64 * y_b + h * BLOCK
     key += b64 * key_b + (h // GROUP) * key_h
     acc = tl.zeros((M, WIDE), tl.float32)
-    low = tl.program_id(2) * keys_per_span
-    high = tl.minimum(num_keys, low + keys_per_span)
+    high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(low, high, K):
+    for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
@@ -275,10 +274,12 @@ def grad_query_kernel(
         ds = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
-    at = grad_query + tl.program_id(2) * grad_s + b64 * grad_b + h * grad_h
-    at += rows.to(tl.int64) * grad_t + columns
+    at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+    inside = (rows < num_rows) & (columns < E)
     acc *= scale * tl.load(unit)
-    tl.store(at, acc.to(grad_query.dtype.element_ty), (rows < num_rows) & (columns < E))
+    if ADD:
+        acc += tl.load(at, inside, 0.0)
+    tl.store(at, acc.to(grad_query.dtype.element_ty), inside)
 
 
 @triton.jit

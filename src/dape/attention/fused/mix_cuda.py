@@ -45,15 +45,15 @@ def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    batch, rows, keys = band.sizes
     _, segments = share(batch, where.number, rows)
     compiled(x.device.index, "mix", *macros(problem, mixing))(
         grid=(where.number, batch, shares * segments),
         block=(32 * WARPS, 1, 1),
         args=[
             x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
-            rows, band.keys, mixing.hidden.shape[0],
+            rows, keys, mixing.hidden.shape[0],
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
@@ -71,15 +71,16 @@ def mix_backward(
 ) -> None:
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    batch, rows, keys = band.sizes
     groups = len(slots.sums) // slots.segments
     compiled(x.device.index, "mix_backward", *macros(problem, mixing))(
         grid=(where.number, groups, shares * slots.segments),
         block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-            lse, delta, mask, slots.sums, batch, slots.elements, rows, band.keys,
+            lse, delta, mask, slots.sums[:, where.slot * shares :],
+            batch, slots.elements, rows, keys,
             mixing.hidden.shape[0], where.first, where.band_tile, where.offset,
             *slots.sums.shape[1:], int(slots.add),
             *x.stride()[:2], *lse.stride(), mask.stride(0),

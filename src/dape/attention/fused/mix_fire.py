@@ -13,7 +13,6 @@ from dape.attention.fused.geometry import (
     Features,
     Mixing,
     Problem,
-    bands,
     diagonals,
     next_power_of_2,
 )
@@ -41,11 +40,12 @@ def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    features = features_of(problem)
-    fire.fire_mix_kernel[(where.number, band.batch.stop - band.batch.start)](
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    batch, rows, keys = band.sizes
+    features = features_of(problem, band)
+    fire.fire_mix_kernel[(where.number, batch)](
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features, mask,
-        band.rows.stop - band.rows.start, band.keys, len(features.psi),
+        rows, keys, len(features.psi),
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=4,
     )  # fmt: skip
@@ -63,20 +63,19 @@ def mix_backward(
 ) -> None:
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    features = features_of(problem)
-    batch, rows = band.batch.stop - band.batch.start, band.rows.stop - band.rows.start
-    pairs = x.new_empty(batch, rows, band.keys, dtype=torch.float32)
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    features = features_of(problem, band)
+    batch, rows, keys = band.sizes
+    pairs = x.new_empty(batch, rows, keys, dtype=torch.float32)
     fire.fire_mix_backward_kernel[(where.number, batch)](
         x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features,
-        lse, delta, mask, slots.weight_in, slots.weight_out, slots.hidden, slots.static,
-        slots.psi, slots.weight, slots.bias, pairs,
-        rows, band.keys, len(features.psi),
+        lse, delta, mask, *(sums[:, where.slot :] for sums in slots[:-1]), pairs,
+        rows, keys, len(features.psi),
         where.first, where.band_tile, where.offset, slots.psi.shape[1],
         *x.stride()[:2], *lse.stride(), mask.stride(0), *pairs.stride()[:2],
         LINES=lines, **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
-    add_pairs(slots.scale, pairs, band, problem.causal)
+    add_pairs(slots.scale[band.keys.start :], pairs, band, problem.causal)
 
 
 def add_pairs(
@@ -85,7 +84,7 @@ def add_pairs(
     band: Band,
     causal: bool,
 ) -> None:
-    """Add what each query and key of a band have for the later of their slots.
+    """Add what each query and key of a band have for the later of their slots, from its first key.
 
     In causal use that is the query's, and what stands at later keys is nothing.
     """
@@ -136,9 +135,11 @@ class Slots(NamedTuple):
         """Return the gradients of C, U, W1, W2, and of the features, times `unit`."""
         entries, units = mixing.hidden.shape
         heads, features = mixing.static.shape[0], features_of(problem)
-        where = diagonals(problem, bands(problem)[0], tile_rows, tile_keys)
         psi = torch.empty_like(features.psi)
-        fold(self.psi[..., None], lowest(where, tile_keys), tile_keys, unit, psi[:, None])
+        fold(
+            self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
+            psi[:, None],
+        )  # fmt: skip
         tables = (
             self.static.sum((0, 1))[:entries, :heads].t(),
             self.hidden.sum((0, 1))[:entries, :units],
@@ -152,10 +153,14 @@ class Slots(NamedTuple):
         return [*gradients[:4], psi, *gradients[4:]]
 
 
-def features_of(problem: Problem) -> Features:
-    """Return the features of a problem of FIRE; others have another mixer."""
+def features_of(problem: Problem, band: Band | None = None) -> Features:
+    """Return the features of a problem of FIRE, slots from the first key of a band if given.
+
+    Other problems have another mixer.
+    """
     assert problem.features is not None
-    return problem.features
+    first = 0 if band is None else band.keys.start
+    return problem.features._replace(scale=problem.features.scale[first:])
 
 
 def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:

@@ -34,12 +34,11 @@ def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     """Turn the scores X of a band into logits, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    batch = band.batch.stop - band.batch.start
-    rows = band.rows.stop - band.rows.start
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    batch, rows, keys = band.sizes
     kernels.mix_kernel[(where.number, batch, share(batch, where.number, rows)[1])](
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
-        rows, band.keys, mixing.hidden.shape[0],
+        rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=4,
     )  # fmt: skip
@@ -57,12 +56,12 @@ def mix_backward(
 ) -> None:
     """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
-    mask = x if problem.mask is None else problem.mask[band.batch]
-    batch = band.batch.stop - band.batch.start
+    mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
+    batch, rows, keys = band.sizes
     kernels.mix_backward_kernel[(where.number, batch, slots.segments)](
         x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-        lse, delta, mask, slots.sums,
-        band.rows.stop - band.rows.start, band.keys, mixing.hidden.shape[0],
+        lse, delta, mask, slots.sums[:, where.slot :],
+        rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
         *x.stride()[:2], *lse.stride(), mask.stride(0), LINES=lines, ADD=slots.add,
         **sizes(problem, mixing), num_warps=8, num_stages=1,

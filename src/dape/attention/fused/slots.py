@@ -13,12 +13,12 @@ from torch import Tensor
 from dape.attention.fused import mix_kernels as kernels
 from dape.attention.fused.banded import Mixer
 from dape.attention.fused.geometry import (
-    Diagonals,
     Mixing,
     Problem,
-    bands,
+    blocks,
     cdiv,
     diagonals,
+    lowest_diagonal,
     next_power_of_2,
 )
 
@@ -39,8 +39,8 @@ class Slots(NamedTuple):
     def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
         """Return room for the bands of a problem."""
         group, count = slots_of(problem, mixer)
-        all_bands = bands(problem)
-        rows = max(band.rows.stop - band.rows.start for band in all_bands)
+        all_bands = blocks(problem)
+        rows = max(band.sizes[1] for band in all_bands)
         elements, segments = mixer.share(group, count, rows)
         shape = cdiv(group, elements) * segments, count * mixer.shares, sum(sizes(mixing, mixer))
         add = len(all_bands) > 1
@@ -58,8 +58,7 @@ class Slots(NamedTuple):
             weight.sum(0).view(padded_heads, units)[:heads, :hidden_units] * unit
             for weight in weight_sums
         )
-        where = diagonals(problem, bands(problem)[0], mixer.tile_rows, mixer.tile_keys)
-        place = lowest(where, mixer.tile_keys), mixer.tile_keys // mixer.shares
+        place = lowest(problem, mixer.tile_rows, mixer.tile_keys), mixer.tile_keys // mixer.shares
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
         lines = static_sums.unflatten(1, (padded_heads, mixer.lines)).transpose(1, 2)
         fold(lines[None], *place, unit, static.t())
@@ -74,10 +73,10 @@ def sizes(mixing: Mixing, mixer: Mixer) -> list[int]:
 
 
 def slots_of(problem: Problem, mixer: Mixer) -> tuple[int, int]:
-    """Return the elements of a group, and how many diagonals each may have in a band."""
-    all_bands = bands(problem)
-    numbers = (diagonals(problem, x, mixer.tile_rows, mixer.tile_keys).number for x in all_bands)
-    return all_bands[0].batch.stop, max(numbers)
+    """Return the elements of a group, and how many diagonals they have in all bands together."""
+    all_bands = blocks(problem)
+    found = [diagonals(problem, x, mixer.tile_rows, mixer.tile_keys) for x in all_bands]
+    return all_bands[0].batch.stop, max(where.slot + where.number for where in found)
 
 
 def padded(mixing: Mixing) -> tuple[int, int]:
@@ -91,9 +90,10 @@ def padded_size(count: int) -> int:
     return max(16, next_power_of_2(count))
 
 
-def lowest(where: Diagonals, tile_keys: int) -> int:
-    """Return the distance i - j of the first line of the first slot."""
-    return where.first * tile_keys + where.offset - (tile_keys - 1)
+def lowest(problem: Problem, tile_rows: int, tile_keys: int) -> int:
+    """Return the distance i - j of the first line of the first slot of a problem."""
+    first = lowest_diagonal(problem, tile_rows, tile_keys)
+    return first * tile_keys + problem.offset % tile_keys - (tile_keys - 1)
 
 
 def fold(

@@ -96,7 +96,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         query, key, value, bias.table, line, parts, parts_lse,
-        rows, band.keys, bias.table.shape[1], bias.low, problem.offset,
+        rows, band.sizes[2], bias.table.shape[1], bias.low, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
@@ -154,5 +154,5 @@ def backward(
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     gradient = torch.empty_like(problem.static)
-    fold(lines, lowest(where, size), size, sums.unit, gradient.t(), skewed=True)
+    fold(lines, lowest(problem, size, size), size, sums.unit, gradient.t(), skewed=True)
     return [gradient]
