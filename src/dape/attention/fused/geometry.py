@@ -11,7 +11,7 @@ from torch import Tensor
 from dape.attention.fused.kernels import BLOCK
 
 # Scores that stand in the scratch at a time, two bytes each (four in float32).
-SCORES_PER_BAND = 2**27
+SCORES_PER_BAND = 2**28
 # Keys to a row of a band that is cut between keys.
 ASPECT = 4
 # Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.

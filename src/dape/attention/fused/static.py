@@ -35,16 +35,16 @@ class Bias(NamedTuple):
         """Return the bias of a problem, with what nobody may see at -inf."""
         batch, heads, rows, _ = problem.query.shape
         keys, reach = problem.key.shape[2], 2 * WIDEST_TILE
-        table = problem.static
-        if table is None:
+        given, unseen = problem.static, float("-inf") if problem.causal else 0.0
+        if given is None:
             size = max(keys, rows + problem.offset, 1)
-            table = problem.query.new_zeros(heads, size, dtype=torch.float32)
-        table = table * LOG2E
-        if problem.causal:
-            table, low = pad(table, (reach, reach), value=float("-inf")), reach
-        else:
-            table, low = torch.cat((table[:, 1:].flip(1), table), 1), table.shape[1] - 1 + reach
-            table = pad(table, (reach, reach))
+            given = problem.query.new_zeros(heads, size, dtype=torch.float32)
+        low = reach if problem.causal else given.shape[1] - 1 + reach
+        table = given.new_full((heads, low + given.shape[1] + reach), unseen)
+        at_zero = table[:, low:-reach]
+        torch.mul(given, LOG2E, out=at_zero)
+        if not problem.causal:
+            table[:, reach:low] = at_zero[:, 1:].flip(1)
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):

@@ -53,7 +53,7 @@ def tables(
             return () if values is None else (values,)
         values = torch.zeros(num_heads, count, device=device) if values is None else values
         static, hidden, weight_in, weight_out = dape_tables(
-            adapter, values, torch.ones(count, device=device)
+            adapter, values, torch.ones(1, device=device)
         )
         if adapter.inputs == "bias":
             return (static + weight_out @ leaky_relu(hidden, 0.01).t(),)
@@ -86,16 +86,21 @@ def fire_tables(
 def dape_tables(
     adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "entries"]
 ) -> tuple[Tensor, ...]:
-    """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table."""
+    """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table.
+
+    It has one entry if all are alike. Few and simple operations: in decoding, each takes as long
+    as a part of the cache.
+    """
     weight_in, weight_out = adapter.weight_in[..., 0].float(), adapter.weight_out[..., 0].float()
     bias_in, bias_out = adapter.bias_in.float(), adapter.bias_out.float()
-    static = torch.outer(bias_out, constant) + (values if adapter.residual else 0)
-    nothing = torch.zeros_like(weight_in)
-    on_scores, on_bias = {
-        "concat": weight_in.split(adapter.num_heads, dim=1),
-        "sum": (weight_in, weight_in),
-        "scores": (weight_in, nothing),
-        "bias": (nothing, weight_in),
-    }[adapter.inputs]
-    hidden = values.t() @ on_bias.t() + torch.outer(constant, bias_in)
+    static = values if adapter.residual else torch.zeros_like(values)
+    static = static + bias_out[:, None] * constant
+    on_scores = on_bias = weight_in
+    if adapter.inputs == "concat":
+        on_scores, on_bias = weight_in.split(adapter.num_heads, dim=1)
+    elif adapter.inputs == "scores":
+        on_bias = torch.zeros_like(weight_in)
+    elif adapter.inputs == "bias":
+        on_scores = torch.zeros_like(weight_in)
+    hidden = torch.addmm(constant[:, None] * bias_in, values.t(), on_bias.t())
     return static, hidden, on_scores, weight_out
