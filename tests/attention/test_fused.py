@@ -151,7 +151,8 @@ class RowBias(Bias):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": dape.DAPE(4, kernel_size=3)}, "kernel_size=3"),
+        ({"adapter": dape.DAPE(4, kernel_size=3), "bias": dape.FIRE(4)}, "kernel_size=3"),
+        ({"adapter": dape.DAPE(4, 33, kernel_size=3)}, "256 padded channels, more than 128"),
         ({"adapter": torch.nn.Identity()}, "do not know the adapter Identity"),
         ({"bias": RowBias(4)}, "RowBias depends on more than the distance"),
         ({"query_positions": torch.arange(7)}, "positions are given"),
@@ -184,7 +185,7 @@ def close_as_the_textbook(scheme, backend, dtype, rows, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["kerple", "dape-kerple"])
+@pytest.mark.parametrize("scheme", ["kerple", "dape-kerple", "dape3-kerple"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("rows", [129, 512])

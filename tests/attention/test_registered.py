@@ -24,15 +24,16 @@ PARTS = {
     "nothing": (None, None),
     "kerple": (dape.Kerple, None),
     "fire": (dape.FIRE, None),
-    "dape-kerple": (dape.Kerple, 5),
-    "dape-fire": (dape.FIRE, 5),
+    "dape-kerple": (dape.Kerple, (5,)),
+    "dape3-kerple": (dape.Kerple, (5, 3)),
+    "dape-fire": (dape.FIRE, (5,)),
 }
 every_kind = pytest.mark.parametrize("name", PARTS)
 
 
 def built(name):
-    bias, hidden = PARTS[name]
-    return bias and bias(4), hidden and dape.DAPE(4, hidden)
+    bias, sizes = PARTS[name]
+    return bias and bias(4), sizes and dape.DAPE(4, *sizes)
 
 
 class Layer(nn.Module):
@@ -140,7 +141,7 @@ def test_checkpointing_changes_nothing(name):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # Inductor's own
-@pytest.mark.parametrize("scheme", ["rope", "kerple", "dape-kerple", "dape-fire"])
+@pytest.mark.parametrize("scheme", ["rope", "kerple", "dape-kerple", "dape-fire", "dape3-kerple"])
 def test_on_a_gpu_a_compiled_model_is_as_near_to_float64_as_eager(scheme):
     torch.compiler.reset()
     config = dape.DapeConfig(

@@ -46,8 +46,12 @@ BACKENDS = {
         Backend("reference", "whole score matrices, any dtype: the oracle"),
         Backend("chunked", "pure PyTorch, memory linear in the length: serves every call"),
         Backend("sdpa", "PyTorch's own, where nothing is added to the scores"),
-        Backend("triton", "fused kernels: static biases, FIRE and DAPE V1", no_triton),
-        Backend("cuda", "the same, across heads in CUDA: the fastest in half precision", no_cuda),
+        Backend("triton", "fused kernels: static biases, FIRE and DAPE", no_triton),
+        Backend(
+            "cuda",
+            "the same, heads of DAPE V1 mixed in CUDA: the fastest in half precision",
+            no_cuda,
+        ),
     )
 }
 # The ones that do not serve every call, the fastest first.

@@ -68,7 +68,7 @@ def installation() -> "Table":
     table.add_row(
         "fused",
         f"triton and cuda serve all of these but {', '.join(unfused())}: "
-        "those, DAPE V2 among them, run in chunked",
+        "those, and DAPE V2 behind FIRE, run in chunked",
     )
     return table
 

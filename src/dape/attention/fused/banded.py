@@ -84,8 +84,8 @@ class Mixer(Protocol):
         lse: Tensor,
         delta: Tensor,
         slots: Any,
-    ) -> None:
-        """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
 
 
 def switches(problem: Problem) -> dict[str, Any]:
@@ -328,7 +328,7 @@ def mixed_backward(
         x, y = scratch.view(band), other.view(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         scores(grad_out[at], part.value, y, band, problem, 1.0, sums.unit)
-        mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
+        x, y = mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
         one_head(x, y, band, problem, scaled[at], sums)
     return slots.gradients(problem, mixing, mixer, sums.unit)
 

@@ -23,7 +23,7 @@ MOST_PARTS = 2**14
 def serves(problem: Problem) -> bool:
     """Return whether a problem mixes heads by tables for few queries against many keys."""
     rows, keys = problem.query.shape[2], problem.key.shape[2]
-    known = problem.mixing is not None and problem.features is None
+    known = problem.mixing is not None and problem.features is None and problem.taps == 1
     return known and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
 
 

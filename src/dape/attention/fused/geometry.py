@@ -54,7 +54,8 @@ class Problem(NamedTuple):
     """One call: the arguments every kernel needs, checked and in their final layout.
 
     Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
-    is true for keys that may be seen. `features` are FIRE's.
+    is true for keys that may be seen. `features` are FIRE's. With `hidden_bias` b1 the layers are
+    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -67,6 +68,14 @@ class Problem(NamedTuple):
     causal: bool
     offset: int
     features: Features | None = None
+    hidden_bias: Float[Tensor, "hidden"] | None = None
+
+    @property
+    def taps(self) -> int:
+        """Return how many keys each layer sees at a time."""
+        if self.mixing is None or self.hidden_bias is None:
+            return 1
+        return self.mixing.weight_in.shape[0] // self.hidden_bias.shape[0]
 
     def part(self, band: "Band") -> "Problem":
         """Return the problem of the elements and keys of a band, with all rows."""
@@ -98,21 +107,27 @@ class Band(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """What the bands of a problem depend on; without mixing there is no scratch, nor `heads`."""
+    """What the bands of a problem depend on; without mixing there is no scratch.
+
+    `numbers` is how many one of two scratches holds for a query and a key, one for each head; with
+    convolutions there are four: scores, P, dA, and the hidden units.
+    """
 
     batch: int
     rows: int
     keys: int
     offset: int
     causal: bool
-    heads: int | None
+    numbers: int | None
 
     @classmethod
     def of(cls, problem: Problem) -> "Extent":
         """Return that of a problem."""
         batch, heads, rows, _ = problem.query.shape
-        mixed = heads if problem.mixing is not None else None
-        return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, mixed)
+        numbers = heads if problem.mixing is not None else None
+        if problem.hidden_bias is not None:
+            numbers = cdiv(3 * heads + problem.hidden_bias.shape[0], 2)
+        return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:
         """Return how many keys the first `rows` queries see among them, at least one."""
@@ -131,9 +146,10 @@ def blocks(problem: Problem) -> tuple[Band, ...]:
     """Return the bands of a problem, cut between keys where they would be wide and low.
 
     What the backward pass adds to for every band, dQ by row, dK and dV by key and the tables by
-    distance, is then little beside its scores, however long the sequence.
+    distance, is then little beside its scores, however long the sequence. Convolutions along the
+    keys need whole rows.
     """
-    return bands_of(Extent.of(problem), SCORES_PER_BAND, True)
+    return bands_of(Extent.of(problem), SCORES_PER_BAND, problem.hidden_bias is None)
 
 
 @lru_cache(maxsize=256)
@@ -143,8 +159,8 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
     found, start, largest = [], 0, 1
     while start < rows:
         height, pieces = rows - start, 1
-        if extent.heads is not None:
-            room = scores // extent.heads
+        if extent.numbers is not None:
+            room = scores // extent.numbers
             height = min(height, highest(extent, start, room))
             widest = max(ALIGNMENT, whole_blocks(isqrt(ASPECT * room)))
             if cut and start + height < rows and extent.visible(start + height) > widest:
@@ -158,7 +174,8 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
             for first in range(0, keys, width)
         ]
         start += height
-    group = batch if extent.heads is None else max(1, min(batch, scores // extent.heads // largest))
+    room = batch * largest if extent.numbers is None else scores // extent.numbers
+    group = max(1, min(batch, room // largest))
     return tuple(
         Band(slice(first, min(batch, first + group)), band, keys, shift)
         for first in range(0, batch, group)
@@ -221,24 +238,29 @@ class Diagonals(NamedTuple):
     offset: int
 
 
-def diagonals(problem: Problem, band: Band, tile_rows: int, tile_keys: int) -> Diagonals:
-    """Return the diagonals of a band for tiles of M rows and K keys, M dividing K."""
+def diagonals(
+    problem: Problem, band: Band, tile_rows: int, tile_keys: int, reach: int = 0
+) -> Diagonals:
+    """Return the diagonals of a band for tiles of M rows and K keys, M dividing K.
+
+    With a `reach` rows see so many keys more, and past the last: the hidden units of convolutions.
+    """
     _, rows, keys = band.sizes
-    lowest = lowest_diagonal(problem, tile_rows, tile_keys)
-    band_tile = band.shift // tile_keys
-    first = max(lowest, band_tile + 1 - cdiv(keys, tile_keys))
+    lowest = lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    band_tile = (band.shift + reach) // tile_keys
+    first = max(lowest, band_tile + 1 - cdiv(keys + reach, tile_keys))
     last_row = (cdiv(rows, tile_rows) - 1) * tile_rows
     last = band_tile + (last_row + tile_keys - 1) // tile_keys
     number = max(0, last + 1 - first)
-    return Diagonals(first, number, first - lowest, band_tile, problem.offset % tile_keys)
+    return Diagonals(first, number, first - lowest, band_tile, (problem.offset + reach) % tile_keys)
 
 
-def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int) -> int:
+def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
     """Return the first diagonal of a whole problem."""
-    extent = Extent.of(problem)
-    first = problem.offset // tile_keys + 1 - cdiv(extent.visible(extent.rows), tile_keys)
+    extent, offset = Extent.of(problem), problem.offset + reach
+    first = offset // tile_keys + 1 - cdiv(extent.visible(extent.rows) + reach, tile_keys)
     if problem.causal:
-        first = max(first, -((problem.offset % tile_keys + tile_rows - 1) // tile_keys))
+        first = max(first, -((offset % tile_keys + tile_rows - 1) // tile_keys))
     return first
 
 

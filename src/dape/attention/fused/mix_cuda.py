@@ -68,8 +68,8 @@ def mix_backward(
     lse: Tensor,
     delta: Tensor,
     slots: Slots,
-) -> None:
-    """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+) -> tuple[Tensor, Tensor]:
+    """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
@@ -86,6 +86,7 @@ def mix_backward(
             *x.stride()[:2], *lse.stride(), mask.stride(0),
         ],
     )  # fmt: skip
+    return x, y
 
 
 def macros(problem: Problem, mixing: Mixing) -> tuple[int, ...]:

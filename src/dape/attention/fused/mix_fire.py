@@ -60,8 +60,8 @@ def mix_backward(
     lse: Tensor,
     delta: Tensor,
     slots: "Slots",
-) -> None:
-    """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+) -> tuple[Tensor, Tensor]:
+    """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     features = features_of(problem, band)
@@ -76,6 +76,7 @@ def mix_backward(
         LINES=lines, **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
     add_pairs(slots.scale[band.keys.start :], pairs, band, problem.causal)
+    return x, y
 
 
 def add_pairs(

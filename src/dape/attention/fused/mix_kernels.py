@@ -17,8 +17,15 @@ def load_tables(hidden, static, delta, heads, units, size, H: tl.constexpr, D: t
     distance = tl.abs(delta)[:, None]
     inside = (distance < size) & (units[None, :] < D)
     u = tl.load(hidden + distance * D + units[None, :], inside, 0.0)
+    return u, load_static(static, delta, heads, size, H)
+
+
+@triton.jit
+def load_static(static, delta, heads, size, H: tl.constexpr):
+    """Return C `[N, H]` at the distances of a tile's positions."""
+    distance = tl.abs(delta)[:, None]
     inside = (distance < size) & (heads[None, :] < H)
-    return u, tl.load(static + heads[None, :] * size + distance, inside, 0.0)
+    return tl.load(static + heads[None, :] * size + distance, inside, 0.0)
 
 
 @triton.jit

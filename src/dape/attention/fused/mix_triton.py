@@ -53,8 +53,8 @@ def mix_backward(
     lse: Tensor,
     delta: Tensor,
     slots: Slots,
-) -> None:
-    """Turn scores X and dP in Y of a band into P and dA, in place; add to the slots."""
+) -> tuple[Tensor, Tensor]:
+    """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
@@ -66,6 +66,7 @@ def mix_backward(
         *x.stride()[:2], *lse.stride(), mask.stride(0), LINES=lines, ADD=slots.add,
         **sizes(problem, mixing), num_warps=8, num_stages=1,
     )  # fmt: skip
+    return x, y
 
 
 def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
+# Taps of a convolution times heads or units, all padded: for two bytes, and for four.
+MOST_CHANNELS = (256, 128)
 # CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
@@ -35,6 +37,9 @@ def obstacle(
 ) -> str | None:
     """Return why the fused kernels cannot serve a call, or None if they can."""
     batch, heads, units = *query.shape[:2], getattr(adapter, "hidden", 0)
+    taps = getattr(adapter, "kernel_size", 1)
+    channels = (1 << (taps - 1).bit_length()) * (1 << (max(16, heads, units) - 1).bit_length())
+    most_channels = MOST_CHANNELS[query.dtype == torch.float32]
     features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
     most, widest = max(units, features), max(query.shape[3], value.shape[3])
     reasons = [
@@ -48,13 +53,18 @@ def obstacle(
         (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
         (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
         (
+            taps > 1 and channels > most_channels,
+            f"kernel_size={taps} with {heads} heads and hidden={units} needs {channels} padded "
+            f"channels, more than {most_channels}",
+        ),
+        (
             query.dtype == torch.float32 and heads > 16 and units > 32 and is_small(query.device),
             f"in float32 {heads} heads and hidden={units} need more shared memory than it has",
         ),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
     found = found or table_obstacle(bias, adapter)
-    if found is None and backend == "cuda" and adapter is not None and not features:
+    if found is None and backend == "cuda" and adapter is not None and not features and taps == 1:
         from dape.attention.fused import mix_cuda
 
         if query.dtype == torch.float32:
@@ -93,11 +103,13 @@ def attend_fused(
 
 
 def mixer(backend: str, problem: "Problem") -> ModuleType:
-    """Return the kernels across heads of a backend; FIRE's are in Triton for both."""
-    from dape.attention.fused import mix_cuda, mix_fire, mix_triton
+    """Return the kernels across heads of a backend; FIRE's and DAPE V2's are in Triton for both."""
+    from dape.attention.fused import mix_convolution, mix_cuda, mix_fire, mix_triton
 
     if problem.features is not None:
         return mix_fire
+    if problem.hidden_bias is not None:
+        return mix_convolution
     return mix_cuda if backend == "cuda" else mix_triton
 
 
@@ -118,7 +130,7 @@ def problem_of(
 ) -> "Problem":
     """Return the problem of an operator's arguments, with contiguous rows.
 
-    Of the tables there are none, C, those of `Mixing`, or those of `Mixing` and `Features`.
+    Of the tables there are none, C, those of `Mixing`, or those and b1, or those of `Features`.
     """
     from dape.attention.fused.geometry import Features, Mixing, Problem
 
@@ -130,7 +142,8 @@ def problem_of(
         value=with_rows(value),
         static=given[0] if given else None,
         mixing=Mixing(*given[:mixed]) if len(given) >= mixed else None,
-        features=Features(*given[mixed:]) if len(given) > mixed else None,
+        features=Features(*given[mixed:]) if len(given) > mixed + 1 else None,
+        hidden_bias=given[mixed] if len(given) == mixed + 1 else None,
         mask=mask,
         scale=scale,
         causal=causal,

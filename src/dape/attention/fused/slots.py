@@ -90,10 +90,10 @@ def padded_size(count: int) -> int:
     return max(16, next_power_of_2(count))
 
 
-def lowest(problem: Problem, tile_rows: int, tile_keys: int) -> int:
-    """Return the distance i - j of the first line of the first slot of a problem."""
-    first = lowest_diagonal(problem, tile_rows, tile_keys)
-    return first * tile_keys + problem.offset % tile_keys - (tile_keys - 1)
+def lowest(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
+    """Return the distance i + reach - j of the first line of the first slot of a problem."""
+    first = lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    return first * tile_keys + (problem.offset + reach) % tile_keys - (tile_keys - 1)
 
 
 def fold(

@@ -25,8 +25,10 @@ def obstacle(bias: nn.Module | None, adapter: nn.Module | None) -> str | None:
         return f"{type(bias).__name__} depends on more than the distance"
     if adapter is not None and type(adapter) is not DAPE:
         return f"the fused kernels do not know the adapter {type(adapter).__name__}"
-    if isinstance(adapter, DAPE) and adapter.kernel_size > 1:
-        return f"they mix heads at each key alone, and kernel_size={adapter.kernel_size}"
+    if type(bias) is FIRE and isinstance(adapter, DAPE) and adapter.kernel_size > 1:
+        return (
+            f"behind FIRE they mix heads at each key alone, and kernel_size={adapter.kernel_size}"
+        )
     return None
 
 
@@ -39,8 +41,9 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    In float32. Where no scores are mixed there is C alone, and nothing without a bias. For FIRE
-    they are over its features, and what makes the features follows.
+    In float32. For DAPE V2 axes of units hold D for each tap, and b1 comes last. Where no scores
+    are mixed there is C alone, and nothing without a bias. For FIRE they are over its features, and
+    what makes the features follows.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
@@ -52,12 +55,11 @@ def tables(
         if not isinstance(adapter, DAPE):
             return () if values is None else (values,)
         values = torch.zeros(num_heads, count, device=device) if values is None else values
-        static, hidden, weight_in, weight_out = dape_tables(
-            adapter, values, torch.ones(1, device=device)
-        )
-        if adapter.inputs == "bias":
+        found = dape_tables(adapter, values, torch.ones(1, device=device))
+        if adapter.inputs == "bias" and adapter.kernel_size == 1:
+            static, hidden, _, weight_out = found
             return (static + weight_out @ leaky_relu(hidden, 0.01).t(),)
-        return static, hidden, weight_in, weight_out
+        return found
 
 
 def fire_tables(
@@ -91,7 +93,9 @@ def dape_tables(
     It has one entry if all are alike. Few and simple operations: in decoding, each takes as long
     as a part of the cache.
     """
-    weight_in, weight_out = adapter.weight_in[..., 0].float(), adapter.weight_out[..., 0].float()
+    # Taps and units on one axis.
+    weight_in = adapter.weight_in.float().permute(2, 0, 1).flatten(0, 1)
+    weight_out = adapter.weight_out.float().transpose(1, 2).flatten(1)
     bias_in, bias_out = adapter.bias_in.float(), adapter.bias_out.float()
     static = values if adapter.residual else torch.zeros_like(values)
     static = static + bias_out[:, None] * constant
@@ -102,5 +106,7 @@ def dape_tables(
         on_bias = torch.zeros_like(weight_in)
     elif adapter.inputs == "bias":
         on_scores = torch.zeros_like(weight_in)
+    if adapter.kernel_size > 1:
+        return static, values.t() @ on_bias.t(), on_scores, weight_out, bias_in
     hidden = torch.addmm(constant[:, None] * bias_in, values.t(), on_bias.t())
     return static, hidden, on_scores, weight_out

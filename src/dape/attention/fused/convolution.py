@@ -1,0 +1,314 @@
+"""The kernels across heads for DAPE V2, whose layers are convolutions along the keys, in Triton.
+
+    hidden           Z <- phi(b1 + sum_t W1_t X[j + t - r] + U_t)   r = k // 2, 0 where unseen
+    mix              X <- X + sum_t W2_t Z[j + t - r] + C
+    mix_backward     P, and Y <- dS from Y = dO V^T
+    hidden_backward  Z <- dZ from dS, and the gradients of U and b1
+    grad_scores      Y <- dA from dZ and dS
+
+A column of Z is a hidden position: there are r more than keys, and a row sees them up to r past its
+own slot. Before a row's first key that may be seen they are zero. A layer is one product: each
+position meets all its taps side by side. What the taps need lies beside each other in memory, so a
+tile is loaded once for each tap, the later times from the cache; nothing is exchanged between tiles
+but through Z, which is why there is one pass more than layers.
+
+Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, T D]`, U is
+`[N, T D]` over the distance of the key that a tap meets.
+"""
+
+# mypy: ignore-errors
+# Triton's language, whose types are not Python's.
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.kernels import BLOCK, LOG2E
+from dape.attention.fused.mix_kernels import (
+    add_or_store,
+    diagonal_tiles,
+    load_static,
+    places_of_heads,
+)
+
+
+@triton.jit
+def load_layer(
+    weight, per_tap, per_input, per_output, outputs, T: tl.constexpr, INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return a layer, or its transpose, as `[taps, inputs]` against outputs, zeros as padding."""
+    lines = tl.arange(0, TAPS * WIDTH)
+    tap, channel = (lines // WIDTH)[:, None], (lines % WIDTH)[:, None]
+    inside = (tap < T) & (channel < INPUTS) & (outputs[None, :] < OUTPUTS)
+    at = tap * per_tap + channel * per_input + outputs[None, :] * per_output
+    return tl.load(weight + at, inside, 0.0)
+
+
+@triton.jit
+def sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
+    """Return which keys, any number of them for each row, the rows may see."""
+    seen = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
+    if MASKED:
+        seen &= tl.load(mask + keys, seen, 0) != 0
+    if CAUSAL:
+        seen &= keys <= rows + shift
+    return seen
+
+
+@triton.jit
+def load_taps(
+    base, rows, places, inside, row_size, channels, COUNT: tl.constexpr,
+    N: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Return what all channels hold at `places` `[N, taps]` of some rows: `[N, taps WIDTH]`."""
+    at = rows.to(tl.int64) * row_size + places // BLOCK * (BLOCK * COUNT) + places % BLOCK
+    at = at[:, :, None] + channels[None, None, :] * BLOCK
+    found = tl.load(base + at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
+    return tl.reshape(found, (N, TAPS * WIDTH))
+
+
+@triton.jit
+def hidden_kernel(
+    x, z, w1, hidden_table, bias, mask, started,
+    num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset,
+    x_b, x_t, z_b, z_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z <- phi(b1 + sum_t W1_t X + U_t) along one diagonal of columns; grid (diagonals, B, parts).
+
+    `started` is the first key of each element that its mask shows.
+    """
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    taps = tl.arange(0, TAPS)
+    x += b.to(tl.int64) * x_b
+    z += b.to(tl.int64) * z_b
+    mask += b * mask_b
+    start_key = tl.load(started + b)
+    # The distance to the key of tap t is that to the column, r more, less t.
+    line = q * K + offset + n // K - n % K
+    distance = tl.abs(line[:, None] - taps[None, :])
+    inside = (distance < table_size) & (taps < T)[None, :]
+    entries = hidden_table + distance * (T * D) + taps[None, :] * D
+    u = tl.load(
+        entries[:, :, None] + units[None, None, :],
+        inside[:, :, None] & (units < D)[None, None, :], 0.0,
+    )  # fmt: skip
+    w_in = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS).to(compute)
+    constant = tl.load(bias + units, units < D, 0.0)[None, :]
+    columns_stored = tl.cdiv(num_keys + T // 2, BLOCK) * BLOCK
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
+    for tile in range(first, last):
+        rows, columns = tile * M + n // K, start + tile * M + n % K
+        there = (rows < num_rows) & (columns >= 0) & (columns < columns_stored)
+        keys = columns[:, None] + taps[None, :] - T // 2
+        seen = (taps < T)[None, :] & sees(
+            rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
+        )
+        a = load_taps(x, rows[:, None], keys, seen, x_t, heads, H, M * K, TAPS, HEADS)
+        from_bias = tl.sum(tl.where(seen[:, :, None], u, 0.0), 1)
+        hidden = tl.dot(a, w_in, from_bias + constant, input_precision=PRECISION)
+        hidden = tl.where(hidden > 0, hidden, 0.01 * hidden)
+        hidden = tl.where((columns >= start_key)[:, None], hidden, 0.0)
+        at = places_of_heads(rows, columns, units, z_t, D)
+        tl.store(z + at, hidden.to(compute), there[:, None] & (units < D)[None, :])
+
+
+@triton.jit
+def logits(
+    x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t, heads, units, taps,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
+    N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return which pairs are seen, where they lie, the hidden units of their taps, and logits."""
+    seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+    at = places_of_heads(rows, keys, heads, x_t, H)
+    inside = seen[:, None] & (heads[None, :] < H)
+    columns = keys[:, None] + taps[None, :] - T // 2
+    there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
+    hidden = load_taps(z, rows[:, None], columns, there, z_t, units, D, N, TAPS, UNITS)
+    a = tl.load(x + at, inside, 0.0).to(tl.float32)
+    return inside, at, hidden, tl.dot(hidden, w_out, a + c, input_precision=PRECISION)
+
+
+@triton.jit
+def convolution_mix_kernel(
+    x, z, w2, static_table, mask,
+    num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset,
+    x_b, x_t, z_b, z_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts)."""
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    taps = tl.arange(0, TAPS)
+    x += b.to(tl.int64) * x_b
+    z += b.to(tl.int64) * z_b
+    mask += b * mask_b
+    c = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
+    w_out = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
+    for tile in range(first, last):
+        rows, keys = tile * M + n // K, start + tile * M + n % K
+        inside, at, _hidden, y = logits(
+            x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
+            heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
+        )  # fmt: skip
+        there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        y = tl.where(inside, y, float("-inf")).to(compute)
+        tl.store(x + at, y, there[:, None] & (heads[None, :] < H))
+
+
+@triton.jit
+def along_diagonals(at, sums, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
+    """Add the sums `[N, WIDTH]` of a tile, by its diagonals, to a slot `[LINES, WIDTH]`."""
+    lines, columns = tl.arange(0, LINES), tl.arange(0, WIDTH)
+    pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
+    at += lines[:, None] * WIDTH + columns[None, :]
+    add_or_store(at, tl.dot(pick, sums, input_precision="tf32x3"), True)
+
+
+@triton.jit
+def convolution_backward_kernel(
+    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2,
+    num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots,
+    x_b, x_t, z_b, z_t, stat_b, stat_h, stat_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P, and Y <- dS = P (dP - delta), along one diagonal; sums of C and W2; grid as `mix`."""
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    taps = tl.arange(0, TAPS)
+    b64 = b.to(tl.int64)
+    x += b64 * x_b
+    p += b64 * x_b
+    y += b64 * x_b
+    z += b64 * z_b
+    mask += b * mask_b
+    c = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
+    w_out = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
+    sum_c = tl.zeros((M * K, HEADS), tl.float32)
+    sum_w2 = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
+    for tile in range(first, last):
+        rows, keys = tile * M + n // K, start + tile * M + n % K
+        inside, at, hidden, logit = logits(
+            x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
+            heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
+        )  # fmt: skip
+        logit = logit.to(compute).to(tl.float32)  # as the forward pass stored it
+        stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
+        log_sum = tl.load(lse + stat, inside, 0.0)
+        shared = tl.load(delta + stat, inside, 0.0)
+        weight = tl.where(inside, tl.exp2((logit - log_sum) * LOG2E), 0.0)
+        ds = (weight * (tl.load(y + at, inside, 0.0).to(tl.float32) - shared)).to(compute)
+        there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        stored = there[:, None] & (heads[None, :] < H)
+        tl.store(p + at, weight.to(compute), stored)
+        tl.store(y + at, ds, stored)
+        sum_c += ds
+        sum_w2 = tl.dot(tl.trans(hidden), ds, sum_w2, input_precision=PRECISION)
+    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
+    along_diagonals(grad_static + slot * LINES * HEADS, sum_c, n, K, LINES, HEADS)
+    at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
+    add_or_store(grad_w2 + slot * TAPS * UNITS * HEADS + at, sum_w2, True)
+
+
+@triton.jit
+def hidden_backward_kernel(
+    y, z, w2, mask, started, grad_hidden, grad_bias,
+    num_rows, num_keys, shift, first_diagonal, band_tile, offset, slots,
+    x_b, x_t, z_b, z_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Z <- dZ = phi'(Z) sum_t W2_t^T dS[j + r - t]; sums of U and b1; grid as `hidden`."""
+    compute = y.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    taps = tl.arange(0, TAPS)
+    y += b.to(tl.int64) * x_b
+    z += b.to(tl.int64) * z_b
+    mask += b * mask_b
+    start_key = tl.load(started + b)
+    w_out = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
+    sum_u = tl.zeros((M * K, TAPS, UNITS), tl.float32)
+    sum_b = tl.zeros((UNITS,), tl.float32)
+    columns_stored = tl.cdiv(num_keys + T // 2, BLOCK) * BLOCK
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
+    for tile in range(first, last):
+        rows, columns = tile * M + n // K, start + tile * M + n % K
+        there = (rows < num_rows) & (columns >= 0) & (columns < columns_stored)
+        keys = columns[:, None] + T // 2 - taps[None, :]
+        seen = (taps < T)[None, :] & sees(
+            rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
+        )
+        ds = load_taps(y, rows[:, None], keys, seen, x_t, heads, H, M * K, TAPS, HEADS)
+        at = places_of_heads(rows, columns, units, z_t, D)
+        inside = there[:, None] & (units < D)[None, :]
+        hidden = tl.load(z + at, inside, 0.0)
+        dz = tl.dot(ds, w_out, input_precision=PRECISION)
+        dz = tl.where(hidden > 0, dz, 0.01 * dz)
+        dz = tl.where(inside & (columns >= start_key)[:, None], dz, 0.0)
+        tl.store(z + at, dz.to(compute), inside)
+        keys = columns[:, None] + taps[None, :] - T // 2
+        seen = (taps < T)[None, :] & sees(
+            rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
+        )
+        sum_u += tl.where(seen[:, :, None], dz[:, None, :], 0.0)
+        sum_b += tl.sum(dz, 0)
+    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
+    sums = tl.reshape(sum_u, (M * K, TAPS * UNITS))
+    along_diagonals(grad_hidden + slot * LINES * TAPS * UNITS, sums, n, K, LINES, TAPS * UNITS)
+    add_or_store(grad_bias + slot * UNITS + units, sum_b, True)
+
+
+@triton.jit
+def grad_scores_kernel(
+    x, y, z, w1, mask, grad_w1,
+    num_rows, num_keys, shift, first_diagonal, band_tile, slots,
+    x_b, x_t, z_b, z_t, mask_b,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y <- dA = dS + sum_t W1_t^T dZ[j + r - t] along one diagonal; sums of W1; grid as `mix`."""
+    compute = x.dtype.element_ty
+    q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
+    heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
+    taps = tl.arange(0, TAPS)
+    x += b.to(tl.int64) * x_b
+    y += b.to(tl.int64) * x_b
+    z += b.to(tl.int64) * z_b
+    mask += b * mask_b
+    w_in = load_layer(w1, D * H, H, 1, heads, T, D, H, TAPS, UNITS).to(compute)
+    sum_w1 = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
+    first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
+    for tile in range(first, last):
+        rows, keys = tile * M + n // K, start + tile * M + n % K
+        seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
+        at = places_of_heads(rows, keys, heads, x_t, H)
+        inside = seen[:, None] & (heads[None, :] < H)
+        a = tl.load(x + at, inside, 0.0)
+        columns = keys[:, None] + T // 2 - taps[None, :]
+        there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
+        dz = load_taps(z, rows[:, None], columns, there, z_t, units, D, M * K, TAPS, UNITS)
+        da = tl.load(y + at, inside, 0.0).to(tl.float32)
+        da = tl.dot(dz, w_in, da, input_precision=PRECISION)
+        stored = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        da = tl.where(inside, da, 0.0).to(compute)
+        tl.store(y + at, da, stored[:, None] & (heads[None, :] < H))
+        sum_w1 = tl.dot(tl.trans(dz), a, sum_w1, input_precision=PRECISION)
+    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
+    at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
+    add_or_store(grad_w1 + slot * TAPS * UNITS * HEADS + at, sum_w1, True)

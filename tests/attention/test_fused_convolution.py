@@ -1,0 +1,118 @@
+"""DAPE V2, convolutions along the keys, in the fused kernels, against the textbook."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Problem, solve, solve_by_textbook
+from torch.testing import assert_close
+
+import dape
+from dape.attention.fused import geometry, mix_convolution, mix_triton, operator
+
+# The interpreter's own warnings, of NumPy.
+pytestmark = [
+    pytest.mark.unhooked,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+V2 = (5, 3, True, "concat")
+PROBLEMS = {
+    "causal": Problem(batch=1, rows=37, keys=37),
+    "bidirectional": Problem(rows=20, keys=20, causal=False),
+    "cross lengths": Problem(rows=5, keys=19, causal=False),
+    "grouped heads": Problem(kv_heads=2, rows=18, keys=18),
+    "heads no power of two": Problem(heads=5, kv_heads=1, rows=18, keys=18),
+    "offset": Problem(rows=7, keys=20, query_offset=13),
+    "more queries than keys": Problem(rows=21, keys=5),
+    "rows without keys": Problem(query_offset=-3),
+    "one query": Problem(batch=1, rows=1, keys=70, query_offset=69),
+    "two keys": Problem(rows=2, keys=2),
+    "left padding": Problem(rows=18, keys=18, mask="left"),
+    "right padding": Problem(rows=18, keys=18, mask="right", causal=False),
+    "mask of one row": Problem(rows=18, keys=18, mask="keys"),
+    "no bias": Problem(rows=9, keys=9, bias=None),
+}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Let nothing pass that a kernel did not write."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def narrow_bands(monkeypatch):
+    """Let the scratches hold few numbers, and programs few rows: several bands, and segments."""
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 9 * 64 * 64)
+    monkeypatch.setattr(mix_triton, "ROWS", 16)
+
+
+def drawn(problem):
+    return problem.tensors(), problem.modules(), problem.draw_mask(), (None, None)
+
+
+def close(problem, dtype=torch.float32, tolerance=1e-4, least=0.1):
+    """Compare the output and all gradients with the textbook's, by the size of the largest."""
+    given = drawn(problem)
+    given[0][:] = [x.to(dtype).double() for x in given[0]]
+    out, gradients = solve(problem, *given, "triton", dtype)
+    true_out, true_gradients = solve_by_textbook(problem, *given)
+    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
+        scale = max(least, true.abs().max().item())
+        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_kind_of_call_equals_the_textbook(name):
+    close(replace(PROBLEMS[name], adapter=V2))
+
+
+@pytest.mark.parametrize("kernel_size", [5, 7])
+@pytest.mark.parametrize("causal", [True, False])
+def test_wider_kernels_equal_the_textbook(kernel_size, causal):
+    adapter = (5, kernel_size, True, "concat")
+    close(Problem(batch=1, rows=20, keys=20, causal=causal, mask="left", adapter=adapter))
+
+
+@pytest.mark.parametrize("inputs", ["concat", "sum", "bias", "scores"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_every_form_equals_the_textbook(inputs, residual):
+    close(Problem(batch=1, rows=18, keys=18, adapter=(4, 3, residual, inputs), bias="alibi"))
+
+
+def test_many_hidden_units_take_another_tile():
+    problem = Problem(batch=1, rows=18, keys=18, adapter=(20, 3, True, "concat"))
+    tensors, modules = problem.tensors(torch.float32), problem.modules()
+    tables = operator.tables(*modules, 4, 18, tensors[0].device)
+    given = operator.problem_of(*tensors, tables, None, 1.0, True, 0)
+    assert mix_convolution.tile_of(given, given.mixing) == mix_convolution.SMALL_TILE
+    close(problem)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_bands_change_nothing(narrow_bands, causal):
+    close(Problem(rows=70, keys=90, causal=causal, query_offset=21, adapter=V2, mask="left"))
+
+
+def test_half_precision_is_as_exact_as_its_digits():
+    close(Problem(rows=20, keys=20, adapter=V2), torch.float16, tolerance=5e-3, least=1.0)
+
+
+def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
+    problem = Problem(rows=40, keys=40, adapter=V2)
+    given = drawn(problem)
+    runs = [solve(problem, *given, "triton", torch.float32)[1] for _ in range(2)]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_backend_serves_what_triton_does(dtype):
+    query = torch.zeros(1, 12, 3, 8, dtype=dtype)
+    adapter = dape.DAPE(12, kernel_size=3)
+    arguments = (query, query, dape.Kerple(12), adapter, None, 0, False)
+    for backend in ("cuda", "triton"):
+        assert operator.obstacle(backend, *arguments) is None
