@@ -53,6 +53,16 @@ def dape(w1, b1, w2, b2, inputs="concat", residual=True):
     return logits
 
 
+def talking_heads(p):
+    """S + P S for S = A + B."""
+
+    def logits(scores, bias, seen):
+        s = (scores + bias)[:, seen]
+        return s + p @ s
+
+    return logits
+
+
 def dape_v2(w1, b1, w2, b2, inputs="concat", residual=True):
     """DAPE V2: both layers sum over taps; zeros before the first key, masked keys past the last."""
     taps = w1.shape[2]

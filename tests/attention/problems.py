@@ -30,7 +30,8 @@ class Problem:
     mask: str | None = None  # left, right, rows (4-D), shared (4-D, batch 1), keys (4-D, one row)
     positions: str | None = None  # shared or batched
     bias: str | None = "kerple"
-    adapter: tuple | None = None  # arguments of DAPE: hidden, kernel_size, residual, inputs
+    # Arguments of DAPE: hidden, kernel_size, residual, inputs; or that heads talk.
+    adapter: tuple | str | None = None
 
     def tensors(self, dtype=torch.float64):
         query = torch.randn(self.batch, self.heads, self.rows, self.head_dim)
@@ -40,8 +41,11 @@ class Problem:
 
     def modules(self):
         bias = {"alibi": ALiBi, "kerple": Kerple, None: lambda heads: None}[self.bias](self.heads)
-        adapter = self.adapter and dape.DAPE(self.heads, *self.adapter)
-        return bias, adapter
+        if self.adapter == "talking-heads":
+            adapter = dape.TalkingHeads(self.heads)
+            torch.nn.init.normal_(adapter.weight)
+            return bias, adapter
+        return bias, self.adapter and dape.DAPE(self.heads, *self.adapter)
 
     def draw_mask(self):
         padding = torch.randint(0, self.keys, (self.batch, 1))
@@ -133,6 +137,8 @@ def bias_formula(bias):
 def adapter_formula(adapter):
     if adapter is None:
         return None
+    if isinstance(adapter, dape.TalkingHeads):
+        return textbook.talking_heads(adapter.weight)
     weights = (adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out)
     if adapter.kernel_size > 1:
         return textbook.dape_v2(*weights, adapter.inputs, adapter.residual)

@@ -92,6 +92,12 @@ def test_every_form_of_dape_equals_the_textbook(inputs, residual, bias):
     close(Problem(adapter=(4, 1, residual, inputs), bias=bias))
 
 
+@pytest.mark.parametrize("name", ["causal", "bidirectional", "left padding", "grouped heads"])
+@pytest.mark.parametrize("bias", ["kerple", None])
+def test_talking_heads_equal_the_textbook(name, bias):
+    close(replace(PROBLEMS[name], adapter="talking-heads", bias=bias))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offset", [0, 21])
 def test_bands_change_nothing(narrow_bands, causal, offset):
@@ -185,7 +191,9 @@ def close_as_the_textbook(scheme, backend, dtype, rows, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", ["kerple", "dape-kerple", "dape3-kerple"])
+@pytest.mark.parametrize(
+    "scheme", ["kerple", "dape-kerple", "dape3-kerple", "talking-heads-kerple"]
+)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("rows", [129, 512])

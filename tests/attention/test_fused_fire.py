@@ -33,7 +33,7 @@ class FireProblem(Problem):
         bias = dape.FIRE(self.heads, hidden=self.units)
         torch.nn.init.constant_(bias.log_threshold, torch.tensor(self.threshold).log())
         torch.nn.init.constant_(bias.log_c, -0.5)
-        return bias, self.adapter and dape.DAPE(self.heads, *self.adapter)
+        return bias, super().modules()[1]
 
 
 PROBLEMS = {
@@ -137,6 +137,10 @@ def test_every_kind_of_call_equals_the_formula(name, adapter):
 @pytest.mark.parametrize("residual", [True, False])
 def test_every_form_of_dape_equals_the_formula(inputs, residual):
     close(FireProblem(rows=18, keys=18, adapter=(4, 1, residual, inputs)))
+
+
+def test_talking_heads_equal_the_formula():
+    close(FireProblem(rows=18, keys=18, adapter="talking-heads"))
 
 
 @pytest.mark.parametrize("causal", [True, False])

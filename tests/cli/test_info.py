@@ -54,7 +54,7 @@ def test_it_says_why_fused_kernels_do_not_work_and_what_auto_takes(
 def test_what_the_fused_kernels_do_not_serve_is_named(capsys):
     _, _, text = " ".join(" ".join(run(capsys)).split()).partition(" fused triton and cuda ")
     assert text == (
-        "serve all of these but cope, transformer-xl, talking-heads-: "
+        "serve all of these but cope, transformer-xl: "
         "those, and DAPE V2 behind FIRE, run in chunked"
     )
 

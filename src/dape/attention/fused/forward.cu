@@ -103,20 +103,28 @@ struct Arguments {
 extern "C" __global__ void pack_tables(
     const float* hidden_table, const float* static_table, const float* w1, const float* w2, __half* hidden, float* fixed, float* linear,
     int table_size, int low, int distances) {
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + H) + H * H; i += gridDim.x * blockDim.x) {
+  constexpr int TOGETHER = 4, GROUPS = (H + TOGETHER - 1) / TOGETHER;  // heads that share a look at U
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + GROUPS) + H * H; i += gridDim.x * blockDim.x) {
     if (i < distances * UNITS) {
       int entry = abs(low + i / UNITS), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
       hidden[i] = __float2half_rn(entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f);
-    } else if (i < distances * (UNITS + H)) {
-      int at = (i - distances * UNITS) % distances, head = (i - distances * UNITS) / distances, distance = low + at, entry = abs(distance);
-      float sum = 0.f;
-      if (entry < table_size) {
-        for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * hidden_table[(long long)entry * D + unit];
-        sum = LOG2E * (SLOPE * sum + static_table[(long long)head * table_size + entry]);
+    } else if (i < distances * (UNITS + GROUPS)) {
+      const int at = (i - distances * UNITS) % distances, first = (i - distances * UNITS) / distances * TOGETHER, distance = low + at, entry = abs(distance);
+      float sums[TOGETHER] = {};
+      for (int unit = 0; unit < D && entry < table_size; unit++) {
+        const float u = hidden_table[(long long)entry * D + unit];
+#pragma unroll
+        for (int n = 0; n < TOGETHER; n++)
+          if (first + n < H) sums[n] += w2[(first + n) * D + unit] * u;
       }
-      fixed[(long long)head * distances + at] = CAUSAL && distance < 0 ? NEVER : sum;
+#pragma unroll
+      for (int n = 0; n < TOGETHER; n++) {
+        if (first + n >= H) continue;
+        const float sum = entry < table_size ? LOG2E * (SLOPE * sums[n] + static_table[(long long)(first + n) * table_size + entry]) : 0.f;
+        fixed[(long long)(first + n) * distances + at] = CAUSAL && distance < 0 ? NEVER : sum;
+      }
     } else {
-      int head = (i - distances * (UNITS + H)) / H, from = (i - distances * (UNITS + H)) % H;
+      int head = (i - distances * (UNITS + GROUPS)) / H, from = (i - distances * (UNITS + GROUPS)) % H;
       float sum = 0.f;
       for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * w1[unit * H + from];
       linear[head * H + from] = SLOPE * sum;

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dape.attention.fused.tables import hidden_units, tables
 from dape.attention.fused.tables import obstacle as table_obstacle
-from dape.attention.fused.tables import tables
 from dape.positions.bias import FIRE
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
-# Taps of a convolution times heads or units, all padded: for two bytes, and for four.
-MOST_CHANNELS = (256, 128)
+# Taps of a convolution times heads or units, all padded; half as many in float32.
+MOST_CHANNELS = 256
 # CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
@@ -36,10 +36,10 @@ def obstacle(
     positions_given: bool,
 ) -> str | None:
     """Return why the fused kernels cannot serve a call, or None if they can."""
-    batch, heads, units = *query.shape[:2], getattr(adapter, "hidden", 0)
+    batch, heads, units = *query.shape[:2], hidden_units(adapter)
     taps = getattr(adapter, "kernel_size", 1)
     channels = (1 << (taps - 1).bit_length()) * (1 << (max(16, heads, units) - 1).bit_length())
-    most_channels = MOST_CHANNELS[query.dtype == torch.float32]
+    most_channels = MOST_CHANNELS // (2 if query.dtype == torch.float32 else 1)
     features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
     most, widest = max(units, features), max(query.shape[3], value.shape[3])
     reasons = [

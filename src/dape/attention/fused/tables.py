@@ -15,15 +15,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from dape.positions.adapter import DAPE
+from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
+
+SLOPE = 0.01  # of the kernels' LeakyReLU
+
+
+def hidden_units(adapter: nn.Module | None) -> int:
+    """Return how many hidden units the tables of an adapter have, 0 without."""
+    if isinstance(adapter, TalkingHeads):
+        return 2 * adapter.num_heads
+    return adapter.hidden if isinstance(adapter, DAPE) else 0
 
 
 def obstacle(bias: nn.Module | None, adapter: nn.Module | None) -> str | None:
     """Return why a bias and an adapter are no tables, or None if they are."""
     if not (bias is None or type(bias) is FIRE or getattr(bias, "relative", False)):
         return f"{type(bias).__name__} depends on more than the distance"
-    if adapter is not None and type(adapter) is not DAPE:
+    if adapter is not None and type(adapter) not in (DAPE, TalkingHeads):
         return f"the fused kernels do not know the adapter {type(adapter).__name__}"
     if type(bias) is FIRE and isinstance(adapter, DAPE) and adapter.kernel_size > 1:
         return (
@@ -52,13 +61,13 @@ def tables(
         if bias is not None:
             distances = torch.arange(count, device=device)
             values = bias(distances, distances[:1])[..., 0].float()
-        if not isinstance(adapter, DAPE):
+        if not isinstance(adapter, DAPE | TalkingHeads):
             return () if values is None else (values,)
         values = torch.zeros(num_heads, count, device=device) if values is None else values
-        found = dape_tables(adapter, values, torch.ones(1, device=device))
-        if adapter.inputs == "bias" and adapter.kernel_size == 1:
+        found = mixed_tables(adapter, values, torch.ones(1, device=device))
+        if isinstance(adapter, DAPE) and adapter.inputs == "bias" and adapter.kernel_size == 1:
             static, hidden, _, weight_out = found
-            return (static + weight_out @ leaky_relu(hidden, 0.01).t(),)
+            return (static + weight_out @ leaky_relu(hidden, SLOPE).t(),)
         return found
 
 
@@ -75,24 +84,35 @@ def fire_tables(
     scale = 1 / torch.log1p(bias.c * torch.maximum(slots, bias.threshold)).float()
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     mixing: tuple[Tensor, ...]
-    if isinstance(adapter, DAPE):
+    if isinstance(adapter, DAPE | TalkingHeads):
         constant = torch.zeros(values.shape[1], device=device)
         constant[0] = 1
-        mixing = dape_tables(adapter, values, constant)
+        mixing = mixed_tables(adapter, values, constant)
     else:
         shapes = (values.shape[1], 0), (0, len(values)), (len(values), 0)
         mixing = (values, *(values.new_zeros(shape) for shape in shapes))
     return *mixing, psi, scale, bias.weight_in[:, 0].float(), bias.bias_in.float()
 
 
-def dape_tables(
-    adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "entries"]
+def mixed_tables(
+    adapter: DAPE | TalkingHeads,
+    values: Float[Tensor, "heads entries"],
+    constant: Float[Tensor, "entries"],
 ) -> tuple[Tensor, ...]:
     """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table.
 
     It has one entry if all are alike. Few and simple operations: in decoding, each takes as long
     as a part of the cache.
     """
+    if isinstance(adapter, TalkingHeads):
+        return talking_tables(adapter, values)
+    return dape_tables(adapter, values, constant)
+
+
+def dape_tables(
+    adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "entries"]
+) -> tuple[Tensor, ...]:
+    """Return C, U, W1a and W2 of `A + B + f([A; B])`; with taps, b1 too, and U without it."""
     # Taps and units on one axis.
     weight_in = adapter.weight_in.float().permute(2, 0, 1).flatten(0, 1)
     weight_out = adapter.weight_out.float().transpose(1, 2).flatten(1)
@@ -110,3 +130,17 @@ def dape_tables(
         return static, values.t() @ on_bias.t(), on_scores, weight_out, bias_in
     hidden = torch.addmm(constant[:, None] * bias_in, values.t(), on_bias.t())
     return static, hidden, on_scores, weight_out
+
+
+def talking_tables(
+    adapter: TalkingHeads, values: Float[Tensor, "heads entries"]
+) -> tuple[Tensor, ...]:
+    """Return C, U, W1 and W2 of `S + P S` from the table of B.
+
+    A linear layer is `P x = P (phi(x) - phi(-x)) / (1 + slope)` to the kernels.
+    """
+    weight = adapter.weight.float()
+    one = torch.eye(len(weight), device=weight.device)
+    hidden = values.new_zeros(values.shape[1], hidden_units(adapter))
+    weight_in, weight_out = torch.cat((one, -one)), torch.cat((weight, -weight), dim=1)
+    return values + weight @ values, hidden, weight_in, weight_out / (1 + SLOPE)
