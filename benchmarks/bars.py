@@ -2,8 +2,8 @@
 
     python benchmarks/bars.py [attention decode memory errors training profile ...]
 
-DAPE-Kerple and Kerple with learnable parameters at the paper's 125M shape (12 heads of 64, 32
-hidden units), bf16, causal. Short calls are timed inside a CUDA graph, medians over rotating
+DAPE-Kerple, V1 and V2, and Kerple with learnable parameters at the paper's 125M shape (12 heads of
+64, 32 hidden units), bf16, causal. Short calls are timed inside a CUDA graph, medians over rotating
 inputs (`dape.bench.clock`). Prints a line for each measurement as it comes, and writes them to
 `--out` as JSON with what they were measured on.
 """
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from dape.bench.clock import measure
 from dape.provenance import provenance
 
 DEVICE = torch.device("cuda")
-SCHEMES = {"dape": "dape-kerple", "static": "kerple"}
+SCHEMES = {"dape": "dape-kerple", "static": "kerple", "v2": "dape3-kerple"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,12 @@ def ours(parts: Parts, backend: str) -> Callable[..., Tensor]:
 
 
 def attention() -> Iterator[Result]:
-    """Forward, and with backward, of both schemes; forward of Triton alone."""
+    """Forward, and with backward, of all schemes; forward of Triton alone."""
     for batch, length in ((1, 8192), (8, 2048), (32, 512)):
         for direction in (FORWARD, TRAINING):
             yardstick = milliseconds(plain, case("nope", batch, length), Parts(), direction)
             also = [("dape", "triton")] if direction == FORWARD else []
-            for name, backend in [("dape", "cuda"), ("static", "cuda"), *also]:
+            for name, backend in [*((name, "cuda") for name in SCHEMES), *also]:
                 given = case(SCHEMES[name], batch, length)
                 parts = build(given)
                 found = milliseconds(ours(parts, backend), given, parts, direction)
@@ -91,15 +92,17 @@ def decode() -> Iterator[Result]:
     for name, scheme in SCHEMES.items():
         parts = build(case(scheme, 1, keys))
         attend = partial(ours(parts, "auto"), query_offset=keys - 1)
-        with torch.no_grad():
-            found = measure([partial(attend, *qkv) for qkv in given], DEVICE)
-        yield Result(f"{name} decode {keys} keys", found.median, yardstick.median)
+        for how, function in (("", attend), (", compiled", torch.compile(attend))):
+            with torch.no_grad():
+                found = measure([partial(function, *qkv) for qkv in given], DEVICE)
+            yield Result(f"{name} decode {keys} keys{how}", found.median, yardstick.median)
 
 
 def memory() -> Iterator[Result]:
     """Peak memory beyond the inputs, and time, of long sequences."""
-    for length, direction in ((131072, TRAINING), (1048576, FORWARD)):
-        given = case("dape-kerple", 1, length)
+    calls = (("dape", 131072, TRAINING), ("v2", 131072, TRAINING), ("dape", 1048576, FORWARD))
+    for name, length, direction in calls:
+        given = case(SCHEMES[name], 1, length)
         parts, inputs = build(given), draw(given, 1)[0]
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -109,8 +112,8 @@ def memory() -> Iterator[Result]:
         torch.cuda.synchronize()
         seconds = time.perf_counter() - begun
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-        yield Result(f"dape {length} {direction} peak", peak, unit="GiB")
-        yield Result(f"dape {length} {direction} time", 1000 * seconds)
+        yield Result(f"{name} {length} {direction} peak", peak, unit="GiB")
+        yield Result(f"{name} {length} {direction} time", 1000 * seconds)
 
 
 def errors() -> Iterator[Result]:
@@ -167,7 +170,8 @@ def training() -> Iterator[Result]:
 
 def profile() -> Iterator[Result]:
     """The time of every kernel of one forward and backward pass."""
-    for name, batch, length in (("dape", 1, 8192), ("dape", 32, 512), ("static", 1, 8192)):
+    shapes = ((1, 8192), (32, 512))
+    for name, (batch, length) in [*product(("dape", "v2"), shapes), ("static", (1, 8192))]:
         given = case(SCHEMES[name], batch, length)
         parts, inputs = build(given), draw(given, 1)[0]
         for _ in range(3):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import dape
 import textbook
@@ -114,6 +115,25 @@ def solve_by_textbook(problem, tensors, modules, mask, positions):
         problem.scale,
     )
     return out, differentiate(out, [*tensors, *parameters])
+
+
+def drawn(problem, dtype=torch.float64):
+    """Return what `solve` takes: tensors of values that `dtype` has, modules, a mask, positions."""
+    tensors = [x.to(dtype).double() for x in problem.tensors()]
+    return tensors, problem.modules(), problem.draw_mask(), (None, None)
+
+
+def close(problem, backend="triton", dtype=torch.float32, tolerance=1e-4, least=0.1):
+    """Compare the output and all gradients with the textbook's, by the size of the largest.
+
+    `least` is a size that counts: the gradient of a constant of every key is zero but for rounding.
+    """
+    given = drawn(problem, dtype)
+    out, gradients = solve(problem, *given, backend, dtype)
+    true_out, true_gradients = solve_by_textbook(problem, *given)
+    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
+        scale = max(least, true.abs().max().item())
+        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
 
 
 def visible(problem, mask):

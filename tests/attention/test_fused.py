@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from problems import Problem, leaves, solve, solve_by_textbook
+from problems import Problem, close, drawn, leaves, solve
 from torch.testing import assert_close
 
 import dape
@@ -18,6 +18,7 @@ from dape.positions.bias import Bias
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
     pytest.mark.unhooked,
+    pytest.mark.usefixtures("unwritten_memory_is_nan"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
@@ -46,37 +47,11 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """Let nothing pass that a kernel did not write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def narrow_bands(monkeypatch):
     """Let the scratch hold few scores, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 2 * 4 * 40 * 32)
     monkeypatch.setattr(mix_triton, "ROWS", 16)
-
-
-def drawn(problem):
-    return problem.tensors(), problem.modules(), problem.draw_mask(), (None, None)
-
-
-def close(problem, backend="triton", dtype=torch.float32, tolerance=1e-4, least=0.1):
-    """Compare the output and all gradients with the textbook's, by the size of the largest.
-
-    `least` is a size that counts: the gradient of a constant of every key is zero but for rounding.
-    """
-    given = drawn(problem)
-    given[0][:] = [x.to(dtype).double() for x in given[0]]
-    out, gradients = solve(problem, *given, backend, dtype)
-    true_out, true_gradients = solve_by_textbook(problem, *given)
-    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
-        scale = max(least, true.abs().max().item())
-        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

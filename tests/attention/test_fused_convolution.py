@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, solve, solve_by_textbook
-from torch.testing import assert_close
+from problems import Problem, close, drawn, solve
 
 import dape
 from dape.attention.fused import geometry, mix_convolution, mix_triton, operator
@@ -13,6 +12,7 @@ from dape.attention.fused import geometry, mix_convolution, mix_triton, operator
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
     pytest.mark.unhooked,
+    pytest.mark.usefixtures("unwritten_memory_is_nan"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
@@ -35,34 +35,11 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """Let nothing pass that a kernel did not write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture
 def narrow_bands(monkeypatch):
     """Let the scratches hold few numbers, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 9 * 64 * 64)
     monkeypatch.setattr(mix_triton, "ROWS", 16)
-
-
-def drawn(problem):
-    return problem.tensors(), problem.modules(), problem.draw_mask(), (None, None)
-
-
-def close(problem, dtype=torch.float32, tolerance=1e-4, least=0.1):
-    """Compare the output and all gradients with the textbook's, by the size of the largest."""
-    given = drawn(problem)
-    given[0][:] = [x.to(dtype).double() for x in given[0]]
-    out, gradients = solve(problem, *given, "triton", dtype)
-    true_out, true_gradients = solve_by_textbook(problem, *given)
-    for found, true in zip([out, *gradients], [true_out, *true_gradients], strict=True):
-        scale = max(least, true.abs().max().item())
-        assert_close(found.double(), true, rtol=0, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -98,7 +75,7 @@ def test_bands_change_nothing(narrow_bands, causal):
 
 
 def test_half_precision_is_as_exact_as_its_digits():
-    close(Problem(rows=20, keys=20, adapter=V2), torch.float16, tolerance=5e-3, least=1.0)
+    close(Problem(rows=20, keys=20, adapter=V2), dtype=torch.float16, tolerance=5e-3, least=1.0)
 
 
 def test_two_backward_passes_agree_bit_for_bit(narrow_bands):

@@ -16,6 +16,7 @@ from dape.attention.fused.operator import obstacle
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
     pytest.mark.unhooked,
+    pytest.mark.usefixtures("unwritten_memory_is_nan"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
 ]
@@ -54,14 +55,6 @@ PROBLEMS = {
     "left padding": FireProblem(rows=18, keys=18, mask="left"),
     "right padding": FireProblem(rows=18, keys=18, mask="right", causal=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """Let nothing pass that a kernel did not write."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
