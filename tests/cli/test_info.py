@@ -1,6 +1,8 @@
 """`dape info`: what it says of the installation, and of every scheme."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -90,3 +92,9 @@ def test_parts_and_parameters_are_those_of_the_125m_model(capsys, name, part, co
 def test_an_unknown_option_is_refused_in_one_line(capsys):
     assert main(["info", "--scheme"]) == 2
     assert "did you mean '--schemes'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{sys.executable} -m dape train --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: dape train") and done.stderr == ""

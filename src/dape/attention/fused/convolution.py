@@ -10,7 +10,8 @@ A column of Z is a hidden position: there are r more than keys, and a row sees t
 own slot. Before a row's first key that may be seen they are zero. A layer is one product: each
 position meets all its taps side by side. What the taps need lies beside each other in memory, so a
 tile is loaded once for each tap, the later times from the cache; nothing is exchanged between tiles
-but through Z, which is why there is one pass more than layers.
+but through Z, which is why there is one pass more than layers. Units lie side by side in Z, padded,
+so that a shift along the keys leaves them whole vectors.
 
 Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, T D]`, U is
 `[N, T D]` over the distance of the key that a tap meets.
@@ -56,15 +57,41 @@ def sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL: tl.constexpr, MASK
 
 
 @triton.jit
+def sees_all(
+    q, tile, start, offset, num_keys, T: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return whether every row of a tile of columns sees the keys of all taps."""
+    first = start + tile * M - T // 2
+    seen = (first >= 0) & (first + K + T - 2 < num_keys)
+    if CAUSAL:
+        seen &= q * K + offset - K + 1 >= T - 1
+    if MASKED:
+        seen = False
+    return seen
+
+
+@triton.jit
 def load_taps(
-    base, rows, places, inside, row_size, channels, COUNT: tl.constexpr,
+    at, inside, channels, STEP: tl.constexpr, COUNT: tl.constexpr,
     N: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return what all channels hold at `places` `[N, taps]` of some rows: `[N, taps WIDTH]`."""
-    at = rows.to(tl.int64) * row_size + places // BLOCK * (BLOCK * COUNT) + places % BLOCK
-    at = at[:, :, None] + channels[None, None, :] * BLOCK
-    found = tl.load(base + at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
+    """Return what channels, STEP apart, hold at the places `[N, taps]`: `[N, taps WIDTH]`."""
+    at = at[:, :, None] + channels[None, None, :] * STEP
+    found = tl.load(at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
     return tl.reshape(found, (N, TAPS * WIDTH))
+
+
+@triton.jit
+def in_scores(rows, keys, row_size, H: tl.constexpr):
+    """Return where the first head of keys `[N, taps]` of some rows lies in the scratch."""
+    return rows[:, None].to(tl.int64) * row_size + keys // BLOCK * (BLOCK * H) + keys % BLOCK
+
+
+@triton.jit
+def in_hidden(rows, columns, row_size, UNITS: tl.constexpr):
+    """Return where the first unit of columns, one or some of each row, lies in Z."""
+    return rows.to(tl.int64) * row_size + columns * UNITS
 
 
 @triton.jit
@@ -99,22 +126,21 @@ def hidden_kernel(
     )  # fmt: skip
     w_in = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS).to(compute)
     constant = tl.load(bias + units, units < D, 0.0)[None, :]
-    columns_stored = tl.cdiv(num_keys + T // 2, BLOCK) * BLOCK
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):
         rows, columns = tile * M + n // K, start + tile * M + n % K
-        there = (rows < num_rows) & (columns >= 0) & (columns < columns_stored)
+        there = (rows < num_rows) & (columns >= 0) & (columns < num_keys + T // 2)
         keys = columns[:, None] + taps[None, :] - T // 2
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
-        a = load_taps(x, rows[:, None], keys, seen, x_t, heads, H, M * K, TAPS, HEADS)
+        a = load_taps(x + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS)
         from_bias = tl.sum(tl.where(seen[:, :, None], u, 0.0), 1)
         hidden = tl.dot(a, w_in, from_bias + constant, input_precision=PRECISION)
         hidden = tl.where(hidden > 0, hidden, 0.01 * hidden)
         hidden = tl.where((columns >= start_key)[:, None], hidden, 0.0)
-        at = places_of_heads(rows, columns, units, z_t, D)
-        tl.store(z + at, hidden.to(compute), there[:, None] & (units < D)[None, :])
+        at = in_hidden(rows, columns, z_t, UNITS)[:, None] + units[None, :]
+        tl.store(z + at, hidden.to(compute), there[:, None])
 
 
 @triton.jit
@@ -129,7 +155,8 @@ def logits(
     inside = seen[:, None] & (heads[None, :] < H)
     columns = keys[:, None] + taps[None, :] - T // 2
     there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
-    hidden = load_taps(z, rows[:, None], columns, there, z_t, units, D, N, TAPS, UNITS)
+    at_taps = z + in_hidden(rows[:, None], columns, z_t, UNITS)
+    hidden = load_taps(at_taps, there, units, 1, UNITS, N, TAPS, UNITS)
     a = tl.load(x + at, inside, 0.0).to(tl.float32)
     return inside, at, hidden, tl.dot(hidden, w_out, a + c, input_precision=PRECISION)
 
@@ -243,19 +270,19 @@ def hidden_backward_kernel(
     start_key = tl.load(started + b)
     w_out = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
     sum_u = tl.zeros((M * K, TAPS, UNITS), tl.float32)
+    sum_all = tl.zeros((M * K, UNITS), tl.float32)  # where all taps have the same share
     sum_b = tl.zeros((UNITS,), tl.float32)
-    columns_stored = tl.cdiv(num_keys + T // 2, BLOCK) * BLOCK
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):
         rows, columns = tile * M + n // K, start + tile * M + n % K
-        there = (rows < num_rows) & (columns >= 0) & (columns < columns_stored)
+        there = (rows < num_rows) & (columns >= 0) & (columns < num_keys + T // 2)
         keys = columns[:, None] + T // 2 - taps[None, :]
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
-        ds = load_taps(y, rows[:, None], keys, seen, x_t, heads, H, M * K, TAPS, HEADS)
-        at = places_of_heads(rows, columns, units, z_t, D)
-        inside = there[:, None] & (units < D)[None, :]
+        ds = load_taps(y + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS)
+        at = in_hidden(rows, columns, z_t, UNITS)[:, None] + units[None, :]
+        inside = there[:, None]
         hidden = tl.load(z + at, inside, 0.0)
         dz = tl.dot(ds, w_out, input_precision=PRECISION)
         dz = tl.where(hidden > 0, dz, 0.01 * dz)
@@ -265,10 +292,13 @@ def hidden_backward_kernel(
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
-        sum_u += tl.where(seen[:, :, None], dz[:, None, :], 0.0)
+        if sees_all(q, tile, start, offset, num_keys, T, M, K, CAUSAL, MASKED):
+            sum_all += dz
+        else:
+            sum_u += tl.where(seen[:, :, None], dz[:, None, :], 0.0)
         sum_b += tl.sum(dz, 0)
     slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
-    sums = tl.reshape(sum_u, (M * K, TAPS * UNITS))
+    sums = tl.reshape(sum_u + sum_all[:, None, :], (M * K, TAPS * UNITS))
     along_diagonals(grad_hidden + slot * LINES * TAPS * UNITS, sums, n, K, LINES, TAPS * UNITS)
     add_or_store(grad_bias + slot * UNITS + units, sum_b, True)
 
@@ -302,7 +332,8 @@ def grad_scores_kernel(
         a = tl.load(x + at, inside, 0.0)
         columns = keys[:, None] + T // 2 - taps[None, :]
         there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
-        dz = load_taps(z, rows[:, None], columns, there, z_t, units, D, M * K, TAPS, UNITS)
+        at_taps = z + in_hidden(rows[:, None], columns, z_t, UNITS)
+        dz = load_taps(at_taps, there, units, 1, UNITS, M * K, TAPS, UNITS)
         da = tl.load(y + at, inside, 0.0).to(tl.float32)
         da = tl.dot(dz, w_in, da, input_precision=PRECISION)
         stored = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)

@@ -9,13 +9,11 @@ from torch import Tensor
 from dape.attention.fused import convolution, mix_triton
 from dape.attention.fused.banded import Mixer, Tile
 from dape.attention.fused.geometry import (
-    ALIGNMENT,
     Band,
     Diagonals,
     Mixing,
     Problem,
     blocks,
-    cdiv,
     diagonals,
     next_power_of_2,
 )
@@ -61,7 +59,7 @@ class Pass(NamedTuple):
         """Return that of a band, with room for its hidden units."""
         batch, rows, keys = band.sizes
         compiled, tile = sizes(problem, mixing), tile_of(problem, mixing)
-        reach, units = compiled["T"] // 2, compiled["D"]
+        reach = problem.taps // 2
         mask, started = x, torch.zeros(batch, dtype=torch.int32, device=x.device)
         if problem.mask is not None:
             mask = problem.mask[band.batch, band.keys]
@@ -71,7 +69,7 @@ class Pass(NamedTuple):
             diagonals(problem, band, *tile[:2], reach),
             mask,
             started,
-            x.new_empty(batch, rows, cdiv(keys + reach, ALIGNMENT), units, ALIGNMENT),
+            x.new_empty(batch, rows, keys + reach, compiled["UNITS"]),
             compiled,
             {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         )
