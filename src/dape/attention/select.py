@@ -46,7 +46,7 @@ BACKENDS = {
         Backend("reference", "whole score matrices, any dtype: the oracle"),
         Backend("chunked", "pure PyTorch, memory linear in the length: serves every call"),
         Backend("sdpa", "PyTorch's own, where nothing is added to the scores"),
-        Backend("triton", "fused kernels: static biases, FIRE and DAPE", no_triton),
+        Backend("triton", "fused kernels: static biases, FIRE, DAPE and talking heads", no_triton),
         Backend(
             "cuda",
             "the same, heads of DAPE V1 mixed in CUDA: the fastest in half precision",
