@@ -231,8 +231,9 @@ def backward(
     from dape.attention.fused import static
 
     dtype = problem.query.dtype
-    unit = torch.ones((), device=out.device)
-    if dtype != torch.float32:
+    if dtype == torch.float32:
+        unit = torch.ones((), device=out.device)
+    else:
         unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
         problem = in_half(problem)
     scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, unit)

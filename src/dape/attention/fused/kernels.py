@@ -2,8 +2,9 @@
 
 Those across heads are in `mix_kernels`, or in CUDA in `mix.cu`; those of one head are here.
 
-The queries are taken in bands of rows; for one band the scores of all heads stand in a scratch
-buffer, and every kernel is a simple pass over it:
+The queries are taken in bands of rows, cut between keys in the backward pass where they are wide;
+for one band the scores of all heads stand in a scratch buffer, and every kernel is a simple pass
+over it:
 
     scores           X = scale Q K^T                      one head, tiles of rows and keys
     mix              X <- X + W2 phi(W1 X + U) + C         all heads, tiles along a diagonal
