@@ -97,7 +97,7 @@ def fire_tables(
 def mixed_tables(
     adapter: DAPE | TalkingHeads,
     values: Float[Tensor, "heads entries"],
-    constant: Float[Tensor, "entries"],
+    constant: Float[Tensor, "#entries"],
 ) -> tuple[Tensor, ...]:
     """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table.
 
@@ -110,7 +110,7 @@ def mixed_tables(
 
 
 def dape_tables(
-    adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "entries"]
+    adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "#entries"]
 ) -> tuple[Tensor, ...]:
     """Return C, U, W1a and W2 of `A + B + f([A; B])`; with taps, b1 too, and U without it."""
     # Taps and units on one axis.
