@@ -117,7 +117,10 @@ CALLS = {  # sizes and options, and which backend a GPU would take
     "positions": ({}, {"bias": dape.ALiBi(4), "key_positions": torch.arange(7) * 2}, "chunked"),
     "a bias over rows": ({}, {"bias": Slope(4)}, "chunked"),
     "a user's adapter": ({}, {"adapter": Doubling()}, "chunked"),
-    "dape v2": ({}, {"bias": dape.Kerple(4), "adapter": dape.DAPE(4, 5, 3)}, "chunked"),
+    "dape v2": ({}, {"bias": dape.Kerple(4), "adapter": dape.DAPE(4, 5, 3)}, "triton"),
+    "dape v2 behind fire": ({}, {"bias": dape.FIRE(4), "adapter": dape.DAPE(4, 5, 3)}, "chunked"),
+    "dape v2, wide": ({}, {"adapter": dape.DAPE(4, 33, 3)}, "chunked"),
+    "talking heads": ({}, {"bias": dape.Kerple(4), "adapter": dape.TalkingHeads(4)}, "triton"),
     "many hidden units": ({}, {"bias": dape.Kerple(4), "adapter": dape.DAPE(4, 65)}, "chunked"),
     "many heads": ({"heads": 33, "kv_heads": 33}, {"bias": dape.ALiBi(33)}, "chunked"),
     "a large batch": (
