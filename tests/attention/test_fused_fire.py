@@ -140,7 +140,7 @@ def test_talking_heads_equal_the_formula():
 @pytest.mark.parametrize("offset", [0, 21, -20])
 def test_bands_change_nothing(narrow_bands, causal, offset):
     problem = FireProblem(
-        rows=134, keys=140, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
+        batch=1, rows=134, keys=140, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
         threshold=30.5,
     )  # fmt: skip
     tensors, mixing = problem.tensors(torch.float32), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
