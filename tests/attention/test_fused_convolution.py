@@ -65,7 +65,7 @@ def test_many_hidden_units_take_another_tile():
     tensors, modules = problem.tensors(torch.float32), problem.modules()
     tables = operator.tables(*modules, 4, 18, tensors[0].device)
     given = operator.problem_of(*tensors, tables, None, 1.0, True, 0)
-    assert mix_convolution.tile_of(given, given.mixing) == mix_convolution.SMALL_TILE
+    assert mix_convolution.tile_of(given) == mix_convolution.SMALL_TILE
     close(problem)
 
 

@@ -51,20 +51,12 @@ PRECISION = "ieee"
 
 @runtime_checkable
 class Mixer(Protocol):
-    """The two kernels across heads, in Triton or CUDA, and the tiles they take along a diagonal.
+    """The two kernels across heads, in Triton or CUDA.
 
-    `Slots` is where the second sums the gradients of the tables, along the `lines` of a tile, or of
-    each of its `shares` if several programs have some of its rows each.
+    `Slots` is where the second sums the gradients of the tables.
     """
 
     Slots: type[Any]
-    tile_rows: int
-    tile_keys: int
-    lines: int
-    shares: int
-
-    def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
-        """Return how many elements a program takes, and into how many segments to cut diagonals."""
 
     def whole(
         self, problem: Problem, mixing: Mixing, exact: bool

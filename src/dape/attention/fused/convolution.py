@@ -27,6 +27,7 @@ from dape.attention.fused.kernels import BLOCK, LOG2E
 from dape.attention.fused.mix_kernels import (
     add_or_store,
     diagonal_tiles,
+    lies,
     load_static,
     places_of_heads,
 )
@@ -187,7 +188,7 @@ def convolution_mix_kernel(
             x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
-        there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        there = lies(rows, keys, num_rows, num_keys)
         y = tl.where(inside, y, float("-inf")).to(compute)
         tl.store(x + at, y, there[:, None] & (heads[None, :] < H))
 
@@ -238,7 +239,7 @@ def convolution_backward_kernel(
         shared = tl.load(delta + stat, inside, 0.0)
         weight = tl.where(inside, tl.exp2((logit - log_sum) * LOG2E), 0.0)
         ds = (weight * (tl.load(y + at, inside, 0.0).to(tl.float32) - shared)).to(compute)
-        there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        there = lies(rows, keys, num_rows, num_keys)
         stored = there[:, None] & (heads[None, :] < H)
         tl.store(p + at, weight.to(compute), stored)
         tl.store(y + at, ds, stored)
@@ -336,7 +337,7 @@ def grad_scores_kernel(
         dz = load_taps(at_taps, there, units, 1, UNITS, M * K, TAPS, UNITS)
         da = tl.load(y + at, inside, 0.0).to(tl.float32)
         da = tl.dot(dz, w_in, da, input_precision=PRECISION)
-        stored = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        stored = lies(rows, keys, num_rows, num_keys)
         da = tl.where(inside, da, 0.0).to(compute)
         tl.store(y + at, da, stored[:, None] & (heads[None, :] < H))
         sum_w1 = tl.dot(tl.trans(dz), a, sum_w1, input_precision=PRECISION)

@@ -20,7 +20,7 @@ from dape.attention.fused.geometry import (
 from dape.attention.fused.mix_triton import share, whole
 from dape.attention.fused.slots import fold, lowest, padded_size
 
-__all__ = ["Slots", "mix", "mix_backward", "share", "whole"]
+__all__ = ["Slots", "mix", "mix_backward", "whole"]
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)
@@ -28,15 +28,16 @@ TILE = Tile(4, 16, 4, 3)
 SMALL_TILE, MOST_BYTES = Tile(8, 8, 8, 1), 256
 
 
-def tile_of(problem: Problem, mixing: Mixing) -> Tile:
-    """Return rows and keys of a tile that moves along a diagonal."""
-    channels = next_power_of_2(problem.taps) * padded_size(hidden_units(problem, mixing))
+def tile_of(problem: Problem) -> Tile:
+    """Return the tile that moves along a diagonal."""
+    channels = next_power_of_2(problem.taps) * padded_size(len(hidden_bias_of(problem)))
     return SMALL_TILE if channels * problem.query.element_size() > MOST_BYTES else TILE
 
 
-def hidden_units(problem: Problem, mixing: Mixing) -> int:
-    """Return how many hidden units a problem has, of which `mixing` has some for each tap."""
-    return mixing.weight_in.shape[0] // problem.taps
+def hidden_bias_of(problem: Problem) -> Float[Tensor, "hidden"]:
+    """Return b1 of a problem of DAPE V2; others have another mixer."""
+    assert problem.hidden_bias is not None
+    return problem.hidden_bias
 
 
 class Pass(NamedTuple):
@@ -58,7 +59,7 @@ class Pass(NamedTuple):
     def of(cls, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> "Pass":
         """Return that of a band, with room for its hidden units."""
         batch, rows, keys = band.sizes
-        compiled, tile = sizes(problem, mixing), tile_of(problem, mixing)
+        compiled, tile = sizes(problem, mixing), tile_of(problem)
         reach = problem.taps // 2
         mask, started = x, torch.zeros(batch, dtype=torch.int32, device=x.device)
         if problem.mask is not None:
@@ -81,7 +82,7 @@ def fill_hidden(x: Tensor, band: Band, problem: Problem, mixing: Mixing, given: 
     where, z = given.columns, given.hidden
     segments = share(batch, where.number, rows)[1]
     convolution.hidden_kernel[(where.number, batch, segments)](
-        x, z, mixing.weight_in, mixing.hidden, problem.hidden_bias, given.mask, given.started,
+        x, z, mixing.weight_in, mixing.hidden, hidden_bias_of(problem), given.mask, given.started,
         rows, keys, band.shift, mixing.hidden.shape[0], where.first, where.band_tile, where.offset,
         *x.stride()[:2], *z.stride()[:2], given.mask.stride(0), **given.compiled, **given.launch,
     )  # fmt: skip
@@ -121,7 +122,7 @@ def mix_backward(
     )
     at_key, at_column = (slice(where.slot, None) for where in (given.keys, given.columns))
     strides = (*x.stride()[:2], *z.stride()[:2])
-    lines = lines_of(tile_of(problem, mixing))
+    lines = lines_of(tile_of(problem))
     compiled = {**given.compiled, **given.launch, "num_stages": 1}
     convolution.convolution_backward_kernel[(given.keys.number, batch, slots.segments)](
         x, p, y, z, mixing.weight_out, mixing.static, lse, delta, given.mask,
@@ -165,7 +166,7 @@ class Slots(NamedTuple):
     def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
         """Return zeros for the bands of a problem."""
         taps, units, heads = (sizes(problem, mixing)[x] for x in ("TAPS", "UNITS", "HEADS"))
-        tile, all_bands, reach = tile_of(problem, mixing), blocks(problem), problem.taps // 2
+        tile, all_bands, reach = tile_of(problem), blocks(problem), problem.taps // 2
         lines = lines_of(tile)
         found = [
             diagonals(problem, band, *tile[:2], wider) for band in all_bands for wider in (0, reach)
@@ -192,7 +193,7 @@ class Slots(NamedTuple):
         compiled = sizes(problem, mixing)
         heads, units, taps = (compiled[x] for x in ("H", "D", "T"))
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
-        tile = tile_of(problem, mixing)
+        tile = tile_of(problem)
         fold(self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
         # A line of columns is r further than the distance to them, and t less to the key of tap t.
         first = lowest(problem, *tile[:2], taps // 2)
@@ -208,7 +209,7 @@ class Slots(NamedTuple):
 
 def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:
     """Return the compile-time arguments: counts, padded, and switches."""
-    units, tile = hidden_units(problem, mixing), tile_of(problem, mixing)
+    units, tile = len(hidden_bias_of(problem)), tile_of(problem)
     return {
         **mix_triton.sizes(problem, mixing),
         "M": tile.rows,

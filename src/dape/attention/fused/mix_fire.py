@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dape.attention.fused import fire, mix_triton
-from dape.attention.fused.banded import Mixer
 from dape.attention.fused.geometry import (
     Band,
     Features,
@@ -17,7 +16,7 @@ from dape.attention.fused.geometry import (
     next_power_of_2,
 )
 from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, whole
-from dape.attention.fused.slots import fold, lowest, slots_of
+from dape.attention.fused.slots import Walker, fold, lowest, slots_of
 
 __all__ = [
     "Slots",
@@ -111,7 +110,7 @@ class Slots(NamedTuple):
     scale: Float[Tensor, "distances"]
 
     @classmethod
-    def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
+    def of(cls, problem: Problem, mixing: Mixing, mixer: Walker) -> "Slots":
         """Return zeros for the bands of a problem."""
         group, count = slots_of(problem, mixer)
         units, heads, features = (sizes(problem, mixing)[x] for x in ("UNITS", "HEADS", "FEATURES"))
@@ -131,7 +130,7 @@ class Slots(NamedTuple):
         )
 
     def gradients(
-        self, problem: Problem, mixing: Mixing, mixer: Mixer, unit: Float[Tensor, ""]
+        self, problem: Problem, mixing: Mixing, mixer: Walker, unit: Float[Tensor, ""]
     ) -> list[Tensor]:
         """Return the gradients of C, U, W1, W2, and of the features, times `unit`."""
         entries, units = mixing.hidden.shape

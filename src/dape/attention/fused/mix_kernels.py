@@ -56,16 +56,22 @@ def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.cons
 
 
 @triton.jit
+def lies(rows, keys, num_rows, num_keys):
+    """Return which positions lie in the scratch.
+
+    Its keys end with a block, so that a vector of keys lies in it or does not.
+    """
+    return (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+
+
+@triton.jit
 def tile_positions(
     tile, start, n, delta_ij, num_rows, num_keys, mask,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen.
-
-    Keys in the scratch end with a block, so that a vector of keys lies in it or does not.
-    """
+    """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen."""
     rows, keys = tile * M + n // K, start + tile * M + n % K
-    there = (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    there = lies(rows, keys, num_rows, num_keys)
     seen = there & (keys < num_keys)
     if MASKED:
         seen &= tl.load(mask + keys, seen, 0) != 0

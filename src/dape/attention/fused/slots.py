@@ -4,7 +4,7 @@ A program writes to a slot of its own, along the lines of its tile; `fold` puts 
 together by the distance they stand for, in one order.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,23 @@ from dape.attention.fused.geometry import (
 )
 
 
+@runtime_checkable
+class Walker(Mixer, Protocol):
+    """A mixer whose programs walk along diagonals of tiles of one size.
+
+    Gradients are summed along the `lines` of a tile, or of each of its `shares` if several programs
+    have some of its rows each.
+    """
+
+    tile_rows: int
+    tile_keys: int
+    lines: int
+    shares: int
+
+    def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+        """Return how many elements a program takes, and into how many segments to cut diagonals."""
+
+
 class Slots(NamedTuple):
     """Where each share of each diagonal sums its gradients, for some elements and a segment of it.
 
@@ -36,7 +53,7 @@ class Slots(NamedTuple):
     add: bool
 
     @classmethod
-    def of(cls, problem: Problem, mixing: Mixing, mixer: Mixer) -> "Slots":
+    def of(cls, problem: Problem, mixing: Mixing, mixer: Walker) -> "Slots":
         """Return room for the bands of a problem."""
         group, count = slots_of(problem, mixer)
         all_bands = blocks(problem)
@@ -48,7 +65,7 @@ class Slots(NamedTuple):
         return cls(make(shape, dtype=torch.float32), elements, segments, add)
 
     def gradients(
-        self, problem: Problem, mixing: Mixing, mixer: Mixer, unit: Float[Tensor, ""]
+        self, problem: Problem, mixing: Mixing, mixer: Walker, unit: Float[Tensor, ""]
     ) -> list[Tensor]:
         """Return the gradients of C, U, W1 and W2, times `unit`."""
         (hidden_units, heads), (units, padded_heads) = mixing.weight_in.shape, padded(mixing)
@@ -66,13 +83,13 @@ class Slots(NamedTuple):
         return [static, hidden, weight_in.t().contiguous(), weight_out]
 
 
-def sizes(mixing: Mixing, mixer: Mixer) -> list[int]:
+def sizes(mixing: Mixing, mixer: Walker) -> list[int]:
     """Return how many numbers a slot holds of U, C, W1 and W2."""
     units, heads = padded(mixing)
     return [mixer.lines * units, mixer.lines * heads, heads * units, heads * units]
 
 
-def slots_of(problem: Problem, mixer: Mixer) -> tuple[int, int]:
+def slots_of(problem: Problem, mixer: Walker) -> tuple[int, int]:
     """Return the elements of a group, and how many diagonals they have in all bands together."""
     all_bands = blocks(problem)
     found = [diagonals(problem, x, mixer.tile_rows, mixer.tile_keys) for x in all_bands]
