@@ -17,3 +17,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a GPU or of the machine is too small."""
+    import torch
+
+    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return exhausted or "can't allocate memory" in str(error)

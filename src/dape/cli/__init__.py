@@ -1,46 +1,112 @@
-"""The `dape` command: one module per subcommand, imported only when it is called."""
+"""The `dape` command: one module for each command, imported only when it is called."""
 
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dape.errors import UserError, unknown
+from dape.errors import UserError, out_of_memory, unknown
 
+# `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
 COMMANDS = {
     "prepare": "text to tokens: memory-mapped shards with a manifest",
     "train": "train a language model from a recipe",
     "retrofit": "adapters in a pretrained model, trained at a longer length",
-    "eval": "perplexity over length of one or more runs",
-    "plot": "evaluated runs, or an encoding, as a figure",
+    "eval": "perplexity over length of one or more models",
+    "eval retrieval": "whether models find a number hidden in a long text",
+    "eval harness": "tasks of lm-eval at several lengths",
+    "plot": "evaluated runs as a figure, a table or a report",
+    "plot retrieval": "hidden numbers over depth and length",
+    "plot encoding": "a position encoding as a picture",
     "export": "a run as a Hugging Face folder with a model card",
-    "bench": "speed and memory of attention, against named peers",
-    "info": "versions, devices, attention backends, schemes",
+    "bench attention": "speed and memory of attention, against named peers",
+    "info": "versions, devices and attention backends",
+    "info schemes": "every scheme, its paper, its parameters",
 }
-
-
-def usage() -> str:
-    """Return the page that `dape --help` prints."""
-    rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
-    return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
+# Options of earlier versions, and the commands that took their place.
+MOVED = {
+    ("eval", "--retrieval"): "eval retrieval RUN... --tasks TASKS",
+    ("eval", "--harness"): "eval harness RUN... --tasks TASKS",
+    ("info", "--schemes"): "info schemes",
+}
+HELP = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; a `UserError` becomes one line on stderr and status 2."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
-        print(usage(), end="")
-        return 0
+    """Run one command; a mistake becomes one line on stderr and status 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
     try:
-        if args[0] not in COMMANDS:
-            raise unknown("command", args[0], COMMANDS)
-        return import_module(f"dape.cli.{args[0]}").main(args[1:]) or 0
+        return _run(words)
     except UserError as error:
-        print(f"dape: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Who reads, `head` say, has enough; without this the interpreter's last flush complains.
+        # The reader, such as `head`, has enough; the interpreter's last flush would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}; mend that and give the command again")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail("out of memory; take smaller batches, shorter lengths or a smaller model")
+
+
+def _run(words: list[str]) -> int:
+    if words[:1] == ["--version"]:
+        from dape import __version__
+
+        print(f"dape {__version__}")
+        return 0
+    if not words or words[0] in HELP:
+        words = [*words[1:], "--help"]
+    name, rest = _command(words)
+    if name not in COMMANDS:
+        print(_usage(name), end="")
+        return 0
+    return import_module(f"dape.cli.{name.replace(' ', '_')}").main(rest) or 0
+
+
+def _command(words: list[str]) -> tuple[str, list[str]]:
+    """Return the command that words begin with, and the rest of the words.
+
+    It is the common first word of several commands, or nothing, where only help is asked for.
+
+    Raises:
+        UserError: for an unknown command, and an option that is a command of its own now.
+    """
+    first, *rest = words
+    for option in (word.partition("=")[0] for word in rest):
+        if (first, option) in MOVED:
+            raise UserError(f"`dape {first} {option}` is now `dape {MOVED[first, option]}`")
+    if rest and f"{first} {rest[0]}" in COMMANDS:
+        return f"{first} {rest[0]}", rest[1:]
+    if first in COMMANDS:
+        return first, rest
+    if first in HELP:
+        return "", []
+    family = [name.removeprefix(f"{first} ") for name in COMMANDS if name.startswith(f"{first} ")]
+    if not family:
+        raise unknown("command", first, {name.partition(" ")[0] for name in COMMANDS})
+    if rest and rest[0] in HELP:
+        return first, []
+    if not rest:
+        raise UserError(f"`dape {first}` needs one of: {', '.join(family)}")
+    raise unknown(f"command after `dape {first}`:", rest[0], family)
+
+
+def _usage(first: str = "") -> str:
+    """Return the page that lists the commands, or those that begin with a word."""
+    rows = "\n".join(
+        f"  {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
+    )
+    return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
+
+
+def _fail(message: str) -> int:
+    print(f"dape: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

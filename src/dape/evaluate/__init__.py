@@ -1,1 +1,31 @@
-"""Perplexity over length, and what a difference between two runs is worth."""
+"""Measurements of trained models: perplexity over length, retrieval, tasks of lm-eval.
+
+`evaluate`, `evaluate_retrieval` and `evaluate_harness` are `dape eval`, `dape eval retrieval` and
+`dape eval harness` as functions. They are imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dape.evaluate.evaluation import evaluate
+    from dape.evaluate.harness import evaluate_harness
+    from dape.evaluate.record import Evaluation
+    from dape.evaluate.retrieval import Retrieval, evaluate_retrieval
+
+_HOME = {
+    "Evaluation": "record",
+    "Retrieval": "retrieval",
+    "evaluate": "evaluation",
+    "evaluate_harness": "harness",
+    "evaluate_retrieval": "retrieval",
+}
+
+__all__ = ["Evaluation", "Retrieval", "evaluate", "evaluate_harness", "evaluate_retrieval"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dape.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"dape.evaluate.{_HOME[name]}"), name)

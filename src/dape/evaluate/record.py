@@ -1,15 +1,18 @@
-"""What an evaluation leaves behind: `RUN/evaluation/PROTOCOL.json`."""
+"""What an evaluation leaves behind: a file of JSON in the folder of the run."""
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dape.errors import UserError
 from dape.evaluate.perplexity import Measurement
+from dape.evaluate.subject import Subject
+from dape.files import read_json, write_json
 
 FORMAT = 1
+_REMEDY = "run `dape eval` on it"
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +20,9 @@ class Targets:
     """The tokens an evaluation scores; two evaluations with equal targets can be compared.
 
     `data` is the checksum of the corpus, `block` the tokens of a block, `documents` the numbers of
-    the documents in the split, `tokens` and `bytes` what was scored in each of them. With `bos`
-    each window begins with the model's token for that instead of its first.
+    the documents in the split, `tokens` and `bytes` what was scored in each of them. `bytes` is
+    None for a tokenizer whose tokens stand for no fixed number of them. With `bos` each window
+    begins with the model's token for that instead of its first.
     """
 
     data: str
@@ -28,7 +32,7 @@ class Targets:
     longest: int
     documents: list[int]
     tokens: list[int]
-    bytes: list[int]
+    bytes: list[int] | None
     bos: bool = False
 
 
@@ -36,17 +40,11 @@ class Targets:
 class Evaluation:
     """One model under one protocol.
 
-    `settings` is a checksum of the recipe without its seed: equal for runs that differ in nothing
-    else. `seed` and `settings` are None for a model that no run of ours trained. `refused` says why
-    the model did not take windows of a length, for which there is no measurement.
+    `refused` says why the model did not take windows of a length, for which there is no
+    measurement.
     """
 
-    run: str
-    scheme: str
-    train_length: int | None
-    seed: int | None
-    settings: str | None
-    parameters: int
+    subject: Subject
     targets: Targets
     measurements: list[Measurement]
     provenance: dict[str, Any]
@@ -65,15 +63,20 @@ class Evaluation:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write(path, self)
+        save(path, self)
 
 
 def load(path: Path) -> Evaluation:
     """Read what `Evaluation.save` wrote.
 
-    Raises `UserError` naming the command to run if there is none, or if another version wrote it.
+    Raises:
+        UserError: naming the command to run, if there is no such file, or it is damaged or of
+            another version.
     """
-    content = read(path, "evaluation", FORMAT, "run `dape eval` on it")
+    return restore(path, "evaluation", FORMAT, _REMEDY, _evaluation)
+
+
+def _evaluation(content: dict[str, Any]) -> Evaluation:
     measurements = [
         Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
         for each in content["measurements"]
@@ -85,34 +88,28 @@ def load(path: Path) -> Evaluation:
     )
 
 
-def evaluation_path(run: Path, protocol: str, stride: int | None, split: str) -> Path:
-    """Return where the evaluation of a run lies: `RUN/evaluation/sliding-64-validation.json`.
+def save(path: Path, record: Any) -> None:
+    """Write a record, with the fields of its subject beside its own."""
+    content = asdict(record)
+    write_json(path, {**content.pop("subject"), **content})
 
-    The test split, being the usual one, is not named.
+
+def restore(
+    path: Path, kind: str, form: int, remedy: str, build: Callable[[dict[str, Any]], Record]
+) -> Record:
+    """Return what `build` makes of the fields that `save` wrote, with the subject as one.
+
+    Raises:
+        UserError: with the remedy, if there is no such file, or it is damaged or of another format.
     """
-    parts = [protocol, str(stride or ""), "" if split == "test" else split]
-    return run / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such {kind}; {remedy}")
 
+    def built(content: dict[str, Any]) -> Record:
+        if content.get("format") != form:
+            raise UserError(f"no {kind} of format {form}")
+        names = {each.name for each in fields(Subject)} & content.keys()
+        subject = Subject(**{name: content.pop(name) for name in names})
+        return build({**content, "subject": subject})
 
-def write(path: Path, record: Any) -> None:
-    """Write a dataclass as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(record), indent=1) + "\n")
-    os.replace(part, path)
-
-
-def read(path: Path, kind: str, form: int, remedy: str) -> dict[str, Any]:
-    """Return the fields of what `write` wrote.
-
-    Raises `UserError` with the remedy if there is no such file, or of another format.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {kind}; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {remedy} again") from None
-    if not isinstance(content, dict) or content.get("format") != form:
-        raise UserError(f"{path}: no {kind} of format {form}; {remedy} again")
-    return content
+    return read_json(path, built, f"{remedy} again")

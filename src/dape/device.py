@@ -1,0 +1,20 @@
+"""The device to compute on, by name."""
+
+import torch
+
+from dape.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`, such as `cpu` or `cuda:1`; `auto` is a GPU if there is one.
+
+    Raises:
+        UserError: for a device that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: {reason}; use cpu, or see `dape info`") from None

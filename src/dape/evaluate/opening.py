@@ -1,0 +1,108 @@
+"""From what a caller names to the models that are measured."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dape.data.hub import fetch
+from dape.errors import UserError
+from dape.evaluate.subject import Finetuned, InMemory, Model
+from dape.runs import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+Given = str | Path | RunFolder | nn.Module
+
+
+def open_models(
+    given: Given | Sequence[Given],
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    partial_weights: bool = False,
+) -> list[Model]:
+    """Return the models, a folder that is named twice once; `tokenizer` is that of modules.
+
+    Raises:
+        UserError: if there is none of that name, or none at all.
+    """
+    each = [given] if isinstance(given, Given) else list(given)
+    if not each:
+        raise UserError("no model given: name at least one run or model")
+    models = [
+        _in_memory(one, f"models[{place}]", tokenizer)
+        if isinstance(one, nn.Module)
+        else open_model(Path(one), partial_weights)
+        for place, one in enumerate(each)
+    ]
+    return list({_path(model): model for model in models}.values())
+
+
+def open_model(path: Path, partial_weights: bool = False) -> Model:
+    """Return the run in a folder, or the model of that name on the Hugging Face hub.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    folder = RunFolder(path)
+    recipe = folder.read_recipe() if folder.exists else None
+    if recipe and folder.is_retrofit:
+        return _open_finetuned(folder, recipe, partial_weights)
+    for place in (folder.model, path):
+        if (place / "config.json").is_file():
+            return Model(folder, str(place), _config(str(place)), recipe, partial_weights)
+    if path.exists():
+        remedy = (
+            f"; `dape export {folder} --out DIR` makes one of its latest checkpoint"
+            if folder.checkpoints.is_dir()
+            else ""
+        )
+        raise UserError(
+            f"no model in {folder}: neither model/config.json, as a finished `dape train` leaves "
+            f"it, nor config.json of a Hugging Face model{remedy}"
+        )
+    name = path.as_posix()
+    return Model(
+        RunFolder(Path("runs") / name), name, _config(name), partial_weights=partial_weights
+    )
+
+
+def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: bool) -> Finetuned:
+    from transformers import AutoConfig
+
+    base = open_model(Path(recipe["model"]["base"]), partial_weights)
+    mounted = recipe["model"]["adapter"] is not None
+    if not (folder.adapters if mounted else folder.model).is_dir():
+        raise UserError(f"{folder} is not finished; give the same `dape retrofit` again")
+    source = base.source if mounted else str(folder.model)
+    config = fetch(AutoConfig.from_pretrained, source, **recipe["model"]["config"])
+    return Finetuned(folder, source, config, recipe, partial_weights, base)
+
+
+def _in_memory(
+    network: nn.Module, name: str, tokenizer: "PreTrainedTokenizerFast | None"
+) -> InMemory:
+    config = getattr(network, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise UserError(
+            f"{name} is a {type(network).__name__} without the configuration that causal language "
+            "models of transformers have; give such a model, or the folder of one"
+        )
+    return InMemory(
+        RunFolder(Path(name)),
+        f"{name} ({type(network).__name__})",
+        config.get_text_config(),  # type: ignore[union-attr]
+        network=network,
+        own_tokenizer=tokenizer,
+    )
+
+
+def _path(model: Model) -> Path:
+    return model.folder.path.resolve()
+
+
+def _config(source: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    return fetch(AutoConfig.from_pretrained, source).get_text_config()

@@ -1,0 +1,101 @@
+"""What to score on a corpus: the windows of each length, and the targets that they share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from dape.data.shards import Corpus
+from dape.data.tokenizer import token_bytes
+from dape.errors import UserError
+from dape.evaluate.perplexity import window_tokens
+from dape.evaluate.protocols import Protocol, Windows, choose_blocks
+from dape.evaluate.record import Targets
+from dape.evaluate.subject import Model
+
+TIMES_TRAINED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The windows of each length on a split of a corpus, and the tokens that all of them score."""
+
+    corpus: Corpus
+    split: str
+    windows: tuple[Windows, ...]
+    targets: Targets
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens a model is fed."""
+        return sum(each.tokens for each in self.windows)
+
+    @property
+    def bytes(self) -> Int[np.ndarray, " documents"] | None:
+        """Return the bytes of the scored text of each document; None if they cannot be counted."""
+        return None if self.targets.bytes is None else np.array(self.targets.bytes)
+
+
+def plan(
+    corpus: Corpus,
+    split: str,
+    protocol: Protocol,
+    lengths: Sequence[int],
+    *,
+    documents: int,
+    blocks: int,
+    seed: int,
+    bos: bool = False,
+) -> Plan:
+    """Return the plan for a split; most arguments are those of `choose_blocks`.
+
+    With `bos` each window begins with the model's token for that.
+    """
+    part = corpus.split(split)
+    chosen = choose_blocks(
+        protocol, part.document_lengths - 1, documents=documents, blocks=blocks, seed=seed
+    )
+    windows = tuple(chosen.windows(length) for length in lengths)
+    numbers, owner = np.unique(windows[0].documents, return_inverse=True)
+    targets = Targets(
+        data=corpus.checksum,
+        split=split,
+        protocol=protocol.name,
+        block=protocol.block,
+        longest=protocol.longest,
+        documents=numbers.tolist(),
+        tokens=(np.bincount(owner) * windows[0].scored).tolist(),
+        bytes=_bytes(corpus, split, windows[0]),
+        bos=bos,
+    )
+    return Plan(corpus, split, windows, targets)
+
+
+def _bytes(corpus: Corpus, split: str, windows: Windows) -> list[int] | None:
+    """Return the bytes of the scored tokens of each document, None if they cannot be counted."""
+    sizes = token_bytes(corpus.tokenizer())
+    if sizes is None:
+        return None
+    _, owner = np.unique(windows.documents, return_inverse=True)
+    tokens = window_tokens(corpus.split(split).document, windows, slice(None))
+    scored = sizes[tokens[:, -windows.scored :]].sum(axis=1)
+    return np.bincount(owner, weights=scored).astype(int).tolist()
+
+
+def default_lengths(models: Sequence[Model]) -> tuple[int, ...]:
+    """Return the shortest training length and its doublings, up to 16 times the longest."""
+    known = [trained_at(model) for model in models]
+    return tuple(doubled(min(known), TIMES_TRAINED * max(known)))
+
+
+def doubled(first: int, last: int) -> list[int]:
+    """Return `first` and its doublings up to `last`."""
+    return [first << times for times in range(max(0, last // first).bit_length())]
+
+
+def trained_at(model: Model) -> int:
+    """Return the training length of a model; raise `UserError` if it does not say."""
+    if model.train_length is None:
+        raise UserError(f"{model.source} does not say at what length it was trained; give --lengths")
+    return model.train_length

@@ -1,0 +1,55 @@
+"""Pretrained causal language models, with every weight that they need and no other."""
+
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from dape.data.hub import fetch
+from dape.errors import UserError
+
+_NAMED = 3  # weights that an error names
+
+
+def load_causal(source: str, partial_weights: bool = False, **options: Any) -> PreTrainedModel:
+    """Return the model in a folder or of a name on the hub, on the CPU.
+
+    transformers draws weights that are missing at random, and goes on. With `partial_weights` that
+    is what happens here too. `options` are those of `from_pretrained`.
+
+    Raises:
+        UserError: if there is no such model, its files are damaged, or weights are missing or left
+            over.
+    """
+    verbosity = logging.get_verbosity()
+    if not partial_weights:
+        logging.set_verbosity_error()  # the error below says the same in a line
+    try:
+        model, report = fetch(
+            AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **options
+        )
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"the weights of {source} cannot be read: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if not partial_weights:
+        _refuse(source, {"misses": report["missing_keys"], "has": report["unexpected_keys"]})
+    return model
+
+
+def _refuse(source: str, faults: dict[str, set[str]]) -> None:
+    """Raise a `UserError` that names weights which are missing or left over, if there are any."""
+    sentences = [_listed(verb, sorted(names)) for verb, names in faults.items() if names]
+    if sentences:
+        raise UserError(
+            f"the weights in {source} are not those of its configuration: it {', and '.join(sentences)};"
+            " save the whole model again, or allow it with --partial-weights"
+        )
+
+
+def _listed(verb: str, names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    left_over = " without a place" if verb == "has" else ""
+    return f"{verb} {', '.join(names[:_NAMED])}{more}{left_over}"
