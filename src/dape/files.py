@@ -1,0 +1,277 @@
+"""Files and folders that are whole or absent, and one clear error for a file that cannot be read.
+
+A writer works on `NAME.partial` beside its target, brings it onto the disk and renames it. A
+process that dies meanwhile leaves the target as it was. The next writer removes the leftover.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from dape.errors import UserError
+
+PARTIAL = ".partial"
+LOCK = ".lock"
+
+Read = TypeVar("Read")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Yield the path to write a file or a folder to, which takes the place of `path` at the end.
+
+    A file or folder at `path` is replaced. An exception inside the block leaves `path` as it was.
+    Files get the mode that the umask gives, also from libraries that create private ones.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    remove(partial)
+    mode = _file_mode(partial)
+    try:
+        yield partial
+        _settle(partial, mode)
+        if partial.is_dir() and path.is_dir():  # a folder with content cannot be renamed over
+            remove(path)
+        os.replace(partial, path)
+        _sync(path.parent)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            remove(partial)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Return where `path` is written until it is whole."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_text(path: Path, remedy: str = "") -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: naming the file and the remedy, if it is missing, unreadable or not text.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise _unreadable(path, "it is no ordinary file", remedy)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), remedy) from None
+    except UnicodeDecodeError:
+        raise UserError(_with(f"{path} is not a text file", remedy)) from None
+
+
+def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
+    """Return what `build` makes of the object in a JSON file.
+
+    Raises:
+        UserError: naming the file and the remedy, if it is missing, is no JSON object, or has not
+            the fields that `build` needs.
+    """
+    text = read_text(path, remedy)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(_with(f"{path} is not JSON ({error})", remedy)) from None
+    if not isinstance(content, dict):
+        raise UserError(_with(f"{path} holds no JSON object", remedy))
+    try:
+        return build(content)
+    except UserError as error:
+        raise UserError(_with(f"{path}: {error}", remedy)) from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        fault = f"{path} has not the expected fields ({type(error).__name__}: {error})"
+        raise UserError(_with(fault, remedy)) from None
+
+
+def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Return the mapping in a YAML file, as `parse_yaml` reads it.
+
+    Raises:
+        UserError: naming the file, the line if it is known, and the remedy.
+    """
+    text = read_text(path, remedy)
+    try:
+        data = parse_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(_with(f"{path}{line}: {error.problem}", remedy)) from None
+    except ValueError as error:
+        raise UserError(_with(f"{path}: {error}", remedy)) from None
+    if not isinstance(data, dict):
+        raise UserError(_with(f"{path} holds no `key: value` lines", remedy))
+    return data
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what YAML text describes.
+
+    Unlike YAML 1.1, `1:30` and `010` are text rather than 90 and 8, and a key given twice is an
+    error. A key that overrides one of a merge (`<<: *base`) is none.
+
+    Raises:
+        yaml.MarkedYAMLError: with the line, for text that is not YAML.
+        ValueError: for the same where the line is not known.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError:
+        raise
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writes left in a folder; not while another process writes there."""
+    for leftover in folder.glob(f"*{PARTIAL}"):
+        remove(leftover)
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether a folder is absent, or holds nothing but leftovers of interrupted writes."""
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(path.suffix == PARTIAL or path.name == LOCK for path in folder.iterdir())
+
+
+@contextmanager
+def locked(folder: Path, busy: str) -> Iterator[None]:
+    """Keep other processes out of a folder, which is created; the lock ends with its process.
+
+    Raises:
+        UserError: with the text `busy` if another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(busy) from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(file)):
+                break
+        os.close(handle)  # its owner removed the file between our opening and locking it
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _file_mode(absent: Path) -> int:
+    """Return the mode of new files beside a path where nothing lies yet."""
+    absent.mkdir()  # asking for the umask would change it for all threads
+    mode = absent.stat().st_mode & 0o666
+    absent.rmdir()
+    return mode
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Give the files of a file or folder their mode, and bring all of it onto the disk."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if each.is_file() and not each.is_symlink():
+            each.chmod(mode)
+        _sync(each)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _unreadable(path: Path, reason: str, remedy: str) -> UserError:
+    return UserError(_with(f"cannot read {path}: {reason}", remedy))
+
+
+def _with(fault: str, remedy: str) -> str:
+    return f"{fault}; {remedy}" if remedy else fault
+
+
+_INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "merge"))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2 (and `50_000`), exact merges and no repeated keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (so it is in the parent)
+        first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the pairs of merges after the node's own, which override them."""
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        pairs = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        keys = [key.value for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _mistake(node, f"key {key!r} is given twice")
+        for value in merges:
+            for base in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(base, yaml.MappingNode):
+                    raise _mistake(base, "<< takes a mapping")
+                self.flatten_mapping(base)
+                own = [key.value for key, _ in pairs]
+                pairs += [(key, value) for key, value in base.value if key.value not in own]
+        node.value = pairs
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            kind = node.tag.rpartition(":")[2]
+            raise _mistake(node, f"{node.value!r} is no {kind}") from None
+
+
+def _mistake(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+_Loader.add_implicit_resolver(
+    _INT,
+    re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)

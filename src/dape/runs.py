@@ -1,0 +1,150 @@
+"""The folder of a run: where everything in it lies, and how far the run is."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dape.errors import UserError
+from dape.files import read_json, read_text, read_yaml
+
+_STEP = "step-"
+_REMEDY = "give the command that made the run again, under another --name"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A folder as `dape train` and `dape retrofit` leave it; it need not be there yet."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        """Return the path, as messages and records name the run."""
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        """Return the path: a run folder can be given where a path can."""
+        return str(self.path)
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the run follows."""
+        return self.path / "config.yaml"
+
+    @property
+    def record(self) -> Path:
+        """Where and from what the run was made, and what it reached."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics, a line of JSON for each logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same metrics for TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model and its tokenizer, as transformers loads them."""
+        return self.path / "model"
+
+    @property
+    def adapters(self) -> Path:
+        """The adapters that a retrofit trained."""
+        return self.path / "adapters"
+
+    def checkpoint(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` updates."""
+        return self.checkpoints / f"{_STEP}{step:08d}"
+
+    def evaluation(self, protocol: str, stride: int | None = None, split: str = "test") -> Path:
+        """Return the file of an evaluation: `evaluation/sliding-64-validation.json`.
+
+        The test split, being the usual one, is not named.
+        """
+        parts = [protocol, str(stride or ""), "" if split == "test" else split]
+        return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
+
+    def evaluations(self) -> list[Path]:
+        """Return the files of all evaluations."""
+        return sorted((self.path / "evaluation").glob("*.json"))
+
+    def retrieval(self, task: str) -> Path:
+        """Return the file of a retrieval: `retrieval/passkey.json`."""
+        return self.path / "retrieval" / f"{task}.json"
+
+    def retrievals(self) -> list[Path]:
+        """Return the files of all retrievals."""
+        return sorted((self.path / "retrieval").glob("*.json"))
+
+    def harness(self, task: str, length: int) -> Path:
+        """Return the file of a task of lm-eval: `harness/wikitext-512.json`."""
+        return self.path / "harness" / f"{task}-{length}.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run."""
+        return self.recipe.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return bool(self.read_record().get("ended"))
+
+    @property
+    def is_retrofit(self) -> bool:
+        """Whether the run began with a pretrained model."""
+        model = self.read_recipe().get("model")
+        return isinstance(model, dict) and "base" in model
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a trained model was saved."""
+        return (self.model / "config.json").is_file()
+
+    def saved_checkpoints(self) -> list[Path]:
+        """Return the complete checkpoints, the newest first."""
+        return sorted(self.checkpoints.glob(_STEP + "[0-9]" * 8), reverse=True)
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint, None if there is none yet."""
+        return next(iter(self.saved_checkpoints()), None)
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return the recipe as a mapping.
+
+        Raises:
+            UserError: if there is none, or it is damaged.
+        """
+        return read_yaml(self.recipe, _REMEDY)
+
+    def read_record(self) -> dict[str, Any]:
+        """Return the record, empty if there is none yet.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        return read_json(self.record, dict, _REMEDY) if self.record.is_file() else {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return what was logged, a mapping for each line; a last line that is cut is left out.
+
+        Raises:
+            UserError: if another line is damaged.
+        """
+        if not self.metrics.is_file():
+            return []
+        lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the rest is no whole line
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None

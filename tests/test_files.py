@@ -1,0 +1,183 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dape.errors import UserError
+from dape.files import (
+    is_free,
+    locked,
+    parse_yaml,
+    partial_of,
+    read_json,
+    read_text,
+    read_yaml,
+    remove_leftovers,
+    whole,
+    write_json,
+    write_text,
+)
+
+
+def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+    file = tmp_path / "new" / "notes.txt"
+    write_text(file, "old")
+    with whole(file) as partial:
+        partial.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new" and list(file.parent.iterdir()) == [file]
+
+
+def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
+    folder = tmp_path / "model"
+    for content in ("old", "new"):
+        with whole(folder) as partial:
+            (partial / "deep").mkdir(parents=True)
+            (partial / "deep" / content).write_text(content)
+    assert [path.name for path in (folder / "deep").iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_error_leaves_the_old_one_and_no_leftover(tmp_path):
+    write_text(tmp_path / "notes.txt", "old")
+    with pytest.raises(RuntimeError), whole(tmp_path / "notes.txt") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "notes.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_leftover_of_a_killed_writer_is_replaced(tmp_path, folder):
+    left = partial_of(tmp_path / "notes.txt")
+    left.mkdir() if folder else left.write_text("half")
+    assert is_free(tmp_path)
+    write_text(tmp_path / "notes.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    left.mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert not is_free(tmp_path) and is_free(tmp_path / "absent") and not is_free(left.parent)
+
+
+def test_files_have_the_mode_of_the_umask_whoever_created_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for name in ("folder", "file"):
+            with whole(tmp_path / name) as partial:
+                file = partial / "weights" if name == "folder" else partial
+                file.parent.mkdir(exist_ok=True)
+                os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    for file in (tmp_path / "folder/weights", tmp_path / "file"):
+        assert file.stat().st_mode & 0o777 == 0o640
+
+
+def test_json_comes_back(tmp_path):
+    content = {"a": [1, 2.5, None], "b": {"c": "ä"}}
+    write_json(tmp_path / "record.json", content)
+    assert read_json(tmp_path / "record.json", dict, "measure again") == content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read {}: No such file or directory; measure again"),
+        (b"", r"{} is not JSON \(.*\); measure again"),
+        (b'{"step": 1', r"{} is not JSON \(.*\); measure again"),
+        (b"\xff\xfe\x00", r"{} is not a text file; measure again"),
+        (b"[" * 100_000, r"{} is not JSON \(.*\); measure again"),
+        (b"[1]", r"{} holds no JSON object; measure again"),
+        (b'{"stp": 1}', r"{} has not the expected fields \(KeyError: 'step'\); measure again"),
+        (b'{"step": "x"}', r"{} has not the expected fields \(ValueError: .*\); measure again"),
+        (b'{"step": null}', r"{} has not the expected fields \(TypeError: .*\); measure again"),
+    ],
+)
+def test_a_damaged_json_file_is_named_with_its_remedy(tmp_path, content, message):
+    file = tmp_path / "record.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=message.format(file)) as caught:
+        read_json(file, lambda fields: int(fields["step"]), "measure again")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_may_never_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: it is no ordinary file"):
+        read_text(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"cannot read .*: it is no ordinary file"):
+        read_text(tmp_path)
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    text = "[0, -7, 50_000, 0x1f, 1.5, -.5, 1.0e3, 1.0e+3, 1:30, 010, 1:30.5, 6e-4, 08, .inf]"
+    assert parse_yaml(text) == [
+        *(0, -7, 50_000, 31, 1.5, -0.5, 1000.0, 1000.0),
+        *("1:30", "010", "1:30.5", "6e-4", "08", float("inf")),
+    ]
+
+
+def test_a_key_may_override_a_merged_one():
+    text = """
+    base: &base {a: 1, b: {c: 2}}
+    other: {<<: *base, a: 3}
+    both: {<<: [*base, {a: 5, d: 4}], b: 6}
+    deep: {inner: &inner {<<: *base, a: 7}}
+    last: {<<: *inner, b: 8}
+    """
+    base = {"a": 1, "b": {"c": 2}}
+    assert parse_yaml(text) == {
+        "base": base,
+        "other": base | {"a": 3},
+        "both": {"a": 1, "b": 6, "d": 4},
+        "deep": {"inner": base | {"a": 7}},
+        "last": {"a": 7, "b": 8},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: {c: 2, c: 3}", ":2: key 'c' is given twice"),
+        ("a: 1\n<<: {a: 2, a: 3}", ":2: key 'a' is given twice"),
+        ("a: 1\n<<: 3", ":2: << takes a mapping"),
+        ("a: 1\nb: &b {<<: *b}", "nested too deeply"),
+        ("a: !!int foo", ":1: 'foo' is no int"),
+        ("a: !!bool foo", ":1: 'foo' is no bool"),
+        ("a: !!timestamp foo", ":1: 'foo' is no timestamp"),
+        ("a: !!python/name:os.system", ":1: could not determine a constructor"),
+        ("a: 1\x00", "special characters are not allowed"),
+        ("a: " + "[" * 10_000, "nested too deeply"),
+        ("a: [", ":1: "),
+        ("", "holds no `key: value` lines"),
+        ("- 1", "holds no `key: value` lines"),
+    ],
+)
+def test_a_mistake_in_yaml_is_named(tmp_path, text, message):
+    (tmp_path / "some.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_yaml(tmp_path / "some.yaml", "write it anew")
+    found = str(caught.value)
+    assert "some.yaml" in found and message in found and found.endswith("; write it anew")
+    assert "\n" not in found
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
+    script = (
+        "import sys, time; from pathlib import Path; from dape.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'busy'): print('locked', flush=True); time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", script, str(tmp_path / "run")]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError, match="busy"), locked(tmp_path / "run", "busy"):
+        pass
+    process.kill()
+    process.communicate()
+    with locked(tmp_path / "run", "busy"):
+        assert is_free(tmp_path / "run")
+        with pytest.raises(UserError, match="busy"), locked(tmp_path / "run", "busy"):
+            pass
+    assert not list((tmp_path / "run").iterdir())

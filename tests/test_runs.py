@@ -1,0 +1,70 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dape.errors import UserError
+from dape.runs import RunFolder
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_the_layout_on_disk_stays():
+    run = RunFolder(Path("runs/x"))
+    named = [run.recipe, run.record, run.metrics, run.checkpoint(12), run.model, run.adapters]
+    named += [run.tensorboard, run.evaluation("last"), run.evaluation("sliding", 64, "validation")]
+    named += [run.retrieval("passkey"), run.harness("wikitext", 512)]
+    assert [path.relative_to("runs/x").as_posix() for path in named] == [
+        *("config.yaml", "run.json", "metrics.jsonl", "checkpoints/step-00000012"),
+        *("model", "adapters", "tensorboard", "evaluation/last.json"),
+        *("evaluation/sliding-64-validation.json", "retrieval/passkey.json"),
+        "harness/wikitext-512.json",
+    ]
+    assert str(run) == os.fspath(run) == "runs/x"
+
+
+def test_an_absent_run_is_none(tmp_path):
+    run = RunFolder(tmp_path / "absent")
+    assert not run.exists and not run.finished and not run.has_model
+    assert run.latest_checkpoint is None and run.read_record() == {} and run.read_metrics() == []
+    assert run.evaluations() == run.retrievals() == []
+    with pytest.raises(UserError, match=r"cannot read .*config.yaml: No such file"):
+        run.read_recipe()
+
+
+def test_a_run_says_how_far_it_is(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run.recipe, "model: {scheme: alibi}")
+    assert run.exists and not run.finished and not run.is_retrofit
+    for name in ("step-00000009", "step-00000010", "step-00000011.partial", "step-1"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.saved_checkpoints() == [run.checkpoint(10), run.checkpoint(9)]
+    assert run.latest_checkpoint == run.checkpoint(10)
+    write(run.record, json.dumps({"ended": None}))
+    assert not run.finished
+    write(run.record, json.dumps({"ended": "2026-01-01", "step": 6}))
+    assert run.finished and run.read_record()["step"] == 6
+    write(run.recipe, "model: {base: gpt2}")
+    assert run.is_retrofit
+    write(run.model / "config.json", "{}")
+    assert run.has_model
+
+
+def test_a_cut_last_line_of_the_metrics_is_left_out(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run.metrics, '{"step": 1}\n{"step": 2}\n{"st')
+    assert run.read_metrics() == [{"step": 1}, {"step": 2}]
+    write(run.metrics, '{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged"):
+        run.read_metrics()
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run.record, '{"ended": ')
+    with pytest.raises(UserError, match=r"run.json is not JSON .*; give the command"):
+        run.finished  # noqa: B018
