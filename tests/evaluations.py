@@ -4,6 +4,7 @@ import math
 
 from dape.evaluate.perplexity import Measurement
 from dape.evaluate.record import Evaluation, Targets
+from dape.evaluate.subject import Subject
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 
@@ -40,13 +41,17 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         tokens=[128, 128, 128],
         bytes=[256, 256, 256],
     )
-    values = {
+    about = {
         "run": f"runs/{scheme}-{seed}",
         "scheme": scheme,
         "train_length": train_length,
         "seed": seed,
         "settings": f"settings of {scheme}",
         "parameters": 1234,
+    }
+    subject = Subject(**{name: changes.pop(name, value) for name, value in about.items()})
+    values = {
+        "subject": subject,
         "targets": targets,
         "measurements": measurements,
         "refused": refused,

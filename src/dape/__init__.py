@@ -63,6 +63,8 @@ _HOME = {
     "retrofit": "dape.model.retrofit",
 }
 
+_PACKAGES = ("evaluate", "train")
+
 __all__ = [
     "DAPE",
     "FIRE",
@@ -108,7 +110,9 @@ announce()
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home (PEP 562)."""
+    """Import a public name from its home, or a package of public functions (PEP 562)."""
+    if name in _PACKAGES:
+        return import_module(f"dape.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'dape' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
@@ -116,4 +120,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_PACKAGES})

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dape.cli.eval import lengths
+from dape.cli.options import lengths
 from dape.data.shards import Corpus
 from dape.model.modeling import DapeForCausalLM
 from folders import dape, make_run, prepare, refused
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_with_the_remedy(runs, capsys, words, message):
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
-    assert "dape eval RUN..." in refused(capsys, "eval")
+    assert "name at least one run or model" in refused(capsys, "eval")
     assert f"no model in {tmp_path}" in refused(capsys, "eval", tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`dape eval --harness` on tasks made here: the numbers are worked out from the model's logits."""
+"""`dape eval harness` on tasks made here: the numbers are worked out from the model's logits."""
 
 import json
 import math
@@ -116,8 +116,8 @@ def accuracy(model, length):
 def test_requests_keep_as_many_tokens_as_asked_whatever_the_model_was_trained_at(
     run, tasks, capsys
 ):
-    words = ("--harness", "rolling,choosing", "--include-path", tasks, "--lengths", "8,16,64")
-    assert not dape("eval", run, *words)
+    words = ("--tasks", "rolling,choosing", "--include-path", tasks, "--lengths", "8,16,64")
+    assert not dape("eval", "harness", run, *words)
     model = DapeForCausalLM.from_pretrained(run / "model").eval()
     found = {}
     for length in LENGTHS:
@@ -140,12 +140,14 @@ def test_requests_keep_as_many_tokens_as_asked_whatever_the_model_was_trained_at
 
 
 def test_the_file_tells_what_was_asked_and_what_was_cut(run, tasks):
-    dape("eval", run, "--harness", "choosing", "--include-path", tasks, "--lengths", "8,64")
+    dape(
+        "eval", "harness", run, "--tasks", "choosing", "--include-path", tasks, "--lengths", "8,64"
+    )
     content = result(run, "choosing", 8)
     assert (content["version"], content["samples"], content["max_length"]) == ("7", 4, 8)
     assert (content["scheme"], content["train_length"], content["seed"]) == ("kerple", 16, 0)
     assert content["provenance"]["versions"]["lm-eval"]
-    assert content["provenance"]["command"].startswith(f"dape eval {run} --harness choosing")
+    assert content["provenance"]["command"].startswith(f"dape eval harness {run} --tasks choosing")
     over = {  # lm-eval asks once for choices that differ in their last token
         (question["context"], choice.encode()[:-1])
         for question in QUESTIONS
@@ -158,7 +160,7 @@ def test_the_file_tells_what_was_asked_and_what_was_cut(run, tasks):
 
 def test_without_lengths_it_is_the_training_length_and_a_limit_is_heeded(run, tasks):
     words = ("--include-path", tasks, "--limit", 2)
-    assert not dape("eval", run, "--harness", "rolling", *words)
+    assert not dape("eval", "harness", run, "--tasks", "rolling", *words)
     assert result(run, "rolling", 16)["samples"] == 2
 
 
@@ -168,7 +170,7 @@ def test_learned_positions_that_end_are_a_dash_with_the_reason(tmp_path, tasks, 
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte().save_pretrained(tmp_path)
     words = ("--include-path", tasks, "--lengths", "16,32")
-    assert not dape("eval", tmp_path, "--harness", "choosing", *words)
+    assert not dape("eval", "harness", tmp_path, "--tasks", "choosing", *words)
     assert result(tmp_path, "choosing", 16)["scores"]
     refusal = result(tmp_path, "choosing", 32)
     reason = "its learned positions end: row 31 is asked of a table of 16"
@@ -178,15 +180,15 @@ def test_learned_positions_that_end_are_a_dash_with_the_reason(tmp_path, tasks, 
 
 def test_an_answer_that_does_not_fit_is_told(run, tasks, capsys):
     words = ("--include-path", tasks, "--lengths", "2")
-    assert not dape("eval", run, "--harness", "choosing", *words)
+    assert not dape("eval", "harness", run, "--tasks", "choosing", *words)
     assert result(run, "choosing", 2)["refused"] == "an answer alone is longer than 2 tokens"
 
 
 def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, monkeypatch):
-    words = ("eval", run, "--harness")
+    words = ("eval", "harness", run, "--tasks")
     missing = tmp_path / "nothing"
     assert "no such folder" in refused(capsys, *words, "a", "--include-path", missing)
-    assert "--documents has no meaning" in refused(capsys, *words, "a", "--documents", 3)
+    assert "unknown option '--documents'" in refused(capsys, *words, "a", "--documents", 3)
     # lm-eval's own tasks, which take it 15 seconds to list, are those of this folder here
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))
     message = refused(capsys, *words, "roling")
@@ -200,5 +202,5 @@ def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, mon
 
 def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    message = refused(capsys, "eval", run, "--harness", "wikitext")
-    assert message == "dape: error: --harness needs lm-eval: pip install 'dape[harness]'"
+    message = refused(capsys, "eval", "harness", run, "--tasks", "wikitext")
+    assert message == "dape: error: `dape eval harness` needs lm-eval: pip install 'dape[harness]'"

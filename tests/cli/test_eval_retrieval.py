@@ -1,4 +1,4 @@
-"""`dape eval --retrieval` and `dape plot retrieval` on small run folders."""
+"""`dape eval retrieval` and `dape plot retrieval` on small run folders."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def record(run, task):
 
 
 def test_the_file_holds_what_the_model_itself_says_of_the_numbers(runs, corpus, capsys):
-    assert not dape("eval", *runs, "--retrieval", "passkey,needle", *ASKED)
+    assert not dape("eval", "retrieval", *runs, "--tasks", "passkey,needle", *ASKED)
     tasks = {"passkey": passkey(byte()), "needle": needle(byte(), Corpus(corpus), "test")}
     for run in runs:
         model = DapeForCausalLM.from_pretrained(run / "model").eval()
@@ -64,10 +64,10 @@ def test_the_file_holds_what_the_model_itself_says_of_the_numbers(runs, corpus, 
 
 
 def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
-    dape("eval", runs[0], "--retrieval", "passkey,needle", *ASKED)
+    dape("eval", "retrieval", runs[0], "--tasks", "passkey,needle", *ASKED)
     content = record(runs[0], "needle")
     words = " ".join(ASKED)
-    command = f"dape eval {runs[0]} --retrieval passkey,needle {words}"
+    command = f"dape eval retrieval {runs[0]} --tasks passkey,needle {words}"
     assert content["provenance"]["command"] == command
     assert content["plan"] == {"lengths": [350, 400], "depths": [0, 0.5, 1], "trials": 2, "seed": 5}
     assert (content["scheme"], content["seed"], content["train_length"]) == ("kerple", 0, 16)
@@ -76,7 +76,7 @@ def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
 
 
 def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):
-    dape("eval", *runs, "--retrieval", "passkey", *ASKED)
+    dape("eval", "retrieval", *runs, "--tasks", "passkey", *ASKED)
     command = capsys.readouterr().out.splitlines()[-1].removeprefix("draw it: dape ").split()
     out = tmp_path / "figures" / "map.png"
     assert not dape(*command[:-1], out)
@@ -105,7 +105,7 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte().save_pretrained(tmp_path)
     words = ("--lengths", "100,300,301", "--trials", "1")
-    assert not dape("eval", tmp_path, "--retrieval", "passkey", *words)
+    assert not dape("eval", "retrieval", tmp_path, "--tasks", "passkey", *words)
     reasons = {
         "100": "the prompt alone has 252 tokens",
         "301": "its learned positions end: row 300 is asked of a table of 300",
@@ -119,32 +119,35 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--retrieval", "paskey"], "unknown --retrieval 'paskey'; did you mean 'passkey'?"),
-        (["--retrieval", "passkey", "--depths", "0,2"], "--depths 0.0,2.0: each from 0 to 1"),
-        (["--retrieval", "passkey", "--depths", "a"], "--depths"),
-        (["--retrieval", "passkey", "--trials", "0"], "--trials 0: at least 1"),
-        (["--retrieval", "passkey", "--protocol", "sliding"], "--protocol has no meaning with"),
-        (["--retrieval", "passkey", "--harness", "a"], "one at a time"),
-        (["--trials", "3"], "--depths and --trials belong to --retrieval"),
-        (["--limit", "3"], "--include-path and --limit belong to --harness"),
+        (["--tasks", "paskey"], "unknown task 'paskey'; did you mean 'passkey'?"),
+        (["--tasks", ""], "--tasks names no task: passkey, needle"),
+        (["--depths", "0,2"], "--depths 0.0,2.0: each from 0 to 1"),
+        (["--depths", "a"], "--depths"),
+        (["--trials", "0"], "--trials 0: at least 1"),
+        (["--protocol", "sliding"], "unknown option '--protocol'"),
+        (["--limit", "3"], "unknown option '--limit'"),
     ],
 )
 def test_mistakes_are_one_line_with_the_remedy(made, capsys, words, message):
-    assert message in refused(capsys, "eval", made[0], "--lengths", 300, *words)
+    assert message in refused(capsys, "eval", "retrieval", made[0], "--lengths", 300, *words)
+
+
+def test_perplexity_takes_no_option_of_retrieval(made, capsys):
+    assert "unknown option '--trials'" in refused(capsys, "eval", made[0], "--trials", 3)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(runs, capsys):
     (runs[0] / "model" / "tokenizer.json").unlink()
-    message = refused(capsys, "eval", runs[0], "--retrieval", "passkey", *ASKED)
+    message = refused(capsys, "eval", "retrieval", runs[0], "--tasks", "passkey", *ASKED)
     assert "has no tokenizer.json" in message
 
 
 def test_plots_of_nothing_or_of_other_questions_are_one_line(runs, tmp_path, capsys):
     out = tmp_path / "map.png"
     message = refused(capsys, "plot", "retrieval", *runs, "--out", out)
-    assert "no such retrieval; run `dape eval --retrieval passkey` on it" in message
-    dape("eval", runs[0], "--retrieval", "passkey", *ASKED)
-    dape("eval", runs[1], "--retrieval", "passkey", *ASKED[:-1], "6")
+    assert "no such retrieval; run `dape eval retrieval --tasks passkey` on it" in message
+    dape("eval", "retrieval", runs[0], "--tasks", "passkey", *ASKED)
+    dape("eval", "retrieval", runs[1], "--tasks", "passkey", *ASKED[:-1], "6")
     capsys.readouterr()
     assert "were not asked the same" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
     assert "must end in" in refused(capsys, "plot", "retrieval", *runs, "--out", tmp_path / "a.gif")

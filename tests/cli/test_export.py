@@ -146,7 +146,7 @@ def test_the_card_holds_what_was_trained_and_measured(run, tmp_path):
     dape("eval", run, *words)
     dape("eval", run, *words, "--protocol", "non_overlapping", "--split", "test")
     dape(
-        "eval", run, "--retrieval", "passkey", "--lengths", "300", "--depths", "0.5", "--trials", 1
+        "eval", "retrieval", run, "--lengths", "300", "--depths", "0.5", "--trials", 1
     )
     dape("export", run, "--out", tmp_path / "small")
     made, record = card(tmp_path / "small"), json.loads((run / "run.json").read_text())

@@ -21,7 +21,7 @@ def runs(tmp_path):
     for scheme, losses in (("kerple", KERPLE), ("dape-kerple", DAPE)):
         for seed, values in enumerate(losses):
             folder = tmp_path / f"{scheme}-{seed}"
-            evaluation = replace(make(scheme, values, seed=seed), run=str(folder))
+            evaluation = make(scheme, values, seed=seed, run=str(folder))
             evaluation.save(folder / "evaluation" / "last.json")
             folders.append(folder)
     return folders

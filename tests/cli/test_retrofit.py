@@ -23,7 +23,7 @@ from dape import cli
 from dape.cli.retrofit import read
 from dape.data.prepare import Options, Preparation
 from dape.data.shards import Corpus
-from dape.evaluate.runs import open_run
+from dape.evaluate.opening import open_model
 from dape.train.config import Training
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -175,10 +175,10 @@ def test_seeds_of_a_trained_run_and_of_its_fine_tuning_are_one_group(corpus, com
         options = ("--model.adapter", "None", "--model.train", "all", "--name", f"plain-{seed}")
         assert not command(folder, "--seed", seed, *options)
     for name, scheme in (("tuned", "rope + dape-kerple"), ("plain", "rope fine-tuned")):
-        first, second = (open_run(Path(f"runs/{name}-{seed}")) for seed in (0, 1))
+        first, second = (open_model(Path(f"runs/{name}-{seed}")) for seed in (0, 1))
         assert first.settings == second.settings and first.scheme == scheme
-        assert [evaluation(each.folder)["seed"] for each in (first, second)] == [0, 1]
-    assert open_run(Path("runs/tuned-0")).settings != open_run(Path("runs/plain-0")).settings
+        assert [evaluation(each.folder.path)["seed"] for each in (first, second)] == [0, 1]
+    assert open_model(Path("runs/tuned-0")).settings != open_model(Path("runs/plain-0")).settings
 
 
 def test_an_unfinished_run_is_not_measured(models, command, capsys):

@@ -27,8 +27,8 @@ def test_seeds_of_one_recipe_are_one_group_with_its_metrics():
 
 
 def test_other_settings_are_another_group_told_apart_by_the_run():
-    small, large = make("kerple", KERPLE[0]), make("kerple", KERPLE[1], settings="of a larger one")
-    large = replace(large, run="runs/large")
+    small = make("kerple", KERPLE[0])
+    large = make("kerple", KERPLE[1], settings="of a larger one", run="runs/large")
     assert [each.label for each in group([small, large])] == [
         "kerple (runs/kerple-0)",
         "kerple (runs/large)",
@@ -37,14 +37,12 @@ def test_other_settings_are_another_group_told_apart_by_the_run():
 
 def test_lengths_trained_at_tell_groups_of_a_scheme_apart():
     short = make("kerple", KERPLE[0], settings="short")
-    long = replace(make("kerple", KERPLE[1], settings="long"), train_length=2048)
+    long = make("kerple", KERPLE[1], settings="long", train_length=2048, run="runs/long")
     assert [each.label for each in group([short, long])] == ["kerple at 128", "kerple at 2,048"]
 
 
 def test_models_without_a_recipe_are_never_seeds_of_each_other():
-    models = [
-        replace(make("llama", KERPLE[0], settings=None), run=folder) for folder in ("one", "two")
-    ]
+    models = [make("llama", KERPLE[0], settings=None, run=folder) for folder in ("one", "two")]
     assert [each.label for each in group(models)] == ["llama (one)", "llama (two)"]
 
 
@@ -75,8 +73,8 @@ def test_the_bootstrap_averages_the_losses_of_a_document_over_seeds():
 def test_a_refused_length_leaves_the_comparisons_at_the_others(scheme):
     whole = [*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)]
     partly = [
-        make(each.scheme, [*losses[:1], None, *losses[2:]], seed=each.seed)
-        if each.scheme == scheme and each.seed == 1
+        make(each.subject.scheme, [*losses[:1], None, *losses[2:]], seed=each.subject.seed)
+        if each.subject.scheme == scheme and each.subject.seed == 1
         else each
         for each, losses in zip(whole, [*KERPLE, *DAPE], strict=True)
     ]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dape.errors import UserError
-from dape.evaluate.record import evaluation_path, load
+from dape.evaluate.record import load
+from dape.runs import RunFolder
 from evaluations import make
 
 
@@ -51,7 +52,7 @@ def test_numbers_that_are_not_finite_survive(tmp_path):
     ],
 )
 def test_the_name_of_the_file_tells_protocol_stride_and_split(tmp_path, arguments, name):
-    assert evaluation_path(tmp_path, *arguments) == tmp_path / "evaluation" / name
+    assert RunFolder(tmp_path).evaluation(*arguments) == tmp_path / "evaluation" / name
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_the_name_of_the_file_tells_protocol_stride_and_split(tmp_path, argument
         (None, "no such evaluation; run `dape eval`"),
         ("{", "not JSON"),
         (json.dumps({"format": 0}), "no evaluation of format 1"),
-        ("[]", "no evaluation of format 1"),
+        ("[]", "no JSON object"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, message):

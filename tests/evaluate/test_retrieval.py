@@ -12,6 +12,7 @@ from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate.prompts import Prompt, passkey
 from dape.evaluate.retrieval import Cell, Plan, Retrieval, load, retrieve, score
+from dape.evaluate.subject import Subject
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 
@@ -174,12 +175,14 @@ def test_a_length_that_prompt_or_model_refuse_is_told_and_left_out():
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     record = Retrieval(
-        run=str(tmp_path),
-        scheme="kerple",
-        train_length=16,
-        seed=0,
-        settings=None,
-        parameters=10,
+        subject=Subject(
+            run=str(tmp_path),
+            scheme="kerple",
+            train_length=16,
+            seed=0,
+            settings=None,
+            parameters=10,
+        ),
         task="passkey",
         data=None,
         plan=Plan((300, 600), (0.0, 0.5), trials=3, seed=7),
@@ -187,9 +190,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         refused={600: "too long"},
         provenance={"seed": 7},
     )
-    record.save()
+    record.save(tmp_path / "retrieval" / "passkey.json")
     assert load(tmp_path / "retrieval" / "passkey.json") == record
     values = record.values("rank")
     assert values[:, 0].tolist() == [1, 9] and np.isnan(values[:, 1]).all()
-    with pytest.raises(UserError, match="no such retrieval; run `dape eval --retrieval needle`"):
+    with pytest.raises(
+        UserError, match="no such retrieval; run `dape eval retrieval --tasks needle`"
+    ):
         load(tmp_path / "retrieval" / "needle.json")

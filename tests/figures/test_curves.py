@@ -1,7 +1,6 @@
 """What is drawn, read back from the axes."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,7 +83,7 @@ def test_lengths_are_on_a_logarithmic_axis_with_the_training_length_marked():
 
 
 def test_every_training_length_is_marked():
-    longer = replace(make("alibi", [2.0] * 5, settings="longer"), train_length=512)
+    longer = make("alibi", [2.0] * 5, settings="longer", train_length=512, run="runs/longer")
     (axes,) = over_length([*runs(), *group([longer])]).axes
     assert [text.get_text() for text in axes.texts] == ["trained at 128", "512"]
 

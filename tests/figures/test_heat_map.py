@@ -8,6 +8,7 @@ from matplotlib import colormaps
 
 from dape.errors import UserError
 from dape.evaluate.retrieval import Cell, Plan, Retrieval
+from dape.evaluate.subject import Subject
 from dape.figures.retrieval import SCALES, heat_map, table
 
 LENGTHS, DEPTHS = (512, 1024), (0.0, 0.5, 1.0)
@@ -22,12 +23,14 @@ def make(scheme, exact, seed=0, refused=(), task="passkey", trials=10):
         if length not in refused
     ]
     return Retrieval(
-        run=f"runs/{scheme}-{seed}",
-        scheme=scheme,
-        train_length=512,
-        seed=seed,
-        settings=scheme,
-        parameters=10,
+        subject=Subject(
+            run=f"runs/{scheme}-{seed}",
+            scheme=scheme,
+            train_length=512,
+            seed=seed,
+            settings=scheme,
+            parameters=10,
+        ),
         task=task,
         data=None,
         plan=Plan(LENGTHS, DEPTHS, trials, seed=0),

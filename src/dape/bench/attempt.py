@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from dape.bench.record import FAILED, NOT_SERVED, OUT_OF_MEMORY, Missing
-from dape.errors import UserError
+from dape.errors import UserError, out_of_memory
 
 LONGEST_REASON = 200
 Outcome = TypeVar("Outcome")
@@ -24,11 +24,6 @@ def attempt(action: Callable[[], Outcome]) -> Outcome | Missing:
         missing = Missing(kind, f"{type(error).__name__}: {first_line(error)}")
     release()  # now that no traceback holds the frames of what failed
     return missing
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that memory is too small, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:

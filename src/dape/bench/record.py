@@ -1,12 +1,11 @@
 """What a benchmark leaves behind: `results.json`."""
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dape.errors import UserError
+from dape.files import read_json, write_json
 
 FORMAT = 1
 # Why there is no number.
@@ -112,10 +111,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(part, path)
+        write_json(path, asdict(self))
 
 
 def load(path: Path) -> Results:
@@ -124,18 +120,17 @@ def load(path: Path) -> Results:
     Raises:
         UserError: if there is no such file, or another version or program wrote it.
     """
-    remedy = "measure again with `dape bench attention`"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such results; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not results of format {FORMAT}; {remedy}")
-    for name, cls in (("checks", Check), ("entries", Entry)):
-        content[name] = [
+    return read_json(path, _results, "measure again with `dape bench attention`")
+
+
+def _results(content: dict[str, Any]) -> Results:
+    if content.get("format") != FORMAT:
+        raise UserError(f"not results of format {FORMAT}")
+    read = {
+        name: [
             cls(**{**each, "missing": each["missing"] and Missing(**each["missing"])})
             for each in content[name]
         ]
-    return Results(**content)
+        for name, cls in (("checks", Check), ("entries", Entry))
+    }
+    return Results(**{**content, **read})

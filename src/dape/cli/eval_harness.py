@@ -1,51 +1,60 @@
-"""`dape eval --harness`: tasks of lm-eval."""
+"""`dape eval harness`: tasks of lm-eval."""
 
-from collections.abc import Sequence
-from importlib.metadata import version
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
 
-from rich.console import Console
-
-from dape.cli.eval import Arguments, announce, choose_device, trained_at
+from dape.cli.arguments import parse
+from dape.cli.options import Lengths, Measuring, Names, at_least_one
 from dape.errors import UserError
-from dape.evaluate.harness import Harnessed, harness, manager
-from dape.evaluate.runs import Run
-from dape.figures.harness import table
-from dape.provenance import provenance
 
 
-def run(runs: Sequence[Run], arguments: Arguments, argv: list[str]) -> None:
-    """Measure each run at each length, write a file for each task, and print the table."""
-    options, device = arguments.harness, choose_device(arguments.device)
-    known = manager(options.tasks, options.include_path)
-    lengths = [arguments.lengths or (trained_at(each),) for each in runs]
-    origin = provenance(device, ["eval", *argv])
-    origin["versions"]["lm-eval"] = version("lm-eval")
-    console, found = Console(stderr=True), []
-    for each, own in zip(runs, lengths, strict=True):
-        tokenizer, model = each.tokenizer(), each.load(device, max(own))
-        if tokenizer is None:
-            raise UserError(f"{each.source} has no tokenizer.json, which lm-eval needs")
-        for length in own:
-            results = harness(
-                each,
-                model,
-                tokenizer,
-                options.tasks,
-                known,
-                max_length=length,
-                batch_tokens=arguments.batch_tokens,
-                limit=options.limit,
-                provenance=origin,
-            )
-            for result in results:
-                result.save()
-                announce(console, str(each.folder), length, told(result))
-            found += results
+@dataclass(frozen=True)
+class Arguments(Measuring):
+    """Run tasks of the Language Model Evaluation Harness, `pip install 'dape[harness]'`.
+
+    A model is a run folder, a folder or a hub name of any causal language model of transformers.
+    Writes RUN/harness/TASK-LENGTH.json.
+    """
+
+    lengths: Lengths = ()
+    """most tokens that a request keeps, its last ones; if not given, the training length"""
+    tasks: Names = ()
+    """tasks of lm-eval, such as lambada_openai,wikitext (all: `lm-eval ls tasks`)"""
+    include_path: Path | None = None
+    """folder with tasks of your own (YAML)"""
+    limit: int | None = None
+    """at most so many documents of a task"""
+
+    def __post_init__(self) -> None:
+        """Refuse no tasks and no documents."""
+        super().__post_init__()
+        if not self.tasks:
+            raise UserError("no task given: --tasks NAME,... (all: `lm-eval ls tasks`)")
+        at_least_one(self, "limit")
+
+
+def main(argv: list[str]) -> None:
+    """Measure each model at each length, and print the table."""
+    arguments = parse(Arguments, argv, prog="dape eval harness")
+    from transformers.utils import logging
+
+    from dape.cli.progress import Lines
+    from dape.evaluate.harness import evaluate_harness
+    from dape.figures.harness import table
+
+    logging.disable_progress_bar()
+    found = evaluate_harness(
+        arguments.runs,
+        arguments.tasks,
+        arguments.lengths,
+        include_path=arguments.include_path,
+        limit=arguments.limit,
+        device=arguments.device,
+        batch_tokens=arguments.batch_tokens,
+        out=arguments.out,
+        partial_weights=arguments.partial_weights,
+        command=shlex.join(["dape", "eval", "harness", *argv]),
+        watch=Lines(),
+    )
     table(found).show()
-
-
-def told(result: Harnessed) -> str:
-    """Return in a few words what came of a task."""
-    if result.refused:
-        return f"{result.task} refused: {result.refused}"
-    return f"{result.task} " + ", ".join(f"{s.metric} {s.value:.4g}" for s in result.scores)

@@ -1,76 +1,76 @@
-"""`dape eval --retrieval`: a hidden number over depth and length."""
+"""`dape eval retrieval`: a hidden number over depth and length."""
 
-from collections.abc import Sequence
-from functools import partial
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from dape.cli.eval import Arguments, announce, choose_device, default_lengths, progress
-from dape.errors import UserError, unknown
-from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
-from dape.evaluate.retrieval import Plan, Retrieval, retrieve
-from dape.evaluate.runs import Run
-from dape.figures.retrieval import table
-from dape.provenance import provenance
+from dape.cli.arguments import parse
+from dape.cli.options import Fractions, Measuring, Names, at_least_one
+from dape.errors import UserError
 
 
-def run(runs: Sequence[Run], arguments: Arguments, argv: list[str]) -> None:
-    """Measure each run on each task, write their files and print the tables."""
-    for name in arguments.retrieval.tasks:
-        if name not in TASKS:
-            raise unknown("--retrieval", name, TASKS)
-    found = measure(runs, arguments, argv)
-    for name in arguments.retrieval.tasks:
-        table([each for each in found if each.task == name]).show()
-    folders = " ".join(str(run.folder) for run in runs)
-    print(f"draw it: dape plot retrieval {folders} --out retrieval.png")
+@dataclass(frozen=True)
+class Arguments(Measuring):
+    """Ask models at the end of a long text for the number that was hidden in it.
 
-
-def measure(runs: Sequence[Run], arguments: Arguments, argv: list[str]) -> list[Retrieval]:
-    """Measure the runs, with progress on stderr, and write a file for each task of each run."""
-    options, device = arguments.retrieval, choose_device(arguments.device)
-    lengths = arguments.lengths or default_lengths(runs)
-    plan = Plan(lengths, options.depths, options.trials, arguments.seed)
-    origin = provenance(device, ["eval", *argv]) | {"seed": arguments.seed}
-    asked = [[prompts(run, name, arguments) for name in options.tasks] for run in runs]
-    found = []
-    with progress() as bar:
-        task = bar.add_task("", total=plan.tokens * len(options.tasks) * len(runs))
-        for run, each in zip(runs, asked, strict=True):
-            model = run.load(device, max(lengths))
-            for name, (made, data) in zip(options.tasks, each, strict=True):
-                with run.limits():
-                    cells, refused = retrieve(
-                        model,
-                        made,
-                        plan,
-                        device=device,
-                        batch_tokens=arguments.batch_tokens,
-                        advance=partial(bar.advance, task),
-                        announce=partial(announce, bar.console, f"{run.folder}  {name}"),
-                    )
-                found.append(
-                    Retrieval(
-                        **run.facts(model),
-                        task=name,
-                        data=data,
-                        plan=plan,
-                        cells=cells,
-                        refused=refused,
-                        provenance=origin,
-                    )
-                )
-                found[-1].save()
-    return found
-
-
-def prompts(run: Run, task: str, arguments: Arguments) -> tuple[Prompts, str | None]:
-    """Return the prompts of a task for a run, and the checksum of the corpus they take text from.
-
-    Raises `UserError` for a model without a tokenizer, and as `Run.corpus` does.
+    A model is a run folder, a folder or a hub name of any causal language model of transformers.
+    Writes RUN/retrieval/TASK.json, which `dape plot retrieval` draws.
     """
-    if task == "needle":
-        corpus = run.corpus(arguments.data)
-        return needle(corpus.tokenizer(), corpus, arguments.split), corpus.checksum
-    tokenizer = run.tokenizer()
-    if tokenizer is None:
-        raise UserError(f"{run.source} has no tokenizer.json, in which to write a passkey")
-    return passkey(tokenizer), None
+
+    tasks: Names = ("passkey",)
+    """passkey (in five sentences, over and over), needle (in text of the corpus), or
+    passkey,needle"""
+    depths: Fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """how much of the text comes before the number"""
+    trials: int = 10
+    """numbers at each length and depth"""
+    data: Path | None = None
+    """prepared corpus around a needle; if not given, the one that the run was trained on"""
+    split: Literal["test", "validation", "train"] = "test"
+    """part of the corpus"""
+    seed: int = 0
+    """of the hidden numbers"""
+
+    def __post_init__(self) -> None:
+        """Refuse depths outside the text, no tasks and no trials."""
+        super().__post_init__()
+        if not all(0 <= depth <= 1 for depth in self.depths):
+            raise UserError(f"--depths {','.join(map(str, self.depths))}: each from 0 to 1")
+        if not self.tasks:
+            raise UserError("--tasks names no task: passkey, needle, or passkey,needle")
+        at_least_one(self, "trials")
+
+
+def main(argv: list[str]) -> None:
+    """Measure each model on each task, and print the tables."""
+    arguments = parse(Arguments, argv, prog="dape eval retrieval")
+    from transformers.utils import logging
+
+    from dape.cli.progress import progress
+    from dape.evaluate.retrieval import evaluate_retrieval
+    from dape.figures.retrieval import table
+
+    logging.disable_progress_bar()
+    with progress() as watch:
+        found = evaluate_retrieval(
+            arguments.runs,
+            arguments.tasks,
+            arguments.lengths,
+            arguments.data,
+            depths=arguments.depths,
+            trials=arguments.trials,
+            split=arguments.split,
+            seed=arguments.seed,
+            device=arguments.device,
+            batch_tokens=arguments.batch_tokens,
+            out=arguments.out,
+            partial_weights=arguments.partial_weights,
+            command=shlex.join(["dape", "eval", "retrieval", *argv]),
+            watch=watch,
+        )
+    for name in arguments.tasks:
+        table([each for each in found if each.task == name]).show()
+    runs = dict.fromkeys(Path(each.subject.run) for each in found)
+    folders = [str(arguments.out / run.name if arguments.out else run) for run in runs]
+    print(f"draw it: dape plot retrieval {shlex.join(folders)} --out retrieval.png")

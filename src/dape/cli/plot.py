@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from dape.cli.arguments import parse
+from dape.cli.options import check_format
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".html", ".md")
@@ -19,9 +20,6 @@ class Arguments:
 
     The runs that differ in nothing but their seed are one line, with a band of one standard
     deviation. Dashed lines are schemes without an adapter.
-
-    `dape plot encoding NAME` draws a position encoding instead, `dape plot retrieval RUN...` what
-    `dape eval --retrieval` measured.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -42,36 +40,29 @@ class Arguments:
         """Refuse formats nobody draws, and no runs."""
         if not self.runs:
             raise UserError("no run given: dape plot RUN... --out FILE")
-        if self.out.suffix not in FORMATS:
-            raise UserError(f"--out {self.out}: its name must end in {', '.join(FORMATS)}")
+        check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
-    if argv[:1] == ["encoding"]:
-        from dape.cli import plot_encoding
-
-        return plot_encoding.main(argv[1:])
-    if argv[:1] == ["retrieval"]:
-        from dape.cli import plot_retrieval
-
-        return plot_retrieval.main(argv[1:])
     arguments = parse(Arguments, argv, prog="dape plot")
+    from dape.cli.progress import once
     from dape.evaluate.compare import check_comparable, group
-    from dape.evaluate.record import evaluation_path, load
+    from dape.evaluate.record import load
     from dape.figures.curves import over_length
     from dape.figures.report import Report
     from dape.figures.style import save
+    from dape.files import write_text
+    from dape.runs import RunFolder
 
     place = (arguments.protocol, arguments.stride, arguments.split)
-    evaluations = [load(evaluation_path(run, *place)) for run in arguments.runs]
+    evaluations = once([load(RunFolder(run).evaluation(*place)) for run in arguments.runs])
     check_comparable(evaluations, arguments.metric)
     report = Report(group(evaluations), arguments.metric, shlex.join(["dape", "plot", *argv]))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if arguments.out.suffix == ".html":
-        arguments.out.write_text(report.html(), encoding="utf-8")
+        write_text(arguments.out, report.html())
     elif arguments.out.suffix == ".md":
-        arguments.out.write_text(report.markdown(), encoding="utf-8")
+        write_text(arguments.out, report.markdown())
     else:
         save(over_length(report.groups, report.metric), arguments.out)
     print(f"wrote {arguments.out}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
-from dape.errors import UserError
+from dape.cli.options import check_format
 from dape.figures.encodings import View, draw
 from dape.figures.style import save
 
@@ -23,7 +23,7 @@ class Arguments:
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """scheme, such as kerple, dape-bias-kerple, yarn or sinusoidal (`dape info --schemes`)"""
+    """scheme, such as kerple, dape-bias-kerple, yarn or sinusoidal (`dape info schemes`)"""
     view: Annotated[View, tyro.conf.arg(name="")]
     out: Path | None = None
     """file to write: .png, .pdf or .svg; by default NAME.png"""
@@ -35,14 +35,12 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Refuse formats nobody draws."""
-        if self.file.suffix not in FORMATS:
-            raise UserError(f"--out {self.out}: its name must end in {', '.join(FORMATS)}")
+        check_format(self.file, FORMATS)
 
 
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
     arguments = parse(Arguments, argv, prog="dape plot encoding")
     figure = draw(arguments.name, arguments.view)
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
     save(figure, arguments.file)
     print(f"wrote {arguments.file}")

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from dape.cli.arguments import parse
+from dape.cli.options import check_format
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md")
@@ -14,13 +15,13 @@ FORMATS = (".png", ".pdf", ".svg", ".md")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw what `dape eval --retrieval` measured over depth and length, a panel for each scheme.
+    """Draw what `dape eval retrieval` measured over depth and length, a panel for each scheme.
 
     The runs that differ in nothing but their seed share a panel, which shows their mean.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders that `dape eval --retrieval` was run on"""
+    """run folders that `dape eval retrieval` was run on"""
     out: Path
     """file to write: a heat map (.png, .pdf, .svg) or the table (.md)"""
     task: Literal["passkey", "needle"] = "passkey"
@@ -33,22 +34,22 @@ class Arguments:
         """Refuse formats nobody draws, and no runs."""
         if not self.runs:
             raise UserError("no run given: dape plot retrieval RUN... --out FILE")
-        if self.out.suffix not in FORMATS:
-            raise UserError(f"--out {self.out}: its name must end in {', '.join(FORMATS)}")
+        check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
     arguments = parse(Arguments, argv, prog="dape plot retrieval")
-    from dape.evaluate.retrieval import load, retrieval_path
+    from dape.cli.progress import once
+    from dape.evaluate.retrieval import load
     from dape.figures.retrieval import heat_map, table
     from dape.figures.style import save
+    from dape.files import write_text
+    from dape.runs import RunFolder
 
-    records = [load(retrieval_path(run, arguments.task)) for run in arguments.runs]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    records = once([load(RunFolder(run).retrieval(arguments.task)) for run in arguments.runs])
     if arguments.out.suffix == ".md":
-        text = table(records, arguments.metric).markdown()
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        write_text(arguments.out, table(records, arguments.metric).markdown() + "\n")
     else:
         save(heat_map(records, arguments.metric), arguments.out)
     print(f"wrote {arguments.out}")

@@ -1,21 +1,22 @@
 """`dape retrofit`: adapters in a pretrained model, trained at a longer length, before and after."""
 
+import shlex
 from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.eval import Arguments as Measures
-from dape.cli.eval import Lengths, doubled
+from dape.cli.eval import show
+from dape.cli.options import Lengths
+from dape.cli.progress import progress
 from dape.errors import UserError
+from dape.evaluate.lengths import doubled
 from dape.train import config
 from dape.train.finetune import Retrofit
-
-if TYPE_CHECKING:
-    from dape.evaluate.runs import Run
 
 PROG = "dape retrofit MODEL"
 BEYOND = 4  # how many times the longer of both training lengths is measured by default
@@ -75,37 +76,52 @@ def run(arguments: Arguments) -> None:
     """Fine-tune unless that is done, and measure the base and the run on the same tokens."""
     from transformers.utils import logging
 
-    from dape.cli import eval_perplexity
-    from dape.evaluate.runs import open_run
+    from dape.evaluate.evaluation import evaluate
+    from dape.evaluate.opening import open_model
+    from dape.evaluate.plan import plan
+    from dape.evaluate.protocols import protocol
     from dape.train import finetune, folder, parallelize
 
     logging.disable_progress_bar()  # of the loading of weights
     recipe = arguments.recipe
     finetune.check(recipe)
-    base = open_run(Path(recipe.model.base))
-    corpus = base.corpus(Path(recipe.data))
+    base = open_model(Path(recipe.model.base))
+    corpus = base.corpus(recipe.data)
     folder.check(recipe, corpus.checksum)
-    words = measurement(arguments, base)
-    measure = parse(Measures, words, "dape eval")
-    eval_perplexity.plans([base], measure)  # lengths that no document has are told of now
+    lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
+    rule = protocol(arguments.protocol, lengths)
+    # Lengths that no document has are refused now.
+    plan(corpus, "test", rule, lengths, documents=arguments.documents, blocks=4, seed=0)
     if not folder.record(recipe.folder).get("ended"):
         finetune.finetune(recipe, corpus)
-    if parallelize.is_first_rank():
-        eval_perplexity.run([base, open_run(recipe.folder)], measure, words)
+    if not parallelize.is_first_rank():
+        return
+    with progress() as watch:
+        evaluations = evaluate(
+            [recipe.model.base, recipe.folder],
+            corpus,
+            lengths,
+            arguments.protocol,
+            documents=arguments.documents,
+            device=recipe.hardware.device,
+            command=command(arguments, lengths),
+            watch=watch,
+        )
+    show(evaluations, "perplexity")
 
 
-def measurement(arguments: Arguments, base: "Run") -> list[str]:
-    """Return the words after `dape eval` that measure the base and the run."""
+def command(arguments: Arguments, lengths: Sequence[int]) -> str:
+    """Return the `dape eval` that measures the base and the run."""
     recipe = arguments.recipe
-    lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
-    return [
-        *(recipe.model.base, str(recipe.folder)),
+    words = [
+        *("dape", "eval", recipe.model.base, str(recipe.folder)),
         *("--data", recipe.data),
         *("--lengths", ",".join(map(str, lengths))),
         *("--protocol", arguments.protocol),
         *("--documents", str(arguments.documents)),
         *("--device", recipe.hardware.device),
     ]
+    return shlex.join(words)
 
 
 def default_lengths(before: int | None, after: int) -> list[int]:

@@ -27,12 +27,12 @@ class Group:
     @property
     def scheme(self) -> str:
         """Return the scheme that all of them have."""
-        return self.evaluations[0].scheme
+        return self.evaluations[0].subject.scheme
 
     @property
     def train_length(self) -> int | None:
         """Return the length that all of them were trained at."""
-        return self.evaluations[0].train_length
+        return self.evaluations[0].subject.train_length
 
     def values(self, metric: str) -> Float[np.ndarray, "seeds lengths"]:
         """Return a metric, such as `perplexity`, of every run at every length; NaN if refused."""
@@ -79,8 +79,9 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     """
     found: dict[tuple[object, ...], list[Record]] = {}
     for each in records:
-        alone = each.run if each.settings is None else None
-        key = (each.scheme, each.train_length, each.settings, alone)
+        subject = each.subject
+        alone = subject.run if subject.settings is None else None
+        key = (subject.scheme, subject.train_length, subject.settings, alone)
         found.setdefault(key, []).append(each)
     schemes = [scheme for scheme, *_ in found]
     trained = [(scheme, length) for scheme, length, *_ in found]
@@ -89,7 +90,7 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
         label = str(scheme)
         if schemes.count(scheme) > 1:
             told = length is not None and trained.count((scheme, length)) == 1
-            label += f" at {length:,}" if told else f" ({members[0].run})"
+            label += f" at {length:,}" if told else f" ({members[0].subject.run})"
         labelled[label] = members
     return labelled
 
@@ -102,16 +103,17 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
     """
     first = evaluations[0]
     for other in evaluations[1:]:
+        both = f"{other.subject.run} and {first.subject.run}"
         if other.lengths != first.lengths or other.targets.protocol != first.targets.protocol:
             raise UserError(
-                f"{other.run} and {first.run} were evaluated at different lengths or by different "
-                "protocols; run `dape eval` on all of them together"
+                f"{both} were evaluated at different lengths or by different protocols; run `dape "
+                "eval` on all of them together"
             )
         if metric != "bits_per_byte" and other.targets != first.targets:
             raise UserError(
-                f"{metric} of {other.run} and {first.run} cannot be compared: they score different "
-                "tokens (corpus, tokenizer, split, documents, --bos); run `dape eval` on all of "
-                "them together with one --data, or compare --metric bits_per_byte"
+                f"{metric} of {both} cannot be compared: they score different tokens (corpus, "
+                "tokenizer, split, documents, --bos); run `dape eval` on all of them together with "
+                "one --data, or compare --metric bits_per_byte"
             )
 
 
@@ -169,7 +171,7 @@ def _compare(candidate: Group, baseline: Group, length: int) -> Comparison:
 
 def _over_seeds(candidate: Group, baseline: Group, length: int) -> PairedTest | None:
     losses = [
-        {each.seed: each.by_length[length].loss for each in side.evaluations}
+        {each.subject.seed: each.by_length[length].loss for each in side.evaluations}
         for side in (candidate, baseline)
     ]
     shared = sorted(seed for seed in losses[0].keys() & losses[1].keys() if seed is not None)

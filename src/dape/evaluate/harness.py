@@ -5,15 +5,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dape.device import choose_device
 from dape.errors import UserError
+from dape.evaluate.lengths import trained_at
 from dape.evaluate.limits import Refused, told
-from dape.evaluate.record import write
-from dape.evaluate.runs import Run
+from dape.evaluate.opening import Given, open_models
+from dape.evaluate.record import save
+from dape.evaluate.results import results_folders
+from dape.evaluate.subject import Model, Subject
+from dape.evaluate.watch import SILENT, Watch
+from dape.provenance import provenance
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -37,18 +46,12 @@ class Score:
 class Harnessed:
     """One model on one task, whose requests keep their last `max_length` tokens.
 
-    `cut` counts how often lm-eval said, in all tasks of the command, that it cut a request to that.
+    `cut` counts how often lm-eval said that it cut a request to that, in all of a group of tasks.
     `samples` are the documents asked about, `version` is the task's own. A model that refused has
-    the reason in `refused` and no scores. The other fields are those of
-    `dape.evaluate.record.Evaluation`.
+    the reason in `refused` and no scores.
     """
 
-    run: str
-    scheme: str
-    train_length: int | None
-    seed: int | None
-    settings: str | None
-    parameters: int
+    subject: Subject
     task: str
     max_length: int
     provenance: dict[str, Any]
@@ -59,9 +62,12 @@ class Harnessed:
     refused: str | None = None
     format: int = FORMAT
 
-    def save(self) -> None:
-        """Write `RUN/harness/TASK-LENGTH.json`, whole or not at all."""
-        write(Path(self.run) / "harness" / f"{self.task}-{self.max_length}.json", self)
+    @property
+    def outcome(self) -> str:
+        """Return in a few words what came of the task."""
+        if self.refused:
+            return f"{self.task} refused: {self.refused}"
+        return f"{self.task} " + ", ".join(f"{s.metric} {s.value:.4g}" for s in self.scores)
 
 
 class Truncations(logging.Handler):
@@ -86,7 +92,7 @@ def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--harness needs lm-eval: pip install 'dape[harness]'") from None
+        raise UserError("`dape eval harness` needs lm-eval: pip install 'dape[harness]'") from None
     if include_path is not None:
         if not include_path.is_dir():
             raise UserError(f"--include-path {include_path}: no such folder")
@@ -102,59 +108,122 @@ def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
     return known
 
 
-def harness(
-    run: Run,
-    model: torch.nn.Module,
-    tokenizer: "PreTrainedTokenizerFast",
+def evaluate_harness(
+    models: Given | Sequence[Given],
     tasks: Sequence[str],
-    known: "TaskManager",
+    lengths: Sequence[int] | None = None,
     *,
-    max_length: int,
-    batch_tokens: int,
-    limit: int | None,
-    provenance: dict[str, Any],
+    include_path: Path | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    batch_tokens: int = 16384,
+    out: str | Path | None = None,
+    partial_weights: bool = False,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    command: str = "dape.evaluate.evaluate_harness",
+    watch: Watch = SILENT,
 ) -> list[Harnessed]:
-    """Return what lm-eval measures of a run's model, for each task and each part of a group.
+    """Return what lm-eval measures of each model, for each task and each part of a group.
 
-    A request keeps its last `max_length` tokens, whatever the model's configuration says. Raises
-    `UserError` if the data of a task cannot be had, or memory runs out.
+    Args:
+        tasks: names of tasks or groups that lm-eval knows.
+        lengths: most tokens that a request keeps, its last ones, whatever the model's configuration
+            says; by default the training length.
+        include_path: a folder with tasks of your own.
+        limit: at most so many documents of a task.
+
+    The other arguments are those of `dape.evaluate.evaluate`.
+
+    Raises:
+        UserError: for an unknown task, data that cannot be had, results that cannot be written, and
+            if memory runs out.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    known = manager(tasks, include_path)
+    opened = open_models(models, tokenizer, partial_weights)
+    asked = [tuple(lengths or (trained_at(model),)) for model in opened]
+    tokenizers = [_tokenizer(model) for model in opened]
+    folders = results_folders(opened, out)
+    chosen = choose_device(device)
+    origin = provenance(chosen) | {"command": command}
+    origin["versions"]["lm-eval"] = version("lm-eval")
+    found = []
+    for model, own, words, folder in zip(opened, asked, tokenizers, folders, strict=True):
+        with model.loaded(chosen, max(own)) as network:
+            for length, task in product(own, tasks):
+                request = _Request(model, network, words, known, length, batch_tokens, limit)
+                for result in request.ask(task, origin):
+                    if folder is not None:
+                        save(folder.harness(result.task, length), result)
+                    watch.announce(str(model.folder), length, result.outcome)
+                    found.append(result)
+    return found
 
-    facts = run.facts(model) | {"max_length": max_length, "provenance": provenance}
-    rows = max(1, batch_tokens // max_length)
-    try:
-        with truncations() as log, told(max_length, rows), run.limits():
-            outcome = lm_eval.simple_evaluate(
+
+def _tokenizer(model: Model) -> "PreTrainedTokenizerFast":
+    tokenizer = model.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{model.source} has no tokenizer.json, which lm-eval needs")
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A model at a length, to be asked tasks."""
+
+    model: Model
+    network: torch.nn.Module
+    tokenizer: "PreTrainedTokenizerFast"
+    known: "TaskManager"
+    length: int
+    batch_tokens: int
+    limit: int | None
+
+    def ask(self, task: str, origin: dict[str, Any]) -> list[Harnessed]:
+        """Return the results of a task, or of a group and each part of it."""
+        harnessed = partial(
+            Harnessed,
+            subject=self.model.subject(self.network),
+            max_length=self.length,
+            provenance=origin,
+        )
+        try:
+            with truncations() as log:
+                outcome = self._evaluate(task)
+        except (Refused, AssertionError) as error:  # lm-eval asserts that answers fit
+            reason = str(error) or f"an answer alone is longer than {self.length} tokens"
+            return [harnessed(task=task, refused=reason)]
+        except OSError as error:
+            raise UserError(f"the data of {task} cannot be had: {error}") from None
+        return [
+            harnessed(
+                task=name,
+                version=str(outcome["versions"].get(name)),
+                samples=outcome["n-samples"].get(name, {}).get("effective"),
+                scores=scores(entry),
+                cut=log.count,
+            )
+            for name, entry in outcome["results"].items()
+        ]
+
+    def _evaluate(self, task: str) -> dict[str, Any]:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        rows = max(1, self.batch_tokens // self.length)
+        with told(self.length, rows), self.model.refusing():
+            return lm_eval.simple_evaluate(
                 HFLM(
-                    pretrained=model,
-                    tokenizer=tokenizer,
-                    max_length=max_length,
+                    pretrained=self.network,
+                    tokenizer=self.tokenizer,
+                    max_length=self.length,
                     backend="causal",
                     batch_size=rows,
                 ),
-                tasks=list(tasks),
-                task_manager=known,
-                limit=limit,
+                tasks=[task],
+                task_manager=self.known,
+                limit=self.limit,
                 log_samples=False,
             )
-    except (Refused, AssertionError) as error:  # lm-eval asserts that answers fit
-        reason = str(error) or f"an answer alone is longer than {max_length} tokens"
-        return [Harnessed(**facts, task=name, refused=reason) for name in tasks]
-    except OSError as error:
-        raise UserError(f"the data of {', '.join(tasks)} cannot be had: {error}") from None
-    return [
-        Harnessed(
-            **facts,
-            task=name,
-            version=str(outcome["versions"].get(name)),
-            samples=outcome["n-samples"].get(name, {}).get("effective"),
-            scores=scores(entry),
-            cut=log.count,
-        )
-        for name, entry in outcome["results"].items()
-    ]
 
 
 def scores(entry: Mapping[str, Any]) -> list[Score]:

@@ -25,7 +25,8 @@ class Measurement:
         sqrt(D / (D - 1) * sum_d (S_d - loss * n_d)^2) / sum_d n_d, where document d has n_d scored
         tokens with loss S_d in all; None for a single document.
     perplexity: exp(loss).
-    bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens.
+    bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens; None where these
+        cannot be counted.
     document_losses: mean loss of each document, in the order of the evaluation's documents.
     contexts: for each bin (half an octave) of the number of tokens before the predicted one, its
         first and last number and the mean loss.
@@ -36,7 +37,7 @@ class Measurement:
     loss: float
     loss_error: float | None
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     document_losses: list[float]
     contexts: list[tuple[int, int, float]]
 
@@ -96,12 +97,12 @@ def _forward(
 def measure(
     losses: Float[np.ndarray, "windows scored"],
     windows: Windows,
-    document_bytes: Int[np.ndarray, " documents"],
+    document_bytes: Int[np.ndarray, " documents"] | None,
 ) -> Measurement:
     """Return the statistics of the token losses; sums are taken in float64.
 
     `document_bytes` counts the UTF-8 bytes of each document's scored tokens, in ascending order of
-    the documents.
+    the documents; without it there are no bits per byte.
     """
     _, owner = np.unique(windows.documents, return_inverse=True)
     tokens = np.bincount(owner) * windows.scored
@@ -109,13 +110,14 @@ def measure(
     loss = float(sums.sum() / tokens.sum())
     with np.errstate(over="ignore"):
         perplexity = float(np.exp(loss))
+    bits = None if document_bytes is None else sums.sum() / math.log(2) / document_bytes.sum()
     return Measurement(
         length=windows.length,
         windows=len(losses),
         loss=loss,
         loss_error=_clustered_error(sums - loss * tokens, int(tokens.sum())),
         perplexity=perplexity,
-        bits_per_byte=float(sums.sum() / math.log(2) / document_bytes.sum()),
+        bits_per_byte=None if bits is None else float(bits),
         document_losses=(sums / tokens).tolist(),
         contexts=_by_context(losses, windows),
     )

@@ -12,9 +12,6 @@ from dape.errors import UserError
 from dape.evaluate.perplexity import window_tokens
 from dape.evaluate.protocols import Protocol, Windows, choose_blocks
 from dape.evaluate.record import Targets
-from dape.evaluate.subject import Model
-
-TIMES_TRAINED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,28 +71,11 @@ def plan(
 
 def _bytes(corpus: Corpus, split: str, windows: Windows) -> list[int] | None:
     """Return the bytes of the scored tokens of each document, None if they cannot be counted."""
-    sizes = token_bytes(corpus.tokenizer())
-    if sizes is None:
+    try:
+        sizes = token_bytes(corpus.tokenizer())
+    except UserError:  # a tokenizer that changes the text, to lower case for example
         return None
     _, owner = np.unique(windows.documents, return_inverse=True)
     tokens = window_tokens(corpus.split(split).document, windows, slice(None))
     scored = sizes[tokens[:, -windows.scored :]].sum(axis=1)
     return np.bincount(owner, weights=scored).astype(int).tolist()
-
-
-def default_lengths(models: Sequence[Model]) -> tuple[int, ...]:
-    """Return the shortest training length and its doublings, up to 16 times the longest."""
-    known = [trained_at(model) for model in models]
-    return tuple(doubled(min(known), TIMES_TRAINED * max(known)))
-
-
-def doubled(first: int, last: int) -> list[int]:
-    """Return `first` and its doublings up to `last`."""
-    return [first << times for times in range(max(0, last // first).bit_length())]
-
-
-def trained_at(model: Model) -> int:
-    """Return the training length of a model; raise `UserError` if it does not say."""
-    if model.train_length is None:
-        raise UserError(f"{model.source} does not say at what length it was trained; give --lengths")
-    return model.train_length

@@ -2,17 +2,30 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from dape.data.shards import Corpus
+from dape.device import choose_device
+from dape.errors import UserError, unknown
+from dape.evaluate.lengths import default_lengths
 from dape.evaluate.limits import Refused, told
-from dape.evaluate.prompts import Prompt, Prompts
-from dape.evaluate.record import read, write
+from dape.evaluate.opening import Given, open_models
+from dape.evaluate.prompts import TASKS, Prompt, Prompts, needle, passkey
+from dape.evaluate.record import restore, save
+from dape.evaluate.results import results_folders
+from dape.evaluate.subject import Model, Subject
+from dape.evaluate.watch import SILENT, Watch
+from dape.provenance import provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
 Answer = tuple[Int[np.ndarray, " answer"], Float[np.ndarray, " answer"]]
@@ -58,16 +71,10 @@ class Plan:
 class Retrieval:
     """One model on one task; `data` is the checksum of the corpus around a needle.
 
-    A length that the model or the prompt refused has the reason in `refused` and no cells. The
-    other fields are those of `dape.evaluate.record.Evaluation`.
+    A length that the model or the prompt refused has the reason in `refused` and no cells.
     """
 
-    run: str
-    scheme: str
-    train_length: int | None
-    seed: int | None
-    settings: str | None
-    parameters: int
+    subject: Subject
     task: str
     data: str | None
     plan: Plan
@@ -85,26 +92,108 @@ class Retrieval:
         ]
         return np.array(rows, dtype=np.float64)
 
-    def save(self) -> None:
+    def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write(retrieval_path(Path(self.run), self.task), self)
+        save(path, self)
 
 
 def load(path: Path) -> Retrieval:
-    """Read what `Retrieval.save` wrote; raise `UserError` with the command to run if it cannot."""
-    content = read(path, "retrieval", FORMAT, f"run `dape eval --retrieval {path.stem}` on it")
+    """Read what `Retrieval.save` wrote.
+
+    Raises:
+        UserError: with the command to run, if there is no such file, or it is damaged or of another
+            version.
+    """
+    remedy = f"run `dape eval retrieval --tasks {path.stem}` on it"
+    return restore(path, "retrieval", FORMAT, remedy, _retrieval)
+
+
+def _retrieval(content: dict[str, Any]) -> Retrieval:
     plan = content["plan"]
-    content["plan"] = Plan(
-        tuple(plan["lengths"]), tuple(plan["depths"]), plan["trials"], plan["seed"]
-    )
-    content["cells"] = [Cell(**cell) for cell in content["cells"]]
-    content["refused"] = {int(length): why for length, why in content["refused"].items()}
-    return Retrieval(**content)
+    changed = {
+        "plan": Plan(tuple(plan["lengths"]), tuple(plan["depths"]), plan["trials"], plan["seed"]),
+        "cells": [Cell(**cell) for cell in content["cells"]],
+        "refused": {int(length): why for length, why in content["refused"].items()},
+    }
+    return Retrieval(**{**content, **changed})
 
 
-def retrieval_path(run: Path, task: str) -> Path:
-    """Return where the retrieval of a run lies: `RUN/retrieval/passkey.json`."""
-    return run / "retrieval" / f"{task}.json"
+def evaluate_retrieval(
+    models: Given | Sequence[Given],
+    tasks: Sequence[str] = ("passkey",),
+    lengths: Sequence[int] | None = None,
+    corpus: str | Path | Corpus | None = None,
+    *,
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    trials: int = 10,
+    split: str = "test",
+    seed: int = 0,
+    device: str = "auto",
+    batch_tokens: int = 16384,
+    out: str | Path | None = None,
+    partial_weights: bool = False,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    command: str = "dape.evaluate.evaluate_retrieval",
+    watch: Watch = SILENT,
+) -> list[Retrieval]:
+    """Return whether each model finds the number that was hidden at a depth of a long text.
+
+    Args:
+        tasks: `passkey`, `needle` (`dape.evaluate.prompts`).
+        depths: the parts of the text that come before the number, from 0 to 1.
+        trials: numbers at each length and depth, drawn by `seed`.
+
+    The other arguments are those of `dape.evaluate.evaluate`; `corpus` is the text around a needle.
+
+    Raises:
+        UserError: for an unknown task, models without a tokenizer, results that cannot be written,
+            and if memory runs out.
+    """
+    for name in tasks:
+        if name not in TASKS:
+            raise unknown("task", name, TASKS)
+    opened = open_models(models, tokenizer, partial_weights)
+    asked = tuple(sorted(set(lengths or default_lengths(opened))))
+    plan = Plan(asked, tuple(depths), trials, seed)
+    prompts = [[_prompts(model, name, corpus, split) for name in tasks] for model in opened]
+    folders = results_folders(opened, out)
+    chosen = choose_device(device)
+    origin = provenance(chosen) | {"command": command, "seed": seed}
+    watch.begin(plan.tokens * len(tasks) * len(opened))
+    found = []
+    for model, each, folder in zip(opened, prompts, folders, strict=True):
+        with model.loaded(chosen, max(asked)) as network:
+            for task, (made, data) in zip(tasks, each, strict=True):
+                name = f"{model.folder}  {task}"
+                with model.refusing():
+                    cells, refused = retrieve(
+                        network,
+                        made,
+                        plan,
+                        device=next(network.parameters()).device,
+                        batch_tokens=batch_tokens,
+                        advance=watch.advance,
+                        announce=partial(watch.announce, name),
+                    )
+                subject = model.subject(network)
+                record = Retrieval(subject, task, data, plan, cells, refused, origin)
+                if folder is not None:
+                    record.save(folder.retrieval(task))
+                found.append(record)
+    return found
+
+
+def _prompts(
+    model: Model, task: str, corpus: str | Path | Corpus | None, split: str
+) -> tuple[Prompts, str | None]:
+    """Return the prompts of a task for a model, and the checksum of the corpus around a needle."""
+    if task == "needle":
+        text = model.corpus(corpus)
+        return needle(text.tokenizer(), text, split), text.checksum
+    tokenizer = model.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{model.source} has no tokenizer.json, in which to write a passkey")
+    return passkey(tokenizer), None
 
 
 def retrieve(

@@ -153,7 +153,7 @@ class Model:
         stored = STORED.get(self.config.model_type)
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
         model = load_causal(self.source, self.partial_weights, **options)
-        yield model.to(device).eval()  # type: ignore[arg-type]
+        yield model.to(device).eval()
 
     def beginning(self) -> int:
         """Return the token that the model's texts begin with, a `UserError` if there is none."""
@@ -218,7 +218,7 @@ class Finetuned(Model):
         from dape.model.retrofit import load_adapters
 
         model = load_causal(self.source, self.partial_weights, config=self.config)
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])
         yield model.eval()
 

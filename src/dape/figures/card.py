@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dape.data.shards import Corpus
@@ -11,10 +10,11 @@ from dape.errors import UserError
 from dape.evaluate import record, retrieval
 from dape.evaluate.compare import METRICS, group, split
 from dape.evaluate.record import Evaluation
-from dape.figures.report import training_history, training_record
 from dape.figures.retrieval import table as retrieval_table
 from dape.figures.tables import NOTHING, Table, describe_targets, number, refusal
+from dape.files import read_text
 from dape.positions import scheme
+from dape.runs import RunFolder
 from dape.train.estimate import size
 from dape.train.restore import Trained
 
@@ -30,8 +30,9 @@ def card(trained: Trained, name: str) -> "ModelCard":
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    evaluations = [record.load(file) for file in _results(trained, "evaluation")]
-    retrievals = [retrieval.load(file) for file in _results(trained, "retrieval")]
+    folder = RunFolder(trained.run)
+    evaluations = [record.load(file) for file in folder.evaluations() if trained.finished]
+    retrievals = [retrieval.load(file) for file in folder.retrievals() if trained.finished]
     measured = [
         *((perplexities(each), each.provenance) for each in evaluations),
         *((retrieval_table([each]), each.provenance) for each in retrievals),
@@ -53,15 +54,16 @@ def card(trained: Trained, name: str) -> "ModelCard":
         papers=papers(recipe.model.scheme),
         steps="" if trained.finished else steps,
         training=training(trained),
-        recipe=(trained.run / "config.yaml").read_text(encoding="utf-8").strip(),
+        recipe=read_text(folder.recipe).strip(),
         measured="\n\n".join(f"{table.markdown()} {origin(made)}" for table, made in measured),
     )
 
 
 def training(trained: Trained) -> dict[str, str]:
     """Return what is known of the training, by name; what is not known is left out."""
-    made, recipe = training_record(trained.run), trained.recipe.training
-    steps = [each for each in training_history(trained.run) if each["step"] == trained.step]
+    folder, recipe = RunFolder(trained.run), trained.recipe.training
+    made = folder.read_record()
+    steps = [each for each in folder.read_metrics() if each["step"] == trained.step]
     last = steps[-1] if steps else {}
     data, numbers = made.get("data", {}), size(trained.model)
     tokens = trained.step * recipe.batch_size * recipe.length
@@ -105,7 +107,8 @@ def sources(data: Mapping[str, Any]) -> str | None:
 def papers(name: str) -> str:
     """Return who published the parts of a scheme."""
     adapter, encoding = split(name)
-    parts = [scheme.ADAPTERS[adapter]] * bool(adapter) + [scheme.BASES[encoding]]
+    adapters = [scheme.ADAPTERS[adapter]] if adapter else []
+    parts = [*adapters, scheme.BASES[encoding]]
     return " on ".join(f"{part.name}: {part.paper}, {part.year}" for part in parts)
 
 
@@ -124,7 +127,7 @@ def perplexities(evaluation: Evaluation) -> Table:
     ]
     note = describe_targets(group([evaluation]))
     if evaluation.refused:
-        note += " " + refusal(evaluation.scheme, evaluation.refused)
+        note += " " + refusal(evaluation.subject.scheme, evaluation.refused)
     header = ["", *(f"{length:,}" for length in evaluation.lengths)]
     title = f"By length of the window, protocol {evaluation.targets.protocol}"
     return Table(title, header, rows, note)
@@ -158,7 +161,3 @@ def results(evaluation: Evaluation) -> "Iterator[EvalResult]":
                 metric_name=f"perplexity at {measured.length:,} tokens, {protocol}",
                 metric_value=round(measured.perplexity, 4),
             )
-
-
-def _results(trained: Trained, kind: str) -> list[Path]:
-    return sorted((trained.run / kind).glob("*.json")) if trained.finished else []

@@ -87,7 +87,7 @@ def over_training(
         Point(group.label, float(step["tokens"]), step["loss"])
         for group in groups
         for evaluation in group.evaluations
-        for step in histories.get(evaluation.run, ())
+        for step in histories.get(evaluation.subject.run, ())
     ]
     with theme():
         figure, axes = _canvas("tokens trained on", "training loss (nats a token)")

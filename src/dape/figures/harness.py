@@ -12,13 +12,17 @@ def table(results: Sequence[Harnessed]) -> Table:
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
     for each in results:
         for score in each.scores:
-            row = cells.setdefault((each.run, each.task, score.metric), {})
+            row = cells.setdefault((each.subject.run, each.task, score.metric), {})
             row[each.max_length] = cell(score)
     notes = ["Columns: a request keeps its last so many tokens (max_length)."]
-    cut = {(each.run, each.max_length): each.cut for each in results if each.cut}
-    notes += [f"{run} at {n:,}: lm-eval cut {times:,} requests." for (run, n), times in cut.items()]
     notes += [
-        f"{NOTHING} {each.run}, {each.task} at {each.max_length:,}: {each.refused}."
+        f"{each.subject.run}, {each.task} at {each.max_length:,}: lm-eval cut {each.cut:,} "
+        "requests."
+        for each in results
+        if each.cut
+    ]
+    notes += [
+        f"{NOTHING} {each.subject.run}, {each.task} at {each.max_length:,}: {each.refused}."
         for each in results
         if each.refused
     ]

@@ -1,7 +1,6 @@
 """A report on evaluated runs: an HTML file that needs no network, or Markdown without figures."""
 
 import base64
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +13,8 @@ from dape.evaluate.record import Evaluation
 from dape.figures import curves, tables
 from dape.figures.style import save
 from dape.figures.tables import Table
+from dape.files import read_text
+from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,10 +49,14 @@ class Report:
         """Return the evaluations of all groups."""
         return [each for group in self.groups for each in group.evaluations]
 
+    @property
+    def _runs(self) -> list[str]:
+        return [each.subject.run for each in self.evaluations]
+
     def content(self) -> dict[str, Any]:
         """Return the parts of the report that both formats have, in their order."""
         comparisons = compare(self.groups)
-        records = {each.run: training_record(Path(each.run)) for each in self.evaluations}
+        records = {run: RunFolder(Path(run)).read_record() for run in self._runs}
         return {
             "findings": findings(self.groups, comparisons),
             "results": tables.results(self.groups, self.metric),
@@ -63,8 +68,11 @@ class Report:
 
     def recipes(self) -> dict[str, str]:
         """Return the recipe of each group by its label, as its first run has it."""
-        firsts = {group.label: Path(group.evaluations[0].run) for group in self.groups}
-        return {label: _text(run / "config.yaml") for label, run in firsts.items()}
+        files = {
+            group.label: RunFolder(Path(group.evaluations[0].subject.run)).recipe
+            for group in self.groups
+        }
+        return {label: read_text(file) for label, file in files.items() if file.is_file()}
 
     def html(self) -> str:
         """Return one HTML page with the figures and recipes in it."""
@@ -73,7 +81,7 @@ class Report:
         template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
             files("dape.figures").joinpath("report.html").read_text(encoding="utf-8")
         )
-        histories = {each.run: training_history(Path(each.run)) for each in self.evaluations}
+        histories = {run: RunFolder(Path(run)).read_metrics() for run in self._runs}
         return template.render(
             title=self.title,
             drawings=drawings(self.groups, self.metric, histories),
@@ -166,14 +174,15 @@ def runs_table(
     """Return what each run is, and what it took to train it."""
     rows = []
     for each in evaluations:
-        record = records[each.run]
+        subject = each.subject
+        record = records[subject.run]
         rows.append(
             [
-                each.run,
-                each.scheme,
-                _shown(each.seed),
-                f"{each.parameters:,}",
-                _shown(each.train_length),
+                subject.run,
+                subject.scheme,
+                _shown(subject.seed),
+                f"{subject.parameters:,}",
+                _shown(subject.train_length),
                 _shown(record.get("tokens")),
                 _shown(record.get("loss"), ".4f"),
                 _shown(record.get("seconds"), ",.0f"),
@@ -210,20 +219,6 @@ def commands(
     return list(
         dict.fromkeys([*trained, *(each.provenance["command"] for each in evaluations), last])
     )
-
-
-def training_record(run: Path) -> dict[str, Any]:
-    """Return the run.json of a run, empty if there is none."""
-    return json.loads(_text(run / "run.json") or "{}")
-
-
-def training_history(run: Path) -> list[dict[str, Any]]:
-    """Return the steps in the metrics.jsonl of a run, none if there is no such file."""
-    return [json.loads(line) for line in _text(run / "metrics.jsonl").splitlines()]
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _shown(value: int | float | None, form: str = ",") -> str:

@@ -88,7 +88,7 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
 
     first, scale = check(records), SCALES[metric]
     panels = {label: mean(members, metric) for label, members in gather(records).items()}
-    trained = {label: members[0].train_length for label, members in gather(records).items()}
+    trained = {label: members[0].subject.train_length for label, members in gather(records).items()}
     norm = scale.norm(panels.values())
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -119,8 +119,9 @@ def check(records: Sequence[Retrieval]) -> Retrieval:
     for other, words in zip(records[1:], asked[1:], strict=True):
         if words != asked[0]:
             raise UserError(
-                f"{other.run} and {records[0].run} were not asked the same (task, corpus, lengths, "
-                "depths, trials and seed); run `dape eval --retrieval` on all of them together"
+                f"{other.subject.run} and {records[0].subject.run} were not asked the same (task, "
+                "corpus, lengths, depths, trials and seed); run `dape eval retrieval` on all of "
+                "them together"
             )
     return records[0]
 

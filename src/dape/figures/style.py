@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dape.evaluate.compare import split
+from dape.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,9 +69,16 @@ def theme() -> Iterator[None]:
 
 
 def save(figure: "Figure", target: Path | BytesIO, **options: Any) -> None:
-    """Save a figure: the fonts of a PDF and the names in an SVG are chosen only now."""
+    """Save a figure, a file whole or not at all, in the format of its suffix.
+
+    The fonts of a PDF and the names in an SVG are chosen only now.
+    """
     with theme():
-        figure.savefig(target, **options)
+        if not isinstance(target, Path):
+            figure.savefig(target, **options)
+            return
+        with whole(target) as partial:
+            figure.savefig(partial, format=target.suffix.removeprefix("."), **options)
 
 
 def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:

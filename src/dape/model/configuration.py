@@ -60,7 +60,7 @@ class DapeConfig(PreTrainedConfig):
             biases: Llama's).
         intermediate_size: width of the feed-forward layer, by default `4 * hidden_size`; in the
             modern block, which has three matrices there, 2/3 of that, up to a multiple of 64.
-        scheme: where position enters, such as `dape-kerple`; `dape info --schemes` lists them.
+        scheme: where position enters, such as `dape-kerple`; `dape info schemes` lists them.
         scheme_options: per place (`embedding`, `rotation`, `bias`, `adapter`), options of its
             module, such as `{"adapter": {"hidden": 32}}`.
         train_length: tokens per training sequence. It informs schemes that scale by it and never

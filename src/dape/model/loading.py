@@ -41,10 +41,10 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
 
 def _refuse(source: str, faults: dict[str, set[str]]) -> None:
     """Raise a `UserError` that names weights which are missing or left over, if there are any."""
-    sentences = [_listed(verb, sorted(names)) for verb, names in faults.items() if names]
-    if sentences:
+    found = [_listed(verb, sorted(names)) for verb, names in faults.items() if names]
+    if found:
         raise UserError(
-            f"the weights in {source} are not those of its configuration: it {', and '.join(sentences)};"
+            f"the weights in {source} are not those of its configuration: it {' and '.join(found)};"
             " save the whole model again, or allow it with --partial-weights"
         )
 

@@ -1,39 +1,26 @@
-"""`dape bench`: speed and memory against named peers, in one process."""
+"""`dape bench attention`: speed and memory against named peers, in one process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.cli.arguments import parse
-from dape.cli.eval import Lengths, choose_device
 from dape.cli.info import installed
-from dape.errors import UserError, unknown
+from dape.cli.options import Lengths, Names, at_least_one
+from dape.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from dape.bench.record import Check, Entry, Results
 
-USAGE = "usage: dape bench attention ...\n\n`dape bench attention --help` explains it.\n"
 # Of a GPU, and of a CPU, which has no time for more.
 LENGTHS = {"cuda": (512, 2048, 8192, 32768, 131072), "cpu": (256, 512, 1024)}
 RESULTS, TABLE, FIGURE = "results.json", "table.md", "figure.png"
-
-Names = Annotated[
-    tuple[str, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="NAME,NAME,...",
-        instance_from_str=lambda words: tuple(filter(None, words[0].split(","))),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(value)],
-    ),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +32,7 @@ class Arguments:
     """
 
     scheme: str = "dape-kerple"
-    """bias and adapter, such as kerple or dape-alibi (`dape info --schemes`)"""
+    """bias and adapter, such as kerple or dape-alibi (`dape info schemes`)"""
     shape: str = "125m"
     """heads and width of a head: those of a recipe (125m, 350m, 2.7b, 6.7b), or as 12x64"""
     lengths: Lengths = ()
@@ -68,30 +55,19 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Refuse empty problems."""
-        if self.tokens < 1:
-            raise UserError(f"--tokens {self.tokens}: at least 1")
+        at_least_one(self, "tokens")
         if self.lengths and min(self.lengths) < 2:
             raise UserError(f"--lengths {min(self.lengths)}: at least 2, or nothing is attended to")
 
 
 def main(argv: list[str]) -> None:
-    """Measure what is named first."""
-    if not argv:
-        raise UserError("name what to measure: dape bench attention")
-    if argv[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return
-    if argv[0] != "attention":
-        raise unknown("benchmark", argv[0], ["attention"])
-    attention(parse(Arguments, argv[1:], prog="dape bench attention"), argv)
-
-
-def attention(arguments: Arguments, argv: Sequence[str]) -> None:
     """Check and time every method, with a line for each, then print the tables."""
+    arguments = parse(Arguments, argv, prog="dape bench attention")
     from dape.bench.attention import Plan, run
     from dape.bench.record import load
     from dape.figures.speed import draw, page, tables
     from dape.figures.style import save
+    from dape.files import write_text
 
     device = bench_device(arguments.device)
     plan = Plan(
@@ -108,7 +84,7 @@ def attention(arguments: Arguments, argv: Sequence[str]) -> None:
 
     def keep(results: "Results") -> None:
         results.save(out / RESULTS)
-        (out / TABLE).write_text(page(results, FIGURE), encoding="utf-8")
+        write_text(out / TABLE, page(results, FIGURE))
 
     run(plan, origin(device, argv), partial(announce, console), keep)
     results = load(out / RESULTS)
@@ -121,6 +97,8 @@ def attention(arguments: Arguments, argv: Sequence[str]) -> None:
 def bench_device(name: str) -> "torch.device":
     """Return a device with a clock, and make it the current one if it is a GPU."""
     import torch
+
+    from dape.device import choose_device
 
     device = choose_device(name)
     if device.type not in LENGTHS:
@@ -136,7 +114,7 @@ def origin(device: "torch.device", argv: Sequence[str]) -> dict[str, Any]:
 
     from dape.provenance import provenance
 
-    made = provenance(device, ["bench", *argv])
+    made = provenance(device, ["bench", "attention", *argv])
     made["versions"]["triton"] = installed("triton")
     if device.type == "cuda":
         cudnn = torch.backends.cudnn.version()

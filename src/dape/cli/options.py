@@ -1,0 +1,90 @@
+"""Options that several commands have, and values of several words in one."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from dape.errors import UserError
+from dape.evaluate.lengths import doubled
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Return the ascending lengths in `128,256,1024` or `128,...,1024`, where `...` doubles.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not re.fullmatch(r"[1-9]\d*(,(\.\.\.,)?[1-9]\d*)*", text):
+        raise ValueError(f"{text!r} is no list of lengths")
+    found: list[int] = []
+    for dots, digits in re.findall(r"(\.\.\.,)?(\d+)", text):
+        found += [*(doubled(found[-1], int(digits)) if dots else ()), int(digits)]
+    return tuple(sorted(set(found)))
+
+
+def commas(metavar: str, read: Callable[[str], tuple[Any, ...]]) -> PrimitiveConstructorSpec[Any]:
+    """Return how an option is read whose one word holds several values."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, text.split(","))))
+
+
+Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
+Fractions = Annotated[
+    tuple[float, ...], commas("FLOAT,...", lambda text: tuple(map(float, text.split(","))))
+]
+Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What every command that measures models takes."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders, as `dape train` leaves them; model folders; names on the Hugging Face hub, whose
+    results go to runs/NAME"""
+    lengths: Lengths = ()
+    """tokens in a window, as 128,256,512 or 128,...,16384; if not given, the training length
+    and its doublings up to 16 times"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    batch_tokens: int = 16384
+    """tokens in one forward; a window that is longer goes alone"""
+    out: Path | None = None
+    """folder for the results of all models, instead of the folder of each"""
+    partial_weights: bool = False
+    """measure models whose files miss weights, which are drawn at random, or have weights without
+    a place"""
+
+    def __post_init__(self) -> None:
+        """Refuse no runs, and batches without tokens."""
+        if not self.runs:
+            raise UserError("no run given: name at least one run or model, RUN...")
+        at_least_one(self, "batch_tokens")
+
+
+def at_least_one(arguments: Any, *names: str) -> None:
+    """Raise a `UserError` for an option whose number is less than 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+
+
+def check_format(out: Path, formats: tuple[str, ...]) -> None:
+    """Raise a `UserError` for a file whose suffix is none of the formats."""
+    if out.suffix not in formats:
+        raise UserError(f"--out {out}: its name must end in {', '.join(formats)}")

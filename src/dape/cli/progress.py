@@ -1,0 +1,75 @@
+"""The bar on stderr, and a line for everything that is measured."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from dape.evaluate.compare import Record
+from dape.evaluate.watch import Watch
+
+
+class Speed(ProgressColumn):
+    """Tokens a second."""
+
+    def render(self, task: Task) -> Text:
+        """Return the speed of late."""
+        return Text(f"{task.speed or 0:,.0f} tokens/s")
+
+
+class Lines(Watch):
+    """Prints a line for everything that is measured."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+
+    def announce(self, name: str, length: int, outcome: str) -> None:
+        """Print a line."""
+        text = f"{name}  length {length:,}  {outcome}"
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+class Bar(Lines):
+    """Draws a bar below the lines; a screen without a bar shows the lines too."""
+
+    def __init__(self) -> None:
+        columns = (BarColumn(), Speed(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        super().__init__(self._progress.console)
+
+    def begin(self, tokens: int) -> None:
+        """Draw the bar, for so many tokens."""
+        self._progress.add_task("", total=tokens)
+        self._progress.start()
+
+    def advance(self, tokens: int) -> None:
+        """Move the bar."""
+        self._progress.advance(self._progress.task_ids[0], tokens)
+
+    def end(self) -> None:
+        """Leave the bar as it is, if it is drawn."""
+        if self._progress.live.is_started:
+            self._progress.stop()
+
+
+@contextmanager
+def progress() -> Iterator[Bar]:
+    """Yield what draws a bar on stderr while a measurement goes on."""
+    bar = Bar()
+    try:
+        yield bar
+    finally:
+        bar.end()
+
+
+def once(records: Sequence[Record]) -> list[Record]:
+    """Return the records without a second one of the same run, which stderr is told of."""
+    kept = {each.subject.run: each for each in reversed(records)}
+    for run in kept:
+        if sum(each.subject.run == run for each in records) > 1:
+            note = f"{run} is given more than once, and counted once"
+            print(note, file=sys.stderr)
+    return [each for each in records if kept.get(each.subject.run) is each]

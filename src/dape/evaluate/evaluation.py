@@ -1,0 +1,247 @@
+"""Perplexity over length of several models, on the same tokens, each length kept as it is done."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dape.data.shards import Corpus
+from dape.device import choose_device
+from dape.errors import UserError
+from dape.evaluate.lengths import default_lengths
+from dape.evaluate.limits import Refused
+from dape.evaluate.opening import Given, open_models
+from dape.evaluate.perplexity import Measurement, measure, token_losses
+from dape.evaluate.plan import Plan, plan
+from dape.evaluate.protocols import Windows
+from dape.evaluate.protocols import protocol as protocol_of
+from dape.evaluate.record import Evaluation, load
+from dape.evaluate.results import results_folders
+from dape.evaluate.subject import Model, Subject
+from dape.evaluate.watch import SILENT, Watch
+from dape.files import remove
+from dape.provenance import provenance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# A measurement made with other versions or on another device is not taken for one of today.
+_SAME = ("commit", "versions", "device")
+
+
+def evaluate(
+    models: Given | Sequence[Given],
+    corpus: str | Path | Corpus | None = None,
+    lengths: Sequence[int] | None = None,
+    protocol: str = "last",
+    *,
+    stride: int | None = None,
+    split: str = "test",
+    documents: int = 100,
+    blocks: int = 4,
+    bos: bool = False,
+    metric: str = "perplexity",
+    seed: int = 0,
+    device: str = "auto",
+    batch_tokens: int = 16384,
+    out: str | Path | None = None,
+    again: bool = False,
+    partial_weights: bool = False,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+    command: str = "dape.evaluate.evaluate",
+    watch: Watch = SILENT,
+) -> list[Evaluation]:
+    """Return the perplexity over length of each model: the same tokens for every length and model.
+
+    Each length of a model in a folder or on the hub is kept in a file as soon as it is measured,
+    and taken from there when the same is asked again. A length that a model refuses is left out,
+    with its reason.
+
+    Args:
+        models: run folders, folders or hub names of causal language models, or modules in memory.
+        corpus: a prepared corpus; by default the one that each run was trained on.
+        lengths: tokens in a window; by default the training length and its doublings up to 16
+            times.
+        protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
+        stride: tokens that windows of `sliding` move by.
+        split: part of the corpus.
+        documents: at most so many documents, drawn by `seed` among those that hold the longest
+            window.
+        blocks: at most so many blocks of scored tokens a document.
+        bos: let a model's own token for the beginning of a text take the place of the first of
+            each window.
+        metric: what will be compared; only `bits_per_byte` allows different corpora.
+        device: of models that are not in memory.
+        batch_tokens: tokens in one forward; a longer window goes alone.
+        out: folder for the results of all models, instead of the folder of each; results of models
+            in memory are kept there alone.
+        again: measure lengths that were measured before too.
+        partial_weights: measure models whose files miss weights, drawn at random then, or have
+            weights without a place.
+        tokenizer: that of the models in memory, to be compared with the corpus's.
+        command: recorded with the results.
+        watch: hears of the progress.
+
+    Raises:
+        UserError: for models, a corpus, lengths or options that do not fit together, results that
+            cannot be written, and if memory runs out.
+    """
+    opened = open_models(models, tokenizer, partial_weights)
+    if bos:
+        for model in opened:
+            model.beginning()
+    asked = sorted(set(lengths or default_lengths(opened)))
+    plan_of = partial(
+        plan,
+        split=split,
+        protocol=protocol_of(protocol, asked, stride),
+        lengths=asked,
+        documents=documents,
+        blocks=blocks,
+        seed=seed,
+        bos=bos,
+    )
+    plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
+    folders = results_folders(opened, out)
+    files = [
+        None if folder is None else folder.evaluation(protocol, stride, split) for folder in folders
+    ]
+    chosen = choose_device(device)
+    origin = provenance(chosen) | {"command": command, "seed": seed}
+    watch.begin(sum(each.tokens for each in plans))
+    return [
+        _Session(model, each, file, chosen, batch_tokens, origin, watch).run(again)
+        for model, each, file in zip(opened, plans, files, strict=True)
+    ]
+
+
+def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:
+    """Return a plan for each corpus; equal corpora share one."""
+    unique = {each.checksum: each for each in corpora}
+    if metric != "bits_per_byte" and len(unique) > 1:
+        raise UserError(
+            f"{metric} cannot be compared over different corpora or tokenizers "
+            f"({', '.join(sorted({str(each.folder) for each in corpora}))}); give one --data, "
+            "--metric bits_per_byte, or evaluate the runs one by one"
+        )
+    plans = {checksum: plan_of(each) for checksum, each in unique.items()}
+    return [plans[each.checksum] for each in corpora]
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """The evaluation of one model by one plan; `file` is where it is kept, if it is."""
+
+    model: Model
+    plan: Plan
+    file: Path | None
+    device: torch.device
+    batch_tokens: int
+    origin: dict[str, Any]
+    watch: Watch
+
+    @property
+    def name(self) -> str:
+        return str(self.model.folder)
+
+    def run(self, again: bool) -> Evaluation:
+        """Return the evaluation, with what was measured before unless all is asked for again."""
+        done = None if again else self._before()
+        missing = [
+            each for each in self.plan.windows if not done or each.length not in done.lengths
+        ]
+        if done is not None:
+            self._announce(done)
+        if missing or done is None:
+            longest = max(windows.length for windows in self.plan.windows)
+            with self.model.loaded(self.device, longest) as network:
+                done = done or self._empty(self.model.subject(network))
+                for windows in missing:
+                    done = self._with(done, windows, network)
+                    self._keep(done)
+        if self.file is not None:
+            done.save(self.file)
+            remove(_unfinished(self.file))
+        return done
+
+    def _empty(self, subject: Subject) -> Evaluation:
+        return Evaluation(subject, self.plan.targets, [], self.origin)
+
+    def _with(self, done: Evaluation, windows: Windows, network: nn.Module) -> Evaluation:
+        """Return the evaluation with one more length."""
+        try:
+            measurement = self._measure(windows, network)
+        except Refused as reason:
+            self.watch.announce(self.name, windows.length, f"refused: {reason}")
+            self.watch.advance(windows.tokens)
+            return replace(done, refused={**done.refused, windows.length: str(reason)})
+        outcome = f"perplexity {measurement.perplexity:,.2f}"
+        self.watch.announce(self.name, windows.length, outcome)
+        measured = {**done.by_length, windows.length: measurement}
+        return replace(done, measurements=[measured[length] for length in sorted(measured)])
+
+    def _measure(self, windows: Windows, network: nn.Module) -> Measurement:
+        with self.model.refusing():
+            losses = token_losses(
+                network,
+                self.plan.corpus.split(self.plan.split).document,
+                windows,
+                batch_tokens=self.batch_tokens,
+                begin=self.model.beginning() if self.plan.targets.bos else None,
+                device=next(network.parameters()).device,
+                advance=self.watch.advance,
+            )
+        return measure(losses, windows, self.plan.bytes)
+
+    def _before(self) -> Evaluation | None:
+        """Return what was measured before of the same model and tokens, the same way."""
+        if self.file is None or self.model.weights is None:
+            return None
+        found = [each for each in _readable(self.file, _unfinished(self.file)) if self._same(each)]
+        if not found:
+            return None
+        asked = {windows.length for windows in self.plan.windows}
+        measured = {n: one for each in found for n, one in each.by_length.items() if n in asked}
+        refused = {n: why for each in found for n, why in each.refused.items() if n in asked}
+        return replace(
+            found[-1],
+            measurements=[measured[length] for length in sorted(measured)],
+            refused=refused,
+            provenance=self.origin,
+        )
+
+    def _same(self, before: Evaluation) -> bool:
+        then, now = before.provenance, self.origin
+        return (
+            before.subject.weights == self.model.weights
+            and before.subject.run == self.name
+            and before.targets == self.plan.targets
+            and all(then.get(name) == now[name] for name in _SAME)
+        )
+
+    def _announce(self, before: Evaluation) -> None:
+        for windows in self.plan.windows:
+            if windows.length in before.lengths:
+                self.watch.announce(self.name, windows.length, "measured before")
+                self.watch.advance(windows.tokens)
+
+    def _keep(self, done: Evaluation) -> None:
+        if self.file is not None:
+            done.save(_unfinished(self.file))
+
+
+def _unfinished(file: Path) -> Path:
+    return file.with_suffix(".unfinished")
+
+
+def _readable(*files: Path) -> Iterator[Evaluation]:
+    """Yield the evaluations in files; one that cannot be read is made anew."""
+    for file in files:
+        try:
+            yield load(file)
+        except UserError:
+            continue
