@@ -145,9 +145,7 @@ def test_the_card_holds_what_was_trained_and_measured(run, tmp_path):
     words = ("--lengths", "16,64", "--documents", "1")
     dape("eval", run, *words)
     dape("eval", run, *words, "--protocol", "non_overlapping", "--split", "test")
-    dape(
-        "eval", "retrieval", run, "--lengths", "300", "--depths", "0.5", "--trials", 1
-    )
+    dape("eval", "retrieval", run, "--lengths", "300", "--depths", "0.5", "--trials", 1)
     dape("export", run, "--out", tmp_path / "small")
     made, record = card(tmp_path / "small"), json.loads((run / "run.json").read_text())
     data = made.data.to_dict()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dape.errors import UserError
-from dape.figures.encodings import View, draw
+from dape.figures.encodings import draw
+from dape.figures.view import View
 from dape.positions.scheme import BASES
 
 DOCS = Path(__file__).parents[2] / "docs"

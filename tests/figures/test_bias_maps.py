@@ -9,7 +9,8 @@ import torch
 import dape
 import textbook
 from dape.errors import UserError
-from dape.figures.encodings import View, draw
+from dape.figures.encodings import draw
+from dape.figures.view import View
 from dape.positions.adapter import TransformerXL
 from dape.positions.bias import FIRE
 from dape.positions.scheme import BASES

@@ -8,8 +8,7 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import check_format
-from dape.figures.encodings import View, draw
-from dape.figures.style import save
+from dape.figures.view import View
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -41,6 +40,9 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
     arguments = parse(Arguments, argv, prog="dape plot encoding")
+    from dape.figures.encodings import draw
+    from dape.figures.style import save
+
     figure = draw(arguments.name, arguments.view)
     save(figure, arguments.file)
     print(f"wrote {arguments.file}")

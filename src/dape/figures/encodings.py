@@ -5,7 +5,6 @@ The numbers come from the modules that a model is built of, called at the positi
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from dape.errors import UserError
 from dape.evaluate.compare import split
 from dape.figures import bias_maps
 from dape.figures.bias_maps import DISTANCE, Map, Row
+from dape.figures.view import View
 from dape.positions.absolute import Learned
 from dape.positions.adapter import DAPE, Rows, TransformerXL
 from dape.positions.rotary import RandomizedRoPE, RoPE
@@ -29,52 +29,6 @@ RESOLUTION = 512  # positions along a side of a matrix, at most: a panel has no 
 # Positions of queries and keys to [heads, query, key].
 Values = Callable[[Tensor, Tensor], Tensor]
 Modules = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The model that an encoding is drawn for, and how much of it.
-
-    Raises:
-        UserError: for a size below its least, or a head there is not.
-    """
-
-    heads: int = 12
-    """number of heads"""
-    head_dim: int = 64
-    """width of a head; that of the model is `heads` times as much"""
-    train_length: int = 128
-    """length of training, L, for encodings that know it"""
-    length: int = 512
-    """how many positions are drawn"""
-    matrices: tuple[int, ...] = ()
-    """heads, from 1, whose matrix is drawn; by default the first, one between, and the last"""
-    seed: int = 0
-    """seed of learnable parameters, which are drawn as they start"""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
-        for name, least in (("heads", 1), ("head_dim", 1), ("train_length", 2), ("length", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
-        for head in self.matrices:
-            if not 1 <= head <= self.heads:
-                raise UserError(f"matrices: head {head} is not one of 1 to {self.heads}")
-
-    @property
-    def shown(self) -> list[int]:
-        """Return the heads whose matrix is drawn."""
-        return list(self.matrices) or sorted({1, (self.heads + 1) // 2, self.heads})
-
-    @property
-    def dimensions(self) -> dict[str, int]:
-        """Return what the modules of a scheme are built with."""
-        return {
-            "num_heads": self.heads,
-            "head_dim": self.head_dim,
-            "hidden_size": self.heads * self.head_dim,
-            "train_length": self.train_length,
-        }
 
 
 def draw(name: str, view: View) -> "Figure":
