@@ -73,6 +73,10 @@ class RunFolder:
         parts = [protocol, str(stride or ""), "" if split == "test" else split]
         return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
 
+    def unfinished(self, protocol: str, stride: int | None = None, split: str = "test") -> Path:
+        """Return the file that keeps what an evaluation has measured until it is finished."""
+        return self.evaluation(protocol, stride, split).with_suffix(".unfinished")
+
     def evaluations(self) -> list[Path]:
         """Return the files of all evaluations."""
         return sorted((self.path / "evaluation").glob("*.json"))

@@ -140,3 +140,10 @@ def test_other_lengths_are_refused_for_every_metric():
     there = make("dape-kerple", DAPE[0][:2], lengths=LENGTHS[:2])
     with pytest.raises(UserError, match="different lengths"):
         check_comparable([here, there], "bits_per_byte")
+
+
+def test_a_run_that_is_given_twice_counts_as_one_seed():
+    runs = [*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)]
+    assert compare(group([*runs, *runs])) == compare(group(runs))
+    (alone,) = group([runs[0], runs[0]])
+    assert alone.values("loss").shape == (1, len(LENGTHS))

@@ -46,7 +46,7 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
     arguments = parse(Arguments, argv, prog="dape plot")
-    from dape.cli.progress import once
+    from dape.cli.progress import note_repeats
     from dape.evaluate.compare import check_comparable, group
     from dape.evaluate.record import load
     from dape.figures.curves import over_length
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
     from dape.runs import RunFolder
 
     place = (arguments.protocol, arguments.stride, arguments.split)
-    evaluations = once([load(RunFolder(run).evaluation(*place)) for run in arguments.runs])
+    evaluations = [load(RunFolder(run).evaluation(*place)) for run in arguments.runs]
+    note_repeats(evaluations)
     check_comparable(evaluations, arguments.metric)
     report = Report(group(evaluations), arguments.metric, shlex.join(["dape", "plot", *argv]))
     if arguments.out.suffix == ".html":

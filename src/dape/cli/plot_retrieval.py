@@ -40,14 +40,15 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Write the file and say where it is."""
     arguments = parse(Arguments, argv, prog="dape plot retrieval")
-    from dape.cli.progress import once
+    from dape.cli.progress import note_repeats
     from dape.evaluate.retrieval import load
     from dape.figures.retrieval import heat_map, table
     from dape.figures.style import save
     from dape.files import write_text
     from dape.runs import RunFolder
 
-    records = once([load(RunFolder(run).retrieval(arguments.task)) for run in arguments.runs])
+    records = [load(RunFolder(run).retrieval(arguments.task)) for run in arguments.runs]
+    note_repeats(records)
     if arguments.out.suffix == ".md":
         write_text(arguments.out, table(records, arguments.metric).markdown() + "\n")
     else:

@@ -1,6 +1,7 @@
 """The bar on stderr, and a line for everything that is measured."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TimeRemaini
 from rich.text import Text
 
 from dape.evaluate.compare import Record
-from dape.evaluate.watch import Watch
+from dape.evaluate.watch import Watch, repeated
 
 
 class Speed(ProgressColumn):
@@ -28,7 +29,10 @@ class Lines(Watch):
 
     def announce(self, name: str, length: int, outcome: str) -> None:
         """Print a line."""
-        text = f"{name}  length {length:,}  {outcome}"
+        self.note(f"{name}  length {length:,}  {outcome}")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -65,11 +69,8 @@ def progress() -> Iterator[Bar]:
         bar.end()
 
 
-def once(records: Sequence[Record]) -> list[Record]:
-    """Return the records without a second one of the same run, which stderr is told of."""
-    kept = {each.subject.run: each for each in reversed(records)}
-    for run in kept:
-        if sum(each.subject.run == run for each in records) > 1:
-            note = f"{run} is given more than once, and counted once"
-            print(note, file=sys.stderr)
-    return [each for each in records if kept.get(each.subject.run) is each]
+def note_repeats(records: Sequence[Record]) -> None:
+    """Say on stderr which runs are given more than once; comparisons count each once."""
+    for run, times in Counter(each.subject.run for each in records).items():
+        if times > 1:
+            print(repeated(run), file=sys.stderr)

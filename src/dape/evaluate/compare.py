@@ -72,15 +72,16 @@ def group(evaluations: Sequence[Evaluation]) -> list[Group]:
 
 
 def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return records of runs by label, their scheme, in order of appearance.
+    """Return records of runs by label, their scheme, in order of appearance; each run once.
 
     Runs that differ in nothing but their seed share a label. Where two labels would be the same
     scheme, the length trained at tells them apart, or else the name of the first run.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
-    for each in records:
-        subject = each.subject
-        alone = subject.run if subject.settings is None else None
+    first = {each.subject.run: each for each in reversed(records)}
+    for run in dict.fromkeys(each.subject.run for each in records):
+        each, subject = first[run], first[run].subject
+        alone = run if subject.settings is None else None
         key = (subject.scheme, subject.train_length, subject.settings, alone)
         found.setdefault(key, []).append(each)
     schemes = [scheme for scheme, *_ in found]

@@ -1,6 +1,7 @@
 """Perplexity over length of several models, on the same tokens, each length kept as it is done."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from dape.evaluate.subject import Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.files import remove
 from dape.provenance import provenance
+from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,27 +64,22 @@ def evaluate(
     with its reason.
 
     Args:
-        models: run folders, folders or hub names of causal language models, or modules in memory.
+        models: run folders, folders or hub names of causal language models, modules in memory.
         corpus: a prepared corpus; by default the one that each run was trained on.
-        lengths: tokens in a window; by default the training length and its doublings up to 16
-            times.
+        lengths: tokens in a window; by default the training length, doubled up to 16 times it.
         protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
         stride: tokens that windows of `sliding` move by.
         split: part of the corpus.
-        documents: at most so many documents, drawn by `seed` among those that hold the longest
-            window.
+        documents: at most so many, drawn by `seed` among those that hold the longest window.
         blocks: at most so many blocks of scored tokens a document.
-        bos: let a model's own token for the beginning of a text take the place of the first of
-            each window.
-        metric: what will be compared; only `bits_per_byte` allows different corpora.
+        bos: let windows begin with a model's own token for the beginning of a text.
+        metric: the one to compare models by; only `bits_per_byte` allows different corpora.
         device: of models that are not in memory.
         batch_tokens: tokens in one forward; a longer window goes alone.
-        out: folder for the results of all models, instead of the folder of each; results of models
-            in memory are kept there alone.
+        out: folder for all results; those of modules in memory are kept nowhere else.
         again: measure lengths that were measured before too.
-        partial_weights: measure models whose files miss weights, drawn at random then, or have
-            weights without a place.
-        tokenizer: that of the models in memory, to be compared with the corpus's.
+        partial_weights: take models whose files miss weights, or have some without a place.
+        tokenizer: that of the modules in memory, which must be the corpus's.
         command: recorded with the results.
         watch: hears of the progress.
 
@@ -90,7 +87,7 @@ def evaluate(
         UserError: for models, a corpus, lengths or options that do not fit together, results that
             cannot be written, and if memory runs out.
     """
-    opened = open_models(models, tokenizer, partial_weights)
+    opened = open_models(models, tokenizer, partial_weights, watch)
     if bos:
         for model in opened:
             model.beginning()
@@ -107,9 +104,7 @@ def evaluate(
     )
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     folders = results_folders(opened, out)
-    files = [
-        None if folder is None else folder.evaluation(protocol, stride, split) for folder in folders
-    ]
+    files = [_files(folder, protocol, stride, split) for folder in folders]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
     watch.begin(sum(each.tokens for each in plans))
@@ -133,12 +128,37 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 
 @dataclass(frozen=True, slots=True)
+class _Files:
+    """Where an evaluation is kept, and where its lengths are until all are measured."""
+
+    finished: Path
+    unfinished: Path
+
+    def read(self) -> Iterator[Evaluation]:
+        """Yield what is kept; what cannot be read is measured anew."""
+        for file in (self.finished, self.unfinished):
+            with suppress(UserError):
+                yield load(file)
+
+    def finish(self, evaluation: Evaluation) -> None:
+        """Write the whole evaluation."""
+        evaluation.save(self.finished)
+        remove(self.unfinished)
+
+
+def _files(folder: RunFolder | None, *place: Any) -> _Files | None:
+    if folder is None:
+        return None
+    return _Files(folder.evaluation(*place), folder.unfinished(*place))
+
+
+@dataclass(frozen=True, slots=True)
 class _Session:
-    """The evaluation of one model by one plan; `file` is where it is kept, if it is."""
+    """The evaluation of one model by one plan; `files` keep it, if anything does."""
 
     model: Model
     plan: Plan
-    file: Path | None
+    files: _Files | None
     device: torch.device
     batch_tokens: int
     origin: dict[str, Any]
@@ -162,10 +182,10 @@ class _Session:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
-                    self._keep(done)
-        if self.file is not None:
-            done.save(self.file)
-            remove(_unfinished(self.file))
+                    if self.files is not None:
+                        done.save(self.files.unfinished)
+        if self.files is not None:
+            self.files.finish(done)
         return done
 
     def _empty(self, subject: Subject) -> Evaluation:
@@ -199,9 +219,9 @@ class _Session:
 
     def _before(self) -> Evaluation | None:
         """Return what was measured before of the same model and tokens, the same way."""
-        if self.file is None or self.model.weights is None:
+        if self.files is None or self.model.weights is None:
             return None
-        found = [each for each in _readable(self.file, _unfinished(self.file)) if self._same(each)]
+        found = [each for each in self.files.read() if self._same(each)]
         if not found:
             return None
         asked = {windows.length for windows in self.plan.windows}
@@ -226,22 +246,7 @@ class _Session:
     def _announce(self, before: Evaluation) -> None:
         for windows in self.plan.windows:
             if windows.length in before.lengths:
-                self.watch.announce(self.name, windows.length, "measured before")
+                self.watch.announce(
+                    self.name, windows.length, "measured before; --again repeats it"
+                )
                 self.watch.advance(windows.tokens)
-
-    def _keep(self, done: Evaluation) -> None:
-        if self.file is not None:
-            done.save(_unfinished(self.file))
-
-
-def _unfinished(file: Path) -> Path:
-    return file.with_suffix(".unfinished")
-
-
-def _readable(*files: Path) -> Iterator[Evaluation]:
-    """Yield the evaluations in files; one that cannot be read is made anew."""
-    for file in files:
-        try:
-            yield load(file)
-        except UserError:
-            continue

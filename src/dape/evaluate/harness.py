@@ -139,7 +139,7 @@ def evaluate_harness(
             if memory runs out.
     """
     known = manager(tasks, include_path)
-    opened = open_models(models, tokenizer, partial_weights)
+    opened = open_models(models, tokenizer, partial_weights, watch)
     asked = [tuple(lengths or (trained_at(model),)) for model in opened]
     tokenizers = [_tokenizer(model) for model in opened]
     folders = results_folders(opened, out)

@@ -9,6 +9,7 @@ from torch import nn
 from dape.data.hub import fetch
 from dape.errors import UserError
 from dape.evaluate.subject import Finetuned, InMemory, Model
+from dape.evaluate.watch import SILENT, Watch, repeated
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -21,8 +22,11 @@ def open_models(
     given: Given | Sequence[Given],
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     partial_weights: bool = False,
+    watch: Watch = SILENT,
 ) -> list[Model]:
     """Return the models, a folder that is named twice once; `tokenizer` is that of modules.
+
+    `watch` hears of the folders that are named twice.
 
     Raises:
         UserError: if there is none of that name, or none at all.
@@ -36,7 +40,13 @@ def open_models(
         else open_model(Path(one), partial_weights)
         for place, one in enumerate(each)
     ]
-    return list({_path(model): model for model in models}.values())
+    found: dict[Path, Model] = {}
+    for model in models:
+        path = model.folder.path.resolve()
+        if path in found:
+            watch.note(repeated(str(model.folder)))
+        found.setdefault(path, model)
+    return list(found.values())
 
 
 def open_model(path: Path, partial_weights: bool = False) -> Model:
@@ -96,10 +106,6 @@ def _in_memory(
         network=network,
         own_tokenizer=tokenizer,
     )
-
-
-def _path(model: Model) -> Path:
-    return model.folder.path.resolve()
 
 
 def _config(source: str) -> "PreTrainedConfig":

@@ -152,7 +152,7 @@ def evaluate_retrieval(
     for name in tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
-    opened = open_models(models, tokenizer, partial_weights)
+    opened = open_models(models, tokenizer, partial_weights, watch)
     asked = tuple(sorted(set(lengths or default_lengths(opened))))
     plan = Plan(asked, tuple(depths), trials, seed)
     prompts = [[_prompts(model, name, corpus, split) for name in tasks] for model in opened]

@@ -123,7 +123,7 @@ class Model:
         if own and fingerprint(own) != fingerprint(corpus.tokenizer()):
             raise UserError(
                 f"{corpus.folder} was prepared with another tokenizer than that of {self.source}; "
-                f"prepare it with --tokenizer {self._tokenizer_file().parent}"
+                f"prepare it with {self._tokenizer_option()}"
             )
         return corpus
 
@@ -134,6 +134,9 @@ class Model:
         if Path(self.source).is_dir() and not self._tokenizer_file().is_file():
             return None
         return fetch(PreTrainedTokenizerFast.from_pretrained, self.source)
+
+    def _tokenizer_option(self) -> str:
+        return f"--tokenizer {self._tokenizer_file().parent}"
 
     def _tokenizer_file(self) -> Path:
         from huggingface_hub import try_to_load_from_cache
@@ -238,6 +241,9 @@ class InMemory(Model):
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """Return the tokenizer that was given with the model, if any."""
         return self.own_tokenizer
+
+    def _tokenizer_option(self) -> str:
+        return "--tokenizer FOLDER, where that tokenizer is saved"
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:

@@ -13,5 +13,13 @@ class Watch:
     def announce(self, name: str, length: int, outcome: str) -> None:
         """Hear in a few words what came of a model at a length."""
 
+    def note(self, text: str) -> None:
+        """Hear of something else that the user should know."""
+
+
+def repeated(run: str) -> str:
+    """Return what a user hears of a run that is given more than once."""
+    return f"{run} is given more than once, and counted once"
+
 
 SILENT = Watch()

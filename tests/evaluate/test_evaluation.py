@@ -1,0 +1,213 @@
+"""`dape.evaluate.evaluate`: models of every kind, what it keeps, and what it does not do twice."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import dape
+from dape.data.shards import Corpus
+from dape.data.tokenizer import byte
+from dape.errors import UserError
+from dape.evaluate import evaluate, evaluate_retrieval
+from dape.evaluate.watch import Watch
+from dape.model.modeling import DapeForCausalLM
+from dape.runs import RunFolder
+from folders import learned_tokenizer, make_run, prepare
+
+LENGTHS = [16, 32, 64]
+LLAMA = {"vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, corpus):
+    return make_run(tmp_path_factory.mktemp("made") / "run", corpus, "dape-kerple")
+
+
+@pytest.fixture
+def run(tmp_path, made):
+    return shutil.copytree(made, tmp_path / "run")
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA, intermediate_size=32))
+
+
+class Heard(Watch):
+    """Keeps what it hears; after so many announcements the process dies."""
+
+    def __init__(self, most=math.inf):
+        self.most, self.lines, self.fed, self.expected = most, [], 0, None
+
+    def begin(self, tokens):
+        self.expected = tokens
+
+    def advance(self, tokens):
+        self.fed += tokens
+
+    def announce(self, name, length, outcome):
+        if len(self.lines) == self.most:
+            raise KeyboardInterrupt
+        self.lines.append((name, length, outcome.split()[0]))
+
+
+def own_loss(model, corpus, targets, length):
+    """Return what the model itself says of the scored tokens, one block a document."""
+    losses = []
+    for number in targets.documents:
+        tokens = torch.from_numpy(Corpus(corpus).split("test").document(number))[None, :65]
+        tokens = tokens[:, -length - 1 :]
+        labels = tokens.clone()
+        labels[:, : -targets.block] = -100
+        with torch.no_grad():
+            losses.append(model(input_ids=tokens, labels=labels).loss.item())
+    return losses
+
+
+def test_a_run_its_folder_as_an_object_and_its_model_in_memory_are_the_same(run, corpus):
+    model = DapeForCausalLM.from_pretrained(run / "model")
+    given = [str(run), model]
+    first, second = dape.evaluate.evaluate(given, Corpus(corpus), LENGTHS, blocks=1)
+    assert first.targets == second.targets
+    assert first.measurements == second.measurements
+    assert evaluate(RunFolder(run), None, LENGTHS, blocks=1)[0].measurements == first.measurements
+    assert (first.subject.run, second.subject.run) == (str(run), "models[1]")
+    assert (second.subject.scheme, second.subject.train_length) == ("dape-kerple", 16)
+    assert second.subject.parameters == first.subject.parameters
+    for measured in second.measurements:
+        expected = own_loss(model.eval(), corpus, second.targets, measured.length)
+        assert measured.document_losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_in_memory_stays_as_it_was_and_leaves_no_file(llama, corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama.train()
+    llama.lm_head.eval()
+    before = {name: module.training for name, module in llama.named_modules()}
+    (found,) = evaluate(llama, corpus, LENGTHS, blocks=1)
+    assert {name: module.training for name, module in llama.named_modules()} == before
+    assert list(tmp_path.iterdir()) == []
+    assert found.subject.scheme == "llama" and found.subject.weights is None
+    expected = own_loss(llama.eval(), corpus, found.targets, 64)
+    assert found.by_length[64].document_losses == pytest.approx(expected, rel=1e-5)
+    evaluate(llama, corpus, LENGTHS, blocks=1, out="kept")
+    assert RunFolder(tmp_path / "kept" / "models[0]").evaluation("last").is_file()
+
+
+def test_two_models_in_memory_are_never_taken_for_one(llama, corpus):
+    other = AutoModelForCausalLM.from_config(llama.config)
+    found = evaluate([llama, other], corpus, LENGTHS, blocks=1)
+    assert len(found) == 2 and found[0].measurements != found[1].measurements
+
+
+def test_a_tokenizer_given_with_a_model_in_memory_is_compared_with_the_corpus(llama, corpus):
+    evaluate(llama, corpus, [16], tokenizer=byte())
+    with pytest.raises(UserError, match="another tokenizer"):
+        evaluate(llama, corpus, [16], tokenizer=learned_tokenizer())
+    with pytest.raises(UserError, match="token ids up to 256"):
+        narrow = AutoModelForCausalLM.from_config(
+            LlamaConfig(**{**LLAMA, "vocab_size": 200}, intermediate_size=32)
+        )
+        evaluate(narrow, corpus, [16])
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [([], "no model given"), (torch.nn.Linear(2, 2), "without the configuration")],
+)
+def test_what_is_no_model_is_refused(models, message, corpus):
+    with pytest.raises(UserError, match=message):
+        evaluate(models, corpus, [16])
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(run, corpus, done, made):
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, corpus, LENGTHS, watch=Heard(most=done))
+    folder = RunFolder(run)
+    assert not folder.evaluation("last").exists()
+    kept = json.loads(folder.unfinished("last").read_text())
+    assert [each["length"] for each in kept["measurements"]] == LENGTHS[:done]
+    heard = Heard()
+    (found,) = evaluate(run, corpus, LENGTHS, watch=heard)
+    outcomes = ["measured"] * done + ["perplexity"] * (3 - done)
+    assert heard.lines == [
+        (str(run), length, what) for length, what in zip(LENGTHS, outcomes, strict=True)
+    ]
+    assert heard.fed == heard.expected
+    assert found.measurements == evaluate(run, corpus, LENGTHS, again=True)[0].measurements
+    assert sorted(file.name for file in (run / "evaluation").iterdir()) == ["last.json"]
+
+
+def test_what_was_measured_is_measured_anew_when_anything_is_different(run, corpus, monkeypatch):
+    def outcomes(**asked):
+        heard = Heard()
+        evaluate(run, corpus, LENGTHS, watch=heard, **asked)
+        return [outcome for *_, outcome in heard.lines]
+
+    anew, kept = ["perplexity"] * 3, ["measured"] * 3
+    assert outcomes() == anew and outcomes() == kept
+    assert outcomes(again=True) == anew
+    assert outcomes(documents=1) == anew  # other targets
+    assert outcomes(documents=1) == kept
+    model = DapeForCausalLM.from_pretrained(run / "model")
+    torch.nn.init.normal_(model.get_output_embeddings().weight)
+    model.save_pretrained(run / "model")
+    assert outcomes(documents=1) == anew  # other weights
+    monkeypatch.setattr("dape.provenance.commit", lambda: "another commit")
+    assert outcomes(documents=1) == anew
+
+
+def test_a_kept_file_that_is_damaged_is_measured_anew(run, corpus):
+    (first,) = evaluate(run, corpus, LENGTHS)
+    RunFolder(run).evaluation("last").write_text('{"format": 1')
+    (second,) = evaluate(run, corpus, LENGTHS)
+    assert second.measurements == first.measurements
+
+
+def test_only_the_lengths_that_were_asked_for_are_returned(run, corpus):
+    evaluate(run, corpus, LENGTHS)
+    (found,) = evaluate(run, corpus, [16, 64])
+    assert found.lengths == [16, 64]
+
+
+def test_results_go_to_one_folder_where_they_are_wanted_there(run, corpus, tmp_path):
+    (found,) = evaluate(run, corpus, [16], out=tmp_path / "results")
+    kept = RunFolder(tmp_path / "results" / "run").evaluation("last")
+    assert json.loads(kept.read_text())["run"] == str(run) == found.subject.run
+    assert not (run / "evaluation").exists()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_work(run, corpus, tmp_path):
+    heard = Heard()
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"results cannot be written to .*; give --out FOLDER"):
+        evaluate(run, corpus, [16], out=tmp_path / "file" / "below", watch=heard)
+    twin = shutil.copytree(run, tmp_path / "twin" / "run")
+    with pytest.raises(UserError, match="two of the models would have their results in"):
+        evaluate([run, twin], corpus, [16], out=tmp_path / "results", watch=heard)
+    assert heard.expected is None
+
+
+def test_a_folder_named_twice_is_measured_once(run, corpus):
+    assert len(evaluate([run, str(run), run / ".." / "run"], corpus, [16])) == 1
+
+
+def test_retrieval_takes_models_in_memory_too(run):
+    model = DapeForCausalLM.from_pretrained(run / "model")
+    asked = {"lengths": [300], "depths": [0.5], "trials": 2}
+    (kept,) = evaluate_retrieval(run, **asked)
+    (held,) = evaluate_retrieval(model, tokenizer=byte(), **asked)
+    assert held.cells == kept.cells and held.subject.run == "models[0]"
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        evaluate_retrieval(model, **asked)
