@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -20,6 +22,8 @@ from transformers import (
 )
 
 from dape.data.shards import Corpus
+from dape.model.configuration import DapeConfig
+from dape.model.modeling import DapeForCausalLM
 from folders import dape, learned_tokenizer, prepare, refused, spaced_tokenizer
 
 ENDS = 16  # what each configuration says of the longest sequence
@@ -211,3 +215,103 @@ def test_a_model_without_weights_is_one_line(tmp_path, made, corpus, capsys):
     assert dape("eval", tmp_path / "empty", "--lengths", 16, "--data", corpus) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {tmp_path / 'empty'} cannot be loaded" in last
+
+
+def without(folder, *endings, **more):
+    """Take weights out of a saved model, and put others in."""
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if not name.endswith(endings or "?")}
+    save_file(kept | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "endings", "more", "message"),
+    [
+        ("llama", ("lm_head.weight",), {}, "it misses lm_head.weight;"),
+        ("llama", ("q_proj.weight",), {}, "it misses model.layers.0.self_attn.q_proj.weight;"),
+        ("gpt2", (), {"strange": torch.zeros(2)}, "it has strange without a place;"),
+        ("gpt_neox", ("mlp.dense_h_to_4h.weight", "bias"), {}, "and "),
+    ],
+)
+def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
+    tmp_path, made, corpus, capsys, name, endings, more, message
+):
+    shutil.copytree(made / name, tmp_path / name)
+    without(tmp_path / name, *endings, **more)
+    words = ("eval", tmp_path / name, "--lengths", 16, "--data", corpus)
+    line = refused(capsys, *words)
+    assert f"the weights in {tmp_path / name} are not those of its configuration" in line
+    assert message in line and "--partial-weights" in line
+    assert not dape(*words, "--partial-weights")
+    assert evaluation(tmp_path / name)["measurements"]
+
+
+def test_weights_of_another_scheme_are_refused(tmp_path, corpus, capsys):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for scheme in ("kerple", "dape-kerple"):
+        config = DapeConfig(scheme=scheme, vocab_size=300, train_length=16, **sizes)
+        DapeForCausalLM(config).save_pretrained(tmp_path / scheme)
+    for given, saved in (("kerple", "dape-kerple"), ("dape-kerple", "kerple")):
+        shutil.copytree(tmp_path / given, tmp_path / f"{given}-mixed")
+        weights = (tmp_path / saved / "model.safetensors").read_bytes()
+        (tmp_path / f"{given}-mixed" / "model.safetensors").write_bytes(weights)
+        mixed = tmp_path / f"{given}-mixed"
+        line = refused(capsys, "eval", mixed, "--lengths", 16, "--data", corpus)
+        assert "adapter" in line and ("has" if given == "kerple" else "misses") in line
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + bytes(30)])
+def test_weights_that_are_damaged_are_one_line(tmp_path, made, corpus, capsys, content):
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "model.safetensors").write_bytes(content)
+    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
+    assert str(tmp_path / "llama") in line
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "llama", "vocab_size": "a"}'])
+def test_a_configuration_that_is_damaged_is_one_line(tmp_path, made, corpus, capsys, content):
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "config.json").write_text(content)
+    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
+    assert str(tmp_path / "llama") in line
+
+
+def test_tokenizers_that_normalise_text_count_the_bytes_of_what_they_read(tmp_path, made, capsys):
+    """The text is decomposed, and the tokens stand for its composed form."""
+    folder = shutil.copytree(made / "llama", tmp_path / "composing")
+    tokenizer = learned_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(folder)
+    letters = ("a", "b", "e\u0301", " ")
+    data = prepare(tmp_path / "text", tokenizer=folder, sizes=[300, 400], letters=letters)
+    assert not dape("eval", folder, "--lengths", "16,64", "--blocks", 1, "--data", data)
+    content = evaluation(folder)
+    document = Corpus(data).split("test").document
+    for number, tokens, counted in zip(
+        *(content["targets"][name] for name in ("documents", "tokens", "bytes")), strict=True
+    ):
+        whole, before = (
+            tokenizer.decode(document(number)[:stop]).encode() for stop in (65, 65 - tokens)
+        )
+        assert "e\u0301".encode() not in whole and "\u00e9".encode() in whole
+        assert counted == len(whole) - len(before)
+
+
+def test_tokenizers_that_lose_text_leave_bits_per_byte_out(tmp_path, made, capsys):
+    folder = shutil.copytree(made / "llama", tmp_path / "lower")
+    tokenizer = learned_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(folder)
+    data = prepare(tmp_path / "text", tokenizer=folder, sizes=[300, 400])
+    words = ("eval", folder, "--lengths", "16,64", "--data", data)
+    assert not dape(*words)
+    content = evaluation(folder)
+    assert content["targets"]["bytes"] is None
+    assert [each["bits_per_byte"] for each in content["measurements"]] == [None, None]
+    capsys.readouterr()
+    assert not dape(*words, "--metric", "bits_per_byte")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["llama", "1", "—", "—"] in rows
+    for out in ("report.html", "table.md", "curve.png"):
+        assert not dape("plot", folder, "--out", tmp_path / out)
+        assert not dape("plot", folder, "--metric", "bits_per_byte", "--out", tmp_path / out)

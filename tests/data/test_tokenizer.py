@@ -122,7 +122,15 @@ def test_token_bytes_where_a_space_is_put_first():
     assert sizes[rest].sum() == len(text[1:].encode())
 
 
-@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFC()])
+def test_token_bytes_of_composed_text():
+    backend = bpe(normalizers.NFC())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    text = "cafe\u0301, \ufb01le"
+    ids = encoder(serialize(tokenizer))(text)
+    assert token_bytes(tokenizer)[ids].sum() == len("caf\u00e9, \ufb01le".encode())
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Lowercase(), normalizers.NFKD()])
 def test_bits_per_byte_are_refused_where_text_is_changed(normalizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe(normalizer), eos_token="<|endoftext|>")
     with pytest.raises(UserError, match="keeps every byte"):

@@ -37,12 +37,13 @@ class Lines(Watch):
 
 
 class Bar(Lines):
-    """Draws a bar below the lines; a screen without a bar shows the lines too."""
+    """Draws a bar below the lines, where there is a terminal to draw on."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True)
         columns = (BarColumn(), Speed(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True))
-        super().__init__(self._progress.console)
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        super().__init__(console)
 
     def begin(self, tokens: int) -> None:
         """Draw the bar, for so many tokens."""

@@ -61,7 +61,8 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
         return _open_finetuned(folder, recipe, partial_weights)
     for place in (folder.model, path):
         if (place / "config.json").is_file():
-            return Model(folder, str(place), _config(str(place)), recipe, partial_weights)
+            config = _config(str(place)).get_text_config()
+            return Model(folder, str(place), config, recipe, partial_weights)
     if path.exists():
         remedy = (
             f"; `dape export {folder} --out DIR` makes one of its latest checkpoint"
@@ -73,20 +74,17 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
             f"it, nor config.json of a Hugging Face model{remedy}"
         )
     name = path.as_posix()
-    return Model(
-        RunFolder(Path("runs") / name), name, _config(name), partial_weights=partial_weights
-    )
+    config = _config(name).get_text_config()
+    return Model(RunFolder(Path("runs") / name), name, config, partial_weights=partial_weights)
 
 
 def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: bool) -> Finetuned:
-    from transformers import AutoConfig
-
     base = open_model(Path(recipe["model"]["base"]), partial_weights)
     mounted = recipe["model"]["adapter"] is not None
     if not (folder.adapters if mounted else folder.model).is_dir():
         raise UserError(f"{folder} is not finished; give the same `dape retrofit` again")
     source = base.source if mounted else str(folder.model)
-    config = fetch(AutoConfig.from_pretrained, source, **recipe["model"]["config"])
+    config = _config(source, **recipe["model"]["config"])
     return Finetuned(folder, source, config, recipe, partial_weights, base)
 
 
@@ -108,7 +106,15 @@ def _in_memory(
     )
 
 
-def _config(source: str) -> "PreTrainedConfig":
+def _config(source: str, **changes: Any) -> "PreTrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    return fetch(AutoConfig.from_pretrained, source).get_text_config()
+    try:
+        return fetch(AutoConfig.from_pretrained, source, **changes)
+    except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the config.json of {source} is no configuration of a model ({reason}); save the model"
+            " again"
+        ) from None

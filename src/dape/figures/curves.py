@@ -34,10 +34,11 @@ def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure"
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
-        Point(group.label, float(measurement.length), getattr(measurement, metric))
+        Point(group.label, float(measurement.length), value)
         for group in groups
         for evaluation in group.evaluations
         for measurement in evaluation.measurements
+        if (value := getattr(measurement, metric)) is not None
     ]
     with theme():
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])

@@ -62,6 +62,12 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
     if any(len(group.evaluations) > 1 for group in groups):
         notes.append("± one standard deviation over seeds.")
     notes += [refusal(group.label, group.refused) for group in groups if group.refused]
+    if metric == "bits_per_byte":
+        notes += [
+            f"{NOTHING} {group.label}: the tokens of its tokenizer stand for no fixed number of bytes."
+            for group in groups
+            if group.evaluations[0].targets.bytes is None
+        ]
     return Table(
         title=f"{METRICS[metric].capitalize()} by length of the window",
         header=["scheme", "runs", *lengths],
@@ -142,11 +148,17 @@ def _cells(group: Group, metric: str) -> list[str]:
 
 def _cell(values: Float[np.ndarray, " seeds"], metric: str) -> str:
     mean = number(values.mean(), metric)
-    return mean if len(values) == 1 else f"{mean} ± {number(values.std(ddof=1), metric)}"
+    return (
+        mean
+        if len(values) == 1 or mean == NOTHING
+        else f"{mean} ± {number(values.std(ddof=1), metric)}"
+    )
 
 
-def number(value: float, metric: str = "perplexity") -> str:
+def number(value: float | None, metric: str = "perplexity") -> str:
     """Return a value of the metric with the digits that are worth reading."""
+    if value is None or math.isnan(value):
+        return NOTHING
     if metric != "perplexity":
         return f"{value:.4f}"
     return f"{value:,.2f}" if value < 1e4 else f"{value:.1e}"
