@@ -3,10 +3,12 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from dape.files import partial_of
+from dape.runs import RunFolder
 from dape.train import checkpoint
 from dape.train.checkpoint import Progress
-from dape.train.config import Optimizer
 from dape.train.optimize import adamw
+from dape.train.sections import Optimizer
 
 
 @pytest.fixture
@@ -32,9 +34,9 @@ def state(layer, optimizer):
 
 def test_weights_and_moments_return_bit_by_bit(tmp_path, fabric):
     layer, optimizer = trained(updates=3)
-    checkpoint.save(fabric, tmp_path, layer, optimizer, Progress(3, 1.25), keep=1)
+    checkpoint.save(fabric, RunFolder(tmp_path), layer, optimizer, Progress(3, 1.25), keep=1)
     other, fresh = trained(updates=0)
-    progress = checkpoint.load(checkpoint.latest(tmp_path), other, fresh)
+    progress = checkpoint.load(RunFolder(tmp_path).latest_checkpoint, other, fresh)
     assert progress == Progress(3, 1.25)
     for found, expected in zip(state(other, fresh), state(layer, optimizer), strict=True):
         assert torch.equal(found, expected)
@@ -42,22 +44,25 @@ def test_weights_and_moments_return_bit_by_bit(tmp_path, fabric):
 
 def test_the_newest_are_kept(tmp_path, fabric):
     layer, optimizer = trained(updates=1)
-    assert checkpoint.latest(tmp_path) is None
+    run = RunFolder(tmp_path)
+    assert run.latest_checkpoint is None
     for step in (8, 9, 10, 11):
-        checkpoint.save(fabric, tmp_path, layer, optimizer, Progress(step), keep=2)
-    kept = sorted(path.name for path in tmp_path.iterdir())
+        checkpoint.save(fabric, run, layer, optimizer, Progress(step), keep=2)
+    kept = sorted(path.name for path in run.checkpoints.iterdir())
     assert kept == ["step-00000010", "step-00000011"]
-    assert checkpoint.latest(tmp_path).name == "step-00000011"
+    assert run.latest_checkpoint.name == "step-00000011"
 
 
 def test_what_an_interrupted_save_left_is_not_loaded_and_goes(tmp_path, fabric):
     layer, optimizer = trained(updates=1)
-    checkpoint.save(fabric, tmp_path, layer, optimizer, Progress(1), keep=2)
+    run = RunFolder(tmp_path)
+    checkpoint.save(fabric, run, layer, optimizer, Progress(1), keep=2)
     for name in ("step-00000002", "step-00000000"):
-        left = tmp_path / (name + checkpoint.PARTIAL)
+        left = partial_of(run.checkpoints / name)
         left.mkdir()
         (left / "__0_0.distcp").write_bytes(b"half")
-    assert checkpoint.latest(tmp_path).name == "step-00000001"
-    checkpoint.save(fabric, tmp_path, layer, optimizer, Progress(2), keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
-    assert checkpoint.load(checkpoint.latest(tmp_path), *trained(updates=0)).step == 2
+    assert run.latest_checkpoint.name == "step-00000001"
+    checkpoint.save(fabric, run, layer, optimizer, Progress(2), keep=2)
+    kept = sorted(path.name for path in run.checkpoints.iterdir())
+    assert kept == ["step-00000001", "step-00000002"]
+    assert checkpoint.load(run.latest_checkpoint, *trained(updates=0)).step == 2

@@ -3,8 +3,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from dape import DapeConfig, DapeForCausalLM
-from dape.train.config import Optimizer
 from dape.train.optimize import adamw, learning_rate
+from dape.train.sections import Optimizer
 
 
 def model(scheme="dape-kerple"):

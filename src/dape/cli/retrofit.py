@@ -3,7 +3,7 @@
 from argparse import ArgumentError, ArgumentParser
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -11,8 +11,8 @@ from dape.cli.arguments import parse
 from dape.cli.eval import Arguments as Measures
 from dape.cli.eval import Lengths, doubled
 from dape.errors import UserError
-from dape.train import config
-from dape.train.finetune import Retrofit
+from dape.train.recipe import Retrofit
+from dape.train.recipe import read as read_recipe
 
 if TYPE_CHECKING:
     from dape.evaluate.runs import Run
@@ -66,7 +66,7 @@ def read(argv: list[str]) -> Arguments:
         found, rest = parser.parse_known_args(argv[1:])
     except ArgumentError:
         raise UserError("--recipe needs a file") from None
-    recipe = cast(Retrofit, config.read(found.recipe, Retrofit)) if found.recipe else Retrofit()
+    recipe = read_recipe(found.recipe, Retrofit) if found.recipe else Retrofit()
     named = replace(recipe, model=replace(recipe.model, base=str(Path(argv[0]))))
     return parse(Arguments, rest, PROG, Arguments(named))
 
@@ -77,21 +77,22 @@ def run(arguments: Arguments) -> None:
 
     from dape.cli import eval_perplexity
     from dape.evaluate.runs import open_run
-    from dape.train import finetune, folder, parallelize
+    from dape.train import plan
+    from dape.train.parallelize import is_first_rank
+    from dape.train.run import check_folder, finetune
 
     logging.disable_progress_bar()  # of the loading of weights
     recipe = arguments.recipe
-    finetune.check(recipe)
+    plan.check(recipe)
     base = open_run(Path(recipe.model.base))
     corpus = base.corpus(Path(recipe.data))
-    folder.check(recipe, corpus.checksum)
+    check_folder(recipe, {"path": recipe.data, "checksum": corpus.checksum})
     words = measurement(arguments, base)
     measure = parse(Measures, words, "dape eval")
     eval_perplexity.plans([base], measure)  # lengths that no document has are told of now
-    if not folder.record(recipe.folder).get("ended"):
-        finetune.finetune(recipe, corpus)
-    if parallelize.is_first_rank():
-        eval_perplexity.run([base, open_run(recipe.folder)], measure, words)
+    trained = finetune(recipe.model.base, recipe)
+    if is_first_rank():
+        eval_perplexity.run([base, open_run(trained.path)], measure, words)
 
 
 def measurement(arguments: Arguments, base: "Run") -> list[str]:
