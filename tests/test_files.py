@@ -180,4 +180,7 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
         assert is_free(tmp_path / "run")
         with pytest.raises(UserError, match="busy"), locked(tmp_path / "run", "busy"):
             pass
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").iterdir())
+    with locked(tmp_path / "new" / "run", "busy"):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert not (tmp_path / "new").exists()

@@ -167,19 +167,20 @@ def is_free(folder: Path) -> bool:
 def locked(folder: Path, busy: str) -> Iterator[None]:
     """Keep other processes out of a folder; the lock ends with its process.
 
-    The folder is created, and removed if it is empty at the end.
+    A folder that is not there is created, and removed again if it is empty at the end.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
     """
-    file = folder / LOCK
+    file, absent = folder / LOCK, [each for each in (folder, *folder.parents) if not each.exists()]
     handle = _lock(file, busy)
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
-        with suppress(OSError):  # something is in it
-            folder.rmdir()
+        with suppress(OSError):  # something is in one of them
+            for each in absent:
+                each.rmdir()
         os.close(handle)
 
 

@@ -90,12 +90,6 @@ class NextToken(Task):
             split: Windows(corpus.split(split), recipe.training.length, seed)
             for split, seed in seeds.items()
         }
-        available = len(self._windows["train"])
-        if recipe.training.batch_size > available:
-            raise UserError(
-                f"training.batch_size={recipe.training.batch_size} is more than the {available:,}"
-                f" windows of {recipe.training.length} tokens that {recipe.data} has for training"
-            )
 
     def batch(self, split: str, step: int, rank: int, ranks: int) -> Batch:
         """Return windows of `length + 1` tokens: batch `step` is windows step * B and on."""
