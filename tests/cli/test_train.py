@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dape.cli import main
-from dape.cli.train import parsed
+from dape.cli.train import combinations, parsed
 from dape.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -64,6 +64,27 @@ def test_a_sweep_is_a_run_for_each_scheme(capsys):
     assert "did you mean 'alibi'" in fails(capsys, recipe, *options, "kerple,alib")
     assert "in one folder" in fails(capsys, recipe, *options, "kerple,alibi", "--out", "runs/x")
     assert "in one folder" in fails(capsys, recipe, *options, "kerple,kerple")
+
+
+def test_any_setting_can_be_swept(capsys):
+    words = [
+        *("--model.scheme", "kerple,alibi", "--seed=0,1", "--optimizer.betas", "0.9", "0.95"),
+        *("--model.scheme-options", "{adapter: {hidden: 8, inputs: sum}}"),
+    ]
+    kept = [*words[3:6], *words[6:]]
+    assert list(combinations(["r,s.yaml", *words])) == [
+        ["r,s.yaml", "--model.scheme", scheme, f"--seed={seed}", *kept]
+        for scheme in ("kerple", "alibi")
+        for seed in (0, 1)
+    ]
+    options = ["--hardware.device", "cpu", "--dry-run", "--model.scheme-options"]
+    hidden = "{adapter: {hidden: 4}},{adapter: {hidden: 8}}"
+    assert "in one folder" in fails(capsys, RECIPES / "125m.yaml", *options, hidden)
+    named = ["--name", "hidden-{model.scheme_options.adapter.hidden}"]
+    assert main(["train", str(RECIPES / "125m.yaml"), *options, hidden, *named]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    folders = [words[1] for words in printed if words[0] == "run"]
+    assert folders == ["runs/hidden-4", "runs/hidden-8"]
 
 
 def test_a_recipe_is_named_first(capsys):

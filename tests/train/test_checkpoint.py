@@ -1,8 +1,14 @@
+import pickle
+from io import BytesIO
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from dape.errors import UserError
 from dape.files import partial_of
 from dape.runs import RunFolder
 from dape.train import checkpoint
@@ -66,3 +72,49 @@ def test_what_an_interrupted_save_left_is_not_loaded_and_goes(tmp_path, fabric):
     kept = sorted(path.name for path in run.checkpoints.iterdir())
     assert kept == ["step-00000001", "step-00000002"]
     assert checkpoint.load(run.latest_checkpoint, *trained(updates=0)).step == 2
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.fixture
+def saved(tmp_path, fabric):
+    run = RunFolder(tmp_path / "run")
+    checkpoint.save(fabric, run, *trained(updates=1), Progress(1), keep=1)
+    return run.latest_checkpoint
+
+
+def test_metadata_of_someone_else_runs_no_code(saved, tmp_path):
+    (saved / ".metadata").write_bytes(pickle.dumps(Hostile(tmp_path / "canary")))
+    for read in (
+        lambda: checkpoint.load(saved, *trained(updates=0)),
+        lambda: checkpoint.load_weights(saved, trained(updates=0)[0]),
+    ):
+        with pytest.raises(UserError, match=r"cannot be read \(pathlib.Path.touch is no part of"):
+            read()
+    assert not (tmp_path / "canary").exists()
+    pickle.loads((saved / ".metadata").read_bytes())
+    assert (tmp_path / "canary").exists(), "or it was not hostile"
+
+
+def test_an_object_in_the_place_of_a_tensor_runs_no_code(saved, tmp_path):
+    metadata = pickle.loads((saved / ".metadata").read_bytes())
+    hostile = BytesIO()
+    torch.save(Hostile(tmp_path / "canary"), hostile)
+    (saved / "__0_0.distcp").write_bytes(hostile.getvalue())
+    for index, stored in metadata.storage_data.items():
+        if index.fqn == "model.weight":
+            stored.offset, stored.length = 0, len(hostile.getvalue())
+    for kind in (metadata.state_dict_metadata["model.weight"], BytesStorageMetadata()):
+        metadata.state_dict_metadata["model.weight"] = kind
+        (saved / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoint.load(saved, *trained(updates=0))
+    assert not (tmp_path / "canary").exists()

@@ -152,20 +152,33 @@ def _fill(tensors: dict[str, Any], path: Path) -> None:
         with _alone_or_not():
             load_shards(tensors, storage_reader=_Reader(path), planner=_Planner())
     except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        reason = " ".join(str(first).split()) or type(first).__name__
-        raise UserError(f"{path} cannot be read ({reason})") from None
+        raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path} cannot be read ({reason})")
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's reader of a checkpoint, with its pickled metadata under restriction."""
+    """PyTorch's reader of a checkpoint, with its pickled metadata under restriction.
+
+    Raises:
+        UserError: if the metadata cannot be read: PyTorch would print tracebacks and look for
+            others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with (path / ".metadata").open("rb") as file:
+                self._metadata: Metadata = _Unpickler(file).load()
+            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        except Exception as error:  # a damaged pickle raises anything
+            raise _unreadable(path, error) from None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = _Unpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        return self._metadata
 
 
 class _Planner(DefaultLoadPlanner):

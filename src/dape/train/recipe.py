@@ -77,9 +77,9 @@ class Settings(ABC):
         return batch // (ranks * size) if size else 1
 
     def _filled(self) -> str:
-        """Return the name with its blanks filled in, as far as they are known."""
-        values = flat(asdict(self)) | {"scheme": self.scheme}
-        return re.sub(r"{([^{}]*)}", lambda blank: str(values.get(blank[1], blank[0])), self.name)
+        """Return the name with its blanks filled in, as far as there are such values."""
+        values = asdict(self) | {"scheme": self.scheme}
+        return re.sub(r"{([^{}]*)}", lambda blank: _value(values, blank[1]) or blank[0], self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +185,13 @@ def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
             {f"{name}.{key}": each for key, each in value.items()} if nested else {name: value}
         )
     return values
+
+
+def _value(values: Any, key: str) -> str | None:
+    """Return the text of the value at a dotted key; None if there is none, or a mapping."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return None if values is None or isinstance(values, Mapping) else str(values)
 
 
 def _plain(value: Any) -> Any:
