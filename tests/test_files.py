@@ -149,7 +149,7 @@ def test_a_key_may_override_a_merged_one():
         ("a: !!timestamp foo", ":1: 'foo' is no timestamp"),
         ("a: !!python/name:os.system", ":1: could not determine a constructor"),
         ("a: 1\x00", "special characters are not allowed"),
-        ("a: " + "[" * 10_000, "nested too deeply"),
+        ("a: " + "[" * 2000, "nested too deeply"),
         ("a: [", ":1: "),
         ("", "holds no `key: value` lines"),
         ("- 1", "holds no `key: value` lines"),
@@ -181,3 +181,6 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
         with pytest.raises(UserError, match="busy"), locked(tmp_path / "run", "busy"):
             pass
     assert not list((tmp_path / "run").iterdir())
+    with locked(tmp_path / "new" / "run", "busy"):
+        assert (tmp_path / "new" / "run").is_dir()
+    assert not (tmp_path / "new").exists()

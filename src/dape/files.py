@@ -165,29 +165,39 @@ def is_free(folder: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path, busy: str) -> Iterator[None]:
-    """Keep other processes out of a folder, which is created; the lock ends with its process.
+    """Keep other processes out of a folder; the lock ends with its process.
+
+    A folder that is not there is created, and removed again if it is empty at the end.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / LOCK
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UserError(busy) from None
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), os.stat(file)):
-                break
-        os.close(handle)  # its owner removed the file between our opening and locking it
+    file, absent = folder / LOCK, [each for each in (folder, *folder.parents) if not each.exists()]
+    handle = _lock(file, busy)
     try:
         yield
     finally:
         file.unlink(missing_ok=True)
+        with suppress(OSError):  # something is in one of them
+            for each in absent:
+                each.rmdir()
         os.close(handle)
+
+
+def _lock(file: Path, busy: str) -> int:
+    """Return the handle of a file that is there and locked."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # its owner removed it, or its folder, meanwhile
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(handle), file.stat()):
+                    return handle
+            except BlockingIOError:
+                os.close(handle)
+                raise UserError(busy) from None
+            os.close(handle)
 
 
 def _file_mode(absent: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dape.errors import UserError
-from dape.files import read_json, read_text, read_yaml
+from dape.files import read_json, read_text, read_yaml, write_json
 
 _STEP = "step-"
 _REMEDY = "give the command that made the run again, under another --name"
@@ -138,6 +138,10 @@ class RunFolder:
             UserError: if it is damaged.
         """
         return read_json(self.record, dict, _REMEDY) if self.record.is_file() else {}
+
+    def update_record(self, entries: dict[str, Any]) -> None:
+        """Put entries over those that the record holds."""
+        write_json(self.record, self.read_record() | entries)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return what was logged, a mapping for each line; a last line that is cut is left out.

@@ -24,7 +24,7 @@ from dape.cli.retrofit import read
 from dape.data.prepare import Options, Preparation
 from dape.data.shards import Corpus
 from dape.evaluate.opening import open_model
-from dape.train.config import Training
+from dape.train.sections import Training
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
@@ -204,7 +204,7 @@ def test_an_unfinished_run_is_not_measured(models, command, capsys):
         (["--model.backend", "trition"], "unknown backend 'trition'"),
         (["--lengths", "4096"], "no document has the 4097 tokens it needs"),
         (["--protocol", "sliding"], "--protocol"),
-        (["--hardware.compile"], "hardware.compile=true"),
+        (["--hardware.compile", "blocks"], "hardware.compile='blocks'"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_trained(models, command, capsys, words, message):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dape.cli import main
-from dape.cli.train import read
+from dape.cli.train import combinations, parsed
 from dape.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -20,20 +20,20 @@ def fails(capsys, *argv):
 def test_options_are_put_over_the_recipe():
     recipe = str(RECIPES / "350m.yaml")
     options = ["--model.scheme", "alibi", "--seed", "3", "--training.batch-size", "512"]
-    arguments = read([recipe, *options, "--optimizer.clip-norm", "None", "--dry-run"])
+    arguments = parsed([recipe, *options, "--optimizer.clip-norm", "None", "--dry-run"])
     found = arguments.recipe
     assert (found.model.scheme, found.seed, found.training.batch_size) == ("alibi", 3, 512)
     assert found.optimizer.clip_norm is None and found.optimizer.learning_rate == 3e-4
     assert found.model.hidden_size == 1024 and found.folder == Path("runs/350m-alibi")
-    assert arguments.dry_run and not read([recipe]).dry_run
+    assert arguments.dry_run and not parsed([recipe]).dry_run
 
 
 def test_scheme_options_are_yaml():
     options = ["--model.scheme-options", "{adapter: {hidden: 8, inputs: sum}}"]
-    recipe = read([str(RECIPES / "125m.yaml"), *options]).recipe
+    recipe = parsed([str(RECIPES / "125m.yaml"), *options]).recipe
     assert recipe.model.scheme_options == {"adapter": {"hidden": 8, "inputs": "sum"}}
     with pytest.raises(UserError, match=r"'hidden=8' is no YAML mapping such as"):
-        read([str(RECIPES / "125m.yaml"), "--model.scheme-options", "hidden=8"])
+        parsed([str(RECIPES / "125m.yaml"), "--model.scheme-options", "hidden=8"])
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,27 @@ def test_a_sweep_is_a_run_for_each_scheme(capsys):
     assert "did you mean 'alibi'" in fails(capsys, recipe, *options, "kerple,alib")
     assert "in one folder" in fails(capsys, recipe, *options, "kerple,alibi", "--out", "runs/x")
     assert "in one folder" in fails(capsys, recipe, *options, "kerple,kerple")
+
+
+def test_any_setting_can_be_swept(capsys):
+    words = [
+        *("--model.scheme", "kerple,alibi", "--seed=0,1", "--optimizer.betas", "0.9", "0.95"),
+        *("--model.scheme-options", "{adapter: {hidden: 8, inputs: sum}}"),
+    ]
+    kept = [*words[3:6], *words[6:]]
+    assert list(combinations(["r,s.yaml", *words])) == [
+        ["r,s.yaml", "--model.scheme", scheme, f"--seed={seed}", *kept]
+        for scheme in ("kerple", "alibi")
+        for seed in (0, 1)
+    ]
+    options = ["--hardware.device", "cpu", "--dry-run", "--model.scheme-options"]
+    hidden = "{adapter: {hidden: 4}},{adapter: {hidden: 8}}"
+    assert "in one folder" in fails(capsys, RECIPES / "125m.yaml", *options, hidden)
+    named = ["--name", "hidden-{model.scheme_options.adapter.hidden}"]
+    assert main(["train", str(RECIPES / "125m.yaml"), *options, hidden, *named]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    folders = [words[1] for words in printed if words[0] == "run"]
+    assert folders == ["runs/hidden-4", "runs/hidden-8"]
 
 
 def test_a_recipe_is_named_first(capsys):

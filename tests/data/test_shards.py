@@ -165,9 +165,12 @@ def test_a_folder_that_is_no_corpus_is_refused_with_the_remedy(corpus, tmp_path)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "manifest.json").write_text("{"), "is no manifest of a corpus"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is not JSON"),
         (lambda f: (f / "manifest.json").write_text('{"format": 0}'), "has format 0, not 1"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "is no manifest of a corpus"),
+        (
+            lambda f: (f / "manifest.json").write_text('{"format": 1}'),
+            "manifest.json has not the expected fields",
+        ),
         (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or not the"),
         (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or not the"),
         (lambda f: (f / "train-00000.bin").write_bytes(b"ab"), "train-00000.bin is missing, or"),

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from pages import ROOT, execute, small_recipe, text
 from safetensors.numpy import load_file
 
-from dape.cli.train import cost
-from dape.train import config
+from dape.train.plan import cost
+from dape.train.recipe import Recipe, read
 
 PAGE = "docs/many-gpus.md"
 ROW = r"^\| `(\S+)` \| (\d) \| (\w+) \| (\S+) \| (\S+) \|$"
@@ -34,7 +34,7 @@ def test_two_processes_train_in_shards_and_the_export_is_whole(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name, gpus, strategy, parameters, memory", ROWS)
 def test_a_row_of_costs_is_what_the_dry_run_prints(name, gpus, strategy, parameters, memory):
-    recipe = config.read(ROOT / "recipes" / f"{name}.yaml")
+    recipe = read(ROOT / "recipes" / f"{name}.yaml", Recipe)
     printed = cost(recipe, int(gpus))
     assert f"parameters  {parameters} " in printed
     assert f"memory      about {memory} GiB on each device" in printed

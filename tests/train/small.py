@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 from dape.data.prepare import Options, Preparation
 from dape.data.shards import Windows
-from dape.train import config
+from dape.train import strict
+from dape.train.recipe import Recipe
 
 
 def prepare(folder):
@@ -38,7 +39,7 @@ def recipe(data, out, **changes):
     }
     for name, value in changes.items():
         sections[name] = sections[name] | value if isinstance(value, dict) else value
-    return config.strict.build(config.Recipe, sections)
+    return strict.build(Recipe, sections)
 
 
 def metrics(folder):

@@ -4,9 +4,9 @@ from small import recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from dape import DapeConfig, DapeForCausalLM
-from dape.train.config import Optimizer
 from dape.train.estimate import GIB, flops_per_token, memory, size
 from dape.train.optimize import adamw
+from dape.train.sections import Optimizer
 
 H, C, LAYERS, V = 2, 16, 3, 50
 

@@ -13,7 +13,9 @@ import dape
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
 from dape.train import loop, strict
-from dape.train.finetune import Retrofit, check, finetune
+from dape.train.plan import check
+from dape.train.recipe import Retrofit
+from dape.train.run import finetune
 
 CONFIG = {
     "vocab_size": 257, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -46,8 +48,7 @@ def recipe(base, data, out, **changes):
 
 
 def run(settings):
-    finetune(settings, Corpus(settings.data))
-    return settings.folder
+    return finetune(settings.model.base, settings).path
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_mistakes_are_found_before_a_step(base, data, tmp_path, model, words):
 
 
 def test_layouts_that_fine_tuning_does_not_have(base, data, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"hardware.compile=true: the blocks of pretrained"):
+    with pytest.raises(UserError, match=r"hardware.compile='blocks': the blocks of pretrained"):
         check(recipe(base, data, tmp_path, hardware={"compile": True}))
     monkeypatch.setenv("WORLD_SIZE", "2")
     check(recipe(base, data, tmp_path))

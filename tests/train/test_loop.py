@@ -16,18 +16,17 @@ from torch.nn.utils import clip_grad_norm_
 from dape import DapeConfig, DapeForCausalLM
 from dape.cli import main
 from dape.data.shards import Corpus, Windows
-from dape.train import config
-from dape.train.loop import train
+from dape.train.recipe import Recipe, read, write
+from dape.train.run import train
 
 
 def run(settings):
-    train(settings, Corpus(settings.data))
-    return settings.folder
+    return train(settings).path
 
 
 def command(settings, tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(config.write(settings))
+    file.write_text(write(settings))
     return ["train", str(file)]
 
 
@@ -100,7 +99,7 @@ def test_the_record_of_a_run(finished):
     assert (record["step"], record["tokens"]) == (6, 768)
     assert record["started"] <= record["ended"] and record["seconds"] > 0
     assert record["versions"]["torch"] == torch.__version__
-    assert config.read(folder / "config.yaml") == settings
+    assert read(folder / "config.yaml", Recipe) == settings
 
 
 @pytest.mark.parametrize(

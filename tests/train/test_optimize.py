@@ -3,8 +3,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from dape import DapeConfig, DapeForCausalLM
-from dape.train.config import Optimizer
 from dape.train.optimize import adamw, learning_rate
+from dape.train.sections import Optimizer
 
 
 def model(scheme="dape-kerple"):
@@ -38,6 +38,12 @@ def test_without_warm_up_the_first_update_is_on_the_cosine():
     rates = [learning_rate(step, 2, settings) for step in (1, 2)]
     assert rates == pytest.approx([0.5, 0.0])
     assert learning_rate(3, 3, Optimizer(learning_rate=1.0, warmup=1.0)) == 1.0
+
+
+def test_the_constant_schedule_stays_at_the_peak():
+    settings = Optimizer(learning_rate=0.5, warmup=0.04, schedule="constant", final=0.1)
+    rates = [learning_rate(step, 100, settings) for step in range(1, 101)]
+    assert rates == pytest.approx([0.125, 0.25, 0.375] + 97 * [0.5])
 
 
 def test_matrices_decay_and_nothing_else():

@@ -11,16 +11,17 @@ from small import losses, metrics, recipe, validation_loss
 from dape import DapeForCausalLM
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.train import checkpoint, parallelize
-from dape.train.config import Hardware
-from dape.train.loop import train
+from dape.runs import RunFolder
+from dape.train import parallelize
+from dape.train.run import train
+from dape.train.sections import Hardware
 
 
 @pytest.fixture(scope="module")
 def out(data, tmp_path_factory):
     """Return a folder with the same run on one rank, and on two: sharded, fused, and copied."""
     out = tmp_path_factory.mktemp("ranks")
-    train(recipe(data, out / "one"), Corpus(data))
+    train(recipe(data, out / "one"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
@@ -61,14 +62,14 @@ def test_each_rank_holds_its_part_of_each_parameter(out):
 
 
 def test_each_rank_saves_its_shards(out):
-    saved = checkpoint.latest(out / "fsdp" / "checkpoints")
+    saved = RunFolder(out / "fsdp").latest_checkpoint
     assert {path.name for path in saved.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
 def test_a_sharded_run_goes_on_with_one_rank(out, data):
     """The checkpoint of two ranks, loaded by one, exports the same model."""
     before = (out / "fsdp/model/model.safetensors").read_bytes()
-    train(recipe(data, out / "fsdp"), Corpus(data))
+    train(recipe(data, out / "fsdp"))
     assert (out / "fsdp/model/model.safetensors").read_bytes() == before
 
 

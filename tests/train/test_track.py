@@ -23,7 +23,7 @@ def log(settings, done, steps):
 def test_a_resumed_run_has_each_step_once(tmp_path):
     settings = recipe("data", tmp_path)
     log(settings, 0, [1, 2, 3, 4])
-    with (tmp_path / track.METRICS).open("a") as file:
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
     log(settings, 2, [3, 4, 5])
     assert metrics(tmp_path) == [entry(step, step / 2) for step in (1, 2, 3, 4, 5)]
@@ -43,7 +43,7 @@ def test_a_new_run_begins_with_nothing(tmp_path):
 
 def report(settings, ceiling, speeds):
     """Report updates that took so many seconds each, of which every second is logged."""
-    with Reporter(settings, done=0, ceiling=ceiling) as reporter:
+    with Reporter(settings, 0, tokens=128, ceiling=ceiling) as reporter:
         for step, seconds in enumerate(speeds, start=1):
             update = entry(step) | {"update_seconds": seconds}
             reporter.step(update, due=step % 2 == 0)
@@ -68,7 +68,7 @@ def test_without_a_known_peak_there_is_no_utilisation(tmp_path, capsys):
 
 
 def test_a_validation_is_always_shown(tmp_path, capsys):
-    with Reporter(recipe("data", tmp_path), done=0, ceiling=None) as reporter:
+    with Reporter(recipe("data", tmp_path), 0, tokens=128, ceiling=None) as reporter:
         for step in (1, 2, 3):
             update = entry(step) | {"update_seconds": 1.0, "validation_loss": 2.5}
             reporter.step(update, due=True)
@@ -78,7 +78,7 @@ def test_a_validation_is_always_shown(tmp_path, capsys):
 def test_metrics_are_flushed_line_by_line(tmp_path):
     tracker = Tracker(recipe("data", tmp_path), 0)
     tracker.log(entry(1))
-    assert json.loads((tmp_path / track.METRICS).read_text()) == entry(1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == entry(1)
     tracker.close()
 
 

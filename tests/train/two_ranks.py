@@ -8,13 +8,15 @@ from small import recipe
 from torch.distributed.tensor import DTensor
 
 from dape.data.shards import Corpus
-from dape.train.loop import export, fit, setup, train
+from dape.train.loop import fit
+from dape.train.run import begin, train
+from dape.train.task import LanguageModelling
 
 
 def sharded(settings):
-    session = setup(settings, Corpus(settings.data))
+    session = begin(LanguageModelling(settings, Corpus(settings.data)))
     fit(session)
-    export(session)
+    session.task.save(session.fabric, session.model)
     return {
         name: [isinstance(p, DTensor), str(p.placements), p.numel(), p.to_local().numel()]
         for name, p in session.model.named_parameters()
@@ -25,9 +27,9 @@ def main(data, out):
     held, rank = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
     fused = {"backend": "triton"}
-    train(recipe(data, out / "fused", model=fused, hardware={"strategy": "fsdp"}), Corpus(data))
+    train(recipe(data, out / "fused", model=fused, hardware={"strategy": "fsdp"}))
     accumulated = {"strategy": "ddp", "micro_batch_size": 2}
-    train(recipe(data, out / "ddp", hardware=accumulated), Corpus(data))
+    train(recipe(data, out / "ddp", hardware=accumulated))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """`dape export`: a run as a Hugging Face folder."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.errors import UserError
+from dape.files import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,8 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()
     trained = restore(arguments.run)
     written = card(trained, out.resolve().name)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    trained.model.save_pretrained(partial)
-    trained.tokenizer.save_pretrained(partial)
-    written.save(partial / "README.md")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with whole(out) as partial:
+        trained.model.save_pretrained(partial)
+        trained.tokenizer.save_pretrained(partial)
+        written.save(partial / "README.md")
     print(f"wrote {out}, the model after {trained.step:,} steps; share it: hf upload NAME {out}")

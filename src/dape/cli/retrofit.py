@@ -5,7 +5,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,8 +15,8 @@ from dape.cli.options import Lengths
 from dape.cli.progress import progress
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
-from dape.train import config
-from dape.train.finetune import Retrofit
+from dape.train.recipe import Retrofit
+from dape.train.recipe import read as read_recipe
 
 PROG = "dape retrofit MODEL"
 BEYOND = 4  # how many times the longer of both training lengths is measured by default
@@ -67,7 +67,7 @@ def read(argv: list[str]) -> Arguments:
         found, rest = parser.parse_known_args(argv[1:])
     except ArgumentError:
         raise UserError("--recipe needs a file") from None
-    recipe = cast(Retrofit, config.read(found.recipe, Retrofit)) if found.recipe else Retrofit()
+    recipe = read_recipe(found.recipe, Retrofit) if found.recipe else Retrofit()
     named = replace(recipe, model=replace(recipe.model, base=str(Path(argv[0]))))
     return parse(Arguments, rest, PROG, Arguments(named))
 
@@ -78,27 +78,28 @@ def run(arguments: Arguments) -> None:
 
     from dape.evaluate.evaluation import evaluate
     from dape.evaluate.opening import open_model
-    from dape.evaluate.plan import plan
+    from dape.evaluate.plan import plan as plan_windows
     from dape.evaluate.protocols import protocol
-    from dape.train import finetune, folder, parallelize
+    from dape.train import plan
+    from dape.train.parallelize import is_first_rank
+    from dape.train.run import check_folder, finetune
 
     logging.disable_progress_bar()  # of the loading of weights
     recipe = arguments.recipe
-    finetune.check(recipe)
+    plan.check(recipe)
     base = open_model(Path(recipe.model.base))
     corpus = base.corpus(recipe.data)
-    folder.check(recipe, corpus.checksum)
+    check_folder(recipe, {"path": recipe.data, "checksum": corpus.checksum})
     lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
     rule = protocol(arguments.protocol, lengths)
     # Lengths that no document has are refused now.
-    plan(corpus, "test", rule, lengths, documents=arguments.documents, blocks=4, seed=0)
-    if not folder.record(recipe.folder).get("ended"):
-        finetune.finetune(recipe, corpus)
-    if not parallelize.is_first_rank():
+    plan_windows(corpus, "test", rule, lengths, documents=arguments.documents, blocks=4, seed=0)
+    trained = finetune(recipe.model.base, recipe)
+    if not is_first_rank():
         return
     with progress() as watch:
         evaluations = evaluate(
-            [recipe.model.base, recipe.folder],
+            [recipe.model.base, trained],
             corpus,
             lengths,
             arguments.protocol,

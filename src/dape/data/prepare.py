@@ -1,11 +1,9 @@
 """Preparing a corpus: sources to records to tokens to shards, resumable after any interruption."""
 
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +15,9 @@ from dape.data.corpora import STANDARD_LIBRARY, Part, Source, resolve
 from dape.data.encoding import Batch, Encoding, encoded
 from dape.data.records import Record, read
 from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
-from dape.data.writer import JOURNAL, SKIPPED, SPLITS, CorpusWriter, State
+from dape.data.writer import AGAIN, JOURNAL, SKIPPED, SPLITS, CorpusWriter, State
 from dape.errors import UserError
+from dape.files import is_free, locked, read_json, remove_leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -99,12 +98,13 @@ class Preparation:
         self.finished = manifest.is_file() and not options.overwrite
         self.resumed = journal.is_file() and not options.overwrite and not self.finished
         if self.finished:
-            _refuse_other(self._folder, Corpus(self._folder).manifest, self._header)
+            there = _arguments(Corpus(self._folder).manifest)
+            _refuse_other(self._folder, there, self._header)
             journal.unlink(missing_ok=True)  # left if the run was killed at its very end
         elif self.resumed:
-            there = json.loads(journal.read_bytes())
-            _refuse_other(self._folder, there["header"], self._header)
-        elif not (manifest.is_file() or journal.is_file() or _is_free(self._folder)):
+            there = read_json(journal, lambda found: _arguments(found["header"]), AGAIN)
+            _refuse_other(self._folder, there, self._header)
+        elif not (manifest.is_file() or journal.is_file() or is_free(self._folder)):
             raise UserError(f"{self._folder} holds other files; give --out a new or empty folder")
 
     @property
@@ -120,9 +120,10 @@ class Preparation:
         options say so.
         """
         options = self._options
-        self._folder.mkdir(parents=True, exist_ok=True)
+        busy = f"another process is preparing {self._folder}; wait for its end"
         with ExitStack() as stack:
-            stack.enter_context(_locked(self._folder))
+            stack.enter_context(locked(self._folder, busy))
+            remove_leftovers(self._folder)
             if options.overwrite:
                 _clear(self._folder)
             stop = options.on_error == "stop"
@@ -175,9 +176,9 @@ def _header(
     }
 
 
-def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, was: dict[str, tuple[str, Any]], wanted: dict[str, Any]) -> None:
     """Raise `UserError` if what is in the folder was asked for with other arguments."""
-    was, now = _arguments(there), _arguments(wanted)
+    now = _arguments(wanted)
     differences = [
         f"{name} {was[name][0]} {'changed since' if was[name][0] == text else f'is now {text}'}"
         for name, (text, value) in now.items()
@@ -212,13 +213,6 @@ def _refuse_inside(options: Options) -> None:
             raise UserError(f"{options.out} lies in the source {name}; name a folder beside it")
 
 
-def _is_free(folder: Path) -> bool:
-    """Return whether there is nothing but what a run killed at its very start leaves."""
-    if not folder.exists():
-        return True
-    return folder.is_dir() and all(path.suffix == ".tmp" for path in folder.iterdir())
-
-
 def _clear(folder: Path) -> None:
     """Remove what a preparation wrote, and nothing else."""
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
@@ -227,19 +221,6 @@ def _clear(folder: Path) -> None:
             path.unlink()
     for name in (SKIPPED, MANIFEST, JOURNAL):
         (folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the lock goes with the process, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another process is preparing {folder}; wait for its end") from error
-    finally:
-        os.close(handle)
 
 
 def _size(parts: list[Part]) -> int:

@@ -1,7 +1,6 @@
 """A prepared corpus: memory-mapped tokens with document boundaries, and windows to train on."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Int64
 
+from dape.data import tokenizer as tokenizers
 from dape.errors import UserError, unknown
+from dape.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,6 +51,24 @@ class Corpus:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(str(self.folder / TOKENIZER))
+
+    def check_model(self, source: str, vocab_size: int) -> None:
+        """Refuse a model, from a folder or the hub, that reads other tokens than these.
+
+        Raises:
+            UserError: if its vocabulary is smaller, or its tokenizer is another.
+        """
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"{self.folder} has token ids up to {self.vocab_size - 1}, the model {source} only"
+                f" {vocab_size}; prepare it with its tokenizer"
+            )
+        own = tokenizers.of_model(source)
+        if own and tokenizers.fingerprint(own) != tokenizers.fingerprint(self.tokenizer()):
+            raise UserError(
+                f"{self.folder} was prepared with another tokenizer than that of {source}; prepare"
+                f" it with --tokenizer {tokenizers.file_of_model(source).parent}"
+            )
 
     def split(self, name: str) -> "Split":
         """Return a split, `UserError` if it has no documents: train, validation or test."""
@@ -199,19 +218,23 @@ def _manifest(folder: Path) -> dict[str, Any]:
             "which also resumes an interrupted one"
         )
     remedy = "prepare it again with --overwrite"
-    try:
-        manifest = json.loads(file.read_bytes())
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{file} has format {manifest['format']}, not {FORMAT}; {remedy}")
-        width = np.dtype(manifest["dtype"]).itemsize
-        expected = {
-            folder / shard["file"]: shard["tokens"] * width
-            for split in manifest["splits"].values()
-            for shard in split["shards"]
-        }
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is no manifest of a corpus ({error!r}); {remedy}") from error
+    manifest, expected = read_json(file, lambda found: (found, _sizes(found)), remedy)
     for shard, size in expected.items():
-        if not index_file(shard).is_file() or not shard.is_file() or shard.stat().st_size != size:
-            raise UserError(f"{shard} is missing, or not the {size:,} bytes it had; {remedy}")
+        path = folder / shard
+        if not index_file(path).is_file() or not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path} is missing, or not the {size:,} bytes it had; {remedy}")
+    if not (folder / TOKENIZER / "tokenizer.json").is_file():
+        raise UserError(f"{folder / TOKENIZER} has no tokenizer.json; {remedy}")
     return manifest
+
+
+def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Return the bytes of each shard; a `UserError` for a manifest of another format."""
+    if manifest["format"] != FORMAT:
+        raise UserError(f"it has format {manifest['format']}, not {FORMAT}")
+    width = np.dtype(manifest["dtype"]).itemsize
+    return {
+        shard["file"]: shard["tokens"] * width
+        for split in manifest["splits"].values()
+        for shard in split["shards"]
+    }

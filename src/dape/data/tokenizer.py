@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64, UInt
 
-from dape.data.hub import reachable
+from dape.data.hub import fetch, reachable
 from dape.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,6 +91,24 @@ def _from_path(path: Path) -> "PreTrainedTokenizerFast":
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:  # the Rust parser raises bare exceptions
         raise UserError(f"{file} is no Hugging Face tokenizer: {error}") from error
+
+
+def of_model(source: str) -> "PreTrainedTokenizerFast | None":
+    """Return the tokenizer of a model, in a folder or on the hub; None for a folder without one."""
+    from transformers import PreTrainedTokenizerFast
+
+    if Path(source).is_dir() and not file_of_model(source).is_file():
+        return None
+    return fetch(PreTrainedTokenizerFast.from_pretrained, source)
+
+
+def file_of_model(source: str) -> Path:
+    """Return where the `tokenizer.json` of a model lies: in its folder, or in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source) / "tokenizer.json"
+    return Path(str(try_to_load_from_cache(source, "tokenizer.json")))
 
 
 def serialize(tokenizer: "PreTrainedTokenizerFast") -> str:

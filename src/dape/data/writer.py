@@ -15,9 +15,11 @@ import numpy as np
 from dape.data.encoding import Encoded
 from dape.data.shards import MANIFEST, index_file
 from dape.errors import UserError
+from dape.files import read_json, write_json
 
 JOURNAL = "progress.json"
 SKIPPED = "skipped.txt"
+AGAIN = "start again with --overwrite"
 SPLITS = ("train", "validation", "test")
 SCAN = 2**24  # tokens searched for document boundaries at a time
 JOURNAL_SECONDS = 1.0  # how much work an interruption costs
@@ -77,7 +79,7 @@ class SplitWriter:
         path = self._folder / f"{self._name}-{len(self._written.shards):05d}.bin"
         size = self._written.open_tokens * self._dtype.itemsize
         if size and (not path.exists() or path.stat().st_size < size):
-            raise UserError(f"{path} has lost what was written to it; start again with --overwrite")
+            raise UserError(f"{path} has lost what was written to it; {AGAIN}")
         self._file = open(path, "ab")  # noqa: SIM115 (`close` closes it)
         self._file.truncate(size)
 
@@ -146,7 +148,7 @@ class CorpusWriter:
         journal = folder / JOURNAL
         self.state = State()
         if journal.exists():
-            self.state = State.load(json.loads(journal.read_bytes())["state"])
+            self.state = read_json(journal, lambda found: State.load(found["state"]), AGAIN)
         self._write_journal()
         with ExitStack() as files:
             self._list = files.enter_context(open(folder / SKIPPED, "ab"))
@@ -218,13 +220,3 @@ class CorpusWriter:
             (self._folder / SKIPPED).unlink()
         write_json(self._folder / MANIFEST, manifest)
         (self._folder / JOURNAL).unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `path` in one step: a reader, or a run after a crash, sees the old or the new."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

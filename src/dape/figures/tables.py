@@ -62,12 +62,11 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
     if any(len(group.evaluations) > 1 for group in groups):
         notes.append("± one standard deviation over seeds.")
     notes += [refusal(group.label, group.refused) for group in groups if group.refused]
-    if metric == "bits_per_byte":
-        notes += [
-            f"{NOTHING} {group.label}: the tokens of its tokenizer stand for no fixed number of bytes."
-            for group in groups
-            if group.evaluations[0].targets.bytes is None
-        ]
+    notes += [
+        f"{NOTHING} {group.label}: its tokens stand for no fixed number of bytes."
+        for group in groups
+        if not _has(group, metric)
+    ]
     return Table(
         title=f"{METRICS[metric].capitalize()} by length of the window",
         header=["scheme", "runs", *lengths],
@@ -142,22 +141,23 @@ def p_value(test: PairedTest | None) -> str:
 def _cells(group: Group, metric: str) -> list[str]:
     columns = zip(group.evaluations[0].lengths, group.values(metric).T, strict=True)
     return [
-        NOTHING if length in group.refused else _cell(values, metric) for length, values in columns
+        NOTHING if length in group.refused or not _has(group, metric) else _cell(values, metric)
+        for length, values in columns
     ]
+
+
+def _has(group: Group, metric: str) -> bool:
+    return metric != "bits_per_byte" or group.evaluations[0].targets.bytes is not None
 
 
 def _cell(values: Float[np.ndarray, " seeds"], metric: str) -> str:
     mean = number(values.mean(), metric)
-    return (
-        mean
-        if len(values) == 1 or mean == NOTHING
-        else f"{mean} ± {number(values.std(ddof=1), metric)}"
-    )
+    return mean if len(values) == 1 else f"{mean} ± {number(values.std(ddof=1), metric)}"
 
 
 def number(value: float | None, metric: str = "perplexity") -> str:
     """Return a value of the metric with the digits that are worth reading."""
-    if value is None or math.isnan(value):
+    if value is None:
         return NOTHING
     if metric != "perplexity":
         return f"{value:.4f}"

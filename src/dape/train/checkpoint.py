@@ -1,21 +1,50 @@
-"""Checkpoints that are whole or absent: a distributed folder, renamed once it is complete."""
+"""Checkpoints that are whole or absent, and that run no code of theirs when they are read."""
 
-import json
-import shutil
+import pickle
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
+
+from dape.errors import UserError
+from dape.files import partial_of, read_json, remove, remove_leftovers, whole, write_json
+from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-PARTIAL = ".partial"
+_PROGRESS = "progress.json"
+_DESCRIPTION = {  # what the metadata of a checkpoint is made of, beside dtypes
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata"),
+        *("TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties"),
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),  # Python 3.13
+}
 
 
 @dataclass(slots=True)
@@ -26,61 +55,68 @@ class Progress:
     seconds: float = 0.0
 
 
-def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, found by looking."""
-    found = sorted(folder.glob("step-" + "[0-9]" * 8))
-    return found[-1] if found else None
-
-
 def save(
     fabric: "Fabric",
-    folder: Path,
+    run: RunFolder,
     model: nn.Module,
     optimizer: Optimizer,
     progress: Progress,
     keep: int,
 ) -> None:
-    """Write `step-NNNNNNNN` into `folder`, each rank its own shards, and drop all but `keep`.
+    """Write a checkpoint, each rank its own shards, and drop all but the `keep` newest.
 
-    Frozen parameters are left out: they are where they came from.
-    A process that dies meanwhile leaves a `.partial` folder, which is not looked at and removed by
-    the next call.
+    Frozen parameters are left out, for they are where they came from, and so are the optimizer's
+    settings, which the recipe has.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-    from torch.distributed.checkpoint.state_dict_saver import save as save_shards
-
-    path = folder / f"step-{progress.step:08d}"
-    partial = path.with_suffix(PARTIAL)
-    if fabric.is_global_zero:
-        for leftover in folder.glob(f"*{PARTIAL}"):
-            shutil.rmtree(leftover)
-    fabric.barrier()
+    path = run.checkpoint(progress.step)
     options = StateDictOptions(ignore_frozen_params=True)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    with _alone_or_not():
-        save_shards({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+    state = {"model": weights, "optimizer": {"state": moments["state"]}}
+    with whole(path) if fabric.is_global_zero else nullcontext():
+        fabric.barrier()
+        with _alone_or_not():
+            save_shards(state, checkpoint_id=partial_of(path))
+        if fabric.is_global_zero:
+            write_json(partial_of(path) / _PROGRESS, asdict(progress))
     if fabric.is_global_zero:
-        (partial / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        partial.rename(path)
-        for old in sorted(folder.glob("step-" + "[0-9]" * 8))[:-keep]:
-            shutil.rmtree(old.rename(old.with_suffix(PARTIAL)))
+        for old in run.saved_checkpoints()[keep:]:
+            remove(old)
+        remove_leftovers(run.checkpoints)
     fabric.barrier()
+
+
+def newest(
+    run: RunFolder, read: Callable[[Path], Progress], say: Callable[[str], object]
+) -> Progress | None:
+    """Return what `read` makes of the newest checkpoint that it can read; None if there is none.
+
+    Raises:
+        UserError: if there are checkpoints, and none can be read.
+    """
+    saved = run.saved_checkpoints()
+    for path in saved:
+        try:
+            return read(path)
+        except UserError as error:
+            say(f"{error}; looking for the checkpoint before it")
+    if saved:
+        raise UserError(
+            f"no checkpoint in {run.checkpoints} can be read; delete that folder to start the run"
+            " again"
+        )
+    return None
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint's weights and moments in place, over any number of ranks."""
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_state_dict,
-        set_state_dict,
-    )
-    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+    """Put a checkpoint's weights and moments in place, over any number of ranks.
 
+    Raises:
+        UserError: if it is damaged, or of another model.
+    """
     # Not strict: what is frozen is in no checkpoint. What is not, the model itself has asked for.
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    with _alone_or_not():  # fills the tensors of both in place
-        load_shards({"model": weights, "optimizer": moments}, checkpoint_id=path)
+    _fill({"model": weights, "optimizer": {"state": moments["state"]}}, path)
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )
@@ -88,19 +124,78 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
 
 
 def load_weights(path: Path, model: nn.Module) -> Progress:
-    """Put a checkpoint's weights in place, in a model that is not to be trained on."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-    from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+    """Put a checkpoint's weights in place, in a model that is not to be trained on.
 
+    Raises:
+        UserError: if it is damaged, or of another model.
+    """
     weights = get_model_state_dict(model)
-    with _alone_or_not():
-        load_shards({"model": weights}, checkpoint_id=path)
+    _fill({"model": weights}, path)
     set_model_state_dict(model, weights)
     return _progress(path)
 
 
 def _progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    progress = read_json(
+        path / _PROGRESS,
+        lambda found: Progress(step=int(found["step"]), seconds=float(found["seconds"])),
+        "the checkpoint is damaged",
+    )
+    if path.name != RunFolder(path.parent).checkpoint(progress.step).name:
+        raise UserError(f"{path} says that it is of step {progress.step}")
+    return progress
+
+
+def _fill(tensors: dict[str, Any], path: Path) -> None:
+    """Fill the tensors of a nested dictionary in place from the shards of a checkpoint."""
+    try:
+        with _alone_or_not():
+            load_shards(tensors, storage_reader=_Reader(path), planner=_Planner())
+    except CheckpointException as error:
+        raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{path} cannot be read ({reason})")
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader of a checkpoint, with its pickled metadata under restriction.
+
+    Raises:
+        UserError: if the metadata cannot be read: PyTorch would print tracebacks and look for
+            others.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with (path / ".metadata").open("rb") as file:
+                self._metadata: Metadata = _Unpickler(file).load()
+            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        except Exception as error:  # a damaged pickle raises anything
+            raise _unreadable(path, error) from None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's plan of a load, of tensors alone: all else would be pickled objects."""
+
+    def load_bytes(self, read_item: Any, value: Any) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes the objects that describe a checkpoint, and refuses any other."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _DESCRIPTION.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
 
 
 @contextmanager

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dape.train.config import Recipe
 from dape.train.optimize import is_positional
+from dape.train.recipe import Recipe
 
 # Dense bfloat16 multiply-adds on the tensor cores, in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {

@@ -5,21 +5,23 @@ import math
 import torch
 from torch import nn
 
-from dape.train.config import Optimizer
+from dape.train.sections import Optimizer
 
 # Names that the model gives to the modules of the four places.
 PLACES = frozenset({"position_embedding", "rotation", "position_bias", "adapter"})
 
 
 def learning_rate(step: int, steps: int, settings: Optimizer) -> float:
-    r"""Return the rate of update `step` = 1 .. `steps`: a linear warm-up, then half a cosine.
+    r"""Return the rate of update `step` = 1 .. `steps`: a linear warm-up, then the schedule.
 
-    With W = `warmup` * `steps` updates of warm-up and the peak r: r step / W up to W, then
-    r (final + (1 - final) (1 + cos(pi (step - W) / (steps - W))) / 2).
+    With W = `warmup` * `steps` updates of warm-up and the peak r: r step / W up to W, then r for
+    the constant schedule, or r (final + (1 - final) (1 + cos(pi (step - W) / (steps - W))) / 2).
     """
     warmup = round(settings.warmup * steps)
     if step <= warmup:
         return settings.learning_rate * step / warmup
+    if settings.schedule == "constant":
+        return settings.learning_rate
     cosine = (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
     return settings.learning_rate * (settings.final + (1 - settings.final) * cosine)
 

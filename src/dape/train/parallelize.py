@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from dape.errors import UserError
-from dape.train.config import Hardware, Recipe
+from dape.train.recipe import Settings
+from dape.train.sections import Hardware
+from dape.train.task import Task
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -46,7 +48,7 @@ def device(hardware: Hardware) -> torch.device:
     return torch.device("cuda")
 
 
-def launch(recipe: Recipe) -> "Fabric":
+def launch(recipe: Settings) -> "Fabric":
     """Return Lightning's Fabric, started: a single device, DDP, or FSDP2 by `shard`."""
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -72,29 +74,27 @@ def launch(recipe: Recipe) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """A language model as the map from windows of tokens `[B, T + 1]` to the mean loss of T."""
+    """The loss of a task as a module of the model, so that calling it exchanges gradients."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model
+        self._task = task
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the mean cross-entropy, in nats a token, of each token after the first."""
-        targets = tokens[:, 1:].contiguous()
-        loss: torch.Tensor = self.model(
-            input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False
-        ).loss
-        return loss
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of the examples of a batch."""
+        return self._task.loss(self.model, *batch)
 
 
-def parallelize(fabric: "Fabric", model: nn.Module, hardware: Hardware) -> nn.Module:
+def parallelize(fabric: "Fabric", model: nn.Module, task: Task) -> nn.Module:
     """Return the loss of `model` as the devices compute it: checkpoint, compile, shard or copy."""
+    hardware = task.recipe.hardware
     if hardware.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    if hardware.compile:
+    if hardware.compile != "none":
         for layer in model.model.layers:  # type: ignore[union-attr]
             layer.forward = torch.compile(layer.forward)
-    return fabric.setup_module(Loss(model))
+    return fabric.setup_module(Loss(model, task))
 
 
 def shard(loss: Loss, mesh: "DeviceMesh") -> Loss:

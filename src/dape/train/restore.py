@@ -1,14 +1,18 @@
 """The model of a run, finished or not."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dape.data.hub import fetch
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.train import checkpoint, config, folder, strict
-from dape.train.config import Recipe
-from dape.train.loop import build
+from dape.runs import RunFolder
+from dape.train.checkpoint import load_weights, newest
+from dape.train.recipe import Recipe, read
+from dape.train.task import draw, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -30,40 +34,44 @@ class Trained:
         return self.step == self.recipe.training.steps
 
 
-def restore(run: Path) -> Trained:
+def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     """Return the model that a finished run left, or else that of its latest checkpoint.
+
+    `say` is told of checkpoints that cannot be read.
 
     Raises:
         UserError: if there is no run, no checkpoint yet, or not the corpus any more that tells the
             tokenizer of a checkpoint.
     """
-    if not (run / folder.RECIPE).is_file():
-        raise UserError(f"no run in {run}: it has no {folder.RECIPE}, as `dape train` writes one")
-    if "base" in strict.load(run / folder.RECIPE).get("model", {}):
+    folder = RunFolder(run)
+    if not folder.exists:
+        raise UserError(
+            f"no run in {run}: it has no {folder.recipe.name}, as `dape train` writes one"
+        )
+    if folder.is_retrofit:
         raise UserError(f"{run} is of `dape retrofit`: share what it saved, adapters or a model")
-    recipe = config.read(run / folder.RECIPE)
-    if (run / "model" / "config.json").is_file():
-        return _finished(run, recipe)
-    saved = checkpoint.latest(run / "checkpoints")
-    if saved is None:
+    recipe = read(folder.recipe, Recipe)
+    if folder.has_model:
+        return _finished(folder, recipe)
+    if folder.latest_checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; let `dape train` go on")
-    corpus = _corpus(run, recipe)
-    model = build(recipe, recipe.model.vocab_size or corpus.vocab_size, corpus.end_of_text)
-    step = checkpoint.load_weights(saved, model).step
-    return Trained(run, recipe, model, corpus.tokenizer(), step)
+    corpus = _corpus(folder, recipe)
+    model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
+    progress = newest(folder, partial(load_weights, model=model), say)
+    return Trained(run, recipe, model, corpus.tokenizer(), progress.step if progress else 0)
 
 
-def _finished(run: Path, recipe: Recipe) -> Trained:
+def _finished(run: RunFolder, recipe: Recipe) -> Trained:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    model = AutoModelForCausalLM.from_pretrained(run / "model")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(run / "model"))
-    return Trained(run, recipe, model, tokenizer, recipe.training.steps)
+    model = fetch(AutoModelForCausalLM.from_pretrained, str(run.model))
+    tokenizer = fetch(PreTrainedTokenizerFast.from_pretrained, str(run.model))
+    return Trained(run.path, recipe, model, tokenizer, recipe.training.steps)
 
 
-def _corpus(run: Path, recipe: Recipe) -> Corpus:
+def _corpus(run: RunFolder, recipe: Recipe) -> Corpus:
     corpus = Corpus(recipe.data)
-    trained_on = folder.record(run)["data"]["checksum"]
+    trained_on = run.read_record().get("data", {}).get("checksum", corpus.checksum)
     if corpus.checksum != trained_on:
         raise UserError(
             f"{run} was trained on other data: {recipe.data} has checksum {corpus.checksum[:12]},"

@@ -1,11 +1,10 @@
-"""YAML into dataclasses, strictly: no unknown or repeated key, no value of another type."""
+"""Mappings into dataclasses, strictly: no unknown key, no value of another type."""
 
 import types
-from dataclasses import is_dataclass
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from reprlib import Repr
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dape.errors import UserError, unknown
 
@@ -18,26 +17,16 @@ NAMES = {
     list: "a list",
     types.NoneType: "nothing",
 }
+_short = Repr()
+_short.maxstring = _short.maxother = 200
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Marks a choice that `true` and `false` name too."""
 
-    Raises:
-        UserError: naming the file, and the line if it is known.
-    """
-    try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file") from None
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: {error.problem}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds no `key: value` lines")
-    return data
+    on: str
+    off: str
 
 
 def build(cls: type, data: Any, where: str = "") -> Any:
@@ -47,9 +36,9 @@ def build(cls: type, data: Any, where: str = "") -> Any:
         UserError: for an unknown key, with the nearest known one, or a value that does not have its
             field's type; `where` is put before their names.
     """
-    if not isinstance(data, dict):
-        raise UserError(f"{where.rstrip('.')}={data!r} must be a section of keys")
-    hints = get_type_hints(cls)
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where.rstrip('.')}={_short.repr(data)} must be a section of keys")
+    hints = get_type_hints(cls, include_extras=True)
     values = {}
     for key, value in data.items():
         name = f"{where}{key}"
@@ -62,39 +51,36 @@ def build(cls: type, data: Any, where: str = "") -> Any:
     return cls(**values)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which the standard loader drops the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            keys = [key.value for key, _ in node.value]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.MarkedYAMLError(
-                problem=f"key {twice!r} is given twice", problem_mark=node.start_mark
-            )
-        return mapping
-
-
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as a `hint`: an int as a float, a list as a tuple, all else as it is."""
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+        for note in notes:
+            if isinstance(note, Switch) and type(value) is bool:
+                return note.on if value else note.off
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if get_origin(option) is Literal and value in get_args(option):
             return value
         if option is float and type(value) is int:
             return float(value)
-        if get_origin(option) is tuple and type(value) is list:
+        if get_origin(option) is tuple and type(value) in (list, tuple):
             parts = get_args(option)
             if len(parts) == len(value):
                 return tuple(map(_convert, value, parts, [where] * len(parts)))
         if type(value) is (get_origin(option) or option):
             return value
+    raise UserError(_mismatch(value, options, where))
+
+
+def _mismatch(value: Any, options: tuple[Any, ...], where: str) -> str:
+    """Return what is wrong with a value that is of none of the types."""
     remedy = ""
-    if float in options and isinstance(value, str) and _is_number(value):
-        remedy = f"; YAML takes it for text, write {float(value):.1e}"
+    if isinstance(value, str) and not {int, float}.isdisjoint(options) and _is_number(value):
+        number = f"{float(value):.1e}" if float in options else f"{float(value):.0f}"
+        remedy = f"; YAML takes it for text, write {number}"
     expected = " or ".join(map(_describe, options))
-    raise UserError(f"{where}={value!r}: expected {expected}{remedy}")
+    return f"{where}={_short.repr(value)}: expected {expected}{remedy}"
 
 
 def _describe(option: Any) -> str:

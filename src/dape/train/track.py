@@ -2,56 +2,48 @@
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dape.errors import UserError
-from dape.train.config import Recipe
+from dape.files import write_text
+from dape.runs import RunFolder
+from dape.train.recipe import Settings
 
 Metrics = dict[str, float | int]
 
-METRICS = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: Settings) -> None:
     """Raise a `UserError` if the tracking service is not installed."""
     service = recipe.tracking.service
     if service != "none" and find_spec(service) is None:
         raise UserError(
             f"tracking.service={service!r} is not installed; run `pip install {service}`, or leave"
-            f" the option out: {METRICS} and TensorBoard are written always"
+            f" the option out: {recipe.run.metrics.name} and TensorBoard are written always"
         )
-
-
-def last_metrics(folder: Path) -> Metrics:
-    """Return what was logged last in the folder of a run."""
-    line = (folder / METRICS).read_text(encoding="utf-8").splitlines()[-1]
-    metrics: Metrics = json.loads(line)
-    return metrics
 
 
 class Tracker:
     """Writes the metrics of each logged step to every place that keeps them.
 
     A run that resumes at `step` continues its files there: what they hold of later steps, which are
-    computed again, is dropped from `metrics.jsonl` and hidden by TensorBoard.
+    computed again, is dropped from the metrics and hidden by TensorBoard.
     """
 
-    def __init__(self, recipe: Recipe, step: int) -> None:
+    def __init__(self, recipe: Settings, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = _reopen(recipe.folder / METRICS, step)
-        self._board = SummaryWriter(str(recipe.folder / "tensorboard"), purge_step=step + 1)
+        self._file = _reopen(recipe.run, step)
+        self._board = SummaryWriter(str(recipe.run.tensorboard), purge_step=step + 1)
         self._service: Any = None
         if recipe.tracking.service != "none":
             self._service = import_module(recipe.tracking.service)
@@ -78,30 +70,30 @@ class Tracker:
             self._service.finish()
 
 
-def _reopen(file: Path, step: int) -> Any:
-    """Return `metrics.jsonl` open for appending, without lines that are broken or after `step`."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, file)
-    return file.open("a", encoding="utf-8")
+def _reopen(run: RunFolder, step: int) -> TextIO:
+    """Return the metrics of a run open for appending, without lines after `step`."""
+    kept = [each for each in run.read_metrics() if each["step"] <= step]
+    write_text(run.metrics, "".join(json.dumps(each) + "\n" for each in kept))
+    return run.metrics.open("a", encoding="utf-8")
 
 
 class Reporter:
     """Tells how a run goes: metrics to the tracker, a bar on a terminal, elsewhere lines.
 
-    `ceiling` is how many tokens a second the devices would train on at their peak, if known: the
-    model FLOPs utilisation, `mfu`, is the fraction of it that is reached.
+    `tokens` is how many a step learns from, None where that differs from step to step. `ceiling` is
+    how many tokens a second the devices would train on at their peak, if known: the model FLOPs
+    utilisation, `mfu`, is the fraction of it that is reached.
     """
 
-    def __init__(self, recipe: Recipe, done: int, ceiling: float | None) -> None:
-        self._training, self._ceiling = recipe.training, ceiling
+    def __init__(
+        self, recipe: Settings, done: int, tokens: int | None, ceiling: float | None
+    ) -> None:
+        self._steps, self._tokens, self._ceiling = recipe.training.steps, tokens, ceiling
         self._tracker = Tracker(recipe, done)
         self._console = Console()
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=recipe.training.steps, completed=done)
+        self._task = self._bar.add_task("", total=self._steps, completed=done)
         self._first, self._start, self._said = done, time.monotonic(), -math.inf
         self._updates, self._seconds = 0, 0.0
 
@@ -121,16 +113,22 @@ class Reporter:
         if not due:
             self._bar.update(self._task, completed=step)
             return
-        tokens = self._updates * self._training.batch_size * self._training.length
-        metrics["tokens_per_second"] = tokens / self._seconds
-        if self._ceiling:
-            metrics["mfu"] = metrics["tokens_per_second"] / self._ceiling
+        metrics |= self._speed()
         self._updates, self._seconds = 0, 0.0
         self._tracker.log(metrics)
         self._show(step, metrics)
 
+    def _speed(self) -> Metrics:
+        steps = self._updates / self._seconds
+        if self._tokens is None:
+            return {"steps_per_second": steps}
+        tokens = steps * self._tokens
+        return {"tokens_per_second": tokens} | (
+            {"mfu": tokens / self._ceiling} if self._ceiling else {}
+        )
+
     def _show(self, step: int, metrics: Metrics) -> None:
-        now, steps = time.monotonic(), self._training.steps
+        now, steps = time.monotonic(), self._steps
         left = (now - self._start) / (step - self._first) * (steps - step)
         text = "  ".join([*_words(metrics), f"{timedelta(seconds=round(left))} left"])
         self._bar.update(self._task, completed=step, description=text)
@@ -144,7 +142,9 @@ def _words(metrics: Metrics) -> list[str]:
     words = [f"loss {metrics['loss']:.4f}"]
     if "validation_loss" in metrics:
         words.append(f"validation {metrics['validation_loss']:.4f}")
-    words.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+    for unit in ("tokens", "steps"):
+        if f"{unit}_per_second" in metrics:
+            words.append(f"{metrics[f'{unit}_per_second']:,.0f} {unit}/s")
     if "mfu" in metrics:
         words.append(f"MFU {metrics['mfu']:.0%}")
     return words

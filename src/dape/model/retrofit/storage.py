@@ -1,6 +1,5 @@
 """Adapters in a folder: `adapters.safetensors` and what `adapters.json` says of them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.errors import UserError
+from dape.files import read_json, whole, write_json
 from dape.model.retrofit.choice import PARTS, Factory
 from dape.model.retrofit.mount import Mounted, retrofit
 
@@ -26,10 +26,10 @@ def save(mounted: Mounted, folder: Path) -> None:
         **mounted.choice.names(),
         "train": list(mounted.train),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in mounted.state().items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    with whole(folder / TENSORS) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    write_json(folder / SETTINGS, settings)
 
 
 def load_adapters(
@@ -79,14 +79,12 @@ def chosen_for(place: str, settings: dict[str, Any], given: Factory | None, fold
 
 def read(folder: Path) -> dict[str, Any]:
     """Return what `adapters.json` says; raise a `UserError` if there is none of this format."""
-    try:
-        settings: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"no adapters in {folder}: it has no {SETTINGS}") from None
-    except ValueError as error:
-        raise UserError(f"{folder / SETTINGS} is not JSON: {error}") from None
+    file, again = folder / SETTINGS, "save the adapters again"
+    if not file.is_file():
+        raise UserError(f"no adapters in {folder}: it has no {SETTINGS}")
+    settings = read_json(file, dict, again)
     if settings.get("format") != FORMAT:
-        raise UserError(f"{folder / SETTINGS} is not of format {FORMAT}; save the adapters again")
+        raise UserError(f"{file} is not of format {FORMAT}; {again}")
     return settings
 
 

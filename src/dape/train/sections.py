@@ -1,22 +1,23 @@
-"""Recipes: a YAML file as frozen dataclasses, checked before anything heavy is loaded."""
+"""The sections of a recipe: what is learned, how much, how, on what, and what is written down."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import math
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import yaml
+from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError
-from dape.train import strict
+from dape.files import parse_yaml
+from dape.train.strict import Switch
 
 
 def _mapping(text: str) -> dict[str, Any]:
     """Return the mapping that YAML in one line describes; `ValueError` if it is none."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except (ValueError, yaml.YAMLError):
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{text!r} is no YAML mapping such as '{{adapter: {{hidden: 16}}}}'")
@@ -65,7 +66,7 @@ class Model:
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-        _at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
+        at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _divides("model.num_attention_heads", heads, "model.hidden_size", self.hidden_size)
         if kv_heads:
@@ -87,19 +88,21 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse an empty training."""
-        _at_least(1, "training", self, "length", "batch_size", "steps")
+        at_least(1, "training", self, "length", "batch_size", "steps")
 
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """AdamW with linear warm-up and a cosine down to a fraction of the peak."""
+    """AdamW with linear warm-up and then a schedule."""
 
     learning_rate: float = 6e-4
     """peak"""
     warmup: float = 0.01
     """fraction of the steps that rise to the peak"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up: half a cosine down to `final`, or the peak"""
     final: float = 0.1
-    """fraction of the peak at the last step"""
+    """fraction of the peak at the last step of the cosine"""
     betas: tuple[float, float] = (0.9, 0.95)
     """decay of the two moments"""
     eps: float = 1e-8
@@ -113,8 +116,8 @@ class Optimizer:
         """Refuse rates and fractions outside their range."""
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UserError(f"optimizer.{name}={value} must be greater than 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"optimizer.{name}={value} must be greater than 0, and finite")
         for name in ("warmup", "final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -122,7 +125,7 @@ class Optimizer:
                 )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas={list(self.betas)} must lie in [0, 1)")
-        _at_least(0, "optimizer", self, "weight_decay")
+        at_least(0, "optimizer", self, "weight_decay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +138,16 @@ class Hardware:
     """with several devices (`torchrun`): a copy of the weights on each, or a shard (FSDP2)"""
     micro_batch_size: int | None = None
     """sequences a device computes at once (its whole share of the batch by default)"""
-    compile: bool = False
-    """torch.compile each block"""
+    compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
+        "none"
+    )
+    """torch.compile of each block, or a whole step as a CUDA graph"""
     activation_checkpointing: bool = False
     """keep only what enters a block, and compute the rest again in the backward pass"""
 
     def __post_init__(self) -> None:
         """Refuse an empty micro-batch."""
-        _at_least(1, "hardware", self, "micro_batch_size")
+        at_least(1, "hardware", self, "micro_batch_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,103 +170,32 @@ class Tracking:
     def __post_init__(self) -> None:
         """Refuse intervals below one step."""
         every = ("log_every", "validate_every", "checkpoint_every")
-        _at_least(1, "tracking", self, *every, "validation_batches", "keep_checkpoints")
+        at_least(1, "tracking", self, *every, "validation_batches", "keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """Everything that a training run depends on."""
+class Base:
+    """The pretrained model, what is mounted in it, and what of it trains."""
 
-    name: str = "{scheme}"
-    """of the run; {scheme} and {seed} are filled in"""
-    out: str | None = None
-    """folder of the run (runs/NAME by default)"""
-    seed: int = 0
-    """of the weights and of the order of the data"""
-    data: str = "data/python-stdlib"
-    """folder written by `dape prepare`"""
-    model: Model = field(default_factory=Model)
-    training: Training = field(default_factory=Training)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    hardware: Hardware = field(default_factory=Hardware)
-    tracking: Tracking = field(default_factory=Tracking)
-
-    def __post_init__(self) -> None:
-        """Refuse a name with other blanks, and a batch its parts do not make up."""
-        try:
-            self.name.format(scheme="", seed=0)
-        except (KeyError, IndexError, ValueError):
-            raise UserError(f"name={self.name!r} may hold {{scheme}} and {{seed}} only") from None
-        _at_least(0, "", self, "seed")
-        self.micro_batches(ranks=1)
-
-    @property
-    def folder(self) -> Path:
-        """Return the run folder."""
-        name = self.name.format(scheme=self.model.scheme, seed=self.seed)
-        return Path(self.out) if self.out else Path("runs") / name
-
-    def micro_batches(self, ranks: int) -> int:
-        """Return how many micro-batches each of the `ranks` computes for a step.
-
-        Raises:
-            UserError: if the batch is no whole number of them.
-        """
-        batch, size = self.training.batch_size, self.hardware.micro_batch_size
-        if size and batch % (ranks * size):
-            raise UserError(
-                f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
-                f" x {ranks} devices; change one of them"
-            )
-        if batch % ranks:
-            raise UserError(
-                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
-            )
-        return batch // (ranks * size) if size else 1
+    base: Annotated[str, Suppress] = ""
+    """folder or hub name of the model: the first argument of the command"""
+    adapter: str | None = "dape"
+    """mounted in each attention: dape, dape3, talking-heads, ... (None: the model as it is)"""
+    bias: str | None = "kerple"
+    """what the adapter sees beside the scores: kerple, alibi, fire, ...; None for scores alone, and
+    for models that have ALiBi themselves"""
+    options: Options = field(default_factory=dict)
+    """options of both, such as {adapter: {hidden: 64}}"""
+    train: str = "adapters"
+    """what trains, commas between: adapters, components of parameter names (o_proj), or all"""
+    config: Options = field(default_factory=dict)
+    """keys of the model's configuration to change, such as {scheme: yarn}"""
+    backend: str = "auto"
+    """how attention is computed; `dape info` says which backends work here"""
 
 
-def read(path: Path, kind: type[Recipe] = Recipe) -> Recipe:
-    """Return the recipe in a YAML file, named as the file unless it says otherwise.
-
-    Raises:
-        UserError: for a file that cannot be read, an unknown or repeated key (with the near name),
-            a value of the wrong type, or an impossible combination.
-    """
-    data = strict.load(path)
-    try:
-        recipe: Recipe = strict.build(kind, {"name": path.stem, **data})
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return recipe
-
-
-def write(recipe: Recipe) -> str:
-    """Return the YAML that `read` turns into this recipe again."""
-    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
-
-
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Return `section.key=new (was old)` of each value that changes what is learned."""
-    fixed = ("seed", "model", "training", "optimizer")
-    before, after = (_flat({name: asdict(recipe)[name] for name in fixed}) for recipe in (old, new))
-    return [f"{key}={after[key]} (was {before[key]})" for key in after if after[key] != before[key]]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(part) for key, part in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flat(data: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        nested = isinstance(value, Mapping) and key != "scheme_options"
-        flat |= _flat(value, f"{where}{key}.") if nested else {where + key: value}
-    return flat
-
-
-def _at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
+def at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
+    """Raise a `UserError` for fields of a section's `instance` that are less than a minimum."""
     for name in names:
         value = getattr(instance, name)
         if value is not None and not value >= minimum:

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from dape.errors import UserError
-from dape.train import config
-from dape.train.config import Recipe
+from dape.train import recipe as recipes
+from dape.train.recipe import Recipe
+from dape.train.sections import Hardware, Training
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -16,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def read(tmp_path, text):
     file = tmp_path / "some.yaml"
     file.write_text(text)
-    return config.read(file)
+    return recipes.read(file, Recipe)
 
 
 def test_values_of_the_file_replace_the_defaults(tmp_path):
@@ -33,12 +34,12 @@ def test_values_of_the_file_replace_the_defaults(tmp_path):
     assert recipe.optimizer.learning_rate == 1.0
     assert type(recipe.optimizer.learning_rate) is float
     assert recipe.optimizer.betas == (0.0, 0.99) and recipe.optimizer.clip_norm is None
-    assert recipe.model.hidden_size == 768 and recipe.training == config.Training()
+    assert recipe.model.hidden_size == 768 and recipe.training == Training()
 
 
 def test_a_written_recipe_is_read_as_the_same(tmp_path):
     recipe = read(tmp_path, "model: {scheme_options: {adapter: {hidden: 8}}}\nname: a-{seed}")
-    assert read(tmp_path, config.write(recipe)) == recipe
+    assert read(tmp_path, recipes.write(recipe)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_mistake_is_named_with_its_remedy(tmp_path, text, message):
 
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*absent.yaml: No such file"):
-        config.read(tmp_path / "absent.yaml")
+        recipes.read(tmp_path / "absent.yaml", Recipe)
 
 
 def test_a_mistake_is_found_before_torch_is_loaded(tmp_path):
@@ -95,7 +96,7 @@ def test_a_mistake_is_found_before_torch_is_loaded(tmp_path):
 
 
 def test_the_batch_must_be_made_of_micro_batches():
-    recipe = Recipe(hardware=config.Hardware(micro_batch_size=32))
+    recipe = Recipe(hardware=Hardware(micro_batch_size=32))
     assert [recipe.micro_batches(ranks) for ranks in (1, 2, 8)] == [8, 4, 1]
     with pytest.raises(UserError, match=r"not a multiple of .*micro_batch_size=32 x 16 devices"):
         recipe.micro_batches(16)
@@ -113,9 +114,9 @@ def test_the_folder_carries_scheme_and_seed(tmp_path):
 def test_only_what_is_learned_from_makes_a_difference(tmp_path):
     first = read(tmp_path, "seed: 1")
     other = read(tmp_path, "name: x\ndata: y\nhardware: {compile: true}\ntracking: {log_every: 3}")
-    assert config.differences(first, other) == ["seed=0 (was 1)"]
+    assert recipes.differences(first, other) == ["seed=0 (was 1)"]
     third = read(tmp_path, "seed: 1\nmodel: {scheme_options: {adapter: {hidden: 4}}}")
-    assert config.differences(first, third) == [
+    assert recipes.differences(first, third) == [
         "model.scheme_options={'adapter': {'hidden': 4}} (was {})"
     ]
 
@@ -131,11 +132,11 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_recipes_of_the_paper(name):
-    recipe = config.read(RECIPES / f"{name}.yaml")
+    recipe = recipes.read(RECIPES / f"{name}.yaml", Recipe)
     model, optimizer = recipe.model, recipe.optimizer
     sizes = (model.num_hidden_layers, model.hidden_size, model.num_attention_heads)
     assert (*sizes, optimizer.learning_rate) == SIZES[name]
-    assert recipe.training == config.Training(512, 256, 50_000, "bf16-mixed")
+    assert recipe.training == Training(512, 256, 50_000, "bf16-mixed")
     assert (optimizer.warmup, optimizer.final, optimizer.betas) == (0.01, 0.1, (0.9, 0.95))
     assert (optimizer.eps, optimizer.weight_decay, optimizer.clip_norm) == (1e-8, 0.1, 1.0)
     assert recipe.folder == Path(f"runs/{name}-dape-kerple")
@@ -145,7 +146,7 @@ def test_recipes_of_the_paper(name):
 def test_the_small_recipes_run_without_a_gpu():
     small = {"cpu", "demo"}
     for name in small:
-        recipe = config.read(RECIPES / f"{name}.yaml")
+        recipe = recipes.read(RECIPES / f"{name}.yaml", Recipe)
         assert recipe.training.precision == "fp32" and recipe.model.vocab_size is None
     others = {*SIZES, "retrofit", "retrofit-base"}
     assert {file.stem for file in RECIPES.glob("*.yaml")} == small | others
@@ -156,4 +157,6 @@ def test_the_knobs_stay_few():
     knobs = [field for section in sections for field in fields(section)]
     assert len(knobs) - (len(sections) - 1) <= 45
     assert all(len(fields(section)) <= 15 for section in sections)
-    assert yaml.safe_load(config.write(Recipe())).keys() == {field.name for field in fields(Recipe)}
+    assert yaml.safe_load(recipes.write(Recipe())).keys() == {
+        field.name for field in fields(Recipe)
+    }

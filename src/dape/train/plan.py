@@ -1,0 +1,130 @@
+"""Before training: many recipes from one, whether this machine can follow them, what they cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dape.attention.select import select
+from dape.data.shards import MANIFEST, Corpus
+from dape.errors import UserError
+from dape.positions import scheme
+from dape.train import estimate, parallelize, track
+from dape.train.recipe import Recipe, Retrofit, flat, override, read
+from dape.train.task import draw, vocabulary
+
+
+def sweep(
+    recipe: str | PathLike[str] | Recipe, settings: Mapping[str, Sequence[Any]]
+) -> list[Recipe]:
+    """Return a recipe for each combination of values, of which the last varies fastest.
+
+    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` are
+    four. Keys are those of `dape.train.train`'s overrides.
+
+    Raises:
+        UserError: for a key or value that the recipe refuses, and as `check_all`.
+    """
+    first = recipe if isinstance(recipe, Recipe) else read(recipe, Recipe)
+    recipes = [
+        override(first, dict(zip(settings, values, strict=True)))
+        for values in product(*settings.values())
+    ]
+    check_all(recipes)
+    return recipes
+
+
+def check_all(recipes: Sequence[Recipe]) -> None:
+    """Check recipes that are to be trained one after the other.
+
+    Raises:
+        UserError: if two share a folder, several devices would train them, or `check` refuses one.
+    """
+    if len({recipe.folder for recipe in recipes}) < len(recipes):
+        raise UserError(
+            f"{_swept(recipes)} would train in one folder; give each value once, leave --out out"
+            " and keep {scheme}, {seed} or a key such as {training.length} in the name"
+        )
+    if len(recipes) > 1 and parallelize.ranks() > 1:
+        raise UserError(
+            f"{_swept(recipes)} on {parallelize.ranks()} devices: several runs in one command are"
+            " for one device; start a command for each"
+        )
+    for recipe in recipes:
+        check(recipe)
+
+
+def check(recipe: Recipe | Retrofit) -> None:
+    """Refuse a recipe that this machine cannot follow, before anything is loaded.
+
+    Raises:
+        UserError: for an unknown scheme, option, backend or tracking service, a device that is not
+            here, a batch that the devices cannot share, or a layout that fine-tuning does not have.
+    """
+    if isinstance(recipe, Recipe):
+        scheme.check(recipe.model.scheme, recipe.model.scheme_options)
+    select(recipe.model.backend)
+    recipe.micro_batches(parallelize.ranks())
+    parallelize.device(recipe.hardware)
+    track.check(recipe)
+    if isinstance(recipe, Retrofit):
+        _check_layout(recipe)
+
+
+def _check_layout(recipe: Retrofit) -> None:
+    if parallelize.ranks() > 1 and recipe.hardware.strategy == "fsdp":
+        raise UserError(
+            "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
+            "hardware.activation_checkpointing if memory is short"
+        )
+    if recipe.hardware.compile != "none":
+        raise UserError(
+            f"hardware.compile={recipe.hardware.compile!r}: the blocks of pretrained models have no"
+            " common name; leave it out"
+        )
+
+
+def cost(recipe: Recipe, ranks: int) -> str:
+    """Return what the recipe amounts to, from the model on the meta device; needs no GPU.
+
+    Data that is not prepared yet is needed only to know the vocabulary.
+
+    Raises:
+        UserError: if neither the recipe nor the data say how large the vocabulary is.
+    """
+    entries = recipe.model.vocab_size
+    if entries is None or (Path(recipe.data) / MANIFEST).exists():
+        entries = vocabulary(recipe, Corpus(recipe.data))
+    with torch.device("meta"):
+        model = draw(recipe, entries)
+    training, size = recipe.training, estimate.size(model)
+    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    tokens = sequences * training.length
+    flops = estimate.flops_per_token(model, training.length) * tokens
+    parts = estimate.memory(recipe, size.parameters, entries, ranks)
+    return "\n".join(
+        [
+            f"run         {recipe.folder}",
+            f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
+            f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
+            f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
+            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {flops:.2e} FLOP",
+            f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
+            f" {flops * training.steps:.2e} FLOP",
+            f"memory      about {sum(parts.values()):.3g} GiB on each device: "
+            + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
+        ]
+    )
+
+
+def _swept(recipes: Sequence[Recipe]) -> str:
+    """Return the keys that differ between recipes with all their values: `seed=0,1`."""
+    values = [flat(asdict(recipe)) for recipe in recipes]
+    found = {key: dict.fromkeys(str(each.get(key)) for each in values) for key in values[0]}
+    swept = [f"{key}={','.join(each)}" for key, each in found.items() if len(each) > 1]
+    return " ".join(swept) or f"{len(recipes)} equal recipes"

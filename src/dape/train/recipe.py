@@ -1,0 +1,211 @@
+"""Recipes: a YAML file as frozen dataclasses, checked before anything heavy is loaded."""
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import yaml
+
+from dape.errors import UserError
+from dape.files import read_yaml
+from dape.runs import RunFolder
+from dape.train import strict
+from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training, at_least
+
+_WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on what is learned
+_Settings = TypeVar("_Settings", bound="Settings")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings(ABC):
+    """Everything that a run depends on, whatever it trains; a kind of run adds its model."""
+
+    name: str = "{scheme}"
+    """of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
+    out: str | None = None
+    """folder of the run (runs/NAME by default)"""
+    seed: int = 0
+    """of the weights and of the order of the data"""
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    hardware: Hardware = field(default_factory=Hardware)
+    tracking: Tracking = field(default_factory=Tracking)
+
+    @property
+    @abstractmethod
+    def scheme(self) -> str:
+        """Where position enters, in a word: what {scheme} in the name stands for."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is no folder's, and a batch its parts do not make up."""
+        _check_name(self.name, self._filled())
+        at_least(0, "", self, "seed")
+        if self.seed >= 2**63:
+            raise UserError(f"seed={self.seed} must be less than 2**63")
+        self.micro_batches(ranks=1)
+
+    @property
+    def folder(self) -> Path:
+        """Return the path of the run folder."""
+        return Path(self.out) if self.out else Path("runs") / self._filled()
+
+    @property
+    def run(self) -> RunFolder:
+        """Return the run folder."""
+        return RunFolder(self.folder)
+
+    def micro_batches(self, ranks: int) -> int:
+        """Return how many micro-batches each of the `ranks` computes for a step.
+
+        Raises:
+            UserError: if the batch is no whole number of them.
+        """
+        batch, size = self.training.batch_size, self.hardware.micro_batch_size
+        if size and batch % (ranks * size):
+            raise UserError(
+                f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
+                f" x {ranks} devices; change one of them"
+            )
+        if batch % ranks:
+            raise UserError(
+                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
+            )
+        return batch // (ranks * size) if size else 1
+
+    def _filled(self) -> str:
+        """Return the name with its blanks filled in, as far as there are such values."""
+        values = asdict(self) | {"scheme": self.scheme}
+        return re.sub(r"{([^{}]*)}", lambda blank: _value(values, blank[1]) or blank[0], self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe(Settings):
+    """Everything that the training of a language model depends on."""
+
+    data: str = "data/python-stdlib"
+    """folder written by `dape prepare`"""
+    model: Model = field(default_factory=Model)
+
+    @property
+    def scheme(self) -> str:
+        """Where position enters, in a word."""
+        return self.model.scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Retrofit(Settings):
+    """Everything that a fine-tuning run depends on; its length is the one to learn to read."""
+
+    name: str = "retrofit-{scheme}"
+    """of the run; {scheme} (adapter-bias), {seed} and keys such as {training.length} are filled
+    in"""
+    training: Training = field(
+        default_factory=lambda: Training(length=2048, batch_size=32, steps=1000)
+    )
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(learning_rate=1e-2, warmup=0.05, weight_decay=0.0)
+    )
+    tracking: Tracking = field(
+        default_factory=lambda: Tracking(validate_every=100, checkpoint_every=250)
+    )
+    data: str = "data/python-stdlib"
+    """folder written by `dape prepare` with the model's tokenizer"""
+    model: Base = field(default_factory=Base)
+
+    @property
+    def scheme(self) -> str:
+        """What is mounted, in a word."""
+        mounted = filter(None, (self.model.adapter, self.model.bias))
+        return "-".join(mounted) if self.model.adapter else "plain"
+
+
+def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
+    """Return the recipe in a YAML file, named as the file unless it says otherwise.
+
+    Raises:
+        UserError: for a file that cannot be read, an unknown or repeated key (with the near name),
+            a value of the wrong type, or an impossible combination.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    try:
+        recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return recipe
+
+
+def write(recipe: Settings) -> str:
+    """Return the YAML that `read` turns into this recipe again."""
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
+
+
+def override(recipe: _Settings, changes: Mapping[str, Any]) -> _Settings:
+    """Return the recipe with other values: of keys, of dotted keys, or of sections of keys.
+
+    `{"seed": 1, "training.steps": 10}` and `{"seed": 1, "training": {"steps": 10}}` are the same.
+
+    Raises:
+        UserError: as `read`.
+    """
+    data = asdict(recipe)
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        keys = {name: value} if name else value
+        nested = isinstance(data.get(section), dict) and isinstance(keys, Mapping)
+        data[section] = data[section] | dict(keys) if nested else keys
+    changed: _Settings = strict.build(type(recipe), data)
+    return changed
+
+
+def differences(old: Settings, new: Settings) -> list[str]:
+    """Return `section.key=new (was old)` of each value that changes what is learned."""
+    before, after = (
+        flat({k: v for k, v in asdict(recipe).items() if k not in _WITHOUT_EFFECT})
+        for recipe in (old, new)
+    )
+    return [
+        f"{key}={after[key]} (was {before.get(key)})"
+        for key in after
+        if after[key] != before.get(key)
+    ]
+
+
+def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a recipe's `asdict` by dotted keys, such as `training.length`."""
+    values: dict[str, Any] = {}
+    for name, value in sections.items():
+        nested = isinstance(value, Mapping)
+        values |= (
+            {f"{name}.{key}": each for key, each in value.items()} if nested else {name: value}
+        )
+    return values
+
+
+def _value(values: Any, key: str) -> str | None:
+    """Return the text of the value at a dotted key; None if there is none, or a mapping."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return None if values is None or isinstance(values, Mapping) else str(values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_name(name: str, filled: str) -> None:
+    if re.search(r"[{}]", filled):
+        raise UserError(
+            f"name={name!r}: beside keys such as {{training.length}} it may hold {{scheme}} and"
+            " {seed} only"
+        )
+    parts = PurePosixPath(filled).parts
+    if not parts or "/" in parts or ".." in parts or not filled.isprintable():
+        raise UserError(f"name={name!r} is no name for a folder below runs")

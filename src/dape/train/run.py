@@ -1,0 +1,171 @@
+"""From a recipe to a finished run: `train`, `finetune`, and the same for any other task."""
+
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+
+from dape.data.shards import Corpus
+from dape.errors import UserError
+from dape.files import is_free, locked, remove_leftovers, write_text
+from dape.provenance import device_name, provenance
+from dape.runs import RunFolder
+from dape.train import checkpoint, parallelize
+from dape.train.checkpoint import Progress
+from dape.train.loop import Session, fit
+from dape.train.optimize import adamw
+from dape.train.plan import check
+from dape.train.recipe import Recipe, Retrofit, Settings, differences, override, read, write
+from dape.train.task import LanguageModelling, Retrofitting, Task
+
+Source = str | PathLike[str]
+
+
+def train(
+    recipe: Source | Recipe, *, scheme: str | None = None, seed: int | None = None, **overrides: Any
+) -> RunFolder:
+    """Train a language model by a recipe, and return its run folder.
+
+    A finished run is returned at once, and an interrupted one goes on from its latest checkpoint.
+
+    Args:
+        recipe: a recipe, or the YAML file of one.
+        scheme: short for `model={"scheme": scheme}`.
+        seed: of the weights and of the order of the data.
+        overrides: other keys of the recipe; a section takes a mapping of the keys to change, and
+            `**{"training.steps": 10}` is `training={"steps": 10}`.
+
+    Raises:
+        UserError: for a recipe that cannot be followed here, a folder that holds another run, a
+            loss that is no longer finite, or memory that does not suffice.
+    """
+    given = {"model.scheme": scheme, "seed": seed}
+    chosen = override(
+        recipe if isinstance(recipe, Recipe) else read(recipe, Recipe),
+        overrides | {key: value for key, value in given.items() if value is not None},
+    )
+    check(chosen)
+    return follow(LanguageModelling(chosen, Corpus(chosen.data)))
+
+
+def finetune(
+    base: Source,
+    recipe: Source | Retrofit | None = None,
+    *,
+    seed: int | None = None,
+    **overrides: Any,
+) -> RunFolder:
+    """Train adapters in a pretrained model, or parts of it, and return the run folder.
+
+    Args:
+        base: the pretrained model: a folder, a run folder or a name on the hub.
+        recipe: a recipe, or the YAML file of one; the defaults of `Retrofit` without it.
+        seed: of the adapters and of the order of the data.
+        overrides: as for `train`.
+
+    Raises:
+        UserError: for a model that cannot be served, and as `train`.
+    """
+    if not isinstance(recipe, Retrofit):
+        recipe = Retrofit() if recipe is None else read(recipe, Retrofit)
+    given = {"model.base": base} | ({} if seed is None else {"seed": seed})
+    chosen = override(recipe, overrides | given)
+    check(chosen)
+    return follow(Retrofitting(chosen, Corpus(chosen.data)))
+
+
+def follow(task: Task) -> RunFolder:
+    """Train a task until the last step of its recipe, save what it learned, and note the end.
+
+    Raises:
+        UserError: as `train`.
+    """
+    run = task.recipe.run
+    check_folder(task.recipe, task.data)
+    if run.finished:
+        return run
+    busy = f"another process is training in {run}; wait for its end, or give another --name"
+    with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
+        session = begin(task)
+        _fit(session)
+        task.save(session.fabric, session.model)
+        if session.fabric.is_global_zero:
+            run.update_record({**run.read_metrics()[-1], "ended": _now()})
+    return run
+
+
+def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
+    """Refuse a run folder in which this recipe, on this data, cannot go on.
+
+    Raises:
+        UserError: if it belongs to another recipe or other data, or is no run.
+    """
+    run, remedy = recipe.run, "give this one another --name or --out, or delete that folder"
+    if is_free(run.path):
+        return
+    if not run.exists:
+        raise UserError(f"{run} exists and is no run; {remedy}")
+    changed = differences(read(run.recipe, type(recipe)), recipe)
+    if changed:
+        raise UserError(f"{run} holds a run with other settings: {', '.join(changed)}; {remedy}")
+    found = run.read_record().get("data")
+    if data and found and found["checksum"] != data["checksum"]:
+        raise UserError(
+            f"{run} holds a run on other data: {data['path']} has checksum"
+            f" {data['checksum'][:12]} (was {found['checksum'][:12]}); {remedy}"
+        )
+
+
+def begin(task: Task) -> Session:
+    """Return the session of a task, as the run left it if it was interrupted."""
+    recipe, run = task.recipe, task.recipe.run
+    fabric = parallelize.launch(recipe)
+    torch.manual_seed(recipe.seed)
+    model = task.build(fabric.device)
+    parameters = sum(each.numel() for each in model.parameters())
+    facts = task.facts(model)
+    loss = parallelize.parallelize(fabric, model, task)
+    optimizer = adamw(model, recipe.optimizer)
+    if fabric.is_global_zero:
+        remove_leftovers(run.path)
+        write_text(run.recipe, write(recipe))
+        run.update_record(
+            {
+                **provenance(fabric.device),
+                "ranks": fabric.world_size,
+                "seed": recipe.seed,
+                "data": task.data,
+                **facts,
+                "started": run.read_record().get("started", _now()),
+                "ended": None,
+            }
+        )
+    fabric.barrier()
+    load = partial(checkpoint.load, model=model, optimizer=optimizer)
+    progress = checkpoint.newest(run, load, fabric.print) or Progress()
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    fabric.print(
+        f"{run}: {recipe.scheme}, {trained:,} of {parameters:,} parameters train, on"
+        f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
+    )
+    return Session(task, fabric, model, loss, optimizer, progress)
+
+
+def _fit(session: Session) -> None:
+    """Make the updates that are left; memory that does not suffice is a user's error."""
+    try:
+        fit(session)
+    except torch.OutOfMemoryError:
+        size = session.recipe.hardware.micro_batch_size or "the whole batch"
+        raise UserError(
+            f"out of memory on {session.fabric.device}: lower hardware.micro_batch_size (now"
+            f" {size}), turn on hardware.activation_checkpointing, or shard with"
+            " hardware.strategy=fsdp"
+        ) from None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

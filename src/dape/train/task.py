@@ -1,0 +1,244 @@
+"""What the training loop trains: a model, its batches and their loss, and what is saved."""
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dape.data.hub import fetch
+from dape.data.shards import Corpus, Windows
+from dape.errors import UserError, unknown
+from dape.files import whole
+from dape.runs import RunFolder
+from dape.train.estimate import flops_per_token, size
+from dape.train.recipe import Recipe, Retrofit, Settings
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+    from transformers import PreTrainedModel
+
+    from dape.model.retrofit import Mounted
+
+Batch = tuple[Tensor, ...]  # tensors whose first axis is that of the examples
+
+
+class Task(ABC):
+    """Something to train, as a recipe says.
+
+    `data` is the record's entry on the data, with its checksum, None where batches are made up;
+    `tokens` is how many tokens a step learns from, None where that differs from step to step.
+    """
+
+    recipe: Settings
+    data: dict[str, str] | None = None
+    tokens: int | None = None
+
+    @abstractmethod
+    def build(self, device: torch.device) -> nn.Module:
+        """Return the model on the device; the recipe's seed has been set."""
+
+    @abstractmethod
+    def batch(self, split: str, step: int, rank: int, ranks: int) -> Batch:
+        """Return one rank's examples of batch `step` = 0, 1, ... of a split, on any device.
+
+        The splits are `train` and `validation`. All ranks get equally many examples.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, *batch: Tensor) -> Float[Tensor, ""]:
+        """Return the mean loss of the examples of a batch, or of a micro-batch."""
+
+    @abstractmethod
+    def save(self, fabric: "Fabric", model: nn.Module) -> None:
+        """Write what was learned into the run folder; called on every rank."""
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Return entries for the record of the run, from the model before it is laid out."""
+        return {}
+
+    def flops(self, model: nn.Module) -> int | None:
+        """Return the arithmetic of training on one token, None if it is not known."""
+        return None
+
+    def origin(self, step: int) -> str:
+        """Return in words where the examples of batch `step` = 0, 1, ... come from."""
+        return f"batch {step} of seed {self.recipe.seed}"
+
+
+class NextToken(Task):
+    """A model that learns to predict the next token in the windows of a corpus.
+
+    Raises:
+        UserError: if the corpus has too few tokens.
+    """
+
+    recipe: Recipe | Retrofit
+
+    def __init__(self, recipe: Recipe | Retrofit, corpus: Corpus) -> None:
+        self.recipe, self.corpus = recipe, corpus
+        self.data = {"path": recipe.data, "checksum": corpus.checksum}
+        self.tokens = recipe.training.batch_size * recipe.training.length
+        seeds = {"train": recipe.seed, "validation": 0}
+        self._windows = {
+            split: Windows(corpus.split(split), recipe.training.length, seed)
+            for split, seed in seeds.items()
+        }
+
+    def batch(self, split: str, step: int, rank: int, ranks: int) -> Batch:
+        """Return windows of `length + 1` tokens: batch `step` is windows step * B and on."""
+        size = self.recipe.training.batch_size
+        rows, windows = size // ranks, self._windows[split]
+        first = step * size + rank * rows
+        return (torch.from_numpy(np.stack([windows[n] for n in range(first, first + rows)])),)
+
+    def loss(self, model: nn.Module, *batch: Int[Tensor, "rows window"]) -> Float[Tensor, ""]:
+        """Return the mean cross-entropy, in nats a token, of each token after the first."""
+        (tokens,) = batch
+        targets = tokens[:, 1:].contiguous()
+        found: Tensor = model(
+            input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False
+        ).loss
+        return found
+
+    def save(self, fabric: "Fabric", model: nn.Module) -> None:
+        """Write the whole model and its tokenizer as Hugging Face loads them."""
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for the writing of one file
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        if fabric.is_global_zero:
+            with whole(self.recipe.run.model) as partial:
+                model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
+                self.corpus.tokenizer().save_pretrained(partial)
+        fabric.barrier()
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Return scheme, length and number of parameters."""
+        numbers = size(model)
+        return {
+            "scheme": self.recipe.scheme,
+            "train_length": self.recipe.training.length,
+            "parameters": numbers.parameters,
+            "position_parameters": numbers.positional,
+        }
+
+    def flops(self, model: nn.Module) -> int | None:
+        """Return the arithmetic of training on one token."""
+        return flops_per_token(model, self.recipe.training.length)
+
+    def origin(self, step: int) -> str:
+        """Return the numbers of the windows."""
+        batch, length = self.recipe.training.batch_size, self.recipe.training.length
+        return (
+            f"windows {step * batch} to {(step + 1) * batch - 1} of split 'train' in"
+            f" {self.recipe.data} (length {length}, seed {self.recipe.seed})"
+        )
+
+
+class LanguageModelling(NextToken):
+    """A language model from its first step."""
+
+    recipe: Recipe
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Draw the whole model: its weights are the same for any number of ranks."""
+        entries = vocabulary(self.recipe, self.corpus)
+        with device:
+            return draw(self.recipe, entries, self.corpus.end_of_text)
+
+
+class Retrofitting(NextToken):
+    """A pretrained model: adapters mounted in it, or parts of it."""
+
+    recipe: Retrofit
+    _mounted: "Mounted | None" = None
+
+    def build(self, device: torch.device) -> nn.Module:
+        """Load the model, mount what the recipe says, and let what it names train."""
+        from dape.model.retrofit import retrofit, set_trainable
+
+        chosen, source = self.recipe.model, source_of(self.recipe)
+        model = load(source, chosen.config).to(device)
+        self.corpus.check_model(source, model.config.get_text_config().vocab_size)
+        train = chosen.train.split(",")
+        if chosen.adapter is None:
+            set_trainable(model, train)
+        else:
+            self._mounted = retrofit(
+                model,
+                chosen.adapter,
+                chosen.bias,
+                options=chosen.options,
+                train=train,
+                backend=chosen.backend,
+            )
+        return model
+
+    def save(self, fabric: "Fabric", model: nn.Module) -> None:
+        """Write the adapters, or the model if it has none."""
+        if self._mounted is None:
+            super().save(fabric, model)
+            return
+        if fabric.is_global_zero:
+            with whole(self.recipe.run.adapters) as partial:
+                self._mounted.save(partial)
+        fabric.barrier()
+
+
+def vocabulary(recipe: Recipe, corpus: Corpus) -> int:
+    """Return the entries of the embedding.
+
+    Raises:
+        UserError: if the recipe gives fewer than the tokenizer of the corpus has.
+    """
+    entries = recipe.model.vocab_size or corpus.vocab_size
+    if entries < corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size={entries} is less than the {corpus.vocab_size} tokens of"
+            f" {recipe.data}; leave it out to take as many"
+        )
+    return entries
+
+
+def draw(recipe: Recipe, vocab_size: int, end_of_text: int | None = None) -> nn.Module:
+    """Return the model of a recipe, on the default device, drawn from its default generator.
+
+    Raises:
+        UserError: for a scheme, an option or a backend that the model refuses.
+    """
+    from dape.model.configuration import DapeConfig
+    from dape.model.modeling import DapeForCausalLM
+
+    settings = asdict(recipe.model)
+    settings |= {"vocab_size": vocab_size, "train_length": recipe.training.length}
+    model: nn.Module = DapeForCausalLM(DapeConfig(**settings, eos_token_id=end_of_text))
+    return model
+
+
+def source_of(recipe: Retrofit) -> str:
+    """Return the folder or the hub's name of the pretrained model, which may be that of a run."""
+    base = RunFolder(Path(recipe.model.base))
+    return str(base.model) if base.has_model else recipe.model.base
+
+
+def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
+    """Return a pretrained model in float32, with other values of keys of its configuration.
+
+    Raises:
+        UserError: if there is no such model, or it has no such key.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    read = partial(AutoConfig.from_pretrained, return_unused_kwargs=True)
+    config, unused = fetch(read, source, **changes)
+    for name in unused.keys() & changes.keys():
+        raise unknown(f"key of the configuration of {source}", name, config.to_dict())
+    return fetch(AutoModelForCausalLM.from_pretrained, source, config=config, dtype=torch.float32)
