@@ -57,7 +57,7 @@ def _summary(mistake: mistakes.ParseErrorEvent) -> str:
         return "these words are no command of this form"
     if isinstance(mistake, mistakes.InvalidChoice):
         allowed = ", ".join(map(repr, mistake.choices))
-        return f"{argument.display_name()} {mistake.value!r}: must be one of {allowed}"
+        return f"{argument.display_name()}: invalid choice {mistake.value!r}, not one of {allowed}"
     if isinstance(mistake, mistakes.InstantiationFailure):
         # Of several types that a value may have, the last line says why it is not of the last.
         reason = re.sub(r"^- <class '\w+'>: ", "", mistake.message.splitlines()[-1])
