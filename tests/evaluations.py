@@ -2,19 +2,22 @@
 
 import math
 
+import numpy as np
+
 from dape.evaluate.perplexity import Measurement
 from dape.evaluate.record import Evaluation, Targets
 from dape.evaluate.subject import Subject
 
 LENGTHS = (128, 256, 512, 1024, 2048)
+DOCUMENTS = 20
 
 
 def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
-    """Return an evaluation with these losses at these lengths, over three documents.
+    """Return an evaluation with these losses at these lengths, over twenty documents.
 
     A length whose loss is None was refused.
     """
-    shares = (0.9, 1.0, 1.1)
+    shares = np.linspace(0.9, 1.1, DOCUMENTS).tolist()
     measurements = [
         Measurement(
             length=length,
@@ -37,9 +40,9 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         protocol="last",
         block=128,
         longest=max(lengths),
-        documents=[2, 3, 5],
-        tokens=[128, 128, 128],
-        bytes=[256, 256, 256],
+        documents=[*range(2, 2 + DOCUMENTS)],
+        tokens=[128] * DOCUMENTS,
+        bytes=[256] * DOCUMENTS,
     )
     about = {
         "run": f"runs/{scheme}-{seed}",

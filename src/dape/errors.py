@@ -19,6 +19,11 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
 
 
+def install(extra: str = "") -> str:
+    """Return the command that installs this package, which is in no index, with an extra."""
+    return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the memory of a GPU or of the machine is too small."""
     import torch

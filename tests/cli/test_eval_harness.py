@@ -203,4 +203,5 @@ def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, mon
 def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     message = refused(capsys, "eval", "harness", run, "--tasks", "wikitext")
-    assert message == "dape: error: `dape eval harness` needs lm-eval: pip install 'dape[harness]'"
+    expected = "`dape eval harness` needs lm-eval: pip install '.[harness]' in a clone of dape"
+    assert message == f"dape: error: {expected}"

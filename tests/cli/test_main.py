@@ -17,7 +17,10 @@ import dape
 from dape import cli
 
 MISTAKES = [
-    (["eval", "ref", "--protocol", "foo"], "--protocol: invalid choice 'foo', not one of 'last', 'sl"),
+    (
+        ["eval", "ref", "--protocol", "foo"],
+        "--protocol: invalid choice 'foo', not one of 'last', 'sl",
+    ),
     (["eval", "ref", "--lengths", "0"], "--lengths: '0' is no list of lengths; expected --lengths"),
     (["eval", "ref", "--seed"], "Missing value: expected --seed INT (default: 0)"),
     (["eval", "ref", "--trials", "3"], "unknown option '--trials'"),
@@ -25,7 +28,10 @@ MISTAKES = [
     (["export", "ref"], "missing: --out PATH (see `dape export --help`)"),
     (["plot", "encoding"], "missing: NAME (see `dape plot encoding --help`)"),
     (["plot", "ref", "--out", "x.jpg"], "--out x.jpg: its name must end in .png"),
-    (["bench", "attention", "--dtype", "int8"], "--dtype: invalid choice 'int8', not one of 'bf16'"),
+    (
+        ["bench", "attention", "--dtype", "int8"],
+        "--dtype: invalid choice 'int8', not one of 'bf16'",
+    ),
     (["nothing"], "unknown command 'nothing'"),
 ]
 # Each mistake in one process, which has the imports behind it.

@@ -30,7 +30,7 @@ def test_results_mark_the_training_length_and_say_what_was_scored(groups):
     table = results(groups)
     assert table.header == ["scheme", "runs", "128*", "256", "512", "1,024", "2,048"]
     assert "the last 128 tokens of each window" in table.note
-    assert "the same 384 tokens of 3 documents of the test split" in table.note
+    assert "the same 2,560 tokens of 20 documents of the test split" in table.note
     assert "standard deviation over seeds" in table.note
 
 
@@ -64,7 +64,7 @@ def test_changes_are_ratios_of_perplexities(groups):
     expected = math.exp((1.6 + 1.7) / 2 - (2.6 + 2.9) / 2) - 1
     assert table.rows[0][0] == "dape-kerple against kerple"
     assert table.rows[0][-1] == f"{100 * expected:.1f} %"
-    assert [row[0] for row in table.rows[1:]] == ["p over 2 seeds", "p over 3 documents"]
+    assert [row[0] for row in table.rows[1:]] == ["p over 2 seeds", "p over 20 documents"]
     assert "ttest_rel" in table.note and "scipy.stats.bootstrap" in table.note
 
 
@@ -76,14 +76,14 @@ def test_a_single_document_and_seed_leave_the_change_without_a_test(groups):
     table = significance(compare(group(lonely)))
     assert len(table.rows) == 1
     assert table.rows[0][-1] == f"{100 * (math.exp(1.6 - 2.6) - 1):.1f} %"
-    assert table.note == "Two-sided p-values: too few documents."
+    assert table.note == "Fewer than 20 documents: no p over documents."
 
 
 def test_the_finding_is_at_the_longest_length(groups):
     (sentence,) = findings(groups, compare(groups))
     assert sentence.startswith("At 2,048 tokens, 16 times the training length, the perplexity of")
     assert f"dape-kerple is {(math.exp(1.6) + math.exp(1.7)) / 2:.2f}" in sentence
-    assert "over 2 seeds" in sentence and "over 3 documents" in sentence
+    assert "over 2 seeds" in sentence and "over 20 documents" in sentence
 
 
 def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dape.errors import UserError, out_of_memory, unknown
+from dape.text import one_line
 
 # `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
 COMMANDS = {
@@ -108,5 +109,5 @@ def _usage(first: str = "") -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"dape: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dape: error: {one_line(message)}", file=sys.stderr)
     return 2

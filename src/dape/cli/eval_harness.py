@@ -11,7 +11,7 @@ from dape.errors import UserError
 
 @dataclass(frozen=True)
 class Arguments(Measuring):
-    """Run tasks of the Language Model Evaluation Harness, `pip install 'dape[harness]'`.
+    """Run tasks of the Language Model Evaluation Harness: `pip install '.[harness]'` in a clone.
 
     A model is a run folder, a folder or a hub name of any causal language model of transformers.
     Writes RUN/harness/TASK-LENGTH.json.

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dape.evaluate.compare import Record
 from dape.evaluate.watch import Watch, repeated
+from dape.text import one_line
 
 
 class Speed(ProgressColumn):
@@ -33,7 +34,7 @@ class Lines(Watch):
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(one_line(text), highlight=False, soft_wrap=True, markup=False)
 
 
 class Bar(Lines):
@@ -74,4 +75,4 @@ def note_repeats(records: Sequence[Record]) -> None:
     """Say on stderr which runs are given more than once; comparisons count each once."""
     for run, times in Counter(each.subject.run for each in records).items():
         if times > 1:
-            print(repeated(run), file=sys.stderr)
+            print(one_line(repeated(run)), file=sys.stderr)

@@ -10,8 +10,14 @@ from jaxtyping import Float
 from dape.errors import UserError
 from dape.evaluate.record import Evaluation
 from dape.evaluate.retrieval import Retrieval
-from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
+from dape.evaluate.significance import (
+    FEWEST_DOCUMENTS,
+    PairedTest,
+    paired_bootstrap,
+    paired_t,
+)
 from dape.positions.scheme import ADAPTERS, BASES
+from dape.text import one_line
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
 Record = TypeVar("Record", Evaluation, Retrieval)
@@ -54,7 +60,7 @@ class Comparison:
     """Two groups at one length; a test that the data do not allow is None.
 
     `difference` is the candidate's mean loss over its runs less the baseline's. The t-test pairs
-    runs by seed (two shared seeds or more). The bootstrap pairs documents (two or more), with each
+    runs by seed (two shared seeds or more). The bootstrap pairs documents (20 or more), with each
     document's loss averaged over the runs of a group.
     """
 
@@ -92,7 +98,7 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
         if schemes.count(scheme) > 1:
             told = length is not None and trained.count((scheme, length)) == 1
             label += f" at {length:,}" if told else f" ({members[0].subject.run})"
-        labelled[label] = members
+        labelled[one_line(label)] = members
     return labelled
 
 
@@ -183,7 +189,7 @@ def _over_seeds(candidate: Group, baseline: Group, length: int) -> PairedTest | 
 
 def _over_documents(candidate: Group, baseline: Group, length: int) -> PairedTest | None:
     tokens = np.array(candidate.evaluations[0].targets.tokens)
-    if len(tokens) < 2:
+    if len(tokens) < FEWEST_DOCUMENTS:
         return None
     return paired_bootstrap(
         _document_losses(candidate, length), _document_losses(baseline, length), tokens

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dape.device import choose_device
-from dape.errors import UserError
+from dape.errors import UserError, install
 from dape.evaluate.lengths import trained_at
 from dape.evaluate.limits import Refused, told
 from dape.evaluate.opening import Given, open_models
@@ -92,7 +92,7 @@ def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("`dape eval harness` needs lm-eval: pip install 'dape[harness]'") from None
+        raise UserError(f"`dape eval harness` needs lm-eval: {install('harness')}") from None
     if include_path is not None:
         if not include_path.is_dir():
             raise UserError(f"--include-path {include_path}: no such folder")

@@ -10,23 +10,30 @@ from jaxtyping import Float, Int
 from dape.errors import UserError
 
 RESAMPLES = 9_999
+FEWEST_DOCUMENTS = 20  # the bootstrap is too sure of itself below about so many
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """A two-sided paired test of `candidate - baseline`; `difference` is the mean, nats a token."""
+    """A two-sided paired test of `candidate - baseline`; `difference` is the mean, nats a token.
+
+    `least` is the smallest p-value that the test can give.
+    """
 
     name: str
     pairs: int
     difference: float
     p_value: float
+    least: float = 0.0
 
 
 def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
     """Return Student's paired t-test of two lists of losses, one a seed, in the same order.
 
     Losses, not perplexities: their logarithm scale makes a ratio of perplexities a difference.
-    Raises `UserError` below two seeds.
+
+    Raises:
+        UserError: below two seeds.
     """
     from scipy.stats import ttest_rel
 
@@ -51,7 +58,10 @@ def paired_bootstrap(
     Documents are drawn with replacement, each with its loss under both models and its number of
     scored tokens, which weigh it. With r of the R = 9,999 resamples on the far side of zero,
     p = min(1, 2 (r + 1) / (R + 1)) (Davison and Hinkley 1997, section 4.2), so that the least is
-    0.0002. Below about 20 documents it is too sure of itself; below two a `UserError`.
+    0.0002. Below about 20 documents it is too sure of itself.
+
+    Raises:
+        UserError: below two documents.
     """
     from scipy.stats import bootstrap
 
@@ -77,4 +87,5 @@ def paired_bootstrap(
         pairs=len(tokens),
         difference=float(mean(difference, tokens)),
         p_value=float(min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))),
+        least=2 / (RESAMPLES + 1),
     )

@@ -1,12 +1,13 @@
 """The model card of a run: what was trained and what was measured, and nothing else."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from dape.data.shards import Corpus
-from dape.errors import UserError
+from dape.errors import UserError, install
 from dape.evaluate import record, retrieval
 from dape.evaluate.compare import METRICS, group, split
 from dape.evaluate.record import Evaluation
@@ -15,6 +16,7 @@ from dape.figures.tables import NOTHING, Table, describe_targets, number, refusa
 from dape.files import read_text
 from dape.positions import scheme
 from dape.runs import RunFolder
+from dape.text import code, code_block, markdown
 from dape.train.estimate import size
 from dape.train.restore import Trained
 
@@ -47,14 +49,16 @@ def card(trained: Trained, name: str) -> "ModelCard":
             eval_results=[result for each in evaluations for result in results(each)] or None,
         ),
         template_str=files("dape.figures").joinpath("card.md.jinja").read_text(encoding="utf-8"),
-        name=name,
+        name=markdown(name),
+        install=install(),
+        quoted=json.dumps(name),
         parameters=f"{size(trained.model).parameters:,}",
         length=f"{recipe.training.length:,}",
         scheme=recipe.model.scheme,
         papers=papers(recipe.model.scheme),
         steps="" if trained.finished else steps,
         training=training(trained),
-        recipe=read_text(folder.recipe).strip(),
+        recipe=code_block(read_text(folder.recipe), "yaml"),
         measured="\n\n".join(f"{table.markdown()} {origin(made)}" for table, made in measured),
     )
 
@@ -81,9 +85,10 @@ def training(trained: Trained) -> dict[str, str]:
         "time": _shown(last.get("seconds"), "{:,.0f} s"),
         "versions": ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items()),
         "commit": made.get("commit"),
-        "command": _shown(made.get("command"), "`{}`"),
     }
-    return {name: value for name, value in rows.items() if value}
+    shown = {name: markdown(value) for name, value in rows.items() if value}
+    command = made.get("command")
+    return shown | ({"command": code(command).replace("|", r"\|")} if command else {})
 
 
 def _shown(value: Any, form: str) -> str | None:
@@ -138,8 +143,8 @@ def origin(provenance: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     commit = f", commit {provenance['commit']}" if provenance["commit"] else ""
     return (
-        f"Measured on {provenance['device']} with {versions}{commit}, {provenance['time']}: "
-        f"`{provenance['command']}`."
+        f"Measured on {markdown(provenance['device'])} with {versions}{commit}, "
+        f"{provenance['time']}: {code(provenance['command'])}."
     )
 
 

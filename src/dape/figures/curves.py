@@ -1,6 +1,7 @@
 """Curves: a metric over length, loss over context, and training."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LABEL = 32  # characters in a line of a label
 LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
 
 
@@ -127,6 +129,9 @@ def _lines(
         **{**looks({group.label: group.scheme for group in groups}), **options},
     )
     seaborn.move_legend(axes, "center left", bbox_to_anchor=(1.01, 0.5), title=None)
+    for text in axes.get_legend().get_texts():  # type: ignore[union-attr]
+        text.set_parse_math(False)  # a name may have a dollar sign
+        text.set_text(textwrap.fill(text.get_text(), LABEL))
 
 
 def _length_axis(axes: "Axes", ticks: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from dape.figures.style import save
 from dape.figures.tables import Table
 from dape.files import read_text
 from dape.runs import RunFolder
+from dape.text import code_block, markdown, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,11 +95,11 @@ class Report:
         content = self.content()
         shown = [content[name] for name in ("results", "tests", "runs") if content[name]]
         parts = [
-            f"# {self.title}",
-            *content["findings"],
+            f"# {markdown(self.title)}",
+            *map(markdown, content["findings"]),
             *(table.markdown() for table in shown),
-            "```\n" + "\n".join(content["commands"]) + "\n```",
-            "\n".join(f"- {name}: {value}" for name, value in content["origin"].items()),
+            code_block("\n".join(map(one_line, content["commands"]))),
+            "\n".join(f"- {name}: {markdown(value)}" for name, value in content["origin"].items()),
         ]
         return "\n\n".join(parts) + "\n"
 
@@ -122,12 +123,12 @@ def finding(comparison: Comparison, candidate: Group, baseline: Group) -> str:
         tables.number(group.values("perplexity")[:, -1].mean()) for group in (candidate, baseline)
     )
     sure = [tables.change(comparison)] + [
-        f"p = {tables.p_value(test)} over {test.pairs} {units}"
+        f"p {'' if p.startswith('<') else '= '}{p} over {test.pairs} {units}"
         for test, units in (
             (comparison.over_seeds, "seeds"),
             (comparison.over_documents, "documents"),
         )
-        if test is not None
+        if test is not None and (p := tables.p_value(test))
     ]
     return (
         f"At {length:,} tokens{times}, the perplexity of {candidate.label} is {ours}, "

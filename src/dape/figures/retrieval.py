@@ -101,7 +101,8 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
             _panel(axes, values, scale, norm)
             _name_cells(axes, first)
             length = trained[label]
-            axes.set_title(f"{label}, trained at {length:,}" if length else label, fontsize=9)
+            title = f"{label}, trained at {length:,}" if length else label
+            axes.set_title(title, fontsize=9, parse_math=False)
         for axes in [*grid.flat][len(panels) :]:
             axes.set_visible(False)
         grey = "; grey: refused" * any(each.refused for each in records)

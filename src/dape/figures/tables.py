@@ -5,12 +5,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from dape.evaluate.compare import METRICS, Comparison, Group
-from dape.evaluate.significance import PairedTest
+from dape.evaluate.significance import FEWEST_DOCUMENTS, PairedTest
+from dape.text import markdown, one_line
 
 NOTHING = "—"
 
@@ -27,8 +29,9 @@ class Table:
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown."""
         ruler = ["---", *("---:" for _ in self.header[1:])]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.header, ruler, *self.rows)]
-        return f"**{self.title}**\n\n" + "\n".join(lines) + f"\n\n{self.note}"
+        header, *rows = [[markdown(cell) for cell in row] for row in (self.header, *self.rows)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)]
+        return f"**{markdown(self.title)}**\n\n" + "\n".join(lines) + f"\n\n{markdown(self.note)}"
 
     def show(self) -> None:
         """Print the table, with deviations under their means, as wide as it must be.
@@ -38,14 +41,16 @@ class Table:
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
+        from rich.text import Text  # other than in strings, nothing in brackets is a style
 
-        table = RichTable(title=self.title, caption=self.note, box=box.SIMPLE_HEAD, pad_edge=False)
+        title, note = Text(one_line(self.title), "bold"), Text(one_line(self.note))
+        table = RichTable(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
         table.title_justify = table.caption_justify = "left"
-        table.title_style = "bold"
         for place, name in enumerate(self.header):
-            table.add_column(name, justify="right" if place else "left", no_wrap=True)
+            side: Literal["left", "right"] = "right" if place else "left"
+            table.add_column(Text(one_line(name)), justify=side, no_wrap=True)
         for row in self.rows:
-            table.add_row(*(cell.replace(" ± ", "\n± ") for cell in row))
+            table.add_row(*(Text(one_line(cell).replace(" ± ", "\n± ")) for cell in row))
         width = Console(width=sys.maxsize).measure(table).maximum
         Console(width=width).print(table, "")
 
@@ -115,11 +120,14 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
             if found:
                 rows.append([f"p over {found[0].pairs} {label}", *map(p_value, outcomes)])
                 names.append(found[0].name)
+    notes = [f"Two-sided p-values: {'; '.join(dict.fromkeys(names))}."] if names else []
+    if any(each.over_documents is None for each in comparisons):
+        notes.append(f"Fewer than {FEWEST_DOCUMENTS} documents: no p over documents.")
     return Table(
         title="Change of perplexity, and how sure it is",
         header=["", *(f"{length:,}" for length in lengths)],
         rows=rows,
-        note=f"Two-sided p-values: {'; '.join(dict.fromkeys(names)) or 'too few documents'}.",
+        note=" ".join(notes),
     )
 
 
@@ -134,8 +142,12 @@ def change(comparison: Comparison | None) -> str:
 
 
 def p_value(test: PairedTest | None) -> str:
-    """Return a p-value with two significant digits."""
-    return NOTHING if test is None else f"{test.p_value:.2g}"
+    """Return a p-value with two significant digits, or that it is below what the test can show."""
+    if test is None:
+        return NOTHING
+    if test.p_value <= test.least:
+        return f"< {test.least:.2g}"
+    return f"{test.p_value:.2g}"
 
 
 def _cells(group: Group, metric: str) -> list[str]:

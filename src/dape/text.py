@@ -1,0 +1,29 @@
+"""Names and reasons that others wrote, made safe to show."""
+
+import re
+
+
+def one_line(text: str) -> str:
+    """Return text on one line, each character that a terminal would obey replaced by a sign."""
+    line = " ".join(filter(None, (each.strip() for each in text.replace("\t", " ").splitlines())))
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
+
+
+def markdown(text: str) -> str:
+    r"""Return text that Markdown shows as it is, also in a cell of a table: `a|b` as `a\|b`."""
+    return re.sub(r"([\\`|<$\[])", r"\\\1", one_line(text))
+
+
+def code(text: str) -> str:
+    """Return text as code in Markdown, between more backticks than it has in a row."""
+    shown = one_line(text)
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    fence, pad = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def code_block(text: str, language: str = "") -> str:
+    """Return lines of code in Markdown, between fences that are longer than any in them."""
+    longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
