@@ -11,7 +11,7 @@ def one_line(text: str) -> str:
 
 def markdown(text: str) -> str:
     r"""Return text that Markdown shows as it is, also in a cell of a table: `a|b` as `a\|b`."""
-    return re.sub(r"([\\`|<$\[])", r"\\\1", one_line(text))
+    return re.sub(r"([\\`|$\[]|<(?=[\w/!?]))", r"\\\1", one_line(text))
 
 
 def code(text: str) -> str:

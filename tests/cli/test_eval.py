@@ -234,3 +234,51 @@ def test_a_failed_evaluation_leaves_the_old_file(runs, capsys):
     shutil.rmtree(runs[1] / "model")
     refused(capsys, "eval", runs[0], runs[1], "--lengths", 32)
     assert evaluation(runs[0]) == before
+
+
+def test_a_run_that_is_given_twice_is_measured_and_counted_once(runs, tmp_path, capsys):
+    assert not dape("eval", runs[0], runs[0], runs[1], "--lengths", 16)
+    note = f"{runs[0]} is given more than once, and counted once\n"
+    assert capsys.readouterr().err.startswith(note)
+    words = ("plot", runs[0], runs[1], runs[0], "--out", tmp_path / "table.md")
+    assert not dape(*words)
+    assert capsys.readouterr().err == note
+    assert "| kerple | 2 | " in (tmp_path / "table.md").read_text()
+
+
+def test_a_killed_command_goes_on_where_it_was(runs, capsys, monkeypatch):
+    """The second length is reached only by the second command."""
+    words = ("eval", *runs[:2], "--lengths", "16,32")
+    forward = DapeForCausalLM.forward
+
+    def killed_at_32(self, input_ids, **options):
+        if input_ids.shape[1] == 32:
+            raise KeyboardInterrupt
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(DapeForCausalLM, "forward", killed_at_32)
+    assert dape(*words) == 130
+    monkeypatch.setattr(DapeForCausalLM, "forward", forward)
+    capsys.readouterr()
+    assert not dape(*words)
+    told = [line.split()[2:4] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        ["16", "measured"],
+        ["32", "perplexity"],
+        ["16", "perplexity"],
+        ["32", "perplexity"],
+    ]
+    resumed = [evaluation(run)["measurements"] for run in runs[:2]]
+    assert not dape(*words, "--again")
+    assert [evaluation(run)["measurements"] for run in runs[:2]] == resumed
+
+
+def test_results_of_models_that_cannot_be_written_go_elsewhere(runs, tmp_path, capsys):
+    """A file lies where the folder of the results would be."""
+    (runs[0] / "evaluation").write_text("in the way")
+    line = refused(capsys, "eval", runs[0], "--lengths", 16)
+    assert f"results cannot be written to {runs[0] / 'evaluation'}" in line and "--out" in line
+    assert not dape("eval", runs[0], "--lengths", 16, "--out", tmp_path / "results")
+    out = tmp_path / "results" / runs[0].name
+    assert not dape("plot", out, "--out", tmp_path / "table.md")
+    assert str(runs[0]) in (tmp_path / "table.md").read_text()

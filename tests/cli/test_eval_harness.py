@@ -184,6 +184,17 @@ def test_an_answer_that_does_not_fit_is_told(run, tasks, capsys):
     assert result(run, "choosing", 2)["refused"] == "an answer alone is longer than 2 tokens"
 
 
+def test_an_answer_that_does_not_fit_in_one_task_refuses_no_other(run, tasks, tmp_path):
+    words = ("--tasks", "choosing,rolling", "--include-path", tasks, "--lengths", "2")
+    assert not dape("eval", "harness", run, *words, "--out", tmp_path)
+    kept = tmp_path / run.name
+    assert result(kept, "choosing", 2)["refused"] == "an answer alone is longer than 2 tokens"
+    model = DapeForCausalLM.from_pretrained(run / "model").eval()
+    ((metric, value, _),) = (each.values() for each in result(kept, "rolling", 2)["scores"])
+    assert metric == "bits_per_byte"
+    assert value == pytest.approx(bits_per_byte(model, 2), rel=1e-5)
+
+
 def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, monkeypatch):
     words = ("eval", "harness", run, "--tasks")
     missing = tmp_path / "nothing"

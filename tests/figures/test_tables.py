@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dape.evaluate.compare import compare, group
+from dape.evaluate.significance import PairedTest
 from dape.figures.report import findings
-from dape.figures.tables import number, results, significance
+from dape.figures.tables import number, p_value, results, significance
 from evaluations import make
 
 KERPLE = [[2.1, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9]]
@@ -77,6 +78,17 @@ def test_a_single_document_and_seed_leave_the_change_without_a_test(groups):
     assert len(table.rows) == 1
     assert table.rows[0][-1] == f"{100 * (math.exp(1.6 - 2.6) - 1):.1f} %"
     assert table.note == "Fewer than 20 documents: no p over documents."
+
+
+def test_the_least_that_resamples_can_show_is_no_exact_p_value(groups):
+    table = significance(compare(groups))
+    (row,) = (cells for cells in table.rows if cells[0] == "p over 20 documents")
+    assert row[1:] == ["< 0.0002"] * 5  # each document is better at each length
+    assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0004, least=0.0002)) == "0.0004"
+    assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0002, least=0.0002)) == "< 0.0002"
+    assert p_value(PairedTest("paired t", 3, -0.1, 1e-9)) == "1e-09"
+    (sentence,) = findings(groups, compare(groups))
+    assert "p < 0.0002 over 20 documents" in sentence and "p = " in sentence
 
 
 def test_the_finding_is_at_the_longest_length(groups):

@@ -103,7 +103,7 @@ def evaluate(
         bos=bos,
     )
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
-    folders = results_folders(opened, out)
+    folders = results_folders(opened, out, lambda each: each.evaluation(protocol, stride, split))
     files = [_files(folder, protocol, stride, split) for folder in folders]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}

@@ -142,7 +142,7 @@ def evaluate_harness(
     opened = open_models(models, tokenizer, partial_weights, watch)
     asked = [tuple(lengths or (trained_at(model),)) for model in opened]
     tokenizers = [_tokenizer(model) for model in opened]
-    folders = results_folders(opened, out)
+    folders = results_folders(opened, out, lambda each: each.harness(tasks[0], 1))
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command}
     origin["versions"]["lm-eval"] = version("lm-eval")

@@ -1,7 +1,7 @@
 """Where the results of measurements go."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dape.errors import UserError
@@ -9,8 +9,12 @@ from dape.evaluate.subject import InMemory, Model
 from dape.runs import RunFolder
 
 
-def results_folders(models: Sequence[Model], out: str | Path | None) -> list[RunFolder | None]:
+def results_folders(
+    models: Sequence[Model], out: str | Path | None, file: Callable[[RunFolder], Path]
+) -> list[RunFolder | None]:
     """Return where the results of each model go; None for one in memory without `out`.
+
+    `file` tells one of the files that are to be written into a folder.
 
     Raises:
         UserError: if a folder cannot be written, or two models would share one.
@@ -21,7 +25,7 @@ def results_folders(models: Sequence[Model], out: str | Path | None) -> list[Run
         folders = [RunFolder(Path(out) / model.folder.path.name) for model in models]
     kept = [folder for folder in folders if folder is not None]
     for folder in kept:
-        _check_writable(folder.path)
+        _check_writable(file(folder).parent)
         if kept.count(folder) > 1:
             raise UserError(
                 f"two of the models would have their results in {folder}: evaluate them one by one,"

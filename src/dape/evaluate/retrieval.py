@@ -156,7 +156,7 @@ def evaluate_retrieval(
     asked = tuple(sorted(set(lengths or default_lengths(opened))))
     plan = Plan(asked, tuple(depths), trials, seed)
     prompts = [[_prompts(model, name, corpus, split) for name in tasks] for model in opened]
-    folders = results_folders(opened, out)
+    folders = results_folders(opened, out, lambda each: each.retrieval(tasks[0]))
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
     watch.begin(plan.tokens * len(tasks) * len(opened))
