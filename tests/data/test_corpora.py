@@ -1,3 +1,4 @@
+import os
 import sys
 import sysconfig
 from collections import Counter
@@ -118,6 +119,21 @@ def test_a_wrong_source_is_told(tmp_path, name, message):
     with pytest.raises(UserError) as caught:
         resolve(name.replace("FOLDER", str(tmp_path)))
     assert message in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    listed = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"cannot read .*secret: Permission denied"):
+        resolve(str(tmp_path))
 
 
 def test_a_dataset_that_cannot_be_opened_is_told(tmp_path):

@@ -16,12 +16,23 @@ from torch.nn.utils import clip_grad_norm_
 from dape import DapeConfig, DapeForCausalLM
 from dape.cli import main
 from dape.data.shards import Corpus, Windows
+from dape.errors import UserError
+from dape.train import graphs
 from dape.train.recipe import Recipe, read, write
 from dape.train.run import train
+from dape.train.sections import Hardware
 
 
 def run(settings):
     return train(settings).path
+
+
+def unfinish(folder, *steps):
+    """Take back the end of a run, and its checkpoints after some steps."""
+    known = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(known | {"ended": None}))
+    for step in steps:
+        shutil.rmtree(folder / f"checkpoints/step-{step:08d}")
 
 
 def command(settings, tmp_path):
@@ -132,8 +143,7 @@ def test_a_resumed_run_repeats_its_losses(data, tmp_path, device):
         data, tmp_path, training=precision, tracking=keep, hardware={"device": device}
     )
     first = metrics(run(settings))
-    for step in (4, 6):
-        shutil.rmtree(tmp_path / f"checkpoints/step-{step:08d}")
+    unfinish(tmp_path, 4, 6)
     again = metrics(run(settings))
     for old, new in zip(first, again, strict=True):
         for name in ("step", "tokens", "loss", "grad_norm", "learning_rate"):
@@ -256,3 +266,47 @@ def test_compiled_blocks_learn_the_same(data, tmp_path):
     compiled = run(recipe(data, tmp_path / "compiled", hardware={"compile": True}, **small))
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+
+
+@pytest.mark.gpu
+@pytest.mark.unhooked
+@pytest.mark.parametrize("scheme", ["nope", "kerple", "dape-kerple", "dape-fire", "dape3-kerple"])
+def test_graphs_learn_the_same_and_resume(data, tmp_path, scheme):
+    layout = {"device": "cuda", "micro_batch_size": 4}
+
+    def trained(compile):
+        settings = recipe(
+            data,
+            tmp_path / compile,
+            model={"scheme": scheme},
+            training={"precision": "bf16-mixed"},
+            tracking={"checkpoint_every": 2, "keep_checkpoints": 3},
+            hardware={**layout, "compile": compile},
+        )
+        return settings, run(settings)
+
+    plain = losses(trained("none")[1])
+    settings, folder = trained("graphs")
+    first = losses(folder)
+    assert first == pytest.approx(plain, rel=2e-3)
+    unfinish(folder, 4, 6)
+    assert losses(run(settings)) == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.unhooked
+def test_a_pass_that_no_graph_can_hold_trains_all_the_same(data, tmp_path, capsys, monkeypatch):
+    def ask_the_device(self):
+        return ordinary(self) * float(torch.ones((), device="cuda"))
+
+    ordinary = graphs.Recording._pass
+    monkeypatch.setattr(graphs.Recording, "_pass", ask_the_device)
+    folder = run(recipe(data, tmp_path / "run", hardware={"device": "cuda", "compile": "graphs"}))
+    assert "trains without CUDA graphs" in capsys.readouterr().out
+    plain = run(recipe(data, tmp_path / "plain", hardware={"device": "cuda"}))
+    assert losses(folder) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_graphs_of_shards_are_refused():
+    with pytest.raises(UserError, match=r"hardware.compile='graphs' needs hardware.strategy='ddp'"):
+        Hardware(compile="graphs", strategy="fsdp")

@@ -150,6 +150,16 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(interrupted, tmp_path, 
     assert losses(copy.path) == whole and len(metrics(copy.path)) == 6
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(interrupted, tmp_path):
+    run, _ = interrupted
+    shutil.copytree(run.path, tmp_path / "run")
+    copy = RunFolder(tmp_path / "run")
+    copy.checkpoint(4).rename(copy.checkpoint(7))
+    (copy.checkpoint(7) / "progress.json").write_text('{"step": 7, "seconds": 1}')
+    with pytest.raises(UserError, match=r"checkpoint of step 7, beyond training.steps=6"):
+        train(override(read(run.recipe, Recipe), {"out": copy.path}))
+
+
 def test_with_all_checkpoints_broken_the_run_says_so(interrupted, tmp_path):
     run, _ = interrupted
     shutil.copytree(run.path, tmp_path / "run")

@@ -1,6 +1,7 @@
 """Sources of text: files, folders, datasets, the standard library of Python itself."""
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def _part(path: Path, key: str, names: str) -> Part:
 
 
 def _folder(name: str, folder: Path) -> Source:
-    files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*"))]
+    files = [(path.relative_to(folder), path) for path in sorted(_files(folder))]
     visible = [
         (relative.as_posix(), path)
         for relative, path in files
@@ -112,6 +113,16 @@ def _folder(name: str, folder: Path) -> Source:
     if not parts:
         raise UserError(f"source {name!r} has no files of a known kind ({', '.join(KINDS)})")
     return Source(name, parts, len(visible) - len(parts), {})
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield what is in a folder and below; `UserError` for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    for root, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(root, name) for name in names)
 
 
 def _standard_library() -> Source:

@@ -55,6 +55,9 @@ class Options:
                 f"validation {self.validation} and test {self.test} must be shares from 0 "
                 "that leave some of the documents for training"
             )
+        twice = next((name for name in self.sources if self.sources.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"source {twice!r} is given twice; its documents would count twice")
         for name in ("workers", "shard_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1")

@@ -51,6 +51,7 @@ def token_losses(
     batch_tokens: int,
     begin: int | None = None,
     device: torch.device | str = "cpu",
+    precision: torch.dtype = torch.float32,
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> Float[np.ndarray, "windows scored"]:
     """Return the cross-entropy (nats) of each scored token, a row a window.
@@ -58,7 +59,7 @@ def token_losses(
     `model` has the interface of a Hugging Face causal language model; it computes the logits of the
     scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
     least one; `advance` is told its number of tokens. The token `begin`, if any, takes the place of
-    the first of each window.
+    the first of each window. Below float32, `precision` is that of the products, by autocast.
 
     Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
     """
@@ -69,7 +70,8 @@ def token_losses(
         tokens = torch.from_numpy(window_tokens(document, windows, batch)).to(device)
         if begin is not None:
             tokens[:, 0] = begin
-        with told(windows.length, len(tokens)):
+        autocast = torch.autocast(tokens.device.type, precision, precision != torch.float32)
+        with told(windows.length, len(tokens)), autocast:
             losses[batch] = _forward(model, tokens, windows.scored)
         advance(tokens[:, 1:].numel())
     return losses

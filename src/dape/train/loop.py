@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dape.errors import UserError
-from dape.train import checkpoint
+from dape.train import checkpoint, graphs
 from dape.train.checkpoint import Progress
 from dape.train.estimate import peak_flops
 from dape.train.optimize import learning_rate
@@ -85,12 +85,14 @@ def updates(session: Session) -> Iterator[Metrics]:
     recipe, fabric, optimizer = session.recipe, session.fabric, session.optimizer
     steps, tokens = recipe.training.steps, session.task.tokens
     batch = session.batch("train", session.progress.step)
+    recording = record(session, micro_batches(session, batch))
     before = math.nan
     for step in range(session.progress.step + 1, steps + 1):
         begun = time.perf_counter()
         state = np.random.SeedSequence([recipe.seed, step, fabric.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
-        mean = accumulate(session, batch)
+        parts = micro_batches(session, batch)
+        mean = recording.accumulate(parts) if recording else accumulate(session, parts)
         limit = recipe.optimizer.clip_norm or math.inf
         norm = fabric.clip_gradients(
             session.loss, optimizer, max_norm=limit, error_if_nonfinite=False
@@ -109,18 +111,33 @@ def updates(session: Session) -> Iterator[Metrics]:
         for group in optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=recording is None)
         metrics["update_seconds"] = time.perf_counter() - begun
         yield metrics
 
 
-def accumulate(session: Session, batch: Batch) -> Float[Tensor, ""]:
-    """Add the gradient of the mean loss over all ranks' examples, and return that loss.
+def record(session: Session, parts: list[Batch]) -> graphs.Recording | None:
+    """Return the passes of a batch as a CUDA graph, None where the recipe or the device has none.
+
+    A scheme whose passes cannot be recorded trains without a graph, and the run says so.
+    """
+    fabric = session.fabric
+    if session.recipe.hardware.compile != "graphs" or fabric.device.type != "cuda":
+        return None
+    try:
+        return graphs.Recording(fabric, session.loss, parts[0], len(parts))
+    except graphs.Unrecordable as reason:
+        fabric.print(f"{session.recipe.run}: trains without CUDA graphs: {reason}")
+        session.optimizer.zero_grad()
+        return None
+
+
+def accumulate(session: Session, parts: list[Batch]) -> Float[Tensor, ""]:
+    """Add the gradient of the mean loss over all ranks' micro-batches, and return that loss.
 
     DDP exchanges gradients at the last micro-batch; FSDP at each, to keep no whole gradient.
     """
     fabric, hardware = session.fabric, session.recipe.hardware
-    parts = micro_batches(session, batch)
     total = torch.zeros((), device=fabric.device)
     for number, part in enumerate(parts, start=1):
         wait = number < len(parts) and hardware.strategy == "ddp"

@@ -126,32 +126,41 @@ def begin(task: Task) -> Session:
     torch.manual_seed(recipe.seed)
     model = task.build(fabric.device)
     parameters = sum(each.numel() for each in model.parameters())
-    facts = task.facts(model)
+    facts = {"ranks": fabric.world_size, **task.facts(model)}
     loss = parallelize.parallelize(fabric, model, task)
     optimizer = adamw(model, recipe.optimizer)
     if fabric.is_global_zero:
-        remove_leftovers(run.path)
-        write_text(run.recipe, write(recipe))
-        run.update_record(
-            {
-                **provenance(fabric.device),
-                "ranks": fabric.world_size,
-                "seed": recipe.seed,
-                "data": task.data,
-                **facts,
-                "started": run.read_record().get("started", _now()),
-                "ended": None,
-            }
-        )
+        _note_start(task, provenance(fabric.device) | facts)
     fabric.barrier()
     load = partial(checkpoint.load, model=model, optimizer=optimizer)
     progress = checkpoint.newest(run, load, fabric.print) or Progress()
+    if progress.step > recipe.training.steps:
+        raise UserError(
+            f"{run} has a checkpoint of step {progress.step}, beyond training.steps="
+            f"{recipe.training.steps}; delete it"
+        )
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     fabric.print(
         f"{run}: {recipe.scheme}, {trained:,} of {parameters:,} parameters train, on"
         f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
     )
     return Session(task, fabric, model, loss, optimizer, progress)
+
+
+def _note_start(task: Task, facts: dict[str, Any]) -> None:
+    """Write the recipe and the record of a run that has not ended."""
+    run = task.recipe.run
+    remove_leftovers(run.path)
+    write_text(run.recipe, write(task.recipe))
+    run.update_record(
+        {
+            **facts,
+            "seed": task.recipe.seed,
+            "data": task.data,
+            "started": run.read_record().get("started", _now()),
+            "ended": None,
+        }
+    )
 
 
 def _fit(session: Session) -> None:

@@ -141,13 +141,17 @@ class Hardware:
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )
-    """torch.compile of each block, or a whole step as a CUDA graph"""
+    """blocks: torch.compile each block; graphs: and replay both passes as a CUDA graph"""
     activation_checkpointing: bool = False
     """keep only what enters a block, and compute the rest again in the backward pass"""
 
     def __post_init__(self) -> None:
-        """Refuse an empty micro-batch."""
+        """Refuse an empty micro-batch, and graphs of gradients that no rank has whole."""
         at_least(1, "hardware", self, "micro_batch_size")
+        if self.compile == "graphs" and self.strategy == "fsdp":
+            raise UserError(
+                "hardware.compile='graphs' needs hardware.strategy='ddp'; with 'fsdp' take 'blocks'"
+            )
 
 
 @dataclass(frozen=True, slots=True)

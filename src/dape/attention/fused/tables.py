@@ -85,8 +85,8 @@ def fire_tables(
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, DAPE | TalkingHeads):
-        constant = torch.zeros(values.shape[1], device=device)
-        constant[0] = 1
+        # Not by assignment, which copies from the host and so cannot be part of a CUDA graph.
+        constant = (torch.arange(values.shape[1], device=device) == 0).float()
         mixing = mixed_tables(adapter, values, constant)
     else:
         shapes = (values.shape[1], 0), (0, len(values)), (len(values), 0)

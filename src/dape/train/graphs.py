@@ -1,0 +1,95 @@
+"""The forward and backward pass of a micro-batch as a CUDA graph, recorded once and replayed.
+
+The host starts hundreds of kernels for a micro-batch, one by one, and needs longer for them than a
+small model needs to compute. A graph starts all of them at once.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+# Compilation, the tuning of kernels and the workspaces of libraries must be over before recording.
+WARM_UP = 3
+
+
+class Unrecordable(RuntimeError):
+    """A pass that cannot be a graph, for it copies from the host or asks the device for a value."""
+
+
+class Recording:
+    """Forward and backward pass of a batch, micro-batch by micro-batch, by replays of one graph.
+
+    A graph reads and adds to fixed addresses. Micro-batches are copied to where the first one lay.
+    Gradients are there from the start, in one buffer, which one call averages over the devices.
+
+    Args:
+        fabric: the devices; each records a graph of its own.
+        loss: the map from a micro-batch to its mean loss, as `fabric` has set it up.
+        part: a micro-batch of this rank; all others have its shapes.
+        parts: micro-batches of a batch.
+
+    Raises:
+        Unrecordable: if the pass cannot be recorded. Gradients are zero then, as they were.
+    """
+
+    def __init__(
+        self, fabric: "Fabric", loss: nn.Module, part: Sequence[Tensor], parts: int
+    ) -> None:
+        self._fabric, self._loss, self._parts = fabric, loss, parts
+        self._gradients = _flat_gradients(loss)
+        self._part = [tensor.to(fabric.device, copy=True) for tensor in part]
+        try:
+            self._warm_up()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._part_loss = self._pass()
+        except RuntimeError as error:
+            raise Unrecordable(str(error).splitlines()[0]) from error
+        finally:
+            self._gradients.zero_()
+
+    def accumulate(self, parts: Sequence[Sequence[Tensor]]) -> Float[Tensor, ""]:
+        """Add the gradient of the mean loss over all ranks' micro-batches; return that loss."""
+        total = torch.zeros((), device=self._fabric.device)
+        for part in parts:
+            for place, tensor in zip(self._part, part, strict=True):
+                place.copy_(tensor)
+            self._graph.replay()
+            total += self._part_loss
+        if self._fabric.world_size > 1:
+            average = torch.distributed.ReduceOp.AVG
+            torch.distributed.all_reduce(self._gradients, op=average)
+        mean: Tensor = self._fabric.all_reduce(total, reduce_op="mean")
+        return mean
+
+    def _pass(self) -> Float[Tensor, ""]:
+        """Add the gradient of a micro-batch, kept on this rank, and return its part of the loss."""
+        with self._fabric.no_backward_sync(self._loss):
+            loss = self._loss(*self._part) / self._parts
+            self._fabric.backward(loss)
+        return loss.detach()
+
+    def _warm_up(self) -> None:
+        """Run the pass on a stream of its own, as recording will."""
+        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._pass()
+        main.wait_stream(side)
+
+
+def _flat_gradients(module: nn.Module) -> Float[Tensor, " parameters"]:
+    """Give each trained parameter a gradient of zeros; return the one buffer that holds them."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in trained]
+    buffer = torch.zeros(sum(sizes), device=trained[0].device)
+    for parameter, part in zip(trained, buffer.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return buffer
