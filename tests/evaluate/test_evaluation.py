@@ -160,6 +160,8 @@ def test_what_was_measured_is_measured_anew_when_anything_is_different(run, corp
     assert outcomes(again=True) == anew
     assert outcomes(documents=1) == anew  # other targets
     assert outcomes(documents=1) == kept
+    assert outcomes(documents=1, precision="bf16") == anew
+    assert outcomes(documents=1) == anew
     model = DapeForCausalLM.from_pretrained(run / "model")
     torch.nn.init.normal_(model.get_output_embeddings().weight)
     model.save_pretrained(run / "model")
@@ -211,3 +213,15 @@ def test_retrieval_takes_models_in_memory_too(run):
     assert held.cells == kept.cells and held.subject.run == "models[0]"
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         evaluate_retrieval(model, **asked)
+
+
+def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
+    (exact,) = evaluate(run, corpus, LENGTHS)
+    (close,) = evaluate(run, corpus, LENGTHS, precision="bf16")
+    assert exact.provenance["precision"] == "fp32" and close.provenance["precision"] == "bf16"
+    for length in LENGTHS:
+        loss = exact.by_length[length].loss
+        assert close.by_length[length].loss == pytest.approx(loss, rel=1e-2)
+        assert close.by_length[length].loss != loss
+    with pytest.raises(UserError, match="unknown precision 'int8'"):
+        evaluate(run, corpus, LENGTHS, precision="int8")

@@ -41,6 +41,8 @@ class Arguments(Measuring):
     """what the table on the screen shows; the file holds all"""
     seed: int = 0
     """of the choice of documents"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32 computes as the model was saved, bf16 with products of bfloat16, by autocast"""
     again: bool = False
     """measure lengths that were measured before too"""
 
@@ -73,6 +75,7 @@ def main(argv: list[str]) -> None:
             metric=arguments.metric,
             seed=arguments.seed,
             device=arguments.device,
+            precision=arguments.precision,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
             again=arguments.again,

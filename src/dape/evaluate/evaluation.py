@@ -12,7 +12,7 @@ from torch import nn
 
 from dape.data.shards import Corpus
 from dape.device import choose_device
-from dape.errors import UserError
+from dape.errors import UserError, unknown
 from dape.evaluate.lengths import default_lengths
 from dape.evaluate.limits import Refused
 from dape.evaluate.opening import Given, open_models
@@ -31,8 +31,9 @@ from dape.runs import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# A measurement made with other versions or on another device is not taken for one of today.
-_SAME = ("commit", "versions", "device")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# A measurement made otherwise, with other versions or elsewhere is not taken for one of today.
+_SAME = ("commit", "versions", "device", "precision")
 
 
 def evaluate(
@@ -49,6 +50,7 @@ def evaluate(
     metric: str = "perplexity",
     seed: int = 0,
     device: str = "auto",
+    precision: str = "fp32",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
     again: bool = False,
@@ -59,9 +61,8 @@ def evaluate(
 ) -> list[Evaluation]:
     """Return the perplexity over length of each model: the same tokens for every length and model.
 
-    Each length of a model in a folder or on the hub is kept in a file as soon as it is measured,
-    and taken from there when the same is asked again. A length that a model refuses is left out,
-    with its reason.
+    Each length of a model that is not in memory is kept in a file as soon as it is measured, and
+    taken from there when the same is asked again. A length that a model refuses is left out.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
@@ -75,6 +76,7 @@ def evaluate(
         bos: let windows begin with a model's own token for the beginning of a text.
         metric: the one to compare models by; only `bits_per_byte` allows different corpora.
         device: of models that are not in memory.
+        precision: `fp32` computes as the model was saved, `bf16` with products of bfloat16.
         batch_tokens: tokens in one forward; a longer window goes alone.
         out: folder for all results; those of modules in memory are kept nowhere else.
         again: measure lengths that were measured before too.
@@ -105,8 +107,10 @@ def evaluate(
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     folders = results_folders(opened, out, lambda each: each.evaluation(protocol, stride, split))
     files = [_files(folder, protocol, stride, split) for folder in folders]
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command, "seed": seed}
+    origin = provenance(chosen) | {"command": command, "seed": seed, "precision": precision}
     watch.begin(sum(each.tokens for each in plans))
     return [
         _Session(model, each, file, chosen, batch_tokens, origin, watch).run(again)
@@ -213,6 +217,7 @@ class _Session:
                 batch_tokens=self.batch_tokens,
                 begin=self.model.beginning() if self.plan.targets.bos else None,
                 device=next(network.parameters()).device,
+                precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
             )
         return measure(losses, windows, self.plan.bytes)
