@@ -13,6 +13,7 @@ COMMANDS = {
     "retrofit": "adapters in a pretrained model, trained at a longer length",
     "eval": "perplexity over length of one or more runs",
     "plot": "evaluated runs, or an encoding, as a figure",
+    "paper": "the paper's tables and figures, each by one command",
     "export": "a run as a Hugging Face folder with a model card",
     "bench": "speed and memory of attention, against named peers",
     "info": "versions, devices, attention backends, schemes",

@@ -1,0 +1,114 @@
+"""Which cells of an experiment are finished, which are missing, and what the missing ones cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import median
+
+from dape.figures.tables import NOTHING, Table
+from dape.paper import record
+from dape.paper.experiment import Cell
+from dape.paper.record import State
+
+# Tokens a second of training on one H100, and how much longer some schemes take.
+TOKENS_PER_SECOND = {"small": 670_000, "125m": 330_000, "350m": 120_000}
+SLOWER = {"dape3": 1.6, "talking-heads": 1.2, "fire": 1.2, "cope": 4.0, "transformer-xl": 4.0}
+# Minutes of starting, compiling and measuring on one H100.
+AROUND = {"small": 1.5, "125m": 2.0, "350m": 3.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A cell, its state, and the GPU minutes that it took or will take (None: unknown)."""
+
+    cell: Cell
+    state: State
+    minutes: float | None
+
+    @property
+    def due(self) -> bool:
+        """Return whether the cell is to be run."""
+        return self.state in ("missing", "changed")
+
+
+def plan(cells: Sequence[Cell]) -> list[Planned]:
+    """Return the cells with state and price; prices of cells like a finished one are measured."""
+    here = record.checksums(list(cells))
+    states = {cell.name: record.state(cell, here) for cell in cells}
+    spent = {
+        cell.name: minutes
+        for cell in cells
+        if states[cell.name] == "finished" and (minutes := _spent(cell)) is not None
+    }
+    return [
+        Planned(cell, states[cell.name], spent.get(cell.name) or _price(cell, cells, spent))
+        for cell in cells
+    ]
+
+
+def due(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
+    """Return the cells to run, the longest first: of the arms `only`, if any are named.
+
+    With `retry` that includes cells that diverged or ran out of memory.
+    """
+    chosen = [
+        each
+        for each in planned
+        if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
+    ]
+    return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
+
+
+def _spent(cell: Cell) -> float | None:
+    """Return the GPU minutes of a finished cell: its whole training, and its measurements."""
+    ended = record.load(cell)
+    if ended is None:
+        return None
+    train, *measures = (ended.seconds.get(record.command(step), 0) for step in cell.steps)
+    trained = record.run_record(cell).get("seconds", 0)
+    return (max(train, trained) + sum(measures)) / 60
+
+
+def _price(cell: Cell, cells: Sequence[Cell], spent: dict[str, float]) -> float | None:
+    """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
+    alike = [
+        spent[other.name] * cell.setting.tokens / other.setting.tokens
+        for other in cells
+        if other.name in spent and (other.arm, other.setting.size) == (cell.arm, cell.setting.size)
+    ]
+    if alike:
+        return median(alike)
+    speed = TOKENS_PER_SECOND.get(cell.setting.size)
+    if speed is None:
+        return None
+    factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
+    return cell.setting.tokens * factor / speed / 60 + AROUND[cell.setting.size]
+
+
+def table(planned: Sequence[Planned], devices: int) -> Table:
+    """Return the plan as a table, a row for each setting, with the price of what is due."""
+    rows = []
+    for setting, members in groupby(planned, key=lambda each: each.cell.setting):
+        group = list(members)
+        counts = [sum(each.state == state for each in group) for state in STATES]
+        left = [each for each in group if each.due]
+        rows.append([setting.name, *map(str, counts), _minutes(left)])
+    left = [each for each in planned if each.due]
+    counts = [sum(each.state == state for each in planned) for state in STATES]
+    rows.append(["all", *map(str, counts), _minutes(left)])
+    known = [each.minutes for each in left if each.minutes is not None]
+    note = "Changed: other settings, data or measurements than now; runs again."
+    if known:
+        hours = max(sum(known) / devices, max(known)) / 60
+        note += f" About {hours:.1f} hours on {devices} GPU{'s' * (devices > 1)}."
+    return Table("Plan", ["setting", *STATES, "GPU minutes due"], rows, note)
+
+
+STATES: tuple[State, ...] = ("finished", "failed", "missing", "changed")
+
+
+def _minutes(left: Sequence[Planned]) -> str:
+    known = [each.minutes for each in left]
+    if any(minutes is None for minutes in known):
+        return NOTHING
+    return f"{sum(minutes for minutes in known if minutes is not None):.0f}"
