@@ -52,7 +52,8 @@ class Arguments:
 def main(argv: list[str]) -> int | None:
     """List, report, or plan and run."""
     arguments = parse(Arguments, argv, prog="dape paper")
-    from dape.paper.experiment import once, smoke
+    from dape.paper.cells import once
+    from dape.paper.experiment import smoke
     from dape.paper.experiments import EXPERIMENTS, find
 
     if not arguments.names:

@@ -3,17 +3,57 @@
 from pathlib import Path
 
 from dape.errors import unknown
-from dape.paper.experiment import Arm, Experiment, Sweep, schemes
+from dape.paper.cells import Arm, Setting, Sweep, schemes
+from dape.paper.claims import Better, Claim, Rise
+from dape.paper.experiment import Experiment
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
 FOUR = PAIRS[:4]
+BIASES = ("alibi", "kerple", "fire")
+
+
+def _pairs(setting: Setting, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
+    """Return the checks of DAPE on each bias against the bias alone."""
+    return tuple(Better(f"dape-{bias}", bias, setting, n) for n in times for bias in biases)
+
+
+def _steady(*checks: tuple[Setting, int]) -> tuple[Claim, Claim]:
+    """Return the claims about Kerple's curve with and without DAPE, up to so many times."""
+    return (
+        Claim(
+            "DAPE-Kerple's perplexity does not rise beyond the training length",
+            "section 4.1",
+            tuple(Rise("dape-kerple", setting, times, rises=False) for setting, times in checks),
+        ),
+        Claim(
+            "Kerple's perplexity rises beyond the training length",
+            "section 4.1",
+            tuple(Rise("kerple", setting, times, rises=True) for setting, times in checks),
+        ),
+    )
+
+
+ARXIV, BOOKS = Setting("125m", "arxiv", 512), Setting("125m", "books", 512)
 
 CORE = Experiment(
     name="core",
     title="DAPE on three biases, trained at 512",
     shows="Figure 2 (training length 512) and section 4.1",
     sweeps=(Sweep("125m", ("arxiv", "books"), (512,), MAIN),),
+    claims=(
+        Claim(
+            "DAPE-X is better than X within the training length",
+            "section 4.1",
+            (*_pairs(ARXIV, 1), *_pairs(BOOKS, 1)),
+        ),
+        Claim(
+            "DAPE-X is better than X at 16 times the training length",
+            "section 4.1",
+            (*_pairs(ARXIV, 16), *_pairs(BOOKS, 16)),
+        ),
+        *_steady((ARXIV, 16), (BOOKS, 16)),
+    ),
 )
 LENGTHS = Experiment(
     name="lengths",
@@ -22,6 +62,17 @@ LENGTHS = Experiment(
     sweeps=(
         Sweep("small", ("arxiv",), (128, 1024), MAIN),
         Sweep("125m", ("arxiv",), (128, 1024), FOUR),
+    ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X at 64 times the training length",
+            "section 4.1",
+            (
+                *_pairs(Setting("small", "arxiv", 128), 64),
+                *_pairs(Setting("125m", "arxiv", 128), 64, biases=BIASES[:2]),
+            ),
+        ),
+        *_steady((Setting("small", "arxiv", 128), 64), (Setting("125m", "arxiv", 128), 64)),
     ),
 )
 EVERY = schemes(
@@ -37,7 +88,18 @@ ALL = Experiment(
         Sweep("small", ("arxiv",), (128,), EVERY),
         Sweep("small", ("books",), (512,), EVERY),
     ),
+    claims=(
+        Claim(
+            "DAPE-Kerple is better than CoPE and Transformer-XL at 16 times the training length",
+            "Table 6, which is trained at 128",
+            tuple(
+                Better("dape-kerple", other, Setting("small", "books", 512), 16)
+                for other in ("cope", "transformer-xl")
+            ),
+        ),
+    ),
 )
+SEEDED = Setting("small", "arxiv", 512)
 SIGNIFICANCE = Experiment(
     name="significance",
     title="Is the difference more than chance?",
@@ -45,6 +107,18 @@ SIGNIFICANCE = Experiment(
     sweeps=(
         Sweep("small", ("arxiv",), (512,), PAIRS, seeds=(0, 1, 2, 3, 4)),
         Sweep("125m", ("arxiv",), (512,), PAIRS[2:4], seeds=(0, 1, 2)),
+    ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X within the training length (p < 0.05)",
+            "Table 5",
+            (*_pairs(SEEDED, 1), *_pairs(ARXIV, 1, biases=("kerple",))),
+        ),
+        Claim(
+            "DAPE-X is better than X beyond the training length (p < 0.05)",
+            "Table 5",
+            (*_pairs(SEEDED, 2, 16), *_pairs(ARXIV, 2, 16, biases=("kerple",))),
+        ),
     ),
 )
 SIZE = Experiment(
@@ -55,15 +129,29 @@ SIZE = Experiment(
         Sweep("350m", ("arxiv",), (512,), FOUR),
         Sweep("125m", ("arxiv",), (512,), FOUR),
     ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X at 350M too",
+            "section 4.2",
+            _pairs(Setting("350m", "arxiv", 512), 1, 16, biases=BIASES[:2]),
+        ),
+    ),
 )
+TOKENS = (50_000_000, 150_000_000, 450_000_000)
 AMOUNTS = Experiment(
     name="tokens",
     title="How the static bias's rise grows with training",
     shows="a question of ours",
-    sweeps=(
-        Sweep(
-            *("125m", ("mixed",), (128,), PAIRS[2:4]),
-            tokens=(50_000_000, 150_000_000, 450_000_000),
+    sweeps=(Sweep("125m", ("mixed",), (128,), PAIRS[2:4], tokens=TOKENS),),
+    claims=(
+        Claim(
+            "Kerple's perplexity rises up to 64 times the training length, at every amount",
+            "section 4.1 at 6.6B tokens",
+            tuple(
+                Rise("kerple", Setting("125m", "mixed", 128, tokens), 64, True, corpus)
+                for tokens in TOKENS
+                for corpus in ("arxiv", "books")
+            ),
         ),
     ),
 )
@@ -86,6 +174,37 @@ ABLATION = Experiment(
             schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
         ),
     ),
+    claims=(
+        Claim(
+            "A hidden width of 4 still helps",
+            "section 4.4",
+            tuple(
+                Better("dape-alibi-d4", "alibi", Setting("small", "arxiv", 128), times)
+                for times in (1, 64)
+            ),
+        ),
+        Claim(
+            "A + B + f(A, B) is better than A + B + f(B), and that better than A + B",
+            "Table 7",
+            tuple(
+                Better(better, worse, Setting("small", "books", 512), times)
+                for better, worse in (
+                    ("dape-kerple", "dape-bias-kerple"),
+                    ("dape-bias-kerple", "kerple"),
+                )
+                for times in (1, 16)
+            ),
+        ),
+        Claim(
+            "Concatenating scores and bias is better than adding them",
+            "section 4.3",
+            tuple(
+                Better(form, "dape-add-kerple", Setting("small", "arxiv", length), times)
+                for length, times in ((128, 64), (512, 16))
+                for form in ("dape-kerple", "dape-concat-kerple")
+            ),
+        ),
+    ),
 )
 V2 = Experiment(
     name="v2",
@@ -95,6 +214,24 @@ V2 = Experiment(
         Sweep(
             *("small", ("arxiv",), (128, 512)),
             (*PAIRS, *schemes("dape3-alibi", "dape3-kerple", "dape3-fire")),
+        ),
+    ),
+    claims=(
+        Claim(
+            "V2 is better than V1 on Kerple, within and beyond the training length",
+            "DAPE V2",
+            tuple(
+                Better("dape3-kerple", "dape-kerple", Setting("small", "arxiv", length), times)
+                for length, times in ((128, 1), (128, 64), (512, 1), (512, 16))
+            ),
+        ),
+        Claim(
+            "V2 is worse than V1 on ALiBi trained at 128",
+            "a review of DAPE V2",
+            tuple(
+                Better("dape-alibi", "dape3-alibi", Setting("small", "arxiv", 128), times)
+                for times in (1, 64)
+            ),
         ),
     ),
 )

@@ -7,7 +7,7 @@ from statistics import median
 
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
-from dape.paper.experiment import Cell
+from dape.paper.cells import Cell
 from dape.paper.record import State
 
 # Tokens a second of training on one H100, and how much longer some schemes take.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.paper.experiment import Cell, Step
+from dape.paper.cells import Cell, Step
 from dape.train import config
 
 FILE, LOG = "cell.json", "log.txt"
@@ -46,6 +46,13 @@ def load(cell: Cell) -> Record | None:
     """Return how a cell ended, None if it did not."""
     file = cell.record / FILE
     return Record(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def ended(cell: Cell) -> Record:
+    """Return how a cell ended that did."""
+    record = load(cell)
+    assert record is not None, cell.name
+    return record
 
 
 def run_record(cell: Cell) -> dict[str, Any]:

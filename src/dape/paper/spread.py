@@ -15,7 +15,7 @@ from threading import Lock
 from typing import IO
 
 from dape.paper import record
-from dape.paper.experiment import Cell, Step
+from dape.paper.cells import Cell, Step
 from dape.paper.record import command
 
 # Ends of a training or a measurement that tell of the model: the cell is a result.

@@ -1,0 +1,83 @@
+"""A panel: all arms of one setting, measured on the test texts of one corpus."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from dape.evaluate.compare import Group
+from dape.evaluate.record import load
+from dape.paper import record
+from dape.paper.cells import MEASURED_ON, Cell, Setting, evaluation_name
+
+RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The cells of a setting that are finished, or failed by what their models are.
+
+    `groups` holds the evaluations by arm, of the arms that have any; `errors` the reason of those
+    that failed.
+    """
+
+    setting: Setting
+    corpus: str
+    cells: tuple[Cell, ...]
+    groups: tuple[Group, ...]
+    errors: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Return the name, as `125m-mixed-128-150M-on-books`."""
+        own = self.corpus == self.setting.corpus
+        return self.setting.name if own else f"{self.setting.name}-on-{self.corpus}"
+
+    def group(self, arm: str) -> Group | None:
+        """Return the evaluations of an arm, None if there are none."""
+        return next((each for each in self.groups if each.label == arm), None)
+
+    def minutes(self, arm: str) -> float:
+        """Return the GPU minutes that an arm took: its commands over all seeds."""
+        ends = [record.ended(cell) for cell in self.cells if cell.arm == arm]
+        return sum(sum(end.seconds.values()) for end in ends) / 60
+
+    @property
+    def epochs(self) -> float:
+        """Return how often the training text was seen."""
+        return self.setting.tokens / record.ended(self.cells[0]).train_tokens
+
+    def repeated_too_often(self) -> list[str]:
+        """Return the arms and seeds whose validation loss rose again, with from where to where."""
+        found = []
+        for cell in self.cells:
+            losses = [s["validation_loss"] for s in record.history(cell) if "validation_loss" in s]
+            if losses and losses[-1] > min(losses) + RISEN:
+                found.append(f"{cell.arm}-{cell.seed} from {min(losses):.3f} to {losses[-1]:.3f}")
+        return found
+
+
+def panels(cells: Sequence[Cell]) -> list[Panel]:
+    """Return the panels of cells, without settings that nothing is finished of."""
+    here = record.checksums(list(cells))
+    found = []
+    for setting, members in groupby(cells, key=lambda cell: cell.setting):
+        states = [(cell, record.state(cell, here)) for cell in members]
+        finished = [cell for cell, state in states if state == "finished"]
+        failed = [cell for cell, state in states if state == "failed"]
+        errors = {cell.arm: record.ended(cell).error or "" for cell in failed}
+        if finished or failed:
+            found += [
+                Panel(setting, corpus, (*finished, *failed), _groups(finished, corpus), errors)
+                for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
+            ]
+    return found
+
+
+def _groups(cells: Sequence[Cell], corpus: str) -> tuple[Group, ...]:
+    by_arm: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_arm.setdefault(cell.arm, []).append(cell)
+    return tuple(
+        Group(arm, tuple(load(c.record / evaluation_name(c.setting, corpus)) for c in members))
+        for arm, members in by_arm.items()
+    )
