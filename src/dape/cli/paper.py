@@ -3,13 +3,17 @@
 import signal
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.eval import Names, commas
 from dape.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from dape.paper.cells import Cell
+    from dape.paper.results import Results
 
 
 def folders(text: str) -> tuple[tuple[str, str], ...]:
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> int | None:
     from dape.paper.cells import once
     from dape.paper.experiment import smoke
     from dape.paper.experiments import EXPERIMENTS, find
+    from dape.paper.results import results
 
     if not arguments.names:
         raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
@@ -66,11 +71,14 @@ def main(argv: list[str]) -> int | None:
     if arguments.scale == "smoke":
         experiments = [smoke(each) for each in experiments]
     data = dict(arguments.data)
-    cells = once(cell for each in experiments for cell in each.cells(data))
-    return run(cells, arguments)
+    status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
+    if not arguments.plan:
+        for each in experiments:
+            show(results(each, data))
+    return status
 
 
-def run(cells: list[Any], arguments: Arguments) -> int:
+def run(cells: list["Cell"], arguments: Arguments) -> int:
     """Print the plan, and run what is due unless the plan alone was asked for."""
     from dape.paper import plan, spread
 
@@ -97,6 +105,22 @@ def run(cells: list[Any], arguments: Arguments) -> int:
     failed = [end for end in ends if end.error]
     print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left")
     return 1 if failed else 0
+
+
+def show(found: "Results") -> None:
+    """Write what is known of an experiment, and print its tables."""
+    from dape.paper.results import panel_tables, verdicts_table
+
+    if not found.panels:
+        print(f"{found.experiment.name}: nothing is finished yet")
+        return
+    found.write()
+    for panel in found.panels:
+        for table in panel_tables(panel):
+            table.show()
+    if found.verdicts:
+        verdicts_table(found.verdicts).show()
+    print(f"wrote {found.experiment.folder}")
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

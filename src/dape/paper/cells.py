@@ -201,6 +201,14 @@ def once(cells: Iterable[Cell]) -> list[Cell]:
     return list(found.values())
 
 
+def by_setting(cells: Iterable[Cell]) -> dict[Setting, list[Cell]]:
+    """Return the cells of each setting, in order of appearance."""
+    found: dict[Setting, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.setting, []).append(cell)
+    return found
+
+
 def data_folder(corpus: str, data: Mapping[str, str]) -> str:
     """Return the folder of a corpus."""
     return data.get(corpus, f"data/{corpus}")

@@ -114,7 +114,7 @@ class Claim:
     def moved(self, move: Callable[[Setting], Setting]) -> "Claim":
         """Return the claim about other settings, measured on their own corpora."""
         checks = (replace(each, setting=move(each.setting), corpus=None) for each in self.checks)
-        return replace(self, checks=tuple(checks))
+        return replace(self, checks=tuple(dict.fromkeys(checks)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from dape.evaluate.compare import Group
 from dape.evaluate.record import load
 from dape.paper import record
-from dape.paper.cells import MEASURED_ON, Cell, Setting, evaluation_name
+from dape.paper.cells import MEASURED_ON, Cell, Setting, by_setting, evaluation_name
 
 RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
 
@@ -60,7 +59,7 @@ def panels(cells: Sequence[Cell]) -> list[Panel]:
     """Return the panels of cells, without settings that nothing is finished of."""
     here = record.checksums(list(cells))
     found = []
-    for setting, members in groupby(cells, key=lambda cell: cell.setting):
+    for setting, members in by_setting(cells).items():
         states = [(cell, record.state(cell, here)) for cell in members]
         finished = [cell for cell, state in states if state == "finished"]
         failed = [cell for cell, state in states if state == "failed"]

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from statistics import median
+from typing import get_args
 
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
@@ -87,28 +87,19 @@ def _price(cell: Cell, cells: Sequence[Cell], spent: dict[str, float]) -> float 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
     """Return the plan as a table, a row for each setting, with the price of what is due."""
-    rows = []
-    for setting, members in groupby(planned, key=lambda each: each.cell.setting):
-        group = list(members)
-        counts = [sum(each.state == state for each in group) for state in STATES]
-        left = [each for each in group if each.due]
-        rows.append([setting.name, *map(str, counts), _minutes(left)])
-    left = [each for each in planned if each.due]
-    counts = [sum(each.state == state for each in planned) for state in STATES]
-    rows.append(["all", *map(str, counts), _minutes(left)])
-    known = [each.minutes for each in left if each.minutes is not None]
+    settings = dict.fromkeys(each.cell.setting for each in planned)
+    groups = {s.name: [each for each in planned if each.cell.setting == s] for s in settings}
+    rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
     note = "Changed: other settings, data or measurements than now; runs again."
-    if known:
-        hours = max(sum(known) / devices, max(known)) / 60
+    left = [each.minutes for each in planned if each.due and each.minutes is not None]
+    if left:
+        hours = max(sum(left) / devices, *left) / 60
         note += f" About {hours:.1f} hours on {devices} GPU{'s' * (devices > 1)}."
-    return Table("Plan", ["setting", *STATES, "GPU minutes due"], rows, note)
+    return Table("Plan", ["setting", *get_args(State), "GPU minutes due"], rows, note)
 
 
-STATES: tuple[State, ...] = ("finished", "failed", "missing", "changed")
-
-
-def _minutes(left: Sequence[Planned]) -> str:
-    known = [each.minutes for each in left]
-    if any(minutes is None for minutes in known):
-        return NOTHING
-    return f"{sum(minutes for minutes in known if minutes is not None):.0f}"
+def _row(name: str, group: Sequence[Planned]) -> list[str]:
+    counts = [str(sum(each.state == state for each in group)) for state in get_args(State)]
+    minutes = [each.minutes for each in group if each.due]
+    known = [each for each in minutes if each is not None]
+    return [name, *counts, f"{sum(known):.0f}" if len(known) == len(minutes) else NOTHING]
