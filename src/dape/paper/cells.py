@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from dape.runs import RunFolder
 from dape.train import strict
 from dape.train.config import Recipe
 
@@ -92,10 +93,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The words after `dape`, and the files kept: their place in the run folder by kept name."""
+    """The words after `dape`, and the files to keep.
+
+    keeps: the path of each file below the run folder, by its path below the record.
+    """
 
     words: tuple[str, ...]
-    keeps: Mapping[str, str]
+    keeps: Mapping[Path, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +123,14 @@ class Cell:
         return f"{self.setting.name}/{self.arm}-{self.seed}"
 
     @property
-    def run(self) -> Path:
-        """Return the run folder."""
-        return self.recipe.folder
+    def run(self) -> RunFolder:
+        """Return where it is trained and measured."""
+        return RunFolder(self.recipe.folder)
 
     @property
-    def record(self) -> Path:
-        """Return the folder of the small results that are kept."""
-        return self.home / "cells" / self.name
+    def record(self) -> RunFolder:
+        """Return where its small results are kept, laid out as a run folder."""
+        return RunFolder(self.home / "cells" / self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,7 @@ class Sweep:
             **arm.options,
         }
         built = build(recipe, options)
-        train = Step(("train", recipe, *words(options)), KEPT)
+        train = Step(("train", recipe, *words(options)), _TRAINED)
         measures = [
             self._measure(built.folder, setting, corpus, data)
             for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
@@ -183,11 +187,12 @@ class Sweep:
         lengths = self.reads.format(length=setting.length)
         return Step(
             ("eval", str(run), "--lengths", lengths, *self.options, *on),
-            {evaluation_name(setting, corpus): "evaluation/last.json"},
+            {evaluation(setting, corpus): _INSIDE.evaluation("last")},
         )
 
 
-KEPT = {name: name for name in ("config.yaml", "run.json", "metrics.jsonl")}
+_INSIDE = RunFolder(Path())
+_TRAINED = {path: path for path in (_INSIDE.recipe, _INSIDE.record, _INSIDE.metrics)}
 
 
 def once(cells: Iterable[Cell]) -> list[Cell]:
@@ -214,9 +219,10 @@ def data_folder(corpus: str, data: Mapping[str, str]) -> str:
     return data.get(corpus, f"data/{corpus}")
 
 
-def evaluation_name(setting: Setting, corpus: str) -> str:
-    """Return the kept name of the evaluation on the test texts of a corpus."""
-    return "last.json" if corpus == setting.corpus else f"last-{corpus}.json"
+def evaluation(setting: Setting, corpus: str) -> Path:
+    """Return where a record keeps the evaluation on the test texts of a corpus."""
+    kept = _INSIDE.evaluation("last")
+    return kept if corpus == setting.corpus else kept.with_stem(f"last-{corpus}")
 
 
 def build(recipe: str, options: Options, kind: type[Recipe] = Recipe) -> Recipe:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dape.evaluate.compare import Group
 from dape.evaluate.record import load
 from dape.paper import record
-from dape.paper.cells import MEASURED_ON, Cell, Setting, by_setting, evaluation_name
+from dape.paper.cells import MEASURED_ON, Cell, Setting, by_setting, evaluation
 
 RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
 
@@ -37,19 +37,20 @@ class Panel:
 
     def minutes(self, arm: str) -> float:
         """Return the GPU minutes that an arm took: its commands over all seeds."""
-        ends = [record.ended(cell) for cell in self.cells if cell.arm == arm]
-        return sum(sum(end.seconds.values()) for end in ends) / 60
+        return sum(record.read(cell).minutes for cell in self.cells if cell.arm == arm)
 
     @property
     def epochs(self) -> float:
         """Return how often the training text was seen."""
-        return self.setting.tokens / record.ended(self.cells[0]).train_tokens
+        return self.setting.tokens / record.read(self.cells[0]).train_tokens
 
     def repeated_too_often(self) -> list[str]:
         """Return the arms and seeds whose validation loss rose again, with from where to where."""
         found = []
         for cell in self.cells:
-            losses = [s["validation_loss"] for s in record.history(cell) if "validation_loss" in s]
+            losses = [
+                s["validation_loss"] for s in cell.record.read_metrics() if "validation_loss" in s
+            ]
             if losses and losses[-1] > min(losses) + RISEN:
                 found.append(f"{cell.arm}-{cell.seed} from {min(losses):.3f} to {losses[-1]:.3f}")
         return found
@@ -63,7 +64,7 @@ def panels(cells: Sequence[Cell]) -> list[Panel]:
         states = [(cell, record.state(cell, here)) for cell in members]
         finished = [cell for cell, state in states if state == "finished"]
         failed = [cell for cell, state in states if state == "failed"]
-        errors = {cell.arm: record.ended(cell).error or "" for cell in failed}
+        errors = {cell.arm: record.read(cell).error or "" for cell in failed}
         if finished or failed:
             found += [
                 Panel(setting, corpus, (*finished, *failed), _groups(finished, corpus), errors)
@@ -77,6 +78,6 @@ def _groups(cells: Sequence[Cell], corpus: str) -> tuple[Group, ...]:
     for cell in cells:
         by_arm.setdefault(cell.arm, []).append(cell)
     return tuple(
-        Group(arm, tuple(load(c.record / evaluation_name(c.setting, corpus)) for c in members))
+        Group(arm, tuple(load(c.record.path / evaluation(c.setting, corpus)) for c in members))
         for arm, members in by_arm.items()
     )

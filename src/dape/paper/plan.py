@@ -36,9 +36,7 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     here = record.checksums(list(cells))
     states = {cell.name: record.state(cell, here) for cell in cells}
     spent = {
-        cell.name: minutes
-        for cell in cells
-        if states[cell.name] == "finished" and (minutes := _spent(cell)) is not None
+        cell.name: record.read(cell).minutes for cell in cells if states[cell.name] == "finished"
     }
     return [
         Planned(cell, states[cell.name], spent.get(cell.name) or _price(cell, cells, spent))
@@ -57,16 +55,6 @@ def due(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = Fals
         if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
     ]
     return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
-
-
-def _spent(cell: Cell) -> float | None:
-    """Return the GPU minutes of a finished cell: its whole training, and its measurements."""
-    ended = record.load(cell)
-    if ended is None:
-        return None
-    train, *measures = (ended.seconds.get(record.command(step), 0) for step in cell.steps)
-    trained = record.run_record(cell).get("seconds", 0)
-    return (max(train, trained) + sum(measures)) / 60
 
 
 def _price(cell: Cell, cells: Sequence[Cell], spent: dict[str, float]) -> float | None:

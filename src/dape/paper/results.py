@@ -1,6 +1,5 @@
 """The table, the figure and the verdicts of an experiment, from what is finished of it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -10,6 +9,7 @@ from dape.figures import tables
 from dape.figures.curves import over_length
 from dape.figures.style import save
 from dape.figures.tables import NOTHING, Table
+from dape.files import write_json, write_text
 from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.claims import Verdict, judge
@@ -53,9 +53,8 @@ class Results:
         for panel in self.panels:
             if panel.groups:
                 save(over_length(panel.groups), folder / figure_name(panel))
-        (folder / TABLE).write_text(self.markdown(), encoding="utf-8")
-        found = [as_record(verdict) for verdict in self.verdicts]
-        (folder / VERDICTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / TABLE, self.markdown())
+        write_json(folder / VERDICTS, [as_record(verdict) for verdict in self.verdicts])
 
 
 def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Results:
@@ -132,9 +131,9 @@ def as_record(verdict: Verdict) -> dict[str, object]:
 
 def _validation(panel: Panel, arm: str) -> str:
     losses = [
-        record.run_record(cell)["validation_loss"]
+        cell.record.read_record()["validation_loss"]
         for cell in _cells(panel, arm)
-        if record.ended(cell).error is None
+        if record.read(cell).error is None
     ]
     return f"{mean(losses):.4f}" if losses else NOTHING
 
@@ -157,7 +156,7 @@ def _notes(panel: Panel, first: str) -> list[str]:
     notes = [
         first,
         f"Trained on {setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with"
-        f" checksum {record.ended(cell).checksum[:12]}. Validation: the last loss at the training"
+        f" checksum {record.read(cell).checksum[:12]}. Validation: the last loss at the training"
         " length, nats a token. GPU minutes: all commands of the arm.",
     ]
     notes += [f"{NOTHING} {arm} failed: {error}." for arm, error in panel.errors.items()]

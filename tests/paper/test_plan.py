@@ -1,0 +1,116 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from laboratory import Pretended, cells, enter
+
+from dape.paper import record
+from dape.paper.cells import Setting
+from dape.paper.experiments import CORE
+from dape.paper.plan import due, plan, table
+from dape.paper.spread import spread
+
+
+@pytest.fixture(autouse=True)
+def laboratory(tmp_path, monkeypatch):
+    enter(tmp_path, monkeypatch)
+
+
+def run(found, **options):
+    return spread(found, ["cpu"], Pretended(**options), lambda line: None)
+
+
+def states(found):
+    return [each.state for each in plan(found)]
+
+
+def test_a_cell_is_missing_then_finished():
+    found = cells()
+    assert states(found) == ["missing", "missing"]
+    run(found[:1])
+    assert states(found) == ["finished", "missing"]
+    assert due(plan(found)) == found[1:]
+
+
+def test_a_cell_is_finished_where_its_weights_and_its_data_are_not():
+    found = cells()
+    run(found)
+    for folder in ("data", "runs/smoke/smoke-python-stdlib-32-8.19k"):
+        Path(folder).rename(Path(folder).with_name("gone"))
+    assert states(found) == ["finished", "finished"]
+
+
+def test_other_settings_other_data_and_other_measurements_are_run_again():
+    found = cells("kerple")
+    run(found)
+    (cell,) = found
+    faster = replace(cell.recipe, optimizer=replace(cell.recipe.optimizer, learning_rate=0.1))
+    assert states([replace(cell, recipe=faster)]) == ["changed"]
+    assert states(cells("kerple", reads="32,64")) == ["changed"]
+    assert record.state(cell, {cell.data: "another checksum"}) == "changed"
+    layout = replace(cell.recipe, hardware=replace(cell.recipe.hardware, micro_batch_size=4))
+    assert states([replace(cell, recipe=layout)]) == ["finished"]
+
+
+def test_a_result_that_is_lost_is_measured_again():
+    found = cells("kerple")
+    run(found)
+    (found[0].record.evaluation("last")).unlink()
+    assert states(found) == ["changed"]
+
+
+def test_a_model_that_diverges_is_a_result_and_a_machine_that_breaks_is_none():
+    found = cells()
+    run(
+        found,
+        fails={
+            "/kerple-0": "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1",
+            "dape-kerple": "OSError: no space left on device",
+        },
+    )
+    assert states(found) == ["failed", "missing"]
+    assert due(plan(found)) == found[1:]
+    assert due(plan(found), retry=True) == found
+    assert "step 7: loss nan" in record.read(found[0]).error
+
+
+def test_memory_that_does_not_suffice_is_a_result_of_the_measurement_too():
+    found = cells("kerple")
+    run(found, fails={"eval": "dape: error: out of memory at length 512 with 1 windows a forward"})
+    assert states(found) == ["failed"]
+    assert found[0].record.read_record()["validation_loss"] == 2.5
+
+
+def test_only_some_arms_are_due():
+    found = cells("kerple", "dape-kerple", "alibi")
+    assert [cell.arm for cell in due(plan(found), only=["alibi"])] == ["alibi"]
+
+
+def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
+    big = [cell for cell in CORE.cells() if cell.setting == Setting("125m", "arxiv", 512)]
+    prices = {each.cell.arm: each.minutes for each in plan(big)}
+    assert prices["kerple"] == pytest.approx(150e6 / 330e3 / 60 + 2)
+    assert prices["dape3-kerple"] == pytest.approx(1.6 * 150e6 / 330e3 / 60 + 2)
+    assert due(plan(big))[0].arm == "dape3-kerple", "the longest is first"
+    small = cells("kerple", tokens=(2**13, 2**14))
+    assert [each.minutes for each in plan(small)] == [None, None]
+    run(small[:1])
+    first, second = (each.minutes for each in plan(small))
+    assert first == pytest.approx(0.1, rel=0.1), "the six seconds of the record"
+    assert second == pytest.approx(2 * first)
+
+
+def test_the_plan_as_a_table_adds_up():
+    found = cells("kerple", "alibi", tokens=(2**13, 2**14))
+    run(found[:2])
+    shown = table(plan(found), devices=1)
+    assert shown.header == [
+        "setting",
+        *("finished", "failed", "missing", "changed"),
+        "GPU minutes due",
+    ]
+    assert [row[1:5] for row in shown.rows] == [
+        ["2", "0", "0", "0"],
+        ["0", "0", "2", "0"],
+        ["2", "0", "2", "0"],
+    ]
