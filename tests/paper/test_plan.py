@@ -6,8 +6,8 @@ from laboratory import Pretended, cells, enter
 
 from dape.paper import record
 from dape.paper.cells import Setting
-from dape.paper.experiments import CORE
-from dape.paper.plan import due, plan, table
+from dape.paper.experiments import CORE, RETROFIT
+from dape.paper.plan import choose, plan, table
 from dape.paper.spread import spread
 
 
@@ -29,7 +29,7 @@ def test_a_cell_is_missing_then_finished():
     assert states(found) == ["missing", "missing"]
     run(found[:1])
     assert states(found) == ["finished", "missing"]
-    assert due(plan(found)) == found[1:]
+    assert choose(plan(found)) == found[1:]
 
 
 def test_a_cell_is_finished_where_its_weights_and_its_data_are_not():
@@ -44,12 +44,17 @@ def test_other_settings_other_data_and_other_measurements_are_run_again():
     found = cells("kerple")
     run(found)
     (cell,) = found
-    faster = replace(cell.recipe, optimizer=replace(cell.recipe.optimizer, learning_rate=0.1))
-    assert states([replace(cell, recipe=faster)]) == ["changed"]
+    recipe = cell.training.recipe
+
+    def trained(**changes):
+        return replace(cell, training=replace(cell.training, recipe=replace(recipe, **changes)))
+
+    faster = trained(optimizer=replace(recipe.optimizer, learning_rate=0.1))
+    layout = trained(hardware=replace(recipe.hardware, micro_batch_size=4))
+    assert states([faster]) == ["changed"]
+    assert states([layout]) == ["finished"]
     assert states(cells("kerple", reads="32,64")) == ["changed"]
-    assert record.state(cell, {cell.data: "another checksum"}) == "changed"
-    layout = replace(cell.recipe, hardware=replace(cell.recipe.hardware, micro_batch_size=4))
-    assert states([replace(cell, recipe=layout)]) == ["finished"]
+    assert record.state(cell, {cell.training.data: "another checksum"}) == "changed"
 
 
 def test_a_result_that_is_lost_is_measured_again():
@@ -69,8 +74,8 @@ def test_a_model_that_diverges_is_a_result_and_a_machine_that_breaks_is_none():
         },
     )
     assert states(found) == ["failed", "missing"]
-    assert due(plan(found)) == found[1:]
-    assert due(plan(found), retry=True) == found
+    assert choose(plan(found)) == found[1:]
+    assert choose(plan(found), retry=True) == found
     assert "step 7: loss nan" in record.read(found[0]).error
 
 
@@ -83,7 +88,18 @@ def test_memory_that_does_not_suffice_is_a_result_of_the_measurement_too():
 
 def test_only_some_arms_are_due():
     found = cells("kerple", "dape-kerple", "alibi")
-    assert [cell.arm for cell in due(plan(found), only=["alibi"])] == ["alibi"]
+    assert [cell.arm for cell in choose(plan(found), only=["alibi"])] == ["alibi"]
+
+
+def test_a_finished_base_is_trained_again_where_its_model_is_gone():
+    everything = RETROFIT.cells({"books": "data/python-stdlib"})
+    base, arm = (c for c in everything if c.arm in ("base", "dape-512") and c.training.seed == 0)
+    run([base])
+    assert [each.state for each in plan([base, arm])] == ["finished", "missing"]
+    assert choose(plan([base, arm])) == [arm]
+    record.discard(base)
+    assert set(c.arm for c in choose(plan([base, arm]))) == {"base", "dape-512"}
+    assert choose(plan([base])) == []
 
 
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
@@ -91,7 +107,7 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     prices = {each.cell.arm: each.minutes for each in plan(big)}
     assert prices["kerple"] == pytest.approx(150e6 / 330e3 / 60 + 2)
     assert prices["dape3-kerple"] == pytest.approx(1.6 * 150e6 / 330e3 / 60 + 2)
-    assert due(plan(big))[0].arm == "dape3-kerple", "the longest is first"
+    assert choose(plan(big))[0].arm == "dape3-kerple", "the longest is first"
     small = cells("kerple", tokens=(2**13, 2**14))
     assert [each.minutes for each in plan(small)] == [None, None]
     run(small[:1])

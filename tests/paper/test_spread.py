@@ -1,6 +1,5 @@
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -10,7 +9,8 @@ import pytest
 from laboratory import Pretended, cells, enter
 
 from dape.paper import record
-from dape.paper.plan import due, plan
+from dape.paper.experiments import RETROFIT
+from dape.paper.plan import choose, plan
 from dape.paper.spread import Workers, devices, spread
 
 STUB = """
@@ -61,6 +61,28 @@ def test_no_two_cells_share_a_device_at_a_time():
     assert all(len(each) == 1 for each in devices_of.values()), "a cell stays on its device"
 
 
+def test_a_cell_waits_for_the_model_it_begins_with():
+    words, lines = [], []
+
+    class Ordered(Pretended):
+        def call(self, given, device, log):
+            words.append(given)
+            if given[0] == "retrofit":
+                run = found[given[1]]
+                assert record.read(run).error is None
+                return 1
+            return super().call(given, device, log)
+
+    cells = RETROFIT.cells({"books": "data/python-stdlib"})
+    chosen = [cell for cell in cells if cell.arm in ("base", "dape-512")]
+    found = {str(cell.run): cell for cell in chosen}
+    spread(
+        sorted(chosen, key=lambda cell: cell.arm, reverse=True), ["0", "1"], Ordered(), lines.append
+    )
+    assert [each[0] for each in words].count("retrofit") == 3
+    assert all(cell.run.has_model or cell.needs for cell in chosen)
+
+
 def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
     lines = []
     found = cells("kerple", "alibi")
@@ -76,7 +98,7 @@ def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
 def test_after_the_minutes_nothing_starts():
     found = cells("kerple", "alibi")
     assert spread(found, ["cpu"], Pretended(), silent, minutes=0) == []
-    assert due(plan(found)) == found
+    assert choose(plan(found)) == found
 
 
 def test_the_weights_go_and_the_small_results_stay():
@@ -106,9 +128,9 @@ def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path):
     assert not workers.running
     started = sorted(log.read_text().split())
     assert started[:2] == ["3", "5"], "each sees its own device alone"
-    assert due(plan(found)) == found
+    assert choose(plan(found)) == found
     assert len(spread(found, ["cpu"], Pretended(), silent)) == 3
-    assert due(plan(found)) == []
+    assert choose(plan(found)) == []
 
 
 def test_what_another_recipe_left_does_not_mix_with_a_new_record():
@@ -125,21 +147,14 @@ def test_what_another_recipe_left_does_not_mix_with_a_new_record():
     assert [each.state for each in plan([again])] == ["finished"]
 
 
-def test_without_a_gpu_there_is_one_device():
-    code = "from dape.paper.spread import devices; print(devices())"
-    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=hidden, capture_output=True, text=True)
-    assert done.stdout.strip() == "['cpu']"
-
-
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
-    [("4,6", 2, ["4", "6"]), (None, 2, ["0", "1"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"])],
+    [("4,6", 2, ["4", "6"]), (None, 2, ["0", "1"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]), ("", 0, ["cpu"])],
 )
 def test_devices_are_named_as_the_environment_names_them(monkeypatch, visible, count, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices() == expected
 

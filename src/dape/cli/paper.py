@@ -89,7 +89,7 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     devices = spread.devices()
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
-    due = plan.due(planned, arguments.only, arguments.retry)
+    due = plan.choose(planned, arguments.only, arguments.retry)
     if arguments.plan or not due:
         return 0
     signal.signal(signal.SIGTERM, interrupt)

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dape.paper.cells import Cell, Setting, Sweep, once
+from dape.paper.cells import Cell, Setting, once
 from dape.paper.claims import Claim
+from dape.paper.sweep import TINY, Part
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A table and a figure for each setting of its sweeps, and the claims they decide.
+    """A table and a figure for each setting of its parts, and the claims they decide.
 
     `shows` says what it reproduces; the table lies in `folder`, records of cells in `home`, which
     experiments share.
@@ -19,7 +20,7 @@ class Experiment:
     name: str
     title: str
     shows: str
-    sweeps: tuple[Sweep, ...]
+    parts: tuple[Part, ...]
     claims: tuple[Claim, ...] = ()
     home: Path = Path("results/paper")
 
@@ -30,23 +31,19 @@ class Experiment:
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """Return the settings of all sweeps, each once."""
-        return tuple(dict.fromkeys(s for sweep in self.sweeps for s in sweep.settings))
+        """Return the settings of all parts, each once."""
+        return tuple(dict.fromkeys(setting for part in self.parts for setting in part.settings))
 
     def cells(self, data: Mapping[str, str] | None = None) -> list[Cell]:
-        """Return the cells of all sweeps, each once."""
-        return once(cell for sweep in self.sweeps for cell in sweep.cells(self.home, data or {}))
+        """Return the cells of all parts, each once."""
+        return once(cell for part in self.parts for cell in part.cells(self.home, data or {}))
 
 
 def smoke(experiment: Experiment) -> Experiment:
     """Return the experiment in miniature: every arm once, on a tiny model, a CPU and bytes."""
-
-    def tiny(setting: Setting) -> Setting:
-        return Setting("smoke", "python-stdlib", 32, 2**13)
-
-    sweeps = tuple(
-        Sweep("smoke", ("python-stdlib",), (32,), sweep.arms, tokens=(2**13,), reads="32,...,512")
-        for sweep in experiment.sweeps
+    return replace(
+        experiment,
+        parts=tuple(part.tiny() for part in experiment.parts),
+        claims=tuple(claim.moved(lambda setting: TINY) for claim in experiment.claims),
+        home=Path("runs/smoke"),
     )
-    claims = tuple(claim.moved(tiny) for claim in experiment.claims)
-    return replace(experiment, sweeps=sweeps, claims=claims, home=Path("runs/smoke"))

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from dape.errors import unknown
-from dape.paper.cells import Arm, Setting, Sweep, schemes
+from dape.paper.cells import Setting
 from dape.paper.claims import Better, Claim, Rise
 from dape.paper.experiment import Experiment
+from dape.paper.sweep import Arm, Sweep, Tuning, schemes
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -40,7 +41,7 @@ CORE = Experiment(
     name="core",
     title="DAPE on three biases, trained at 512",
     shows="Figure 2 (training length 512) and section 4.1",
-    sweeps=(Sweep("125m", ("arxiv", "books"), (512,), MAIN),),
+    parts=(Sweep("125m", ("arxiv", "books"), (512,), MAIN),),
     claims=(
         Claim(
             "DAPE-X is better than X within the training length",
@@ -59,7 +60,7 @@ LENGTHS = Experiment(
     name="lengths",
     title="Trained at 128 and at 1,024",
     shows="Figures 2 and 3",
-    sweeps=(
+    parts=(
         Sweep("small", ("arxiv",), (128, 1024), MAIN),
         Sweep("125m", ("arxiv",), (128, 1024), FOUR),
     ),
@@ -84,7 +85,7 @@ ALL = Experiment(
     name="all",
     title="Every encoding of the paper's figures",
     shows="Figure 2 and Table 6",
-    sweeps=(
+    parts=(
         Sweep("small", ("arxiv",), (128,), EVERY),
         Sweep("small", ("books",), (512,), EVERY),
     ),
@@ -104,7 +105,7 @@ SIGNIFICANCE = Experiment(
     name="significance",
     title="Is the difference more than chance?",
     shows="Table 5",
-    sweeps=(
+    parts=(
         Sweep("small", ("arxiv",), (512,), PAIRS, seeds=(0, 1, 2, 3, 4)),
         Sweep("125m", ("arxiv",), (512,), PAIRS[2:4], seeds=(0, 1, 2)),
     ),
@@ -125,7 +126,7 @@ SIZE = Experiment(
     name="size",
     title="350M beside 125M",
     shows="Figure 4",
-    sweeps=(
+    parts=(
         Sweep("350m", ("arxiv",), (512,), FOUR),
         Sweep("125m", ("arxiv",), (512,), FOUR),
     ),
@@ -142,7 +143,7 @@ AMOUNTS = Experiment(
     name="tokens",
     title="How the static bias's rise grows with training",
     shows="a question of ours",
-    sweeps=(Sweep("125m", ("mixed",), (128,), PAIRS[2:4], tokens=TOKENS),),
+    parts=(Sweep("125m", ("mixed",), (128,), PAIRS[2:4], tokens=TOKENS),),
     claims=(
         Claim(
             "Kerple's perplexity rises up to 64 times the training length, at every amount",
@@ -166,7 +167,7 @@ ABLATION = Experiment(
     name="ablation",
     title="Hidden width, bias ablation and form",
     shows="Figure 6, Table 7, and Figure 5 with section 4.3",
-    sweeps=(
+    parts=(
         Sweep("small", ("arxiv",), (128,), (*schemes("alibi", "dape-alibi"), *HIDDEN)),
         Sweep("small", ("books",), (512,), schemes("kerple", "dape-bias-kerple", "dape-kerple")),
         Sweep(
@@ -210,7 +211,7 @@ V2 = Experiment(
     name="v2",
     title="DAPE V2 against V1",
     shows="the tables of DAPE V2, and what its reviewers said",
-    sweeps=(
+    parts=(
         Sweep(
             *("small", ("arxiv",), (128, 512)),
             (*PAIRS, *schemes("dape3-alibi", "dape3-kerple", "dape3-fire")),
@@ -239,7 +240,7 @@ DEMO = Experiment(
     name="demo",
     title="Two models of bytes on a CPU",
     shows="the demonstration of the README with three seeds",
-    sweeps=(
+    parts=(
         Sweep(
             *("demo", ("python-stdlib",), (64,), PAIRS[2:4], (0, 1, 2), (1_638_400,)),
             reads="64,...,1024",
@@ -251,7 +252,7 @@ SCHEMES = Experiment(
     name="schemes",
     title="Every encoding, and every form of adapter on one of them",
     shows="how far each encoding of the package reads",
-    sweeps=(
+    parts=(
         Sweep(
             *("cpu", ("python-stdlib",), (128,)),
             schemes(
@@ -270,12 +271,43 @@ SCHEMES = Experiment(
     ),
     home=Path("results/schemes"),
 )
+WHOLE = {"model.adapter": None, "model.train": "all"}
+ADAPTERS = {"optimizer.learning_rate": 3e-2}
+YARN = {"model.config": {"scheme": "yarn", "scheme_options": {"rotation": {"factor": 16}}}}
+RETROFIT = Experiment(
+    name="retrofit",
+    title="A RoPE model trained at 512, then for 5 % of its steps more",
+    shows="DAPE as an addition to a model that is there",
+    # Each rate is the best of three or four by the validation loss of seed 0 at 2,048 tokens: 3e-5
+    # to 3e-4 for the whole model, to 1e-3 as YaRN, and 3e-3 to 3e-2 for adapters.
+    parts=(
+        Tuning(
+            base=Sweep(
+                *("retrofit", ("books",), (512,)),
+                *((Arm("base", {}),), (0, 1, 2), (65_536_000,)),
+            ),
+            recipe="recipes/retrofit.yaml",
+            options={"training.steps": 100},
+            arms=(
+                Arm(
+                    "plain-512", {**WHOLE, "optimizer.learning_rate": 1e-4, "training.length": 512}
+                ),
+                Arm("plain-2048", {**WHOLE, "optimizer.learning_rate": 1e-4}),
+                Arm("yarn-2048", {**WHOLE, "optimizer.learning_rate": 3e-4, **YARN}),
+                Arm("dape-512", {**ADAPTERS, "training.length": 512}),
+                Arm("dape-2048", ADAPTERS),
+                Arm("yarn-dape-2048", {**ADAPTERS, **YARN}),
+            ),
+        ),
+    ),
+    home=Path("results/retrofit"),
+)
 
 EXPERIMENTS = {
     each.name: each
     for each in (
         *(CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2),
-        *(DEMO, SCHEMES),
+        *(DEMO, SCHEMES, RETROFIT),
     )
 }
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from dape.evaluate.compare import Group
 from dape.evaluate.record import load
 from dape.paper import record
-from dape.paper.cells import MEASURED_ON, Cell, Setting, by_setting, evaluation
+from dape.paper.cells import Cell, Setting, by_setting
+from dape.paper.sweep import MEASURED_ON, evaluation
 
 RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
 
@@ -40,6 +41,11 @@ class Panel:
         return sum(record.read(cell).minutes for cell in self.cells if cell.arm == arm)
 
     @property
+    def corpus_checksum(self) -> str:
+        """Return the checksum of the corpus that was trained on."""
+        return record.read(self.cells[0]).checksum or ""
+
+    @property
     def epochs(self) -> float:
         """Return how often the training text was seen."""
         return self.setting.tokens / record.read(self.cells[0]).train_tokens
@@ -52,7 +58,7 @@ class Panel:
                 s["validation_loss"] for s in cell.record.read_metrics() if "validation_loss" in s
             ]
             if losses and losses[-1] > min(losses) + RISEN:
-                found.append(f"{cell.arm}-{cell.seed} from {min(losses):.3f} to {losses[-1]:.3f}")
+                found.append(f"{cell.name} from {min(losses):.3f} to {losses[-1]:.3f}")
         return found
 
 
@@ -67,17 +73,23 @@ def panels(cells: Sequence[Cell]) -> list[Panel]:
         errors = {cell.arm: record.read(cell).error or "" for cell in failed}
         if finished or failed:
             found += [
-                Panel(setting, corpus, (*finished, *failed), _groups(finished, corpus), errors)
+                Panel(
+                    setting,
+                    corpus,
+                    (*finished, *failed),
+                    _groups(finished, setting, corpus),
+                    errors,
+                )
                 for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
             ]
     return found
 
 
-def _groups(cells: Sequence[Cell], corpus: str) -> tuple[Group, ...]:
+def _groups(cells: Sequence[Cell], setting: Setting, corpus: str) -> tuple[Group, ...]:
     by_arm: dict[str, list[Cell]] = {}
     for cell in cells:
         by_arm.setdefault(cell.arm, []).append(cell)
     return tuple(
-        Group(arm, tuple(load(c.record.path / evaluation(c.setting, corpus)) for c in members))
+        Group(arm, tuple(load(c.record.path / evaluation(setting, corpus)) for c in members))
         for arm, members in by_arm.items()
     )

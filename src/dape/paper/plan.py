@@ -1,6 +1,6 @@
 """Which cells of an experiment are finished, which are missing, and what the missing ones cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import get_args
@@ -33,7 +33,7 @@ class Planned:
 
 def plan(cells: Sequence[Cell]) -> list[Planned]:
     """Return the cells with state and price; prices of cells like a finished one are measured."""
-    here = record.checksums(list(cells))
+    here = record.checksums(cells)
     states = {cell.name: record.state(cell, here) for cell in cells}
     spent = {
         cell.name: record.read(cell).minutes for cell in cells if states[cell.name] == "finished"
@@ -44,46 +44,59 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     ]
 
 
-def due(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
+def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
     """Return the cells to run, the longest first: of the arms `only`, if any are named.
 
-    With `retry` that includes cells that diverged or ran out of memory.
+    With `retry` that includes cells that diverged or ran out of memory. A finished cell is run
+    again if another begins with its model and the model is not here.
     """
     chosen = [
         each
         for each in planned
         if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
     ]
-    return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
-
-
-def _price(cell: Cell, cells: Sequence[Cell], spent: dict[str, float]) -> float | None:
-    """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
-    alike = [
-        spent[other.name] * cell.setting.tokens / other.setting.tokens
-        for other in cells
-        if other.name in spent and (other.arm, other.setting.size) == (cell.arm, cell.setting.size)
+    needed = {each.cell.needs for each in chosen}
+    chosen += [
+        each
+        for each in planned
+        if each.cell.name in needed and each not in chosen and not each.cell.run.has_model
     ]
-    if alike:
-        return median(alike)
-    speed = TOKENS_PER_SECOND.get(cell.setting.size)
-    if speed is None:
-        return None
-    factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
-    return cell.setting.tokens * factor / speed / 60 + AROUND[cell.setting.size]
+    return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
     """Return the plan as a table, a row for each setting, with the price of what is due."""
-    settings = dict.fromkeys(each.cell.setting for each in planned)
-    groups = {s.name: [each for each in planned if each.cell.setting == s] for s in settings}
+    groups: dict[str, list[Planned]] = {}
+    for each in planned:
+        name = each.cell.setting.name if each.cell.setting else each.cell.name
+        groups.setdefault(name, []).append(each)
     rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
     note = "Changed: other settings, data or measurements than now; runs again."
     left = [each.minutes for each in planned if each.due and each.minutes is not None]
     if left:
         hours = max(sum(left) / devices, *left) / 60
-        note += f" About {hours:.1f} hours on {devices} GPU{'s' * (devices > 1)}."
+        note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
     return Table("Plan", ["setting", *get_args(State), "GPU minutes due"], rows, note)
+
+
+def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
+    """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
+    setting = cell.setting
+    if setting is None:
+        return None
+    alike = [
+        spent[other.name] * setting.tokens / other.setting.tokens
+        for other in cells
+        if other.setting and other.name in spent
+        if (other.arm, other.setting.size) == (cell.arm, setting.size)
+    ]
+    if alike:
+        return median(alike)
+    speed = TOKENS_PER_SECOND.get(setting.size)
+    if speed is None:
+        return None
+    factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
+    return setting.tokens * factor / speed / 60 + AROUND[setting.size]
 
 
 def _row(name: str, group: Sequence[Planned]) -> list[str]:

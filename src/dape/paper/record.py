@@ -28,13 +28,13 @@ class End:
     seconds: of each command.
     error: why the cell ended before its last command, if the reason lies in the model: it diverged,
         or memory did not suffice. Such a cell is a result and is not run again.
-    checksum, train_tokens: of the corpus.
+    checksum, train_tokens: of the corpus; None and 0 without a training.
     """
 
     commands: dict[str, str]
     seconds: dict[str, float]
     error: str | None
-    checksum: str
+    checksum: str | None
     train_tokens: int
 
     @property
@@ -66,7 +66,7 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     if not _file(cell).is_file():
         return "missing"
     end = read(cell)
-    if checksums.get(cell.data, end.checksum) != end.checksum or _other_recipe(cell):
+    if _other_recipe(cell) or _other_data(cell, end, checksums):
         return "changed"
     if end.error:
         return "failed"
@@ -94,16 +94,17 @@ def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
 
     A training that was interrupted took the seconds that its own record says.
     """
-    corpus, train = Corpus(cell.data), command(cell.steps[0])
-    seconds[train] = max(seconds[train], cell.record.read_record().get("seconds", 0.0))
     before = read(cell) if _file(cell).is_file() else None
     commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
+    first = command(cell.steps[0])
+    seconds[first] = max(seconds[first], cell.record.read_record().get("seconds", 0.0))
+    corpus = Corpus(cell.training.data) if cell.training else None
     end = End(
         commands=(before.commands if before else {}) | commands,
         seconds=(before.seconds if before else {}) | seconds,
         error=error,
-        checksum=corpus.checksum,
-        train_tokens=corpus.split("train").num_tokens,
+        checksum=corpus.checksum if corpus else None,
+        train_tokens=corpus.split("train").num_tokens if corpus else 0,
     )
     write_json(_file(cell), asdict(end))
 
@@ -122,7 +123,7 @@ def command(step: Step) -> str:
 def checksums(cells: Sequence[Cell]) -> dict[str, str]:
     """Return the checksums of the cells' corpora that are here, by folder."""
     found = {}
-    for folder in dict.fromkeys(cell.data for cell in cells):
+    for folder in dict.fromkeys(cell.training.data for cell in cells if cell.training):
         try:
             found[folder] = Corpus(folder).checksum
         except UserError:
@@ -136,13 +137,21 @@ def _file(cell: Cell) -> Path:
 
 def _other_recipe(cell: Cell) -> bool:
     known = cell.record.recipe
-    return known.is_file() and bool(config.differences(config.read(known), cell.recipe))
+    if cell.training is None or not known.is_file():
+        return False
+    recipe = cell.training.recipe
+    return bool(config.differences(config.read(known, type(recipe)), recipe))
+
+
+def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
+    now = checksums.get(cell.training.data) if cell.training else None
+    return now is not None and now != end.checksum
 
 
 def _measured(cell: Cell, end: End) -> bool:
-    """Return whether the record holds what the commands after the training leave."""
-    return all(
-        end.commands.get(str(kept)) == command(step) and (cell.record.path / kept).is_file()
-        for step in cell.steps[1:]
-        for kept in step.keeps
+    """Return whether the record holds what the commands leave, those after a training as given."""
+    measures = cell.steps[1:] if cell.training else cell.steps
+    kept = [cell.record.path / path for step in cell.steps for path in step.keeps]
+    return all(path.is_file() for path in kept) and all(
+        end.commands.get(str(path)) == command(step) for step in measures for path in step.keeps
     )

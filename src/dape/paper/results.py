@@ -152,11 +152,11 @@ def _published(known: Sequence[Published], lengths: Sequence[int]) -> list[str]:
 
 
 def _notes(panel: Panel, first: str) -> list[str]:
-    setting, cell = panel.setting, panel.cells[0]
+    setting = panel.setting
     notes = [
         first,
         f"Trained on {setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with"
-        f" checksum {record.read(cell).checksum[:12]}. Validation: the last loss at the training"
+        f" checksum {panel.corpus_checksum[:12]}. Validation: the last loss at the training"
         " length, nats a token. GPU minutes: all commands of the arm.",
     ]
     notes += [f"{NOTHING} {arm} failed: {error}." for arm, error in panel.errors.items()]

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,24 +93,36 @@ def spread(
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     waiting, free = list(cells), list(devices)
-    running: set[Future[Outcome]] = set()
+    needed = {cell.needs for cell in cells}
+    running: dict[Future[Outcome], Cell] = {}
     ends: list[Outcome] = []
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
-            while running or (waiting and time.monotonic() < deadline):
-                while free and waiting and time.monotonic() < deadline:
-                    cell, device = waiting.pop(0), free.pop(0)
-                    say(f"{cell.name} starts on {device}")
-                    running.add(pool.submit(_run, cell, device, workers, weights))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for end in (each.result() for each in done):
-                    free.append(end.device)
-                    ends.append(end)
-                    say(describe(end))
+            while True:
+                while free and time.monotonic() < deadline:
+                    cell = _ready(waiting, running.values())
+                    if cell is None:
+                        break
+                    waiting.remove(cell)
+                    say(f"{cell.name} starts on {free[0]}")
+                    keep = weights or cell.name in needed
+                    running[pool.submit(_run, cell, free.pop(0), workers, keep)] = cell
+                if not running:
+                    return ends
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    ends.append(future.result())
+                    free.append(ends[-1].device)
+                    say(describe(ends[-1]))
         except BaseException:
             workers.stop()
             raise
-    return ends
+
+
+def _ready(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
+    """Return the first cell whose model to begin with, if any, is not still to be trained."""
+    pending = {cell.name for cell in (*waiting, *running)}
+    return next((cell for cell in waiting if cell.needs not in pending), None)
 
 
 def describe(end: Outcome) -> str:
