@@ -15,6 +15,7 @@ from dape.train import config
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (32, 64, 128, 256, 512)
+SPREAD = 0.001  # of the losses, for each seed and letter of the scheme
 
 
 def enter(tmp_path, monkeypatch):
@@ -57,7 +58,8 @@ class Pretended(Workers):
         run = RunFolder(Path(words[1]))
         recipe = config.read(run.recipe)
         scheme = recipe.model.scheme
-        losses = self.losses.get(scheme, [2.0] * len(LENGTHS))
+        base = self.losses.get(scheme, [2.0] * len(LENGTHS))
+        losses = [loss + SPREAD * recipe.seed * len(scheme) for loss in base]
         made = evaluations.make(
             scheme, losses, seed=recipe.seed, train_length=32, lengths=LENGTHS, run=str(run)
         )

@@ -149,7 +149,12 @@ def test_what_another_recipe_left_does_not_mix_with_a_new_record():
 
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
-    [("4,6", 2, ["4", "6"]), (None, 2, ["0", "1"]), ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]), ("", 0, ["cpu"])],
+    [
+        ("4,6", 2, ["4", "6"]),
+        (None, 2, ["0", "1"]),
+        ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
+        ("", 0, ["cpu"]),
+    ],
 )
 def test_devices_are_named_as_the_environment_names_them(monkeypatch, visible, count, expected):
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)

@@ -61,21 +61,38 @@ def main(argv: list[str]) -> int | None:
     from dape.paper.experiments import EXPERIMENTS, find
     from dape.paper.results import results
 
+    data = dict(arguments.data)
     if not arguments.names:
         raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
     if arguments.names == ("list",):
         for each in EXPERIMENTS.values():
             print(f"{each.name:<14}{each.title} ({each.shows})")
         return 0
+    if arguments.names == ("report",):
+        return report(data, arguments.scale == "smoke")
     experiments = [find(name) for name in arguments.names]
     if arguments.scale == "smoke":
         experiments = [smoke(each) for each in experiments]
-    data = dict(arguments.data)
     status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
     if not arguments.plan:
         for each in experiments:
             show(results(each, data))
     return status
+
+
+def report(data: dict[str, str], miniature: bool) -> int:
+    """Write one page on all experiments that are the paper's."""
+    from dape.files import write_text
+    from dape.paper.experiment import smoke
+    from dape.paper.experiments import PAPER
+    from dape.paper.page import page
+    from dape.paper.results import results
+
+    experiments = [smoke(each) if miniature else each for each in PAPER]
+    file = experiments[0].home / "report.html"
+    write_text(file, page([results(each, data) for each in experiments]))
+    print(f"wrote {file}")
+    return 0
 
 
 def run(cells: list["Cell"], arguments: Arguments) -> int:
@@ -109,14 +126,14 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
 
 def show(found: "Results") -> None:
     """Write what is known of an experiment, and print its tables."""
-    from dape.paper.results import panel_tables, verdicts_table
+    from dape.paper.results import verdicts_table
 
-    if not found.panels:
+    if not found.cells:
         print(f"{found.experiment.name}: nothing is finished yet")
         return
     found.write()
-    for panel in found.panels:
-        for table in panel_tables(panel):
+    for section in found.sections:
+        for table in section.tables:
             table.show()
     if found.verdicts:
         verdicts_table(found.verdicts).show()

@@ -303,13 +303,8 @@ RETROFIT = Experiment(
     home=Path("results/retrofit"),
 )
 
-EXPERIMENTS = {
-    each.name: each
-    for each in (
-        *(CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2),
-        *(DEMO, SCHEMES, RETROFIT),
-    )
-}
+PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2)
+EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
 
 
 def find(name: str) -> Experiment:

@@ -14,10 +14,10 @@ RISEN = 0.01  # nats of validation loss above its lowest, from which a training 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The cells of a setting that are finished, or failed by what their models are.
+    """The cells of a setting that are finished, or failed for a reason that lies in the model.
 
-    `groups` holds the evaluations by arm, of the arms that have any; `errors` the reason of those
-    that failed.
+    `groups` holds the evaluations by arm, of the arms that have any; `errors` the reasons of the
+    cells that failed, by their names.
     """
 
     setting: Setting
@@ -31,6 +31,11 @@ class Panel:
         """Return the name, as `125m-mixed-128-150M-on-books`."""
         own = self.corpus == self.setting.corpus
         return self.setting.name if own else f"{self.setting.name}-on-{self.corpus}"
+
+    @property
+    def arms(self) -> list[str]:
+        """Return the arms of the cells, in order of appearance."""
+        return list(dict.fromkeys(cell.arm for cell in self.cells))
 
     def group(self, arm: str) -> Group | None:
         """Return the evaluations of an arm, None if there are none."""
@@ -62,26 +67,16 @@ class Panel:
         return found
 
 
-def panels(cells: Sequence[Cell]) -> list[Panel]:
-    """Return the panels of cells, without settings that nothing is finished of."""
-    here = record.checksums(list(cells))
+def panels(ended: Sequence[Cell]) -> list[Panel]:
+    """Return the panels of cells that are finished or failed."""
     found = []
-    for setting, members in by_setting(cells).items():
-        states = [(cell, record.state(cell, here)) for cell in members]
-        finished = [cell for cell, state in states if state == "finished"]
-        failed = [cell for cell, state in states if state == "failed"]
-        errors = {cell.arm: record.read(cell).error or "" for cell in failed}
-        if finished or failed:
-            found += [
-                Panel(
-                    setting,
-                    corpus,
-                    (*finished, *failed),
-                    _groups(finished, setting, corpus),
-                    errors,
-                )
-                for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
-            ]
+    for setting, cells in by_setting(ended).items():
+        errors = {cell.name: error for cell in cells if (error := record.read(cell).error)}
+        finished = [cell for cell in cells if cell.name not in errors]
+        found += [
+            Panel(setting, corpus, tuple(cells), _groups(finished, setting, corpus), errors)
+            for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
+        ]
     return found
 
 

@@ -106,6 +106,11 @@ def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
         checksum=corpus.checksum if corpus else None,
         train_tokens=corpus.split("train").num_tokens if corpus else 0,
     )
+    write(cell, end)
+
+
+def write(cell: Cell, end: End) -> None:
+    """Write how a cell ended."""
     write_json(_file(cell), asdict(end))
 
 

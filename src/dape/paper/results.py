@@ -1,8 +1,9 @@
-"""The table, the figure and the verdicts of an experiment, from what is finished of it."""
+"""What is known of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from dape.evaluate.compare import compare
 from dape.figures import tables
@@ -17,63 +18,115 @@ from dape.paper.experiment import Experiment
 from dape.paper.panel import Panel, panels
 from dape.paper.published import Published, published
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 TABLE, VERDICTS = "table.md", "verdicts.json"
+OURS = "published"  # ends the label of a row that is not ours
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Tables that belong together, and their figure."""
+
+    name: str
+    tables: tuple[Table, ...]
+    figure: "Figure | None" = None
+    caption: str = ""
+
+    @property
+    def file(self) -> str:
+        """Return the name of the figure's file."""
+        return f"{self.name}.svg"
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What is known of an experiment: its panels, the verdicts, and the command that made them."""
+    """What is known of an experiment: finished or failed cells, sections and verdicts."""
 
     experiment: Experiment
-    panels: tuple[Panel, ...]
+    cells: tuple[Cell, ...]
+    sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...]
 
     @property
     def command(self) -> str:
-        """Return the command that makes it."""
+        """Return the command that makes all of it."""
         return f"dape paper {self.experiment.name}"
 
+    @property
+    def minutes(self) -> float:
+        """Return the GPU minutes that it took."""
+        return sum(record.read(cell).minutes for cell in self.cells)
+
+    def origin(self) -> dict[str, str]:
+        """Return the devices, commits and versions that the trainings tell of."""
+        made = [cell.record.read_record() for cell in self.cells]
+        found: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
+        for each in made:
+            versions = [f"{name} {number}" for name, number in each.get("versions", {}).items()]
+            for name, value in {**each, "versions": ", ".join(versions)}.items():
+                if name in found and value:
+                    found[name][str(value)] = None
+        return {name: "; ".join(values) for name, values in found.items() if values}
+
+    def commands(self) -> list[str]:
+        """Return the commands of the cells."""
+        return [record.command(step) for cell in self.cells for step in cell.steps]
+
     def markdown(self) -> str:
-        """Return all tables in GitHub's Markdown."""
+        """Return the tables in GitHub's Markdown, with links to the figures."""
         parts = [
             f"# {self.experiment.title}",
-            f"Reproduces {self.experiment.shows}: `{self.command}`",
+            f"Reproduces {self.experiment.shows}: `{self.command}`,"
+            f" {self.minutes:.0f} GPU minutes.",
             verdicts_table(self.verdicts).markdown() if self.verdicts else "",
         ]
-        for panel in self.panels:
-            parts += [f"## {panel.name}", *(each.markdown() for each in panel_tables(panel))]
-            if panel.groups:
-                parts.append(f"![perplexity over length]({figure_name(panel)})")
+        for section in self.sections:
+            parts += [f"## {section.name}", *(table.markdown() for table in section.tables)]
+            if section.figure:
+                parts += [f"![{section.caption}]({section.file})", section.caption]
+        parts += [f"- {name}: {value}" for name, value in self.origin().items()]
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def write(self) -> None:
-        """Write the tables, a figure for each panel, and the verdicts."""
+        """Write the tables, the figures and the verdicts into the folder of the experiment."""
         folder = self.experiment.folder
         folder.mkdir(parents=True, exist_ok=True)
-        for panel in self.panels:
-            if panel.groups:
-                save(over_length(panel.groups), folder / figure_name(panel))
+        for section in self.sections:
+            if section.figure:
+                save(section.figure, folder / section.file)
         write_text(folder / TABLE, self.markdown())
         write_json(folder / VERDICTS, [as_record(verdict) for verdict in self.verdicts])
 
 
 def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Results:
     """Return what is known of an experiment; `data` holds the folders of corpora by name."""
-    found = panels(experiment.cells(data))
-    verdicts = tuple(judge(claim, found) for claim in experiment.claims)
-    return Results(experiment, tuple(found), verdicts)
+    cells = experiment.cells(data)
+    here = record.checksums(cells)
+    ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
+    found = panels(ended)
+    return Results(
+        experiment,
+        ended,
+        sections=tuple(map(panel_section, found)),
+        verdicts=tuple(judge(claim, found) for claim in experiment.claims),
+    )
 
 
-def figure_name(panel: Panel) -> str:
-    """Return the file name of a panel's figure."""
-    return f"{panel.name}.svg"
-
-
-def panel_tables(panel: Panel) -> list[Table]:
+def panel_section(panel: Panel) -> Section:
     """Return the perplexities of a panel beside the paper's, and the tests between arms."""
-    comparisons = compare(panel.groups) if panel.groups else []
-    found = [perplexities(panel)]
-    return [*found, tables.significance(comparisons)] if comparisons else found
+    shown = [perplexities(panel)]
+    if not panel.groups:
+        return Section(panel.name, tuple(shown))
+    comparisons = compare(panel.groups)
+    if comparisons:
+        shown.append(tables.significance(comparisons))
+    caption = (
+        "Perplexity against the length of the window, trained at"
+        f" {panel.setting.length:,} tokens. Dashed: without an adapter; solid: with one."
+    )
+    return Section(panel.name, tuple(shown), over_length(panel.groups), caption)
 
 
 def perplexities(panel: Panel) -> Table:
@@ -81,23 +134,25 @@ def perplexities(panel: Panel) -> Table:
     base = tables.results(panel.groups) if panel.groups else None
     lengths = list(panel.groups[0].evaluations[0].lengths) if panel.groups else []
     ours = {row[0]: row[1:] for row in base.rows} if base else {}
+    failed = ["0", *[NOTHING] * len(lengths)]
     rows = []
-    for arm in dict.fromkeys(cell.arm for cell in panel.cells):
-        failed = ["0", *[NOTHING] * len(lengths)]
-        rows.append([arm, *ours.get(arm, failed), _validation(panel, arm), _price(panel, arm)])
+    for arm in panel.arms:
+        rows.append(
+            [arm, *ours.get(arm, failed), _validation(panel, arm), f"{panel.minutes(arm):.1f}"]
+        )
         known = published(arm, panel.corpus, panel.setting.length, panel.setting.size)
         if known:
-            rows.append([f"{arm}, published", "", *_published(known, lengths), "", ""])
+            rows.append([f"{arm}, {OURS}", "", *_published(known, lengths), "", ""])
     return Table(
         title=f"Perplexity by length of the window: {panel.name}",
         header=["arm", *(base.header[1:] if base else ["runs"]), "validation", "GPU minutes"],
         rows=rows,
-        note=" ".join(_notes(panel, base.note if base else "")),
+        note=" ".join(filter(None, [base.note if base else "", *_notes(panel)])),
     )
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
-    """Return the verdicts, a row for each check, and the outcome with the claim."""
+    """Return the verdicts: a row for each claim and, under it, one for each of its checks."""
     rows = []
     for verdict in verdicts:
         rows.append([f"{verdict.claim.text} ({verdict.claim.place})", verdict.outcome, "", ""])
@@ -110,7 +165,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     return Table("Verdicts", ["claim", "outcome", "seeds", "p"], rows, note)
 
 
-def as_record(verdict: Verdict) -> dict[str, object]:
+def as_record(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as JSON holds it."""
     return {
         "claim": verdict.claim.text,
@@ -132,18 +187,10 @@ def as_record(verdict: Verdict) -> dict[str, object]:
 def _validation(panel: Panel, arm: str) -> str:
     losses = [
         cell.record.read_record()["validation_loss"]
-        for cell in _cells(panel, arm)
-        if record.read(cell).error is None
+        for cell in panel.cells
+        if cell.arm == arm and record.read(cell).error is None
     ]
     return f"{mean(losses):.4f}" if losses else NOTHING
-
-
-def _price(panel: Panel, arm: str) -> str:
-    return f"{panel.minutes(arm):.1f}"
-
-
-def _cells(panel: Panel, arm: str) -> list[Cell]:
-    return [cell for cell in panel.cells if cell.arm == arm]
 
 
 def _published(known: Sequence[Published], lengths: Sequence[int]) -> list[str]:
@@ -151,27 +198,25 @@ def _published(known: Sequence[Published], lengths: Sequence[int]) -> list[str]:
     return [tables.number(by_length[n].perplexity) if n in by_length else "" for n in lengths]
 
 
-def _notes(panel: Panel, first: str) -> list[str]:
+def _notes(panel: Panel) -> list[str]:
     setting = panel.setting
     notes = [
-        first,
-        f"Trained on {setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with"
-        f" checksum {panel.corpus_checksum[:12]}. Validation: the last loss at the training"
-        " length, nats a token. GPU minutes: all commands of the arm.",
+        f"Trained on {setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with checksum"
+        f" {panel.corpus_checksum[:12]}. Validation: the last loss at the training length, nats a"
+        " token. GPU minutes: all commands of the arm."
     ]
-    notes += [f"{NOTHING} {arm} failed: {error}." for arm, error in panel.errors.items()]
+    notes += [f"{NOTHING} {name} failed: {error}." for name, error in panel.errors.items()]
     risen = panel.repeated_too_often()
     if risen:
         notes.append(f"Repeated too often, the validation loss rose again: {'; '.join(risen)}.")
     known = [
         each
-        for arm in dict.fromkeys(cell.arm for cell in panel.cells)
+        for arm in panel.arms
         for each in published(arm, panel.corpus, setting.length, setting.size)
     ]
     if known:
         places = dict.fromkeys(f"{each.place} ({each.sure})" for each in known)
         notes.append(
-            f"Published, {known[0].size} on the paper's own {known[0].corpus}, with about 40 times"
-            f" the tokens: {'; '.join(places)}."
+            f"Published, {known[0].size} on {known[0].corpus} of its own: {'; '.join(places)}."
         )
     return notes
