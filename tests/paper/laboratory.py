@@ -21,7 +21,7 @@ SPREAD = 0.001  # of the losses, for each seed and letter of the scheme
 def enter(tmp_path, monkeypatch):
     """Work in a folder with the recipes and a corpus."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    folders.prepare(tmp_path / "made")
+    folders.prepare(tmp_path / "made", sizes=[600, 700, 650])
     (tmp_path / "data").mkdir()
     (tmp_path / "made/data").rename(tmp_path / "data/python-stdlib")
     monkeypatch.chdir(tmp_path)
