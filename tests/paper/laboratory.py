@@ -79,7 +79,7 @@ def train(words):
     run.path.mkdir(parents=True, exist_ok=True)
     run.recipe.write_text(yaml.safe_dump(data))
     run.record.write_text(json.dumps({"validation_loss": 2.5, "seconds": 6.0, "ended": "now"}))
-    run.metrics.write_text('{"step": 16, "validation_loss": 2.5}\n')
+    run.metrics.write_text('{"step": 16, "validation_loss": 2.5, "tokens_per_second": 1000}\n')
     for folder in (run.model, run.checkpoints):
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text("{}")

@@ -41,10 +41,6 @@ class Panel:
         """Return the evaluations of an arm, None if there are none."""
         return next((each for each in self.groups if each.label == arm), None)
 
-    def minutes(self, arm: str) -> float:
-        """Return the GPU minutes that an arm took: its commands over all seeds."""
-        return sum(record.read(cell).minutes for cell in self.cells if cell.arm == arm)
-
     @property
     def corpus_checksum(self) -> str:
         """Return the checksum of the corpus that was trained on."""

@@ -1,8 +1,8 @@
 """What is known of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from statistics import mean
+from dataclasses import dataclass, replace
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 from dape.evaluate.compare import compare
@@ -116,39 +116,56 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
 
 def panel_section(panel: Panel) -> Section:
     """Return the perplexities of a panel beside the paper's, and the tests between arms."""
-    shown = [perplexities(panel)]
     if not panel.groups:
-        return Section(panel.name, tuple(shown))
+        return Section(panel.name, (trainings(panel),))
     comparisons = compare(panel.groups)
-    if comparisons:
-        shown.append(tables.significance(comparisons))
+    tested = [tables.significance(comparisons)] if comparisons else []
+    shown = (perplexities(panel), *tested, trainings(panel))
     caption = (
         "Perplexity against the length of the window, trained at"
         f" {panel.setting.length:,} tokens. Dashed: without an adapter; solid: with one."
     )
-    return Section(panel.name, tuple(shown), over_length(panel.groups), caption)
+    return Section(panel.name, shown, over_length(panel.groups), caption)
 
 
 def perplexities(panel: Panel) -> Table:
-    """Return the perplexity of each arm at each length, the paper's under it, and the price."""
-    base = tables.results(panel.groups) if panel.groups else None
-    lengths = list(panel.groups[0].evaluations[0].lengths) if panel.groups else []
-    ours = {row[0]: row[1:] for row in base.rows} if base else {}
-    failed = ["0", *[NOTHING] * len(lengths)]
+    """Return the perplexity of each arm at each length, and the published ones under it."""
+    base = tables.results(panel.groups)
+    lengths = panel.groups[0].evaluations[0].lengths
+    rows = []
+    for arm, *cells in base.rows:
+        rows.append([arm, *cells])
+        known = {each.length: each for each in _published(panel, arm)}
+        if known:
+            numbers = [tables.number(known[n].perplexity) if n in known else "" for n in lengths]
+            rows.append([f"{arm}, {OURS}", "", *numbers])
+    return replace(
+        base,
+        header=["arm", *base.header[1:]],
+        rows=rows,
+        note=" ".join(filter(None, [base.note, _places(panel)])),
+    )
+
+
+def trainings(panel: Panel) -> Table:
+    """Return what the trainings of each arm reached and took, and which of them failed."""
     rows = []
     for arm in panel.arms:
+        cells = [cell for cell in panel.cells if cell.arm == arm]
+        steps = [cell.record.read_metrics() for cell in cells if cell.name not in panel.errors]
+        losses = [each[-1]["validation_loss"] for each in steps]
+        speeds = [step["tokens_per_second"] for each in steps for step in each]
         rows.append(
-            [arm, *ours.get(arm, failed), _validation(panel, arm), f"{panel.minutes(arm):.1f}"]
+            [
+                arm,
+                str(len(losses)),
+                f"{mean(losses):.4f}" if losses else NOTHING,
+                f"{median(speeds):,.0f}" if speeds else NOTHING,
+                f"{sum(record.read(cell).minutes for cell in cells):.1f}",
+            ]
         )
-        known = published(arm, panel.corpus, panel.setting.length, panel.setting.size)
-        if known:
-            rows.append([f"{arm}, {OURS}", "", *_published(known, lengths), "", ""])
-    return Table(
-        title=f"Perplexity by length of the window: {panel.name}",
-        header=["arm", *(base.header[1:] if base else ["runs"]), "validation", "GPU minutes"],
-        rows=rows,
-        note=" ".join(filter(None, [base.note if base else "", *_notes(panel)])),
-    )
+    header = ["arm", "runs", "validation loss", "tokens a second", "minutes"]
+    return Table("Trainings", header, rows, note=_training_note(panel))
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
@@ -184,39 +201,27 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _validation(panel: Panel, arm: str) -> str:
-    losses = [
-        cell.record.read_record()["validation_loss"]
-        for cell in panel.cells
-        if cell.arm == arm and record.read(cell).error is None
-    ]
-    return f"{mean(losses):.4f}" if losses else NOTHING
+def _published(panel: Panel, arm: str) -> list[Published]:
+    return published(arm, panel.corpus, panel.setting.length, panel.setting.size)
 
 
-def _published(known: Sequence[Published], lengths: Sequence[int]) -> list[str]:
-    by_length = {each.length: each for each in known}
-    return [tables.number(by_length[n].perplexity) if n in by_length else "" for n in lengths]
+def _places(panel: Panel) -> str:
+    """Return where the published numbers stand and how sure they are."""
+    known = [each for arm in panel.arms for each in _published(panel, arm)]
+    if not known:
+        return ""
+    places = dict.fromkeys(f"{each.place} ({each.sure})" for each in known)
+    return f"Published, {known[0].size} on {known[0].corpus} of its own: {'; '.join(places)}."
 
 
-def _notes(panel: Panel) -> list[str]:
-    setting = panel.setting
+def _training_note(panel: Panel) -> str:
     notes = [
-        f"Trained on {setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with checksum"
-        f" {panel.corpus_checksum[:12]}. Validation: the last loss at the training length, nats a"
-        " token. GPU minutes: all commands of the arm."
+        f"{panel.setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with checksum"
+        f" {panel.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
+        " token. Minutes on one device: all commands of the arm."
     ]
     notes += [f"{NOTHING} {name} failed: {error}." for name, error in panel.errors.items()]
     risen = panel.repeated_too_often()
     if risen:
         notes.append(f"Repeated too often, the validation loss rose again: {'; '.join(risen)}.")
-    known = [
-        each
-        for arm in panel.arms
-        for each in published(arm, panel.corpus, setting.length, setting.size)
-    ]
-    if known:
-        places = dict.fromkeys(f"{each.place} ({each.sure})" for each in known)
-        notes.append(
-            f"Published, {known[0].size} on {known[0].corpus} of its own: {'; '.join(places)}."
-        )
-    return notes
+    return " ".join(notes)
