@@ -11,7 +11,7 @@ import folders
 from dape.paper.spread import Workers
 from dape.paper.sweep import Sweep, schemes
 from dape.runs import RunFolder
-from dape.train import config
+from dape.train.recipe import Recipe, read
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (32, 64, 128, 256, 512)
@@ -56,7 +56,7 @@ class Pretended(Workers):
 
     def measure(self, words):
         run = RunFolder(Path(words[1]))
-        recipe = config.read(run.recipe)
+        recipe = read(run.recipe, Recipe)
         scheme = recipe.model.scheme
         base = self.losses.get(scheme, [2.0] * len(LENGTHS))
         losses = [loss + SPREAD * recipe.seed * len(scheme) for loss in base]

@@ -91,11 +91,11 @@ def pretend(cells, losses):
     import evaluations
     from dape.paper import record
     from dape.paper.record import End, command
-    from dape.train import config
+    from dape.train.recipe import write
 
     for cell in cells:
         cell.record.path.mkdir(parents=True)
-        cell.record.recipe.write_text(config.write(cell.training.recipe))
+        cell.record.recipe.write_text(write(cell.training.recipe))
         cell.record.record.write_text('{"validation_loss": 1.4, "seconds": 60.0}')
         cell.record.metrics.write_text('{"validation_loss": 1.4, "tokens_per_second": 9e5}\n')
         lengths = (512, 1024, 2048, 4096, 8192, 16384)

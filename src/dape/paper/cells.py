@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dape.runs import RunFolder
-from dape.train.config import Recipe
+from dape.train.recipe import Recipe, Retrofit
 
 INSIDE = RunFolder(Path())  # paths below a run folder
 TRAINED = {path: path for path in (INSIDE.recipe, INSIDE.record, INSIDE.metrics)}
@@ -53,7 +53,7 @@ class Training:
     setting: Setting
     seed: int
     data: str
-    recipe: Recipe
+    recipe: Recipe | Retrofit
 
 
 @dataclass(frozen=True, slots=True)

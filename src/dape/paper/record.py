@@ -15,7 +15,7 @@ from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import read_json, remove, write_json
 from dape.paper.cells import Cell, Step
-from dape.train import config
+from dape.train import recipe as recipes
 
 State = Literal["finished", "failed", "missing", "changed"]
 
@@ -145,7 +145,7 @@ def _other_recipe(cell: Cell) -> bool:
     if cell.training is None or not known.is_file():
         return False
     recipe = cell.training.recipe
-    return bool(config.differences(config.read(known, type(recipe)), recipe))
+    return bool(recipes.differences(recipes.read(known, type(recipe)), recipe))
 
 
 def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:

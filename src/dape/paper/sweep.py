@@ -10,9 +10,7 @@ import yaml
 
 from dape.paper.cells import INSIDE, TRAINED, Cell, Setting, Step, Training, run_folder
 from dape.runs import RunFolder
-from dape.train import strict
-from dape.train.config import Recipe
-from dape.train.finetune import Retrofit
+from dape.train.recipe import Recipe, Retrofit, override, read
 
 LONGEST = 16_384
 TINY = Setting("smoke", "python-stdlib", 32, 2**13)
@@ -90,7 +88,9 @@ class Sweep:
                 **arm.options,
             }
             file = SIZES[setting.size].recipe
-            training = Training(setting, seed, options["data"], build(file, options))
+            training = Training(
+                setting, seed, options["data"], override(read(file, Recipe), options)
+            )
             train = Step(("train", file, *words(options)), TRAINED)
             measures = self._measures(run_folder(home, name), setting, data)
             yield Cell(home, name, arm.label, (train, *measures), training)
@@ -148,7 +148,7 @@ class Tuning:
             **self.options,
             **arm.options,
         }
-        recipe = build(self.recipe, {**options, "model.base": str(base.run)}, Retrofit)
+        recipe = override(read(self.recipe, Retrofit), {**options, "model.base": str(base.run)})
         lengths = self.base.reads.format(length=setting.length)
         command = ("retrofit", str(base.run), "--recipe", self.recipe, *words(options))
         last = INSIDE.evaluation("last")
@@ -221,23 +221,6 @@ def setting_options(setting: Setting) -> Options:
         "training.steps": -(-setting.tokens // size.step),
         **micro,
     }
-
-
-def build(file: str, options: Options, kind: type[Recipe] = Recipe) -> Recipe:
-    """Return the recipe in a file with options, by their dotted names, put over it.
-
-    Raises:
-        UserError: for a file that cannot be read, or options that its sections refuse.
-    """
-    data = strict.load(Path(file))
-    for name, value in options.items():
-        *sections, key = name.split(".")
-        section = data
-        for each in sections:
-            section = section.setdefault(each, {})
-        section[key] = value
-    built: Recipe = strict.build(kind, data)
-    return built
 
 
 def words(options: Options) -> tuple[str, ...]:
