@@ -29,6 +29,11 @@ from dape.paper.cells import Setting
 from dape.paper.panel import Panel
 
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
+_FROM_THE_WORST: tuple[Outcome, ...] = (
+    "not reproduced",
+    "not decidable at this scale",
+    "reproduced",
+)
 SIGNIFICANT = 0.05
 SEEDS = 3  # from so many on the test is over seeds
 MARGIN = math.log(1.01)
@@ -125,20 +130,22 @@ class Verdict:
     outcome: Outcome
     findings: tuple[Finding, ...]
 
+    @property
+    def weakest(self) -> Finding | None:
+        """Return the finding that supports the claim least: of its outcome, that of greatest p."""
+        decisive = [each for each in self.findings if each.outcome == self.outcome]
+        return max(decisive, key=lambda each: each.test.p_value, default=None)
+
 
 def judge(claim: Claim, panels: Sequence[Panel]) -> Verdict:
     """Return the verdict on a claim."""
     found = [check.find(panels) for check in claim.checks]
     findings = tuple(each for each in found if each is not None)
     outcomes = {each.outcome for each in findings}
-    outcome: Outcome = "not decidable at this scale"
-    if not findings:
-        outcome = "not measured"
-    elif "not reproduced" in outcomes:
-        outcome = "not reproduced"
-    elif outcomes == {"reproduced"}:
-        outcome = "reproduced"
-    return Verdict(claim, outcome, findings)
+    worst: list[Outcome] = [each for each in _FROM_THE_WORST if each in outcomes] or [
+        "not measured"
+    ]
+    return Verdict(claim, worst[0], findings)
 
 
 def compare(

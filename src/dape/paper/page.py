@@ -6,8 +6,9 @@ from importlib.resources import files
 from typing import get_args
 
 from dape.figures.report import embedded
+from dape.paper import claims
 from dape.paper.claims import Outcome
-from dape.paper.results import OURS, Results, verdicts_table
+from dape.paper.results import OURS, Results
 
 
 def page(found: Sequence[Results]) -> str:
@@ -26,6 +27,6 @@ def page(found: Sequence[Results]) -> str:
         absent=[each for each in found if not each.cells],
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
         minutes=sum(each.minutes for each in found),
-        verdicts_table=verdicts_table,
+        rules=(claims.__doc__ or "").partition("\n\n")[2],
         published=f", {OURS}",
     )
