@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, enter, sweep
 
+from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
 from dape.paper.experiments import CORE
 from dape.paper.page import page
 from dape.paper.panel import panels
+from dape.paper.published import PUBLISHED
 from dape.paper.results import perplexities, results
 from dape.paper.spread import spread
 from dape.paper.sweep import TINY
+from dape.positions.scheme import SCHEMES
 
 LOSSES = {"kerple": [2.0, 2.1, 2.2, 2.3, 2.4], "dape-kerple": [1.9, 1.8, 1.7, 1.7, 1.7]}
 
@@ -139,3 +142,23 @@ def test_the_page_holds_everything_itself():
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
     assert re.search(r"1 <span class=\"reproduced\">", text)
     assert "<code>dape paper core</code>" in text.partition("Not measured yet")[2]
+
+
+def test_every_published_number_has_ours_beside_it_where_it_was_measured():
+    cells = [c for c in CORE.cells() if c.setting.corpus == "arxiv" and c.arm == "dape-kerple"]
+    pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    table = beside(panels(cells))
+    assert len(table.rows) == len(PUBLISHED)
+    rows = {tuple(row[:4]): row[4] for row in table.rows}
+    ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
+    assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
+    assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
+
+
+def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():
+    for each in PUBLISHED:
+        assert each.scheme.removesuffix("-d4") in SCHEMES
+        assert each.trained <= each.length and each.perplexity > 1
+    assert len({(e.scheme, e.size, e.corpus, e.trained, e.length) for e in PUBLISHED}) == len(
+        PUBLISHED
+    )

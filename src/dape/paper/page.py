@@ -7,6 +7,7 @@ from typing import get_args
 
 from dape.figures.report import embedded
 from dape.paper import claims
+from dape.paper.beside import beside
 from dape.paper.claims import Outcome
 from dape.paper.results import OURS, Results
 
@@ -28,5 +29,6 @@ def page(found: Sequence[Results]) -> str:
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
         minutes=sum(each.minutes for each in found),
         rules=(claims.__doc__ or "").partition("\n\n")[2],
+        beside=beside(panel for each in found for panel in each.panels),
         published=f", {OURS}",
     )

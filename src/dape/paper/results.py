@@ -46,6 +46,7 @@ class Results:
 
     experiment: Experiment
     cells: tuple[Cell, ...]
+    panels: tuple[Panel, ...]
     sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...]
 
@@ -105,10 +106,11 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
     cells = experiment.cells(data)
     here = record.checksums(cells)
     ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
-    found = panels(ended)
+    found = tuple(panels(ended))
     return Results(
         experiment,
         ended,
+        found,
         sections=tuple(map(panel_section, found)),
         verdicts=tuple(judge(claim, found) for claim in experiment.claims),
     )
