@@ -284,7 +284,7 @@ RETROFIT = Experiment(
         Tuning(
             base=Sweep(
                 *("retrofit", ("books",), (512,)),
-                *((Arm("base", {}),), (0, 1, 2), (65_536_000,)),
+                *((Arm("base", {"model.scheme": "rope"}),), (0, 1, 2), (65_536_000,)),
             ),
             recipe="recipes/retrofit.yaml",
             options={"training.steps": 100},

@@ -218,7 +218,7 @@ def _places(panel: Panel) -> str:
 
 def _training_note(panel: Panel) -> str:
     notes = [
-        f"{panel.setting.tokens:,} tokens, {panel.epochs:.2f} epochs of a corpus with checksum"
+        f"{panel.setting.tokens:,} tokens, {panel.epochs:.2g} epochs of a corpus with checksum"
         f" {panel.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
         " token. Minutes on one device: all commands of the arm."
     ]

@@ -54,11 +54,31 @@ def schemes(*names: str) -> tuple[Arm, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """A further command on each run: words after `dape`, and the file of the run folder to keep.
+
+    In both {run} is the run folder, {reads} the lengths to read, and {length} is `times` the
+    training length.
+    """
+
+    words: tuple[str, ...]
+    keeps: str
+    times: int = 1
+
+    def step(self, run: RunFolder, setting: Setting, reads: str) -> Step:
+        """Return the command on one run."""
+        length = self.times * setting.length
+        kept = Path(self.keeps.format(length=length))
+        words = (word.format(run=run, length=length, reads=reads) for word in self.words)
+        return Step(tuple(words), {kept: kept})
+
+
+@dataclass(frozen=True, slots=True)
 class Sweep:
     """All arms with all seeds in all settings, measured at the lengths that `reads` gives.
 
     `reads` is the value of `dape eval --lengths`, with {length} for the training length; `options`
-    are further words of that command.
+    are further words of that command, `measures` further commands.
     """
 
     size: str
@@ -69,6 +89,7 @@ class Sweep:
     tokens: tuple[int, ...] = (150_000_000,)
     reads: str = f"{{length}},...,{LONGEST}"
     options: tuple[str, ...] = ()
+    measures: tuple[Measure, ...] = ()
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -92,10 +113,10 @@ class Sweep:
                 setting, seed, options["data"], override(read(file, Recipe), options)
             )
             train = Step(("train", file, *words(options)), TRAINED)
-            measures = self._measures(run_folder(home, name), setting, data)
-            yield Cell(home, name, arm.label, (train, *measures), training)
+            measured = self._measured(run_folder(home, name), setting, data)
+            yield Cell(home, name, arm.label, (train, *measured), training)
 
-    def _measures(
+    def _measured(
         self, run: RunFolder, setting: Setting, data: Mapping[str, str]
     ) -> Iterator[Step]:
         lengths = self.reads.format(length=setting.length)
@@ -106,6 +127,8 @@ class Sweep:
                 ("eval", str(run), "--lengths", lengths, *self.options, *on),
                 {evaluation(setting, corpus): INSIDE.evaluation("last")},
             )
+        for measure in self.measures:
+            yield measure.step(run, setting, lengths)
 
     def tiny(self) -> "Sweep":
         """Return every arm once, on a tiny model, a CPU and bytes."""
@@ -113,6 +136,7 @@ class Sweep:
             *(TINY.size, (TINY.corpus,), (TINY.length,), self.arms),
             tokens=(TINY.tokens,),
             reads=TINY_READS,
+            measures=self.measures,
         )
 
 
