@@ -56,6 +56,14 @@ def main(argv: list[str]) -> None:
         from dape.cli import plot_retrieval
 
         return plot_retrieval.main(argv[1:])
+    if argv[:1] == ["learned"]:
+        from dape.cli import plot_learned
+
+        return plot_learned.main(argv[1:])
+    if argv[:1] == ["context"]:
+        from dape.cli import plot_context
+
+        return plot_context.main(argv[1:])
     arguments = parse(Arguments, argv, prog="dape plot")
     from dape.evaluate.compare import check_comparable, group
     from dape.evaluate.record import evaluation_path, load

@@ -1,0 +1,78 @@
+"""`dape plot learned`: A, B and f(A, B) of a trained model, as a figure, a table or a record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.errors import UserError
+from dape.evaluate.learned import Learned, View, learned, load
+
+FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Draw what a trained model adds to the scores of one query: A, B and f(A, B) of each head.
+
+    Heads are named local or anti-local by a number, which the table (.md) shows. A record (.json)
+    holds all, and can be drawn again without the model.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """run folder, model of this package, or a record (.json) that this command wrote"""
+    out: tuple[Path, ...]
+    """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
+    view: Annotated[View, tyro.conf.arg(name="")]
+    data: Path | None = None
+    """prepared corpus; if not given, the one that the run was trained on"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        """Refuse no file, and formats nobody writes."""
+        if not self.out:
+            raise UserError("no file given: dape plot learned RUN --out FILE")
+        for file in self.out:
+            if file.suffix not in FORMATS:
+                raise UserError(f"--out {file}: its name must end in {', '.join(FORMATS)}")
+
+
+def main(argv: list[str]) -> None:
+    """Write the files and say where they are."""
+    arguments = parse(Arguments, argv, prog="dape plot learned")
+    record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
+    from dape.figures.learned import draw, table
+    from dape.figures.style import save
+
+    for file in arguments.out:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".json":
+            record.save(file)
+        elif file.suffix == ".md":
+            file.write_text(table(record).markdown() + "\n", encoding="utf-8")
+        else:
+            save(draw(record), file)
+        print(f"wrote {file}")
+
+
+def made(arguments: Arguments, argv: list[str]) -> Learned:
+    """Return the record of the run's model."""
+    from transformers.utils import logging
+
+    from dape.cli.eval import choose_device
+    from dape.evaluate.runs import open_run
+    from dape.provenance import provenance
+
+    logging.disable_progress_bar()  # of the loading of weights
+    device = choose_device(arguments.device)
+    run = open_run(arguments.run)
+    return learned(
+        run,
+        run.corpus(arguments.data),
+        arguments.view,
+        device=device,
+        provenance=provenance(device, ["plot", "learned", *argv]),
+    )
