@@ -166,9 +166,9 @@ def _refuse_idle(arguments: Arguments) -> None:
 def main(argv: list[str]) -> None:
     """Measure the runs one after the other, write their files and print the table."""
     if argv[:1] == ["context"]:
-        from dape.cli import eval_context
+        from dape.cli.eval_context import main as use_of_context
 
-        return eval_context.main(argv[1:])
+        return use_of_context(argv[1:])
     arguments = parse(Arguments, argv, prog="dape eval")
     from transformers.utils import logging
 

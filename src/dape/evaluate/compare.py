@@ -2,19 +2,41 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from dape.errors import UserError
 from dape.evaluate.record import Evaluation
-from dape.evaluate.retrieval import Retrieval
 from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
 from dape.positions.scheme import ADAPTERS, BASES
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
-Record = TypeVar("Record", Evaluation, Retrieval)
+
+
+@runtime_checkable
+class RunRecord(Protocol):
+    """What records of runs are sorted by."""
+
+    @property
+    def run(self) -> str:
+        """The folder of the run."""
+
+    @property
+    def scheme(self) -> str:
+        """Its position scheme."""
+
+    @property
+    def train_length(self) -> int | None:
+        """The length trained at."""
+
+    @property
+    def settings(self) -> str | None:
+        """Checksum of the recipe without its seed."""
+
+
+Record = TypeVar("Record", bound=RunRecord)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (4.0, 2.7)  # inches
+Styles = Mapping[str, Mapping[str, Any]]  # as `looks` returns them
 SPREAD = 0.5  # of the distance between two bins, over which their marks are spread
 
 
@@ -95,28 +96,29 @@ def draw(records: Sequence[ContextUse]) -> "Figure":
     rows = comparisons(records)
     width, height = PANEL
     schemes = {label: each[0].scheme for label, each in gather(records).items()}
-    colours = looks(schemes)["palette"]
+    styles = looks(schemes)
     with theme():
         figure = Figure(figsize=(3 * width, height * len(rows) + 0.3))
         grid = figure.subplots(len(rows), 3, squeeze=False)
-        _positions(grid[0, 0], records, colours)
+        _positions(grid[0, 0], records, styles)
         for axes in grid[1:, 0]:
-            _adapters(axes, records, colours)
+            _adapters(axes, records, styles)
         for (name, contrasts), (_, *panels) in zip(rows.items(), grid, strict=True):
             for axes, (what, each) in zip(panels, contrasts.items(), strict=True):
-                _gains(axes, records[0].lengths, each, colours)
+                _gains(axes, records[0].lengths, each, styles)
                 axes.set_xlabel(f"window that holds the last occurrence of\n{WHAT[what]}")
             panels[0].set_title(name, loc="left", fontsize="medium")
             panels[0].set_ylabel("gain (nats a token)")
     return figure
 
 
-def _positions(axes: "Axes", records: Sequence[ContextUse], colours: Mapping[str, Any]) -> None:
+def _positions(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> None:
     """Draw the loss against the tokens before the predicted one, in the longest window."""
     for label, members in gather(records).items():
         means = np.mean([[loss for *_, loss in each.positions] for each in members], axis=0)
+        dashes = styles["dashes"][label] or (None, None)
         middles = [math.sqrt(first * last) for first, last, _ in members[0].positions]
-        axes.plot(middles, means, color=colours[label], label=label)
+        axes.plot(middles, means, label=label, **_style(styles, label), dashes=dashes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,g}")
     length = records[0].lengths[-1]
@@ -124,48 +126,53 @@ def _positions(axes: "Axes", records: Sequence[ContextUse], colours: Mapping[str
     axes.legend()
 
 
-def _adapters(axes: "Axes", records: Sequence[ContextUse], colours: Mapping[str, Any]) -> None:
+def _adapters(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> None:
     """Draw the gain of each adapter over all scored tokens, against the length of the window."""
     lengths = records[0].lengths
     columns = [by_adapter(records, "token", length) for length in lengths]
-    for contrasts in zip(*columns, strict=True):
+    for offset, contrasts in zip(
+        _offsets(len(columns[0])), zip(*columns, strict=True), strict=True
+    ):
         gains = [each.total for each in contrasts]
-        _marks(axes, lengths, gains, contrasts[0].label, colours)
+        _marks(axes, np.array(lengths) * 2**offset, gains, contrasts[0].label, styles)
     axes.axhline(0, color=ACCENT, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths], fontsize="small")
     axes.minorticks_off()
     axes.set(xlabel="length of the window (tokens)", ylabel="gain (nats a token)")
     axes.set_title("Gain of the adapter on all tokens", loc="left", fontsize="medium")
+    axes.legend(fontsize="small", handlelength=1)
 
 
 def _gains(
     axes: "Axes",
     lengths: Sequence[int],
     contrasts: Sequence[Contrast],
-    colours: Mapping[str, Any],
+    styles: Styles,
 ) -> None:
     """Draw the gains of each contrast, bin by bin, with the number of tokens in each."""
-    for place, each in enumerate(contrasts):
-        offset = SPREAD * ((place + 0.5) / len(contrasts) - 0.5)
-        _marks(axes, np.arange(len(each.gains)) + offset, each.gains, each.label, colours)
+    for offset, each in zip(_offsets(len(contrasts)), contrasts, strict=True):
+        _marks(axes, np.arange(len(each.gains)) + offset, each.gains, each.label, styles)
     names = [*(f"{length:,}" for length in lengths), "none"]
     labels = [
-        f"{name}\n({gain.tokens:,})"
-        for name, gain in zip(names, contrasts[0].gains, strict=True)
+        f"{name}\n({gain.tokens:,})" for name, gain in zip(names, contrasts[0].gains, strict=True)
     ]
     axes.set_xticks(np.arange(len(names)), labels=labels, fontsize="x-small")
     axes.axhline(0, color=ACCENT, linewidth=1)
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize="small", handlelength=1)
+
+
+def _offsets(count: int) -> np.ndarray:
+    """Return by how far each of so many marks is moved from the middle of its bin."""
+    return SPREAD * ((np.arange(count) + 0.5) / count - 0.5)
 
 
 def _marks(
     axes: "Axes",
-    x: Sequence[float] | np.ndarray,
+    x: np.ndarray,
     gains: Sequence[Gain],
     label: str,
-    colours: Mapping[str, Any],
+    styles: Styles,
 ) -> None:
     """Draw gains as points with their intervals, in the colour of what gains."""
     means = np.array([each.mean for each in gains], dtype=float)
@@ -174,9 +181,19 @@ def _marks(
         x,
         means,
         yerr=np.abs(bounds - means),
-        fmt="o",
-        markersize=4,
-        linewidth=1.3,
-        color=colours[label.partition(" over ")[0]],
+        linestyle="none",
+        elinewidth=1.3,
         label=label,
+        **_style(styles, label.partition(" over ")[0]),
     )
+
+
+def _style(styles: Styles, label: str) -> dict[str, Any]:
+    """Return colour and marker of a label; the marker is hollow for a scheme without an adapter."""
+    colour = styles["palette"][label]
+    return {
+        "color": colour,
+        "marker": styles["markers"][label],
+        "markersize": 4,
+        "markerfacecolor": "white" if styles["dashes"][label] else colour,
+    }
