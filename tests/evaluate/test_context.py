@@ -173,7 +173,7 @@ def test_an_adapter_gains_where_it_reaches_and_its_base_does_not(run, monkeypatc
         measured(run, monkeypatch, 1, scheme="dape-fire", seed=0),
     ]
     (found,) = by_adapter(records, "token")
-    assert found.label == "dape-kerple over kerple"
+    assert found.name == "dape-kerple over kerple"
     full = pytest.approx(UNSURE - SURE, abs=0.5)
     assert [each.mean for each in found.gains] == [full] * 4 + [pytest.approx(0, abs=1e-6)]
     (short,) = by_adapter(records, "token", length=16)

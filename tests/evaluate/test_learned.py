@@ -13,7 +13,9 @@ import textbook
 from dape.attention import chunked
 from dape.attention.fused.operator import obstacle
 from dape.errors import UserError
-from dape.evaluate.learned import Recorder, Row, capture, describe, smooth
+from dape.evaluate.capture import Recorder, Row, capture
+from dape.evaluate.heads import describe
+from dape.evaluate.learned import smooth
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 from dape.model.retrofit import retrofit
@@ -229,5 +231,5 @@ def test_spans_keep_the_mean_of_each_span(keys, spans):
 
 
 def test_keys_must_lie_on_both_sides():
-    with pytest.raises(UserError, match="far=5 must be from 1 to 4, for 5 keys"):
+    with pytest.raises(UserError, match="far=5 must be from 1 to 4: some of 5 keys near"):
         describe(row_of([1] * 5, [0] * 5, [0] * 5), 5)

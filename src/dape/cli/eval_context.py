@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     logging.disable_progress_bar()  # of the loading of weights
     runs = [open_run(folder) for folder in arguments.runs]
     lengths = list(arguments.lengths or default_lengths(runs))
-    corpora = [run.corpus(arguments.data or None) for run in runs]
+    corpora = [run.corpus(arguments.data) for run in runs]
     if len({corpus.checksum for corpus in corpora}) > 1:
         raise UserError("the runs were trained on different corpora; give one --data")
     asked = plan(

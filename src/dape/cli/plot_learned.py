@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from dape.cli.arguments import parse
+from dape.cli.eval import choose_device, commas
 from dape.errors import UserError
-from dape.evaluate.learned import Learned, View, learned, load
+from dape.evaluate.learned import Learned, learned, load
 
+Layers = Annotated[
+    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
+]
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
 
@@ -25,19 +29,32 @@ class Arguments:
     """run folder, model of this package, or a record (.json) that this command wrote"""
     out: tuple[Path, ...]
     """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
-    view: Annotated[View, tyro.conf.arg(name="")]
+    layers: Layers = ()
+    """layers, as 0,5,11, counted from 0; by default the first, the middle one and the last"""
+    length: int = 2048
+    """tokens that the model reads, from the beginning of the document"""
+    query: int | None = None
+    """token whose row is shown, counted from 0; by default the last"""
+    document: int | None = None
+    """number of the document in its split; by default the first that is long enough"""
+    split: Literal["test", "validation", "train"] = "test"
+    """part of the corpus"""
     data: Path | None = None
     """prepared corpus; if not given, the one that the run was trained on"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
 
     def __post_init__(self) -> None:
-        """Refuse no file, and formats nobody writes."""
+        """Refuse no file, formats nobody writes, and a query without a key before it."""
         if not self.out:
             raise UserError("no file given: dape plot learned RUN --out FILE")
         for file in self.out:
             if file.suffix not in FORMATS:
                 raise UserError(f"--out {file}: its name must end in {', '.join(FORMATS)}")
+        if self.length < 2:
+            raise UserError(f"--length {self.length}: at least 2, a query and a key before it")
+        if self.query is not None and not 1 <= self.query < self.length:
+            raise UserError(f"--query {self.query}: from 1 to {self.length - 1}, below the length")
 
 
 def main(argv: list[str]) -> None:
@@ -62,7 +79,6 @@ def made(arguments: Arguments, argv: list[str]) -> Learned:
     """Return the record of the run's model."""
     from transformers.utils import logging
 
-    from dape.cli.eval import choose_device
     from dape.evaluate.runs import open_run
     from dape.provenance import provenance
 
@@ -72,7 +88,11 @@ def made(arguments: Arguments, argv: list[str]) -> Learned:
     return learned(
         run,
         run.corpus(arguments.data),
-        arguments.view,
+        layers=arguments.layers,
+        length=arguments.length,
+        query=arguments.query,
+        document=arguments.document,
+        split=arguments.split,
         device=device,
         provenance=provenance(device, ["plot", "learned", *argv]),
     )

@@ -25,7 +25,7 @@ from dape.evaluate.significance import RESAMPLES
 
 FORMAT = 1
 NEVER = 2**62  # tokens back: more than any text has, and a sum of two is no overflow
-WHAT = {"token": "the token", "pair": "the token and the one before it"}
+OCCURRENCES = {"token": "the token", "pair": "the token and the one before it"}
 INTERVAL = 0.95
 
 
@@ -45,11 +45,11 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class ContextUse:
-    """What one model makes of its context; the first fields are those of an `Evaluation`.
+    """The losses of one model by place and occurrence; fields without a word as in `Evaluation`.
 
     positions: for each bin of positions in the longest window, the first and last number of tokens
         before the predicted one, and the mean loss.
-    tallies: `token` and `pair`, after what is looked for in the context.
+    tallies: by a key of `OCCURRENCES`.
     """
 
     run: str
@@ -121,7 +121,7 @@ def context_use(
     provenance: dict[str, Any],
     advance: Callable[[int], object] = lambda tokens: None,
 ) -> ContextUse:
-    """Return what a run's model makes of its context, for a plan of the protocol `last`.
+    """Return the record of a run's model, for a plan of the protocol `last`.
 
     At the longest length all tokens of a window are scored, for the losses by position.
 
@@ -155,7 +155,7 @@ def context_use(
                 owner,
                 lengths,
             )
-            for name in WHAT
+            for name in OCCURRENCES
         },
         provenance=provenance,
     )
@@ -196,27 +196,33 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """What is compared in each bin: `label` says it, `gains` and `total` hold the outcome."""
+    """The gain in each bin of the scheme `label`, over the scheme `base` or a shorter window."""
 
     label: str
+    base: str | None
     gains: list[Gain]
     total: Gain
 
+    @property
+    def name(self) -> str:
+        """Return both schemes."""
+        return self.label if self.base is None else f"{self.label} over {self.base}"
 
-def by_length(records: Sequence[ContextUse], what: str) -> list[Contrast]:
+
+def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
     """Return for each label what the longest window gains over the shortest, in each bin.
 
     Seeds of a label are averaged.
     """
     found = []
     for label, members in gather(records).items():
-        first, *_, last = mean_losses(members, what)
-        found.append(contrast(label, members[0].tallies[what], first, last))
+        first, *_, last = _mean_losses(members, occurrence)
+        found.append(_contrast(label, None, members[0].tallies[occurrence], first, last))
     return found
 
 
 def by_adapter(
-    records: Sequence[ContextUse], what: str, length: int | None = None
+    records: Sequence[ContextUse], occurrence: str, length: int | None = None
 ) -> list[Contrast]:
     """Return what each scheme with an adapter gains over the same encoding without, in each bin.
 
@@ -232,21 +238,21 @@ def by_adapter(
         adapter, encoding = split(members[0].scheme)
         base = trained.get((encoding, members[0].train_length))
         if adapter and base is not None:
-            before, after = (mean_losses(groups[name], what)[at] for name in (base, label))
-            name = f"{label} over {base}"
-            found.append(contrast(name, members[0].tallies[what], before, after))
+            before, after = (_mean_losses(groups[name], occurrence)[at] for name in (base, label))
+            found.append(_contrast(label, base, members[0].tallies[occurrence], before, after))
     return found
 
 
-def mean_losses(
-    members: Sequence[ContextUse], what: str
+def _mean_losses(
+    members: Sequence[ContextUse], occurrence: str
 ) -> Float[np.ndarray, "lengths bins documents"]:
     """Return the summed losses, the mean over records of seeds."""
-    return np.mean([each.tallies[what].losses for each in members], axis=0)
+    return np.mean([each.tallies[occurrence].losses for each in members], axis=0)
 
 
-def contrast(
+def _contrast(
     label: str,
+    base: str | None,
     tally: Tally,
     before: Float[np.ndarray, "bins documents"],
     after: Float[np.ndarray, "bins documents"],
@@ -257,20 +263,20 @@ def contrast(
         gain(*each)
         for each in zip([*saved, saved.sum(axis=0)], [*tokens, tokens.sum(axis=0)], strict=True)
     )
-    return Contrast(label, gains, total)
+    return Contrast(label, base, gains, total)
 
 
 def gain(
     saved: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"], seed: int = 0
 ) -> Gain:
-    """Return the mean of what was saved a token, and its interval over documents."""
+    """Return the mean saving a token, and its interval over documents."""
     count = int(tokens.sum())
     if not count:
         return Gain(0, None, None, None)
     mean = float(saved.sum() / count)
     if (tokens > 0).sum() < 2:
         return Gain(count, mean, None, None)
-    drawn = resamples(len(tokens), seed)
+    drawn = _resamples(len(tokens), seed)
     sums, counts = drawn @ saved, drawn @ tokens
     outside = (1 - INTERVAL) / 2
     low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [outside, 1 - outside])
@@ -278,7 +284,7 @@ def gain(
 
 
 @lru_cache(maxsize=1)
-def resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
+def _resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
     """Return how often each document is drawn, in each of as many draws with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)

@@ -9,7 +9,7 @@ import numpy as np
 
 from dape.evaluate.compare import gather
 from dape.evaluate.context import (
-    WHAT,
+    OCCURRENCES,
     ContextUse,
     Contrast,
     Gain,
@@ -33,45 +33,45 @@ def tables(records: Sequence[ContextUse]) -> list[Table]:
     """Return the gains of longer windows, and of adapters where there are pairs, by bin."""
     check_comparable(records)
     found = []
-    for name, contrasts in comparisons(records).items():
-        for what, each in contrasts.items():
-            found.append(_table(records, f"{name}, nats a token", what, each))
+    for name, contrasts in _comparisons(records).items():
+        for occurrence, each in contrasts.items():
+            found.append(_table(records, f"{name}, nats a token", occurrence, each))
     return found
 
 
-def comparisons(records: Sequence[ContextUse]) -> dict[str, dict[str, list[Contrast]]]:
-    """Return the contrasts by what is compared, and by what is looked for in the context."""
+def _comparisons(records: Sequence[ContextUse]) -> dict[str, dict[str, list[Contrast]]]:
+    """Return the contrasts by name, and by the kind of occurrence."""
     shortest, *_, longest = records[0].lengths
     found = {
         f"Gain of windows of {longest:,} tokens over {shortest:,}": {
-            what: by_length(records, what) for what in WHAT
+            each: by_length(records, each) for each in OCCURRENCES
         },
         f"Gain of the adapter in windows of {longest:,} tokens": {
-            what: by_adapter(records, what) for what in WHAT
+            each: by_adapter(records, each) for each in OCCURRENCES
         },
     }
     return {name: each for name, each in found.items() if each["token"]}
 
 
-def bins(lengths: Sequence[int]) -> list[str]:
+def _bins(lengths: Sequence[int]) -> list[str]:
     """Return the name of each bin: where the last occurrence of a token lies."""
     between = [f"{shorter:,} to {longer:,}" for shorter, longer in pairwise(lengths)]
     return [f"within {lengths[0]:,}", *between, "nowhere"]
 
 
 def _table(
-    records: Sequence[ContextUse], title: str, what: str, contrasts: Sequence[Contrast]
+    records: Sequence[ContextUse], title: str, occurrence: str, contrasts: Sequence[Contrast]
 ) -> Table:
     targets = records[0].targets
-    names = [*bins(records[0].lengths), "all"]
+    names = [*_bins(records[0].lengths), "all"]
     columns = [[*each.gains, each.total] for each in contrasts]
     rows = [
-        [name, f"{gains[0].tokens:,}", *map(cell, gains)]
+        [name, f"{gains[0].tokens:,}", *map(_cell, gains)]
         for name, gains in zip(names, zip(*columns, strict=True), strict=True)
     ]
     return Table(
-        title=f"{title}, by the last occurrence of {WHAT[what]}",
-        header=["last occurrence", "tokens", *(each.label for each in contrasts)],
+        title=f"{title}, by the last occurrence of {OCCURRENCES[occurrence]}",
+        header=["last occurrence", "tokens", *(each.name for each in contrasts)],
         rows=rows,
         note=f"A row holds the tokens whose last occurrence lies in a window of the longer length "
         f"and in none of the shorter. The last {targets.block:,} tokens of each window, of "
@@ -80,7 +80,7 @@ def _table(
     )
 
 
-def cell(gain: Gain) -> str:
+def _cell(gain: Gain) -> str:
     """Return a gain and its interval, as `+0.123 [+0.100, +0.150]`."""
     if gain.mean is None:
         return NOTHING
@@ -93,7 +93,7 @@ def draw(records: Sequence[ContextUse]) -> "Figure":
     from matplotlib.figure import Figure
 
     check_comparable(records)
-    rows = comparisons(records)
+    rows = _comparisons(records)
     width, height = PANEL
     schemes = {label: each[0].scheme for label, each in gather(records).items()}
     styles = looks(schemes)
@@ -104,9 +104,11 @@ def draw(records: Sequence[ContextUse]) -> "Figure":
         for axes in grid[1:, 0]:
             _adapters(axes, records, styles)
         for (name, contrasts), (_, *panels) in zip(rows.items(), grid, strict=True):
-            for axes, (what, each) in zip(panels, contrasts.items(), strict=True):
+            for axes, (occurrence, each) in zip(panels, contrasts.items(), strict=True):
                 _gains(axes, records[0].lengths, each, styles)
-                axes.set_xlabel(f"window that holds the last occurrence of\n{WHAT[what]}")
+                axes.set_xlabel(
+                    f"window that holds the last occurrence of\n{OCCURRENCES[occurrence]}"
+                )
             panels[0].set_title(name, loc="left", fontsize="medium")
             panels[0].set_ylabel("gain (nats a token)")
     return figure
@@ -133,8 +135,8 @@ def _adapters(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> No
     for offset, contrasts in zip(
         _offsets(len(columns[0])), zip(*columns, strict=True), strict=True
     ):
-        gains = [each.total for each in contrasts]
-        _marks(axes, np.array(lengths) * 2**offset, gains, contrasts[0].label, styles)
+        totals = [each.total for each in contrasts]
+        _marks(axes, np.array(lengths) * 2**offset, totals, contrasts[0], styles)
     axes.axhline(0, color=ACCENT, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, labels=[f"{length:,}" for length in lengths], fontsize="small")
@@ -152,7 +154,7 @@ def _gains(
 ) -> None:
     """Draw the gains of each contrast, bin by bin, with the number of tokens in each."""
     for offset, each in zip(_offsets(len(contrasts)), contrasts, strict=True):
-        _marks(axes, np.arange(len(each.gains)) + offset, each.gains, each.label, styles)
+        _marks(axes, np.arange(len(each.gains)) + offset, each.gains, each, styles)
     names = [*(f"{length:,}" for length in lengths), "none"]
     labels = [
         f"{name}\n({gain.tokens:,})" for name, gain in zip(names, contrasts[0].gains, strict=True)
@@ -168,24 +170,13 @@ def _offsets(count: int) -> np.ndarray:
 
 
 def _marks(
-    axes: "Axes",
-    x: np.ndarray,
-    gains: Sequence[Gain],
-    label: str,
-    styles: Styles,
+    axes: "Axes", x: np.ndarray, gains: Sequence[Gain], contrast: Contrast, styles: Styles
 ) -> None:
-    """Draw gains as points with their intervals, in the colour of what gains."""
-    means = np.array([each.mean for each in gains], dtype=float)
-    bounds = np.array([[each.low, each.high] for each in gains], dtype=float).T
-    axes.errorbar(
-        x,
-        means,
-        yerr=np.abs(bounds - means),
-        linestyle="none",
-        elinewidth=1.3,
-        label=label,
-        **_style(styles, label.partition(" over ")[0]),
-    )
+    """Draw gains as points with their intervals, in the looks of the scheme that gains."""
+    means, low, high = np.array([[g.mean, g.low, g.high] for g in gains], dtype=float).T
+    style = _style(styles, contrast.label)
+    axes.vlines(x, low, high, colors=style["color"], linewidth=1.3)
+    axes.plot(x, means, linestyle="none", label=contrast.name, **style)
 
 
 def _style(styles: Styles, label: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a trained model adds to its scores, as Figure 1 of Zheng et al., 2024, and as a table."""
+"""A, B and f(A, B) of a trained model, as Figure 1 of Zheng et al., 2024, and as a table."""
 
 import textwrap
 from collections import Counter
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dape.evaluate.learned import DENSER, Head, Layer, Learned
+from dape.evaluate.heads import DENSER, Head
+from dape.evaluate.learned import Layer, Learned
 from dape.figures.bias_maps import value_axis
 from dape.figures.style import ACCENT, theme
 from dape.figures.tables import NOTHING, Table
@@ -35,8 +36,8 @@ def draw(record: Learned) -> "Figure":
         grid = figure.subplots(len(record.layers), 3, squeeze=False, sharex=True)
         for axes, layer in zip(grid, record.layers, strict=True):
             titled = layer is record.layers[0]
-            for panel, (name, values) in zip(axes, panels(layer).items(), strict=True):
-                _lines(panel, *coarser(record, values, name.startswith("scores")), layer.heads)
+            for panel, (name, values) in zip(axes, _panels(layer).items(), strict=True):
+                _lines(panel, *_coarser(record, values, name.startswith("scores")), layer.heads)
                 panel.set_title(name if titled else "")
                 panel.axvline(record.query - record.far, color=ACCENT, linewidth=1, linestyle=":")
             axes[0].set_ylabel(f"layer {layer.layer}")
@@ -45,12 +46,12 @@ def draw(record: Learned) -> "Figure":
             panel.set_xlabel("position of the key")
             panel.xaxis.set_major_formatter("{x:,g}")
             panel.set_xlim(0, record.query)
-        figure.suptitle(title(record), x=0.01, ha="left", weight="bold")
+        figure.suptitle(_title(record), x=0.01, ha="left", weight="bold")
         figure.supxlabel(note(record), x=0.01, ha="left", fontsize="small", color=ACCENT)
     return figure
 
 
-def panels(layer: Layer) -> dict[str, np.ndarray]:
+def _panels(layer: Layer) -> dict[str, np.ndarray]:
     """Return the lines of each panel of a layer by its title, each [heads, spans]."""
     change = "f(A, B)" if layer.residual else "f(A, B), instead of B"
     return {
@@ -60,7 +61,7 @@ def panels(layer: Layer) -> dict[str, np.ndarray]:
     }
 
 
-def coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
+def _coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions of keys and the lines to draw, those of noisy ones at most `POINTS`."""
     edges, spans = np.array(record.spans), values.shape[1]
     step = -(-spans // POINTS) if noisy else 1
@@ -70,8 +71,8 @@ def coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarra
     return (edges[:-1] + edges[1:] - 1) / 2, sums / np.diff(edges)
 
 
-def title(record: Learned) -> str:
-    """Return what was looked at."""
+def _title(record: Learned) -> str:
+    """Return which row of which model is drawn."""
     return f"{record.scheme}, query {record.query + 1:,} of document {record.document}"
 
 
@@ -88,12 +89,12 @@ def note(record: Learned) -> str:
 
 
 def _lines(axes: "Axes", keys: np.ndarray, values: np.ndarray, heads: Sequence[Head]) -> None:
-    for line, colour in zip(values, colours(heads), strict=True):
+    for line, colour in zip(values, _colours(heads), strict=True):
         axes.plot(keys, line, color=colour, linewidth=1)
     value_axis(axes, list(values))
 
 
-def colours(heads: Sequence[Head]) -> list[tuple[float, ...]]:
+def _colours(heads: Sequence[Head]) -> list[tuple[float, ...]]:
     """Return a colour for each head: a scale for each kind, a shade for each head."""
     import seaborn
 
@@ -130,9 +131,9 @@ def table(record: Learned) -> Table:
         [
             f"{layer.layer}.{head.head}",
             head.kind,
-            *map(percent, (head.positive_far, head.change_far, head.attention_far)),
+            *map(_percent, (head.positive_far, head.change_far, head.attention_far)),
             f"{head.centre:,.1f}",
-            *map(signed, (head.with_scores, head.with_bias)),
+            *map(_signed, (head.with_scores, head.with_bias)),
         ]
         for layer in record.layers
         for head in layer.heads
@@ -140,7 +141,7 @@ def table(record: Learned) -> Table:
     kinds = Counter(head.kind for layer in record.layers for head in layer.heads)
     counted = ", ".join(f"{kinds[kind]} {kind}" for kind in SCALES)
     return Table(
-        title=f"What was learnt: {title(record)}",
+        title=f"Heads of {_title(record)}",
         header=[
             *("layer.head", "kind", "positive logits - A, far", "positive f, far"),
             *("attention, far", "mean distance", "corr(f, A)", "corr(f, B)"),
@@ -153,11 +154,11 @@ def table(record: Learned) -> Table:
     )
 
 
-def percent(share: float | None) -> str:
+def _percent(share: float | None) -> str:
     """Return a share in percent."""
     return NOTHING if share is None else f"{share:.0%}"
 
 
-def signed(value: float | None) -> str:
+def _signed(value: float | None) -> str:
     """Return a correlation with its sign."""
     return NOTHING if value is None else f"{value:+.2f}"
