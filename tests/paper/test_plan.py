@@ -7,7 +7,7 @@ from laboratory import Pretended, cells, enter
 from dape.paper import record
 from dape.paper.cells import Setting
 from dape.paper.experiments import CORE, RETROFIT
-from dape.paper.plan import choose, plan, table
+from dape.paper.plan import choose, plan, table, without_corpus
 from dape.paper.spread import spread
 
 
@@ -105,8 +105,8 @@ def test_a_finished_base_is_trained_again_where_its_model_is_gone():
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     big = [cell for cell in CORE.cells() if cell.setting == Setting("125m", "arxiv", 512)]
     prices = {each.cell.arm: each.minutes for each in plan(big)}
-    assert prices["kerple"] == pytest.approx(150e6 / 330e3 / 60 + 2)
-    assert prices["dape3-kerple"] == pytest.approx(1.6 * 150e6 / 330e3 / 60 + 2)
+    assert prices["kerple"] == pytest.approx(150e6 / 400e3 / 60 + 2)
+    assert prices["dape3-kerple"] == pytest.approx(2.1 * 150e6 / 400e3 / 60 + 2)
     assert choose(plan(big))[0].arm == "dape3-kerple", "the longest is first"
     small = cells("kerple", tokens=(2**13, 2**14))
     assert [each.minutes for each in plan(small)] == [None, None]
@@ -114,6 +114,15 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     first, second = (each.minutes for each in plan(small))
     assert first == pytest.approx(0.1, rel=0.1), "the six seconds of the record"
     assert second == pytest.approx(2 * first)
+
+
+def test_cells_whose_corpus_is_not_here_wait():
+    waiting = without_corpus(CORE.cells({"arxiv": "nowhere"}))
+    assert {folder: len(cells) for folder, cells in waiting.items()} == {
+        "nowhere": 9,
+        "data/books": 9,
+    }
+    assert without_corpus(cells("kerple")) == {}
 
 
 def test_the_plan_as_a_table_adds_up():

@@ -107,6 +107,9 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
     due = plan.choose(planned, arguments.only, arguments.retry)
+    for folder, waiting in plan.without_corpus(due).items():
+        print(f"no corpus in {folder}: {len(waiting)} cells wait for it (docs/paper.md, --data)")
+        due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0
     signal.signal(signal.SIGTERM, interrupt)

@@ -135,7 +135,13 @@ def context_use(
     with run.limits():
         losses = [
             token_losses(
-                model, document, each, batch_tokens=batch_tokens, device=device, advance=advance
+                model,
+                document,
+                each,
+                batch_tokens=batch_tokens,
+                device=device,
+                precision=run.precision(device),
+                advance=advance,
             )
             for each in (*windows[:-1], whole)
         ]

@@ -118,6 +118,12 @@ class Run:
         model = fetch(AutoModelForCausalLM.from_pretrained, self.source, **options)
         return model.to(device).eval()
 
+    def precision(self, device: torch.device) -> torch.dtype:
+        """Return the precision of products: on a GPU that of the training, else float32."""
+        trained = (self.recipe or {}).get("training", {}).get("precision")
+        mixed = device.type == "cuda" and trained == "bf16-mixed"
+        return torch.bfloat16 if mixed else torch.float32
+
     @property
     def ours(self) -> bool:
         """Return whether the model is of this package, which tells of its limits itself."""
@@ -255,6 +261,7 @@ def evaluate(
                     batch_tokens=batch_tokens,
                     begin=begin,
                     device=device,
+                    precision=run.precision(device),
                     advance=advance,
                 )
         except Refused as reason:
