@@ -1,6 +1,9 @@
 """The device to compute on, by name."""
 
+from itertools import chain
+
 import torch
+from torch import nn
 
 from dape.errors import UserError
 
@@ -18,3 +21,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; use cpu, or see `dape info`") from None
+
+
+def device_of(network: nn.Module, default: torch.device) -> torch.device:
+    """Return where the first tensor of a model lies, which is where it takes tokens."""
+    tensors = chain(network.parameters(), network.buffers())
+    return next((tensor.device for tensor in tensors), default)

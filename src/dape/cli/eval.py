@@ -41,8 +41,9 @@ class Arguments(Measuring):
     """what the table on the screen shows; the file holds all"""
     seed: int = 0
     """of the choice of documents"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32 computes as the model was saved, bf16 with products of bfloat16, by autocast"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of products: fp32 computes as the model was saved, bf16 by autocast; auto is bf16 on a GPU
+    for runs trained so, else fp32"""
     again: bool = False
     """measure lengths that were measured before too"""
 

@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     from transformers.utils import logging
 
     from dape.cli.progress import progress
+    from dape.evaluate.results import drawing
     from dape.evaluate.retrieval import evaluate_retrieval
     from dape.figures.retrieval import table
 
@@ -71,6 +72,4 @@ def main(argv: list[str]) -> None:
         )
     for name in arguments.tasks:
         table([each for each in found if each.task == name]).show()
-    runs = dict.fromkeys(Path(each.subject.run) for each in found)
-    folders = [str(arguments.out / run.name if arguments.out else run) for run in runs]
-    print(f"draw it: dape plot retrieval {shlex.join(folders)} --out retrieval.png")
+    print(drawing("retrieval", [each.subject.run for each in found], arguments.out))

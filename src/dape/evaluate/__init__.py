@@ -1,27 +1,39 @@
-"""Measurements of trained models: perplexity over length, retrieval, tasks of lm-eval.
+"""Measurements of trained models: perplexity over length, retrieval, use of far text, lm-eval.
 
-`evaluate`, `evaluate_retrieval` and `evaluate_harness` are `dape eval`, `dape eval retrieval` and
-`dape eval harness` as functions. They are imported when first used.
+`evaluate`, `evaluate_retrieval`, `evaluate_context` and `evaluate_harness` are `dape eval`,
+`dape eval retrieval`, `dape eval context` and `dape eval harness` as functions. They are imported
+when first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dape.evaluate.context import ContextUse, evaluate_context
     from dape.evaluate.evaluation import evaluate
     from dape.evaluate.harness import evaluate_harness
     from dape.evaluate.record import Evaluation
     from dape.evaluate.retrieval import Retrieval, evaluate_retrieval
 
 _HOME = {
+    "ContextUse": "context",
     "Evaluation": "record",
     "Retrieval": "retrieval",
     "evaluate": "evaluation",
+    "evaluate_context": "context",
     "evaluate_harness": "harness",
     "evaluate_retrieval": "retrieval",
 }
 
-__all__ = ["Evaluation", "Retrieval", "evaluate", "evaluate_harness", "evaluate_retrieval"]
+__all__ = [
+    "ContextUse",
+    "Evaluation",
+    "Retrieval",
+    "evaluate",
+    "evaluate_context",
+    "evaluate_harness",
+    "evaluate_retrieval",
+]
 
 
 def __getattr__(name: str) -> Any:

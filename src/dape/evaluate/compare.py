@@ -2,25 +2,36 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from dape.errors import UserError
 from dape.evaluate.record import Evaluation
-from dape.evaluate.retrieval import Retrieval
 from dape.evaluate.significance import (
     FEWEST_DOCUMENTS,
     PairedTest,
     paired_bootstrap,
     paired_t,
 )
+from dape.evaluate.subject import Subject
 from dape.positions.scheme import ADAPTERS, BASES
 from dape.text import one_line
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
-Record = TypeVar("Record", Evaluation, Retrieval)
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A record of a measurement, which says what was measured."""
+
+    @property
+    def subject(self) -> Subject:
+        """The model."""
+
+
+Record = TypeVar("Record", bound=Recorded)
 
 
 @dataclass(frozen=True, slots=True)

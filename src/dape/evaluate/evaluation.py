@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dape.data.shards import Corpus
-from dape.device import choose_device
+from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
 from dape.evaluate.lengths import default_lengths
 from dape.evaluate.limits import Refused
@@ -22,7 +22,7 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.results import results_folders
-from dape.evaluate.subject import Model, Subject
+from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.files import remove
 from dape.provenance import provenance
@@ -31,7 +31,6 @@ from dape.runs import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # A measurement made otherwise, with other versions or elsewhere is not taken for one of today.
 _SAME = ("commit", "versions", "device", "precision")
 
@@ -50,7 +49,7 @@ def evaluate(
     metric: str = "perplexity",
     seed: int = 0,
     device: str = "auto",
-    precision: str = "fp32",
+    precision: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
     again: bool = False,
@@ -76,7 +75,7 @@ def evaluate(
         bos: let windows begin with a model's own token for the beginning of a text.
         metric: the one to compare models by; only `bits_per_byte` allows different corpora.
         device: of models that are not in memory.
-        precision: `fp32` computes as the model was saved, `bf16` with products of bfloat16.
+        precision: of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
         batch_tokens: tokens in one forward; a longer window goes alone.
         out: folder for all results; those of modules in memory are kept nowhere else.
         again: measure lengths that were measured before too.
@@ -107,15 +106,29 @@ def evaluate(
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     folders = results_folders(opened, out, lambda each: each.evaluation(protocol, stride, split))
     files = [_files(folder, protocol, stride, split) for folder in folders]
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command, "seed": seed, "precision": precision}
+    origin = provenance(chosen) | {"command": command, "seed": seed}
     watch.begin(sum(each.tokens for each in plans))
     return [
-        _Session(model, each, file, chosen, batch_tokens, origin, watch).run(again)
+        _Session(
+            model,
+            each,
+            file,
+            chosen,
+            batch_tokens,
+            origin | {"precision": _precision(precision, model, chosen)},
+            watch,
+        ).run(again)
         for model, each, file in zip(opened, plans, files, strict=True)
     ]
+
+
+def _precision(name: str, model: Model, device: torch.device) -> str:
+    if name == "auto":
+        return model.precision(device)
+    if name not in PRECISIONS:
+        raise unknown("precision", name, (*PRECISIONS, "auto"))
+    return name
 
 
 def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:
@@ -216,7 +229,7 @@ class _Session:
                 windows,
                 batch_tokens=self.batch_tokens,
                 begin=self.model.beginning() if self.plan.targets.bos else None,
-                device=next(network.parameters()).device,
+                device=device_of(network, self.device),
                 precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
             )

@@ -1,6 +1,7 @@
 """Where the results of measurements go."""
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def results_folders(
                 " each with an --out of its own"
             )
     return folders
+
+
+def drawing(kind: str, runs: Sequence[str], out: Path | None) -> str:
+    """Return what tells a user how the results of some runs are drawn."""
+    folders = [str(out / Path(run).name if out else run) for run in dict.fromkeys(runs)]
+    return f"draw it: dape plot {kind} {shlex.join(folders)} --out {kind}.png"
 
 
 def _check_writable(folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 
 from dape.data.shards import Corpus
-from dape.device import choose_device
+from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
 from dape.evaluate.lengths import default_lengths
 from dape.evaluate.limits import Refused, told
@@ -170,7 +170,7 @@ def evaluate_retrieval(
                         network,
                         made,
                         plan,
-                        device=next(network.parameters()).device,
+                        device=device_of(network, chosen),
                         batch_tokens=batch_tokens,
                         advance=watch.advance,
                         announce=partial(watch.announce, name),

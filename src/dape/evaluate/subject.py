@@ -25,6 +25,7 @@ from dape.runs import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LEARNED_BY = ("data", "model", "training", "optimizer")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
@@ -157,6 +158,11 @@ class Model:
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
         model = load_causal(self.source, self.partial_weights, **options)
         yield model.to(device).eval()
+
+    def precision(self, device: torch.device) -> str:
+        """Return the precision of products: on a GPU that of the training, else fp32."""
+        trained = (self.recipe or {}).get("training", {}).get("precision")
+        return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
 
     def beginning(self) -> int:
         """Return the token that the model's texts begin with, a `UserError` if there is none."""

@@ -75,7 +75,7 @@ def _lines(axes: "Axes", row: Row, mark: int | None) -> None:
     for label, values in row.lines.items():
         axes.plot(np.arange(len(values)), values, color=colours[label], label=label, linewidth=1.3)
     axes.set_ylabel(row.label)
-    _values(axes, [*row.lines.values()])
+    value_axis(axes, [*row.lines.values()])
     axes.set_box_aspect(1 / LINES_ASPECT)
     longest = max(len(values) for values in row.lines.values())
     _distances(axes, longest)
@@ -146,7 +146,7 @@ def _short(value: float) -> str:
     return Formatter.fix_minus(f"{float(f'{value:.2g}') + 0:,g}")  # + 0: no minus before zero
 
 
-def _values(axes: "Axes", lines: Sequence[np.ndarray]) -> None:
+def value_axis(axes: "Axes", lines: Sequence[np.ndarray]) -> None:
     """Make the y axis logarithmic on both sides of [-1, 1] if values are large."""
     low, high = min(line.min() for line in lines), max(line.max() for line in lines)
     if max(-low, high) <= STEEP:

@@ -1,0 +1,148 @@
+"""`dape paper`: the paper's tables and figures, each planned, run and reported by one command."""
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.cli.options import Names, commas
+from dape.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from dape.paper.cells import Cell
+    from dape.paper.results import Results
+
+
+def folders(text: str) -> tuple[tuple[str, str], ...]:
+    """Return the pairs in `arxiv=data/pile-arxiv,books=data/pg19`; `ValueError` for others."""
+    pairs = [each.partition("=") for each in text.split(",")]
+    if not all(name and folder for name, _, folder in pairs):
+        raise ValueError(f"{text!r} is not of the form NAME=FOLDER,...")
+    return tuple((name, folder) for name, _, folder in pairs)
+
+
+Folders = Annotated[tuple[tuple[str, str], ...], commas("NAME=FOLDER,...", folders)]
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Plan an experiment, train and measure the cells that are missing, and write its table.
+
+    `dape paper list` lists the experiments, `dape paper report` writes a page on all of them.
+    The same command again goes on where it was interrupted; finished cells are not run again.
+    """
+
+    names: tyro.conf.Positional[tuple[str, ...]]
+    """experiments"""
+    plan: bool = False
+    """print the plan with its price, and stop"""
+    only: Names = ()
+    """train and measure these arms alone"""
+    minutes: float | None = None
+    """start no further cell after so many minutes"""
+    scale: Literal["full", "smoke"] = "full"
+    """smoke: the same in miniature, on a CPU and on the text of this Python, into runs/smoke"""
+    data: Folders = ()
+    """folders of prepared corpora, where they are not data/NAME"""
+    retry: bool = False
+    """run cells again that diverged or ran out of memory"""
+    discard: bool = False
+    """delete checkpoints and model of each finished cell; its small results stay"""
+
+
+def main(argv: list[str]) -> int | None:
+    """List, report, or plan and run."""
+    arguments = parse(Arguments, argv, prog="dape paper")
+    from dape.paper.cells import once
+    from dape.paper.experiment import smoke
+    from dape.paper.experiments import EXPERIMENTS, find
+    from dape.paper.results import results
+
+    data = dict(arguments.data)
+    if not arguments.names:
+        raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
+    if arguments.names == ("list",):
+        for each in EXPERIMENTS.values():
+            print(f"{each.name:<14}{each.title} ({each.shows})")
+        return 0
+    if arguments.names == ("report",):
+        return report(data, arguments.scale == "smoke")
+    experiments = [find(name) for name in arguments.names]
+    if arguments.scale == "smoke":
+        experiments = [smoke(each) for each in experiments]
+    status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
+    if not arguments.plan:
+        for each in experiments:
+            show(results(each, data))
+    return status
+
+
+def report(data: dict[str, str], miniature: bool) -> int:
+    """Write one page on all experiments that are the paper's."""
+    from dape.files import write_text
+    from dape.paper.experiment import smoke
+    from dape.paper.experiments import PAPER
+    from dape.paper.page import page
+    from dape.paper.results import results
+
+    experiments = [smoke(each) if miniature else each for each in PAPER]
+    file = experiments[0].home / "report.html"
+    write_text(file, page([results(each, data) for each in experiments]))
+    print(f"wrote {file}")
+    return 0
+
+
+def run(cells: list["Cell"], arguments: Arguments) -> int:
+    """Print the plan, and run what is due unless the plan alone was asked for."""
+    from dape.paper import plan, spread
+
+    arms = {cell.arm for cell in cells}
+    for arm in arguments.only:
+        if arm not in arms:
+            raise unknown("arm", arm, arms)
+    devices = spread.devices()
+    planned = plan.plan(cells)
+    plan.table(planned, len(devices)).show()
+    due = plan.choose(planned, arguments.only, arguments.retry)
+    for folder, waiting in plan.without_corpus(due).items():
+        print(f"no corpus in {folder}: {len(waiting)} cells wait for it (docs/paper.md, --data)")
+        due = [cell for cell in due if cell not in waiting]
+    if arguments.plan or not due:
+        return 0
+    signal.signal(signal.SIGTERM, interrupt)
+    ends = spread.spread(
+        due,
+        devices,
+        spread.Workers(),
+        lambda line: print(line, flush=True),
+        arguments.minutes,
+        weights=not arguments.discard,
+    )
+    left = len(due) - len(ends)
+    failed = [end for end in ends if end.error]
+    print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left")
+    return 1 if failed else 0
+
+
+def show(found: "Results") -> None:
+    """Write what is known of an experiment, and print its tables."""
+    from dape.paper.results import verdicts_table
+
+    if not found.cells:
+        print(f"{found.experiment.name}: nothing is finished yet")
+        return
+    found.write()
+    for section in found.sections:
+        for table in section.tables:
+            table.show()
+    if found.verdicts:
+        verdicts_table(found.verdicts).show()
+    print(f"wrote {found.experiment.folder}")
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Take the end that a time limit sets as the keyboard's."""
+    raise KeyboardInterrupt

@@ -1,0 +1,103 @@
+"""`dape plot learned`: A, B and f(A, B) of a trained model, as a figure, a table or a record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.cli.options import check_format, commas
+from dape.errors import UserError
+
+if TYPE_CHECKING:
+    from dape.evaluate.learned import Learned
+
+Layers = Annotated[
+    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
+]
+FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Draw what a trained model adds to the scores of one query: A, B and f(A, B) of each head.
+
+    Heads are named local or anti-local by a number, which the table (.md) shows. A record (.json)
+    holds all, and can be drawn again without the model.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """run folder, model of this package, or a record (.json) that this command wrote"""
+    out: tuple[Path, ...]
+    """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
+    layers: Layers = ()
+    """layers, as 0,5,11, counted from 0; by default the first, the middle one and the last"""
+    length: int = 2048
+    """tokens that the model reads, from the beginning of the document"""
+    query: int | None = None
+    """token whose row is shown, counted from 0; by default the last"""
+    document: int | None = None
+    """number of the document in its split; by default the first that is long enough"""
+    split: Literal["test", "validation", "train"] = "test"
+    """part of the corpus"""
+    data: Path | None = None
+    """prepared corpus; if not given, the one that the run was trained on"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        """Refuse no file, formats nobody writes, and a query without a key before it."""
+        if not self.out:
+            raise UserError("no file given: dape plot learned RUN --out FILE")
+        for file in self.out:
+            check_format(file, FORMATS)
+        if self.length < 2:
+            raise UserError(f"--length {self.length}: at least 2, a query and a key before it")
+        if self.query is not None and not 1 <= self.query < self.length:
+            raise UserError(f"--query {self.query}: from 1 to {self.length - 1}, below the length")
+
+
+def main(argv: list[str]) -> None:
+    """Write the files and say where they are."""
+    arguments = parse(Arguments, argv, prog="dape plot learned")
+    from dape.evaluate.learned import load
+
+    record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
+    from dape.figures.learned import draw, table
+    from dape.figures.style import save
+    from dape.files import write_text
+
+    for file in arguments.out:
+        if file.suffix == ".json":
+            record.save(file)
+        elif file.suffix == ".md":
+            write_text(file, table(record).markdown() + "\n")
+        else:
+            save(draw(record), file)
+        print(f"wrote {file}")
+
+
+def made(arguments: Arguments, argv: list[str]) -> "Learned":
+    """Return the record of the run's model."""
+    from transformers.utils import logging
+
+    from dape.device import choose_device
+    from dape.evaluate.learned import learned
+    from dape.evaluate.opening import open_model
+    from dape.provenance import provenance
+
+    logging.disable_progress_bar()  # of the loading of weights
+    device = choose_device(arguments.device)
+    model = open_model(arguments.run)
+    return learned(
+        model,
+        model.corpus(arguments.data),
+        layers=arguments.layers,
+        length=arguments.length,
+        query=arguments.query,
+        document=arguments.document,
+        split=arguments.split,
+        device=device,
+        provenance=provenance(device, ["plot", "learned", *argv]),
+    )

@@ -1,0 +1,149 @@
+"""The scores A, the bias B and the logits of one query in the layers of a model, over all keys.
+
+They are what the model itself computes in a forward pass: while it runs, an adapter that keeps one
+row stands around the adapter of each attention. Attention is then computed in blocks of rows, so
+that memory is linear in the length.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dape.errors import UserError
+from dape.model.modeling import DapeAttention
+from dape.positions.adapter import Rows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One query in one layer; each array is [heads, keys], its own key the last.
+
+    residual: whether the logits are A + B + f(A, B), or A + f(A, B).
+    scores: A, as scaled and as rotated as the adapter gets it.
+    bias: B.
+    logits: the arguments of the softmax.
+    """
+
+    layer: int
+    residual: bool
+    scores: Float[np.ndarray, "heads keys"]
+    bias: Float[np.ndarray, "heads keys"]
+    logits: Float[np.ndarray, "heads keys"]
+
+    @property
+    def shift(self) -> Float[np.ndarray, "heads keys"]:
+        """Everything added to the scores: logits - A, in float64."""
+        return self.logits.astype(np.float64) - self.scores
+
+    @property
+    def change(self) -> Float[np.ndarray, "heads keys"]:
+        """f(A, B): logits - A - B, or logits - A where B is no summand."""
+        return self.shift - self.bias if self.residual else self.shift
+
+    @property
+    def weights(self) -> Float[np.ndarray, "heads keys"]:
+        """Return the softmax of the logits."""
+        powers = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+
+class Recorder(nn.Module):
+    """An adapter that gives the logits of another, or A + B, and keeps the row of one query."""
+
+    needs_rows = True
+
+    def __init__(self, adapter: nn.Module | None, layer: int, query: int) -> None:
+        super().__init__()
+        self.adapter, self.layer, self.query = adapter, layer, query
+        self.row: Row | None = None
+
+    def forward(
+        self,
+        scores: Float[Tensor, "batch heads query key"],
+        bias: Float[Tensor, "*#batch heads query key"],
+        rows: Rows,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """Return the logits; keep the row if the block of queries holds it."""
+        if self.adapter is None:
+            logits = scores + bias
+        elif getattr(self.adapter, "needs_rows", False):
+            logits = self.adapter(scores, bias, rows)
+        else:
+            logits = self.adapter(scores, bias)
+        place = self.query - int(rows.query_positions.flatten()[0])
+        if 0 <= place < scores.shape[2]:
+            kept = (
+                x.expand_as(scores)[0, :, place, : self.query + 1].cpu().numpy().copy()
+                for x in (scores, bias, logits)
+            )
+            residual = bool(getattr(self.adapter, "residual", True))
+            self.row = Row(self.layer, residual, *kept)
+        return logits
+
+
+@torch.inference_mode()
+def capture(
+    model: nn.Module,
+    tokens: Int[Tensor, " tokens"],
+    layers: Sequence[int] | None = None,
+    query: int | None = None,
+) -> list[Row]:
+    """Return the rows of a query, by default the last, in the layers asked for, by default all.
+
+    `model` is of this package, or of transformers with adapters mounted by `dape.retrofit`.
+
+    Raises:
+        UserError: for any other model, a layer it does not have, or a query that is no token.
+    """
+    attentions = attending(model)
+    chosen = range(len(attentions)) if layers is None else layers
+    query = len(tokens) - 1 if query is None else query
+    for name, number, count in (
+        *(("layer", layer, len(attentions)) for layer in chosen),
+        ("query", query, len(tokens)),
+    ):
+        if not 0 <= number < count:
+            raise UserError(f"{name} {number} is not one of 0 to {count - 1}")
+    with ExitStack() as undo:
+        recorders = [_record(undo, attentions[layer], layer, query) for layer in chosen]
+        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+    return [recorder.row for recorder in recorders if recorder.row is not None]
+
+
+def attending(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that call `dape.attention`, in order.
+
+    Raises:
+        UserError: if there are none.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, DapeAttention) or hasattr(module, "attention_backend")
+    ]
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} does not attend by this package, so that its scores are not "
+            "seen; take a model that `dape train` or `dape retrofit` made"
+        )
+    return found
+
+
+def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Recorder:
+    """Put a recorder around the adapter of an attention, until undone.
+
+    The backend becomes `auto` for as long, since fused kernels know no recorder.
+    """
+    ours = isinstance(attention, DapeAttention)
+    chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
+    for owner, attribute in ((attention, "adapter"), (chooser, name)):
+        undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+    recorder = Recorder(attention.adapter, layer, query)  # type: ignore[arg-type]
+    attention.adapter = recorder
+    setattr(chooser, name, "auto")
+    return recorder

@@ -1,0 +1,235 @@
+"""Use of the context: does a model predict better for what stands far back, or only not worse?
+
+Every scored token of the protocol `last` is sorted by the shortest window that holds an earlier
+occurrence of it: of the token itself, or of the pair of it and the token before. The losses at
+different window lengths, and of different models, are then compared in each such bin. A model that
+uses far text gains on the tokens whose last occurrence only a longer window holds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from dape.data.shards import Corpus
+from dape.device import choose_device, device_of
+from dape.errors import UserError
+from dape.evaluate.lengths import default_lengths
+from dape.evaluate.opening import Given, open_models
+from dape.evaluate.perplexity import measure, token_losses, window_tokens
+from dape.evaluate.plan import Plan, plan
+from dape.evaluate.protocols import protocol
+from dape.evaluate.record import Targets, restore, save
+from dape.evaluate.results import results_folders
+from dape.evaluate.subject import PRECISIONS, Model, Subject
+from dape.evaluate.watch import SILENT, Watch
+from dape.provenance import provenance
+
+FORMAT = 1
+NEVER = 2**62  # tokens back: more than any text has, and a sum of two is no overflow
+OCCURRENCES = {"token": "the token", "pair": "the token and the one before it"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Scored tokens in bins: bin b holds those whose last occurrence needs window `lengths[b]`.
+
+    The last bin holds those that do not occur in the longest window.
+
+    tokens: their number, [bins][documents].
+    losses: the sums of their losses in nats, [lengths][bins][documents].
+    """
+
+    tokens: list[list[int]]
+    losses: list[list[list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextUse:
+    """The losses of one model by place and occurrence.
+
+    positions: for each bin of positions in the longest window, the first and last number of tokens
+        before the predicted one, and the mean loss.
+    tallies: by a key of `OCCURRENCES`.
+    """
+
+    subject: Subject
+    targets: Targets
+    lengths: list[int]
+    positions: list[tuple[int, int, float]]
+    tallies: dict[str, Tally]
+    provenance: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        save(path, self)
+
+
+def load(path: Path) -> ContextUse:
+    """Read what `ContextUse.save` wrote.
+
+    Raises:
+        UserError: naming the command to run if there is none, or if another version wrote it.
+    """
+    kind, remedy = "record of the use of the context", "run `dape eval context` on it"
+    return restore(path, kind, FORMAT, remedy, _context_use)
+
+
+def _context_use(content: dict[str, Any]) -> ContextUse:
+    changed = {
+        "targets": Targets(**content["targets"]),
+        "positions": [tuple(each) for each in content["positions"]],
+        "tallies": {name: Tally(**each) for name, each in content["tallies"].items()},
+    }
+    return ContextUse(**{**content, **changed})
+
+
+def last_occurrence(symbols: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Return how far before each symbol the same one stands last, `NEVER` where it does not."""
+    order = np.argsort(symbols, kind="stable")
+    earlier, later = order[:-1], order[1:]
+    same = symbols[earlier] == symbols[later]
+    distance = np.full(len(symbols), NEVER)
+    distance[later[same]] = (later - earlier)[same]
+    return distance
+
+
+def window_needed(tokens: Int[np.ndarray, " fed"], scored: int) -> dict[str, Int[np.ndarray, "s"]]:
+    """Return for each of the last `scored` tokens how long a window must be to hold it before.
+
+    The window ends with the last but one of the `tokens`, as those of `last` do. The key `token`
+    looks for the token, `pair` for the token after the same one as here.
+    """
+    after = np.arange(scored)[::-1]  # tokens of the window from the predicted one on
+    pairs = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
+    found = {"token": last_occurrence(tokens), "pair": last_occurrence(pairs) + 1}
+    return {name: distance[-scored:] + after for name, distance in found.items()}
+
+
+def evaluate_context(
+    models: Given | Sequence[Given],
+    corpus: str | Path | Corpus | None = None,
+    lengths: Sequence[int] | None = None,
+    *,
+    split: str = "test",
+    documents: int = 100,
+    blocks: int = 4,
+    seed: int = 0,
+    device: str = "auto",
+    batch_tokens: int = 16384,
+    out: str | Path | None = None,
+    partial_weights: bool = False,
+    command: str = "dape.evaluate.evaluate_context",
+    watch: Watch = SILENT,
+) -> list[ContextUse]:
+    """Return the use of the context of each model; arguments are those of `dape.evaluate.evaluate`.
+
+    Raises:
+        UserError: as `evaluate`, and for models that were trained on different corpora.
+    """
+    opened = open_models(models, partial_weights=partial_weights, watch=watch)
+    asked = sorted(set(lengths or default_lengths(opened)))
+    corpora = {each.checksum: each for each in (model.corpus(corpus) for model in opened)}
+    if len(corpora) > 1:
+        raise UserError("the runs were trained on different corpora; give one --data")
+    (text,) = corpora.values()
+    rule = protocol("last", asked)
+    planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
+    place = ("context", None, split)
+    folders = results_folders(opened, out, lambda each: each.evaluation(*place))
+    chosen = choose_device(device)
+    origin = provenance(chosen) | {"command": command, "seed": seed}
+    watch.begin(planned.tokens * len(opened))
+    found = []
+    for model, folder in zip(opened, folders, strict=True):
+        record = context_use(
+            model,
+            planned,
+            device=chosen,
+            batch_tokens=batch_tokens,
+            provenance=origin,
+            advance=watch.advance,
+        )
+        if folder is not None:
+            record.save(folder.evaluation(*place))
+        found.append(record)
+    return found
+
+
+def context_use(
+    model: Model,
+    plan: Plan,
+    *,
+    device: torch.device,
+    batch_tokens: int,
+    provenance: dict[str, Any],
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> ContextUse:
+    """Return the record of a model, for a plan of the protocol `last`.
+
+    At the longest length all tokens of a window are scored, for the losses by position.
+
+    Raises:
+        UserError: if the model refuses a length, or memory runs out.
+    """
+    document = plan.corpus.split(plan.split).document
+    *_, longest = windows = sorted(plan.windows, key=lambda each: each.length)
+    whole = replace(longest, scored=longest.length)
+    with model.loaded(device, longest.length) as network, model.refusing():
+        subject = model.subject(network)
+        losses = [
+            token_losses(
+                network,
+                document,
+                each,
+                batch_tokens=batch_tokens,
+                device=device_of(network, device),
+                precision=PRECISIONS[model.precision(device)],
+                advance=advance,
+            )
+            for each in (*windows[:-1], whole)
+        ]
+    tokens = window_tokens(document, longest, slice(None))
+    needed = [window_needed(row, longest.scored) for row in tokens]
+    lengths = [each.length for each in windows]
+    _, owner = np.unique(longest.documents, return_inverse=True)
+    return ContextUse(
+        subject=subject,
+        targets=plan.targets,
+        lengths=lengths,
+        positions=measure(losses[-1], whole, plan.bytes).contexts,
+        tallies={
+            name: tally(
+                np.stack([each[name] for each in needed]),
+                [each[:, -longest.scored :] for each in losses],
+                owner,
+                lengths,
+            )
+            for name in OCCURRENCES
+        },
+        provenance=provenance,
+    )
+
+
+def tally(
+    needed: Int[np.ndarray, "windows scored"],
+    losses: Sequence[Float[np.ndarray, "windows scored"]],
+    owner: Int[np.ndarray, " windows"],
+    lengths: Sequence[int],
+) -> Tally:
+    """Return tokens and losses by bin and document; `owner` is the document of each window."""
+    shape = len(lengths) + 1, int(owner.max()) + 1
+    cell = (np.searchsorted(lengths, needed) * shape[1] + owner[:, None]).ravel()
+
+    def summed(values: Any) -> Any:
+        return np.bincount(cell, values, shape[0] * shape[1]).reshape(shape)
+
+    return Tally(
+        tokens=summed(None).tolist(),
+        losses=[summed(each.ravel().astype(np.float64)).tolist() for each in losses],
+    )

@@ -1,0 +1,135 @@
+"""Gains of a longer window, and of an adapter, by where each token occurred last."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dape.errors import UserError
+from dape.evaluate.compare import gather, split
+from dape.evaluate.context import ContextUse, Tally
+from dape.evaluate.significance import RESAMPLES
+
+INTERVAL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """By how many nats a token the loss is lower, over `tokens` of one bin.
+
+    `low` and `high` bound a 95 % interval by the percentile bootstrap over documents, None for
+    fewer than two documents; `mean` is None without a token.
+    """
+
+    tokens: int
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """The gain in each bin of the scheme `label`, over the scheme `base` or a shorter window."""
+
+    label: str
+    base: str | None
+    gains: list[Gain]
+    total: Gain
+
+    @property
+    def name(self) -> str:
+        """Return both schemes."""
+        return self.label if self.base is None else f"{self.label} over {self.base}"
+
+
+def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
+    """Return for each label what the longest window gains over the shortest, in each bin.
+
+    Seeds of a label are averaged.
+    """
+    found = []
+    for label, members in gather(records).items():
+        first, *_, last = _mean_losses(members, occurrence)
+        found.append(_contrast(label, None, members[0].tallies[occurrence], first, last))
+    return found
+
+
+def by_adapter(
+    records: Sequence[ContextUse], occurrence: str, length: int | None = None
+) -> list[Contrast]:
+    """Return what each scheme with an adapter gains over the same encoding without, in each bin.
+
+    At a window length, by default the longest. Seeds of a label are averaged.
+    """
+    groups = gather(records)
+    at = -1 if length is None else records[0].lengths.index(length)
+    subjects = {label: members[0].subject for label, members in groups.items()}
+    trained = {(each.scheme, each.train_length): label for label, each in subjects.items()}
+    found = []
+    for label, members in groups.items():
+        adapter, encoding = split(subjects[label].scheme)
+        base = trained.get((encoding, subjects[label].train_length))
+        if adapter and base is not None:
+            before, after = (_mean_losses(groups[name], occurrence)[at] for name in (base, label))
+            found.append(_contrast(label, base, members[0].tallies[occurrence], before, after))
+    return found
+
+
+def _mean_losses(
+    members: Sequence[ContextUse], occurrence: str
+) -> Float[np.ndarray, "lengths bins documents"]:
+    """Return the summed losses, the mean over records of seeds."""
+    return np.mean([each.tallies[occurrence].losses for each in members], axis=0)
+
+
+def _contrast(
+    label: str,
+    base: str | None,
+    tally: Tally,
+    before: Float[np.ndarray, "bins documents"],
+    after: Float[np.ndarray, "bins documents"],
+) -> Contrast:
+    """Return the gains from one loss to another, in each bin and over all of them."""
+    tokens, saved = np.array(tally.tokens), before - after
+    *gains, total = (
+        gain(*each)
+        for each in zip([*saved, saved.sum(axis=0)], [*tokens, tokens.sum(axis=0)], strict=True)
+    )
+    return Contrast(label, base, gains, total)
+
+
+def gain(
+    saved: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"], seed: int = 0
+) -> Gain:
+    """Return the mean saving a token, and its interval over documents."""
+    count = int(tokens.sum())
+    if not count:
+        return Gain(0, None, None, None)
+    mean = float(saved.sum() / count)
+    if (tokens > 0).sum() < 2:
+        return Gain(count, mean, None, None)
+    drawn = _resamples(len(tokens), seed)
+    sums, counts = drawn @ saved, drawn @ tokens
+    outside = (1 - INTERVAL) / 2
+    low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [outside, 1 - outside])
+    return Gain(count, mean, float(low), float(high))
+
+
+@lru_cache(maxsize=1)
+def _resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
+    """Return how often each document is drawn, in each of as many draws with replacement."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
+
+
+def check_comparable(records: Sequence[ContextUse]) -> None:
+    """Raise a `UserError` unless all of the records are about the same tokens."""
+    first = records[0]
+    for other in records[1:]:
+        if (other.targets, other.lengths) != (first.targets, first.lengths):
+            raise UserError(
+                f"{other.subject.run} and {first.subject.run} were not scored on the same tokens "
+                "at the same lengths; run `dape eval context` on all of them together"
+            )

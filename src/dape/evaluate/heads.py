@@ -1,0 +1,106 @@
+"""Local and anti-local heads, named by numbers.
+
+Zheng et al., 2024 (Figure 1, appendix I) call a head anti-local whose f favours far keys, by eye.
+The numbers here are ours: how dense positive weight is on far and on near keys.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from dape.errors import UserError
+from dape.evaluate.capture import Row
+
+DENSER = 2.0  # how much denser positive weight is on the side that a head is named after
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How one head treats near and far keys; a key is far from the distance `Learned.far` on.
+
+    Positive weight is the part of a row above its mean over the keys: a softmax does not see a
+    constant. None stands where a row is constant.
+
+    head: counted from 0.
+    kind: `anti-local` if the positive weight of B + f is `DENSER` times as dense on far keys as on
+        near ones, `local` if the reverse holds, otherwise `even`.
+    positive_far: share of the positive weight of B + f (of f without residual) on far keys.
+    change_far: the same of f alone.
+    attention_far: share of the attention on far keys.
+    centre: mean distance of the attention, in tokens.
+    with_scores, with_bias: correlation of f with A and with B over the keys.
+    """
+
+    head: int
+    kind: str
+    positive_far: float | None
+    change_far: float | None
+    attention_far: float
+    centre: float
+    with_scores: float | None
+    with_bias: float | None
+
+
+def describe(row: Row, far: int) -> list[Head]:
+    """Return the numbers of each head of a row, where keys at a distance of `far` or more are far.
+
+    Raises:
+        UserError: if none, or all, of the keys are far.
+    """
+    keys = row.scores.shape[1]
+    if not 0 < far < keys:
+        raise UserError(
+            f"far={far} must be from 1 to {keys - 1}: some of {keys} keys near, some far"
+        )
+    distance = np.arange(keys)[::-1]
+    parts = _varying(row)
+    shift, change = parts["shift"], parts["change"]
+    found = []
+    for head, weights in enumerate(row.weights):
+        positive = _share_far(shift[head], far)
+        found.append(
+            Head(
+                head=head,
+                kind=_kind_of(positive, 1 - far / keys),
+                positive_far=positive,
+                change_far=_share_far(change[head], far),
+                attention_far=float(weights[distance >= far].sum()),
+                centre=float(weights @ distance),
+                with_scores=_correlation(change[head], parts["scores"][head]),
+                with_bias=_correlation(change[head], parts["bias"][head]),
+            )
+        )
+    return found
+
+
+def _varying(row: Row) -> dict[str, Float[np.ndarray, "heads keys"]]:
+    """Return A, B, f and B + f, centred over the keys; zeros where they only vary by rounding."""
+    largest = np.abs(row.scores).max(axis=1) + np.abs(row.bias).max(axis=1)
+    rounding = 4 * np.finfo(row.logits.dtype).eps * largest[:, None]
+    found = {}
+    for name in ("scores", "bias", "change", "shift"):
+        values = getattr(row, name).astype(np.float64)
+        centred = values - values.mean(axis=1, keepdims=True)
+        found[name] = np.where(np.ptp(values, axis=1, keepdims=True) > rounding, centred, 0.0)
+    return found
+
+
+def _share_far(centred: Float[np.ndarray, " keys"], far: int) -> float | None:
+    """Return which share of the positive weight lies `far` or more before the last key."""
+    positive = np.maximum(centred, 0)
+    return float(positive[:-far].sum() / positive.sum()) if positive.any() else None
+
+
+def _kind_of(share: float | None, keys_far: float) -> str:
+    """Return the kind of a head with that share of positive weight on that share of the keys."""
+    if share is None:
+        return "even"
+    far, near = share * (1 - keys_far), (1 - share) * keys_far  # densities, but for a factor
+    return "anti-local" if far >= DENSER * near else "local" if near >= DENSER * far else "even"
+
+
+def _correlation(x: Float[np.ndarray, " keys"], y: Float[np.ndarray, " keys"]) -> float | None:
+    """Return Pearson's correlation of two centred rows, None if one is constant."""
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale else None

@@ -1,0 +1,177 @@
+"""A, B and f(A, B) that a trained model computes for one query, over all keys before it.
+
+As Figure 1 of Zheng et al., 2024, with numbers for each head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from dape.data.shards import Corpus, Split
+from dape.errors import UserError
+from dape.evaluate.capture import attending, capture
+from dape.evaluate.heads import Head, describe
+from dape.evaluate.record import restore, save
+from dape.evaluate.subject import Model, Subject
+
+FORMAT = 1
+SPANS = 256  # of keys, at most, for which a record keeps the mean of each line
+DIGITS = 5  # that a record keeps of such a mean
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a record: its heads, and A, B and f(A, B) as means over spans of keys."""
+
+    layer: int
+    residual: bool
+    scores: list[list[float]]
+    bias: list[list[float]]
+    change: list[list[float]]
+    heads: list[Head]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The rows of one query in some layers of a model, and the numbers of their heads.
+
+    `data` is the checksum of the corpus; the query is token `query` of the first `length` tokens of
+    document `document`. `spans` holds the first key of each span and the end of the last.
+    """
+
+    subject: Subject
+    data: str
+    split: str
+    document: int
+    length: int
+    query: int
+    far: int
+    spans: list[int]
+    layers: list[Layer]
+    provenance: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        save(path, self)
+
+
+def load(path: Path) -> Learned:
+    """Read what `Learned.save` wrote.
+
+    Raises:
+        UserError: naming the command to run if there is none, or if another version wrote it.
+    """
+    kind, remedy = "record of what was learnt", "run `dape plot learned` on a run"
+    return restore(path, kind, FORMAT, remedy, _learned)
+
+
+def _learned(content: dict[str, Any]) -> Learned:
+    layers = [
+        Layer(**{**layer, "heads": [Head(**head) for head in layer["heads"]]})
+        for layer in content["layers"]
+    ]
+    return Learned(**{**content, "layers": layers})
+
+
+def learned(
+    model: Model,
+    corpus: Corpus,
+    *,
+    layers: Sequence[int] = (),
+    length: int = 2048,
+    query: int | None = None,
+    document: int | None = None,
+    split: str = "test",
+    device: torch.device,
+    provenance: dict[str, Any],
+) -> Learned:
+    """Return the record of one query of a model.
+
+    Args:
+        model: a run, or a folder or hub name of a model of this package.
+        corpus: where the text is from.
+        layers: counted from 0; by default the first, the middle one and the last.
+        length: tokens that the model reads, from the beginning of the document.
+        query: token whose row is kept, counted from 0; by default the last.
+        document: number in the split; by default the first that is long enough.
+        split: of the corpus.
+        device: where the model runs.
+        provenance: for the record.
+
+    Keys are far from the training length on, or from half of the keys on if there are no more.
+
+    Raises:
+        UserError: for a document that is too short, and a layer or query there is not.
+    """
+    part = corpus.split(split)
+    document = _choose_document(part, length, document)
+    tokens = torch.from_numpy(part.document(document)[:length]).to(device)
+    with model.loaded(device, length) as network:
+        subject = model.subject(network)
+        last = len(attending(network)) - 1
+        rows = capture(network, tokens, layers or sorted({0, last // 2, last}), query)
+    keys = rows[0].scores.shape[1]
+    trained = model.train_length
+    far = trained if trained and trained < keys else keys // 2
+    spans = np.linspace(0, keys, min(SPANS, keys) + 1).astype(int)
+    return Learned(
+        subject=subject,
+        data=corpus.checksum,
+        split=split,
+        document=document,
+        length=length,
+        query=keys - 1,
+        far=far,
+        spans=spans.tolist(),
+        layers=[
+            Layer(
+                layer=row.layer,
+                residual=row.residual,
+                scores=smooth(row.scores, spans),
+                bias=smooth(row.bias, spans),
+                change=smooth(row.change, spans),
+                heads=describe(row, far),
+            )
+            for row in rows
+        ],
+        provenance=provenance,
+    )
+
+
+def _choose_document(part: Split, length: int, document: int | None) -> int:
+    """Return the number of a document with `length` tokens, by default the first.
+
+    Raises:
+        UserError: if it has not so many, or there is none.
+    """
+    lengths = (part.document_lengths - 1).tolist()  # without the end of text
+    count, longest = len(lengths), max(lengths)
+    if length > longest:
+        raise UserError(
+            f"length {length}: the longest of the {count} documents of the split has {longest} "
+            "tokens; take a shorter length"
+        )
+    if document is None:
+        return next(n for n, tokens in enumerate(lengths) if tokens >= length)
+    if not 0 <= document < count:
+        raise UserError(f"document {document} is not one of 0 to {count - 1}")
+    if lengths[document] < length:
+        raise UserError(
+            f"document {document} has {lengths[document]} tokens, below the length {length}; leave "
+            "--document out, or take a shorter length"
+        )
+    return document
+
+
+def smooth(
+    values: Float[np.ndarray, "heads keys"], spans: Int[np.ndarray, " edges"]
+) -> list[list[float]]:
+    """Return the mean of each head over each span of keys, rounded."""
+    sums = np.add.reduceat(values.astype(np.float64), spans[:-1], axis=1)
+    return [[float(f"{x:.{DIGITS}g}") for x in line] for line in sums / np.diff(spans)]

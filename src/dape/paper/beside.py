@@ -1,0 +1,46 @@
+"""Every published number with ours beside it, as far as it was measured."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dape.figures.tables import NOTHING, Table, number
+from dape.paper.panel import Panel
+from dape.paper.published import PUBLISHED, Published
+
+
+def beside(panels: Iterable[Panel]) -> Table:
+    """Return the published numbers, a row each, and the means of ours over seeds."""
+    found = {panel.name: panel for panel in panels}.values()
+    rows = [
+        [
+            f"{each.scheme}, {each.size}, {each.corpus}",
+            f"{each.trained:,}",
+            f"{each.length:,}",
+            number(each.perplexity),
+            "; ".join(_ours(each, found)) or NOTHING,
+            each.place,
+            each.sure,
+        ]
+        for each in PUBLISHED
+    ]
+    return Table(
+        "Published numbers and ours",
+        ["scheme, size, corpus", "trained at", "read at", "theirs", "ours", "place", "how sure"],
+        rows,
+        note="Perplexity by the protocol last. Ours are of other texts and of fewer tokens: the"
+        " orders and the ratios can be compared, the levels cannot.",
+    )
+
+
+def _ours(each: Published, panels: Iterable[Panel]) -> list[str]:
+    """Return our means at the same training length, on the like corpus, for every size of ours."""
+    values = []
+    for panel in panels:
+        group = panel.group(each.scheme)
+        if group and (panel.corpus, panel.setting.length) == (each.corpus, each.trained):
+            measured = [e.by_length.get(each.length) for e in group.evaluations]
+            known = [m.perplexity for m in measured if m is not None]
+            if known:
+                values.append(f"{number(float(np.mean(known)))} ({panel.setting.name})")
+    return values

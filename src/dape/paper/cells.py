@@ -1,0 +1,112 @@
+"""Cells: the trainings and measurements of an experiment, as commands.
+
+| word | meaning |
+|---|---|
+| arm | one line of a comparison: options over a recipe, usually the scheme alone |
+| setting | size of the model, corpus, training length and tokens: shared by all arms of a table |
+| cell | one arm in one setting with one seed: a training and its measurements |
+| step | one command of a cell, and the files of the run folder to keep |
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dape.runs import RunFolder
+from dape.train.recipe import Recipe, Retrofit
+
+INSIDE = RunFolder(Path())  # paths below a run folder
+TRAINED = {path: path for path in (INSIDE.recipe, INSIDE.record, INSIDE.metrics)}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all arms of a table share; `length` and `tokens` are those of the training."""
+
+    size: str
+    corpus: str
+    length: int
+    tokens: int = 150_000_000
+
+    @property
+    def name(self) -> str:
+        """Return the name, as `125m-arxiv-512-150M`."""
+        amount = f"{self.tokens / 1e6:.3g}M" if self.tokens >= 1e6 else f"{self.tokens / 1e3:.3g}k"
+        return f"{self.size}-{self.corpus}-{self.length}-{amount}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The words after `dape`, and the files to keep.
+
+    keeps: the path of each file below the run folder, by its path below the record.
+    """
+
+    words: tuple[str, ...]
+    keeps: Mapping[Path, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a cell trains: `recipe` is what its record must show, `data` the corpus folder."""
+
+    setting: Setting
+    seed: int
+    data: str
+    recipe: Recipe | Retrofit
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Commands that belong together; of those that train a model the training is the first.
+
+    home: folder of results; the run folder is runs/GROUP/NAME with GROUP the last part of `home`.
+    needs: name of the cell whose model this cell begins with.
+    """
+
+    home: Path
+    name: str
+    arm: str
+    steps: tuple[Step, ...]
+    training: Training | None = None
+    needs: str | None = None
+
+    @property
+    def setting(self) -> Setting | None:
+        """Return the setting of the training."""
+        return self.training.setting if self.training else None
+
+    @property
+    def run(self) -> RunFolder:
+        """Return where it is trained and measured."""
+        return run_folder(self.home, self.name)
+
+    @property
+    def record(self) -> RunFolder:
+        """Return where its small results are kept, laid out as a run folder."""
+        return RunFolder(self.home / "cells" / self.name)
+
+
+def run_folder(home: Path, name: str) -> RunFolder:
+    """Return the run folder of a cell."""
+    return RunFolder(Path("runs") / home.name / name)
+
+
+def once(cells: Iterable[Cell]) -> list[Cell]:
+    """Return the cells, each name once, with the steps that any of its namesakes has."""
+    found: dict[tuple[Path, str], Cell] = {}
+    for cell in cells:
+        key = cell.home, cell.name
+        known = found.setdefault(key, cell)
+        steps = {step.words: step for step in (*known.steps, *cell.steps)}
+        found[key] = replace(known, steps=tuple(steps.values()))
+    return list(found.values())
+
+
+def by_setting(cells: Iterable[Cell]) -> dict[Setting, list[Cell]]:
+    """Return the trainings of each setting, in order of appearance."""
+    found: dict[Setting, list[Cell]] = {}
+    for cell in cells:
+        if cell.setting:
+            found.setdefault(cell.setting, []).append(cell)
+    return found

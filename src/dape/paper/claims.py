@@ -1,0 +1,205 @@
+"""The paper's claims, each decided from the records by a rule.
+
+A check compares two mean losses on the same tokens: it finds a difference d (nats a token) and a
+two-sided p of d = m. With three seeds or more that is the paired t-test over seeds. With fewer it
+is the paired bootstrap over documents, which tells these models apart and says nothing of others.
+
+| check | d | m | reproduced, with p < 0.05 |
+|---|---|---|---|
+| `Better` | candidate less baseline | 0 | d < m |
+| `Rise`, steady | a length less the best shorter length | log 1.01 | d < m |
+| `Rise`, rising | a length less the best shorter length | log 1.01 | d > m |
+
+With p < 0.05 and d on the other side of m the check is not reproduced, with a greater p it is not
+decidable at this scale. A perplexity up to 1 % above its best counts as steady. A claim is not
+reproduced if one of its checks is not, reproduced if all are, and else not decidable. Checks
+without records are left out; without any check the claim is not measured.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from dape.evaluate.compare import Group
+from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
+from dape.paper.cells import Setting
+from dape.paper.panel import Panel
+
+Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
+_FROM_THE_WORST: tuple[Outcome, ...] = (
+    "not reproduced",
+    "not decidable at this scale",
+    "reproduced",
+)
+SIGNIFICANT = 0.05
+SEEDS = 3  # from so many on the test is over seeds
+MARGIN = math.log(1.01)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The outcome of a check: the number it rests on, the seeds of each side, and the test."""
+
+    outcome: Outcome
+    number: str
+    seeds: int
+    test: PairedTest
+
+
+@dataclass(frozen=True, slots=True)
+class Better:
+    """A candidate is better than a baseline at `times` the training length."""
+
+    candidate: str
+    baseline: str
+    setting: Setting
+    times: int = 1
+    corpus: str | None = None
+
+    def find(self, panels: Sequence[Panel]) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        length = self.setting.length * self.times
+        panel = _panel(panels, self.setting, self.corpus)
+        candidate, baseline = (
+            _measured(panel, arm, length) for arm in (self.candidate, self.baseline)
+        )
+        if candidate is None or baseline is None:
+            return None
+        test = compare(candidate, length, baseline, length)
+        return Finding(
+            outcome=_decided(test, 0.0, holds_below=True),
+            number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
+            f" at {length:,} ({self.setting.name})",
+            seeds=min(len(candidate.evaluations), len(baseline.evaluations)),
+            test=test,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rise:
+    """The perplexity of an arm rises, or does not, up to `times` the training length."""
+
+    arm: str
+    setting: Setting
+    times: int
+    rises: bool
+    corpus: str | None = None
+
+    def find(self, panels: Sequence[Panel]) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        length = self.setting.length * self.times
+        group = _measured(_panel(panels, self.setting, self.corpus), self.arm, length)
+        if group is None:
+            return None
+        best = best_length(group, length)
+        test = compare(group, length, group, best, MARGIN)
+        return Finding(
+            outcome=_decided(test, MARGIN, holds_below=not self.rises),
+            number=f"{self.arm} {percent(test.difference)} at {length:,} over its best, at {best:,}"
+            f" ({self.setting.name})",
+            seeds=len(group.evaluations),
+            test=test,
+        )
+
+
+Check = Better | Rise
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A sentence of the paper, where it stands, and the checks that decide it."""
+
+    text: str
+    place: str
+    checks: tuple[Check, ...]
+
+    def moved(self, move: Callable[[Setting], Setting]) -> "Claim":
+        """Return the claim about other settings, measured on their own corpora."""
+        checks = (replace(each, setting=move(each.setting), corpus=None) for each in self.checks)
+        return replace(self, checks=tuple(dict.fromkeys(checks)))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A claim, its outcome, and what each of its checks found."""
+
+    claim: Claim
+    outcome: Outcome
+    findings: tuple[Finding, ...]
+
+    @property
+    def weakest(self) -> Finding | None:
+        """Return the finding that supports the claim least: of its outcome, that of greatest p."""
+        decisive = [each for each in self.findings if each.outcome == self.outcome]
+        return max(decisive, key=lambda each: each.test.p_value, default=None)
+
+
+def judge(claim: Claim, panels: Sequence[Panel]) -> Verdict:
+    """Return the verdict on a claim."""
+    found = [check.find(panels) for check in claim.checks]
+    findings = tuple(each for each in found if each is not None)
+    outcomes = {each.outcome for each in findings}
+    worst: list[Outcome] = [each for each in _FROM_THE_WORST if each in outcomes] or [
+        "not measured"
+    ]
+    return Verdict(claim, worst[0], findings)
+
+
+def compare(
+    candidate: Group, length: int, baseline: Group, baseline_length: int, margin: float = 0.0
+) -> PairedTest:
+    """Return the test of mean loss (candidate at a length - baseline at another) = margin.
+
+    Its `difference` is that of the losses, without the margin.
+    """
+    ours, theirs = ({e.subject.seed: e for e in side.evaluations} for side in (candidate, baseline))
+    seeds = sorted(seed for seed in ours.keys() & theirs.keys() if seed is not None)
+    if len(seeds) >= SEEDS:
+        test = paired_t(
+            [ours[seed].by_length[length].loss - margin for seed in seeds],
+            [theirs[seed].by_length[baseline_length].loss for seed in seeds],
+        )
+    else:
+        rows = [
+            np.mean([e.by_length[n].document_losses for e in side.evaluations], axis=0)
+            for side, n in ((candidate, length), (baseline, baseline_length))
+        ]
+        tokens = np.array(candidate.evaluations[0].targets.tokens)
+        test = paired_bootstrap(rows[0] - margin, rows[1], tokens)
+    return replace(test, difference=test.difference + margin)
+
+
+def best_length(group: Group, length: int) -> int:
+    """Return the length below `length` at which the mean loss is lowest."""
+    first = group.evaluations[0]
+    shorter = [n for n in first.by_length if n < length]
+    return min(
+        shorter, key=lambda n: float(np.mean([e.by_length[n].loss for e in group.evaluations]))
+    )
+
+
+def percent(difference: float) -> str:
+    """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
+    return f"{100 * math.expm1(difference):+.1f} %"
+
+
+def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
+    if not test.p_value < SIGNIFICANT:
+        return "not decidable at this scale"
+    return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
+
+
+def _panel(panels: Sequence[Panel], setting: Setting, corpus: str | None) -> Panel | None:
+    place = setting, corpus or setting.corpus
+    return next((each for each in panels if (each.setting, each.corpus) == place), None)
+
+
+def _measured(panel: Panel | None, arm: str, length: int) -> Group | None:
+    """Return an arm of a panel if all of its runs were measured at a length."""
+    group = panel.group(arm) if panel else None
+    if group and all(length in each.by_length for each in group.evaluations):
+        return group
+    return None

@@ -1,0 +1,318 @@
+"""The experiments, in the order in which GPU time is best spent on them."""
+
+from pathlib import Path
+
+from dape.errors import unknown
+from dape.paper.cells import Setting
+from dape.paper.claims import Better, Claim, Rise
+from dape.paper.experiment import Experiment
+from dape.paper.sweep import Arm, Sweep, Tuning, schemes
+
+PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
+MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
+FOUR = PAIRS[:4]
+BIASES = ("alibi", "kerple", "fire")
+
+
+def _pairs(setting: Setting, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
+    """Return the checks of DAPE on each bias against the bias alone."""
+    return tuple(Better(f"dape-{bias}", bias, setting, n) for n in times for bias in biases)
+
+
+def _steady(*checks: tuple[Setting, int]) -> tuple[Claim, Claim]:
+    """Return the claims about Kerple's curve with and without DAPE, up to so many times."""
+    return (
+        Claim(
+            "DAPE-Kerple's perplexity does not rise beyond the training length",
+            "section 4.1",
+            tuple(Rise("dape-kerple", setting, times, rises=False) for setting, times in checks),
+        ),
+        Claim(
+            "Kerple's perplexity rises beyond the training length",
+            "section 4.1",
+            tuple(Rise("kerple", setting, times, rises=True) for setting, times in checks),
+        ),
+    )
+
+
+ARXIV, BOOKS = Setting("125m", "arxiv", 512), Setting("125m", "books", 512)
+
+CORE = Experiment(
+    name="core",
+    title="DAPE on three biases, trained at 512",
+    shows="Figure 2 (training length 512) and section 4.1",
+    parts=(Sweep("125m", ("arxiv", "books"), (512,), MAIN),),
+    claims=(
+        Claim(
+            "DAPE-X is better than X within the training length",
+            "section 4.1",
+            (*_pairs(ARXIV, 1), *_pairs(BOOKS, 1)),
+        ),
+        Claim(
+            "DAPE-X is better than X at 16 times the training length",
+            "section 4.1",
+            (*_pairs(ARXIV, 16), *_pairs(BOOKS, 16)),
+        ),
+        *_steady((ARXIV, 16), (BOOKS, 16)),
+    ),
+)
+LENGTHS = Experiment(
+    name="lengths",
+    title="Trained at 128 and at 1,024",
+    shows="Figures 2 and 3",
+    parts=(
+        Sweep("small", ("arxiv",), (128, 1024), MAIN),
+        Sweep("125m", ("arxiv",), (128, 1024), FOUR),
+    ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X at 64 times the training length",
+            "section 4.1",
+            (
+                *_pairs(Setting("small", "arxiv", 128), 64),
+                *_pairs(Setting("125m", "arxiv", 128), 64, biases=BIASES[:2]),
+            ),
+        ),
+        *_steady((Setting("small", "arxiv", 128), 64), (Setting("125m", "arxiv", 128), 64)),
+    ),
+)
+EVERY = schemes(
+    *("nope", "rope", "yarn", "randomized-rope", "t5", "alibi", "kerple", "sandwich", "fire"),
+    *("cope", "transformer-xl", "dape-alibi", "dape-kerple", "dape-fire"),
+    *("dape3-kerple", "dape3-alibi", "dape3-fire", "talking-heads-kerple"),
+)
+ALL = Experiment(
+    name="all",
+    title="Every encoding of the paper's figures",
+    shows="Figure 2 and Table 6",
+    parts=(
+        Sweep("small", ("arxiv",), (128,), EVERY),
+        Sweep("small", ("books",), (512,), EVERY),
+    ),
+    claims=(
+        Claim(
+            "DAPE-Kerple is better than CoPE and Transformer-XL at 16 times the training length",
+            "Table 6, which is trained at 128",
+            tuple(
+                Better("dape-kerple", other, Setting("small", "books", 512), 16)
+                for other in ("cope", "transformer-xl")
+            ),
+        ),
+    ),
+)
+SEEDED = Setting("small", "arxiv", 512)
+SIGNIFICANCE = Experiment(
+    name="significance",
+    title="Is the difference more than chance?",
+    shows="Table 5",
+    parts=(
+        Sweep("small", ("arxiv",), (512,), PAIRS, seeds=(0, 1, 2, 3, 4)),
+        Sweep("125m", ("arxiv",), (512,), PAIRS[2:4], seeds=(0, 1, 2)),
+    ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X within the training length (p < 0.05)",
+            "Table 5",
+            (*_pairs(SEEDED, 1), *_pairs(ARXIV, 1, biases=("kerple",))),
+        ),
+        Claim(
+            "DAPE-X is better than X beyond the training length (p < 0.05)",
+            "Table 5",
+            (*_pairs(SEEDED, 2, 16), *_pairs(ARXIV, 2, 16, biases=("kerple",))),
+        ),
+    ),
+)
+SIZE = Experiment(
+    name="size",
+    title="350M beside 125M",
+    shows="Figure 4",
+    parts=(
+        Sweep("350m", ("arxiv",), (512,), FOUR),
+        Sweep("125m", ("arxiv",), (512,), FOUR),
+    ),
+    claims=(
+        Claim(
+            "DAPE-X is better than X at 350M too",
+            "section 4.2",
+            _pairs(Setting("350m", "arxiv", 512), 1, 16, biases=BIASES[:2]),
+        ),
+    ),
+)
+TOKENS = (50_000_000, 150_000_000, 450_000_000)
+AMOUNTS = Experiment(
+    name="tokens",
+    title="How the static bias's rise grows with training",
+    shows="a question of ours",
+    parts=(Sweep("125m", ("mixed",), (128,), PAIRS[2:4], tokens=TOKENS),),
+    claims=(
+        Claim(
+            "Kerple's perplexity rises up to 64 times the training length, at every amount",
+            "section 4.1 at 6.6B tokens",
+            tuple(
+                Rise("kerple", Setting("125m", "mixed", 128, tokens), 64, True, corpus)
+                for tokens in TOKENS
+                for corpus in ("arxiv", "books")
+            ),
+        ),
+    ),
+)
+HIDDEN = tuple(
+    Arm(
+        f"dape-alibi-d{width}",
+        {"model.scheme": "dape-alibi", "model.scheme_options": {"adapter": {"hidden": width}}},
+    )
+    for width in (4, 16, 64)  # dape-alibi itself has 32
+)
+ABLATION = Experiment(
+    name="ablation",
+    title="Hidden width, bias ablation and form",
+    shows="Figure 6, Table 7, and Figure 5 with section 4.3",
+    parts=(
+        Sweep("small", ("arxiv",), (128,), (*schemes("alibi", "dape-alibi"), *HIDDEN)),
+        Sweep("small", ("books",), (512,), schemes("kerple", "dape-bias-kerple", "dape-kerple")),
+        Sweep(
+            *("small", ("arxiv",), (128, 512)),
+            schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+        ),
+    ),
+    claims=(
+        Claim(
+            "A hidden width of 4 still helps",
+            "section 4.4",
+            tuple(
+                Better("dape-alibi-d4", "alibi", Setting("small", "arxiv", 128), times)
+                for times in (1, 64)
+            ),
+        ),
+        Claim(
+            "A + B + f(A, B) is better than A + B + f(B), and that better than A + B",
+            "Table 7",
+            tuple(
+                Better(better, worse, Setting("small", "books", 512), times)
+                for better, worse in (
+                    ("dape-kerple", "dape-bias-kerple"),
+                    ("dape-bias-kerple", "kerple"),
+                )
+                for times in (1, 16)
+            ),
+        ),
+        Claim(
+            "Concatenating scores and bias is better than adding them",
+            "section 4.3",
+            tuple(
+                Better(form, "dape-add-kerple", Setting("small", "arxiv", length), times)
+                for length, times in ((128, 64), (512, 16))
+                for form in ("dape-kerple", "dape-concat-kerple")
+            ),
+        ),
+    ),
+)
+V2 = Experiment(
+    name="v2",
+    title="DAPE V2 against V1",
+    shows="the tables of DAPE V2, and what its reviewers said",
+    parts=(
+        Sweep(
+            *("small", ("arxiv",), (128, 512)),
+            (*PAIRS, *schemes("dape3-alibi", "dape3-kerple", "dape3-fire")),
+        ),
+    ),
+    claims=(
+        Claim(
+            "V2 is better than V1 on Kerple, within and beyond the training length",
+            "DAPE V2",
+            tuple(
+                Better("dape3-kerple", "dape-kerple", Setting("small", "arxiv", length), times)
+                for length, times in ((128, 1), (128, 64), (512, 1), (512, 16))
+            ),
+        ),
+        Claim(
+            "V2 is worse than V1 on ALiBi trained at 128",
+            "a review of DAPE V2",
+            tuple(
+                Better("dape-alibi", "dape3-alibi", Setting("small", "arxiv", 128), times)
+                for times in (1, 64)
+            ),
+        ),
+    ),
+)
+DEMO = Experiment(
+    name="demo",
+    title="Two models of bytes on a CPU",
+    shows="the demonstration of the README with three seeds",
+    parts=(
+        Sweep(
+            *("demo", ("python-stdlib",), (64,), PAIRS[2:4], (0, 1, 2), (1_638_400,)),
+            reads="64,...,1024",
+        ),
+    ),
+    home=Path("results/demo"),
+)
+SCHEMES = Experiment(
+    name="schemes",
+    title="Every encoding, and every form of adapter on one of them",
+    shows="how far each encoding of the package reads",
+    parts=(
+        Sweep(
+            *("cpu", ("python-stdlib",), (128,)),
+            schemes(
+                *("nope", "sinusoidal", "learned", "rope", "partial-rope", "pi", "ntk"),
+                *("dynamic-ntk", "yarn", "xpos", "randomized-rope", "alibi", "kerple"),
+                *("kerple-power", "t5", "sandwich", "fire", "cope", "transformer-xl"),
+                *("dape-nope", "dape-rope", "dape-alibi", "dape-kerple", "dape-kerple-power"),
+                *("dape-t5", "dape-sandwich", "dape-fire", "dape3-kerple", "dape5-kerple"),
+                *("dape7-kerple", "dape-add-kerple", "dape-concat-kerple", "dape-bias-kerple"),
+                "talking-heads-kerple",
+            ),
+            tokens=(1_638_400,),
+            reads="128,512,2048,8192,16384",
+            options=("--blocks", "1"),
+        ),
+    ),
+    home=Path("results/schemes"),
+)
+WHOLE = {"model.adapter": None, "model.train": "all"}
+ADAPTERS = {"optimizer.learning_rate": 3e-2}
+YARN = {"model.config": {"scheme": "yarn", "scheme_options": {"rotation": {"factor": 16}}}}
+RETROFIT = Experiment(
+    name="retrofit",
+    title="A RoPE model trained at 512, then for 5 % of its steps more",
+    shows="DAPE as an addition to a model that is there",
+    # Each rate is the best of three or four by the validation loss of seed 0 at 2,048 tokens: 3e-5
+    # to 3e-4 for the whole model, to 1e-3 as YaRN, and 3e-3 to 3e-2 for adapters.
+    parts=(
+        Tuning(
+            base=Sweep(
+                *("retrofit", ("books",), (512,)),
+                *((Arm("base", {"model.scheme": "rope"}),), (0, 1, 2), (65_536_000,)),
+            ),
+            recipe="recipes/retrofit.yaml",
+            options={"training.steps": 100},
+            arms=(
+                Arm(
+                    "plain-512", {**WHOLE, "optimizer.learning_rate": 1e-4, "training.length": 512}
+                ),
+                Arm("plain-2048", {**WHOLE, "optimizer.learning_rate": 1e-4}),
+                Arm("yarn-2048", {**WHOLE, "optimizer.learning_rate": 3e-4, **YARN}),
+                Arm("dape-512", {**ADAPTERS, "training.length": 512}),
+                Arm("dape-2048", ADAPTERS),
+                Arm("yarn-dape-2048", {**ADAPTERS, **YARN}),
+            ),
+        ),
+    ),
+    home=Path("results/retrofit"),
+)
+
+PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2)
+EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
+
+
+def find(name: str) -> Experiment:
+    """Return the experiment of a name.
+
+    Raises:
+        UserError: for an unknown name, with the near ones.
+    """
+    if name not in EXPERIMENTS:
+        raise unknown("experiment", name, EXPERIMENTS)
+    return EXPERIMENTS[name]

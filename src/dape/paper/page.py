@@ -1,0 +1,36 @@
+"""`dape paper report`: one page on all experiments, which opens without a network."""
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import get_args
+
+from dape.figures.report import embedded
+from dape.figures.tables import p_value
+from dape.paper import claims
+from dape.paper.beside import beside
+from dape.paper.claims import Outcome
+from dape.paper.results import OURS, Results
+
+
+def page(found: Sequence[Results]) -> str:
+    """Return the page: verdicts first, then a part for each experiment that has results."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["drawing"] = embedded
+    template = environment.from_string(
+        files("dape.paper").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    verdicts = [verdict for each in found for verdict in each.verdicts]
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    return template.render(
+        known=[each for each in found if each.cells],
+        absent=[each for each in found if not each.cells],
+        counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
+        minutes=sum(each.minutes for each in found),
+        rules=(claims.__doc__ or "").partition("\n\n")[2],
+        beside=beside(panel for each in found for panel in each.panels),
+        published=f", {OURS}",
+        p_value=p_value,
+    )

@@ -1,0 +1,86 @@
+"""A panel: all arms of one setting, measured on the test texts of one corpus."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dape.evaluate.compare import Group
+from dape.evaluate.record import load
+from dape.paper import record
+from dape.paper.cells import Cell, Setting, by_setting
+from dape.paper.sweep import MEASURED_ON, evaluation
+
+RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The cells of a setting that are finished, or failed for a reason that lies in the model.
+
+    `groups` holds the evaluations by arm, of the arms that have any; `errors` the reasons of the
+    cells that failed, by their names.
+    """
+
+    setting: Setting
+    corpus: str
+    cells: tuple[Cell, ...]
+    groups: tuple[Group, ...]
+    errors: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Return the name, as `125m-mixed-128-150M-on-books`."""
+        own = self.corpus == self.setting.corpus
+        return self.setting.name if own else f"{self.setting.name}-on-{self.corpus}"
+
+    @property
+    def arms(self) -> list[str]:
+        """Return the arms of the cells, in order of appearance."""
+        return list(dict.fromkeys(cell.arm for cell in self.cells))
+
+    def group(self, arm: str) -> Group | None:
+        """Return the evaluations of an arm, None if there are none."""
+        return next((each for each in self.groups if each.label == arm), None)
+
+    @property
+    def corpus_checksum(self) -> str:
+        """Return the checksum of the corpus that was trained on."""
+        return record.read(self.cells[0]).checksum or ""
+
+    @property
+    def epochs(self) -> float:
+        """Return how often the training text was seen."""
+        return self.setting.tokens / record.read(self.cells[0]).train_tokens
+
+    def repeated_too_often(self) -> list[str]:
+        """Return the arms and seeds whose validation loss rose again, with from where to where."""
+        found = []
+        for cell in self.cells:
+            losses = [
+                s["validation_loss"] for s in cell.record.read_metrics() if "validation_loss" in s
+            ]
+            if losses and losses[-1] > min(losses) + RISEN:
+                found.append(f"{cell.name} from {min(losses):.3f} to {losses[-1]:.3f}")
+        return found
+
+
+def panels(ended: Sequence[Cell]) -> list[Panel]:
+    """Return the panels of cells that are finished or failed."""
+    found = []
+    for setting, cells in by_setting(ended).items():
+        errors = {cell.name: error for cell in cells if (error := record.read(cell).error)}
+        finished = [cell for cell in cells if cell.name not in errors]
+        found += [
+            Panel(setting, corpus, tuple(cells), _groups(finished, setting, corpus), errors)
+            for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
+        ]
+    return found
+
+
+def _groups(cells: Sequence[Cell], setting: Setting, corpus: str) -> tuple[Group, ...]:
+    by_arm: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_arm.setdefault(cell.arm, []).append(cell)
+    return tuple(
+        Group(arm, tuple(load(c.record.path / evaluation(setting, corpus)) for c in members))
+        for arm, members in by_arm.items()
+    )

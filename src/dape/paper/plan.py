@@ -1,0 +1,124 @@
+"""Which cells of an experiment are finished, which are missing, and what the missing ones cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import get_args
+
+from dape.figures.tables import NOTHING, Table
+from dape.paper import record
+from dape.paper.cells import Cell
+from dape.paper.record import State
+
+# Tokens a second of training on one H100 by CUDA graphs, and how much longer some schemes take.
+TOKENS_PER_SECOND = {"small": 740_000, "125m": 400_000, "350m": 140_000}
+SLOWER = {
+    "dape3": 2.1,
+    "dape-fire": 1.9,
+    "fire": 1.5,
+    "dape": 1.05,
+    "rope": 1.1,
+    "talking-heads": 1.2,
+    "cope": 4.0,
+    "transformer-xl": 4.0,
+}
+# Minutes of starting, compiling and measuring on one H100.
+AROUND = {"small": 1.5, "125m": 2.0, "350m": 3.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A cell, its state, and the GPU minutes that it took or will take (None: unknown)."""
+
+    cell: Cell
+    state: State
+    minutes: float | None
+
+    @property
+    def due(self) -> bool:
+        """Return whether the cell is to be run."""
+        return self.state in ("missing", "changed")
+
+
+def plan(cells: Sequence[Cell]) -> list[Planned]:
+    """Return the cells with state and price; prices of cells like a finished one are measured."""
+    here = record.checksums(cells)
+    states = {cell.name: record.state(cell, here) for cell in cells}
+    spent = {
+        cell.name: record.read(cell).minutes for cell in cells if states[cell.name] == "finished"
+    }
+    return [
+        Planned(cell, states[cell.name], spent.get(cell.name) or _price(cell, cells, spent))
+        for cell in cells
+    ]
+
+
+def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
+    """Return the cells to run, the longest first: of the arms `only`, if any are named.
+
+    With `retry` that includes cells that diverged or ran out of memory. A finished cell is run
+    again if another begins with its model and the model is not here.
+    """
+    chosen = [
+        each
+        for each in planned
+        if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
+    ]
+    needed = {each.cell.needs for each in chosen}
+    chosen += [
+        each
+        for each in planned
+        if each.cell.name in needed and each not in chosen and not each.cell.run.has_model
+    ]
+    return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
+
+
+def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells that cannot be trained here, by the folder where their corpus is not."""
+    here, found = record.checksums(cells), dict[str, list[Cell]]()
+    for cell in cells:
+        if cell.training and cell.training.data not in here:
+            found.setdefault(cell.training.data, []).append(cell)
+    return found
+
+
+def table(planned: Sequence[Planned], devices: int) -> Table:
+    """Return the plan as a table, a row for each setting, with the price of what is due."""
+    groups: dict[str, list[Planned]] = {}
+    for each in planned:
+        name = each.cell.setting.name if each.cell.setting else each.cell.name
+        groups.setdefault(name, []).append(each)
+    rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
+    note = "Changed: other settings, data or measurements than now; runs again."
+    left = [each.minutes for each in planned if each.due and each.minutes is not None]
+    if left:
+        hours = max(sum(left) / devices, *left) / 60
+        note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
+    return Table("Plan", ["setting", *get_args(State), "GPU minutes due"], rows, note)
+
+
+def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
+    """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
+    setting = cell.setting
+    if setting is None:
+        return None
+    alike = [
+        spent[other.name] * setting.tokens / other.setting.tokens
+        for other in cells
+        if other.setting and other.name in spent
+        if (other.arm, other.setting.size) == (cell.arm, setting.size)
+    ]
+    if alike:
+        return median(alike)
+    speed = TOKENS_PER_SECOND.get(setting.size)
+    if speed is None:
+        return None
+    factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
+    return setting.tokens * factor / speed / 60 + AROUND[setting.size]
+
+
+def _row(name: str, group: Sequence[Planned]) -> list[str]:
+    counts = [str(sum(each.state == state for each in group)) for state in get_args(State)]
+    minutes = [each.minutes for each in group if each.due]
+    known = [each for each in minutes if each is not None]
+    return [name, *counts, f"{sum(known):.0f}" if len(known) == len(minutes) else NOTHING]

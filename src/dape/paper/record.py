@@ -1,0 +1,162 @@
+"""What is kept of a cell when its weights are gone, and whether it is finished.
+
+The record is laid out as a run folder: recipe, run.json, metrics, evaluations. Beside them lie the
+output of the commands and `cell.json`, which says how the cell ended.
+"""
+
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from dape.data.shards import Corpus
+from dape.errors import UserError
+from dape.files import read_json, remove, write_json
+from dape.paper.cells import Cell, Step
+from dape.train import recipe as recipes
+
+State = Literal["finished", "failed", "missing", "changed"]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a cell ended.
+
+    commands: the command that left each file, by its place in the record.
+    seconds: of each command.
+    error: why the cell ended before its last command, if the reason lies in the model: it diverged,
+        or memory did not suffice. Such a cell is a result and is not run again.
+    checksum, train_tokens: of the corpus; None and 0 without a training.
+    """
+
+    commands: dict[str, str]
+    seconds: dict[str, float]
+    error: str | None
+    checksum: str | None
+    train_tokens: int
+
+    @property
+    def minutes(self) -> float:
+        """Return the minutes of all commands."""
+        return sum(self.seconds.values()) / 60
+
+
+def log(cell: Cell) -> Path:
+    """Return the file with the output of the cell's commands."""
+    return cell.record.path / "log.txt"
+
+
+def read(cell: Cell) -> End:
+    """Return how a cell ended.
+
+    Raises:
+        UserError: if it has not.
+    """
+    return read_json(_file(cell), lambda content: End(**content), "run the cell again")
+
+
+def state(cell: Cell, checksums: Mapping[str, str]) -> State:
+    """Return whether a cell is finished.
+
+    `checksums` holds those of the corpora that are here, by folder. A record of another recipe,
+    other data or another measurement makes the cell `changed`: it is to be run again.
+    """
+    if not _file(cell).is_file():
+        return "missing"
+    end = read(cell)
+    if _other_recipe(cell) or _other_data(cell, end, checksums):
+        return "changed"
+    if end.error:
+        return "failed"
+    return "finished" if _measured(cell, end) else "changed"
+
+
+def prepare(cell: Cell) -> None:
+    """Make the folder of the record, without what another recipe left in it."""
+    if _other_recipe(cell):
+        remove(cell.record.path)
+    cell.record.path.mkdir(parents=True, exist_ok=True)
+
+
+def collect(cell: Cell, step: Step) -> None:
+    """Copy what a step keeps, as far as it is there, from the run folder to the record."""
+    for kept, place in step.keeps.items():
+        if (cell.run.path / place).is_file():
+            target = cell.record.path / kept
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(cell.run.path / place, target)
+
+
+def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
+    """Write how a cell ended, beside what was measured of it before.
+
+    A training that was interrupted took the seconds that its own record says.
+    """
+    before = read(cell) if _file(cell).is_file() else None
+    commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
+    first = command(cell.steps[0])
+    seconds[first] = max(seconds[first], cell.record.read_record().get("seconds", 0.0))
+    corpus = Corpus(cell.training.data) if cell.training else None
+    end = End(
+        commands=(before.commands if before else {}) | commands,
+        seconds=(before.seconds if before else {}) | seconds,
+        error=error,
+        checksum=corpus.checksum if corpus else None,
+        train_tokens=corpus.split("train").num_tokens if corpus else 0,
+    )
+    write(cell, end)
+
+
+def write(cell: Cell, end: End) -> None:
+    """Write how a cell ended."""
+    write_json(_file(cell), asdict(end))
+
+
+def discard(cell: Cell) -> None:
+    """Delete the weights of a cell: its checkpoints and its model."""
+    remove(cell.run.checkpoints)
+    remove(cell.run.model)
+
+
+def command(step: Step) -> str:
+    """Return the command of a step as a reader types it."""
+    return shlex.join(["dape", *step.words])
+
+
+def checksums(cells: Sequence[Cell]) -> dict[str, str]:
+    """Return the checksums of the cells' corpora that are here, by folder."""
+    found = {}
+    for folder in dict.fromkeys(cell.training.data for cell in cells if cell.training):
+        try:
+            found[folder] = Corpus(folder).checksum
+        except UserError:
+            continue
+    return found
+
+
+def _file(cell: Cell) -> Path:
+    return cell.record.path / "cell.json"
+
+
+def _other_recipe(cell: Cell) -> bool:
+    known = cell.record.recipe
+    if cell.training is None or not known.is_file():
+        return False
+    recipe = cell.training.recipe
+    return bool(recipes.differences(recipes.read(known, type(recipe)), recipe))
+
+
+def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
+    now = checksums.get(cell.training.data) if cell.training else None
+    return now is not None and now != end.checksum
+
+
+def _measured(cell: Cell, end: End) -> bool:
+    """Return whether the record holds what the commands leave, those after a training as given."""
+    measures = cell.steps[1:] if cell.training else cell.steps
+    kept = [cell.record.path / path for step in cell.steps for path in step.keeps]
+    return all(path.is_file() for path in kept) and all(
+        end.commands.get(str(path)) == command(step) for step in measures for path in step.keeps
+    )

@@ -1,0 +1,165 @@
+"""Cells on devices: each runs its commands on a device of its own, the others go on if it fails."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import IO
+
+from dape.paper import record
+from dape.paper.cells import Cell, Step
+
+# Ends of a training or a measurement that tell of the model: the cell is a result.
+TELLING = re.compile(r"out of memory|step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
+ERROR = "dape: error: "
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a cell ended here: `error` is None if all its commands did what they should."""
+
+    cell: Cell
+    device: str
+    seconds: float
+    error: str | None
+
+
+@dataclass(slots=True)
+class Workers:
+    """The processes that run now, so that an interruption can end them.
+
+    `program` is what runs a command: its words are put after it.
+    """
+
+    program: Sequence[str] = (sys.executable, "-m", "dape")
+    running: set[subprocess.Popen[bytes]] = field(default_factory=set)
+    lock: Lock = field(default_factory=Lock)
+    stopped: bool = False
+
+    def call(self, words: Sequence[str], device: str, log: IO[bytes]) -> int:
+        """Run a command to its end on a device, and return its status."""
+        visible = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
+        with self.lock:
+            if self.stopped:
+                return -1
+            process = subprocess.Popen(
+                [*self.program, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | visible,
+            )
+            self.running.add(process)
+        try:
+            return process.wait()
+        finally:
+            self.running.discard(process)
+
+    def stop(self) -> None:
+        """End what runs, and start nothing more."""
+        with self.lock:
+            self.stopped = True
+            for process in self.running:
+                process.terminate()
+
+
+def devices() -> list[str]:
+    """Return the GPUs there are, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
+    return (named if len(named) == count else [str(n) for n in range(count)]) or ["cpu"]
+
+
+def spread(
+    cells: Sequence[Cell],
+    devices: Sequence[str],
+    workers: Workers,
+    say: Callable[[str], None],
+    minutes: float | None = None,
+    weights: bool = True,
+) -> list[Outcome]:
+    """Run the cells in their order, one at a time on each device, and return how each ended.
+
+    After `minutes` no further cell starts. Without `weights` those of a finished cell are deleted.
+    An interruption ends the processes; what they had saved is there for the next time.
+    """
+    deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    waiting, free = list(cells), list(devices)
+    needed = {cell.needs for cell in cells}
+    running: dict[Future[Outcome], Cell] = {}
+    ends: list[Outcome] = []
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            while True:
+                while free and time.monotonic() < deadline:
+                    cell = _ready(waiting, running.values())
+                    if cell is None:
+                        break
+                    waiting.remove(cell)
+                    say(f"{cell.name} starts on {free[0]}")
+                    keep = weights or cell.name in needed
+                    running[pool.submit(_run, cell, free.pop(0), workers, keep)] = cell
+                if not running:
+                    return ends
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[future]
+                    ends.append(future.result())
+                    free.append(ends[-1].device)
+                    say(describe(ends[-1]))
+        except BaseException:
+            workers.stop()
+            raise
+
+
+def _ready(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
+    """Return the first cell whose model to begin with, if any, is not still to be trained."""
+    pending = {cell.name for cell in (*waiting, *running)}
+    return next((cell for cell in waiting if cell.needs not in pending), None)
+
+
+def describe(end: Outcome) -> str:
+    """Return in a line how a cell ended."""
+    how = f"failed: {end.error}" if end.error else "is finished"
+    return f"{end.cell.name} {how} ({end.seconds / 60:.1f} min on {end.device})"
+
+
+def _run(cell: Cell, device: str, workers: Workers, weights: bool) -> Outcome:
+    """Run the commands of a cell one after the other, and keep what they leave."""
+    record.prepare(cell)
+    seconds: dict[str, float] = {}
+    error = None
+    for step in cell.steps:
+        begun = time.monotonic()
+        error = _step(cell, step, device, workers)
+        seconds[record.command(step)] = time.monotonic() - begun
+        if error:
+            break
+    if error is None or TELLING.search(error):
+        record.finish(cell, seconds, error)
+        if not weights:
+            record.discard(cell)
+    return Outcome(cell, device, sum(seconds.values()), error)
+
+
+def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
+    """Run one command, keep what it leaves, and return its error if it fails."""
+    log = record.log(cell)
+    with log.open("ab") as output:
+        status = workers.call(step.words, device, output)
+    record.collect(cell, step)
+    return _last_line(log, status) if status else None
+
+
+def _last_line(log: Path, status: int) -> str:
+    """Return the error that a command ended with: its line, or the last of a traceback."""
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    last = lines[-1].removeprefix(ERROR) if lines else ""
+    return f"{last} (status {status})" if last else f"status {status}"

@@ -1,0 +1,256 @@
+"""Parts of an experiment: sweeps over settings, arms and seeds, and the cells that follow."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dape.paper.cells import INSIDE, TRAINED, Cell, Setting, Step, Training, run_folder
+from dape.runs import RunFolder
+from dape.train.recipe import Recipe, Retrofit, override, read
+
+LONGEST = 16_384
+TINY = Setting("smoke", "python-stdlib", 32, 2**13)
+TINY_READS = "32,...,512"
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A recipe, the tokens of a step, and those of a micro-batch (None: the whole step)."""
+
+    recipe: str
+    step: int
+    micro: int | None = None
+
+
+SIZES = {
+    "small": Size("recipes/paper/small.yaml", 2**16, 2**15),
+    "125m": Size("recipes/paper/125m.yaml", 2**16, 2**14),
+    "350m": Size("recipes/paper/350m.yaml", 2**16, 2**13),
+    "smoke": Size("recipes/paper/smoke.yaml", 2**9),
+    "demo": Size("recipes/demo.yaml", 2**11),
+    "cpu": Size("recipes/cpu.yaml", 2**12),
+    "retrofit": Size("recipes/retrofit-base.yaml", 2**15, 2**15),
+}
+# Corpora whose test texts a model trained on both is measured on, one after the other.
+MEASURED_ON = {"mixed": ("arxiv", "books")}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A label, and options over the recipe by their dotted names."""
+
+    label: str
+    options: Options
+
+
+def schemes(*names: str) -> tuple[Arm, ...]:
+    """Return the arms that differ in nothing but the scheme."""
+    return tuple(Arm(name, {"model.scheme": name}) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A further command on each run: words after `dape`, and the file of the run folder to keep.
+
+    In both {run} is the run folder, {reads} the lengths to read, and {length} is `times` the
+    training length.
+    """
+
+    words: tuple[str, ...]
+    keeps: str
+    times: int = 1
+
+    def step(self, run: RunFolder, setting: Setting, reads: str) -> Step:
+        """Return the command on one run."""
+        length = self.times * setting.length
+        kept = Path(self.keeps.format(length=length))
+        words = (word.format(run=run, length=length, reads=reads) for word in self.words)
+        return Step(tuple(words), {kept: kept})
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """All arms with all seeds in all settings, measured at the lengths that `reads` gives.
+
+    `reads` is the value of `dape eval --lengths`, with {length} for the training length; `options`
+    are further words of that command, `measures` further commands.
+    """
+
+    size: str
+    corpora: tuple[str, ...]
+    lengths: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...] = (0,)
+    tokens: tuple[int, ...] = (150_000_000,)
+    reads: str = f"{{length}},...,{LONGEST}"
+    options: tuple[str, ...] = ()
+    measures: tuple[Measure, ...] = ()
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Return the settings."""
+        combined = product(self.corpora, self.lengths, self.tokens)
+        return tuple(Setting(self.size, *values) for values in combined)
+
+    def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
+        """Return the cells; `data` names the folders of corpora that are not data/CORPUS."""
+        for setting, arm, seed in product(self.settings, self.arms, self.seeds):
+            name = f"{setting.name}/{arm.label}-{seed}"
+            options = {
+                "name": f"{home.name}/{name}",
+                "seed": seed,
+                "data": data_folder(setting.corpus, data),
+                **setting_options(setting),
+                **arm.options,
+            }
+            file = SIZES[setting.size].recipe
+            training = Training(
+                setting, seed, options["data"], override(read(file, Recipe), options)
+            )
+            train = Step(("train", file, *words(options)), TRAINED)
+            measured = self._measured(run_folder(home, name), setting, data)
+            yield Cell(home, name, arm.label, (train, *measured), training)
+
+    def _measured(
+        self, run: RunFolder, setting: Setting, data: Mapping[str, str]
+    ) -> Iterator[Step]:
+        lengths = self.reads.format(length=setting.length)
+        for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,)):
+            own = corpus == setting.corpus
+            on = () if own else ("--data", data_folder(corpus, data))
+            yield Step(
+                ("eval", str(run), "--lengths", lengths, *self.options, *on),
+                {evaluation(setting, corpus): INSIDE.evaluation("last")},
+            )
+        for measure in self.measures:
+            yield measure.step(run, setting, lengths)
+
+    def tiny(self) -> "Sweep":
+        """Return every arm once, on a tiny model, a CPU and bytes."""
+        return Sweep(
+            *(TINY.size, (TINY.corpus,), (TINY.length,), self.arms),
+            tokens=(TINY.tokens,),
+            reads=TINY_READS,
+            measures=self.measures,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Models that a sweep trains, and arms that fine-tune each of them: `dape retrofit`."""
+
+    base: Sweep
+    recipe: str
+    arms: tuple[Arm, ...]
+    options: Options
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Return the settings of the base models."""
+        return self.base.settings
+
+    def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
+        """Return the cells of the base models, each with those that begin with it."""
+        for base in self.base.cells(home, data):
+            yield base
+            for arm in self.arms:
+                yield self._cell(base, arm)
+
+    def _cell(self, base: Cell, arm: Arm) -> Cell:
+        assert base.training is not None
+        setting, seed, data = base.training.setting, base.training.seed, base.training.data
+        name = f"{setting.name}/{arm.label}-{seed}"
+        options = {
+            "name": f"{base.home.name}/{name}",
+            "seed": seed,
+            "data": data,
+            **self.options,
+            **arm.options,
+        }
+        recipe = override(read(self.recipe, Retrofit), {**options, "model.base": str(base.run)})
+        lengths = self.base.reads.format(length=setting.length)
+        command = ("retrofit", str(base.run), "--recipe", self.recipe, *words(options))
+        last = INSIDE.evaluation("last")
+        step = Step((*command, "--lengths", lengths), {**TRAINED, last: last})
+        training = Training(setting, seed, data, recipe)
+        return Cell(base.home, name, arm.label, (step,), training, needs=base.name)
+
+    def tiny(self) -> "Tuning":
+        """Return every arm once, on a tiny model, a CPU and bytes."""
+        small = {
+            "training.batch_size": 4,
+            "training.steps": 2,
+            "training.precision": "fp32",
+            "tracking.validation_batches": 1,
+            "hardware.device": "cpu",
+        }
+        arms = tuple(
+            Arm(arm.label, {**arm.options, "training.length": 2 * TINY.length, **small})
+            for arm in self.arms
+        )
+        return replace(self, base=self.base.tiny(), arms=arms)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A measurement without a training: the words after `dape bench`, and the files it leaves."""
+
+    name: str
+    words: tuple[str, ...]
+    keeps: tuple[str, ...]
+    small: tuple[str, ...]
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Return no settings."""
+        return ()
+
+    def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
+        """Return the one cell."""
+        words = ("bench", *self.words, "--out", str(run_folder(home, self.name)))
+        step = Step(words, {Path(file): Path(file) for file in self.keeps})
+        yield Cell(home, self.name, self.name, (step,))
+
+    def tiny(self) -> "Bench":
+        """Return the measurement with the words for a CPU."""
+        return replace(self, words=self.small)
+
+
+Part = Sweep | Tuning | Bench
+
+
+def data_folder(corpus: str, data: Mapping[str, str]) -> str:
+    """Return the folder of a corpus."""
+    return data.get(corpus, f"data/{corpus}")
+
+
+def evaluation(setting: Setting, corpus: str) -> Path:
+    """Return where a record keeps the evaluation on the test texts of a corpus."""
+    kept = INSIDE.evaluation("last")
+    return kept if corpus == setting.corpus else kept.with_stem(f"last-{corpus}")
+
+
+def setting_options(setting: Setting) -> Options:
+    """Return a setting as options over the recipe of its size; the last step is whole."""
+    size = SIZES[setting.size]
+    micro = {"hardware.micro_batch_size": size.micro // setting.length} if size.micro else {}
+    return {
+        "training.length": setting.length,
+        "training.batch_size": size.step // setting.length,
+        "training.steps": -(-setting.tokens // size.step),
+        **micro,
+    }
+
+
+def words(options: Options) -> tuple[str, ...]:
+    """Return options as words of a command: `--model.scheme-options '{adapter: {hidden: 4}}'`."""
+    found: list[str] = []
+    for name, value in options.items():
+        text = yaml.safe_dump(value, default_flow_style=True) if isinstance(value, dict) else value
+        found += [f"--{name.replace('_', '-')}", str(text).strip()]
+    return tuple(found)

@@ -1,0 +1,239 @@
+"""Use of the context: distances by brute force, gains of models whose losses are known."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dape.errors import UserError
+from dape.evaluate.context import (
+    NEVER,
+    context_use,
+    last_occurrence,
+    load,
+    tally,
+    window_needed,
+)
+from dape.evaluate.gains import by_adapter, by_length, check_comparable, gain
+from dape.evaluate.opening import open_model
+from dape.evaluate.plan import plan
+from dape.evaluate.protocols import protocol
+from dape.runs import RunFolder
+from folders import make_run, prepare
+
+LENGTHS = [16, 32, 64, 128]
+BLOCK = 16
+SURE, UNSURE = 0.1, 4.0  # nats of a token that is seen in the context, and of another
+
+
+def brute_force(symbols):
+    """O(n^2): the nearest earlier place of the same symbol."""
+    back = (
+        [d for d in range(1, i + 1) if symbols[i - d] == symbols[i]] for i in range(len(symbols))
+    )
+    return [min(found, default=NEVER) for found in back]
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60))
+def test_distances_are_those_of_brute_force(symbols):
+    assert last_occurrence(np.array(symbols)).tolist() == brute_force(symbols)
+
+
+@given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 12), st.integers(2, 9))
+def test_a_window_holds_an_occurrence_from_the_length_that_is_needed_on(seed, fed, scored, vocab):
+    """Windows of every length are cut out and searched."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, fed + 1)
+    scored = min(scored, fed)
+    needed = window_needed(tokens, scored)
+    for length in range(1, fed + 1):
+        context = tokens[-1 - length : -1]
+        for place in range(scored):
+            if scored - place > length:
+                continue  # this window does not reach the token
+            before = context[: length - (scored - place) + 1].tolist()
+            target = tokens[len(tokens) - scored + place]
+            assert (needed["token"][place] <= length) == (target in before)
+            pairs = list(pairwise(before))
+            assert (needed["pair"][place] <= length) == ((before[-1], target) in pairs)
+
+
+class Copying(torch.nn.Module):
+    """Knows what follows; it gives `SURE` if that stands within the last `reach` tokens it sees.
+
+    It finds the window in the text of the documents, in bytes.
+    """
+
+    def __init__(self, documents, vocab, reach):
+        super().__init__()
+        self.documents = [bytes(tokens[:-1].tolist()) for tokens in documents]
+        self.vocab, self.reach = vocab, reach
+
+    def forward(self, input_ids, logits_to_keep, use_cache):
+        rows = [self.row(bytes(row.tolist()), logits_to_keep) for row in input_ids]
+        return SimpleNamespace(logits=torch.tensor(rows, dtype=torch.float64))
+
+    def row(self, window, kept):
+        ((text, start),) = [(t, t.find(window)) for t in self.documents if window in t]
+        ends = range(len(window) - kept + 1, len(window) + 1)
+        return [self.logits(window[:end], text[start + end]) for end in ends]
+
+    def logits(self, seen, target):
+        loss = SURE if target in seen[-self.reach :] else UNSURE
+        logits = [math.log(-math.expm1(-loss) / (self.vocab - 1))] * self.vocab
+        logits[target] = -loss
+        return logits
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a run whose corpus has documents of 200 characters, of 60 different ones."""
+    folder = tmp_path_factory.mktemp("context")
+    letters = "".join(chr(code) for code in range(33, 93))
+    data = prepare(folder, sizes=[260, 300, 180, 220], letters=letters)
+    return open_model(make_run(folder / "run", data, "kerple"))
+
+
+def measured(run, monkeypatch, reach, **changes):
+    corpus = run.corpus(None)
+    documents = [corpus.split("test").document(n) for n in range(4)]
+    model = Copying(documents, corpus.vocab_size, reach)
+    monkeypatch.setattr(type(run), "loaded", lambda *_: nullcontext(model))
+    asked = plan(corpus, "test", protocol("last", LENGTHS), LENGTHS, documents=9, blocks=2, seed=0)
+    found = context_use(
+        run, asked, device=torch.device("cpu"), batch_tokens=512, provenance={"seed": 0}
+    )
+    subject = replace(found.subject, run=f"runs/{reach}-{changes.get('scheme')}")
+    return replace(found, subject=replace(subject, **changes))
+
+
+def occurrences(run, record, what):
+    """Return document, distance and needed window of each scored token, by brute force."""
+    corpus = run.corpus(None)
+    part = corpus.split("test")
+    asked = plan(corpus, "test", protocol("last", LENGTHS), LENGTHS, documents=9, blocks=2, seed=0)
+    longest = asked.windows[-1]
+    for index, end in zip(longest.documents.tolist(), longest.ends.tolist(), strict=True):
+        tokens = part.document(index).tolist()
+        for target in range(end - BLOCK, end):
+            near = [
+                distance
+                for distance in range(1, target + 1 - (what == "pair"))
+                if tokens[target - distance] == tokens[target]
+                and (what == "token" or tokens[target - distance - 1] == tokens[target - 1])
+            ]
+            distance = min(near, default=NEVER)
+            yield index, distance, distance + end - 1 - target + (what == "pair")
+
+
+@pytest.mark.parametrize("reach", [1, 20, 48, 10**6])
+@pytest.mark.parametrize("what", ["token", "pair"])
+def test_the_gain_is_in_the_bins_that_the_model_can_reach(run, monkeypatch, reach, what):
+    """A bin gains the fraction of its tokens that the long window holds and the short does not."""
+    record = measured(run, monkeypatch, reach)
+    (found,) = by_length([record], what)
+    token = dict(enumerate(occurrences(run, record, "token")))
+    edges = [0, *LENGTHS, NEVER * 2]
+    for place, (least, most) in enumerate(pairwise(edges)):
+        saved = [
+            (UNSURE - SURE)
+            * (
+                (token[number][1] <= reach and token[number][2] <= LENGTHS[-1])
+                - (token[number][1] <= reach and token[number][2] <= LENGTHS[0])
+            )
+            for number, (_, _, needed) in enumerate(occurrences(run, record, what))
+            if least < needed <= most
+        ]
+        assert found.gains[place].tokens == len(saved)
+        if saved:
+            assert found.gains[place].mean == pytest.approx(np.mean(saved), abs=1e-5)
+    if what == "token":
+        within, *means, nowhere = [round(each.mean, 4) for each in found.gains]
+        assert within == nowhere == 0
+        full = UNSURE - SURE
+        if reach == 48:
+            assert means[0] == full > means[1] > 0 == means[2]
+        elif reach == 10**6:
+            assert means == [full] * 3
+        elif reach == 1:
+            assert abs(found.total.mean) < 1e-6
+
+
+def test_an_adapter_gains_where_it_reaches_and_its_base_does_not(run, monkeypatch):
+    records = [
+        measured(run, monkeypatch, 1, seed=0),
+        measured(run, monkeypatch, 10**6, scheme="dape-kerple", seed=0),
+        measured(run, monkeypatch, 1, scheme="alibi", seed=0),
+        measured(run, monkeypatch, 1, scheme="dape-fire", seed=0),
+    ]
+    (found,) = by_adapter(records, "token")
+    assert found.name == "dape-kerple over kerple"
+    full = pytest.approx(UNSURE - SURE, abs=0.5)
+    assert [each.mean for each in found.gains] == [full] * 4 + [pytest.approx(0, abs=1e-6)]
+    (short,) = by_adapter(records, "token", length=16)
+    assert [each.mean for each in short.gains[1:]] == [pytest.approx(0, abs=1e-6)] * 4
+    assert short.gains[0].mean == full
+
+
+def test_seeds_of_a_scheme_are_averaged(run, monkeypatch):
+    records = [measured(run, monkeypatch, reach, seed=reach) for reach in (1, 10**6)]
+    (both,), (alone,) = by_length(records, "token"), by_length(records[1:], "token")
+    means = [each.mean for each in both.gains]
+    assert means == pytest.approx([each.mean / 2 for each in alone.gains], abs=1e-6)
+
+
+def test_losses_by_position_fall_where_the_first_repetition_can_stand(run, monkeypatch):
+    record = measured(run, monkeypatch, 10**6)
+    assert (record.positions[0][0], record.positions[-1][1]) == (1, 128)
+    losses = {last: loss for _, last, loss in record.positions}
+    assert losses[1] > losses[16] > losses[128]
+
+
+def test_a_tally_counts_every_token_once_in_its_document_and_bin():
+    needed = np.array([[3, 10], [11, NEVER], [10, 20]])
+    losses = [np.arange(6.0).reshape(3, 2), 10 * np.arange(6.0).reshape(3, 2)]
+    found = tally(needed, losses, np.array([0, 1, 1]), [10, 20])
+    assert found.tokens == [[2, 1], [0, 2], [0, 1]]
+    assert found.losses[0] == [[1, 4], [0, 2 + 5], [0, 3]]
+    assert found.losses[1] == [[10, 40], [0, 70], [0, 30]]
+
+
+def test_the_interval_is_that_of_the_mean_over_documents():
+    """Documents of equal size: the standard error is that of a mean."""
+    rng = np.random.default_rng(0)
+    saved = rng.normal(0.3, 1.0, 200) * 50
+    found = gain(saved, np.full(200, 50))
+    means = saved / 50
+    error = means.std(ddof=1) / math.sqrt(200)
+    assert found.mean == pytest.approx(means.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (means.mean() - 1.96 * error, means.mean() + 1.96 * error), abs=0.1 * error
+    )
+
+
+def test_no_tokens_have_no_gain_and_one_document_no_interval():
+    assert gain(np.zeros(3), np.zeros(3, dtype=int)).mean is None
+    alone = gain(np.array([0.0, 6.0]), np.array([0, 4]))
+    assert (alone.tokens, alone.mean, alone.low, alone.high) == (4, 1.5, None, None)
+
+
+def test_what_is_saved_is_what_is_loaded(run, monkeypatch, tmp_path):
+    record = measured(run, monkeypatch, 20)
+    path = RunFolder(tmp_path).evaluation("context")
+    record.save(path)
+    assert path == tmp_path / "evaluation" / "context.json" and load(path) == record
+    with pytest.raises(UserError, match="run `dape eval context` on it"):
+        load(RunFolder(tmp_path).evaluation("context", None, "validation"))
+
+
+def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
+    one = measured(run, monkeypatch, 1)
+    check_comparable([one, measured(run, monkeypatch, 1, scheme="alibi")])
+    with pytest.raises(UserError, match="were not scored on the same tokens"):
+        check_comparable([one, replace(one, lengths=[16, 32])])

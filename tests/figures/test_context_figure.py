@@ -1,0 +1,76 @@
+"""The figure and tables of the use of the context: their marks and cells are the gains."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dape.evaluate.context import ContextUse, Tally
+from dape.evaluate.gains import by_adapter, by_length
+from dape.figures.context import draw, tables
+from evaluations import make
+
+LENGTHS = [128, 256]
+TOKENS = [[60, 40, 70], [30, 50, 20], [0, 0, 0]]
+
+
+def use(scheme, seed, documents=3):
+    """Return a record of random losses; no token occurs nowhere."""
+    rng = np.random.default_rng(seed)
+    tokens = [row[:documents] for row in TOKENS]
+    losses = rng.uniform(1, 3, (2, 3, documents)) * tokens
+    evaluation = make(scheme, [2.0, 1.9], lengths=LENGTHS)
+    return ContextUse(
+        subject=evaluation.subject,
+        targets=evaluation.targets,
+        lengths=LENGTHS,
+        positions=[(1, 1, 4.0), (2, 4, 3.0), (5, 256, 2.5)],
+        tallies={name: Tally(tokens, losses.tolist()) for name in ("token", "pair")},
+        provenance={},
+    )
+
+
+@pytest.fixture
+def records():
+    return [use("kerple", 0), use("dape-kerple", 1)]
+
+
+def marks(axes, label):
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return line.get_ydata()
+
+
+def test_the_marks_are_the_gains(records):
+    figure = draw(records)
+    positions, longer, _, over_length, adapter, _ = figure.axes
+    assert marks(positions, "kerple").tolist() == [4.0, 3.0, 2.5]
+    for found in by_length(records, "token"):
+        expected = [np.nan if each.mean is None else each.mean for each in found.gains]
+        np.testing.assert_allclose(marks(longer, found.label), expected)
+    (found,) = by_adapter(records, "token")
+    np.testing.assert_allclose(marks(adapter, found.name)[:2], [g.mean for g in found.gains[:2]])
+    totals = [by_adapter(records, "token", length)[0].total.mean for length in LENGTHS]
+    np.testing.assert_allclose(marks(over_length, found.name), totals)
+    bounds = [segment[:, 1].tolist() for segment in adapter.collections[0].get_segments()[:2]]
+    assert bounds == [[each.low, each.high] for each in found.gains[:2]]
+    ticks = [label.get_text() for label in longer.get_xticklabels()]
+    assert ticks == ["128\n(170)", "256\n(100)", "none\n(0)"]
+
+
+def test_the_cells_are_the_gains(records):
+    first, _, third, _ = tables(records)
+    assert first.header == ["last occurrence", "tokens", "kerple", "dape-kerple"]
+    assert [row[:2] for row in first.rows] == [
+        *(["within 128", "170"], ["128 to 256", "100"], ["nowhere", "0"], ["all", "270"])
+    ]
+    assert first.rows[2][2:] == ["—", "—"]
+    (found,) = by_adapter(records, "token")
+    total = found.total
+    cell = f"{total.mean:+.3f} [{total.low:+.3f}, {total.high:+.3f}]"
+    assert third.rows[-1] == ["all", "270", cell]
+
+
+def test_one_document_has_no_interval():
+    records = [use("kerple", 0, documents=1)]
+    assert "[" not in tables(records)[0].rows[0][2]
+    assert draw([replace(records[0])]).axes

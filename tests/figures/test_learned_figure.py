@@ -1,0 +1,71 @@
+"""The figure and table of A, B and f(A, B): their lines and cells are the record's."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from dape.evaluate.capture import Row
+from dape.evaluate.heads import describe
+from dape.evaluate.learned import Layer, Learned, smooth
+from dape.evaluate.subject import Subject
+from dape.figures.learned import POINTS, draw, table
+
+KEYS, FAR = 1000, 100
+DISTANCE = np.arange(KEYS)[::-1]
+SPANS = np.linspace(0, KEYS, 257).astype(int)
+
+
+@pytest.fixture
+def row():
+    """Return a row of a local head, an anti-local one and one that nothing is added to."""
+    bias = np.outer([-1.0, -1.0, 0.0], np.log1p(DISTANCE))
+    scores = np.random.default_rng(0).normal(size=(3, KEYS))
+    change = np.outer([0.5, -3.0, 0.0], bias[0])
+    return Row(4, True, scores, bias, scores + bias + change)
+
+
+@pytest.fixture
+def record(row):
+    lines = (smooth(values, SPANS) for values in (row.scores, row.bias, row.change))
+    return Learned(
+        subject=Subject("runs/a", "dape-kerple", FAR, 0, None, 1),
+        data="c0ffee",
+        split="test",
+        document=3,
+        length=KEYS,
+        query=KEYS - 1,
+        far=FAR,
+        spans=SPANS.tolist(),
+        layers=[Layer(4, True, *lines, describe(row, FAR))],
+        provenance={},
+    )
+
+
+def test_the_lines_are_means_over_spans_of_keys(record, row):
+    panels = draw(record).axes[:3]
+    assert [axes.get_title() for axes in panels] == ["scores A", "bias B", "adapter f(A, B)"]
+    coarse = SPANS[:: 256 // POINTS]
+    for axes, values, edges in zip(
+        panels, (row.scores, row.bias, row.change), (coarse, SPANS, SPANS), strict=True
+    ):
+        *heads, border = axes.get_lines()
+        assert len(heads) == 3 and set(border.get_xdata()) == {KEYS - 1 - FAR}
+        for head, line in enumerate(heads):
+            means = [values[head, a:b].mean() for a, b in pairwise(edges)]
+            np.testing.assert_allclose(line.get_ydata(), means, rtol=1e-3, atol=1e-4)
+            middles = [(a + b - 1) / 2 for a, b in pairwise(edges)]
+            np.testing.assert_allclose(line.get_xdata(), middles)
+
+
+def test_heads_are_named_beside_the_figure_and_counted_below_the_table(record):
+    words = [text.get_text() for text in draw(record).axes[2].texts]
+    assert words == ["local\n0", "even\n2", "anti-local\n1"]
+    found = table(record)
+    assert [row[:2] for row in found.rows] == [
+        ["4.0", "local"],
+        ["4.1", "anti-local"],
+        ["4.2", "even"],
+    ]
+    assert found.rows[1][-1] == "-1.00" and found.rows[2][2] == "—"
+    assert found.note.startswith("3 heads: 1 local, 1 even, 1 anti-local. Far keys are 100 tokens")

@@ -1,0 +1,146 @@
+"""Verdicts on losses chosen by hand, with the tests done again by scipy."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+import evaluations
+from dape.evaluate.compare import Group
+from dape.paper.cells import Setting
+from dape.paper.claims import Better, Claim, Rise, best_length, compare, judge, percent
+from dape.paper.panel import Panel
+
+SETTING = Setting("small", "arxiv", 128)
+DOCUMENTS = np.array([0.9, 1.0, 1.1])  # by which evaluations.make spreads a loss
+
+
+def group(label, *losses_by_seed):
+    made = [evaluations.make(label, losses, seed) for seed, losses in enumerate(losses_by_seed)]
+    return Group(label, tuple(made))
+
+
+def panel(*groups, setting=SETTING):
+    return Panel(setting, setting.corpus, (), groups, {})
+
+
+def outcome(check, *groups):
+    return check.find([panel(*groups)]).outcome
+
+
+FLAT = [3.0, 3.0, 3.0, 3.0, 3.0]
+
+
+def flat(loss):
+    return [loss] * 5
+
+
+def test_better_over_seeds_is_the_paired_t_test():
+    ours = [[2.9, *flat(2.9)[1:]], [2.8, *flat(2.8)[1:]], [2.95, *flat(2.95)[1:]]]
+    theirs = [flat(3.0), flat(2.98), flat(3.01)]
+    found = Better("dape-kerple", "kerple", SETTING).find(
+        [panel(group("dape-kerple", *ours), group("kerple", *theirs))]
+    )
+    expected = ttest_rel([2.9, 2.8, 2.95], [3.0, 2.98, 3.01])
+    assert found.test.p_value == pytest.approx(expected.pvalue)
+    assert found.test.difference == pytest.approx(-0.34 / 3)
+    assert found.outcome == "not decidable at this scale" and expected.pvalue > 0.05
+    assert found.seeds == 3
+    assert "dape-kerple -10.7 % against kerple at 128" in found.number
+
+
+@pytest.mark.parametrize(
+    ("shifts", "expected"),
+    [
+        ((-0.10, -0.11, -0.09), "reproduced"),
+        ((0.10, 0.11, 0.09), "not reproduced"),
+        ((-0.10, 0.11, -0.09), "not decidable at this scale"),
+    ],
+)
+def test_better_is_decided_by_sign_and_p(shifts, expected):
+    base = (3.0, 2.9, 3.1)
+    ours = group("dape-kerple", *[flat(b + s) for b, s in zip(base, shifts, strict=True)])
+    theirs = group("kerple", *[flat(b) for b in base])
+    assert outcome(Better("dape-kerple", "kerple", SETTING, times=16), ours, theirs) == expected
+
+
+def test_seeds_are_paired_by_number_and_not_by_order():
+    losses = {0: 3.0, 1: 2.5, 2: 2.0}
+    ours = [evaluations.make("a", flat(losses[n] - 0.1 - n / 1000), n) for n in (2, 0, 1)]
+    theirs = [evaluations.make("b", flat(losses[n]), n) for n in (0, 1, 2)]
+    test = compare(Group("a", tuple(ours)), 128, Group("b", tuple(theirs)), 128)
+    assert test.p_value == pytest.approx(ttest_rel([2.9, 2.399, 1.898], [3.0, 2.5, 2.0]).pvalue)
+
+
+def test_with_one_seed_the_test_is_over_documents():
+    found = Better("dape-kerple", "kerple", SETTING).find(
+        [panel(group("dape-kerple", flat(2.9)), group("kerple", flat(3.0)))]
+    )
+    assert found.outcome == "reproduced" and found.seeds == 1
+    assert found.test.pairs == 20 and "documents" in found.test.name
+    assert found.test.p_value == pytest.approx(2 / 10_000), "every resample is below zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "steady", "rising"),
+    [
+        (0.03, "not reproduced", "reproduced"),
+        (0.002, "reproduced", "not reproduced"),
+        (-0.5, "reproduced", "not reproduced"),
+    ],
+)
+def test_a_rise_is_over_the_best_shorter_length_and_beyond_one_percent(change, steady, rising):
+    losses = [3.4, 3.0, 3.2, 3.2, 3.0 + change]
+    curve = group("kerple", *[[x + shift for x in losses] for shift in (0.0, 0.1, -0.1)])
+    jitter = [
+        evaluations.make("kerple", [x + n * 1e-4 * (x == losses[4]) for x in losses], n)
+        for n in range(3)
+    ]
+    for curve in (group("kerple", losses), Group("kerple", tuple(jitter))):
+        assert best_length(curve, 2048) == 256
+        assert outcome(Rise("kerple", SETTING, 16, rises=False), curve) == steady
+        assert outcome(Rise("kerple", SETTING, 16, rises=True), curve) == rising
+
+
+def test_a_rise_up_to_a_length_ignores_what_comes_after():
+    losses = [3.0, 2.9, 2.8, 3.5, 2.0]
+    found = Rise("kerple", SETTING, 8, rises=True).find([panel(group("kerple", losses))])
+    assert found.outcome == "reproduced"
+    assert "+101.4 % at 1,024 over its best, at 512" in found.number
+    assert percent(0.7) == "+101.4 %"
+
+
+def test_one_percent_is_the_margin_and_p_is_that_of_the_margin():
+    losses = [3.0, 3.0 + math.log(1.01) + 0.01, *FLAT[2:]]
+    test = compare(group("k", losses), 256, group("k", losses), 128, math.log(1.01))
+    assert test.difference == pytest.approx(math.log(1.01) + 0.01)
+    below = DOCUMENTS * (losses[1] - losses[0]) - math.log(1.01)
+    assert (below > 0).all() and test.p_value == pytest.approx(2 / 10_000)
+
+
+def test_a_claim_is_what_its_checks_are():
+    groups = [
+        *(group("kerple", flat(3.0)), group("dape-kerple", flat(2.9))),
+        *(group("alibi", flat(3.0)), group("dape-alibi", flat(3.1))),
+        *(group("fire", flat(3.0)), group("dape-fire", flat(3.0))),
+    ]
+    good, bad, even = (Better(f"dape-{x}", x, SETTING) for x in ("kerple", "alibi", "fire"))
+    absent = Better("dape-t5", "t5", SETTING)
+    elsewhere = Better("dape-kerple", "kerple", Setting("350m", "arxiv", 128))
+    too_long = Better("dape-kerple", "kerple", SETTING, times=64)
+    for checks, expected, number in [
+        ((good,), "reproduced", 1),
+        ((good, absent, elsewhere, too_long), "reproduced", 1),
+        ((good, even), "not decidable at this scale", 2),
+        ((good, even, bad), "not reproduced", 3),
+        ((absent,), "not measured", 0),
+    ]:
+        verdict = judge(Claim("it is", "section 0", checks), [panel(*groups)])
+        assert verdict.outcome == expected
+        assert len(verdict.findings) == number
+
+
+def test_equal_losses_decide_nothing():
+    same = [group(name, flat(3.0), flat(3.1), flat(2.9)) for name in ("a", "b")]
+    assert outcome(Better("a", "b", SETTING), *same) == "not decidable at this scale"

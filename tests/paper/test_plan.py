@@ -1,0 +1,141 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from laboratory import Pretended, cells, enter
+
+from dape.paper import record
+from dape.paper.cells import Setting
+from dape.paper.experiments import CORE, RETROFIT
+from dape.paper.plan import choose, plan, table, without_corpus
+from dape.paper.spread import spread
+
+
+@pytest.fixture(autouse=True)
+def laboratory(tmp_path, monkeypatch):
+    enter(tmp_path, monkeypatch)
+
+
+def run(found, **options):
+    return spread(found, ["cpu"], Pretended(**options), lambda line: None)
+
+
+def states(found):
+    return [each.state for each in plan(found)]
+
+
+def test_a_cell_is_missing_then_finished():
+    found = cells()
+    assert states(found) == ["missing", "missing"]
+    run(found[:1])
+    assert states(found) == ["finished", "missing"]
+    assert choose(plan(found)) == found[1:]
+
+
+def test_a_cell_is_finished_where_its_weights_and_its_data_are_not():
+    found = cells()
+    run(found)
+    for folder in ("data", "runs/smoke/smoke-python-stdlib-32-8.19k"):
+        Path(folder).rename(Path(folder).with_name("gone"))
+    assert states(found) == ["finished", "finished"]
+
+
+def test_other_settings_other_data_and_other_measurements_are_run_again():
+    found = cells("kerple")
+    run(found)
+    (cell,) = found
+    recipe = cell.training.recipe
+
+    def trained(**changes):
+        return replace(cell, training=replace(cell.training, recipe=replace(recipe, **changes)))
+
+    faster = trained(optimizer=replace(recipe.optimizer, learning_rate=0.1))
+    layout = trained(hardware=replace(recipe.hardware, micro_batch_size=4))
+    assert states([faster]) == ["changed"]
+    assert states([layout]) == ["finished"]
+    assert states(cells("kerple", reads="32,64")) == ["changed"]
+    assert record.state(cell, {cell.training.data: "another checksum"}) == "changed"
+
+
+def test_a_result_that_is_lost_is_measured_again():
+    found = cells("kerple")
+    run(found)
+    (found[0].record.evaluation("last")).unlink()
+    assert states(found) == ["changed"]
+
+
+def test_a_model_that_diverges_is_a_result_and_a_machine_that_breaks_is_none():
+    found = cells()
+    run(
+        found,
+        fails={
+            "/kerple-0": "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1",
+            "dape-kerple": "OSError: no space left on device",
+        },
+    )
+    assert states(found) == ["failed", "missing"]
+    assert choose(plan(found)) == found[1:]
+    assert choose(plan(found), retry=True) == found
+    assert "step 7: loss nan" in record.read(found[0]).error
+
+
+def test_memory_that_does_not_suffice_is_a_result_of_the_measurement_too():
+    found = cells("kerple")
+    run(found, fails={"eval": "dape: error: out of memory at length 512 with 1 windows a forward"})
+    assert states(found) == ["failed"]
+    assert found[0].record.read_record()["validation_loss"] == 2.5
+
+
+def test_only_some_arms_are_due():
+    found = cells("kerple", "dape-kerple", "alibi")
+    assert [cell.arm for cell in choose(plan(found), only=["alibi"])] == ["alibi"]
+
+
+def test_a_finished_base_is_trained_again_where_its_model_is_gone():
+    everything = RETROFIT.cells({"books": "data/python-stdlib"})
+    base, arm = (c for c in everything if c.arm in ("base", "dape-512") and c.training.seed == 0)
+    run([base])
+    assert [each.state for each in plan([base, arm])] == ["finished", "missing"]
+    assert choose(plan([base, arm])) == [arm]
+    record.discard(base)
+    assert set(c.arm for c in choose(plan([base, arm]))) == {"base", "dape-512"}
+    assert choose(plan([base])) == []
+
+
+def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
+    big = [cell for cell in CORE.cells() if cell.setting == Setting("125m", "arxiv", 512)]
+    prices = {each.cell.arm: each.minutes for each in plan(big)}
+    assert prices["kerple"] == pytest.approx(150e6 / 400e3 / 60 + 2)
+    assert prices["dape3-kerple"] == pytest.approx(2.1 * 150e6 / 400e3 / 60 + 2)
+    assert choose(plan(big))[0].arm == "dape3-kerple", "the longest is first"
+    small = cells("kerple", tokens=(2**13, 2**14))
+    assert [each.minutes for each in plan(small)] == [None, None]
+    run(small[:1])
+    first, second = (each.minutes for each in plan(small))
+    assert first == pytest.approx(0.1, rel=0.1), "the six seconds of the record"
+    assert second == pytest.approx(2 * first)
+
+
+def test_cells_whose_corpus_is_not_here_wait():
+    waiting = without_corpus(CORE.cells({"arxiv": "nowhere"}))
+    assert {folder: len(cells) for folder, cells in waiting.items()} == {
+        "nowhere": 9,
+        "data/books": 9,
+    }
+    assert without_corpus(cells("kerple")) == {}
+
+
+def test_the_plan_as_a_table_adds_up():
+    found = cells("kerple", "alibi", tokens=(2**13, 2**14))
+    run(found[:2])
+    shown = table(plan(found), devices=1)
+    assert shown.header == [
+        "setting",
+        *("finished", "failed", "missing", "changed"),
+        "GPU minutes due",
+    ]
+    assert [row[1:5] for row in shown.rows] == [
+        ["2", "0", "0", "0"],
+        ["0", "0", "2", "0"],
+        ["2", "0", "2", "0"],
+    ]

@@ -1,0 +1,164 @@
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from laboratory import Pretended, enter, sweep
+
+from dape.paper.beside import beside
+from dape.paper.claims import Better, Claim
+from dape.paper.experiment import Experiment
+from dape.paper.experiments import CORE
+from dape.paper.page import page
+from dape.paper.panel import panels
+from dape.paper.published import PUBLISHED
+from dape.paper.results import perplexities, results
+from dape.paper.spread import spread
+from dape.paper.sweep import TINY
+from dape.positions.scheme import SCHEMES
+
+LOSSES = {"kerple": [2.0, 2.1, 2.2, 2.3, 2.4], "dape-kerple": [1.9, 1.8, 1.7, 1.7, 1.7]}
+
+
+@pytest.fixture(autouse=True)
+def laboratory(tmp_path, monkeypatch):
+    enter(tmp_path, monkeypatch)
+
+
+def experiment(*arms, **options):
+    return Experiment(
+        name="small",
+        title="A small one",
+        shows="Figure 0",
+        parts=(sweep(*arms, **options),),
+        claims=(
+            Claim("DAPE helps", "section 0", (Better("dape-kerple", "kerple", TINY, 16),)),
+            Claim("V2 helps", "section 1", (Better("dape3-kerple", "kerple", TINY),)),
+        ),
+        home=Path("runs/smoke"),
+    )
+
+
+def run(chosen, **options):
+    spread(chosen.cells(), ["cpu"], Pretended(losses=LOSSES, **options), lambda line: None)
+    return results(chosen)
+
+
+def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
+    found = run(experiment(seeds=(0, 1)))
+    ((table, tests, trainings),) = (section.tables for section in found.sections)
+    assert table.header == ["arm", "runs", "32*", "64", "128", "256", "512"]
+    seeds = [[math.exp(loss + seed * 0.006) for seed in (0, 1)] for loss in LOSSES["kerple"]]
+    expected = [f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}" for each in seeds]
+    assert table.rows[0] == ["kerple", "2", *expected]
+    assert "dape-kerple against kerple" in tests.rows[0][0]
+    assert trainings.rows[0] == ["kerple", "2", "2.5000", "1,000", "0.2"]
+    assert "8,192 tokens" in trainings.note and "epochs" in trainings.note
+
+
+def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
+    chosen = experiment("kerple", "dape-kerple", seeds=(0, 1))
+    error = "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1"
+    found = run(chosen, fails={"--model.scheme kerple": error, "dape-kerple-1 --seed": error})
+    table, trainings = found.sections[0].tables
+    assert [row[:3] for row in table.rows] == [["dape-kerple", "1", f"{math.exp(1.9):.2f}"]]
+    assert [row[:3] for row in trainings.rows] == [
+        ["kerple", "0", "—"],
+        ["dape-kerple", "1", "2.5000"],
+    ]
+    assert trainings.note.count("step 7: loss nan") == 3
+    assert "/dape-kerple-1 failed" in trainings.note
+
+
+def test_where_all_failed_the_table_says_so():
+    found = run(experiment("kerple"), fails={"train": "out of memory on cuda"})
+    (section,) = found.sections
+    assert section.figure is None
+    assert "out of memory on cuda" in section.tables[0].note
+
+
+def test_the_papers_numbers_stand_under_ours():
+    cells = [c for c in CORE.cells() if c.setting.corpus == "arxiv" and c.arm == "dape-kerple"]
+    pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    (panel,) = panels(cells)
+    ours, theirs = perplexities(panel).rows
+    assert ours[0] == "dape-kerple" and ours[2] == f"{math.exp(1.4):.2f}"
+    assert theirs == ["dape-kerple, published", "", "4.49", "4.20", "4.17", "3.95", "3.70", ""]
+    assert "section 4.3" in perplexities(panel).note
+
+
+def pretend(cells, losses):
+    """Leave records as if the cells had been run on a GPU."""
+    import evaluations
+    from dape.paper import record
+    from dape.paper.record import End, command
+    from dape.train.recipe import write
+
+    for cell in cells:
+        cell.record.path.mkdir(parents=True)
+        cell.record.recipe.write_text(write(cell.training.recipe))
+        cell.record.record.write_text('{"validation_loss": 1.4, "seconds": 60.0}')
+        cell.record.metrics.write_text('{"validation_loss": 1.4, "tokens_per_second": 9e5}\n')
+        lengths = (512, 1024, 2048, 4096, 8192, 16384)
+        made = evaluations.make(cell.arm, losses, train_length=512, lengths=lengths)
+        made.save(cell.record.evaluation("last"))
+        commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
+        end = End(commands, {"all": 60.0}, None, "c0ffee", 50_000_000)
+        record.write(cell, end)
+
+
+def test_a_training_that_repeats_its_text_too_often_is_named():
+    chosen = experiment("kerple")
+    run(chosen)
+    (cell,) = chosen.cells()
+    lines = [{"validation_loss": loss, "tokens_per_second": 1000} for loss in (3.0, 2.0, 2.02)]
+    cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "kerple-0 from 2.000 to 2.020" in results(chosen).sections[0].tables[1].note
+    lines[-1]["validation_loss"] = 2.009
+    cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "rose again" not in results(chosen).sections[0].tables[1].note
+
+
+def test_what_is_written_holds_tables_figures_and_verdicts():
+    found = run(experiment())
+    found.write()
+    folder = Path("runs/smoke/small")
+    verdicts = json.loads((folder / "verdicts.json").read_text())
+    assert [each["outcome"] for each in verdicts] == ["reproduced", "not measured"]
+    assert verdicts[0]["checks"][0]["seeds"] == 1
+    text = (folder / "table.md").read_text()
+    (figure,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert (folder / figure).read_text().startswith("<?xml")
+    assert "dape paper small" in text
+
+
+def test_the_page_holds_everything_itself():
+    found = run(experiment())
+    text = page([found, results(CORE)])
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)
+    assert text.count("data:image/svg+xml;base64,") == 1
+    assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
+    assert re.search(r"1 <span class=\"reproduced\">", text)
+    assert "<code>dape paper core</code>" in text.partition("Not measured yet")[2]
+
+
+def test_every_published_number_has_ours_beside_it_where_it_was_measured():
+    cells = [c for c in CORE.cells() if c.setting.corpus == "arxiv" and c.arm == "dape-kerple"]
+    pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    table = beside(panels(cells))
+    assert len(table.rows) == len(PUBLISHED)
+    rows = {tuple(row[:4]): row[4] for row in table.rows}
+    ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
+    assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
+    assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
+
+
+def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():
+    for each in PUBLISHED:
+        assert each.scheme.removesuffix("-d4") in SCHEMES
+        assert each.trained <= each.length and each.perplexity > 1
+    assert len({(e.scheme, e.size, e.corpus, e.trained, e.length) for e in PUBLISHED}) == len(
+        PUBLISHED
+    )

@@ -1,0 +1,169 @@
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from laboratory import Pretended, cells, enter
+
+from dape.paper import record
+from dape.paper.experiments import RETROFIT
+from dape.paper.plan import choose, plan
+from dape.paper.spread import Workers, devices, spread
+
+STUB = """
+import os, sys, time
+name = sys.argv[sys.argv.index("--name") + 1].replace("/", "_") if "train" in sys.argv else "eval"
+with open("log", "a") as log:
+    log.write(f"{name} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def laboratory(tmp_path, monkeypatch):
+    enter(tmp_path, monkeypatch)
+
+
+def silent(line):
+    pass
+
+
+def test_no_two_cells_share_a_device_at_a_time():
+    busy, most, lock = set(), [], threading.Lock()
+
+    class Watched(Pretended):
+        def call(self, words, device, log):
+            with lock:
+                if words[0] == "train":
+                    assert device not in busy
+                    busy.add(device)
+                    most.append(len(busy))
+            time.sleep(0.02)
+            status = super().call(words, device, log)
+            with lock:
+                if words[0] == "eval":
+                    busy.discard(device)
+            return status
+
+    found = cells("kerple", "alibi", "fire", "t5", "rope", "nope")
+    workers = Watched()
+    outcomes = spread(found, ["0", "1", "2"], workers, silent)
+    assert {each.cell.name for each in outcomes} == {cell.name for cell in found}
+    assert max(most) == 3
+    assert {device for _, device in workers.calls} == {"0", "1", "2"}
+    devices_of = {}
+    for words, device in workers.calls:
+        run = words[words.index("--name") + 1] if words[0] == "train" else words[1]
+        devices_of.setdefault(run.removeprefix("runs/"), set()).add(device)
+    assert all(len(each) == 1 for each in devices_of.values()), "a cell stays on its device"
+
+
+def test_a_cell_waits_for_the_model_it_begins_with():
+    words, lines = [], []
+
+    class Ordered(Pretended):
+        def call(self, given, device, log):
+            words.append(given)
+            if given[0] == "retrofit":
+                run = found[given[1]]
+                assert record.read(run).error is None
+                return 1
+            return super().call(given, device, log)
+
+    cells = RETROFIT.cells({"books": "data/python-stdlib"})
+    chosen = [cell for cell in cells if cell.arm in ("base", "dape-512")]
+    found = {str(cell.run): cell for cell in chosen}
+    spread(
+        sorted(chosen, key=lambda cell: cell.arm, reverse=True), ["0", "1"], Ordered(), lines.append
+    )
+    assert [each[0] for each in words].count("retrofit") == 3
+    assert all(cell.run.has_model or cell.needs for cell in chosen)
+
+
+def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
+    lines = []
+    found = cells("kerple", "alibi")
+    workers = Pretended(fails={"/kerple-0": "ValueError: no such thing"})
+    spread(found, ["cpu"], workers, lines.append)
+    assert [line for line in lines if "failed" in line] == [
+        f"{found[0].name} failed: ValueError: no such thing (status 2) (0.0 min on cpu)"
+    ]
+    assert record.read(found[1]).error is None
+    assert "much" in record.log(found[0]).read_text()
+
+
+def test_after_the_minutes_nothing_starts():
+    found = cells("kerple", "alibi")
+    assert spread(found, ["cpu"], Pretended(), silent, minutes=0) == []
+    assert choose(plan(found)) == found
+
+
+def test_the_weights_go_and_the_small_results_stay():
+    found = cells("kerple")
+    spread(found, ["cpu"], Pretended(), silent, weights=False)
+    (cell,) = found
+    assert not cell.run.model.exists() and not cell.run.checkpoints.exists()
+    assert cell.record.evaluation("last").is_file()
+    assert [each.state for each in plan(found)] == ["finished"]
+
+
+def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path):
+    found = cells("kerple", "alibi", "fire")
+    workers = Workers(program=(sys.executable, "-c", STUB))
+    log = tmp_path / "log"
+
+    def interrupt():
+        while not (log.is_file() and len(log.read_text().splitlines()) == 2):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    begun = time.monotonic()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        spread(found, ["3", "5"], workers, silent)
+    assert time.monotonic() - begun < 30, "the processes were to sleep for a minute"
+    assert not workers.running
+    started = sorted(log.read_text().split())
+    assert started[:2] == ["3", "5"], "each sees its own device alone"
+    assert choose(plan(found)) == found
+    assert len(spread(found, ["cpu"], Pretended(), silent)) == 3
+    assert choose(plan(found)) == []
+
+
+def test_what_another_recipe_left_does_not_mix_with_a_new_record():
+    found = cells("kerple")
+    spread(found, ["cpu"], Pretended(), silent)
+    left = found[0].record.path / "evaluation" / "sliding-64.json"
+    left.write_text("of another model")
+    again = cells("kerple", tokens=(2**14,))[0]
+    moved = again.record.path
+    moved.parent.mkdir(parents=True)
+    found[0].record.path.rename(moved)
+    spread([again], ["cpu"], Pretended(), silent)
+    assert not (moved / "evaluation" / "sliding-64.json").exists()
+    assert [each.state for each in plan([again])] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        ("4,6", 2, ["4", "6"]),
+        (None, 2, ["0", "1"]),
+        ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
+        ("", 0, ["cpu"]),
+    ],
+)
+def test_devices_are_named_as_the_environment_names_them(monkeypatch, visible, count, expected):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices() == expected
+
+
+def test_records_are_where_the_plan_looks():
+    (cell,) = cells("kerple")
+    assert cell.record.path == Path("runs/smoke/cells/smoke-python-stdlib-32-8.19k/kerple-0")
