@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from dape.data.shards import Corpus
 from dape.data.tokenizer import byte
 from dape.errors import UserError
-from dape.evaluate.limits import Refused
 from dape.evaluate.prompts import needle, passkey
+from dape.evaluate.refusal import Refused
 from folders import learned_tokenizer, prepare, spaced_tokenizer
 
 LANDMARK = (  # Mohtashami and Jaggi 2023, as their code writes it

@@ -39,7 +39,7 @@ def parse(
 
 
 def _error(mistake: mistakes.ParseErrorEvent, cls: type, prog: str) -> UserError:
-    """Return what a user is told of a mistake."""
+    """Return the message of a mistake."""
     tokens = getattr(mistake, "tokens", None) or getattr(mistake, "unrecognized_tokens", None)
     if tokens:
         return _unexpected(tokens[0], set(_options(cls)))

@@ -78,7 +78,8 @@ def described(scheme: "Scheme") -> tuple[str, str]:
     for place in PLACES:
         if part := getattr(scheme, place):
             options = ", ".join(f"{name}={value!r}" for name, value in part.options.items())
-            texts.append(f"{place} {part.module.__name__}" + f"({options})" * bool(options))
+            given = f"({options})" if options else ""
+            texts.append(f"{place} {part.module.__name__}{given}")
     return ", ".join(texts), f"{scheme.paper} {scheme.year}"
 
 

@@ -107,8 +107,8 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     for (scheme, length, *_), members in found.items():
         label = str(scheme)
         if schemes.count(scheme) > 1:
-            told = length is not None and trained.count((scheme, length)) == 1
-            label += f" at {length:,}" if told else f" ({members[0].subject.run})"
+            apart = length is not None and trained.count((scheme, length)) == 1
+            label += f" at {length:,}" if apart else f" ({members[0].subject.run})"
         labelled[one_line(label)] = members
     return labelled
 

@@ -14,13 +14,13 @@ from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
 from dape.evaluate.lengths import default_lengths
-from dape.evaluate.limits import Refused
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import Measurement, measure, token_losses
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
+from dape.evaluate.refusal import Refused
 from dape.evaluate.results import results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch

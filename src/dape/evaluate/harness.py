@@ -16,9 +16,9 @@ import torch
 from dape.device import choose_device
 from dape.errors import UserError, install
 from dape.evaluate.lengths import trained_at
-from dape.evaluate.limits import Refused, told
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.record import save
+from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.results import results_folders
 from dape.evaluate.subject import Model, Subject
 from dape.evaluate.watch import SILENT, Watch
@@ -87,7 +87,8 @@ class Truncations(logging.Handler):
 def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
     """Return what knows the tasks: those of a folder, and lm-eval's own if they do not suffice.
 
-    Raises `UserError` if lm-eval is not installed, the folder is not there, or for an unknown task.
+    Raises:
+        UserError: if lm-eval is not installed, the folder is not there, or for an unknown task.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -210,7 +211,7 @@ class _Request:
         from lm_eval.models.huggingface import HFLM
 
         rows = max(1, self.batch_tokens // self.length)
-        with told(self.length, rows), self.model.refusing():
+        with explained(self.length, rows), self.model.refusing():
             return lm_eval.simple_evaluate(
                 HFLM(
                     pretrained=self.network,

@@ -1,4 +1,4 @@
-"""The loss of a causal language model on chosen tokens, and what is told of it."""
+"""The loss of a causal language model on chosen tokens, and its statistics."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
-from dape.evaluate.limits import told
 from dape.evaluate.protocols import Windows
+from dape.evaluate.refusal import explained
 
 BINS_PER_OCTAVE = 2
 Document = Callable[[int], Int[np.ndarray, " tokens"]]
@@ -61,7 +61,9 @@ def token_losses(
     least one; `advance` is told its number of tokens. The token `begin`, if any, takes the place of
     the first of each window. Below float32, `precision` is that of the products, by autocast.
 
-    Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
+    Raises:
+        Refused: if the model itself raises a `UserError`.
+        UserError: if memory runs out.
     """
     rows = max(1, batch_tokens // windows.length)
     losses = np.empty((len(windows.ends), windows.scored), dtype=np.float32)
@@ -71,7 +73,7 @@ def token_losses(
         if begin is not None:
             tokens[:, 0] = begin
         autocast = torch.autocast(tokens.device.type, precision, precision != torch.float32)
-        with told(windows.length, len(tokens)), autocast:
+        with explained(windows.length, len(tokens)), autocast:
             losses[batch] = _forward(model, tokens, windows.scored)
         advance(tokens[:, 1:].numel())
     return losses

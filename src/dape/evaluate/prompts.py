@@ -20,7 +20,7 @@ from jaxtyping import Int
 from dape.data.shards import Corpus
 from dape.data.tokenizer import encoder, serialize
 from dape.errors import UserError
-from dape.evaluate.limits import Refused
+from dape.evaluate.refusal import Refused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,9 @@ class Prompts:
     def make(self, length: int, depth: float, trial: int, seed: int) -> Prompt:
         """Return a prompt that feeds `length` tokens.
 
-        Raises `Refused` if its own lines are longer, `UserError` if the text is too short.
+        Raises:
+            Refused: if its own lines are longer.
+            UserError: if the text is too short.
         """
         generator = np.random.default_rng([seed, trial])
         least = 10 ** (self.task.digits - 1)

@@ -83,7 +83,9 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
     """Return the protocol called `name` for windows of `lengths` tokens.
 
     `stride` (tokens, at most the shortest length) belongs to `sliding` and is needed there.
-    Raises `UserError` for an unknown name and for lengths or a stride that do not fit it.
+
+    Raises:
+        UserError: for an unknown name, and lengths or a stride that do not fit it.
     """
     if name not in get_args(Name):
         raise unknown("protocol", name, get_args(Name))
@@ -119,7 +121,10 @@ def choose_blocks(
     """Return at most `blocks` evenly spread blocks in each of at most `documents` documents.
 
     Documents are drawn by `seed` among those that hold the longest window, `text_lengths` being
-    their tokens without end-of-text. Raises `UserError` where none is long enough.
+    their tokens without end-of-text.
+
+    Raises:
+        UserError: where none is long enough.
     """
     needed = protocol.longest + 1
     eligible = np.flatnonzero(text_lengths >= needed)

@@ -15,10 +15,10 @@ from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
 from dape.evaluate.lengths import default_lengths
-from dape.evaluate.limits import Refused, told
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompt, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
+from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.results import results_folders
 from dape.evaluate.subject import Model, Subject
 from dape.evaluate.watch import SILENT, Watch
@@ -223,7 +223,7 @@ def retrieve(
             answers: list[Answer] = []
             for first in range(0, len(asked), rows):
                 batch = asked[first : first + rows]
-                with told(length, len(batch)):
+                with explained(length, len(batch)):
                     answers += score(model, batch, device)
                 advance(length * len(batch))
         except Refused as reason:

@@ -19,7 +19,7 @@ from dape.data.hub import fetch
 from dape.data.shards import Corpus
 from dape.data.tokenizer import fingerprint
 from dape.errors import UserError
-from dape.evaluate.limits import STORED, Tables
+from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What is told of groups of runs; `command` is the one that makes the report.
+    """A report on groups of runs; `command` is the one that makes it.
 
     What run folders tell of training is there for those that are still where they were.
     """
@@ -140,8 +140,8 @@ def drawings(
     groups: Sequence[Group], metric: str, histories: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Drawing]:
     """Return the figures: over length, over context and, where there are histories, training."""
-    band = " Bands: one standard deviation over seeds."
-    band *= any(len(group.evaluations) > 1 for group in groups)
+    several = any(len(group.evaluations) > 1 for group in groups)
+    band = " Bands: one standard deviation over seeds." if several else ""
     drawn = {
         "length": Drawing(
             f"{METRICS[metric].capitalize()} against the length of the window."

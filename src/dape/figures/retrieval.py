@@ -105,7 +105,7 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
             axes.set_title(title, fontsize=9, parse_math=False)
         for axes in [*grid.flat][len(panels) :]:
             axes.set_visible(False)
-        grey = "; grey: refused" * any(each.refused for each in records)
+        grey = "; grey: refused" if any(each.refused for each in records) else ""
         figure.supxlabel(f"length of the text (tokens){grey}", fontsize=9)
         figure.supylabel("depth of the number", fontsize=9)
         bar = figure.colorbar(grid[0, 0].collections[0], ax=grid, format=f"{{x:{scale.form}}}")

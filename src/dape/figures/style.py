@@ -87,7 +87,7 @@ def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     One colour an encoding; dashed without an adapter, solid with one, whose marker tells which.
     A label whose encoding has no colour of its own, or whose looks are taken, gets a free colour.
     """
-    parts = {label: split(scheme) for label, scheme in schemes.items()}
+    parts = {label: _parts(scheme) for label, scheme in schemes.items()}
     colours = palette()
     places: dict[str, int] = {}
     for label, (adapter, encoding) in parts.items():
@@ -101,6 +101,14 @@ def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         "dashes": {label: SOLID if adapter else DASHED for label, (adapter, _) in parts.items()},
         "markers": {label: MARKERS.get(adapter, "o") for label, (adapter, _) in parts.items()},
     }
+
+
+def _parts(scheme: str) -> tuple[str, str]:
+    """Return adapter and encoding, also of a pretrained model such as `rope + dape-kerple`."""
+    encoding, _, mounted = scheme.partition(" + ")
+    if mounted:
+        return split(mounted)[0] or mounted, encoding
+    return split(scheme.removesuffix(" fine-tuned"))
 
 
 def palette() -> list[tuple[float, float, float]]:

@@ -88,12 +88,11 @@ def describe_targets(groups: Sequence[Group]) -> str:
         "sliding": f"the last {targets.block:,} tokens of windows that move by as many",
         "non_overlapping": "all tokens of windows that follow each other",
     }
+    begins = " Each window begins with the model's token for the beginning of a text."
     return (
         f"Protocol {targets.protocol}: {windows[targets.protocol]}. At every length the same "
         f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
-        f"{targets.split} split are scored."
-        + " Each window begins with the model's token for the beginning of a text."
-        * targets.bos
+        f"{targets.split} split are scored.{begins if targets.bos else ''}"
     )
 
 

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dape.errors import UserError
+from dape.errors import UserError, out_of_memory
 
 # Models that follow a formula to any length and merely store it up to the number in this key.
 STORED = {"codegen": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
@@ -40,14 +39,18 @@ class Tables(TorchFunctionMode):
 
 
 @contextmanager
-def told(length: int, windows: int) -> Iterator[None]:
-    """Tell in a line why a forward of so many windows fails.
+def explained(length: int, windows: int) -> Iterator[None]:
+    """Say in a line why a forward of so many windows fails.
 
-    Raises `UserError` if memory runs out, `Refused` if the model itself raises a `UserError`.
+    Raises:
+        Refused: if the model itself raises a `UserError`.
+        UserError: if memory runs out, of a GPU or of the machine.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
             f"out of memory at length {length} with {windows} windows a forward; "
             "lower --batch-tokens or the longest of --lengths"
