@@ -151,8 +151,8 @@ def test_what_could_not_be_checked_is_not_timed(run, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "name what to measure: dape bench attention"),
-        (("atention",), "unknown benchmark 'atention'; did you mean 'attention'?"),
+        ((), "`dape bench` needs one of: attention"),
+        (("atention",), "unknown command after `dape bench`: 'atention'; did you mean 'attention'"),
         (("attention", "--scheme", "kerpel"), "did you mean 'kerple'?"),
         (("attention", "--shape", "124m"), "shape '124m' is neither one of 125m"),
         (("attention", "--methods", "cudda"), "unknown method 'cudda'; did you mean 'cuda'?"),

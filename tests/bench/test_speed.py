@@ -28,7 +28,7 @@ def test_what_is_saved_is_what_is_loaded_and_plain_json(tmp_path):
         (None, "no such results; measure again with `dape bench attention`"),
         ("{", "not JSON"),
         ('{"format": 0}', "not results of format 1"),
-        ("[]", "not results of format 1"),
+        ("[]", "no JSON object"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, message):

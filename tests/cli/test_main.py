@@ -108,7 +108,7 @@ def test_help_lists_the_options_of_its_command_alone(name, has, lacks, capsys):
 def test_without_a_command_all_are_listed(words, capsys):
     assert cli.main(words) == 0
     page = capsys.readouterr().out
-    assert [name for name in cli.COMMANDS if f"  {name} " not in page] == []
+    assert [name for name in cli.COMMANDS if f"  dape {name} " not in page] == []
 
 
 def test_words_that_begin_commands_list_them(capsys):

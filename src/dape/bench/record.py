@@ -120,7 +120,10 @@ def load(path: Path) -> Results:
     Raises:
         UserError: if there is no such file, or another version or program wrote it.
     """
-    return read_json(path, _results, "measure again with `dape bench attention`")
+    remedy = "measure again with `dape bench attention`"
+    if not path.exists():
+        raise UserError(f"{path}: no such results; {remedy}")
+    return read_json(path, _results, remedy)
 
 
 def _results(content: dict[str, Any]) -> Results:

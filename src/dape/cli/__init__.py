@@ -107,7 +107,7 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
 def _usage(first: str = "") -> str:
     """Return the page that lists the commands, or those that begin with a word."""
     rows = "\n".join(
-        f"  {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
+        f"  dape {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
     )
     return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
 

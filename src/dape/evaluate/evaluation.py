@@ -108,27 +108,22 @@ def evaluate(
     files = [_files(folder, protocol, stride, split) for folder in folders]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
+    made = partial(_made, origin=origin, precision=precision, device=chosen)
     watch.begin(sum(each.tokens for each in plans))
     return [
-        _Session(
-            model,
-            each,
-            file,
-            chosen,
-            batch_tokens,
-            origin | {"precision": _precision(precision, model, chosen)},
-            watch,
-        ).run(again)
+        _Session(model, each, file, chosen, batch_tokens, made(model), watch).run(again)
         for model, each, file in zip(opened, plans, files, strict=True)
     ]
 
 
-def _precision(name: str, model: Model, device: torch.device) -> str:
-    if name == "auto":
-        return model.precision(device)
-    if name not in PRECISIONS:
-        raise unknown("precision", name, (*PRECISIONS, "auto"))
-    return name
+def _made(
+    model: Model, origin: dict[str, Any], precision: str, device: torch.device
+) -> dict[str, Any]:
+    """Return where a measurement of a model comes from, with the precision of its products."""
+    if precision not in (*PRECISIONS, "auto"):
+        raise unknown("precision", precision, (*PRECISIONS, "auto"))
+    chosen = model.precision(device) if precision == "auto" else precision
+    return origin | {"precision": chosen}
 
 
 def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:
