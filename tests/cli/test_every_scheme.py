@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from dape.evaluate.compare import split
 from dape.positions.scheme import ADAPTERS, BASES
 from dape.runs import RunFolder
-from folders import dape, make_run, prepare
+from folders import dape, make_run, prepare, refused
 
 NAMES = [*BASES, *(f"{name}-kerple" for name in ADAPTERS)]
 
@@ -38,3 +38,12 @@ def test_all_schemes_are_drawn_side_by_side_in_one_report(tmp_path, corpus):
     assert not dape("plot", *runs, "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(f"<td>{name}</td>" in page for name in ("nope", "rope", "dape3-kerple"))
+
+
+def test_a_run_whose_weights_are_those_of_another_scheme_is_not_exported(tmp_path, corpus, capsys):
+    run, other = (make_run(tmp_path / name, corpus, name) for name in ("dape-kerple", "kerple"))
+    weights = (other / "model" / "model.safetensors").read_bytes()
+    (run / "model" / "model.safetensors").write_bytes(weights)
+    line = refused(capsys, "export", run, "--out", tmp_path / "shared")
+    assert "are not those of its configuration: it misses" in line and "adapter" in line
+    assert not (tmp_path / "shared").exists()

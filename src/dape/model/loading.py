@@ -45,7 +45,7 @@ def _refuse(source: str, faults: dict[str, set[str]]) -> None:
     if found:
         raise UserError(
             f"the weights in {source} are not those of its configuration: it {' and '.join(found)};"
-            " save the whole model again, or allow it with --partial-weights"
+            " save the whole model again (`dape eval --partial-weights` measures it as it is)"
         )
 
 

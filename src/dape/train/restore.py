@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dape.data.hub import fetch
 from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.model.loading import load_causal
 from dape.runs import RunFolder
 from dape.train.checkpoint import load_weights, newest
 from dape.train.recipe import Recipe, read
@@ -62,9 +63,9 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
 
 
 def _finished(run: RunFolder, recipe: Recipe) -> Trained:
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    model = fetch(AutoModelForCausalLM.from_pretrained, str(run.model))
+    model = load_causal(str(run.model))
     tokenizer = fetch(PreTrainedTokenizerFast.from_pretrained, str(run.model))
     return Trained(run.path, recipe, model, tokenizer, recipe.training.steps)
 

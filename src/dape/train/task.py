@@ -235,10 +235,12 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
     Raises:
         UserError: if there is no such model, or it has no such key.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from dape.model.loading import load_causal
 
     read = partial(AutoConfig.from_pretrained, return_unused_kwargs=True)
     config, unused = fetch(read, source, **changes)
     for name in unused.keys() & changes.keys():
         raise unknown(f"key of the configuration of {source}", name, config.to_dict())
-    return fetch(AutoModelForCausalLM.from_pretrained, source, config=config, dtype=torch.float32)
+    return load_causal(source, config=config, dtype=torch.float32)
