@@ -40,3 +40,11 @@ def test_every_public_name_is_what_it_says(name):
 def test_a_name_there_is_not_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'kerple'"):
         dape.kerple  # noqa: B018
+
+
+def test_packages_of_functions_are_attributes_and_cost_nothing_until_one_is_used():
+    assert imported("import dape; dape.evaluate, dape.train; 'train' in dir(dape)") == set()
+    assert imported("import dape; dape.evaluate.evaluate") >= {"torch"}
+    for package in (dape.evaluate, dape.train):
+        for name in package.__all__:
+            assert getattr(package, name).__name__ == name

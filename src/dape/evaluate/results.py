@@ -23,7 +23,7 @@ def results_folders(
     if out is None:
         folders = [None if isinstance(model, InMemory) else model.folder for model in models]
     else:
-        folders = [RunFolder(Path(out) / model.folder.path.name) for model in models]
+        folders = [RunFolder(Path(out) / model.folder.path.absolute().name) for model in models]
     kept = [folder for folder in folders if folder is not None]
     for folder in kept:
         _check_writable(file(folder).parent)
@@ -37,7 +37,7 @@ def results_folders(
 
 def drawing(kind: str, runs: Sequence[str], out: Path | None) -> str:
     """Return what tells a user how the results of some runs are drawn."""
-    folders = [str(out / Path(run).name if out else run) for run in dict.fromkeys(runs)]
+    folders = [str(out / Path(run).absolute().name if out else run) for run in dict.fromkeys(runs)]
     return f"draw it: dape plot {kind} {shlex.join(folders)} --out {kind}.png"
 
 
