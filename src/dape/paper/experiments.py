@@ -163,6 +163,11 @@ HIDDEN = tuple(
     )
     for width in (4, 16, 64)  # dape-alibi itself has 32
 )
+# A + f(A + B), which the paper leaves out.
+BARE_SUM = Arm(
+    "dape-add-kerple-bare",
+    {"model.scheme": "dape-add-kerple", "model.scheme_options": {"adapter": {"residual": False}}},
+)
 ABLATION = Experiment(
     name="ablation",
     title="Hidden width, bias ablation and form",
@@ -172,7 +177,10 @@ ABLATION = Experiment(
         Sweep("small", ("books",), (512,), schemes("kerple", "dape-bias-kerple", "dape-kerple")),
         Sweep(
             *("small", ("arxiv",), (128, 512)),
-            schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+            (
+                *schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+                BARE_SUM,
+            ),
         ),
     ),
     claims=(
