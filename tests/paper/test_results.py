@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, enter, sweep
 
+from dape.errors import UserError
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
@@ -70,6 +71,17 @@ def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
     ]
     assert trainings.note.count("step 7: loss nan") == 3
     assert "/dape-kerple-1 failed" in trainings.note
+
+
+def test_evaluations_of_other_tokens_do_not_meet_in_a_table():
+    chosen = experiment()
+    run(chosen)
+    file = chosen.cells()[1].record.evaluation("last")
+    changed = json.loads(file.read_text())
+    changed["targets"]["data"] = "another corpus"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="they score different tokens"):
+        results(chosen)
 
 
 def test_where_all_failed_the_table_says_so():
