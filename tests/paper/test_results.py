@@ -15,7 +15,8 @@ from dape.paper.experiments import CORE
 from dape.paper.page import page
 from dape.paper.panel import panels
 from dape.paper.published import PUBLISHED
-from dape.paper.results import perplexities, results
+from dape.paper.results import results
+from dape.paper.sections import perplexities
 from dape.paper.spread import spread
 from dape.paper.sweep import TINY
 from dape.positions.scheme import SCHEMES

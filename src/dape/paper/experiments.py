@@ -6,7 +6,7 @@ from dape.errors import unknown
 from dape.paper.cells import Setting
 from dape.paper.claims import Better, Claim, Rise
 from dape.paper.experiment import Experiment
-from dape.paper.sweep import Arm, Sweep, Tuning, schemes
+from dape.paper.sweep import USES, Arm, Sweep, Tuning, heads, schemes
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -244,6 +244,25 @@ V2 = Experiment(
         ),
     ),
 )
+LEARNT = Experiment(
+    name="learnt",
+    title="What was learnt: A, B and f(A, B) of one query",
+    shows="Figure 1 and Figures 7 to 21",
+    parts=(
+        Sweep(
+            *("125m", ("arxiv",), (512,), schemes("dape-kerple")),
+            measures=(heads(1), heads(4), heads(16)),
+        ),
+    ),
+    sections=("heads",),
+)
+USE = Experiment(
+    name="context",
+    title="Is far text used, or does it only do no harm?",
+    shows="what section 4.1 says of far text",
+    parts=(Sweep("125m", ("arxiv", "books"), (512,), FOUR, measures=(USES,)),),
+    sections=("uses",),
+)
 DEMO = Experiment(
     name="demo",
     title="Two models of bytes on a CPU",
@@ -311,7 +330,7 @@ RETROFIT = Experiment(
     home=Path("results/retrofit"),
 )
 
-PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2)
+PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2, LEARNT, USE)
 EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
 
 
