@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dape.errors import unknown
 from dape.paper.cells import Setting
-from dape.paper.claims import Better, Claim, Rise
+from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.experiment import Experiment
 from dape.paper.sweep import USES, Arm, Sweep, Tuning, heads, schemes
 
@@ -261,6 +261,15 @@ USE = Experiment(
     title="Is far text used, or does it only do no harm?",
     shows="what section 4.1 says of far text",
     parts=(Sweep("125m", ("arxiv", "books"), (512,), FOUR, measures=(USES,)),),
+    claims=(
+        Claim(
+            "DAPE uses text beyond the training length",
+            "section 4.1",
+            tuple(
+                Uses(f"dape-{bias}", setting) for setting in (ARXIV, BOOKS) for bias in BIASES[:2]
+            ),
+        ),
+    ),
     sections=("uses",),
 )
 DEMO = Experiment(
