@@ -166,6 +166,7 @@ def test_every_published_number_has_ours_beside_it_where_it_was_measured():
     ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
     assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
     assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
+    assert rows["dape-kerple, 125m, books", "512", "8,192", "17.88"] == "—"
 
 
 def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():
