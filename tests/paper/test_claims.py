@@ -1,8 +1,7 @@
 """Verdicts on losses chosen by hand, with the tests done again by scipy."""
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,7 +181,7 @@ def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
     long = [[10.0] * 25, [12.0 - gain * 4] * 24 + [0.0], [20.0] * 25]
     file = cell.record.evaluation("context")
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(asdict(use(tokens, [short, long], lengths=[128, 256]))))
+    use(tokens, [short, long], lengths=[128, 256]).save(file)
     where = replace(panel(), cells=(cell,))
     found = Uses("kerple", SETTING).find([where])
     assert found.outcome == expected
@@ -194,12 +193,9 @@ def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
 
 def use(tokens, losses, lengths=(128, 256, 512)):
     made = evaluations.make("kerple", [3.0] * 5)
-    facts = {name: getattr(made, name) for name in ("run", "scheme", "train_length", "seed")}
     tally = Tally(tokens, losses)
     return ContextUse(
-        **facts,
-        settings="",
-        parameters=1,
+        subject=made.subject,
         targets=made.targets,
         lengths=list(lengths),
         positions=[],

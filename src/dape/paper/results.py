@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dape.figures.style import save
-from dape.figures.tables import Table
+from dape.figures.tables import Table, p_value
 from dape.files import write_json, write_text
 from dape.paper import record
 from dape.paper.cells import Cell
@@ -99,7 +99,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     for verdict in verdicts:
         rows.append([f"{verdict.claim.text} ({verdict.claim.place})", verdict.outcome, "", ""])
         rows += [
-            [each.number, each.outcome, str(each.seeds), tables.p_value(each.test)]
+            [each.number, each.outcome, str(each.seeds), p_value(each.test)]
             for each in verdict.findings
         ]
     tests = dict.fromkeys(each.test.name for verdict in verdicts for each in verdict.findings)
