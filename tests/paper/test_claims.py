@@ -1,6 +1,7 @@
 """Verdicts on losses chosen by hand, with the tests done again by scipy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,19 @@ from scipy.stats import ttest_rel
 
 import evaluations
 from dape.evaluate.compare import Group
-from dape.paper.cells import Setting
-from dape.paper.claims import Better, Claim, Rise, best_length, compare, judge, percent
+from dape.evaluate.context import ContextUse, Tally
+from dape.paper.cells import Cell, Setting
+from dape.paper.claims import (
+    Better,
+    Claim,
+    Rise,
+    Uses,
+    best_length,
+    compare,
+    far_losses,
+    judge,
+    percent,
+)
 from dape.paper.panel import Panel
 
 SETTING = Setting("small", "arxiv", 128)
@@ -144,3 +156,49 @@ def test_a_claim_is_what_its_checks_are():
 def test_equal_losses_decide_nothing():
     same = [group(name, flat(3.0), flat(3.1), flat(2.9)) for name in ("a", "b")]
     assert outcome(Better("a", "b", SETTING), *same) == "not decidable at this scale"
+
+
+def test_far_tokens_are_those_that_only_a_longer_window_holds(tmp_path):
+    """By hand: two documents, windows of 128, 256 and 512, and four bins."""
+    tokens = [[9, 9], [2, 1], [1, 0], [7, 7]]
+    near, middle, far, nowhere = [30.0, 30.0], [6.0, 3.0], [4.0, 0.0], [50.0, 50.0]
+    losses = [
+        [near, middle, far, nowhere],
+        [near, [3.0, 2.5], far, nowhere],
+        [near, [3.0, 2.0], [1.0, 0.0], nowhere],
+    ]
+    other = [[[2 * loss for loss in each] for each in row] for row in losses]
+    records = [use(tokens, values) for values in (losses, other)]
+    found = far_losses(records)
+    assert [each.tolist() for each in found] == [[3.0, 1.0], [15.0, 4.5], [6.0, 3.0]]
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.5, "reproduced"), (-0.5, "not reproduced")])
+def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
+    cell = Cell(tmp_path, "small/kerple-0", "kerple", ())
+    tokens = [[5] * 25, [4] * 24 + [0], [5] * 25]
+    short = [[10.0] * 25, [12.0] * 24 + [0.0], [20.0] * 25]
+    long = [[10.0] * 25, [12.0 - gain * 4] * 24 + [0.0], [20.0] * 25]
+    file = cell.record.evaluation("context")
+    file.parent.mkdir(parents=True)
+    use(tokens, [short, long], lengths=[128, 256]).save(file)
+    where = replace(panel(), cells=(cell,))
+    found = Uses("kerple", SETTING).find([where])
+    assert found.outcome == expected
+    assert found.test.difference == pytest.approx(-gain)
+    assert found.test.pairs == 24, "a document without far tokens says nothing"
+    assert "on 96 far tokens" in found.number
+    assert Uses("alibi", SETTING).find([where]) is None
+
+
+def use(tokens, losses, lengths=(128, 256, 512)):
+    made = evaluations.make("kerple", [3.0] * 5)
+    tally = Tally(tokens, losses)
+    return ContextUse(
+        subject=made.subject,
+        targets=made.targets,
+        lengths=list(lengths),
+        positions=[],
+        tallies={"token": tally, "pair": tally},
+        provenance={},
+    )

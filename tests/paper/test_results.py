@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, enter, sweep
 
+from dape.errors import UserError
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
@@ -14,7 +15,8 @@ from dape.paper.experiments import CORE
 from dape.paper.page import page
 from dape.paper.panel import panels
 from dape.paper.published import PUBLISHED
-from dape.paper.results import perplexities, results
+from dape.paper.results import results
+from dape.paper.sections import perplexities
 from dape.paper.spread import spread
 from dape.paper.sweep import TINY
 from dape.positions.scheme import SCHEMES
@@ -70,6 +72,17 @@ def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
     ]
     assert trainings.note.count("step 7: loss nan") == 3
     assert "/dape-kerple-1 failed" in trainings.note
+
+
+def test_evaluations_of_other_tokens_do_not_meet_in_a_table():
+    chosen = experiment()
+    run(chosen)
+    file = chosen.cells()[1].record.evaluation("last")
+    changed = json.loads(file.read_text())
+    changed["targets"]["data"] = "another corpus"
+    file.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="they score different tokens"):
+        results(chosen)
 
 
 def test_where_all_failed_the_table_says_so():
@@ -153,6 +166,7 @@ def test_every_published_number_has_ours_beside_it_where_it_was_measured():
     ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
     assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
     assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
+    assert rows["dape-kerple, 125m, books", "512", "8,192", "17.88"] == "—"
 
 
 def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():

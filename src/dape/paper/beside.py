@@ -8,6 +8,8 @@ from dape.figures.tables import NOTHING, Table, number
 from dape.paper.panel import Panel
 from dape.paper.published import PUBLISHED, Published
 
+CORPORA = ("arxiv", "books")
+
 
 def beside(panels: Iterable[Panel]) -> Table:
     """Return the published numbers, a row each, and the means of ours over seeds."""
@@ -34,11 +36,15 @@ def beside(panels: Iterable[Panel]) -> Table:
 
 
 def _ours(each: Published, panels: Iterable[Panel]) -> list[str]:
-    """Return our means at the same training length, on the like corpus, for every size of ours."""
+    """Return our means at the same training length, for every size of ours.
+
+    They are on the like corpus, or on every corpus where ours has none like it.
+    """
     values = []
     for panel in panels:
         group = panel.group(each.scheme)
-        if group and (panel.corpus, panel.setting.length) == (each.corpus, each.trained):
+        like = each.corpus == panel.corpus or each.corpus not in CORPORA
+        if group and like and panel.setting.length == each.trained:
             measured = [e.by_length.get(each.length) for e in group.evaluations]
             known = [m.perplexity for m in measured if m is not None]
             if known:

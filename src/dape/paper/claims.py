@@ -9,6 +9,10 @@ is the paired bootstrap over documents, which tells these models apart and says 
 | `Better` | candidate less baseline | 0 | d < m |
 | `Rise`, steady | a length less the best shorter length | log 1.01 | d < m |
 | `Rise`, rising | a length less the best shorter length | log 1.01 | d > m |
+| `Uses` | the longest window less the training length, on far tokens | 0 | d < m |
+
+A token is far if it, and the token before it, occurred last beyond the training length and within
+the longest window; `Uses` is always over documents.
 
 With p < 0.05 and d on the other side of m the check is not reproduced, with a greater p it is not
 decidable at this scale. A perplexity up to 1 % above its best counts as steady. A claim is not
@@ -22,12 +26,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
+from dape.evaluate import context
 from dape.evaluate.compare import Group
+from dape.evaluate.context import ContextUse
 from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
 from dape.paper.cells import Setting
 from dape.paper.panel import Panel
+from dape.paper.sweep import CONTEXT
 
+Documents = Float[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
     "not reproduced",
@@ -105,7 +114,49 @@ class Rise:
         )
 
 
-Check = Better | Rise
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """An arm predicts far tokens better where its window holds their last occurrence."""
+
+    arm: str
+    setting: Setting
+    corpus: str | None = None
+
+    def find(self, panels: Sequence[Panel]) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        panel = _panel(panels, self.setting, self.corpus)
+        cells = [cell for cell in panel.cells if cell.arm == self.arm] if panel else []
+        files = [cell.record.path / CONTEXT for cell in cells]
+        records = [context.load(file) for file in files if file.is_file()]
+        if not records:
+            return None
+        lengths = records[0].lengths
+        tokens, short, long = far_losses(records)
+        seen = tokens > 0
+        test = paired_bootstrap(
+            long[seen] / tokens[seen], short[seen] / tokens[seen], tokens[seen].astype(int)
+        )
+        return Finding(
+            outcome=_decided(test, 0.0, holds_below=True),
+            number=f"{self.arm} {percent(test.difference)} by windows of {lengths[-1]:,} over"
+            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({self.setting.name})",
+            seeds=len(records),
+            test=test,
+        )
+
+
+def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Documents]:
+    """Return the far tokens of each document, and their losses in the shortest and longest window.
+
+    The losses are sums in nats, means over the records.
+    """
+    tallies = [record.tallies["pair"] for record in records]
+    tokens = np.array(tallies[0].tokens, dtype=float)[1:-1].sum(axis=0)
+    losses = np.mean([each.losses for each in tallies], axis=0)[:, 1:-1].sum(axis=1)
+    return tokens, losses[0], losses[-1]
+
+
+Check = Better | Rise | Uses
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from dape.paper.sweep import TINY, Part
 class Experiment:
     """A table and a figure for each setting of its parts, and the claims they decide.
 
-    `shows` says what it reproduces; the table lies in `folder`, records of cells in `home`, which
-    experiments share.
+    `shows` says what it reproduces, `sections` what its results are (`sections.SECTIONS`). They lie
+    in `folder`, records of cells in `home`, which experiments share.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Experiment:
     parts: tuple[Part, ...]
     claims: tuple[Claim, ...] = ()
     home: Path = Path("results/paper")
+    sections: tuple[str, ...] = ("curves",)
 
     @property
     def folder(self) -> Path:

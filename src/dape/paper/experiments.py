@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dape.errors import unknown
 from dape.paper.cells import Setting
-from dape.paper.claims import Better, Claim, Rise
+from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.experiment import Experiment
-from dape.paper.sweep import Arm, Sweep, Tuning, schemes
+from dape.paper.sweep import USES, Arm, Sweep, Tuning, heads, schemes
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -163,6 +163,11 @@ HIDDEN = tuple(
     )
     for width in (4, 16, 64)  # dape-alibi itself has 32
 )
+# A + f(A + B), which the paper leaves out.
+BARE_SUM = Arm(
+    "dape-add-kerple-bare",
+    {"model.scheme": "dape-add-kerple", "model.scheme_options": {"adapter": {"residual": False}}},
+)
 ABLATION = Experiment(
     name="ablation",
     title="Hidden width, bias ablation and form",
@@ -172,7 +177,10 @@ ABLATION = Experiment(
         Sweep("small", ("books",), (512,), schemes("kerple", "dape-bias-kerple", "dape-kerple")),
         Sweep(
             *("small", ("arxiv",), (128, 512)),
-            schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+            (
+                *schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+                BARE_SUM,
+            ),
         ),
     ),
     claims=(
@@ -235,6 +243,34 @@ V2 = Experiment(
             ),
         ),
     ),
+)
+LEARNT = Experiment(
+    name="learnt",
+    title="What was learnt: A, B and f(A, B) of one query",
+    shows="Figure 1 and Figures 7 to 21",
+    parts=(
+        Sweep(
+            *("125m", ("arxiv",), (512,), schemes("dape-kerple")),
+            measures=(heads(1), heads(4), heads(16)),
+        ),
+    ),
+    sections=("heads",),
+)
+USE = Experiment(
+    name="context",
+    title="Is far text used, or does it only do no harm?",
+    shows="what section 4.1 says of far text",
+    parts=(Sweep("125m", ("arxiv", "books"), (512,), FOUR, measures=(USES,)),),
+    claims=(
+        Claim(
+            "DAPE uses text beyond the training length",
+            "section 4.1",
+            tuple(
+                Uses(f"dape-{bias}", setting) for setting in (ARXIV, BOOKS) for bias in BIASES[:2]
+            ),
+        ),
+    ),
+    sections=("uses",),
 )
 DEMO = Experiment(
     name="demo",
@@ -303,7 +339,7 @@ RETROFIT = Experiment(
     home=Path("results/retrofit"),
 )
 
-PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2)
+PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2, LEARNT, USE)
 EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
 
 

@@ -10,7 +10,8 @@ from dape.figures.tables import p_value
 from dape.paper import claims
 from dape.paper.beside import beside
 from dape.paper.claims import Outcome
-from dape.paper.results import OURS, Results
+from dape.paper.results import Results
+from dape.paper.sections import OURS
 
 
 def page(found: Sequence[Results]) -> str:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dape.evaluate.compare import Group
-from dape.evaluate.record import load
+from dape.evaluate.compare import Group, check_comparable
+from dape.evaluate.record import Evaluation, load
 from dape.paper import record
 from dape.paper.cells import Cell, Setting, by_setting
 from dape.paper.sweep import MEASURED_ON, evaluation
@@ -64,7 +64,11 @@ class Panel:
 
 
 def panels(ended: Sequence[Cell]) -> list[Panel]:
-    """Return the panels of cells that are finished or failed."""
+    """Return the panels of cells that are finished or failed.
+
+    Raises:
+        UserError: if evaluations in a panel score other tokens than the first.
+    """
     found = []
     for setting, cells in by_setting(ended).items():
         errors = {cell.name: error for cell in cells if (error := record.read(cell).error)}
@@ -77,10 +81,10 @@ def panels(ended: Sequence[Cell]) -> list[Panel]:
 
 
 def _groups(cells: Sequence[Cell], setting: Setting, corpus: str) -> tuple[Group, ...]:
-    by_arm: dict[str, list[Cell]] = {}
+    by_arm: dict[str, list[Evaluation]] = {}
     for cell in cells:
-        by_arm.setdefault(cell.arm, []).append(cell)
-    return tuple(
-        Group(arm, tuple(load(c.record.path / evaluation(setting, corpus)) for c in members))
-        for arm, members in by_arm.items()
-    )
+        found = load(cell.record.path / evaluation(setting, corpus))
+        by_arm.setdefault(cell.arm, []).append(found)
+    if by_arm:
+        check_comparable([each for arm in by_arm.values() for each in arm], "perplexity")
+    return tuple(Group(arm, tuple(found)) for arm, found in by_arm.items())

@@ -7,8 +7,7 @@ STATED = "stated in the text"
 INFERRED = "stated in the text without the corpus, which its level tells"
 SECOND_HAND = "read from a note on the paper, not from the paper"
 
-DAPE = "DAPE (NeurIPS 2024)"
-DAPE_V2 = "DAPE V2 (ACL 2025)"
+DAPE, DAPE_V2 = "DAPE (NeurIPS 2024)", "DAPE V2 (ACL 2025)"
 CABLE = "CABLE (arXiv 2503.08067)"
 
 
@@ -23,127 +22,125 @@ class Published:
     length: int
     perplexity: float
     place: str
-    sure: str = STATED
+    sure: str
 
 
-def _row(
-    scheme: str,
-    values: dict[int, float],
-    *,
-    trained: int,
+def _stated(
     place: str,
-    sure: str = STATED,
+    sure: str,
+    trained: int,
+    values: dict[str, dict[int, float]],
     size: str = "125m",
     corpus: str = "arxiv",
 ) -> list[Published]:
+    """Return what one place states: perplexities by scheme and length."""
     return [
-        Published(scheme, size, corpus, trained, length, value, place, sure)
-        for length, value in values.items()
+        Published(scheme, size, corpus, trained, length, perplexity, place, sure)
+        for scheme, row in values.items()
+        for length, perplexity in row.items()
     ]
 
 
 PUBLISHED = (
-    *_row("alibi", {128: 8.31, 8192: 5.85}, trained=128, place=f"{DAPE}, section 4.4"),
-    *_row("dape-alibi-d4", {128: 8.25, 8192: 5.67}, trained=128, place=f"{DAPE}, section 4.4"),
-    *_row("kerple", {8192: 31.93}, trained=128, place=f"{DAPE}, section 4.1"),
-    *_row("dape-kerple", {8192: 5.00}, trained=128, place=f"{DAPE}, section 4.1"),
-    *_row(
-        *("dape-concat-kerple", {8192: 5.03}),
-        trained=128,
-        place=f"{DAPE}, section 4.3",
-        sure=INFERRED,
+    *_stated(
+        f"{DAPE}, section 4.1", STATED, 128, {"kerple": {8192: 31.93}, "dape-kerple": {8192: 5.00}}
     ),
-    *_row(
-        *("dape-add-kerple", {8192: 5.17}),
-        trained=128,
-        place=f"{DAPE}, section 4.3",
-        sure=INFERRED,
+    *_stated(
+        f"{DAPE}, section 4.1",
+        STATED,
+        512,
+        {"kerple": {8192: 39.31}, "dape-kerple": {8192: 17.88}},
+        corpus="books",
     ),
-    *_row("dape-kerple", {8192: 3.70}, trained=512, place=f"{DAPE}, section 4.3", sure=INFERRED),
-    *_row(
-        *("dape-concat-kerple", {8192: 3.69}),
-        trained=512,
-        place=f"{DAPE}, section 4.3",
-        sure=INFERRED,
+    *_stated(
+        f"{DAPE}, section 4.1",
+        INFERRED,
+        1024,
+        {
+            "alibi": {8192: 4.28},
+            "dape-kerple": {2048: 3.91},
+            "dape-fire": {2048: 3.93, 8192: 3.91},
+        },
     ),
-    *_row(
-        *("dape-add-kerple", {8192: 3.75}),
-        trained=512,
-        place=f"{DAPE}, section 4.3",
-        sure=INFERRED,
+    *_stated(
+        f"{DAPE}, section 4.2",
+        STATED,
+        512,
+        {"alibi": {8192: 4.54}, "dape-alibi": {8192: 3.82}, "dape-fire": {8192: 5.71}},
     ),
-    *_row("alibi", {8192: 4.54}, trained=512, place=f"{DAPE}, section 4.2"),
-    *_row("dape-alibi", {8192: 3.82}, trained=512, place=f"{DAPE}, section 4.2"),
-    *_row("dape-fire", {8192: 5.71}, trained=512, place=f"{DAPE}, section 4.2"),
-    *_row("dape-kerple", {2048: 3.91}, trained=1024, place=f"{DAPE}, section 4.1", sure=INFERRED),
-    *_row(
-        *("dape-fire", {2048: 3.93, 8192: 3.91}),
-        trained=1024,
-        place=f"{DAPE}, section 4.1",
-        sure=INFERRED,
+    *_stated(
+        f"{DAPE}, section 4.2",
+        STATED,
+        512,
+        {"alibi": {8192: 4.21}, "dape-alibi": {8192: 3.57}},
+        size="350m",
     ),
-    *_row("alibi", {8192: 4.28}, trained=1024, place=f"{DAPE}, section 4.1", sure=INFERRED),
-    *_row("kerple", {8192: 39.31}, trained=512, corpus="books", place=f"{DAPE}, section 4.1"),
-    *_row("dape-kerple", {8192: 17.88}, trained=512, corpus="books", place=f"{DAPE}, section 4.1"),
-    *_row("alibi", {8192: 4.21}, trained=512, size="350m", place=f"{DAPE}, section 4.2"),
-    *_row("dape-alibi", {8192: 3.57}, trained=512, size="350m", place=f"{DAPE}, section 4.2"),
-    *_row("kerple", {8192: 22.76}, trained=512, size="350m", place=f"{DAPE}, section 4.2"),
-    *_row("dape-kerple", {8192: 3.43}, trained=512, size="350m", place=f"{DAPE}, section 4.2"),
-    *_row(
-        *("nope", {512: 5.10, 1024: 42.27}),
-        trained=512,
-        place=DAPE_V2,
-        sure=SECOND_HAND,
+    *_stated(
+        f"{DAPE}, section 4.2",
+        "stated in the text; read as 350M, which its sentence does not say",
+        512,
+        {"kerple": {8192: 22.76}, "dape-kerple": {8192: 3.43}},
+        size="350m",
     ),
-    *_row(
-        *("rope", {512: 4.57, 1024: 86.20, 2048: 237.67, 4096: 256.12}),
-        trained=512,
-        place=DAPE_V2,
-        sure=SECOND_HAND,
+    *_stated(
+        f"{DAPE}, section 4.3",
+        INFERRED,
+        128,
+        {"dape-concat-kerple": {8192: 5.03}, "dape-add-kerple": {8192: 5.17}},
     ),
-    *_row(
-        *("kerple", {512: 4.57, 1024: 4.37, 2048: 5.09, 4096: 6.80, 8192: 9.08}),
-        trained=512,
-        place=DAPE_V2,
-        sure=SECOND_HAND,
+    *_stated(
+        f"{DAPE}, section 4.3",
+        INFERRED,
+        512,
+        {
+            "dape-kerple": {8192: 3.70},
+            "dape-concat-kerple": {8192: 3.69},
+            "dape-add-kerple": {8192: 3.75},
+        },
     ),
-    *_row(
-        *("dape-kerple", {512: 4.49, 1024: 4.20, 2048: 4.17, 4096: 3.95}),
-        trained=512,
-        place=DAPE_V2,
-        sure=SECOND_HAND,
+    *_stated(
+        f"{DAPE}, section 4.4",
+        STATED,
+        128,
+        {"alibi": {128: 8.31, 8192: 5.85}, "dape-alibi-d4": {128: 8.25, 8192: 5.67}},
     ),
-    *_row(
-        *("dape3-kerple", {512: 4.44, 1024: 4.14, 2048: 4.09, 4096: 3.87, 8192: 3.58}),
-        trained=512,
-        place=DAPE_V2,
-        sure=SECOND_HAND,
+    *_stated(
+        DAPE_V2,
+        f"{SECOND_HAND}; its Kerple has 12.59 at 8,192, where DAPE states 31.93",
+        128,
+        {
+            "kerple": {128: 8.30},
+            "dape-kerple": {128: 8.21},
+            "dape3-kerple": {128: 8.15, 8192: 4.60},
+        },
     ),
-    *_row(
-        *("kerple", {128: 8.30}),
-        trained=128,
-        place=DAPE_V2,
-        sure=SECOND_HAND + "; its 12.59 at 8,192 is not the 31.93 of DAPE",
+    *_stated(
+        DAPE_V2,
+        SECOND_HAND,
+        512,
+        {
+            "nope": {512: 5.10, 1024: 42.27},
+            "rope": {512: 4.57, 1024: 86.20, 2048: 237.67, 4096: 256.12},
+            "kerple": {512: 4.57, 1024: 4.37, 2048: 5.09, 4096: 6.80, 8192: 9.08},
+            "dape-kerple": {512: 4.49, 1024: 4.20, 2048: 4.17, 4096: 3.95},
+            "dape3-kerple": {512: 4.44, 1024: 4.14, 2048: 4.09, 4096: 3.87, 8192: 3.58},
+        },
     ),
-    *_row("dape-kerple", {128: 8.21}, trained=128, place=DAPE_V2, sure=SECOND_HAND),
-    *_row("dape3-kerple", {128: 8.15, 8192: 4.60}, trained=128, place=DAPE_V2, sure=SECOND_HAND),
-    *_row(
-        *("kerple", {512: 21.41, 1024: 21.12, 2048: 22.58, 4096: 28.04, 8192: 39.38}),
-        trained=512,
+    *_stated(
+        f"{CABLE}, Table 2",
+        STATED,
+        512,
+        {
+            "kerple": {512: 21.41, 1024: 21.12, 2048: 22.58, 4096: 28.04, 8192: 39.38},
+            "dape3-kerple": {512: 20.56, 1024: 20.07, 2048: 19.51, 4096: 18.79, 8192: 18.92},
+        },
         corpus="fineweb-edu",
-        place=f"{CABLE}, Table 2",
-    ),
-    *_row(
-        *("dape3-kerple", {512: 20.56, 1024: 20.07, 2048: 19.51, 4096: 18.79, 8192: 18.92}),
-        trained=512,
-        corpus="fineweb-edu",
-        place=f"{CABLE}, Table 2",
     ),
 )
 
 
 def published(scheme: str, corpus: str, trained: int, size: str) -> list[Published]:
-    """Return what is published on a scheme, of the next size up where a size of ours has none."""
+    """Return what is published on a scheme: at 350M if that is the size, else at 125M."""
     size = size if size == "350m" else "125m"
     return [
         each

@@ -1,43 +1,20 @@
 """What is known of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from statistics import mean, median
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from dape.evaluate.compare import compare
-from dape.figures import tables
-from dape.figures.curves import over_length
 from dape.figures.style import save
-from dape.figures.tables import NOTHING, Table
+from dape.figures.tables import Table, p_value
 from dape.files import write_json, write_text
 from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.claims import Verdict, judge
 from dape.paper.experiment import Experiment
 from dape.paper.panel import Panel, panels
-from dape.paper.published import Published, published
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from dape.paper.sections import SECTIONS, Section
 
 TABLE, VERDICTS = "table.md", "verdicts.json"
-OURS = "published"  # ends the label of a row that is not ours
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """Tables that belong together, and their figure."""
-
-    name: str
-    tables: tuple[Table, ...]
-    figure: "Figure | None" = None
-    caption: str = ""
-
-    @property
-    def file(self) -> str:
-        """Return the name of the figure's file."""
-        return f"{self.name}.svg"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,63 +88,9 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
         experiment,
         ended,
         found,
-        sections=tuple(map(panel_section, found)),
-        verdicts=tuple(judge(claim, found) for claim in experiment.claims),
+        tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
+        tuple(judge(claim, found) for claim in experiment.claims),
     )
-
-
-def panel_section(panel: Panel) -> Section:
-    """Return the perplexities of a panel beside the paper's, and the tests between arms."""
-    if not panel.groups:
-        return Section(panel.name, (trainings(panel),))
-    comparisons = compare(panel.groups)
-    tested = [tables.significance(comparisons)] if comparisons else []
-    shown = (perplexities(panel), *tested, trainings(panel))
-    caption = (
-        "Perplexity against the length of the window, trained at"
-        f" {panel.setting.length:,} tokens. Dashed: without an adapter; solid: with one."
-    )
-    return Section(panel.name, shown, over_length(panel.groups), caption)
-
-
-def perplexities(panel: Panel) -> Table:
-    """Return the perplexity of each arm at each length, and the published ones under it."""
-    base = tables.results(panel.groups)
-    lengths = panel.groups[0].evaluations[0].lengths
-    rows = []
-    for arm, *cells in base.rows:
-        rows.append([arm, *cells])
-        known = {each.length: each for each in _published(panel, arm)}
-        if known:
-            numbers = [tables.number(known[n].perplexity) if n in known else "" for n in lengths]
-            rows.append([f"{arm}, {OURS}", "", *numbers])
-    return replace(
-        base,
-        header=["arm", *base.header[1:]],
-        rows=rows,
-        note=" ".join(filter(None, [base.note, _places(panel)])),
-    )
-
-
-def trainings(panel: Panel) -> Table:
-    """Return what the trainings of each arm reached and took, and which of them failed."""
-    rows = []
-    for arm in panel.arms:
-        cells = [cell for cell in panel.cells if cell.arm == arm]
-        steps = [cell.record.read_metrics() for cell in cells if cell.name not in panel.errors]
-        losses = [each[-1]["validation_loss"] for each in steps]
-        speeds = [step["tokens_per_second"] for each in steps for step in each]
-        rows.append(
-            [
-                arm,
-                str(len(losses)),
-                f"{mean(losses):.4f}" if losses else NOTHING,
-                f"{median(speeds):,.0f}" if speeds else NOTHING,
-                f"{sum(record.read(cell).minutes for cell in cells):.1f}",
-            ]
-        )
-    header = ["arm", "runs", "validation loss", "tokens a second", "minutes"]
-    return Table("Trainings", header, rows, note=_training_note(panel))
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
@@ -176,7 +99,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     for verdict in verdicts:
         rows.append([f"{verdict.claim.text} ({verdict.claim.place})", verdict.outcome, "", ""])
         rows += [
-            [each.number, each.outcome, str(each.seeds), tables.p_value(each.test)]
+            [each.number, each.outcome, str(each.seeds), p_value(each.test)]
             for each in verdict.findings
         ]
     tests = dict.fromkeys(each.test.name for verdict in verdicts for each in verdict.findings)
@@ -201,29 +124,3 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
             for each in verdict.findings
         ],
     }
-
-
-def _published(panel: Panel, arm: str) -> list[Published]:
-    return published(arm, panel.corpus, panel.setting.length, panel.setting.size)
-
-
-def _places(panel: Panel) -> str:
-    """Return where the published numbers stand and how sure they are."""
-    known = [each for arm in panel.arms for each in _published(panel, arm)]
-    if not known:
-        return ""
-    places = dict.fromkeys(f"{each.place} ({each.sure})" for each in known)
-    return f"Published, {known[0].size} on {known[0].corpus} of its own: {'; '.join(places)}."
-
-
-def _training_note(panel: Panel) -> str:
-    notes = [
-        f"{panel.setting.tokens:,} tokens, {panel.epochs:.2g} epochs of a corpus with checksum"
-        f" {panel.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
-        " token. Minutes on one device: all commands of the arm."
-    ]
-    notes += [f"{NOTHING} {name} failed: {error}." for name, error in panel.errors.items()]
-    risen = panel.repeated_too_often()
-    if risen:
-        notes.append(f"Repeated too often, the validation loss rose again: {'; '.join(risen)}.")
-    return " ".join(notes)

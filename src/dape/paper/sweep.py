@@ -15,6 +15,7 @@ from dape.train.recipe import Recipe, Retrofit, override, read
 LONGEST = 16_384
 TINY = Setting("smoke", "python-stdlib", 32, 2**13)
 TINY_READS = "32,...,512"
+CONTEXT, LEARNED = INSIDE.evaluation("context"), Path("learned")  # below a run folder
 Options = Mapping[str, Any]
 
 
@@ -71,6 +72,16 @@ class Measure:
         kept = Path(self.keeps.format(length=length))
         words = (word.format(run=run, length=length, reads=reads) for word in self.words)
         return Step(tuple(words), {kept: kept})
+
+
+USES = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), str(CONTEXT))
+
+
+def heads(times: int) -> Measure:
+    """Return the measurement of A, B and f(A, B) of the last query of so long a text."""
+    kept = f"{LEARNED}/{{length}}.json"
+    words = ("plot", "learned", "{run}", "--length", "{length}", "--out", f"{{run}}/{kept}")
+    return Measure(words, kept, times)
 
 
 @dataclass(frozen=True, slots=True)
