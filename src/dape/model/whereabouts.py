@@ -48,7 +48,7 @@ def whereabouts(
     query_positions = key_positions = None
     if position_ids is not None or not (relative or padding is None):
         if position_ids is not None:
-            check_positions(position_ids, len(hidden_states), rows, past)
+            check_positions(position_ids, hidden_states.shape[0], rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
         key_positions = positions_of_keys(tokens, position_ids, rows, past)
         query_positions = key_positions[:, slots]
@@ -109,7 +109,7 @@ def positions_of_keys(
     given = position_ids.shape[1]
     slots = torch.arange(given, device=tokens.device) + (past + rows - given)
     shifted = counted + (position_ids - counted[:, slots])[:, :1]
-    return shifted.index_copy(1, slots, position_ids.to(shifted.dtype).expand(len(shifted), -1))
+    return shifted.index_copy(1, slots, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
 
 
 def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:
