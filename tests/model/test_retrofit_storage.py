@@ -151,7 +151,7 @@ MODELS = {
     [
         ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder stands before"),
         ("bert", "BertSelfAttention cannot be retrofitted: its attention is not causal"),
-        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code handles attention masks itself"),
+        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code computes attention itself, not"),
         ("mamba", "MambaForCausalLM cannot be retrofitted: its attention does not go through"),
         ("gpt-oss", r"GptOssAttention cannot be retrofitted: it has attention sinks \(s_aux\)"),
         ("linear", "Linear cannot be retrofitted: it is no PreTrainedModel"),

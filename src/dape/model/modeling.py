@@ -45,6 +45,18 @@ def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
     return kind(config.hidden_size, config.layer_norm_eps)
 
 
+def in_use(part: Any) -> Any:
+    """Return a module itself, or the copy of it that PEFT's `modules_to_save` trains in its place.
+
+    The kernels know a part by its class.
+    """
+    if not hasattr(part, "modules_to_save"):
+        return part
+    copies, active = part.modules_to_save, part.active_adapters
+    used = not part.disable_adapters and bool(active) and active[0] in copies
+    return copies[active[0]] if used else part.original_module
+
+
 class DapeAttention(nn.Module):
     """Multi-head attention with the rotation, bias and adapter of the scheme."""
 
@@ -89,8 +101,8 @@ class DapeAttention(nn.Module):
             query,
             key,
             value,
-            self.position_bias,
-            self.adapter,
+            in_use(self.position_bias),
+            in_use(self.adapter),
             causal,
             query_offset=query_offset,
             backend=self.config.backend,

@@ -21,6 +21,7 @@ from transformers.utils import is_tracing, logging
 
 from dape.attention import attention
 from dape.errors import UserError
+from dape.model.modeling import in_use
 
 NAME = "dape"
 logger = logging.get_logger(__name__)
@@ -145,8 +146,8 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    adapter: nn.Module | None = getattr(module, "adapter", None)
-    bias: nn.Module | None = getattr(module, "position_bias", None)
+    adapter: nn.Module | None = in_use(getattr(module, "adapter", None))
+    bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
