@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import dape
 from dape.errors import UserError
-from dape.model.retrofit.survey import call, own_logits
+from dape.model.retrofit.unchanged import own_states, states
 
 every_model = pytest.mark.parametrize("name", NAMES)
 LORA = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "dape-rope": ["q_proj"]}
@@ -209,12 +209,33 @@ def test_the_start_is_compared_with_scores_that_are_not_rounded():
         query, key, _ = layer.attn.c_attn.bias.data.chunk(3)
         query += 60
         key += 15
-    model.config._attn_implementation = "sdpa"
-    exact = call(model)
-    model.config._attn_implementation = "eager"
-    rounded = (call(model) - exact).abs().max()
-    assert (own_logits(model) - exact).abs().max() < rounded / 10
-    assert rounded > 0.3 * exact.abs().max()
+    modules = [layer.attn for layer in model.transformer.h]
+    into, own = own_states(model, modules)
+    found = {}
+    for name in ("sdpa", "eager"):
+        model.config._attn_implementation = name
+        _, found[name] = states(model, modules, into)
+    for module in modules:
+        exact, rounded = found["sdpa"][module], found["eager"][module]
+        assert (rounded - exact).abs().max() > 0.1 * exact.abs().max()
+        assert (own[module] - exact).abs().max() < 0.01 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mpt", "falcon", "dape-rope"])
+def test_each_attention_is_compared_by_itself(name):
+    """So that rounding in one layer, which may change all after it, refuses no model."""
+    model = pretrained(name)
+    mounted = dape.retrofit(model)
+    modules = mounted.attentions
+    into, out = states(model, modules)
+    assert list(into) == list(out) == list(modules)
+    for parameter in model.get_input_embeddings().parameters():
+        parameter.data *= -1
+    _, same = states(model, modules, into)
+    _, other = states(model, modules)
+    for module in modules:
+        assert torch.equal(same[module], out[module])
+        assert (other[module] - out[module]).abs().max() > 1e-3
 
 
 class Buffered(nn.Module):

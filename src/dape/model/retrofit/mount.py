@@ -18,7 +18,8 @@ from dape.errors import UserError, unknown
 from dape.model.modeling import DapePreTrainedModel, in_use
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.interface import NAME
-from dape.model.retrofit.survey import Attention, attentions, call, own_logits
+from dape.model.retrofit.survey import Attention, attentions
+from dape.model.retrofit.unchanged import check_unchanged, own_states
 
 ADAPTERS, ALL = "adapters", "all"
 # What configurations call the length a model was trained at.
@@ -115,12 +116,12 @@ def retrofit(
 
 def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backend: str) -> Mounted:
     """Mount a choice, or nothing at all if a `UserError` is raised on the way."""
-    expected = own_logits(model)
+    found = attentions(model)
+    modules = tuple(each.module for each in found)
+    own = own_states(model, modules)
     with ExitStack() as undo:
-        found = attentions(model)
         for each in found:
             install(undo, each, choice, model, backend)
-        modules = tuple(each.module for each in found)
         if not {ADAPTERS, ALL}.isdisjoint(train):
             before_each(undo, modules, warn_if_frozen)
         if isinstance(model, DapePreTrainedModel):
@@ -129,11 +130,11 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
             attend_by(undo, model.config.get_text_config(), NAME)
             before_each(undo, modules, partial(refuse_another, model.config.get_text_config()))
             put(undo, model, "create_masks_for_generate", mask_as_given)
-        own = keep_trainable(undo, model, train, mounted_in(modules, choice))
-        check_unchanged(model, expected, call(model))
+        parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
+        check_unchanged(model, own)
         put(undo, model, "retrofitted", (modules, choice))
         put(undo, model, "save_pretrained", partial(save_pretrained, model))
-        return Mounted(model, modules, choice, train, own, undo.pop_all())
+        return Mounted(model, modules, choice, train, parts, undo.pop_all())
 
 
 def mounted_in(modules: Sequence[nn.Module], choice: Choice) -> nn.ModuleList:
@@ -288,15 +289,3 @@ def keep_trainable(
 def restore(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter the value it had."""
     parameter.copy_(value)
-
-
-def check_unchanged(model: nn.Module, expected: Tensor, found: Tensor) -> None:
-    """Raise a `UserError` unless the logits are the model's own, up to rounding."""
-    tolerance = max(1e-5, torch.finfo(expected.dtype).eps ** 0.5)
-    difference, largest = ((x.abs().max().item()) for x in (found - expected, expected))
-    if not difference <= tolerance * largest:
-        raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: with adapters that change nothing its "
-            f"logits differ by {difference:.2g} from its own, which are up to {largest:.2g}: its "
-            "attention does more than softmax(scale q k^T + mask) v"
-        )

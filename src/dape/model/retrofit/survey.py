@@ -1,6 +1,5 @@
 """Where a pretrained model attends, found by a short forward, and whether that can be served."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,8 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from dape.errors import UserError
@@ -19,7 +17,7 @@ from dape.model.modeling import DapeAttention
 from dape.model.retrofit.interface import sight
 from dape.model.retrofit.routes import route_of
 
-SURVEY, OWN = "dape_survey", "dape_own"
+SURVEY = "dape_survey"
 # What an attention may ask for beyond softmax(scale q k^T + mask) v, and Gemma 2's cap of it.
 BEYOND = {"s_aux": "attention sinks", "position_bias": "a bias of its own"}
 TOKENS = 8
@@ -149,30 +147,5 @@ def call(model: PreTrainedModel) -> Tensor:
             module.training = True
 
 
-def own_logits(model: PreTrainedModel) -> Tensor:
-    """Return `call` by the model's own code, its attention in float32.
-
-    Its eager code leaves nothing out: PyTorch's own attention knows no cap of the scores. But that
-    of Falcon adds ALiBi twice, and its other once, as Falcon was trained.
-    """
-    with implementation(model, "sdpa" if model.config.model_type == "falcon" else OWN):
-        return call(model)
-
-
-def own(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attend by the eager code of a module, in float32 where that would round its scores."""
-    names = inspect.unwrap(type(module).forward).__globals__
-    eager = names.get("eager_attention_forward", sdpa_attention_forward)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query_key_value = (x.to(wide) for x in (query, key, value))
-    mask = None if attention_mask is None else attention_mask.to(wide)
-    out, weights = eager(module, *query_key_value, mask, **more)
-    return out.to(query.dtype), weights
-
-
 AttentionInterface.register(SURVEY, record)
 AttentionMaskInterface.register(SURVEY, sight)
-AttentionInterface.register(OWN, own)
-AttentionMaskInterface.register(OWN, eager_mask)
