@@ -47,7 +47,7 @@ ARMS = {
     ),
 }
 LENGTHS = ",".join(str(2**n) for n in range(8, 17))  # 256 to 65,536: what is lost at short ones too
-RETRIEVAL = ("--lengths", "2048,...,65536", "--depths", "0,0.25,0.5,0.75,1", "--trials", "20")
+RETRIEVAL = ("--retrieval", "passkey,needle", "--lengths", "2048,...,65536", "--trials", "20")
 
 
 def models() -> None:
@@ -78,17 +78,22 @@ def commands() -> list[tuple[Path, list[str]]]:
     for name, (seed, words) in arms.items():
         options = [
             *("--recipe", "recipes/retrofit.yaml", "--name", f"smollm2/{name}", "--data", DATA),
-            *("--seed", str(seed), "--training.length", str(LENGTH), "--training.steps", str(STEPS)),
+            *(
+                "--seed",
+                str(seed),
+                "--training.length",
+                str(LENGTH),
+                "--training.steps",
+                str(STEPS),
+            ),
             *("--training.batch_size", str(BATCH), "--hardware.micro_batch_size", "1"),
             *("--hardware.activation_checkpointing", "--lengths", LENGTHS, *words),
         ]
-        planned.append((RUNS / name / "evaluation", ["dape", "retrofit", str(base), *options]))
+        written = RUNS / name / "evaluation" / "last.json"
+        planned.append((written, ["dape", "retrofit", str(base), *options]))
     for name in (*(MODELS / name for name in UNTRAINED), *(RUNS / name for name in arms)):
-        for task in ("passkey", "needle"):
-            written = name / "evaluation" / f"{task}.json"
-            data = ("--data", DATA) if task == "needle" else ()
-            words = ["dape", "eval", str(name), "--retrieval", task, *data, *RETRIEVAL]
-            planned.append((written, words))
+        words = ["dape", "eval", str(name), "--data", DATA, *RETRIEVAL]
+        planned.append((name / "retrieval" / "needle.json", words))
     untrained = [str(MODELS / name) for name in UNTRAINED]
     measured = ["dape", "eval", *untrained, "--data", DATA, "--lengths", LENGTHS]
     planned.insert(0, (MODELS / "smollm2-yarn" / "evaluation" / "last.json", measured))
