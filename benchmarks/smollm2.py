@@ -47,7 +47,7 @@ ARMS = {
     ),
 }
 LENGTHS = ",".join(str(2**n) for n in range(8, 17))  # 256 to 65,536: what is lost at short ones too
-RETRIEVAL = ("--retrieval", "passkey,needle", "--lengths", "2048,...,65536", "--trials", "20")
+RETRIEVAL = ("--tasks", "passkey,needle", "--lengths", "2048,...,65536", "--trials", "20")
 
 
 def models() -> None:
@@ -92,7 +92,7 @@ def commands() -> list[tuple[Path, list[str]]]:
         written = RUNS / name / "evaluation" / "last.json"
         planned.append((written, ["dape", "retrofit", str(base), *options]))
     for name in (*(MODELS / name for name in UNTRAINED), *(RUNS / name for name in arms)):
-        words = ["dape", "eval", str(name), "--data", DATA, *RETRIEVAL]
+        words = ["dape", "eval", "retrieval", str(name), "--data", DATA, *RETRIEVAL]
         planned.append((name / "retrieval" / "needle.json", words))
     untrained = [str(MODELS / name) for name in UNTRAINED]
     measured = ["dape", "eval", *untrained, "--data", DATA, "--lengths", LENGTHS]

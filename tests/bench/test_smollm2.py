@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 from dape.cli import eval as evaluation
-from dape.cli import retrofit
+from dape.cli import eval_retrieval, retrofit
 from dape.cli.arguments import parse
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "smollm2.py"
@@ -27,6 +27,7 @@ def test_the_command_line_takes_the_plan(monkeypatch):
             tokens = found.recipe.training.length * found.recipe.training.batch_size
             assert tokens * found.recipe.training.steps == 26_214_400
         elif command == "eval":
-            found = parse(evaluation.Arguments, words, "dape eval")
+            kind = eval_retrieval if words[0] == "retrieval" else evaluation
+            found = parse(kind.Arguments, words[kind is eval_retrieval :], "dape eval")
             assert found.runs[-1] == written.parents[1]
     assert tuned == len(smollm2.ARMS) * len(smollm2.SEEDS)
