@@ -70,8 +70,12 @@ def copy(tmp_path_factory):
         with (positions / file).open("a") as end:
             end.write(f"\n\n{code}")
     scheme = positions / "scheme.py"
-    insert(scheme, f"        {base}", before="    )\n}\n# The other forms of the DAPE paper")
-    insert(scheme, f"        {before}", before="    )\n}\n\n\ndef fits(")
+    insert(
+        scheme,
+        f"        {base.rstrip()},\n",
+        before="    )\n}\n# The other forms of the DAPE paper",
+    )
+    insert(scheme, f"        {before.rstrip()},\n", before="    )\n}\n\n\ndef fits(")
     for module, name in (("adapter", "Temperature"), ("bias", "SquareRoot")):
         line = re.search(f"from dape.positions.{module} import .*\n", scheme.read_text()).group()
         insert(scheme, line.replace("import", f"import {name},"), before=line)
