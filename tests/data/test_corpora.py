@@ -58,6 +58,31 @@ def test_a_folder_is_its_known_files_in_order(tmp_path):
     assert (description["files"], description["bytes"]) == (4, 12)
 
 
+def test_links_are_followed_and_cycles_cut(tmp_path):
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    (source / "own").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    for path in (source / "own/a.txt", elsewhere / "b.txt", elsewhere / "deep/c.txt"):
+        path.write_text("abc")
+    (source / "file.txt").symlink_to(elsewhere / "b.txt")
+    (source / "folder").symlink_to(elsewhere)
+    (source / "own" / "up").symlink_to(source)
+    (elsewhere / "deep" / "self").symlink_to(elsewhere / "deep")
+    found = resolve(str(source))
+    keys = ["file.txt", "folder/b.txt", "folder/deep/c.txt", "own/a.txt"]
+    assert [part.key for part in found.parts] == keys
+    assert (found.describe()["files"], found.describe()["bytes"]) == (4, 12)
+    (tmp_path / "link").symlink_to(source)
+    assert [part.key for part in resolve(str(tmp_path / "link")).parts] == keys
+
+
+def test_pipes_are_other_files(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("abc")
+    found = resolve(str(tmp_path))
+    assert [part.key for part in found.parts] == ["b.txt"] and found.ignored == 1
+
+
 def test_the_name_of_the_folder_counts_too(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "one.txt").write_text("abc")

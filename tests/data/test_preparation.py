@@ -115,13 +115,46 @@ def test_what_is_broken_is_told_counted_and_listed(sources, tmp_path):
     assert sum(split["documents"] for split in splits) == 60 + 59 + 20
 
 
+def test_links_to_nothing_are_told_counted_and_listed(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("abc")
+    (source / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    corpus, problems = made.prepare(source, out=tmp_path / "out", on_error="skip")
+    (problem,) = problems
+    assert problem.startswith(f"{source}/gone.txt:1: ") and "No such file" in problem
+    assert corpus.manifest["skipped"] == {"broken": 1, "empty": 0}
+    assert (tmp_path / "out" / "skipped.txt").read_text() == f"{problem}\n"
+    with pytest.raises(UserError, match=r"gone.txt:1: cannot be read further: .*--on-error skip"):
+        made.prepare(source, out=tmp_path / "other")
+
+
+def test_text_may_stand_under_another_key(tmp_path):
+    texts = made.texts(5)
+    lines = [json.dumps({"content": text, "text": 3}) + "\n" for text in texts]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    corpus, _ = made.prepare(tmp_path / "train.jsonl", out=out, text_key="content")
+    assert made.documents(corpus, "train") == [made.byte_tokens(text) for text in texts]
+    with pytest.raises(UserError, match="text_key content is now text"):
+        made.prepare(tmp_path / "train.jsonl", out=out)
+    # A corpus of before there was a choice is the same as one of the usual key.
+    (tmp_path / "train.jsonl").write_bytes(made.json_lines(texts))
+    corpus, _ = made.prepare(tmp_path / "train.jsonl", out=tmp_path / "old")
+    path = tmp_path / "old" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["options"].pop("text_key") == "text"
+    path.write_text(json.dumps(manifest))
+    assert Preparation(Options(sources=(str(tmp_path / "train.jsonl"),), out=path.parent)).finished
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
-        (b"[1, 2]", 'not an object with a string "text"'),
-        (b'{"meta": {}}', 'not an object with a string "text"'),
-        (b'{"text": 5}', 'not an object with a string "text"'),
+        (b"[1, 2]", 'not an object with a string "text"; --text-key'),
+        (b'{"meta": {}}', 'not an object with a string "text"; --text-key'),
+        (b'{"text": 5}', 'not an object with a string "text"; --text-key'),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
         (b'{"text": "\xe9"}', "can't decode byte"),
         (b"[" * 100_000, "recursion"),

@@ -1,4 +1,5 @@
 import json
+from codecs import BOM_UTF8
 
 import made
 import pytest
@@ -108,6 +109,22 @@ def test_a_byte_that_is_not_utf8_is_found_by_its_line(tmp_path, monkeypatch, pie
     ]
 
 
+@pytest.mark.parametrize("piece", [5, 2**22])
+@pytest.mark.parametrize("text", ["één\ntwee drie", "", "ab"])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, piece, text):
+    monkeypatch.setattr(records, "PIECE", piece)
+    monkeypatch.setattr(records, "WORD", 4)
+    marked, plain = tmp_path / "marked.txt", tmp_path / "plain.txt"
+    marked.write_bytes(BOM_UTF8 + text.encode())
+    plain.write_bytes(text.encode())
+    ours, theirs = (
+        [(record.raw, record.line, record.ends) for record in read_all(path)]
+        for path in (marked, plain)
+    )
+    assert ours == theirs
+    assert read_all(marked)[-1].source_bytes == marked.stat().st_size
+
+
 def test_a_file_that_is_gone_says_so(tmp_path):
     path = tmp_path / "gone.txt"
     path.write_text("abc")
@@ -126,4 +143,6 @@ def test_a_dataset_is_read_row_by_row(tmp_path):
     assert rows[0].place == f"{tmp_path}#train:3"
     good, bad = read(Part(f"{tmp_path}#test", "test", "dataset", None, "test"))
     assert (good.raw, good.problem) == (b"a", None)
-    assert bad.problem == "no text in the column 'text' (columns: text, meta)"
+    assert bad.problem == (
+        "no text in the column 'text' (columns: text, meta); --text-key names another"
+    )

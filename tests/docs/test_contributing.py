@@ -1,39 +1,108 @@
+"""Both how-tos of CONTRIBUTING.md, followed to the letter in a copy, leave the tests green."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
+from pages import ROOT, blocks
+
+# Those that look at every scheme by itself, and of the others what concerns the new ones.
+LOOKING = (
+    *(
+        "tests/docs/test_encodings.py",
+        "tests/figures/test_style.py",
+        "tests/evaluate/test_compare.py",
+    ),
+    *("tests/figures/test_bias_maps.py", "tests/cli/test_info.py", "tests/positions"),
+    *("tests/model/test_schemes.py", "tests/model/test_packing.py", "tests/test_formula.py"),
+)
+FORMULA = """
 import torch
-from pages import blocks
 
 import dape
-from dape.positions import bias as bias_module
-from dape.positions import scheme
+from dape.positions.adapter import Temperature
+from dape.positions.bias import SquareRoot
 
 
-@pytest.fixture
-def example(monkeypatch):
-    definition, line = blocks("CONTRIBUTING.md", "python")
-    names = dict(vars(bias_module))
-    exec(definition, names)
-    base = eval(line, {**vars(scheme), **names})
-    for added in (base, scheme.compose(scheme.ADAPTERS["dape"], base)):
-        monkeypatch.setitem(scheme.SCHEMES, added.name, added)
-    return names["SquareRoot"]
-
-
-def test_the_bias_is_its_formula(example):
-    module = example(num_heads=3).double()
+def test_square_root():
+    module = SquareRoot(num_heads=3).double()
     i, j = torch.tensor([4, 9]), torch.tensor([0, 4])
     roots = torch.tensor([[2, 0], [3, 5**0.5]], dtype=torch.float64)
     expected = torch.stack([-roots / h for h in (1, 2, 3)])
     torch.testing.assert_close(module(i, j), expected, rtol=1e-6, atol=0)
 
 
-def test_its_schemes_decode_from_a_cache_as_in_one_pass(example):
-    for name in ("square-root", "dape-square-root"):
-        config = dape.DapeConfig(
-            scheme=name, vocab_size=11, hidden_size=12, num_hidden_layers=2, num_attention_heads=3
-        )
-        model = dape.DapeForCausalLM(config).eval()
-        tokens = torch.randint(11, (2, 9))
-        whole = model(tokens).logits
-        first = model(tokens[:, :6], use_cache=True)
-        rest = model(tokens[:, 6:], past_key_values=first.past_key_values)
-        torch.testing.assert_close(rest.logits, whole[:, 6:], rtol=0, atol=1e-6)
+def test_temperature():
+    module = Temperature(num_heads=2).double()
+    torch.nn.init.constant_(module.weight, 0.5)
+    scores, bias = torch.randn(2, 1, 2, 3, 4).double()
+    assert torch.equal(module(scores, bias[0]), 1.5 * (scores + bias[0]))
+    config = dape.DapeConfig(
+        scheme="rope", vocab_size=11, hidden_size=12, num_hidden_layers=1, num_attention_heads=3
+    )
+    dape.retrofit(dape.DapeForCausalLM(config), "temperature")
+"""
+
+
+def insert(path, text, before):
+    """Put a text before the one place where another stands."""
+    whole = path.read_text()
+    assert whole.count(before) == 1, before
+    path.write_text(whole.replace(before, text + before))
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """Return a copy of the repository in which both how-tos were followed."""
+    folder = tmp_path_factory.mktemp("repository")
+    for name in ("src", "tests", "docs", "recipes", "results"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copyfile(ROOT / name, folder / name)
+    positions, page = folder / "src/dape/positions", folder / "docs/encodings.md"
+    bias, base, adapter, before = blocks("CONTRIBUTING.md", "python")
+    bias_section, adapter_section = blocks("CONTRIBUTING.md", "markdown")
+    for file, code in (("bias.py", bias), ("adapter.py", adapter)):
+        with (positions / file).open("a") as end:
+            end.write(f"\n\n{code}")
+    scheme = positions / "scheme.py"
+    insert(
+        scheme,
+        f"        {base.rstrip()},\n",
+        before="    )\n}\n# The other forms of the DAPE paper",
+    )
+    insert(scheme, f"        {before.rstrip()},\n", before="    )\n}\n\n\ndef fits(")
+    for module, name in (("adapter", "Temperature"), ("bias", "SquareRoot")):
+        line = re.search(f"from dape.positions.{module} import .*\n", scheme.read_text()).group()
+        insert(scheme, line.replace("import", f"import {name},"), before=line)
+        scheme.write_text(scheme.read_text().replace(line, "", 1))
+    insert(page, f"{bias_section}\n", before="## Adapters\n")
+    page.write_text(f"{page.read_text()}\n{adapter_section}")
+    (folder / "tests" / "test_formula.py").write_text(FORMULA)
+    return folder
+
+
+def run(folder, *words):
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_following_both_how_tos_leaves_the_tests_green(copy):
+    chosen = "not (test_schemes or test_packing or positions) or square or temperature or forms"
+    found = run(copy, "pytest", "-vv", "-p", "no:cacheprovider", "-k", chosen, *LOOKING)
+    for name in ("square-root", "dape3-square-root", "temperature-kerple"):
+        assert re.search(rf"test_a_cache_changes_nothing\[{name}\] PASSED", found)
+
+
+def test_the_code_of_both_is_formatted_and_typed_as_ours(copy):
+    changed = [f"src/dape/positions/{name}.py" for name in ("bias", "adapter", "scheme")]
+    run(copy, "ruff", "check", "--ignore", "I001", *changed)
+    run(copy, "ruff", "format", "--check", *changed[:2])

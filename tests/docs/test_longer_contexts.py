@@ -55,6 +55,16 @@ def names(desk):
         return execute(PAGE)
 
 
+def test_lora_and_adapters_train_beside_each_other(names, desk):
+    from safetensors.torch import load_file
+
+    for folder, file in (("my-lora", "adapter_model"), ("adapters-beside-lora", "adapters")):
+        assert load_file(desk / folder / f"{file}.safetensors")
+    held = {id(parameter) for parameter in names["mounted"].adapters.parameters()}
+    reached = [p for p in names["mounted"].model.parameters() if p.grad is not None]
+    assert {id(p) for p in reached} > held
+
+
 def test_mounting_changes_nothing_and_unmounting_leaves_nothing(names):
     torch.testing.assert_close(names["unchanged"], names["before"], rtol=0, atol=1e-5)
     assert torch.equal(names["after"], names["before"])

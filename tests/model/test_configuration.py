@@ -1,7 +1,10 @@
 """The configuration: what it refuses, and that it survives its file."""
 
+import json
+
 import pytest
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from dape.errors import UserError
 from dape.model.configuration import DapeConfig
@@ -71,6 +74,30 @@ def test_what_transformers_writes_about_any_model_is_taken_back(tmp_path):
         assert loaded.to_dict() == written
     assert DapeConfig.from_dict(config.to_dict()).to_dict() == written
     assert DapeConfig(**config.to_dict()).to_dict() == written
+
+
+def test_keys_that_other_tools_write_are_left_out_with_a_warning(tmp_path):
+    model = DapeForCausalLM(DapeConfig(vocab_size=11, hidden_size=12, num_attention_heads=3))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "tool_version": "2.1", "pretraining_tp": 1}))
+    words = "DapeConfig does not know, and they change nothing: pretraining_tp, tool_version"
+    for load in (
+        lambda: DapeConfig.from_pretrained(tmp_path),
+        lambda: AutoConfig.from_pretrained(tmp_path),
+        lambda: DapeForCausalLM.from_pretrained(tmp_path).config,
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path).config,
+    ):
+        with pytest.warns(UserWarning, match=words):
+            config = load()
+        assert config.hidden_size == 12 and not hasattr(config, "tool_version")
+    with pytest.warns(UserWarning, match=words):
+        loaded = DapeForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+    with pytest.raises(UserError, match="unknown key of DapeConfig 'pretraining_tp'"):
+        DapeConfig(pretraining_tp=1)
 
 
 def test_fields_set_later_are_checked_when_the_model_is_built():

@@ -51,6 +51,30 @@ def test_a_left_padded_batch_continues_as_each_of_its_rows_alone(model, cache):
         assert torch.equal(batch[row : row + 1], alone)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("cache", CACHES)
+def test_positions_that_the_caller_gives_are_honoured(model, cache, beams):
+    """As in whole passes at these positions, which go on by one."""
+    ids = tokens(2, 5)
+    positions = torch.tensor([[0, 3, 4, 8, 9], [1, 2, 3, 4, 5]])
+    given = {"position_ids": positions, "num_beams": beams, **CACHES[cache]}
+    out = generate(model, ids, **given)
+    if beams == 1:
+        expected = ids
+        for step in range(OPTIONS["max_new_tokens"]):
+            more = positions[:, -1:] + torch.arange(1, step + 1)
+            logits = model(
+                expected, attention_mask=torch.ones_like(expected), use_cache=False,
+                position_ids=torch.cat([positions, more], dim=1),
+            ).logits[:, -1, 1:]  # fmt: skip
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True) + 1], dim=1)
+        assert torch.equal(out, expected[:, 5:])
+    else:
+        assert torch.equal(out, generate(model, ids, **{**given, **CACHES["none"]}))
+    plain = generate(model, ids, num_beams=beams, **CACHES[cache])
+    assert torch.equal(out[0], plain[0]) == (model.config.scheme == "dape3-nope")
+
+
 def test_beams_are_the_same_in_every_cache(model):
     ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
     ids[0, :2], mask[0, :2] = 0, 0

@@ -61,6 +61,8 @@ def mounted(name, bias, **options):
     model = pretrained(name, torch.float64)
     handle = dape.retrofit(model, bias=bias, **options)
     move(handle.adapters.double(), 0.3)
+    for module in handle.attentions:
+        module._forward_pre_hooks.clear()  # which refuse attentions but the package's own
     return model
 
 

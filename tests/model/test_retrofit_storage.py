@@ -151,7 +151,7 @@ MODELS = {
     [
         ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder stands before"),
         ("bert", "BertSelfAttention cannot be retrofitted: its attention is not causal"),
-        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code handles attention masks itself"),
+        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code computes attention itself, not"),
         ("mamba", "MambaForCausalLM cannot be retrofitted: its attention does not go through"),
         ("gpt-oss", r"GptOssAttention cannot be retrofitted: it has attention sinks \(s_aux\)"),
         ("linear", "Linear cannot be retrofitted: it is no PreTrainedModel"),
@@ -231,7 +231,9 @@ def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):
         "eager_attention_forward",
         lambda module, query, *rest, **more: own(module, 1.5 * query, *rest, **more),
     )
-    with pytest.raises(UserError, match="with adapters that change nothing its logits differ by"):
+    with pytest.raises(
+        UserError, match="with an adapter that changes nothing the output of LlamaAttention"
+    ):
         dape.retrofit(pretrained("llama"))
 
 

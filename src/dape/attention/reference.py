@@ -49,12 +49,11 @@ def attend(
     The products run in the dtype of the arguments; scores, bias, adapter and softmax in float32, or
     wider where the arguments are. Grouped key-value heads are never repeated in memory.
     """
-    batch, heads, rows, _ = query.shape
-    kv_heads, keys = key.shape[1:3]
+    heads, rows, kv_heads, keys = *query.shape[1:3], *key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        grouped = query.reshape(batch, kv_heads, heads // kv_heads * rows, -1)
-        scores = (grouped @ key.mT).view(batch, heads, rows, keys).to(wide) * scale
+        grouped = query.unflatten(1, (kv_heads, -1))
+        scores = torch.einsum("bkgqd,bkjd->bkgqj", grouped, key).flatten(1, 2).to(wide) * scale
         logits = scores
         if bias is not None or adapter is not None:
             shift = scores.new_zeros(()).expand(heads, rows, keys)
@@ -70,8 +69,9 @@ def attend(
         # The lowest finite number, not -inf: the gradient of a row that is all -inf is NaN.
         logits = logits.masked_fill(~visible, torch.finfo(wide).min)
         weights = logits.softmax(-1).masked_fill(~visible, 0).to(value.dtype)
-        out = weights.view(batch, kv_heads, heads // kv_heads * rows, keys) @ value
-    return Attended(out.view(batch, heads, rows, -1), weights, logits)
+        grouped = weights.unflatten(1, (kv_heads, -1))
+        out = torch.einsum("bkgqj,bkjd->bkgqd", grouped, value).flatten(1, 2)
+    return Attended(out, weights, logits)
 
 
 def log_sum_exp(

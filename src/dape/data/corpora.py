@@ -5,7 +5,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from platform import python_version
@@ -17,6 +17,7 @@ from dape.errors import UserError
 Kind = Literal["text", "json", "dataset"]
 
 STANDARD_LIBRARY = "python-stdlib"
+TEXT = "text"  # where JSON lines and datasets have it by default
 KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
@@ -40,7 +41,8 @@ class Part:
     """What is read from front to back: a file, or one split of a dataset.
 
     `key` identifies a file's document, so that its split does not depend on where the source lies;
-    `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned.
+    `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned;
+    `text_key` is where the text of a JSON object or a row stands.
     """
 
     location: str
@@ -48,6 +50,7 @@ class Part:
     kind: Kind
     size: int | None
     split: str | None
+    text_key: str = TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +75,16 @@ class Source:
         }
 
 
-def resolve(name: str) -> Source:
+def resolve(name: str, text_key: str = TEXT) -> Source:
     """Return the source `name`: `python-stdlib`, a folder, a file, or a Hugging Face dataset.
 
     Raises `UserError` if it is none of them, or holds nothing that can be read.
     """
+    source = _resolve(name)
+    return replace(source, parts=tuple(replace(x, text_key=text_key) for x in source.parts))
+
+
+def _resolve(name: str) -> Source:
     path = Path(name).expanduser()
     if name == STANDARD_LIBRARY:
         return _standard_library()
@@ -96,33 +104,46 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _part(path: Path, key: str, names: str) -> Part:
+    """Return a part; of a link to nothing, reading it tells."""
     kind = _kind(path) or "text"
-    return Part(str(path), key, kind, path.stat().st_size, named_split(names, kind))
+    size = path.stat().st_size if path.exists() else 0
+    return Part(str(path), key, kind, size, named_split(names, kind))
 
 
 def _folder(name: str, folder: Path) -> Source:
-    files = [(path.relative_to(folder), path) for path in sorted(_files(folder))]
-    visible = [
-        (relative.as_posix(), path)
-        for relative, path in files
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts)
-    ]
+    found = list(_files(folder))
+    # No pipe and no socket, but a link to a file that is gone: reading it says so.
+    known = [x for x in found if _kind(x) and (x.is_file() or not x.exists())]
+    keys = [path.relative_to(folder).as_posix() for path in known]
     parts = tuple(
-        _part(path, key, f"{folder.resolve().name}/{key}") for key, path in visible if _kind(path)
+        _part(path, key, f"{folder.resolve().name}/{key}")
+        for path, key in zip(known, keys, strict=True)
     )
     if not parts:
         raise UserError(f"source {name!r} has no files of a known kind ({', '.join(KINDS)})")
-    return Source(name, parts, len(visible) - len(parts), {})
+    return Source(name, parts, len(found) - len(parts), {})
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield what is in a folder and below; `UserError` for a folder that cannot be read."""
+def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the files in a folder and below, in order, without hidden names; links are followed.
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    A link back to a folder above it leads nowhere.
 
-    for root, _, names in os.walk(folder, onerror=refuse):
-        yield from (Path(root, name) for name in names)
+    Raises:
+        UserError: for a folder that cannot be read.
+    """
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        names = sorted(entry.name for entry in os.scandir(folder))
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+    for path in (folder / name for name in names if not name.startswith(".")):
+        if path.is_dir():
+            yield from _files(path, (*above, real))
+        else:
+            yield path
 
 
 def _standard_library() -> Source:

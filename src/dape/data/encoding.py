@@ -95,9 +95,10 @@ def _text(record: Record) -> str:
         document = json.loads(record.raw)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise ValueError('not an object with a string "text"')
-    return document["text"]
+    key = record.part.text_key
+    if not isinstance(document, dict) or not isinstance(document.get(key), str):
+        raise ValueError(f'not an object with a string "{key}"; --text-key names another')
+    return document[key]
 
 
 def assigned_split(identity: bytes, validation: float, test: float) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from dape.data import tokenizer as tokenizers
-from dape.data.corpora import STANDARD_LIBRARY, Part, Source, resolve
+from dape.data.corpora import STANDARD_LIBRARY, TEXT, Part, Source, resolve
 from dape.data.encoding import Batch, Encoding, encoded
 from dape.data.records import Record, read
 from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
@@ -36,6 +36,8 @@ class Options:
     """Folder to write; an interrupted preparation in it is resumed."""
     tokenizer: str = "byte"
     """byte, gpt2, or a folder with a tokenizer.json."""
+    text_key: str = TEXT
+    """Where the text stands in JSON lines, and the column of a dataset that holds it."""
     validation: float = 0.1
     """Share of the documents for validation, where the source names no splits."""
     test: float = 0.1
@@ -93,7 +95,7 @@ class Preparation:
     def __init__(self, options: Options) -> None:
         self._options, self._folder = options, options.out
         _refuse_inside(options)
-        sources = [resolve(name) for name in options.sources]
+        sources = [resolve(name, options.text_key) for name in options.sources]
         self._parts = [part for source in sources for part in source.parts]
         self._tokenizer = tokenizers.load(options.tokenizer)
         self._header = _header(options, sources, self._tokenizer)
@@ -175,6 +177,7 @@ def _header(
             "validation": options.validation,
             "test": options.test,
             "shard_tokens": options.shard_tokens,
+            "text_key": options.text_key,
         },
     }
 
@@ -203,7 +206,11 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             [source["fingerprint"] for source in sources],
         ),
         "tokenizer": (tokenizer["name"], tokenizer["fingerprint"]),
-        **{name: (str(value), value) for name, value in header["options"].items()},
+        # Corpora made before there was a choice of the key lack it.
+        **{
+            name: (str(value), value)
+            for name, value in {"text_key": TEXT, **header["options"]}.items()
+        },
     }
 
 

@@ -1,7 +1,7 @@
 """Reading a source from front to back, as records in a fixed order."""
 
 import re
-from codecs import getincrementaldecoder
+from codecs import BOM_UTF8, getincrementaldecoder
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,7 @@ def _text(part: Part, file: BinaryIO) -> Iterator[Record]:
         yield Record(part, invalid[0], b"", file.tell(), problem=invalid[1])
         return
     file.seek(0)
+    file.seek(len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0)
     line, block = 1, b""
     while True:
         block += file.read(PIECE - len(block))
@@ -154,13 +155,17 @@ def _rows(part: Part) -> Iterator[Record]:
     number, offset = 0, 0
     try:
         for number, row in enumerate(open_dataset(name)[split], 1):
-            text = row.get("text")
+            text = row.get(part.text_key)
             if isinstance(text, str):
                 raw = text.encode(errors="surrogatepass")
                 offset += len(raw)
                 yield Record(part, number, raw, offset)
             else:
-                problem = f"no text in the column 'text' (columns: {', '.join(row)})"
+                columns = ", ".join(row)
+                problem = (
+                    f"no text in the column {part.text_key!r} (columns: {columns}); "
+                    "--text-key names another"
+                )
                 yield Record(part, number, b"", offset, problem=problem)
     except OSError as error:
         raise UserError(

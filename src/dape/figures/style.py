@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from dape.evaluate.compare import split
 from dape.files import whole
+from dape.positions.scheme import ADAPTERS, BASES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # An encoding has the same colour in every figure, with an adapter and without: the ten colours of
-# seaborn's palette "colorblind" in its order, and then the same ten darkened.
-ENCODINGS = (
+# seaborn's palette "colorblind" in its order, and then the same ten darkened, and darkened again.
+_FIRST = (
     *("kerple", "alibi", "fire", "rope", "cope", "sandwich", "xpos", "nope", "learned", "t5"),
     *("kerple-power", "sinusoidal", "transformer-xl", "yarn", "dynamic-ntk"),
     *("partial-rope", "randomized-rope", "pi", "ntk"),
 )
+ENCODINGS = (*_FIRST, *(name for name in BASES if name not in _FIRST))
 DARKENED = 0.55
-MARKERS = {
+_MARKERS = {
     "dape": "o",
     "dape3": "s",
     "dape5": "D",
@@ -30,6 +32,7 @@ MARKERS = {
     "dape-bias": "X",
     "talking-heads": "p",
 }
+MARKERS = _MARKERS | dict(zip((x for x in ADAPTERS if x not in _MARKERS), "*h<>dH8", strict=False))
 SOLID, DASHED = "", (3, 1.5)
 ACCENT = "#555555"
 
@@ -116,4 +119,5 @@ def palette() -> list[tuple[float, float, float]]:
     import seaborn
 
     bright = seaborn.color_palette("colorblind")
-    return [*bright, *((DARKENED * r, DARKENED * g, DARKENED * b) for r, g, b in bright)]
+    shades = (DARKENED**n for n in range(1 + (len(ENCODINGS) - 1) // len(bright)))
+    return [(shade * r, shade * g, shade * b) for shade in shades for r, g, b in bright]

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 from dataclasses import field, fields
 from importlib import import_module
 from pathlib import Path
@@ -105,6 +106,23 @@ class DapeConfig(PreTrainedConfig):
         # Who holds a configuration may hand it to an Auto class, which must know the models by
         # then. They build on the Auto classes, so those cannot bring them along.
         import_module("dape.model.huggingface")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration of a file, without keys that other tools wrote into it.
+
+        A warning names these keys; a constructor refuses them.
+        """
+        known = _FOREIGN.union(key.name for key in fields(cls))
+        if foreign := sorted(config_dict.keys() - known):
+            warnings.warn(
+                f"config.json has keys that DapeConfig does not know, and they change nothing: "
+                f"{', '.join(foreign)}",
+                stacklevel=2,
+            )
+        return super().from_dict(
+            {name: value for name, value in config_dict.items() if name in known}, **kwargs
+        )
 
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any

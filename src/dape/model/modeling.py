@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from dape.attention import attention
 from dape.errors import UserError
+from dape.model.arguments import packed_documents, refuse_unused
 from dape.model.configuration import DapeConfig
 from dape.model.whereabouts import whereabouts
 from dape.positions import scheme
@@ -42,6 +43,18 @@ def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
     """Return the norm of the block's style over the residual stream."""
     kind = nn.RMSNorm if config.block == "modern" else nn.LayerNorm
     return kind(config.hidden_size, config.layer_norm_eps)
+
+
+def in_use(part: Any) -> Any:
+    """Return a module itself, or the copy of it that PEFT's `modules_to_save` trains in its place.
+
+    The kernels know a part by its class.
+    """
+    if not hasattr(part, "modules_to_save"):
+        return part
+    copies, active = part.modules_to_save, part.active_adapters
+    used = not part.disable_adapters and bool(active) and active[0] in copies
+    return copies[active[0]] if used else part.original_module
 
 
 class DapeAttention(nn.Module):
@@ -68,6 +81,7 @@ class DapeAttention(nn.Module):
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
         query_offset: int | Tensor = 0,
+        causal: bool = True,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
@@ -87,8 +101,9 @@ class DapeAttention(nn.Module):
             query,
             key,
             value,
-            self.position_bias,
-            self.adapter,
+            in_use(self.position_bias),
+            in_use(self.adapter),
+            causal,
             query_offset=query_offset,
             backend=self.config.backend,
             mask=mask,
@@ -219,14 +234,25 @@ class DapeModel(DapePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states `[B, T, C]` and the cache.
 
         `attention_mask` is 1 or true for tokens that may be seen: `[B, Tk]`, keys in the cache
-        included, or `[B, 1, T, Tk]`. Positions count the visible tokens unless `position_ids` are
-        given.
+        included, or `[B, 1, T, Tk]`, which is taken as it is, causal or not. Positions count the
+        visible tokens unless `position_ids` are given, `[B, T]` or `[B, Tk]`.
+
+        Documents packed in one row are computed as if alone. They are told apart by `seq_idx`
+        `[B, T]`, their number at each token, by `cu_seq_lens_q`, their bounds, or where no
+        `attention_mask` is given by `position_ids` that do not count on by one, as in transformers.
+
+        Raises:
+            UserError: for arguments that do not fit, and for one that the model would not use.
         """
+        refuse_unused(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -234,13 +260,15 @@ class DapeModel(DapePreTrainedModel):
             output_attentions = self.config.output_attentions
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        batch, length = hidden_states.shape[:2]
+        documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         where = whereabouts(
-            hidden_states, attention_mask, position_ids, past_key_values, self.relative
+            hidden_states, attention_mask, position_ids, past_key_values, self.relative, documents
         )
         if self.position_embedding is not None:
             positions = where["query_positions"]
             if positions is None:
-                slots = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+                slots = torch.arange(length, device=hidden_states.device)
                 positions = slots + where["query_offset"]
             hidden_states = self.position_embedding(hidden_states, positions)
         for layer in self.layers:
@@ -314,6 +342,9 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """Derive no positions: the model counts the visible tokens itself."""
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -321,10 +352,11 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Drop the position ids `generate` derives from the mask: the model derives its own."""
-        return super().prepare_inputs_for_generation(
+        """Hand on the caller's positions whole: a bias needs those of the cached keys too."""
+        inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache
+from transformers.utils import is_tracing
 
 from dape.errors import UserError
 
@@ -16,15 +17,19 @@ def whereabouts(
     position_ids: Tensor | None,
     past_key_values: Cache | None,
     relative: bool,
+    documents: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return mask, positions and offset of the queries, as `dape.attention` takes them.
+    """Return mask, causality, positions and offset of the queries, as `dape.attention` takes them.
 
-    Positions stay None, meaning slots, where padding cannot move them: a scheme that is `relative`
-    throughout keeps its biases unbatched. Given `position_ids` hold for queries and their keys;
-    cached keys, whose positions nobody gives, count back from the first query.
+    `documents` `[B, T]` numbers the documents packed in each row; without it and without a mask
+    they are told apart as transformers does, by `position_ids` that do not count on by one.
+
+    Positions stay None, meaning slots, where padding and documents cannot move them: a scheme that
+    is `relative` throughout keeps its biases unbatched. Cached keys, unless `position_ids` cover
+    them too, count back from the first query.
 
     Raises:
-        UserError: for an `attention_mask` that does not fit.
+        UserError: for arguments that do not fit each other.
     """
     rows = keys = hidden_states.shape[1]
     past: int | Tensor = 0
@@ -33,19 +38,28 @@ def whereabouts(
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on
         keys = past_key_values.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
+    causal = mask is None or mask.ndim == 2  # a mask of every query is the whole truth
     padding = mask if mask is not None and mask.ndim == 2 else None
+    slots = torch.arange(rows, device=hidden_states.device) + past
+    if documents is not None:
+        documents = documents_of_keys(documents, keys, past)
+        if position_ids is None and not relative:
+            position_ids = count_within(documents[:, :rows])
     query_positions = key_positions = None
     if position_ids is not None or not (relative or padding is None):
-        tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
-        slots = torch.arange(rows, device=hidden_states.device) + past
-        key_positions = (tokens.cumsum(-1) - 1).clamp(min=0)
-        query_positions = key_positions[:, slots]
         if position_ids is not None:
-            key_positions = key_positions + (position_ids - query_positions)[:, :1]
-            query_positions = position_ids.expand(len(key_positions), -1).to(key_positions.dtype)
-            key_positions = key_positions.index_copy(1, slots, query_positions)
+            check_positions(position_ids, hidden_states.shape[0], rows, past)
+        tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
+        key_positions = positions_of_keys(tokens, position_ids, rows, past)
+        query_positions = key_positions[:, slots]
+        if position_ids is not None and mask is None and documents is None:
+            documents = documents_of_positions(key_positions, past)
+    if documents is not None:
+        same = (documents[:, slots, None] == documents[:, None, :])[:, None]
+        mask = same if mask is None else same & (mask if padding is None else mask[:, None, None])
     return {
         "mask": mask,
+        "causal": causal,
         "query_positions": query_positions,
         "key_positions": key_positions,
         "query_offset": past,
@@ -54,14 +68,86 @@ def whereabouts(
 
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
     """Return the mask as booleans, padded to the slots of a static cache."""
+    if not isinstance(attention_mask, Tensor):
+        name = type(attention_mask).__name__
+        raise UserError(f"attention_mask is a {name}; it must be a tensor [batch, keys]")
     shape = list(attention_mask.shape)
     if attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         return attention_mask.bool()
     if attention_mask.ndim != 2:
         raise UserError(
             f"attention_mask {shape} of {attention_mask.dtype} must be [batch, keys], or boolean "
-            "or integer [batch, 1, queries, keys], 1 where a key may be seen; never additive"
+            "or integer [batch, 1, queries, keys], 1 where a key may be seen; never additive: for "
+            "one of zeros and -inf give mask == 0"
         )
     if shape[1] > keys or (isinstance(past, int) and shape[1] not in (past + rows, keys)):
         raise UserError(f"attention_mask {shape} must cover {past} cached and {rows} new keys")
     return pad(attention_mask.bool(), (0, keys - shape[1]))
+
+
+def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Tensor) -> None:
+    """Raise a `UserError` for positions of another shape than the tokens, or tokens and cache."""
+    shape = list(position_ids.shape)
+    covers = shape[-1] in (rows, past + rows) if isinstance(past, int) else shape[-1] >= rows
+    if len(shape) != 2 or shape[0] not in (1, batch) or not covers:
+        raise UserError(
+            f"position_ids {shape} must be [1 or {batch}, {rows}], or with those of the cached "
+            f"keys before them [1 or {batch}, {past + rows}]"
+        )
+
+
+def positions_of_keys(
+    tokens: Tensor, position_ids: Tensor | None, rows: int, past: int | Tensor
+) -> Tensor:
+    """Return the position of each key: `tokens` counted, but the last as `position_ids` say.
+
+    Those before the given ones count back from the first of them.
+    """
+    counted = (tokens.cumsum(-1) - 1).clamp(min=0)
+    if position_ids is None:
+        return counted
+    given = position_ids.shape[1]
+    slots = torch.arange(given, device=tokens.device) + (past + rows - given)
+    shifted = counted + (position_ids - counted[:, slots])[:, :1]
+    return shifted.index_copy(1, slots, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
+
+
+def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:
+    """Return the number of the document of each key, or None if each row is one document.
+
+    A document begins where positions do not count on by one. To look at them makes the host wait
+    for a GPU, and cannot be traced; a traced model always gets the mask of documents.
+
+    Raises:
+        UserError: for fewer positions than cached keys, which may be another document's.
+    """
+    begins = key_positions.diff(prepend=key_positions[:, :1] - 1) != 1
+    if is_tracing(begins):
+        return begins.cumsum(-1)
+    if isinstance(past, int) and past and (key_positions[:, 0] < 0).any():
+        raise UserError(
+            f"position_ids begin below {past}, the number of cached keys: give attention_mask "
+            "[batch, keys], 1 for the cached and new keys that may be seen"
+        )
+    return begins.cumsum(-1) if begins.any() else None
+
+
+def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tensor:
+    """Return the numbers of documents, padded to the slots of a static cache.
+
+    Raises:
+        UserError: for cached keys, whose documents nobody gave.
+    """
+    if int(past):
+        raise UserError(
+            f"seq_idx and cu_seq_lens_q say nothing of {int(past)} cached keys: give "
+            "attention_mask [batch, keys], 1 for the cached and new keys that may be seen"
+        )
+    return pad(documents, (0, keys - documents.shape[1]), value=-1)
+
+
+def count_within(documents: Tensor) -> Tensor:
+    """Return the position of each token in its document, from 0."""
+    slots = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents.diff(prepend=documents[:, :1] - 1) != 0
+    return slots - torch.where(begins, slots, 0).cummax(-1).values

@@ -21,6 +21,7 @@ from transformers.utils import is_tracing, logging
 
 from dape.attention import attention
 from dape.errors import UserError
+from dape.model.modeling import in_use
 
 NAME = "dape"
 logger = logging.get_logger(__name__)
@@ -128,7 +129,7 @@ def attend(
     dropout: float | int = 0.0,
     softcap: float | None = None,
     output_attentions: bool | None = False,
-    **_: Any,
+    **more: Any,
 ) -> tuple[
     Float[Tensor, "batch query heads value_dim"], Float[Tensor, "batch heads query key"] | None
 ]:
@@ -138,19 +139,21 @@ def attend(
     applied: the fused kernels have none.
 
     Raises:
-        UserError: for a bias that is not relative where positions are not known.
+        UserError: for a bias that is not relative where positions are not known, for attention that
+            is not causal, and for packed documents that the mask does not tell apart.
     """
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied while adapters are there")
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    adapter: nn.Module | None = getattr(module, "adapter", None)
-    bias: nn.Module | None = getattr(module, "position_bias", None)
+    adapter: nn.Module | None = in_use(getattr(module, "adapter", None))
+    bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
     seen = sight_of(attention_mask, query, key)
+    refuse_unused(seen, **more)
     positions: tuple[Tensor | None, Tensor | None] = None, None
     if bias is not None and not getattr(bias, "relative", False):
         positions = known_positions(seen, bias, query.shape[2], key.shape[2], query.device)
@@ -163,6 +166,24 @@ def attend(
     )  # fmt: skip
     out, weights = out if isinstance(out, tuple) else (out, None)
     return out.transpose(1, 2).contiguous(), weights
+
+
+def refuse_unused(
+    seen: Sight,
+    is_causal: bool | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **_: Any,
+) -> None:
+    """Raise a `UserError` for arguments of a model's forward that its mask does not reflect."""
+    if is_causal is False:
+        raise UserError("is_causal=False: with adapters mounted attention is causal; unmount them")
+    packed = cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2
+    if seen.causal and (packed or (seq_idx is not None and seq_idx.any())):
+        raise UserError(
+            "seq_idx and cu_seq_lens_q do not tell documents apart with adapters mounted: give "
+            "position_ids that restart, no attention_mask, and use_cache=False"
+        )
 
 
 def known_positions(

@@ -1,10 +1,11 @@
 """Adapters into the attentions of a pretrained model, and out again."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import select
 from dape.errors import UserError, unknown
-from dape.model.modeling import DapePreTrainedModel
+from dape.model.modeling import DapePreTrainedModel, in_use
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.interface import NAME
-from dape.model.retrofit.survey import Attention, attentions, call, own_logits
+from dape.model.retrofit.survey import Attention, attentions
+from dape.model.retrofit.unchanged import check_unchanged, own_states
 
 ADAPTERS, ALL = "adapters", "all"
 # What configurations call the length a model was trained at.
@@ -30,18 +32,23 @@ class Mounted:
 
     Attributes:
         model: the model itself, which is used as before.
-        adapters: for each attention, in order, its `adapter`, and its `position_bias` if new.
-        choice: which adapter and bias they are.
+        attentions: the modules that attend, in order.
+        choice: which adapter and bias they hold.
         train: the names of what trains.
         parts: the parameters of the model that train too, by name.
     """
 
     model: PreTrainedModel
-    adapters: nn.ModuleList
+    attentions: tuple[nn.Module, ...]
     choice: Choice
     train: tuple[str, ...]
     parts: dict[str, nn.Parameter]
     _undo: ExitStack
+
+    @property
+    def adapters(self) -> nn.ModuleList:
+        """The `adapter` of each attention, in order, and its `position_bias` if new."""
+        return mounted_in(self.attentions, self.choice)
 
     def state(self) -> dict[str, Tensor]:
         """Return what the base model lacks, by name: the adapters, and the parts that train."""
@@ -50,9 +57,9 @@ class Mounted:
 
     def save(self, folder: str | Path) -> None:
         """Write `adapters.safetensors` and `adapters.json` for `dape.load_adapters`."""
-        from dape.model.retrofit.storage import save
+        from dape.model.retrofit.storage import write
 
-        save(self, Path(folder))
+        write(Path(folder), self.model.config, self.choice, self.train, self.state())
 
     def unmount(self) -> None:
         """Give the model back as it was before, to the bit: parts that trained are put back too."""
@@ -109,18 +116,49 @@ def retrofit(
 
 def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backend: str) -> Mounted:
     """Mount a choice, or nothing at all if a `UserError` is raised on the way."""
-    expected = own_logits(model)
+    found = attentions(model)
+    modules = tuple(each.module for each in found)
+    own = own_states(model, modules)
     with ExitStack() as undo:
-        found = attentions(model)
-        adapters = nn.ModuleList(install(undo, each, choice, model, backend) for each in found)
+        for each in found:
+            install(undo, each, choice, model, backend)
+        if not {ADAPTERS, ALL}.isdisjoint(train):
+            before_each(undo, modules, warn_if_frozen)
         if isinstance(model, DapePreTrainedModel):
             put(undo, model.config, "backend", backend)
         else:
             attend_by(undo, model.config.get_text_config(), NAME)
+            before_each(undo, modules, partial(refuse_another, model.config.get_text_config()))
             put(undo, model, "create_masks_for_generate", mask_as_given)
-        own = keep_trainable(undo, model, train, adapters)
-        check_unchanged(model, expected, call(model))
-        return Mounted(model, adapters, choice, train, own, undo.pop_all())
+        parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
+        check_unchanged(model, own)
+        put(undo, model, "retrofitted", (modules, choice))
+        put(undo, model, "save_pretrained", partial(save_pretrained, model))
+        return Mounted(model, modules, choice, train, parts, undo.pop_all())
+
+
+def mounted_in(modules: Sequence[nn.Module], choice: Choice) -> nn.ModuleList:
+    """Return what `choice` put into each attention, by name."""
+    names = ("adapter",) if choice.bias is None else ("adapter", "position_bias")
+    return nn.ModuleList(
+        nn.ModuleDict({name: in_use(getattr(module, name)) for name in names}) for module in modules
+    )
+
+
+def save_pretrained(
+    self: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """Save a model with adapters as its class does, and beside it what `load_adapters` reads.
+
+    Parts that trained are the model's own here.
+    """
+    from dape.model.retrofit.storage import write
+
+    type(self).save_pretrained(self, save_directory, is_main_process, **kwargs)
+    if is_main_process:
+        modules, choice = self.retrofitted
+        state = mounted_in(modules, choice).state_dict()
+        write(Path(save_directory), self.config, choice, (ADAPTERS,), state)
 
 
 def servable(model: nn.Module) -> PreTrainedModel:
@@ -139,8 +177,8 @@ def servable(model: nn.Module) -> PreTrainedModel:
 
 def install(
     undo: ExitStack, each: Attention, choice: Choice, model: PreTrainedModel, backend: str
-) -> nn.ModuleDict:
-    """Put adapter and bias into an attention, and return those that are new."""
+) -> None:
+    """Put adapter and bias into an attention."""
     config = model.config.get_text_config()
     dimensions = {
         "num_heads": each.num_heads,
@@ -151,17 +189,12 @@ def install(
     if length := next(filter(None, lengths), None):
         dimensions["train_length"] = length
     adapter, bias = choice.build(dimensions, each.bias)
-    new = nn.ModuleDict({"adapter": adapter})
-    if choice.bias is not None and bias is not None:
-        new["position_bias"] = bias
-    new.to(next(each.module.parameters()).device)
-    put(undo, each.module, "adapter", adapter)
-    if bias is not getattr(each.module, "position_bias", None):
-        put(undo, each.module, "position_bias", bias)
+    put(undo, each.module, "adapter", adapter.to(each.device))
+    if bias is not None and bias is not getattr(each.module, "position_bias", None):
+        put(undo, each.module, "position_bias", bias.to(each.device))
     put(undo, each.module, "attention_backend", backend)
     if each.forward is not None:
-        put(undo, each.module, "forward", MethodType(each.forward, each.module))
-    return new
+        put(undo, each.module, "forward", partial(each.forward, each.module))
 
 
 def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -181,6 +214,35 @@ def attend_by(undo: ExitStack, config: PreTrainedConfig, name: str) -> None:
     """Let a model attend by the registered function `name`, until undone."""
     undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
     config._attn_implementation = name
+
+
+def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..., None]) -> None:
+    """Call `hook(module, arguments)` before each forward of the modules, until undone."""
+    for module in modules:
+        undo.callback(module.register_forward_pre_hook(hook).remove)
+
+
+def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
+    """Raise a `UserError` if an attention is about to leave out its adapter."""
+    found = config._attn_implementation
+    if found != NAME:
+        raise UserError(
+            f"attn_implementation={found!r} would leave out the adapters that are mounted: say "
+            f"set_attn_implementation({NAME!r}), or unmount them first"
+        )
+
+
+def warn_if_frozen(module: nn.Module, _: Any) -> None:
+    """Warn in training if an adapter that was mounted to train is frozen, as PEFT leaves it."""
+    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    parameters = list(in_use(module.adapter).parameters())
+    if parameters and not any(each.requires_grad for each in parameters):
+        warnings.warn(
+            "the mounted adapters do not train: their parameters are frozen, as get_peft_model "
+            "leaves them; say mounted.adapters.requires_grad_(True) after it",
+            stacklevel=2,
+        )
 
 
 def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:
@@ -227,15 +289,3 @@ def keep_trainable(
 def restore(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter the value it had."""
     parameter.copy_(value)
-
-
-def check_unchanged(model: nn.Module, expected: Tensor, found: Tensor) -> None:
-    """Raise a `UserError` unless the logits are the model's own, up to rounding."""
-    tolerance = max(1e-5, torch.finfo(expected.dtype).eps ** 0.5)
-    difference, largest = ((x.abs().max().item()) for x in (found - expected, expected))
-    if not difference <= tolerance * largest:
-        raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: with adapters that change nothing its "
-            f"logits differ by {difference:.2g} from its own, which are up to {largest:.2g}: its "
-            "attention does more than softmax(scale q k^T + mask) v"
-        )

@@ -1,32 +1,39 @@
 """Adapters in a folder: `adapters.safetensors` and what `adapters.json` says of them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
-from dape.model.retrofit.choice import PARTS, Factory
+from dape.model.retrofit.choice import PARTS, Choice, Factory
 from dape.model.retrofit.mount import Mounted, retrofit
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapters.safetensors", "adapters.json"
 
 
-def save(mounted: Mounted, folder: Path) -> None:
-    """Write the tensors of `mounted.state()` and how they are mounted."""
-    config = mounted.model.config
+def write(
+    folder: Path,
+    config: PreTrainedConfig,
+    choice: Choice,
+    train: Sequence[str],
+    state: Mapping[str, torch.Tensor],
+) -> None:
+    """Write tensors of adapters and of parts, and how they are mounted on the base of `config`."""
     settings = {
         "format": FORMAT,
         "model_type": config.model_type,
         "base": config.name_or_path,
-        **mounted.choice.names(),
-        "train": list(mounted.train),
+        **choice.names(),
+        "train": list(train),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in mounted.state().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     with whole(folder / TENSORS) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     write_json(folder / SETTINGS, settings)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,11 +25,15 @@ TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """A module that attends: its heads, its own bias, and the `forward` it needs to be served."""
+    """A module that attends: its heads, its own bias, and the `forward` it needs to be served.
+
+    `device` is where it computes, which of weights on disk is not where they are.
+    """
 
     module: nn.Module
     num_heads: int
     head_dim: int
+    device: torch.device
     bias: nn.Module | None = None
     forward: Callable[..., Any] | None = None
 
@@ -45,7 +50,10 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     ours = [module for module in model.modules() if isinstance(module, DapeAttention)]
     if ours:
         heads = model.config.num_attention_heads
-        return [Attention(each, heads, each.head_dim, each.position_bias) for each in ours]
+        return [
+            Attention(each, heads, each.head_dim, device_of(each), each.position_bias)
+            for each in ours
+        ]
     routed = [(each, route) for each in model.modules() if (route := route_of(each))]
     if routed:
         return [
@@ -53,6 +61,7 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
                 module,
                 getattr(module, route.heads),
                 module.head_dim,
+                device_of(module),
                 route.bias(module),
                 route.forward,
             )
@@ -70,8 +79,8 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
         found = list(_found.get().values())
     except (AttributeError, TypeError, IndexError) as error:
         raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: its code handles attention masks "
-            f"itself ({error})"
+            f"{type(model).__name__} cannot be retrofitted: its code computes attention itself, "
+            "not through the attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
         ) from error
     finally:
         _found.reset(token)
@@ -97,7 +106,7 @@ def record(
             raise UserError(f"{name} cannot be retrofitted: it has {meaning} ({key_word})")
     if not getattr(module, "is_causal", True):
         raise UserError(f"{name} cannot be retrofitted: its attention is not causal")
-    _found.get()[module] = Attention(module, query.shape[1], query.shape[3])
+    _found.get()[module] = Attention(module, query.shape[1], query.shape[3], query.device)
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -112,27 +121,30 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module computes: the device of its weights, or of Accelerate's for them."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    for each in module.modules():
+        device = getattr(getattr(each, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device("cpu")
+
+
 @torch.no_grad()
 def call(model: PreTrainedModel) -> Tensor:
     """Return what the model says of a few tokens: logits, or what else comes first."""
     training = [module for module in model.modules() if module.training]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.arange(1, TOKENS + 1, device=model.device)[None] % vocabulary
+    embeddings = model.get_input_embeddings()
+    places = torch.arange(1, TOKENS + 1, device=device_of(embeddings))[None]
+    tokens = places % embeddings.weight.shape[0]
     try:
         return model.eval()(input_ids=tokens, use_cache=False)[0]
     finally:
         for module in training:
             module.training = True
-
-
-def own_logits(model: PreTrainedModel) -> Tensor:
-    """Return `call` by the model's own code.
-
-    The eager code leaves nothing out: PyTorch's own attention knows no cap of the scores. But that
-    of Falcon adds ALiBi twice, and its other once, as Falcon was trained.
-    """
-    with implementation(model, "sdpa" if model.config.model_type == "falcon" else "eager"):
-        return call(model)
 
 
 AttentionInterface.register(SURVEY, record)

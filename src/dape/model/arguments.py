@@ -1,0 +1,86 @@
+"""Arguments that transformers' callers pass beyond those of our models: used, or refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import is_tracing
+
+from dape.errors import UserError, unknown
+
+# The loss takes the first three, transformers' decorators the others.
+_TAKEN = frozenset(
+    {
+        "ignore_index",
+        "num_items_in_batch",
+        "shift_labels",
+        "debug_io",
+        "debug_io_dir",
+        "output_hidden_states",
+        "prune_layers",
+    }
+)
+# The bounds of documents say the same.
+_IMPLIED = frozenset({"max_length_k", "max_length_q"})
+_KNOWN = (
+    "attention_mask",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "input_ids",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "output_attentions",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "seq_idx",
+    "use_cache",
+)
+
+
+def refuse_unused(arguments: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for an argument with a value that the model would not use.
+
+    `token_type_ids` may be zeros, as tokenizers return them unasked, and `is_causal` may be true.
+    """
+    for name, value in arguments.items():
+        if value is None or (value is False and name.startswith("output_")):
+            continue
+        if name == "is_causal" and value is True:
+            continue
+        if name == "token_type_ids":
+            if not is_tracing(value) and value.any():
+                raise UserError("token_type_ids: this model knows no types of tokens but 0")
+        elif name not in _TAKEN | _IMPLIED:
+            raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
+
+
+def packed_documents(
+    batch: int,
+    length: int,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> Tensor | None:
+    """Return the number of the document of each token, by either way in which collators say it.
+
+    `seq_idx` `[B, T]` is the number; `cu_seq_lens_q` `[N + 1]` are the N documents' bounds among
+    all tokens, rows one after the other, and `cu_seq_lens_k` the same of the keys.
+
+    Raises:
+        UserError: for shapes that do not fit, and keys bounded otherwise than queries.
+    """
+    if seq_idx is not None:
+        if seq_idx.shape != (batch, length):
+            raise UserError(f"seq_idx {list(seq_idx.shape)} must be [{batch}, {length}]")
+        return seq_idx
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        return None
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or not cu_seq_lens_q.equal(cu_seq_lens_k):
+        raise UserError("cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal")
+    if cu_seq_lens_q.ndim != 1 or int(cu_seq_lens_q[-1]) != batch * length:
+        raise UserError(f"cu_seq_lens_q must be a row of bounds that ends with {batch * length}")
+    tokens = torch.arange(batch * length, device=cu_seq_lens_q.device)
+    return torch.searchsorted(cu_seq_lens_q, tokens, right=True).view(batch, length)

@@ -1,0 +1,99 @@
+"""Exported programs, of PyTorch and of ONNX, serve any batch and any length."""
+
+import warnings
+
+import pytest
+import torch
+from models import fresh, grown, tokens
+from pretrained import pretrained
+from torch.export import Dim, export
+from torch.testing import assert_close
+
+import dape
+from dape.positions import scheme
+
+# Parts that add to the scores or stand before them, in one layer each: a trace takes seconds.
+NAMES = [name for name, base in scheme.BASES.items() if base.rotation is None]
+NAMES += ["rope", "dynamic-ntk", "dape-kerple", "dape3-fire", "talking-heads-alibi"]
+LENGTHS = (2, 5, 40)
+pytestmark = pytest.mark.unhooked
+
+
+class Logits(torch.nn.Module):
+    """A model as a function of tensors alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None):
+        return self.model(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).logits
+
+
+def free(most=None):
+    """Return free sizes of the batch and the length, the latter up to `most`."""
+    return {0: Dim("batch"), 1: Dim("length", max=most)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_model_reads_any_length(name):
+    model = Logits(grown(scheme=name, train_length=64, num_hidden_layers=1).requires_grad_(False))
+    most = 64 if name == "learned" else None  # as long as its table
+    program = export(model, (tokens(2, 9),), dynamic_shapes=(free(most),)).module()
+    for length in LENGTHS:
+        ids = tokens(3, length)
+        assert_close(program(ids), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_an_exported_model_takes_padding():
+    model = grown(scheme="dape-fire", backend="chunked", num_hidden_layers=1)
+    model = Logits(model.requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    program = export(model, given, dynamic_shapes=(free(), free())).module()
+    for length in LENGTHS:
+        ids, mask = tokens(3, length), torch.ones(3, length, dtype=torch.long)
+        mask[0, : length // 2] = 0
+        assert_close(program(ids, mask), model(ids, mask), rtol=1e-9, atol=1e-9)
+
+
+def test_an_exported_model_tells_documents_apart_by_their_positions():
+    model = grown(scheme="dape-kerple", backend="reference", num_hidden_layers=1)
+    model = Logits(model.requires_grad_(False))
+    given = (tokens(2, 9), None, torch.arange(9).expand(2, -1))
+    program = export(model, given, dynamic_shapes=(free(), None, free())).module()
+    for length in LENGTHS:
+        ids, positions = tokens(3, length), torch.arange(length).expand(3, -1) % 4
+        expected = torch.cat([model(part) for part in ids.split(4, dim=1)], dim=1)
+        assert_close(program(ids, None, positions), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_retrofitted_model_is_exported_with_its_adapters(name):
+    model = pretrained(name, torch.float64)
+    mounted = dape.retrofit(model, bias="kerple")
+    for parameter in mounted.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = Logits(model.requires_grad_(False))
+    program = export(model, (tokens(2, 9),), dynamic_shapes=(free(64),)).module()
+    for length in LENGTHS:
+        ids = tokens(3, length)
+        assert_close(program(ids), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_an_onnx_file_has_the_logits_of_the_model(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = Logits(fresh(scheme="dape-kerple")).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about PyTorch's own insides
+        torch.onnx.export(
+            model, (tokens(2, 9),), tmp_path / "model.onnx",
+            dynamic_shapes=(free(),), verbose=False,
+        )  # fmt: skip
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for length in LENGTHS:
+        ids = tokens(3, length)
+        (out,) = session.run(None, {"input_ids": ids.numpy()})
+        assert_close(torch.from_numpy(out), model(ids), rtol=1e-5, atol=1e-5)

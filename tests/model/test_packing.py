@@ -1,0 +1,261 @@
+"""Documents packed in one row are computed as if alone, and masks of four axes as they are."""
+
+import functools
+
+import pytest
+import torch
+from models import SIZES, grown, tokens
+from pretrained import move, pretrained
+from test_blocks import llama, modern
+from test_schemes import NAMES
+from torch.testing import assert_close
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+
+import dape
+from dape.errors import UserError
+
+LENGTHS = (4, 1, 7)
+WAYS = ["position_ids", "seq_idx", "cu_seq_lens"]
+every_way = pytest.mark.parametrize("way", WAYS)
+every_scheme = pytest.mark.parametrize("name", NAMES)
+
+
+@functools.cache
+def model_of(name):
+    """Return a model that no test changes."""
+    torch.manual_seed(0)
+    return grown(scheme=name).requires_grad_(False)
+
+
+def near(ours, theirs):
+    assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def packed(way, documents):
+    """Return a batch of one row as transformers' own collator packs it."""
+    collate = DataCollatorWithFlattening(
+        return_position_ids=way == "position_ids",
+        return_seq_idx=way == "seq_idx",
+        return_flash_attn_kwargs=way == "cu_seq_lens",
+    )
+    batch = collate([{"input_ids": ids} for ids in documents])
+    assert batch["input_ids"].shape == (1, sum(LENGTHS))
+    return batch
+
+
+def documents():
+    return [tokens(length) for length in LENGTHS]
+
+
+@every_scheme
+@every_way
+def test_each_document_has_the_logits_it_has_alone(name, way):
+    model, texts = model_of(name), documents()
+    batch = packed(way, texts)
+    expected = torch.cat([model(ids[None]).logits[0] for ids in texts])
+    for use_cache in (False, True):
+        near(model(**batch, use_cache=use_cache).logits[0], expected)
+
+
+@every_way
+def test_loss_and_gradients_are_those_of_the_documents_alone(way):
+    model, texts = grown(scheme="dape3-fire").train(), documents()
+    batch = packed(way, texts)
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    count = sum(LENGTHS) - len(LENGTHS)
+    whole = model(**batch).loss
+    alone = sum(
+        model(ids[None], labels=ids[None], num_items_in_batch=torch.tensor(count)).loss
+        for ids in texts
+        if len(ids) > 1
+    )
+    assert_close(whole, alone, rtol=1e-6, atol=1e-6)  # the loss itself is float32
+    for ours, theirs in zip(gradients(whole), gradients(alone), strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_batch_are_packed_each_in_its_own_way():
+    model, ids = model_of("dape-kerple"), tokens(2, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    expected = torch.cat([model(ids[:1, :3]).logits, model(ids[:1, 3:]).logits], 1)
+    for given in (
+        {"position_ids": positions},
+        {"seq_idx": torch.tensor([[3, 3, 3, 1, 1, 1], [0, 0, 0, 0, 0, 0]])},
+        dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 3, 6, 12])),
+    ):
+        out = model(ids, **given).logits
+        near(out[:1], expected)
+        near(out[1:], model(ids[1:]).logits)
+    once = model(ids, position_ids=positions[:1]).logits
+    near(once[1:, 3:], model(ids[1:, 3:]).logits)
+
+
+def test_packing_is_that_of_transformers():
+    theirs = llama(attn_implementation="eager")
+    ours, batch = modern(theirs), packed("position_ids", documents())
+    expected = theirs(**batch, use_cache=False)
+    out = ours(**batch, use_cache=False)
+    # Doubles both, so that the bound says that it is the same function.
+    assert_close(out.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    theirs, ours = theirs.double(), ours.double()
+    assert_close(ours(**batch).loss, theirs(**batch, use_cache=False).loss, rtol=1e-6, atol=1e-6)
+    near_enough = (ours(**batch).logits - theirs(**batch, use_cache=False).logits).abs().max()
+    assert near_enough < 1e-5  # Llama's angles are float32
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_packed_rows_go_through_a_cache_that_covers_their_positions(cache):
+    """A document that goes on in the next piece is told by positions that cover the cached keys."""
+    model, texts = model_of("dape3-fire"), documents()
+    batch = packed("position_ids", texts)
+    expected = model(**batch).logits
+    kept = cache(model.config, max_cache_len=14) if cache is StaticCache else cache()
+    pieces = [
+        model(
+            batch["input_ids"][:, piece],
+            position_ids=batch["position_ids"][:, : piece.stop],
+            past_key_values=kept,
+        ).logits
+        for piece in (slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 12))
+    ]
+    near(torch.cat(pieces, 1), expected)
+
+
+def test_documents_of_a_retrofitted_model_are_computed_as_if_alone():
+    model, texts = pretrained("llama", torch.float64), documents()
+    mounted = dape.retrofit(model, "dape3", "kerple")
+    move(mounted.adapters, 0.3)
+    with torch.no_grad():
+        expected = torch.cat([model(ids[None]).logits[0] for ids in texts])
+        out = model(**packed("position_ids", texts), use_cache=False).logits[0]
+        assert_close(out, expected, rtol=0, atol=1e-5)  # Llama's angles are float32
+        for way in ("seq_idx", "cu_seq_lens"):
+            with pytest.raises(UserError, match="give position_ids that restart, no attention_m"):
+                model(**packed(way, texts), use_cache=False)
+        with pytest.raises(UserError, match="is_causal=False: with adapters mounted"):
+            model(texts[0][None], is_causal=False)
+
+
+def test_padding_and_documents_hide_keys_together():
+    model, ids = model_of("dape3-kerple"), tokens(1, 9)
+    mask = torch.ones(1, 9, dtype=torch.long)
+    mask[:, :2] = 0
+    number = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    out = model(ids, attention_mask=mask, seq_idx=number).logits
+    near(out[:, 2:5], model(ids[:, 2:5]).logits)
+    near(out[:, 5:], model(ids[:, 5:]).logits)
+
+
+def test_a_mask_of_ones_says_that_a_row_is_one_document():
+    model, ids = model_of("dape-kerple"), tokens(1, 6)
+    positions = torch.tensor([[0, 2, 4, 7, 8, 9]])
+    out = model(ids, position_ids=positions, attention_mask=torch.ones(1, 6)).logits
+    assert (out[:, 1:] - model(ids, position_ids=positions).logits[:, 1:]).abs().max() > 1e-3
+    changed = ids.clone()
+    changed[:, 0] = ids[:, 0] % (SIZES["vocab_size"] - 1) + 1
+    other = model(changed, position_ids=positions, attention_mask=torch.ones(1, 6)).logits
+    assert (other[:, 5] != out[:, 5]).any()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"seq_idx": torch.zeros(2, 6)}, r"seq_idx \[2, 6\] must be \[2, 7\]"),
+        ({"cu_seq_lens_q": torch.tensor([0, 14])}, "must both be given, and be equal"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 14]), "cu_seq_lens_k": torch.tensor([0, 13])},
+            "must both be given, and be equal",
+        ),
+        (
+            dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7])),
+            "bounds that ends with 14",
+        ),
+        ({"position_ids": torch.arange(6)[None]}, r"position_ids \[1, 6\] must be \[1 or 2, 7\]"),
+        ({"position_ids": torch.arange(7)}, r"position_ids \[7\] must be \[1 or 2, 7\]"),
+        ({"position_ids": torch.zeros(3, 7).long()}, r"position_ids \[3, 7\] must be"),
+    ],
+)
+def test_documents_that_do_not_fit_are_refused(given, words):
+    with pytest.raises(UserError, match=words) as error:
+        model_of("dape-kerple")(tokens(2, 7), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_cached_keys_of_unknown_documents_are_refused():
+    model, ids = model_of("dape-kerple"), tokens(1, 9)
+    cache = model(ids[:, :6]).past_key_values
+    with pytest.raises(UserError, match="begin below 6, the number of cached keys: give attention"):
+        model(ids[:, 6:], position_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
+    with pytest.raises(UserError, match="seq_idx and cu_seq_lens_q say nothing of 6 cached keys"):
+        model(ids[:, 6:], seq_idx=torch.zeros(1, 3).int(), past_key_values=cache)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    cache = model(ids[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])).past_key_values
+    out = model(
+        ids[:, 6:], position_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache,
+        attention_mask=mask,
+    )  # fmt: skip
+    near(out.logits, model(ids[:, 3:]).logits[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_a_mask_of_four_axes_is_taken_as_it_is(dtype):
+    """A prefix whose tokens see each other, as in transformers."""
+    theirs, ids = llama(attn_implementation="sdpa"), tokens(2, 7)
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()
+    mask[:3, :3] = True
+    mask = mask.expand(2, 1, 7, 7)
+    expected = theirs(ids, attention_mask=mask).logits
+    causal = theirs(ids).logits
+    assert (expected - causal)[:, :3].abs().max() > 0.1
+    out = modern(theirs)(ids, attention_mask=mask.to(dtype)).logits
+    assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@every_scheme
+def test_a_token_of_a_prefix_sees_those_after_it(name):
+    model, ids = model_of(name), tokens(1, 7)
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    mask[..., :3, :3] = True
+    changed = ids.clone()
+    changed[:, 2] = ids[:, 2] % (SIZES["vocab_size"] - 1) + 1
+    before, after = (model(x, attention_mask=mask).logits for x in (ids, changed))
+    assert (before[:, 0] - after[:, 0]).abs().max() > 1e-6
+    causal = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    near(model(ids, attention_mask=causal).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"head_mask": torch.ones(4)}, "unknown argument of the model 'head_mask'"),
+        ({"lables": torch.ones(1, 5)}, "'lables'; did you mean 'labels'"),
+        ({"token_type_ids": torch.ones(1, 5)}, "token_type_ids: this model knows no types"),
+        ({"is_causal": False}, "unknown argument of the model 'is_causal'"),
+        ({"cache_position": torch.arange(5)}, "unknown argument of the model 'cache_position'"),
+        ({"encoder_hidden_states": torch.ones(1)}, "'encoder_hidden_states'"),
+        pytest.param(
+            {"attention_mask": {"full_attention": None}},
+            "attention_mask is a dict; it must be a",
+            marks=pytest.mark.unhooked,
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_no_argument_is_dropped_in_silence(given, words):
+    with pytest.raises(UserError, match=words) as error:
+        model_of("dape-kerple")(tokens(1, 5), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_that_change_nothing_are_taken():
+    model, ids = model_of("dape-kerple"), tokens(1, 5)
+    out = model(
+        ids, head_mask=None, token_type_ids=torch.zeros_like(ids), is_causal=True,
+        output_router_logits=False, return_dict=False, use_cache=False,
+    )  # fmt: skip
+    assert len(out) == 1 and torch.equal(out[0], model(ids).logits)
