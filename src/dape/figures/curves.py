@@ -28,11 +28,14 @@ class Point:
     y: float
 
 
-def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure":
+def over_length(
+    groups: Sequence[Group], metric: str = "perplexity", top: float | None = None
+) -> "Figure":
     """Draw a metric against the window length: the mean over seeds, a band of one deviation.
 
     Lines are listed from the highest to the lowest at the longest length, those that end before it
-    last. A value that is not finite is left out, and so is a length that a model refused.
+    last. A value that is not finite is left out, and so is a length that a model refused. Lines
+    leave the figure at the value `top`.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
@@ -46,7 +49,8 @@ def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure"
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
         _lines(axes, points, groups)
         _length_axis(axes, groups[0].evaluations[0].lengths)
-        _value_axis(axes, points)
+        _value_axis(axes, [point for point in points if top is None or point.y <= top])
+        axes.set_ylim(top=top)
         _mark_training(axes, groups)
     return figure
 
