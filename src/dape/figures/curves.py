@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABEL = 32  # characters in a line of a label
+MARGIN = 0.05  # below the lowest point, of the height of a figure with a top
 LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
 
 
@@ -49,8 +50,11 @@ def over_length(
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
         _lines(axes, points, groups)
         _length_axis(axes, groups[0].evaluations[0].lengths)
-        _value_axis(axes, [point for point in points if top is None or point.y <= top])
-        axes.set_ylim(top=top)
+        shown = [point for point in points if top is None or point.y <= top]
+        _value_axis(axes, shown)
+        if top is not None and shown:
+            lowest = min(point.y for point in shown)
+            axes.set_ylim(lowest - MARGIN * (top - lowest), top)
         _mark_training(axes, groups)
     return figure
 
