@@ -21,8 +21,8 @@ def test_every_experiment_is_on_the_page():
 
 @pytest.mark.parametrize("command", sorted({command.strip() for command in COMMANDS}))
 def test_its_commands_can_be_given(command):
-    arguments = parse(Arguments, shlex.split(command), "dape paper")
-    assert set(arguments.names) <= {*EXPERIMENTS, "list", "report"}
+    if command not in ("list", "report"):
+        assert set(parse(Arguments, shlex.split(command), "dape paper").names) <= set(EXPERIMENTS)
 
 
 def test_its_options_are_those_there_are():

@@ -146,3 +146,13 @@ def test_training_loss_is_drawn_over_tokens():
     np.testing.assert_allclose(lines["kerple"].get_xdata(), [100, 200, 300])
     np.testing.assert_allclose(lines["kerple"].get_ydata(), [4, 3, 2])
     np.testing.assert_allclose(lines["dape-kerple"].get_ydata(), [3, 2, 1])
+
+
+def test_what_diverges_leaves_the_figure_and_does_not_set_its_scale():
+    groups = group([make("alibi", [2.0, 2.1, 2.1, 2.2, 2.2]), make("rope", [2.0, 4, 6, 8, 9])])
+    (axes,) = over_length(groups, top=20.0).axes
+    lowest = math.exp(2)
+    assert axes.get_ylim() == pytest.approx((lowest - 0.05 * (20 - lowest), 20.0))
+    assert axes.get_yscale() == "linear"
+    (axes,) = over_length(groups).axes
+    assert axes.get_ylim()[1] > math.exp(9) and axes.get_yscale() == "log"

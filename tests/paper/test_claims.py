@@ -25,7 +25,7 @@ from dape.paper.claims import (
 from dape.paper.panel import Panel
 
 SETTING = Setting("small", "arxiv", 128)
-DOCUMENTS = np.array([0.9, 1.0, 1.1])  # by which evaluations.make spreads a loss
+DOCUMENTS = np.linspace(0.9, 1.1, 20)  # by which evaluations.make spreads a loss
 
 
 def group(label, *losses_by_seed):
@@ -180,7 +180,6 @@ def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
     short = [[10.0] * 25, [12.0] * 24 + [0.0], [20.0] * 25]
     long = [[10.0] * 25, [12.0 - gain * 4] * 24 + [0.0], [20.0] * 25]
     file = cell.record.evaluation("context")
-    file.parent.mkdir(parents=True)
     use(tokens, [short, long], lengths=[128, 256]).save(file)
     where = replace(panel(), cells=(cell,))
     found = Uses("kerple", SETTING).find([where])
@@ -202,3 +201,13 @@ def use(tokens, losses, lengths=(128, 256, 512)):
         tallies={"token": tally, "pair": tally},
         provenance={},
     )
+
+
+def test_few_documents_decide_nothing(tmp_path):
+    cell = Cell(tmp_path, "small/kerple-0", "kerple", ())
+    tokens = [[5] * 19, [4] * 19, [5] * 19]
+    losses = [[[10.0] * 19, [mean * 4.0] * 19, [20.0] * 19] for mean in (3.0, 2.0)]
+    file = cell.record.evaluation("context")
+    use(tokens, losses, lengths=[128, 256]).save(file)
+    found = Uses("kerple", SETTING).find([replace(panel(), cells=(cell,))])
+    assert found.test.p_value < 0.001 and found.outcome == "not decidable at this scale"

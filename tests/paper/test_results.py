@@ -149,7 +149,7 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
 
 def test_the_page_holds_everything_itself():
     found = run(experiment())
-    text = page([found, results(CORE)])
+    text = page([found, results(CORE)], beside(found.panels))
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert text.count("data:image/svg+xml;base64,") == 1
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text

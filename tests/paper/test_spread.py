@@ -95,6 +95,14 @@ def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
     assert "much" in record.log(found[0]).read_text()
 
 
+def test_a_record_that_cannot_be_written_fails_its_cell_alone():
+    found = cells("kerple", "alibi")
+    found[0].record.path.parent.mkdir(parents=True)
+    found[0].record.path.write_text("a file where the folder was to be")
+    outcomes = {each.cell.arm: each.error for each in spread(found, ["cpu"], Pretended(), silent)}
+    assert "File exists" in outcomes["kerple"] and outcomes["alibi"] is None
+
+
 def test_after_the_minutes_nothing_starts():
     found = cells("kerple", "alibi")
     assert spread(found, ["cpu"], Pretended(), silent, minutes=0) == []

@@ -23,6 +23,8 @@ COMMANDS = {
     "plot learned": "what a trained model adds to its scores",
     "plot context": "the use of far text, over its distance",
     "paper": "the paper's tables and figures, each by one command",
+    "paper list": "the experiments behind them",
+    "paper report": "one page on all of them",
     "export": "a run as a Hugging Face folder with a model card",
     "bench attention": "speed and memory of attention, against named peers",
     "info": "versions, devices and attention backends",

@@ -29,14 +29,13 @@ Folders = Annotated[tuple[tuple[str, str], ...], commas("NAME=FOLDER,...", folde
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Plan an experiment, train and measure the cells that are missing, and write its table.
+    """Plan experiments, train and measure the cells that are missing, and write their tables.
 
-    `dape paper list` lists the experiments, `dape paper report` writes a page on all of them.
-    The same command again goes on where it was interrupted; finished cells are not run again.
+    The same command again goes on where it was interrupted. Finished cells are not run again.
     """
 
     names: tyro.conf.Positional[tuple[str, ...]]
-    """experiments"""
+    """experiments, as `dape paper list` names them"""
     plan: bool = False
     """print the plan with its price, and stop"""
     only: Names = ()
@@ -52,47 +51,29 @@ class Arguments:
     discard: bool = False
     """delete checkpoints and model of each finished cell; its small results stay"""
 
+    def __post_init__(self) -> None:
+        """Refuse no experiment."""
+        if not self.names:
+            raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
+
 
 def main(argv: list[str]) -> int | None:
-    """List, report, or plan and run."""
+    """Plan, run what is due, and show what is known."""
     arguments = parse(Arguments, argv, prog="dape paper")
     from dape.paper.cells import once
     from dape.paper.experiment import smoke
-    from dape.paper.experiments import EXPERIMENTS, find
+    from dape.paper.experiments import find
     from dape.paper.results import results
 
-    data = dict(arguments.data)
-    if not arguments.names:
-        raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
-    if arguments.names == ("list",):
-        for each in EXPERIMENTS.values():
-            print(f"{each.name:<14}{each.title} ({each.shows})")
-        return 0
-    if arguments.names == ("report",):
-        return report(data, arguments.scale == "smoke")
     experiments = [find(name) for name in arguments.names]
     if arguments.scale == "smoke":
         experiments = [smoke(each) for each in experiments]
+    data = dict(arguments.data)
     status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
     if not arguments.plan:
         for each in experiments:
             show(results(each, data))
     return status
-
-
-def report(data: dict[str, str], miniature: bool) -> int:
-    """Write one page on all experiments that are the paper's."""
-    from dape.files import write_text
-    from dape.paper.experiment import smoke
-    from dape.paper.experiments import PAPER
-    from dape.paper.page import page
-    from dape.paper.results import results
-
-    experiments = [smoke(each) if miniature else each for each in PAPER]
-    file = experiments[0].home / "report.html"
-    write_text(file, page([results(each, data) for each in experiments]))
-    print(f"wrote {file}")
-    return 0
 
 
 def run(cells: list["Cell"], arguments: Arguments) -> int:

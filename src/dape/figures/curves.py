@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABEL = 32  # characters in a line of a label
+MARGIN = 0.05  # below the lowest point, of the height of a figure with a top
 LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
 
 
@@ -28,11 +29,14 @@ class Point:
     y: float
 
 
-def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure":
+def over_length(
+    groups: Sequence[Group], metric: str = "perplexity", top: float | None = None
+) -> "Figure":
     """Draw a metric against the window length: the mean over seeds, a band of one deviation.
 
     Lines are listed from the highest to the lowest at the longest length, those that end before it
-    last. A value that is not finite is left out, and so is a length that a model refused.
+    last. A value that is not finite is left out, and so is a length that a model refused. Lines
+    leave the figure at the value `top`.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
@@ -46,7 +50,11 @@ def over_length(groups: Sequence[Group], metric: str = "perplexity") -> "Figure"
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
         _lines(axes, points, groups)
         _length_axis(axes, groups[0].evaluations[0].lengths)
-        _value_axis(axes, points)
+        shown = [point for point in points if top is None or point.y <= top]
+        _value_axis(axes, shown)
+        if top is not None and shown:
+            lowest = min(point.y for point in shown)
+            axes.set_ylim(lowest - MARGIN * (top - lowest), top)
         _mark_training(axes, groups)
     return figure
 

@@ -14,10 +14,11 @@ is the paired bootstrap over documents, which tells these models apart and says 
 A token is far if it, and the token before it, occurred last beyond the training length and within
 the longest window; `Uses` is always over documents.
 
-With p < 0.05 and d on the other side of m the check is not reproduced, with a greater p it is not
-decidable at this scale. A perplexity up to 1 % above its best counts as steady. A claim is not
-reproduced if one of its checks is not, reproduced if all are, and else not decidable. Checks
-without records are left out; without any check the claim is not measured.
+With p < 0.05 and d on the other side of m the check is not reproduced. With a greater p, or over
+fewer than 20 documents, it is not decidable at this scale. A perplexity up to 1 % above its best
+counts as steady. A claim is not reproduced if one of its checks is not, reproduced if all are, and
+else not decidable. Checks without records are left out; without any check the claim is not
+measured.
 """
 
 import math
@@ -31,7 +32,12 @@ from jaxtyping import Float
 from dape.evaluate import context
 from dape.evaluate.compare import Group
 from dape.evaluate.context import ContextUse
-from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
+from dape.evaluate.significance import (
+    FEWEST_DOCUMENTS,
+    PairedTest,
+    paired_bootstrap,
+    paired_t,
+)
 from dape.paper.cells import Setting
 from dape.paper.panel import Panel
 from dape.paper.sweep import CONTEXT
@@ -238,7 +244,8 @@ def percent(difference: float) -> str:
 
 
 def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
-    if not test.p_value < SIGNIFICANT:
+    few = "over documents" in test.name and test.pairs < FEWEST_DOCUMENTS
+    if few or not test.p_value < SIGNIFICANT:
         return "not decidable at this scale"
     return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
 

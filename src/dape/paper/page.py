@@ -6,16 +6,18 @@ from importlib.resources import files
 from typing import get_args
 
 from dape.figures.report import embedded
-from dape.figures.tables import p_value
+from dape.figures.tables import Table, p_value
 from dape.paper import claims
-from dape.paper.beside import beside
 from dape.paper.claims import Outcome
 from dape.paper.results import Results
 from dape.paper.sections import OURS
 
 
-def page(found: Sequence[Results]) -> str:
-    """Return the page: verdicts first, then a part for each experiment that has results."""
+def page(found: Sequence[Results], beside: Table) -> str:
+    """Return the page: verdicts first, then each experiment that has results.
+
+    `beside` holds the published numbers and ours.
+    """
     from jinja2 import Environment
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -31,7 +33,7 @@ def page(found: Sequence[Results]) -> str:
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
         minutes=sum(each.minutes for each in found),
         rules=(claims.__doc__ or "").partition("\n\n")[2],
-        beside=beside(panel for each in found for panel in each.panels),
+        beside=beside,
         published=f", {OURS}",
         p_value=p_value,
     )

@@ -34,7 +34,7 @@ class Results:
 
     @property
     def minutes(self) -> float:
-        """Return the GPU minutes that it took."""
+        """Return the minutes of one device that it took."""
         return sum(record.read(cell).minutes for cell in self.cells)
 
     def origin(self) -> dict[str, str]:
@@ -57,14 +57,14 @@ class Results:
         parts = [
             f"# {self.experiment.title}",
             f"Reproduces {self.experiment.shows}: `{self.command}`,"
-            f" {self.minutes:.0f} GPU minutes.",
+            f" {self.minutes:.0f} minutes of one device.",
             verdicts_table(self.verdicts).markdown() if self.verdicts else "",
         ]
         for section in self.sections:
             parts += [f"## {section.name}", *(table.markdown() for table in section.tables)]
             if section.figure:
                 parts += [f"![{section.caption}]({section.file})", section.caption]
-        parts += [f"- {name}: {value}" for name, value in self.origin().items()]
+        parts.append("\n".join(f"- {name}: {value}" for name, value in self.origin().items()))
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def write(self) -> None:
@@ -75,7 +75,8 @@ class Results:
             if section.figure:
                 save(section.figure, folder / section.file)
         write_text(folder / TABLE, self.markdown())
-        write_json(folder / VERDICTS, [as_record(verdict) for verdict in self.verdicts])
+        if self.verdicts:
+            write_json(folder / VERDICTS, [as_record(verdict) for verdict in self.verdicts])
 
 
 def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Results:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dape.evaluate import context, learned
 from dape.evaluate.compare import compare
 from dape.figures import context as context_figures
@@ -21,6 +23,7 @@ from dape.paper.sweep import CONTEXT, LEARNED
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TALLEST = 2.5  # of a figure, in its lowest value: what diverges would hide all else
 OURS = "published"  # ends the label of a row that is not ours
 
 
@@ -91,11 +94,17 @@ def _curves(panel: Panel) -> Section:
     comparisons = compare(panel.groups)
     tested = [tables.significance(comparisons)] if comparisons else []
     shown = (perplexities(panel), *tested, trainings(panel))
+    values = np.concatenate([group.values("perplexity").ravel() for group in panel.groups])
+    top = TALLEST * np.nanmin(values)
     caption = (
         "Perplexity against the length of the window, trained at"
         f" {panel.setting.length:,} tokens. Dashed: without an adapter; solid: with one."
     )
-    return Section(panel.name, shown, over_length(panel.groups), caption)
+    if np.nanmax(values) > top:
+        caption += f" Lines leave the figure at {TALLEST:g} times the lowest value."
+    else:
+        top = None
+    return Section(panel.name, shown, over_length(panel.groups, top=top), caption)
 
 
 def perplexities(panel: Panel) -> Table:

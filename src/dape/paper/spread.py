@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO
 
+from dape.errors import UserError
 from dape.paper import record
 from dape.paper.cells import Cell, Step
 
@@ -65,7 +66,7 @@ class Workers:
         """End what runs, and start nothing more."""
         with self.lock:
             self.stopped = True
-            for process in self.running:
+            for process in list(self.running):
                 process.terminate()
 
 
@@ -132,7 +133,19 @@ def describe(end: Outcome) -> str:
 
 
 def _run(cell: Cell, device: str, workers: Workers, weights: bool) -> Outcome:
-    """Run the commands of a cell one after the other, and keep what they leave."""
+    """Run a cell; a disk or a record that fails is an outcome like any other."""
+    begun = time.monotonic()
+    try:
+        error = _steps(cell, device, workers)
+        if not weights and _tells(error):
+            record.discard(cell)
+    except (OSError, UserError) as failure:
+        error = str(failure)
+    return Outcome(cell, device, time.monotonic() - begun, error)
+
+
+def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
+    """Run the commands one after the other, keep what they leave, and return their error."""
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
@@ -142,11 +155,14 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool) -> Outcome:
         seconds[record.command(step)] = time.monotonic() - begun
         if error:
             break
-    if error is None or TELLING.search(error):
+    if _tells(error):
         record.finish(cell, seconds, error)
-        if not weights:
-            record.discard(cell)
-    return Outcome(cell, device, sum(seconds.values()), error)
+    return error
+
+
+def _tells(error: str | None) -> bool:
+    """Return whether a cell ended for a reason of its own, so that its end is a result."""
+    return error is None or bool(TELLING.search(error))
 
 
 def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:

@@ -1,0 +1,40 @@
+"""`dape paper report`: one page on all experiments of the paper."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dape.cli.arguments import parse
+from dape.cli.paper import Folders
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Write one page on all experiments of the paper, from what is finished of them.
+
+    It is results/paper/report.html, and needs no network. Beside it, published.md has every
+    published number with ours.
+    """
+
+    scale: Literal["full", "smoke"] = "full"
+    """smoke: of the experiments in miniature, runs/smoke/report.html"""
+    data: Folders = ()
+    """folders of prepared corpora, where they are not data/NAME"""
+
+
+def main(argv: list[str]) -> None:
+    """Write the page and say where it is."""
+    arguments = parse(Arguments, argv, prog="dape paper report")
+    from dape.files import write_text
+    from dape.paper.beside import beside
+    from dape.paper.experiment import smoke
+    from dape.paper.experiments import PAPER
+    from dape.paper.page import page
+    from dape.paper.results import results
+
+    experiments = [smoke(each) if arguments.scale == "smoke" else each for each in PAPER]
+    found = [results(each, dict(arguments.data)) for each in experiments]
+    table = beside(panel for each in found for panel in each.panels)
+    home = experiments[0].home
+    write_text(home / "report.html", page(found, table))
+    write_text(home / "published.md", table.markdown() + "\n")
+    print(f"wrote {home / 'report.html'} and {home / 'published.md'}")
