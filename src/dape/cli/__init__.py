@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "perplexity over length of one or more runs",
     "plot": "evaluated runs, or an encoding, as a figure",
     "paper": "the paper's tables and figures, each by one command",
+    "chomsky": "the Chomsky-hierarchy benchmark: fifteen tasks in which position is everything",
     "export": "a run as a Hugging Face folder with a model card",
     "bench": "speed and memory of attention, against named peers",
     "info": "versions, devices, attention backends, schemes",
