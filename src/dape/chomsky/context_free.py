@@ -27,6 +27,7 @@ class StackManipulation(Task):
     level = "context-free"
     inputs = ("0", "1", "pop", "push-0", "push-1")
     outputs = ("0", "1", "end")
+    chance = blind = 49.6
 
     def output_length(self, length: int) -> int:
         """Return room for a full stack and its end."""
@@ -88,7 +89,7 @@ class ReverseString(BitTask):
 class ModularArithmetic(Task):
     """Modular Arithmetic: the value of a bracketed expression over +, - and x, modulo 5.
 
-    Every binary operation has brackets of its own. A constant answer of 0 is right for 30 percent.
+    Every binary operation has brackets of its own. A constant answer of 0 is right for 31 percent.
 
         ( 2 - ( - 4 ) ) -> 1
         ( ( 2 x 3 ) x ( 4 ) ) -> 4
@@ -98,7 +99,7 @@ class ModularArithmetic(Task):
     level = "context-free"
     inputs: ClassVar[tuple[str, ...]] = symbols(operators=3)
     outputs = tuple("01234")
-    chance = blind = 30.0
+    chance = blind = 31.1
 
     def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
         return expressions(draw, length, operators=3)

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dape.chomsky.task import BitTask, Draw, Strings, Task
 
@@ -60,16 +61,16 @@ class ModularArithmeticSimple(Task):
         inputs = torch.empty(draw.batch, length, dtype=torch.long, device=draw.device)
         inputs[:, ::2], inputs[:, 1::2] = digits, MODULUS + operators
         # A product of digits is a sum of logarithms to base 2 modulo 5, or 0 if a digit is 0.
-        signs = torch.tensor([1, -1, 0], device=draw.device)[operators]  # 0 goes on multiplying
-        signs = torch.nn.functional.pad(signs, (1, 0), value=1)
-        logarithms = torch.tensor([0, 0, 1, 3, 2], device=draw.device)[digits]
+        logarithms = (digits == 2) + 3 * (digits == 3) + 2 * (digits == 4)
+        signs = (operators == 0).long() - (operators == 1).long()  # 0 goes on multiplying
+        signs = pad(signs, (1, 0), value=1)
         product = signs.abs().cumsum(1) - 1  # the product to which a digit belongs
         sign, exponent, zeros = (
             torch.zeros_like(digits).scatter_add(1, product, each)
             for each in (signs, logarithms, (digits == 0).long())
         )
-        value = torch.tensor([1, 2, 4, 3], device=draw.device)[exponent % 4]
-        return inputs, (sign * value * (zeros == 0)).sum(1, keepdim=True) % MODULUS
+        value = sign * (1 << exponent % 4) * (zeros == 0)
+        return inputs, value.sum(1, keepdim=True) % MODULUS
 
     def solve(self, inputs: Sequence[int]) -> list[int]:
         """Let Python compute the expression."""

@@ -13,7 +13,9 @@ COMMANDS = {
 def usage() -> str:
     """Return the page that `dape chomsky --help` prints."""
     rows = "\n".join(f"  {name:<7} {text}" for name, text in COMMANDS.items())
-    return f"usage: dape chomsky COMMAND ...\n\n{rows}\n\n`dape chomsky COMMAND --help` explains one."
+    return (
+        f"usage: dape chomsky COMMAND ...\n\n{rows}\n\n`dape chomsky COMMAND --help` explains one."
+    )
 
 
 def main(argv: list[str]) -> None:

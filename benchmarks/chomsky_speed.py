@@ -1,0 +1,176 @@
+"""How many encoders of the Chomsky benchmark a GPU trains a second, and which way is the fastest.
+
+Ways: an ordinary loop; K models side by side without and with CUDA graphs; several such stacks on
+streams of their own. Each is timed over the curriculum of lengths, after every length was captured,
+and once more at the longest length alone, as padding all batches to one shape would cost.
+A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
+
+    python benchmarks/chomsky_speed.py --schemes rope,dape-kerple --task reverse-string
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from itertools import count
+
+import torch
+
+from dape.chomsky.encoder import Model, build, configure
+from dape.chomsky.stack import Stack, Training
+from dape.chomsky.task import single
+from dape.chomsky.tasks import TASKS
+from dape.provenance import provenance
+
+STEPS, RUNS, GPUS = 50_000, 495, 4
+
+
+def loop(task, model, scheme, training, device):
+    """Return one step of an ordinary training loop: a module, dropout, clipping, Adam."""
+    config = configure(model, scheme, task, training.length)
+    encoder = build(config, len(task.outputs), seed=0).to(device).train()
+    optimizer = torch.optim.Adam(encoder.parameters(), training.learning_rate, fused=True)
+    draw = single(0, training.batch_size, device)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def step(length):
+        inputs, outputs, _ = task.sample(draw, length)
+        tokens = inputs.shape[1] + outputs.shape[1]
+        noise = encoder.noise([generator], len(inputs), tokens, training.dropout)
+        noise = noise._make(None if part is None else part[0] for part in noise)
+        logits = encoder(inputs, outputs.shape[1], noise)
+        torch.nn.functional.cross_entropy(logits.mT, outputs).backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), training.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def stacked(task, model, scheme, training, device, models, stacks, graphs):
+    """Return one step of so many stacks of so many models."""
+    config = configure(model, scheme, task, training.length, backend="reference")
+    seeds = count()
+    each = [
+        Stack(task, config, training, [next(seeds) for _ in range(models)], device)
+        for _ in range(stacks)
+    ]
+
+    def step(length):
+        for stack in each:
+            if graphs:
+                stack.step(length)
+            else:
+                stack.update(length)
+
+    return step
+
+
+def seconds(step, lengths, device):
+    """Return the seconds a step takes, over the given lengths."""
+    synchronize(device)
+    start = time.perf_counter()
+    for length in lengths:
+        step(length)
+    synchronize(device)
+    return (time.perf_counter() - start) / len(lengths)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(step, training, device, timed):
+    """Return seconds per step over the curriculum and at the longest length, and of capturing."""
+    every = [*range(1, training.length + 1)]
+    start = time.perf_counter()
+    for _ in range(3):
+        seconds(step, every, device)
+    captured = time.perf_counter() - start
+    curriculum = replace(training, steps=timed).lengths()
+    return seconds(step, curriculum, device), seconds(step, every[-1:] * timed, device), captured
+
+
+def ways(options, task, model, training, device):
+    """Yield each way by name, with its number of models and how to make its step."""
+    for scheme in options.schemes.split(","):
+        arguments = (task, model, scheme, training, device)
+        yield scheme, "loop", 1, lambda a=arguments: loop(*a)
+        first, *_ = models = [int(each) for each in options.models.split(",")]
+        yield (
+            scheme,
+            f"{first} side by side",
+            first,
+            lambda a=arguments: stacked(*a, first, 1, False),
+        )
+        for number in models:
+            yield (
+                scheme,
+                f"{number} side by side, graphs",
+                number,
+                lambda a=arguments, k=number: stacked(*a, k, 1, True),
+            )
+        for stacks in [int(each) for each in options.streams.split(",")]:
+            yield (
+                scheme,
+                f"{stacks} streams of {options.per_stream}, graphs",
+                (stacks * options.per_stream),
+                lambda a=arguments, s=stacks: stacked(*a, options.per_stream, s, True),
+            )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="reverse-string")
+    parser.add_argument("--schemes", default="rope,alibi,kerple,fire,dape-kerple,dape3-kerple")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--models", default="1,3,9,27")
+    parser.add_argument("--streams", default="2,4")
+    parser.add_argument("--per-stream", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    device, task = torch.device(options.device), TASKS[options.task]
+    model = Model(hidden_size=options.width)
+    training = Training(length=options.length, batch_size=options.batch_size)
+    origin = provenance(device, ["(benchmarks/chomsky_speed.py)"])
+    print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
+    print(
+        f"{'scheme':<16} {'way':<32} {'steps/s':>8} {'models/s':>9} {'longest':>9} "
+        f"{'h / 495 runs':>12} {'GiB':>6} {'set-up s':>8}"
+    )
+    records = []
+    for scheme, way, models, make in ways(options, task, model, training, device):
+        record = {"scheme": scheme, "way": way, "models": models}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            took, longest, captured = measure(make(), training, device, options.steps)
+        except (RuntimeError, NotImplementedError) as error:
+            record["failed"] = str(error).splitlines()[0]
+            print(f"{scheme:<16} {way:<32} failed: {record['failed']}", flush=True)
+            records.append(record)
+            continue
+        gib = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
+        record |= {"seconds": took, "seconds_longest": longest, "capture": captured, "gib": gib}
+        hours = RUNS * STEPS * took / models / GPUS / 3600
+        print(
+            f"{scheme:<16} {way:<32} {1 / took:>8.1f} {models / took:>9.1f} "
+            f"{models / longest:>9.1f} {hours:>12.2f} {gib:>6.1f} {captured:>8.1f}",
+            flush=True,
+        )
+        records.append(record)
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump({"options": vars(options), "ways": records, **origin}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
