@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import count
 
 import torch
@@ -37,8 +38,7 @@ def loop(task, model, scheme, training, device):
         inputs, outputs, _ = task.sample(draw, length)
         tokens = inputs.shape[1] + outputs.shape[1]
         noise = encoder.noise([generator], len(inputs), tokens, training.dropout)
-        noise = noise._make(None if part is None else part[0] for part in noise)
-        logits = encoder(inputs, outputs.shape[1], noise)
+        logits = encoder(inputs, outputs.shape[1], noise.one(0))
         torch.nn.functional.cross_entropy(logits.mT, outputs).backward()
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), training.clip)
         optimizer.step()
@@ -93,31 +93,20 @@ def measure(step, training, device, timed):
 
 
 def ways(options, task, model, training, device):
-    """Yield each way by name, with its number of models and how to make its step."""
+    """Yield scheme, way, its number of models, and what makes its step."""
+    models = [int(each) for each in options.models.split(",")]
     for scheme in options.schemes.split(","):
-        arguments = (task, model, scheme, training, device)
-        yield scheme, "loop", 1, lambda a=arguments: loop(*a)
-        first, *_ = models = [int(each) for each in options.models.split(",")]
-        yield (
-            scheme,
-            f"{first} side by side",
-            first,
-            lambda a=arguments: stacked(*a, first, 1, False),
-        )
+        setting = (task, model, scheme, training, device)
+        yield scheme, "loop", 1, partial(loop, *setting)
+        ordinary = partial(stacked, *setting, models[0], 1, False)
+        yield scheme, f"{models[0]} side by side", models[0], ordinary
         for number in models:
-            yield (
-                scheme,
-                f"{number} side by side, graphs",
-                number,
-                lambda a=arguments, k=number: stacked(*a, k, 1, True),
-            )
-        for stacks in [int(each) for each in options.streams.split(",")]:
-            yield (
-                scheme,
-                f"{stacks} streams of {options.per_stream}, graphs",
-                (stacks * options.per_stream),
-                lambda a=arguments, s=stacks: stacked(*a, options.per_stream, s, True),
-            )
+            make = partial(stacked, *setting, number, 1, True)
+            yield scheme, f"{number} side by side, graphs", number, make
+        for streams in [int(each) for each in options.streams.split(",")]:
+            each = options.per_stream
+            make = partial(stacked, *setting, each, streams, True)
+            yield scheme, f"{streams} streams of {each}, graphs", streams * each, make
 
 
 def main():

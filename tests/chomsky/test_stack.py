@@ -41,8 +41,7 @@ def alone(scheme, task, seed, lengths):
         inputs, outputs, _ = task.sample(draw, length)
         tokens = inputs.shape[1] + outputs.shape[1]
         noise = model.noise([generator], len(inputs), tokens, TRAINING.dropout)
-        noise = noise._make(None if part is None else part[0] for part in noise)
-        logits = model(inputs, outputs.shape[1], noise)
+        logits = model(inputs, outputs.shape[1], noise.one(0))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), outputs.flatten())
         optimizer.zero_grad()
         loss.backward()

@@ -85,6 +85,14 @@ class Noise(NamedTuple):
     keep: Float[Tensor, "places batch length width"] | None = None
     positions: Int[Tensor, "layers length"] | None = None
 
+    def one(self, index: int) -> "Noise":
+        """Return the part of one generator, of noise with a leading axis of them."""
+        keep, positions = (None if part is None else part[index] for part in self)
+        return Noise(keep, positions)
+
+
+QUIET = Noise()
+
 
 class EncoderLayer(nn.Module):
     """A post-norm block: `LN(x + attention(x))`, then `LN(x + W2 relu(W1 x))`."""
@@ -127,7 +135,7 @@ class Encoder(nn.Module):
         truncated_normal(self.embed_tokens.weight, 0.02)
 
     def forward(
-        self, inputs: Int[Tensor, "batch length"], out: int, noise: Noise = Noise()
+        self, inputs: Int[Tensor, "batch length"], out: int, noise: Noise = QUIET
     ) -> Float[Tensor, "batch out classes"]:
         """Return the logits of `out` output symbols."""
         placeholder = self.config.vocab_size - 1
@@ -171,13 +179,14 @@ class Encoder(nn.Module):
         places = 2 * config.num_hidden_layers + (self.position_embedding is not None)
         keep = positions = None
         if dropout:
-            shape = (len(generators), places, batch, length, config.hidden_size)
-            keep = torch.empty(shape, device=device)
+            keep = torch.empty(
+                len(generators), places, batch, length, config.hidden_size, device=device
+            )
             for own, generator in zip(keep, generators, strict=True):
                 own.bernoulli_(1 - dropout, generator=generator)
             keep /= 1 - dropout
-        rotation = self.layers[0].self_attn.rotation
-        if isinstance(rotation, RandomizedRoPE):
+        rotation = next((m for m in self.modules() if isinstance(m, RandomizedRoPE)), None)
+        if rotation is not None:
             if length > rotation.pool:
                 raise UserError(
                     f"model.pool={rotation.pool} has fewer positions than the {length} tokens of "

@@ -5,7 +5,6 @@ Models this small leave a GPU idle. So their parameters lie in one tensor `[mode
 each length of the curriculum, with the drawing of examples inside.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,7 +57,7 @@ class Stack:
 
     Attributes:
         flat: the parameters, `[models, parameters]`.
-        losses: sum over the updates since it was last read of each model's loss.
+        losses: sum of each model's losses over the updates since `read_losses`.
 
     """
 
@@ -154,13 +153,27 @@ class Stack:
             logits: Tensor = functional_call(self.encoder, parameters, (inputs, out, noise))
             return logits
 
-        over = Noise(*(None if part is None else 0 for part in noise))
-        logits: Tensor = vmap(one, in_dims=(0, 0, over))(self.parameters(flat), inputs, noise)
+        over = tuple(None if part is None else 0 for part in noise)
+        logits: Tensor = vmap(one, in_dims=(0, 0, Noise(*over)))(
+            self.parameters(flat), inputs, noise
+        )
         return logits
 
     def step(self, length: int) -> None:
         """Make an update, on a GPU as a graph from its second time at a length on."""
         self._step(length, self.update)
+
+    def read_losses(self) -> list[float]:
+        """Return the sum of each model's losses since the last call; waits for the device."""
+        self._synchronize()
+        found: list[float] = self.losses.tolist()
+        self.losses.zero_()
+        self._synchronize()  # the updates run on a stream of their own
+        return found
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed training needs."""

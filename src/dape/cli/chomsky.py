@@ -7,6 +7,8 @@ from dape.errors import UserError, unknown
 COMMANDS = {
     "tasks": "the fifteen tasks, and what is scored without reading the input",
     "sample": "examples of a task, to check by hand",
+    "train": "models, trained and tested from a recipe",
+    "table": "the same, then the table and the figures",
 }
 
 

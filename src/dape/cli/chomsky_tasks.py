@@ -36,8 +36,10 @@ def main(argv: list[str]) -> None:
     ]
     Table(
         title="Tasks of the Chomsky-hierarchy benchmark",
-        header=["task", "level", "order matters", "symbols in", "symbols out"]
-        + ["output at 40", "output at 500", "constant", "blind"],
+        header=[
+            *("task", "level", "order matters", "symbols in", "symbols out"),
+            *("output at 40", "output at 500", "constant", "blind"),
+        ],
         rows=rows,
         note="constant, blind: percent right without reading the input.",
     ).show()
