@@ -153,10 +153,9 @@ class Stack:
             logits: Tensor = functional_call(self.encoder, parameters, (inputs, out, noise))
             return logits
 
-        over = tuple(None if part is None else 0 for part in noise)
-        logits: Tensor = vmap(one, in_dims=(0, 0, Noise(*over)))(
-            self.parameters(flat), inputs, noise
-        )
+        keep, positions = (None if part is None else 0 for part in noise)
+        axes: Any = (0, 0, Noise(keep, positions))  # type: ignore[arg-type]
+        logits: Tensor = vmap(one, in_dims=axes)(self.parameters(flat), inputs, noise)
         return logits
 
     def step(self, length: int) -> None:
