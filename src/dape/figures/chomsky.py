@@ -144,33 +144,31 @@ def made(grid: Grid, argv: list[str]) -> str:
 
 
 def heat_map(grid: Grid) -> "Figure":
-    """Draw the mean scores, tasks by schemes, with the blind predictor as a first column."""
+    """Draw the mean scores, tasks by schemes.
+
+    The colour is the part of what a blind predictor leaves to gain: 0 at its score, 1 at 100.
+    """
     import seaborn
     from matplotlib.figure import Figure
 
-    values = np.array(
-        [
-            [TASKS[task].blind, *(grid.mean(task, scheme) for scheme in grid.schemes)]
-            for task in grid.tasks
-        ]
-    )
+    scores = np.array([[grid.mean(task, each) for each in grid.schemes] for task in grid.tasks])
+    blind = np.array([[TASKS[task].blind] for task in grid.tasks])
     with theme():
-        figure = Figure(figsize=(2.6 + 0.62 * values.shape[1], 1.4 + 0.3 * len(values)))
+        figure = Figure(figsize=(3.4 + 0.62 * len(grid.schemes), 1.6 + 0.3 * len(grid.tasks)))
         axes = figure.subplots()
         seaborn.heatmap(
-            values,
+            (scores - blind) / (100 - blind),
             vmin=0,
-            vmax=100,
+            vmax=1,
             cmap="viridis",
-            annot=True,
+            annot=scores,
             fmt=".0f",
             annot_kws={"fontsize": "small"},
-            xticklabels=["blind", *grid.schemes],
-            yticklabels=list(grid.tasks),
-            cbar_kws={"label": "score (percent right beyond training)"},
+            cbar_kws={"label": "gain over a blind predictor"},
             ax=axes,
         )
-        axes.set_xticklabels(axes.get_xticklabels(), rotation=40, ha="right")
+        axes.set_xticks(np.arange(len(grid.schemes)) + 0.5, grid.schemes, rotation=40, ha="right")
+        axes.set_yticks(np.arange(len(grid.tasks)) + 0.5, grid.tasks, rotation=0)
         axes.tick_params(length=0)
         axes.grid(False)
     return figure
