@@ -97,9 +97,8 @@ def read(path: Path) -> Benchmark:
     Raises:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
     """
-    data = {key: _frozen(value) for key, value in read_yaml(path).items()}
     try:
-        found: Benchmark = strict.build(Benchmark, data)
+        found: Benchmark = strict.build(Benchmark, read_yaml(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return found
@@ -112,10 +111,6 @@ def write(benchmark: Benchmark) -> str:
         for key, value in asdict(benchmark).items()
     }
     return yaml.safe_dump(plain, sort_keys=False)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
