@@ -25,7 +25,8 @@ def silent(*_):
 
 
 def run_cpu(benchmark):
-    run_all(benchmark, [CPU], silent, silent, ["chomsky", "train"])
+    ends = run_all(benchmark, [CPU], silent, ["chomsky", "train"])
+    assert all(end.error is None for end in ends)
 
 
 def numbers(folder):
@@ -131,10 +132,28 @@ def test_long_jobs_come_first():
 
 def test_two_devices_share_the_jobs(tmp_path):
     benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
-    done = []
-    run_all(benchmark, [CPU, CPU], silent, done.append, [])
-    assert sorted(job.scheme for job in done) == ["kerple", "randomized-rope"]
+    ends = [(end.job.scheme, end.error) for end in run_all(benchmark, [CPU, CPU], silent, [])]
+    assert sorted(ends) == [("kerple", None), ("randomized-rope", None)]
     assert len(numbers(tmp_path)) == 2
+
+
+def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    measure = runs.accuracies
+
+    def fails_once(*arguments):
+        monkeypatch.setattr(runs, "accuracies", measure)
+        raise RuntimeError("out of memory\nat some address")
+
+    monkeypatch.setattr(runs, "accuracies", fails_once)
+    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
+    ends = [end.error for end in run_all(benchmark, [CPU], silent, [])]
+    assert ends == ["RuntimeError: out of memory", None]
+    assert len(numbers(tmp_path)) == 1 and len(plan(benchmark)) == 1
+
+
+def test_no_job_starts_after_the_time(tmp_path):
+    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
+    assert list(run_all(benchmark, [CPU], silent, [], minutes=0.0)) == []
 
 
 def test_even_pairs_are_learned(tmp_path):
@@ -174,6 +193,7 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
         ("training: {precision: fp16}", "expected 'fp32' or 'tf32'"),
         ("evaluation: {longest: 40}", "evaluation.longest=40 must be above training.length=40"),
         ("training: {rate: 1}", "training.rate"),
+        ("model: {pool: 1499}", "model.pool=1499 is less than the 1500 tokens of the longest"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):

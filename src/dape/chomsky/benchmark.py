@@ -15,6 +15,7 @@ from dape.errors import UserError
 from dape.files import read_yaml
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
+from dape.positions.rotary import RandomizedRoPE
 from dape.train import strict
 
 SCHEMES = (
@@ -49,12 +50,7 @@ class Benchmark:
             raise UserError(f"seeds={','.join(map(str, self.seeds))}: none below 0")
         _check(self)
         for scheme in self.schemes:
-            embedding = schemes.resolve(scheme).embedding
-            if embedding is not None and embedding.module is Learned:
-                raise UserError(
-                    f"schemes={scheme}: a learned embedding ends at the training length, so there "
-                    "is nothing to score beyond"
-                )
+            _check_reach(self, scheme)
             for task in self.tasks:
                 configure(self.model, scheme, resolve(task), self.training.length)
 
@@ -66,6 +62,23 @@ class Benchmark:
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers of a cell, besides its task, scheme and seed."""
         return {name: asdict(getattr(self, name)) for name in ("model", "training", "evaluation")}
+
+
+def _check_reach(benchmark: Benchmark, scheme: str) -> None:
+    """Raise a `UserError` for a scheme that has no positions for the longest input."""
+    parts, pool = schemes.resolve(scheme), benchmark.model.pool
+    if parts.embedding is not None and parts.embedding.module is Learned:
+        raise UserError(
+            f"schemes={scheme}: a learned embedding ends at the training length, so there is "
+            "nothing to score beyond"
+        )
+    longest = benchmark.evaluation.longest
+    most = max(longest + resolve(task).output_length(longest) for task in benchmark.tasks)
+    if parts.rotation is not None and parts.rotation.module is RandomizedRoPE and pool < most:
+        raise UserError(
+            f"model.pool={pool} is less than the {most} tokens of the longest input and output; "
+            "raise it, or lower evaluation.longest"
+        )
 
 
 def _check(benchmark: Benchmark) -> None:

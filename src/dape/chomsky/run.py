@@ -1,12 +1,14 @@
 """Training and testing of the cells that are missing, on every GPU there is."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice, takewhile
 from multiprocessing import get_context
-from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,8 @@ def run(
     job: Job, benchmark: Benchmark, device: torch.device, report: Report, argv: list[str]
 ) -> None:
     """Train and test the models of a job and write their cells; an interrupted one goes on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     task, training = TASKS[job.task], benchmark.training
     with _precision(training.precision):
         config = configure(benchmark.model, job.scheme, task, training.length, "reference")
@@ -178,48 +182,57 @@ def _precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: `error` is None if its cells are written."""
+
+    job: Job
+    error: str | None
+
+
 def run_all(
     benchmark: Benchmark,
     devices: Sequence[torch.device],
     report: Report,
-    done: Callable[[Job], None],
     argv: list[str],
-) -> None:
-    """Run the jobs that are missing, one at a time on each device.
+    minutes: float = math.inf,
+) -> Iterator[Outcome]:
+    """Run the jobs that are missing, one at a time on each device, and yield how each ended.
 
-    `report` is told the losses of a job as it goes if there is one device; `done` each job's end.
+    Several devices have a process each; `report` hears of the losses on one device only. After
+    `minutes` no further job starts.
     """
-    jobs = plan(benchmark)
+    deadline = time.monotonic() + 60 * minutes
+    jobs = takewhile(lambda _: time.monotonic() < deadline, plan(benchmark))
     if len(devices) == 1:
         for job in jobs:
-            run(job, benchmark, devices[0], report, argv)
-            done(job)
+            yield _outcome(job, partial(run, job, benchmark, devices[0], report, argv))
         return
-    context = get_context("spawn")
-    free: Queue[torch.device] = context.Queue()
-    for device in devices:
-        free.put(device)
-    with ProcessPoolExecutor(len(devices), context, _take, (free,)) as pool:
-        running = {pool.submit(_run_here, job, benchmark, argv): job for job in jobs}
-        try:
-            for future in as_completed(running):
-                future.result()
-                done(running[future])
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with ExitStack() as stack:
+        context = get_context("spawn")
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in devices]
+        free, running = list(range(len(devices))), {}
+        while True:
+            for job in islice(jobs, len(free)):
+                place = free.pop()
+                future = pools[place].submit(run, job, benchmark, devices[place], _silent, argv)
+                running[future] = place, job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                place, job = running.pop(future)
+                free.append(place)
+                yield _outcome(job, future.result)
 
 
-_here: torch.device
+def _outcome(job: Job, finish: Callable[[], None]) -> Outcome:
+    """Return how a job ends; an error of one leaves the others to run."""
+    try:
+        finish()
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+        return Outcome(job, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    return Outcome(job, None)
 
 
-def _take(free: "Queue[torch.device]") -> None:
-    """Give this process one of the devices."""
-    global _here
-    _here = free.get()
-    if _here.type == "cuda":
-        torch.cuda.set_device(_here)
-
-
-def _run_here(job: Job, benchmark: Benchmark, argv: list[str]) -> None:
-    run(job, benchmark, _here, lambda *_: None, argv)
+def _silent(job: Job, step: int, losses: list[float]) -> None:
+    """Report nothing."""

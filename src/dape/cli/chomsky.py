@@ -20,13 +20,14 @@ def usage() -> str:
     )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     """Run one step."""
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
-        return
+        return 0
     if not argv:
         raise UserError(f"name a step: dape chomsky {', '.join(COMMANDS)}")
     if argv[0] not in COMMANDS:
         raise unknown("step of dape chomsky", argv[0], COMMANDS)
-    import_module(f"dape.cli.chomsky_{argv[0]}").main(argv[1:])
+    status: int | None = import_module(f"dape.cli.chomsky_{argv[0]}").main(argv[1:])
+    return status

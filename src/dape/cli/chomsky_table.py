@@ -18,12 +18,13 @@ class TableArguments(Arguments):
     """train nothing: make them of the cells that are finished"""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Train, write, and say where."""
     arguments = read_arguments(argv, PROG, TableArguments)
-    if not arguments.finished:
-        train(arguments.benchmark, arguments.devices, ["chomsky", "table", *argv])
+    words = ["chomsky", "table", *argv]
+    status = 0 if arguments.finished else train(arguments, words)
     from dape.figures.chomsky import write
 
-    for file in write(arguments.benchmark, ["chomsky", "table", *argv]):
+    for file in write(arguments.benchmark, words):
         print(f"wrote {file}")
+    return status

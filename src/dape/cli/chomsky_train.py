@@ -1,7 +1,9 @@
 """`dape chomsky train`: the models of a benchmark."""
 
+import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -32,12 +34,13 @@ class Arguments:
     benchmark: Annotated[Benchmark, tyro.conf.arg(name="")]
     devices: str = "auto"
     """cpu, cuda:0, or several as cuda:0,cuda:1; auto takes every GPU, else the CPU"""
+    minutes: float = math.inf
+    """start no further cell after so many minutes"""
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     """Train what is missing."""
-    arguments = read_arguments(argv, PROG, Arguments)
-    train(arguments.benchmark, arguments.devices, ["chomsky", "train", *argv])
+    return train(read_arguments(argv, PROG, Arguments), ["chomsky", "train", *argv])
 
 
 def read_arguments(argv: list[str], prog: str, kind: type[Given]) -> Given:
@@ -49,31 +52,32 @@ def read_arguments(argv: list[str], prog: str, kind: type[Given]) -> Given:
     return parse(kind, argv[1:], prog, kind(read(Path(argv[0]))))
 
 
-def train(benchmark: Benchmark, devices: str, argv: list[str]) -> None:
-    """Train and test the models that are missing, with a line for each job."""
+def train(arguments: Arguments, argv: list[str]) -> int:
+    """Train and test the models that are missing, a line for each job; return 1 if one failed."""
     from dape.chomsky.run import plan, run_all
 
-    chosen, missing = choose_devices(devices), plan(benchmark)
-    jobs, models = len(missing), sum(len(job.seeds) for job in missing)
-    print(f"{benchmark.out}: {models} models to train on {', '.join(map(str, chosen))}", flush=True)
-    start, ended = time.monotonic(), 0
-
-    def report(job: "Job", step: int, losses: list[float]) -> None:
-        if step % max(1, benchmark.training.steps // 10) == 0:
-            words = " ".join(f"{loss:.4f}" for loss in losses)
-            print(
-                f"  {job.name}  step {step:,}/{benchmark.training.steps:,}  loss {words}",
-                flush=True,
-            )
-
-    def done(job: "Job") -> None:
-        nonlocal ended
-        ended += 1
+    benchmark, devices = arguments.benchmark, choose_devices(arguments.devices)
+    jobs = plan(benchmark)
+    models = sum(len(job.seeds) for job in jobs)
+    print(
+        f"{benchmark.out}: {models} models to train on {', '.join(map(str, devices))}", flush=True
+    )
+    start, failed = time.monotonic(), 0
+    report = partial(show, benchmark.training.steps)
+    for number, end in enumerate(run_all(benchmark, devices, report, argv, arguments.minutes), 1):
+        failed += end.error is not None
         hours = (time.monotonic() - start) / 3600
-        left = hours / ended * (jobs - ended)
-        print(f"{job.name}: done ({ended}/{jobs}, {hours:.2f} h, {left:.2f} h left)", flush=True)
+        left = hours / number * (len(jobs) - number)
+        how = f"failed: {end.error}" if end.error else "done"
+        print(f"{end.job.name}: {how} ({number}/{len(jobs)}, about {left:.2f} h left)", flush=True)
+    return 1 if failed else 0
 
-    run_all(benchmark, chosen, report, done, argv)
+
+def show(steps: int, job: "Job", step: int, losses: list[float]) -> None:
+    """Print the losses of a job, ten times in its course."""
+    if step % max(1, steps // 10) == 0:
+        words = " ".join(f"{loss:.4f}" for loss in losses)
+        print(f"  {job.name}  step {step:,}/{steps:,}  loss {words}", flush=True)
 
 
 def choose_devices(names: str) -> list["torch.device"]:
