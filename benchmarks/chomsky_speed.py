@@ -18,6 +18,7 @@ from itertools import count
 import torch
 
 from dape.chomsky.encoder import Model, build, configure
+from dape.chomsky.measure import Evaluation, accuracy
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.task import single
 from dape.chomsky.tasks import TASKS
@@ -109,6 +110,21 @@ def ways(options, task, model, training, device):
             yield scheme, f"{streams} streams of {each}, graphs", streams * each, make
 
 
+def sweep(task, model, scheme, training, device):
+    """Return about how many seconds it takes to test one model at all lengths up to 500."""
+    config = configure(model, scheme, task, training.length)
+    encoder = build(config, len(task.outputs), seed=0).to(device).eval()
+    evaluation = Evaluation()
+    lengths = range(25, evaluation.longest + 1, 50)
+
+    def test(length):
+        sample = task.sample(single(length, evaluation.samples, device), length)
+        accuracy(encoder, sample, length, evaluation.batch_tokens)
+
+    seconds(test, lengths, device)  # compiles kernels
+    return evaluation.longest * seconds(test, lengths, device)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="reverse-string")
@@ -122,6 +138,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluation", action="store_true", help="time the test of a model too")
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
@@ -156,6 +173,10 @@ def main():
             flush=True,
         )
         records.append(record)
+    for scheme in options.schemes.split(",") if options.evaluation else ():
+        took = sweep(task, model, scheme, training, device)
+        print(f"{scheme:<16} about {took:.0f} s to test a model at lengths 1 to 500", flush=True)
+        records.append({"scheme": scheme, "way": "test", "seconds": took})
     if options.out:
         with open(options.out, "w") as file:
             json.dump({"options": vars(options), "ways": records, **origin}, file, indent=1)

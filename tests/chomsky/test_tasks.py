@@ -174,9 +174,9 @@ def test_even_requests_for_simple_arithmetic_are_lowered():
 )
 def test_scores_without_reading_are_as_stated(name):
     task = TASKS[name]
-    constant, blind = baselines(task, range(41, 501, 9), samples=2_000, seed=0)
-    assert constant == pytest.approx(task.chance, abs=0.6)
-    assert blind == pytest.approx(task.blind, abs=0.6)
+    constant, blind = baselines(task, range(41, 501, 23), samples=2_000, seed=0)
+    assert constant == pytest.approx(task.chance, abs=0.8)
+    assert blind == pytest.approx(task.blind, abs=0.8)
 
 
 def test_a_constant_answer_to_modular_arithmetic_is_right_for_three_in_ten():
