@@ -111,6 +111,28 @@ def test_a_restored_stack_goes_on_exactly():
 
 
 @pytest.mark.gpu
+def test_a_restored_stack_goes_on_on_a_gpu(double):
+    task, lengths = TASKS["binary-addition"], (4, 2, 4, 4, 2, 2, 4)
+    config = configure(SMALL, "randomized-rope", task, TRAINING.length, backend="reference")
+    whole, first, second = (Stack(task, config, TRAINING, SEEDS, "cuda") for _ in range(3))
+    for length in lengths:
+        whole.step(length)
+    for length in lengths[:4]:
+        first.step(length)
+    totals = first.read_losses()
+    second.restore(first.state())
+    for length in lengths[4:]:
+        second.step(length)
+    torch.testing.assert_close(
+        whole.read_losses(),
+        [a + b for a, b in zip(totals, second.read_losses(), strict=True)],
+        atol=0,
+        rtol=1e-6,
+    )
+    torch.testing.assert_close(whole.flat, second.flat, atol=1e-6, rtol=0)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("scheme", "name"),
     [*((scheme, "binary-addition") for scheme in SCHEMES), *(("kerple", name) for name in TASKS)],

@@ -72,11 +72,11 @@ class Stack:
         self.task, self.training, self.seeds = task, training, list(seeds)
         self.device = torch.device(device)
         models = [build(config, len(task.outputs), seed) for seed in seeds]
-        self.encoder: Encoder = models[0].to(self.device).train()
-        self._shapes = {name: p.shape for name, p in self.encoder.named_parameters()}
+        self._shapes = {name: p.shape for name, p in models[0].named_parameters()}
         self._sizes = [-(-shape.numel() // ALIGNED) * ALIGNED for shape in self._shapes.values()]
         rows = [self._flatten(model) for model in models]
         self.flat = torch.stack(rows).to(self.device).requires_grad_()
+        self.encoder: Encoder = models[0].to(self.device).train()
         on_gpu = self.device.type == "cuda"
         self.optimizer = torch.optim.Adam(
             [self.flat], lr=training.learning_rate, fused=on_gpu, capturable=on_gpu
@@ -90,7 +90,7 @@ class Stack:
         self._graphs = Graphs([*self._data, *self._noise])
         # T5 copies its table from the host at each call, which a capture forbids.
         has_table = any(isinstance(module, T5) for module in self.encoder.modules())
-        self._step = self._graphs.run if on_gpu and not has_table else _plain
+        self._captures = on_gpu and not has_table
 
     def _flatten(self, model: Encoder) -> Float[Tensor, " parameters"]:
         pairs = zip(model.parameters(), self._sizes, strict=True)
@@ -160,7 +160,10 @@ class Stack:
 
     def step(self, length: int) -> None:
         """Make an update, on a GPU as a graph from its second time at a length on."""
-        self._step(length, self.update)
+        if self._captures:
+            self._graphs.run(length, self.update)
+        else:
+            self.update(length)
 
     def read_losses(self) -> list[float]:
         """Return the sum of each model's losses since the last call; waits for the device."""
@@ -193,14 +196,11 @@ class Stack:
         self.losses.copy_(state["losses"])
 
 
-def _plain(length: int, update: Callable[[int], None]) -> None:
-    update(length)
-
-
 class Graphs:
     """A CUDA graph for each length, with random numbers that go on from one replay to the next.
 
-    The first run of a length is an ordinary one: it warms up what a capture must not.
+    The first run of a length is an ordinary one. It makes what a capture must find made, such as
+    the state of the optimizer.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
