@@ -1,5 +1,7 @@
 """The grid of cells, the claims on it, its tables and its figures."""
 
+from dataclasses import replace
+
 import pytest
 from cells import cell, small
 from scipy.stats import t as student
@@ -58,7 +60,9 @@ def test_tables_hold_mean_deviation_maximum_and_what_needs_no_reading(grid):
     assert "| odds-first | 50.0 | 50.0 | 99.0 (0.250) |" in page
     assert "lengths 3 to 4" in page and "from memory, unverified" in page
     # 24 models that ran two by two, 18 seconds a pair; 6 steps in 6 seconds each.
-    assert "24 models" in page and "0.06 device hours on a GPU; 1 model steps a second" in page
+    assert (
+        "24 models" in page and "0.06 device hours on a GPU; 1 steps of a model in a second" in page
+    )
 
 
 def test_the_heat_map_writes_scores_and_colours_gains(grid):
@@ -102,3 +106,6 @@ def test_files_of_a_partial_benchmark(tmp_path):
     ]
     assert "| bucket-sort* | 20.0 | 90.1 | — | — |" in (tmp_path / "table.md").read_text()
     assert all(file.read_text().startswith("<?xml") for file in written[2:])
+    other = replace(benchmark, training=replace(benchmark.training, dropout=0.5))
+    with pytest.raises(UserError, match=r"training\.dropout=0\.5 \(was 0\.1\)"):
+        gather(other)

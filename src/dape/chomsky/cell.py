@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dape.chomsky.benchmark import Benchmark, differences
 from dape.chomsky.encoder import Encoder, Model, build, configure
 from dape.chomsky.tasks import resolve
 from dape.errors import UserError
@@ -71,6 +72,24 @@ def load(file: Path) -> Cell:
         UserError: if it is none, or of another format.
     """
     return read_json(file, _build, "remove it and train again")
+
+
+def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | None:
+    """Return a cell of a benchmark if it is there.
+
+    Raises:
+        UserError: if it was made with other settings, naming them.
+    """
+    file = path(benchmark.folder, task, scheme, seed)
+    if not file.exists():
+        return None
+    cell = load(file)
+    changed = differences(cell.settings, benchmark.settings())
+    if changed:
+        raise UserError(
+            f"{file} was made with other settings: {', '.join(changed)}; take another --out"
+        )
+    return cell
 
 
 def _build(content: dict[str, Any]) -> Cell:

@@ -8,9 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import ttest_ind_from_stats
 
-from dape.chomsky import cell as cells
 from dape.chomsky.benchmark import Benchmark
-from dape.chomsky.cell import Cell
+from dape.chomsky.cell import Cell, finished
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
 
@@ -55,13 +54,13 @@ def gather(benchmark: Benchmark) -> Grid:
     """Return the finished cells of a benchmark.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or one was made with other settings.
     """
     found: dict[tuple[str, str], list[Cell]] = {}
     for task, scheme, seed in product(benchmark.tasks, benchmark.schemes, benchmark.seeds):
-        file = cells.path(benchmark.folder, task, scheme, seed)
-        if file.exists():
-            found.setdefault((task, scheme), []).append(cells.load(file))
+        cell = finished(benchmark, task, scheme, seed)
+        if cell is not None:
+            found.setdefault((task, scheme), []).append(cell)
     if not found:
         raise UserError(f"{benchmark.folder} has no finished cell; leave --finished out to train")
     return Grid(benchmark.tasks, benchmark.schemes, found)

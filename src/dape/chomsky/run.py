@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dape.chomsky import cell as cells
-from dape.chomsky.benchmark import Benchmark, differences
+from dape.chomsky.benchmark import Benchmark
 from dape.chomsky.cell import Cell
 from dape.chomsky.encoder import build, configure
 from dape.chomsky.measure import accuracies
@@ -54,25 +54,15 @@ def plan(benchmark: Benchmark) -> list[Job]:
     jobs = []
     for task in benchmark.tasks:
         for scheme in benchmark.schemes:
-            seeds = tuple(s for s in benchmark.seeds if not _finished(benchmark, task, scheme, s))
+            seeds = tuple(
+                s for s in benchmark.seeds if not cells.finished(benchmark, task, scheme, s)
+            )
             if seeds:
                 jobs.append(Job(task, scheme, seeds))
     # A long job that starts last would keep one device busy alone.
     return sorted(
         jobs, key=lambda job: (-TASKS[job.task].output_length(1_000), "dape" not in job.scheme)
     )
-
-
-def _finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> bool:
-    file = cells.path(benchmark.folder, task, scheme, seed)
-    if not file.exists():
-        return False
-    changed = differences(cells.load(file).settings, benchmark.settings())
-    if changed:
-        raise UserError(
-            f"{file} was made with other settings: {', '.join(changed)}; take another --out"
-        )
-    return True
 
 
 def run(
