@@ -21,7 +21,6 @@ from dape.chomsky.encoder import build, configure
 from dape.chomsky.measure import accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
-from dape.errors import UserError
 from dape.files import remove, whole
 from dape.provenance import provenance
 

@@ -138,7 +138,7 @@ def made(grid: Grid, argv: list[str]) -> str:
         f"{len(cells)} models of width {model['hidden_size']}, {training['steps']:,} steps of "
         f"{training['batch_size']} examples of lengths 1 to {training['length']}, rate "
         f"{training['learning_rate']:g}, {training['precision']}.\n"
-        f"{hours:.2f} device hours on {devices}; {rate:,.0f} steps of a model in a second of a device.\n"
+        f"{hours:.2f} device hours on {devices}; {rate:,.0f} model steps a device second.\n"
         f"`{origin['command']}` at commit {first.provenance['commit']}; {versions}."
     )
 
