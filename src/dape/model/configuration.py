@@ -66,6 +66,8 @@ class DapeConfig(PreTrainedConfig):
             module, such as `{"adapter": {"hidden": 32}}`.
         train_length: tokens per training sequence. It informs schemes that scale by it and never
             limits how long a sequence the model reads.
+        causal: whether a token sees only those before it. Without it the model reads both ways, and
+            the distance in every bias is |i - j|.
         layer_norm_eps: added to the variance, or the mean square, in each norm.
         backend: how attention is computed, as in `dape.attention`.
 
@@ -87,6 +89,7 @@ class DapeConfig(PreTrainedConfig):
     scheme: str = "dape-kerple"
     scheme_options: dict[str, Any] = field(default_factory=dict)
     train_length: int = 512
+    causal: bool = True
     layer_norm_eps: float = 1e-5
     backend: str = "auto"
     use_cache: bool = True

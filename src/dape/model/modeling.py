@@ -103,7 +103,7 @@ class DapeAttention(nn.Module):
             value,
             in_use(self.position_bias),
             in_use(self.adapter),
-            causal,
+            causal and self.config.causal,
             query_offset=query_offset,
             backend=self.config.backend,
             mask=mask,
@@ -291,13 +291,22 @@ class DapeModel(DapePreTrainedModel):
 
 
 class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
-    """The decoder stack with an output layer: token ids to logits and loss."""
+    """The decoder stack with an output layer: token ids to logits and loss.
+
+    Raises:
+        UserError: for a configuration with `causal=False`.
+    """
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan: ClassVar[dict[str, str]] = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DapeConfig) -> None:
         super().__init__(config)
+        if not config.causal:
+            raise UserError(
+                "causal=False: a causal language model would see the tokens that it predicts; take "
+                "DapeModel, which reads both ways"
+            )
         self.model = DapeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

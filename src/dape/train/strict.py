@@ -66,6 +66,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if get_origin(option) is tuple and type(value) in (list, tuple):
             parts = get_args(option)
+            if parts[-1] is Ellipsis:
+                parts = parts[:1] * len(value)
             if len(parts) == len(value):
                 return tuple(map(_convert, value, parts, [where] * len(parts)))
         if type(value) is (get_origin(option) or option):
@@ -86,6 +88,8 @@ def _mismatch(value: Any, options: tuple[Any, ...], where: str) -> str:
 def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return " or ".join(map(repr, get_args(option)))
+    if get_origin(option) is tuple and Ellipsis in get_args(option):
+        return "a list"
     if get_origin(option) is tuple:
         return f"a list of {len(get_args(option))} numbers"
     return NAMES[get_origin(option) or option]

@@ -1,0 +1,186 @@
+"""How many encoders of the Chomsky benchmark a GPU trains a second, and which way is the fastest.
+
+Ways: an ordinary loop; K models side by side without and with CUDA graphs; several such stacks on
+streams of their own. Each is timed over the curriculum of lengths, after every length was captured,
+and once more at the longest length alone, as padding all batches to one shape would cost.
+A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
+
+    python benchmarks/chomsky_speed.py --schemes rope,dape-kerple --task reverse-string
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import count
+
+import torch
+
+from dape.chomsky.encoder import Model, build, configure
+from dape.chomsky.measure import Evaluation, accuracy
+from dape.chomsky.stack import Stack, Training
+from dape.chomsky.task import single
+from dape.chomsky.tasks import TASKS
+from dape.provenance import provenance
+
+STEPS, RUNS, GPUS = 50_000, 495, 4
+
+
+def loop(task, model, scheme, training, device):
+    """Return one step of an ordinary training loop: a module, dropout, clipping, Adam."""
+    config = configure(model, scheme, task, training.length)
+    encoder = build(config, len(task.outputs), seed=0).to(device).train()
+    optimizer = torch.optim.Adam(encoder.parameters(), training.learning_rate, fused=True)
+    draw = single(0, training.batch_size, device)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def step(length):
+        inputs, outputs, _ = task.sample(draw, length)
+        tokens = inputs.shape[1] + outputs.shape[1]
+        noise = encoder.noise([generator], len(inputs), tokens, training.dropout)
+        logits = encoder(inputs, outputs.shape[1], noise.one(0))
+        torch.nn.functional.cross_entropy(logits.mT, outputs).backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), training.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def stacked(task, model, scheme, training, device, models, stacks, graphs):
+    """Return one step of so many stacks of so many models."""
+    config = configure(model, scheme, task, training.length, backend="reference")
+    seeds = count()
+    each = [
+        Stack(task, config, training, [next(seeds) for _ in range(models)], device)
+        for _ in range(stacks)
+    ]
+
+    def step(length):
+        for stack in each:
+            if graphs:
+                stack.step(length)
+            else:
+                stack.update(length)
+
+    return step
+
+
+def seconds(step, lengths, device):
+    """Return the seconds a step takes, over the given lengths."""
+    synchronize(device)
+    start = time.perf_counter()
+    for length in lengths:
+        step(length)
+    synchronize(device)
+    return (time.perf_counter() - start) / len(lengths)
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(step, training, device, timed):
+    """Return seconds per step over the curriculum and at the longest length, and of capturing."""
+    every = [*range(1, training.length + 1)]
+    start = time.perf_counter()
+    for _ in range(3):
+        seconds(step, every, device)
+    captured = time.perf_counter() - start
+    curriculum = replace(training, steps=timed).lengths()
+    return seconds(step, curriculum, device), seconds(step, every[-1:] * timed, device), captured
+
+
+def ways(options, task, model, training, device):
+    """Yield scheme, way, its number of models, and what makes its step."""
+    models = [int(each) for each in options.models.split(",")]
+    for scheme in options.schemes.split(","):
+        setting = (task, model, scheme, training, device)
+        yield scheme, "loop", 1, partial(loop, *setting)
+        ordinary = partial(stacked, *setting, models[0], 1, False)
+        yield scheme, f"{models[0]} side by side", models[0], ordinary
+        for number in models:
+            make = partial(stacked, *setting, number, 1, True)
+            yield scheme, f"{number} side by side, graphs", number, make
+        for streams in [int(each) for each in options.streams.split(",")]:
+            each = options.per_stream
+            make = partial(stacked, *setting, each, streams, True)
+            yield scheme, f"{streams} streams of {each}, graphs", streams * each, make
+
+
+def sweep(task, model, scheme, training, device):
+    """Return about how many seconds it takes to test one model at all lengths up to 500."""
+    config = configure(model, scheme, task, training.length)
+    encoder = build(config, len(task.outputs), seed=0).to(device).eval()
+    evaluation = Evaluation()
+    lengths = range(25, evaluation.longest + 1, 50)
+
+    def test(length):
+        sample = task.sample(single(length, evaluation.samples, device), length)
+        accuracy(encoder, sample, length, evaluation.batch_tokens)
+
+    seconds(test, lengths, device)  # compiles kernels
+    return evaluation.longest * seconds(test, lengths, device)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="reverse-string")
+    parser.add_argument("--schemes", default="rope,alibi,kerple,fire,dape-kerple,dape3-kerple")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--models", default="1,3,9,27")
+    parser.add_argument("--streams", default="2,4")
+    parser.add_argument("--per-stream", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluation", action="store_true", help="time the test of a model too")
+    parser.add_argument("--out", help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    device, task = torch.device(options.device), TASKS[options.task]
+    model = Model(hidden_size=options.width)
+    training = Training(length=options.length, batch_size=options.batch_size)
+    origin = provenance(device, ["(benchmarks/chomsky_speed.py)"])
+    print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
+    print(
+        f"{'scheme':<16} {'way':<32} {'steps/s':>8} {'models/s':>9} {'longest':>9} "
+        f"{'h / 495 runs':>12} {'GiB':>6} {'set-up s':>8}"
+    )
+    records = []
+    for scheme, way, models, make in ways(options, task, model, training, device):
+        record = {"scheme": scheme, "way": way, "models": models}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            took, longest, captured = measure(make(), training, device, options.steps)
+        except (RuntimeError, NotImplementedError) as error:
+            record["failed"] = str(error).splitlines()[0]
+            print(f"{scheme:<16} {way:<32} failed: {record['failed']}", flush=True)
+            records.append(record)
+            continue
+        gib = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
+        record |= {"seconds": took, "seconds_longest": longest, "capture": captured, "gib": gib}
+        hours = RUNS * STEPS * took / models / GPUS / 3600
+        print(
+            f"{scheme:<16} {way:<32} {1 / took:>8.1f} {models / took:>9.1f} "
+            f"{models / longest:>9.1f} {hours:>12.2f} {gib:>6.1f} {captured:>8.1f}",
+            flush=True,
+        )
+        records.append(record)
+    for scheme in options.schemes.split(",") if options.evaluation else ():
+        took = sweep(task, model, scheme, training, device)
+        print(f"{scheme:<16} about {took:.0f} s to test a model at lengths 1 to 500", flush=True)
+        records.append({"scheme": scheme, "way": "test", "seconds": took})
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump({"options": vars(options), "ways": records, **origin}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

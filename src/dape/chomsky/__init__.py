@@ -1,0 +1,1 @@
+"""The Chomsky-hierarchy benchmark: fifteen tasks in which position is everything."""

@@ -1,0 +1,130 @@
+"""What a benchmark leaves behind: a JSON file for each model, and its parameters beside it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dape.chomsky.benchmark import Benchmark, differences
+from dape.chomsky.encoder import Encoder, Model, build, configure
+from dape.chomsky.tasks import resolve
+from dape.errors import UserError
+from dape.files import read_json, whole, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One trained and tested model.
+
+    settings: sections `model`, `training` and `evaluation` of the benchmark.
+    loss: pairs of a step and the mean training loss since the one before, in nats a symbol.
+    accuracy: percent of scored symbols right at the lengths 1, 2, ...
+    seconds: `training` and `evaluation`, each the time of all models that ran side by side.
+    models: how many did.
+    """
+
+    task: str
+    scheme: str
+    seed: int
+    settings: dict[str, Any]
+    parameters: int
+    loss: list[tuple[int, float]]
+    accuracy: list[float]
+    seconds: dict[str, float]
+    models: int
+    provenance: dict[str, Any]
+    format: int = field(default=FORMAT)
+
+    @property
+    def trained(self) -> int:
+        """Return the longest input trained on."""
+        return int(self.settings["training"]["length"])
+
+    @property
+    def score(self) -> float:
+        """Return the mean accuracy over the lengths beyond training."""
+        return _mean(self.accuracy[self.trained :])
+
+    @property
+    def learned(self) -> float:
+        """Return the mean accuracy over the lengths of training, on new examples."""
+        return _mean(self.accuracy[: self.trained])
+
+    def save(self, folder: Path) -> None:
+        """Write the file into the folder of a benchmark, whole or not at all."""
+        write_json(path(folder, self.task, self.scheme, self.seed), asdict(self))
+
+
+def path(folder: Path, task: str, scheme: str, seed: int) -> Path:
+    """Return where a cell lies in the folder of a benchmark."""
+    return folder / "cells" / task / f"{scheme}-{seed}.json"
+
+
+def load(file: Path) -> Cell:
+    """Return the cell in a file.
+
+    Raises:
+        UserError: if it is none, or of another format.
+    """
+    return read_json(file, _build, "remove it and train again")
+
+
+def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | None:
+    """Return a cell of a benchmark if it is there.
+
+    Raises:
+        UserError: if it was made with other settings, naming them.
+    """
+    file = path(benchmark.folder, task, scheme, seed)
+    if not file.exists():
+        return None
+    cell = load(file)
+    changed = differences(cell.settings, benchmark.settings())
+    if changed:
+        raise UserError(
+            f"{file} was made with other settings: {', '.join(changed)}; take another --out"
+        )
+    return cell
+
+
+def _build(content: dict[str, Any]) -> Cell:
+    if content["format"] != FORMAT:
+        raise UserError(f"its format is {content['format']}, not {FORMAT}")
+    return Cell(**{**content, "loss": [(step, loss) for step, loss in content["loss"]]})
+
+
+def weights(folder: Path, task: str, scheme: str, seed: int) -> Path:
+    """Return where the parameters of a model lie in the folder of a benchmark."""
+    return folder / "models" / task / f"{scheme}-{seed}.safetensors"
+
+
+def save_weights(file: Path, parameters: dict[str, torch.Tensor]) -> None:
+    """Write parameters, whole or not at all."""
+    with whole(file) as partial:
+        save_file({name: p.contiguous().cpu() for name, p in parameters.items()}, partial)
+
+
+def load_model(folder: Path, task: str, scheme: str, seed: int) -> Encoder:
+    """Return a trained encoder, to look into.
+
+    Raises:
+        UserError: if it was not trained, or its parameters are not there.
+    """
+    cell = load(path(folder, task, scheme, seed))
+    file = weights(folder, task, scheme, seed)
+    if not file.exists():
+        raise UserError(f"{file} is missing; train the cell again to have its parameters")
+    problem = resolve(task)
+    config = configure(Model(**cell.settings["model"]), scheme, problem, cell.trained)
+    encoder = build(config, len(problem.outputs), seed)
+    encoder.load_state_dict(load_file(file))
+    return encoder.eval()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,233 @@
+"""Encoders of one shape, one for each seed, trained side by side on a model axis.
+
+Models this small leave a GPU idle. So their parameters lie in one tensor `[models, parameters]`,
+`torch.func` maps one forward pass over it, and an update is captured as a CUDA graph: a graph for
+each length of the curriculum, with the drawing of examples inside.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.functional import cross_entropy, pad
+
+from dape.chomsky.encoder import Encoder, Noise, build
+from dape.chomsky.task import Draw, Sample, Task
+from dape.model.configuration import DapeConfig
+from dape.positions.bias import T5
+
+ALIGNED = 4  # each parameter begins at a multiple of so many elements: 16 bytes of float32
+NOISE = 2**32  # added to a seed for dropout and randomised positions
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How the encoders learn: Adam at a constant rate on fresh examples."""
+
+    steps: int = 50_000
+    """updates"""
+    batch_size: int = 128
+    """examples in an update, all of one length"""
+    length: int = 40
+    """the longest input; lengths are uniform from 1 on"""
+    learning_rate: float = 1e-3
+    """constant rate of Adam"""
+    clip: float = 1.0
+    """largest norm of a gradient"""
+    dropout: float = 0.1
+    """fraction dropped where a block adds to the stream; none in evaluation"""
+    precision: Literal["fp32", "tf32"] = "fp32"
+    """how a GPU multiplies matrices"""
+
+    def lengths(self) -> list[int]:
+        """Return the requested length of each update, the same for all tasks, schemes and seeds."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(1, self.length + 1, (self.steps,), generator=generator).tolist()
+
+
+class Stack:
+    """The models of some seeds, and what trains them.
+
+    Model k starts, draws and learns as it would alone: from `seeds[k]` follow its parameters, its
+    examples and its noise. The examples are the same for every scheme.
+
+    Attributes:
+        flat: the parameters, `[models, parameters]`.
+        losses: sum of each model's losses over the updates since `read_losses`.
+
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: DapeConfig,
+        training: Training,
+        seeds: Sequence[int],
+        device: torch.device | str,
+    ) -> None:
+        self.task, self.training, self.seeds = task, training, list(seeds)
+        self.device = torch.device(device)
+        models = [build(config, len(task.outputs), seed) for seed in seeds]
+        self._shapes = {name: p.shape for name, p in models[0].named_parameters()}
+        self._sizes = [-(-shape.numel() // ALIGNED) * ALIGNED for shape in self._shapes.values()]
+        rows = [self._flatten(model) for model in models]
+        self.flat = torch.stack(rows).to(self.device).requires_grad_()
+        self.encoder: Encoder = models[0].to(self.device).train()
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(
+            [self.flat], lr=training.learning_rate, fused=on_gpu, capturable=on_gpu
+        )
+        self._data, self._noise = (
+            [torch.Generator(self.device).manual_seed(seed + offset) for seed in seeds]
+            for offset in (0, NOISE)
+        )
+        self._draw = Draw(self._data, training.batch_size)
+        self.losses = torch.zeros(len(self.seeds), device=self.device)
+        self._graphs = Graphs([*self._data, *self._noise])
+        # T5 copies its table from the host at each call, which a capture forbids.
+        has_table = any(isinstance(module, T5) for module in self.encoder.modules())
+        self._captures = on_gpu and not has_table
+
+    def _flatten(self, model: Encoder) -> Float[Tensor, " parameters"]:
+        pairs = zip(model.parameters(), self._sizes, strict=True)
+        return torch.cat([pad(p.detach().flatten(), (0, size - p.numel())) for p, size in pairs])
+
+    def parameters(
+        self, flat: Float[Tensor, "models parameters"]
+    ) -> dict[str, Float[Tensor, "models ..."]]:
+        """Return the parameters by name, views of `flat`."""
+        pieces = flat.split(self._sizes, dim=1)
+        return {
+            name: piece[:, : shape.numel()].unflatten(1, shape)
+            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
+        }
+
+    def model(self, index: int) -> dict[str, Tensor]:
+        """Return the parameters of one model, to load into an `Encoder`."""
+        with torch.no_grad():
+            return {name: p[index].clone() for name, p in self.parameters(self.flat).items()}
+
+    def update(self, length: int) -> None:
+        """Draw a batch of a requested length for each model and take a step of Adam."""
+        sample = self.task.sample(self._draw, length)
+        loss = self.loss(sample)
+        loss.sum().backward()  # no model's parameters touch another's loss
+        gradient = self.flat.grad
+        assert gradient is not None
+        norm = gradient.norm(dim=1, keepdim=True)
+        gradient *= (self.training.clip / (norm + 1e-6)).clamp(max=1)
+        self.optimizer.step()
+        self.flat.grad = None
+        self.losses += loss.detach()
+
+    def loss(self, sample: Sample) -> Float[Tensor, " models"]:
+        """Return each model's cross-entropy, the mean over the output symbols, fillers included."""
+        logits = self.logits(sample.inputs, sample.outputs.shape[1])
+        entropy = cross_entropy(logits.flatten(0, 2), sample.outputs.flatten(), reduction="none")
+        return entropy.view(len(self.seeds), -1).mean(1)
+
+    def logits(
+        self, inputs: Int[Tensor, "examples length"], out: int
+    ) -> Float[Tensor, "models batch out classes"]:
+        """Return the logits of each model on its part of the examples."""
+        inputs = inputs.unflatten(0, (len(self.seeds), -1))
+        noise = self.encoder.noise(
+            self._noise, inputs.shape[1], inputs.shape[2] + out, self.training.dropout
+        )
+        return self.forward(self.flat, inputs, out, noise)
+
+    def forward(
+        self,
+        flat: Float[Tensor, "models parameters"],
+        inputs: Int[Tensor, "models batch length"],
+        out: int,
+        noise: Noise,
+    ) -> Float[Tensor, "models batch out classes"]:
+        """Return the logits of each model on inputs and noise of its own."""
+
+        def one(parameters: dict[str, Tensor], inputs: Tensor, noise: Noise) -> Tensor:
+            logits: Tensor = functional_call(self.encoder, parameters, (inputs, out, noise))
+            return logits
+
+        keep, positions = (None if part is None else 0 for part in noise)
+        axes: Any = (0, 0, Noise(keep, positions))  # type: ignore[arg-type]
+        logits: Tensor = vmap(one, in_dims=axes)(self.parameters(flat), inputs, noise)
+        return logits
+
+    def step(self, length: int) -> None:
+        """Make an update, on a GPU as a graph from its second time at a length on."""
+        if self._captures:
+            self._graphs.run(length, self.update)
+        else:
+            self.update(length)
+
+    def read_losses(self) -> list[float]:
+        """Return the sum of each model's losses since the last call; waits for the device."""
+        self._synchronize()
+        found: list[float] = self.losses.tolist()
+        self.losses.zero_()
+        self._synchronize()  # the updates run on a stream of their own
+        return found
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed training needs."""
+        return {
+            "flat": self.flat.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": [each.get_state() for each in (*self._data, *self._noise)],
+            "losses": self.losses,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        with torch.no_grad():
+            self.flat.copy_(state["flat"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for generator, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
+            generator.set_state(saved)
+        self.losses.copy_(state["losses"])
+
+
+class Graphs:
+    """A CUDA graph for each length, with random numbers that go on from one replay to the next.
+
+    The first run of a length is an ordinary one. It makes what a capture must find made, such as
+    the state of the optimizer.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._generators = generators
+        self._captured: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def run(self, length: int, update: Callable[[int], None]) -> None:
+        """Run an update of a length on the stream of these graphs."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(self._generators[0].device)
+            self._pool = torch.cuda.graph_pool_handle()
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if length not in self._captured:
+                update(length)
+                self._captured[length] = None
+                return
+            graph = self._captured[length] or self._capture(length, update)
+            graph.replay()
+
+    def _capture(self, length: int, update: Callable[[int], None]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            update(length)
+        self._captured[length] = graph
+        return graph

@@ -1,0 +1,129 @@
+"""The interface of a task: batches of examples drawn on any device, and a solver that checks them.
+
+A task is a function of a string. The tasks and their levels are those of Deletang et al. (2023,
+section 4 and appendix A). Where their text and their released code differ, these follow the code.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dape.errors import UserError
+
+Strings = Int[Tensor, "batch length"]
+
+
+class Sample(NamedTuple):
+    """Examples of one length: ids of the input, ids of the output, and the positions that count."""
+
+    inputs: Int[Tensor, "batch length"]
+    outputs: Int[Tensor, "batch out"]
+    scored: Bool[Tensor, "batch out"]
+
+
+class Draw:
+    """Random integers for a batch in equal parts, each part from a generator of its own.
+
+    Models that train side by side get the examples they would get alone.
+
+    Args:
+        generators: one for each part, all on the device of the batch.
+        rows: examples in a part.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], rows: int) -> None:
+        self._generators, self._rows = generators, rows
+        self.device = generators[0].device
+        self.batch = rows * len(generators)
+
+    def integers(self, count: int, *shape: int) -> Int[Tensor, "batch ..."]:
+        """Return integers that are uniform on 0 .. count - 1, of shape `[batch, *shape]`."""
+        size = (self._rows, *shape)
+        return torch.cat(
+            [torch.randint(count, size, generator=g, device=self.device) for g in self._generators]
+        )
+
+    def below(self, counts: Int[Tensor, "batch ..."]) -> Int[Tensor, "batch ..."]:
+        """Return integers uniform on 0 .. count - 1, for each of `counts`, which are at most 2^31.
+
+        The remainder of 63 random bits: no probability is off by more than a factor of 1 + 2^-32.
+        """
+        return self.integers(2**63 - 1, *counts.shape[1:]) % counts
+
+
+def single(seed: int, batch: int, device: torch.device | str = "cpu") -> Draw:
+    """Return the source of a whole batch from one seed."""
+    return Draw([torch.Generator(device).manual_seed(seed)], batch)
+
+
+class Task:
+    """A function from strings to strings, for any length of the input.
+
+    A docstring shows examples as `input -> output`, in the symbols of `inputs` and `outputs`.
+
+    Attributes:
+        name: as on the command line.
+        level: `regular`, `context-free` or `context-sensitive`.
+        inputs: the symbol of each input id.
+        outputs: the symbol of each output id.
+        chance: percent of scored symbols right, for the best constant answer.
+        blind: percent right for the most frequent symbol of each output position at each length.
+            Both are means over the lengths 41 to 500.
+        permutable: whether the order of the input does not matter.
+
+    """
+
+    name: ClassVar[str]
+    level: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
+    chance: ClassVar[float] = 50.0
+    blind: ClassVar[float] = 50.0
+    permutable: ClassVar[bool] = False
+
+    def input_length(self, length: int) -> int:
+        """Return how many symbols an input of the requested length has."""
+        return length
+
+    def output_length(self, length: int) -> int:
+        """Return how many symbols the output has."""
+        return 1
+
+    def sample(self, draw: Draw, length: int) -> Sample:
+        """Return a batch of examples of the requested length.
+
+        Raises:
+            UserError: for a length below 1.
+        """
+        if length < 1:
+            raise UserError(f"length={length} must be at least 1")
+        inputs, outputs, *ends = self._sample(draw, self.input_length(length))
+        positions = torch.arange(outputs.shape[1], device=outputs.device).expand_as(outputs)
+        scored = positions <= ends[0] if ends else torch.ones_like(outputs, dtype=torch.bool)
+        return Sample(inputs, outputs, scored)
+
+    def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
+        """Return inputs, outputs, and the index of the last scored position if not all are."""
+        raise NotImplementedError
+
+    def solve(self, inputs: Sequence[int]) -> list[int]:
+        """Return the scored output of one input, in plain Python: the oracle of the sampler."""
+        raise NotImplementedError
+
+
+class BitTask(Task):
+    """A task on strings of fair bits."""
+
+    inputs = ("0", "1")
+    outputs = ("0", "1")
+
+    def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
+        bits = draw.integers(2, length)
+        return bits, self.answer(bits)
+
+    def answer(self, bits: Strings) -> Int[Tensor, "batch out"]:
+        """Return the outputs."""
+        raise NotImplementedError

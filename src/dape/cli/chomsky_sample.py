@@ -1,0 +1,41 @@
+"""`dape chomsky sample`: examples of a task."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Print examples of a task as `input -> output`, with the output symbols that are scored."""
+
+    task: tyro.conf.Positional[str]
+    """name of a task; `dape chomsky tasks` lists them"""
+    length: int = 11
+    """symbols of the input"""
+    count: int = 5
+    """examples to print"""
+    seed: int = 0
+    """seed of the examples"""
+
+    def __post_init__(self) -> None:
+        """Refuse to print nothing."""
+        if self.count < 1:
+            raise UserError(f"--count {self.count}: at least 1")
+
+
+def main(argv: list[str]) -> None:
+    """Print the examples."""
+    arguments = parse(Arguments, argv, prog="dape chomsky sample")
+    from dape.chomsky.task import single
+    from dape.chomsky.tasks import resolve
+
+    task = resolve(arguments.task)
+    sample = task.sample(single(arguments.seed, arguments.count), arguments.length)
+    for inputs, outputs, scored in zip(*sample, strict=True):
+        given = " ".join(task.inputs[symbol] for symbol in inputs.tolist())
+        answer = " ".join(task.outputs[symbol] for symbol in outputs[scored].tolist())
+        print(f"{given} -> {answer}")

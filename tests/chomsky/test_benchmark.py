@@ -1,0 +1,204 @@
+"""Running a benchmark: what it leaves, how it goes on, and that it learns."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from cells import SMALL, small
+
+from dape.chomsky import benchmark as benchmarks
+from dape.chomsky import run as runs
+from dape.chomsky.cell import load, load_model, path
+from dape.chomsky.encoder import Model
+from dape.chomsky.measure import Evaluation, accuracies
+from dape.chomsky.run import Job, plan, run, run_all
+from dape.chomsky.stack import Stack, Training
+from dape.chomsky.tasks import TASKS
+from dape.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def silent(*_):
+    pass
+
+
+def run_cpu(benchmark):
+    ends = run_all(benchmark, [CPU], silent, ["chomsky", "train"])
+    assert all(end.error is None for end in ends)
+
+
+def numbers(folder):
+    """What is in the cells of a folder, without times."""
+    found = {}
+    for file in sorted(folder.glob("cells/*/*.json")):
+        content = json.loads(file.read_text())
+        del content["seconds"], content["provenance"], content["models"]
+        found[str(file.relative_to(folder))] = content
+    return found
+
+
+def test_a_cell_says_how_it_was_made(tmp_path):
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
+    run_cpu(benchmark)
+    cell = load(path(tmp_path, "even-pairs", "kerple", 1))
+    assert cell.settings == benchmark.settings() and cell.models == 2
+    assert [step for step, _ in cell.loss] == [1, 2, 3, 4, 5, 6]
+    assert len(cell.accuracy) == 9 and all(0 <= each <= 100 for each in cell.accuracy)
+    assert cell.provenance["command"] == "dape chomsky train"
+    assert cell.seconds["training"] > 0 and cell.seconds["evaluation"] > 0
+    model = load_model(tmp_path, "even-pairs", "kerple", 1)
+    assert sum(p.numel() for p in model.parameters()) == cell.parameters
+    assert accuracies([model], TASKS["even-pairs"], benchmark.evaluation, CPU) == [cell.accuracy]
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_finished_cells_are_not_made_again(tmp_path):
+    benchmark = small(tmp_path)
+    run_cpu(benchmark)
+    whole = numbers(tmp_path)
+    assert len(whole) == 8 and plan(benchmark) == []
+    missing = path(tmp_path, "binary-addition", "randomized-rope", 1)
+    missing.unlink()
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("cells/*/*.json")}
+    assert plan(benchmark) == [Job("binary-addition", "randomized-rope", (1,))]
+    run_cpu(benchmark)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    alone, beside = (
+        each["cells/binary-addition/randomized-rope-1.json"] for each in (numbers(tmp_path), whole)
+    )
+    assert alone["accuracy"] == beside["accuracy"]
+    assert alone["loss"] == [[step, pytest.approx(loss, abs=1e-4)] for step, loss in beside["loss"]]
+
+
+def test_an_interrupted_training_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "POINTS", 6)
+    monkeypatch.setattr(runs, "CHECKPOINTS", 3)
+    job = Job("binary-addition", "randomized-rope", (0, 1))
+    run(job, small(tmp_path / "whole"), CPU, silent, [])
+    benchmark = small(tmp_path / "cut")
+    counted = []
+    step = Stack.step
+
+    def interrupted(stack, length):
+        counted.append(length)
+        if len(counted) == 6:
+            raise KeyboardInterrupt
+        step(stack, length)
+
+    monkeypatch.setattr(Stack, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, benchmark, CPU, silent, [])
+    run(job, benchmark, CPU, silent, [])  # from the checkpoint at 4
+    assert len(counted) == 8
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_settings_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "POINTS", 6)
+    monkeypatch.setattr(runs, "CHECKPOINTS", 3)
+    job, benchmark = Job("even-pairs", "kerple", (0,)), small(tmp_path)
+    monkeypatch.setattr(runs, "accuracies", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, benchmark, CPU, silent, [])
+    steps = []
+    monkeypatch.setattr(Stack, "step", lambda stack, length: steps.append(length))
+    other = replace(benchmark, training=replace(benchmark.training, learning_rate=0.5))
+    with pytest.raises(KeyboardInterrupt):
+        run(job, other, CPU, silent, [])
+    assert len(steps) == 6
+    with pytest.raises(KeyboardInterrupt):
+        run(job, benchmark, CPU, silent, [])
+    assert len(steps) == 12
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_cells_of_other_settings_are_refused(tmp_path):
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
+    run_cpu(benchmark)
+    other = replace(benchmark, training=replace(benchmark.training, steps=7))
+    with pytest.raises(UserError, match=r"training\.steps=7 \(was 6\); take another --out"):
+        plan(other)
+
+
+def test_long_jobs_come_first():
+    jobs = plan(replace(SMALL, out="nowhere", tasks=("even-pairs", "duplicate-string")))
+    assert [job.task for job in jobs[:2]] == ["duplicate-string"] * 2
+
+
+def test_two_devices_share_the_jobs(tmp_path):
+    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
+    ends = [(end.job.scheme, end.error) for end in run_all(benchmark, [CPU, CPU], silent, [])]
+    assert sorted(ends) == [("kerple", None), ("randomized-rope", None)]
+    assert len(numbers(tmp_path)) == 2
+
+
+def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    measure = runs.accuracies
+
+    def fails_once(*arguments):
+        monkeypatch.setattr(runs, "accuracies", measure)
+        raise RuntimeError("out of memory\nat some address")
+
+    monkeypatch.setattr(runs, "accuracies", fails_once)
+    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
+    ends = [end.error for end in run_all(benchmark, [CPU], silent, [])]
+    assert ends == ["RuntimeError: out of memory", None]
+    assert len(numbers(tmp_path)) == 1 and len(plan(benchmark)) == 1
+
+
+def test_no_job_starts_after_the_time(tmp_path):
+    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
+    assert list(run_all(benchmark, [CPU], silent, [], minutes=0.0)) == []
+
+
+def test_even_pairs_are_learned(tmp_path):
+    """And answered at lengths never seen: five lengths beyond four are no chance."""
+    benchmark = small(
+        tmp_path,
+        model=Model(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+        training=Training(steps=300, batch_size=64, length=4, learning_rate=5e-3, dropout=0.0),
+        evaluation=Evaluation(longest=5, samples=200),
+    )
+    run(Job("even-pairs", "rope", (0, 1)), benchmark, CPU, silent, [])
+    for seed in (0, 1):
+        cell = load(path(tmp_path, "even-pairs", "rope", seed))
+        assert cell.loss[-1][1] < 0.02 and cell.learned == 100
+
+
+def test_a_recipe_reads_what_it_writes(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(benchmarks.write(SMALL))
+    assert benchmarks.read(file) == SMALL
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks: [even-pair]", "unknown task 'even-pair'; did you mean 'even-pairs'"),
+        ("schemes: [kerpel]", "unknown scheme 'kerpel'"),
+        ("schemes: [learned]", "a learned embedding ends at the training length"),
+        ("seeds: [0, 0]", "seeds=0,0: name each once"),
+        ("seeds: [-1]", "seeds=-1: none below 0"),
+        ("tasks: even-pairs", "tasks='even-pairs': expected a list"),
+        ("tasks: []", "tasks=: name each once, and some"),
+        ("model: {hidden_size: 60}", "hidden_size=60 is not a multiple"),
+        ("training: {steps: 0}", "training.steps=0 must be at least 1"),
+        ("training: {learning_rate: 0}", "training.learning_rate=0.0 must be above 0"),
+        ("training: {dropout: 1}", "training.dropout=1.0 must be from 0 to below 1"),
+        ("training: {precision: fp16}", "expected 'fp32' or 'tf32'"),
+        ("evaluation: {longest: 40}", "evaluation.longest=40 must be above training.length=40"),
+        ("training: {rate: 1}", "training.rate"),
+        ("model: {pool: 1499}", "model.pool=1499 is less than the 1500 tokens of the longest"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        benchmarks.read(file)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,56 @@
+"""The score: per-symbol accuracy on scored positions, the mean over lengths beyond training."""
+
+import pytest
+import torch
+from cells import cell
+
+from dape.chomsky.encoder import Encoder, Noise
+from dape.chomsky.measure import Evaluation, accuracies, accuracy
+from dape.chomsky.task import Sample
+from dape.chomsky.tasks import TASKS
+
+
+class Answers(Encoder):
+    """Answers from a function instead of an encoder; notes the shapes it is asked for."""
+
+    def __init__(self, answer):
+        torch.nn.Module.__init__(self)
+        self.answer, self.asked = answer, []
+
+    def noise(self, generators, batch, length, dropout=0.0):
+        return Noise(positions=torch.zeros(1, 1, length, dtype=torch.long))
+
+    def forward(self, inputs, out, noise):
+        assert noise.positions.shape == (1, inputs.shape[1] + out)
+        self.asked.append(inputs.shape)
+        return torch.nn.functional.one_hot(self.answer(inputs, out), 5).float()
+
+
+def test_symbols_weigh_the_same_and_fillers_do_not_count():
+    sample = Sample(
+        inputs=torch.zeros(2, 3, dtype=torch.long),
+        outputs=torch.tensor([[1, 2, 0, 0], [1, 1, 1, 2]]),
+        scored=torch.tensor([[True, True, False, False], [True] * 4]),
+    )
+    ones = Answers(lambda inputs, out: torch.ones(len(inputs), out, dtype=torch.long))
+    # Right: one symbol of two, three of four; fillers answered wrongly.
+    assert accuracy(ones, sample, 0, batch_tokens=100) == pytest.approx(100 * 4 / 6)
+    assert accuracy(ones, sample, 0, batch_tokens=1) == pytest.approx(100 * 4 / 6)
+    assert ones.asked == [(2, 3), (1, 3), (1, 3)]
+
+
+def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
+    task = TASKS["bucket-sort"]
+    perfect = Answers(lambda inputs, out: inputs.sort(1).values)
+    zeros = Answers(lambda inputs, out: torch.zeros_like(inputs))
+    evaluation = Evaluation(longest=30, samples=50)
+    first, second = accuracies([perfect, zeros], task, evaluation, torch.device("cpu"))
+    assert first == [100.0] * 30
+    assert sum(second) / 30 == pytest.approx(20, abs=1.5)
+    # The examples are the same for every model, and fixed.
+    assert accuracies([zeros], task, evaluation, torch.device("cpu")) == [second]
+
+
+def test_the_score_is_over_the_lengths_beyond_training():
+    found = cell("even-pairs", "kerple", 0, [100.0, 90.0, 50.0, 60.0, 40.0], trained=2)
+    assert found.score == pytest.approx(50) and found.learned == pytest.approx(95)

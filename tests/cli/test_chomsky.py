@@ -1,0 +1,88 @@
+"""`dape chomsky`: its tables, examples, runs and mistakes."""
+
+import re
+
+import pytest
+
+from dape import cli
+from dape.chomsky.tasks import TASKS
+
+SMALL = """
+tasks: [even-pairs]
+schemes: [kerple, dape-alibi]
+seeds: [0, 1]
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, adapter_hidden: 4}
+training: {steps: 3, batch_size: 4, length: 4}
+evaluation: {longest: 8, samples: 4}
+"""
+
+
+def dape(*words):
+    return cli.main(["chomsky", *map(str, words)])
+
+
+def refused(capsys, *words):
+    assert dape(*words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_every_task_is_listed(capsys):
+    assert not dape("tasks")
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^ *{name} ", text, flags=re.MULTILINE) for name in TASKS)
+    row = next(line for line in text.splitlines() if "bucket-sort" in line)
+    assert row.split()[1:] == ["context-sensitive", "no", "5", "5", "40", "500", "20.0", "90.1"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_examples_can_be_checked(capsys, name):
+    assert not dape("sample", name, "--length", 11, "--count", 4)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        given, answer = (part.split() for part in line.split(" -> "))
+        assert len(given) == 11
+        inputs = [TASKS[name].inputs.index(symbol) for symbol in given]
+        assert [TASKS[name].outputs.index(symbol) for symbol in answer] == TASKS[name].solve(inputs)
+
+
+def test_a_table_from_nothing_and_again_from_its_cells(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SMALL)
+    out = tmp_path / "out"
+    arguments = ("table", recipe, "--out", out, "--devices", "cpu")
+    assert not dape(*arguments)
+    text = capsys.readouterr().out
+    assert "4 models to train on cpu" in text and "even-pairs kerple: done (2/2" in text
+    assert f"wrote {out / 'table.md'}" in text
+    table = (out / "table.md").read_text()
+    assert f"dape chomsky table {recipe}" in table and "| even-pairs | 50.0 |" in table
+    assert not dape(*arguments)
+    assert "0 models to train" in capsys.readouterr().out
+    assert not dape("table", recipe, "--out", out, "--schemes", "kerple", "--finished")
+    assert "dape-alibi" not in (out / "table.md").read_text().split("\n\n")[2]
+
+
+def test_training_alone_and_options_over_the_recipe(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SMALL)
+    out = tmp_path / "out"
+    options = ("--schemes", "kerple", "--seeds", 5, "--training.steps", 2, "--devices", "cpu")
+    assert not dape("train", recipe, "--out", out, *options)
+    assert [file.name for file in out.glob("cells/*/*")] == ["kerple-5.json"]
+    assert not (out / "table.md").exists()
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(SMALL)
+    assert "name a step: dape chomsky tasks" in refused(capsys)
+    assert "unknown step of dape chomsky 'tabel'; did you mean 'table'" in refused(capsys, "tabel")
+    assert "name a recipe first" in refused(capsys, "train")
+    assert "nothing.yaml" in refused(capsys, "train", tmp_path / "nothing.yaml")
+    assert "unknown task 'sort'" in refused(capsys, "train", recipe, "--tasks", "sort")
+    assert "--count 0" in refused(capsys, "sample", "even-pairs", "--count", 0)
+    assert "length=0" in refused(capsys, "sample", "even-pairs", "--length", 0)
+    finished = ("table", recipe, "--out", tmp_path / "none", "--finished")
+    assert "no finished cell" in refused(capsys, *finished)
