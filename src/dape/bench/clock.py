@@ -4,9 +4,7 @@ On a GPU short calls are timed inside a CUDA graph, for the host would limit the
 """
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import cycle, islice, pairwise
 from statistics import median
@@ -15,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from dape.bench.attempt import first_line, release
+from dape.device import waiting_forbidden
 
 Call = Callable[[], object]
 
@@ -111,8 +110,7 @@ def repeated(run: Call) -> list[float]:
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
     """Return a graph of the calls, or the reason why there is none.
 
-    A capture that breaks off leaves the allocator and the generator in disorder, so that a call
-    that waits for the GPU is found out before.
+    A call that waits for the GPU is found out before.
     """
     current, side = torch.cuda.current_stream(), side_stream()
     side.wait_stream(current)
@@ -139,15 +137,3 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
 def side_stream() -> torch.cuda.Stream:
     """Return the stream of all captures: libraries never give back what they keep for one."""
     return torch.cuda.Stream()
-
-
-@contextmanager
-def waiting_forbidden() -> Iterator[None]:
-    """Let what would wait for the GPU raise a `RuntimeError`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

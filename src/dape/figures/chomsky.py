@@ -15,7 +15,7 @@ from dape.chomsky.published import PUBLISHED
 from dape.chomsky.tasks import TASKS
 from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
-from dape.files import whole, write_text
+from dape.files import write_text
 from dape.provenance import provenance
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def write(benchmark: Benchmark, argv: Sequence[str]) -> list[Path]:
         "training.svg": over_training(grid),
     }
     for name, figure in figures.items():
-        with whole(out / name) as partial:
-            save(figure, partial, format="svg")
+        save(figure, out / name)
     return [out / name for name in ("recipe.yaml", "table.md", *figures)]
 
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dape.device import waiting_forbidden
+
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
@@ -76,11 +78,13 @@ class Recording:
         return loss.detach()
 
     def _warm_up(self) -> None:
-        """Run the pass on a stream of its own, as recording will."""
+        """Run the pass on a stream of its own, as recording will; it must not wait for the GPU."""
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
+                self._pass()
+            with waiting_forbidden():
                 self._pass()
         main.wait_stream(side)
 
