@@ -1,0 +1,223 @@
+"""`dape bench model`: time and memory of whole models, forward and in training, over the length."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dape.bench.attempt import attempt, release
+from dape.bench.case import FORWARD, TRAINING
+from dape.bench.clock import measure
+from dape.bench.record import Entry, Missing
+from dape.errors import UserError, unknown
+from dape.files import read_json, write_json
+from dape.positions.scheme import resolve
+
+FORMAT = 1
+# Backends of `dape.attention` by the form of the computation.
+FORMS = {"fused": "auto", "textbook": "reference"}
+# Logits of a forward pass: those of the tokens that the protocol `last` scores.
+LOGITS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Layers, width and heads of a model of the paper."""
+
+    layers: int
+    width: int
+    heads: int
+
+
+SIZES = {
+    "small": Size(8, 512, 8),
+    "125m": Size(12, 768, 12),
+    "350m": Size(24, 1024, 16),
+    "2.7b": Size(32, 2560, 32),
+    "6.7b": Size(32, 4096, 32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Models to measure: each size, scheme and form at each length, `batch` sequences at once."""
+
+    sizes: tuple[str, ...]
+    schemes: tuple[str, ...]
+    forms: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batch: int
+    directions: tuple[str, ...]
+    vocab_size: int
+    device: torch.device
+    seed: int
+
+    def check(self) -> None:
+        """Refuse names that nobody knows.
+
+        Raises:
+            UserError: for an unknown size, scheme or form.
+        """
+        for what, names, known in (("size", self.sizes, SIZES), ("form", self.forms, FORMS)):
+            for name in names:
+                if name not in known:
+                    raise unknown(what, name, known)
+        for name in self.schemes:
+            resolve(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Time and memory of a model, as an `Entry` whose method is the scheme.
+
+    `weights` are the bytes of its parameters, to which the entry's peak comes on top.
+    """
+
+    size: str
+    form: str
+    weights: int
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """All costs of a command, and where they come from."""
+
+    batch: int
+    seed: int
+    provenance: dict[str, Any]
+    costs: list[Cost] = field(default_factory=list)
+    format: int = FORMAT
+
+    def find(self, size: str, scheme: str, form: str, length: int, direction: str) -> Cost | None:
+        """Return one cost, if it was measured."""
+        asked = (size, scheme, form, length, direction)
+        return next((cost for cost in self.costs if _place(cost) == asked), None)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        write_json(path, asdict(self))
+
+
+def load(path: Path) -> Costs:
+    """Read the file of `Costs.save`.
+
+    Raises:
+        UserError: if there is none, or it is damaged or of another format.
+    """
+    return read_json(path, _costs, "measure again with `dape bench model`")
+
+
+def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], None]) -> Costs:
+    """Return the costs of all models; `keep` gets those so far, and the latest, after each.
+
+    A model is drawn once for a size, scheme and form. Weights are float32 under bfloat16 autocast
+    in training, and bfloat16 in a forward pass; on a CPU all is float32.
+
+    Raises:
+        UserError: for an unknown size, scheme or form.
+    """
+    plan.check()
+    found = Costs(plan.batch, plan.seed, provenance)
+    for size in plan.sizes:
+        for scheme in plan.schemes:
+            for form in plan.forms:
+                for cost in _costs_of(plan, size, scheme, form):
+                    found.costs.append(cost)
+                    keep(found, cost)
+    return found
+
+
+def _costs_of(plan: Plan, size: str, scheme: str, form: str) -> Iterator[Cost]:
+    """Yield the costs of one model: in training first, while its weights are float32."""
+    model = attempt(partial(_build, plan, SIZES[size], scheme, form))
+    for direction in (TRAINING, FORWARD):
+        if direction not in plan.directions:
+            continue
+        if isinstance(model, nn.Module) and direction == FORWARD and plan.device.type == "cuda":
+            model = model.to(torch.bfloat16)
+        weights = 0
+        if isinstance(model, nn.Module):
+            weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        for length in plan.lengths:
+            entry = _entry(plan, model, scheme, length, direction)
+            yield Cost(size, form, weights, entry)
+    del model
+    release()
+
+
+def _build(plan: Plan, size: Size, scheme: str, form: str) -> nn.Module:
+    from dape.model.configuration import DapeConfig
+    from dape.model.modeling import DapeForCausalLM
+
+    config = DapeConfig(
+        vocab_size=plan.vocab_size,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        scheme=scheme,
+        backend=FORMS[form],
+    )
+    torch.manual_seed(plan.seed)
+    with plan.device:
+        return DapeForCausalLM(config).eval()
+
+
+def _entry(
+    plan: Plan, model: nn.Module | Missing, scheme: str, length: int, direction: str
+) -> Entry:
+    place = (scheme, length, plan.batch, direction)
+    if isinstance(model, Missing):
+        return Entry(*place, missing=model)
+    generator = torch.Generator(plan.device).manual_seed(plan.seed)
+    shape = (plan.batch, length)
+    tokens = torch.randint(plan.vocab_size, shape, generator=generator, device=plan.device)
+    step = train if direction == TRAINING else read
+    timing = attempt(partial(measure, [partial(step, model, tokens)], plan.device))
+    if isinstance(timing, Missing):
+        return Entry(*place, missing=timing)
+    return Entry(
+        *place,
+        milliseconds=timing.median,
+        fastest=min(timing.milliseconds),
+        slowest=max(timing.milliseconds),
+        runs=len(timing.milliseconds),
+        calls=timing.calls,
+        clock=timing.clock,
+        peak=timing.peak,
+    )
+
+
+@torch.no_grad()
+def read(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the logits of the last 256 tokens."""
+    logits: Tensor = model(input_ids=tokens, logits_to_keep=LOGITS, use_cache=False).logits
+    return logits
+
+
+def train(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of the mean loss, under autocast on a GPU."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, tokens.device.type == "cuda"):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def _place(cost: Cost) -> tuple[str, str, str, int, str]:
+    entry = cost.entry
+    return cost.size, entry.method, cost.form, entry.length, entry.direction
+
+
+def _costs(content: dict[str, Any]) -> Costs:
+    if content.get("format") != FORMAT:
+        raise UserError(f"not costs of format {FORMAT}")
+    costs = [Cost(**{**each, "entry": _read_entry(each["entry"])}) for each in content["costs"]]
+    return Costs(**{**content, "costs": costs})
+
+
+def _read_entry(content: dict[str, Any]) -> Entry:
+    missing = content["missing"]
+    return Entry(**{**content, "missing": missing and Missing(**missing)})

@@ -1,0 +1,80 @@
+"""Time and memory of whole models, as `dape bench model` measured them, as tables."""
+
+from dape.bench.case import DIRECTIONS
+from dape.bench.model import LOGITS, Cost, Costs
+from dape.figures.speed import digits, milliseconds
+from dape.figures.tables import NOTHING, Table
+
+GIB = 2**30
+YARDSTICK = "nope"  # the scheme that ratios are to, if it was measured
+
+
+def page(costs: Costs) -> str:
+    """Return all tables in Markdown, with their explanation and origin."""
+    made = costs.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    origin = (
+        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {costs.seed}; "
+        f"{made['device']}; {versions}; {made['time']}"
+    )
+    parts = ["# Time and memory of whole models", explanation(costs)]
+    return "\n\n".join([*parts, *(each.markdown() for each in tables(costs)), origin]) + "\n"
+
+
+def explanation(costs: Costs) -> str:
+    """Return how the numbers were measured."""
+    return (
+        f"Batch {costs.batch}, random weights. forward: bfloat16 weights, logits of the last "
+        f"{LOGITS} tokens. forward + backward: float32 weights under bfloat16 autocast, the "
+        "gradients of all parameters, no optimizer. Medians in milliseconds; GiB at the peak with "
+        "the weights. textbook: whole score matrices, as the paper's formula; fused: the fastest "
+        "backend of `dape.attention`."
+    )
+
+
+def tables(costs: Costs) -> list[Table]:
+    """Return a table of milliseconds and one of memory for each size and direction."""
+    sizes = dict.fromkeys(cost.size for cost in costs.costs)
+    found = []
+    for size in sizes:
+        for direction in DIRECTIONS:
+            chosen = [c for c in costs.costs if (c.size, c.entry.direction) == (size, direction)]
+            if chosen:
+                found.append(_table(costs, size, direction, chosen))
+    return found
+
+
+def _table(costs: Costs, size: str, direction: str, chosen: list[Cost]) -> Table:
+    lengths = list(dict.fromkeys(cost.entry.length for cost in chosen))
+    rows = []
+    for scheme, form in dict.fromkeys((cost.entry.method, cost.form) for cost in chosen):
+        line = [costs.find(size, scheme, form, length, direction) for length in lengths]
+        base = [costs.find(size, YARDSTICK, "fused", length, direction) for length in lengths]
+        rows.append(
+            [
+                f"{scheme}, {form}",
+                *map(_time, line, base),
+                *map(_memory, line),
+            ]
+        )
+    header = [*(f"{n:,} (ms)" for n in lengths), *(f"{n:,} (GiB)" for n in lengths)]
+    return Table(
+        title=f"{size}, {direction}",
+        header=["scheme", *header],
+        rows=rows,
+        note=f"In brackets: the ratio to {YARDSTICK}, fused.",
+    )
+
+
+def _time(cost: Cost | None, base: Cost | None) -> str:
+    if cost is None:
+        return NOTHING
+    ours, theirs = cost.entry.milliseconds, base and base.entry.milliseconds
+    ratio = f" ({digits(ours / theirs)})" if ours and theirs else ""
+    return milliseconds(cost.entry) + ratio
+
+
+def _memory(cost: Cost | None) -> str:
+    if cost is None or cost.entry.peak is None:
+        return NOTHING
+    return digits((cost.entry.peak + cost.weights) / GIB)

@@ -1,0 +1,91 @@
+"""`dape bench model`: what it times is the model's own loss and logits, and its tables add up."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.utils import parameters_to_vector
+
+from dape import DapeConfig, DapeForCausalLM, cli
+from dape.bench import clock, model
+from dape.bench.record import Entry, Missing
+from dape.figures.costs import tables
+
+GIB = 2**30
+TINY = ("--device", "cpu", "--vocab-size", "13", "--lengths", "6,12", "--sizes", "tiny")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(clock, "BUDGET", 0)
+    monkeypatch.setitem(model.SIZES, "tiny", model.Size(layers=2, width=8, heads=2))
+
+
+def drawn():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return DapeForCausalLM(DapeConfig(vocab_size=13, scheme="dape-kerple", **sizes)).eval()
+
+
+def test_the_steps_are_the_gradient_of_the_loss_and_the_last_logits():
+    made, tokens = drawn(), torch.randint(13, (2, 9))
+    logits = made(input_ids=tokens).logits
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    wanted = parameters_to_vector(each.grad for each in made.parameters())
+    torch.testing.assert_close(parameters_to_vector(model.train(made, tokens)), wanted)
+    torch.testing.assert_close(model.read(made, tokens), logits)
+
+
+def test_every_model_is_measured_at_every_length(tmp_path, capsys):
+    words = ("--schemes", "nope,dape-kerple", "--forms", "fused,textbook", "--out", str(tmp_path))
+    assert cli.main(["bench", "model", *TINY, *words]) == 0
+    found = model.load(tmp_path / "results.json")
+    places = {
+        (cost.entry.method, cost.form, cost.entry.length, cost.entry.direction)
+        for cost in found.costs
+    }
+    assert len(places) == len(found.costs) == 2 * 2 * 2 * 2
+    assert all(cost.entry.milliseconds > 0 for cost in found.costs)
+    one = found.find("tiny", "dape-kerple", "textbook", 12, "forward")
+    assert one.weights == 4 * sum(each.numel() for each in drawn().parameters())
+    page = (tmp_path / "table.md").read_text()
+    rows = re.findall(r"^\| dape-kerple, textbook \| .*$", page, re.MULTILINE)
+    assert len(rows) == 2 and "nan" not in page
+    assert json.loads((tmp_path / "results.json").read_text())["provenance"]["command"].startswith(
+        "dape bench model"
+    )
+
+
+def test_ratios_and_memory_of_the_tables():
+    entries = {
+        ("nope", "fused"): Entry("nope", 512, 1, "forward", 2.0, peak=GIB),
+        ("kerple", "fused"): Entry("kerple", 512, 1, "forward", 5.0, peak=2 * GIB),
+        ("kerple", "textbook"): Entry(
+            "kerple", 512, 1, "forward", missing=Missing("out of memory", "24 GiB")
+        ),
+    }
+    costs = [model.Cost("tiny", form, GIB, entry) for (_, form), entry in entries.items()]
+    (table,) = tables(model.Costs(1, 0, {}, costs))
+    assert table.rows == [
+        ["nope, fused", "2.00 (1.00)", "2.00"],
+        ["kerple, fused", "5.00 (2.50)", "3.00"],
+        ["kerple, textbook", "OOM", "—"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sizes", "126m"), "unknown size '126m'; did you mean '125m'?"),
+        (("--forms", "fast"), "unknown form 'fast'"),
+        (("--schemes", "keple"), "unknown scheme 'keple'"),
+        (("--batch", "0"), "--batch 0: at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, words, message):
+    assert cli.main(["bench", "model", *TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
