@@ -22,9 +22,11 @@ check: $(BIN)/.test
 	$(BIN)/mypy
 
 # The import hook that checks shapes breaks torch.compile and Triton's interpreter: they run without it.
+# A process for each core, with one thread: few tests can use more. Tests of a file share their set-up.
+test: export OMP_NUM_THREADS := 1
 test: $(BIN)/.test
-	$(BIN)/pytest -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
-	$(BIN)/pytest -m unhooked
+	$(BIN)/pytest -n auto --dist loadfile -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
+	$(BIN)/pytest -n auto --dist loadfile -m unhooked
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

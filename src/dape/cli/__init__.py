@@ -31,6 +31,7 @@ COMMANDS = {
     "chomsky table": "scores over length as a table and figures",
     "export": "a run as a Hugging Face folder with a model card",
     "bench attention": "speed and memory of attention, against named peers",
+    "bench model": "time and memory of whole models, by scheme and length",
     "info": "versions, devices and attention backends",
     "info schemes": "every scheme, its paper, its parameters",
 }

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         results.save(out / RESULTS)
         write_text(out / TABLE, page(results, FIGURE))
 
-    run(plan, origin(device, argv), partial(announce, console), keep)
+    run(plan, origin(device, ["bench", "attention", *argv]), partial(announce, console), keep)
     results = load(out / RESULTS)
     save(draw(results), out / FIGURE)
     for table in tables(results):
@@ -108,13 +108,13 @@ def bench_device(name: str) -> "torch.device":
     return device
 
 
-def origin(device: "torch.device", argv: Sequence[str]) -> dict[str, Any]:
+def origin(device: "torch.device", words: Sequence[str]) -> dict[str, Any]:
     """Return where the results come from, with the versions that attention depends on."""
     import torch
 
     from dape.provenance import provenance
 
-    made = provenance(device, ["bench", "attention", *argv])
+    made = provenance(device, list(words))
     made["versions"]["triton"] = installed("triton")
     if device.type == "cuda":
         cudnn = torch.backends.cudnn.version()

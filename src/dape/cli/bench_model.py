@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         device=device,
         seed=arguments.seed,
     )
-    made = origin(device, ["model", *argv])
+    made = origin(device, ["bench", "model", *argv])
     costs = run(plan, made, partial(_keep, arguments.out, Console(stderr=True)))
     for table in tables(costs):
         table.show()
