@@ -8,6 +8,7 @@ import pytest
 from laboratory import Pretended, enter, sweep
 
 from dape.errors import UserError
+from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
@@ -155,6 +156,14 @@ def test_the_page_holds_everything_itself():
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
     assert re.search(r"1 <span class=\"reproduced\">", text)
     assert "<code>dape paper core</code>" in text.partition("Not measured yet")[2]
+
+
+def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
+    found = run(experiment())
+    monkeypatch.setattr(record.End, "minutes", 90.0)
+    hours = f"{1.5 * len(found.cells):.1f} GPU hours"
+    for several in ([found], [found, found]):
+        assert f"All of it took {hours}" in page(several, beside(found.panels))
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():

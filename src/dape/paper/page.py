@@ -8,7 +8,9 @@ from typing import get_args
 from dape.figures.report import embedded
 from dape.figures.tables import Table, p_value
 from dape.paper import claims
+from dape.paper.cells import once
 from dape.paper.claims import Outcome
+from dape.paper.record import minutes
 from dape.paper.results import Results
 from dape.paper.sections import OURS
 
@@ -31,7 +33,7 @@ def page(found: Sequence[Results], beside: Table) -> str:
         known=[each for each in found if each.cells],
         absent=[each for each in found if not each.cells],
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
-        minutes=sum(each.minutes for each in found),
+        minutes=minutes(once(cell for each in found for cell in each.cells)),
         rules=(claims.__doc__ or "").partition("\n\n")[2],
         beside=beside,
         published=f", {OURS}",

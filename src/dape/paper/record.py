@@ -6,7 +6,7 @@ output of the commands and `cell.json`, which says how the cell ended.
 
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +55,11 @@ def read(cell: Cell) -> End:
         UserError: if it has not.
     """
     return read_json(_file(cell), lambda content: End(**content), "run the cell again")
+
+
+def minutes(cells: Iterable[Cell]) -> float:
+    """Return the minutes of one device that cells took, which have ended."""
+    return sum(read(cell).minutes for cell in cells)
 
 
 def state(cell: Cell, checksums: Mapping[str, str]) -> State:

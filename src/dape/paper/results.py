@@ -35,7 +35,7 @@ class Results:
     @property
     def minutes(self) -> float:
         """Return the minutes of one device that it took."""
-        return sum(record.read(cell).minutes for cell in self.cells)
+        return record.minutes(self.cells)
 
     def origin(self) -> dict[str, str]:
         """Return the devices, commits and versions that the trainings tell of."""
