@@ -4,13 +4,16 @@ from dataclasses import replace
 import pytest
 from laboratory import cells, enter, sweep
 
-from dape.cli import retrofit, train
+from dape.cli import bench_model, retrofit, train
+from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.paper import experiments
 from dape.paper.cells import Setting, by_setting, once
 from dape.paper.experiment import smoke
+from dape.paper.plan import plan
 from dape.paper.record import command
 from dape.paper.sweep import SIZES
+from dape.positions.scheme import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +22,9 @@ def laboratory(tmp_path, monkeypatch):
 
 
 def every_cell():
-    return once(cell for each in experiments.EXPERIMENTS.values() for cell in each.cells())
+    """Return the cells of all experiments that train a model."""
+    everything = once(cell for each in experiments.EXPERIMENTS.values() for cell in each.cells())
+    return [cell for cell in everything if cell.training]
 
 
 def test_a_command_says_what_the_cell_says():
@@ -27,6 +32,19 @@ def test_a_command_says_what_the_cell_says():
         name, *words = cell.steps[0].words
         parsed = {"train": train.parsed, "retrofit": retrofit.read}[name](words).recipe
         assert parsed == cell.training.recipe, command(cell.steps[0])
+
+
+def test_a_benchmark_is_a_command_too_and_needs_no_corpus():
+    for scale in (lambda each: each, smoke):
+        for cell in scale(experiments.COST).cells():
+            first, second, *words = cell.steps[0].words
+            assert (first, second, words[0]) == ("bench", "model", "--sizes")
+            arguments = parse(bench_model.Arguments, words, "dape bench model")
+            assert arguments.out == cell.run.path
+            for scheme in arguments.schemes:
+                resolve(scheme)
+    minutes = [each.minutes for each in plan(experiments.COST.cells())]
+    assert minutes == sorted(minutes) and minutes[0] > 0
 
 
 def test_a_step_has_the_tokens_of_its_size_and_a_training_those_asked_for():

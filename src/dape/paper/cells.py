@@ -62,6 +62,7 @@ class Cell:
 
     home: folder of results; the run folder is runs/GROUP/NAME with GROUP the last part of `home`.
     needs: name of the cell whose model this cell begins with.
+    minutes: about how long it takes on one H100, where no training tells.
     """
 
     home: Path
@@ -70,6 +71,7 @@ class Cell:
     steps: tuple[Step, ...]
     training: Training | None = None
     needs: str | None = None
+    minutes: float | None = None
 
     @property
     def setting(self) -> Setting | None:

@@ -6,7 +6,7 @@ from dape.errors import unknown
 from dape.paper.cells import Setting
 from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.experiment import Experiment
-from dape.paper.sweep import USES, Arm, Sweep, Tuning, heads, schemes
+from dape.paper.sweep import USES, Arm, Bench, Sweep, Tuning, heads, schemes
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -215,6 +215,28 @@ ABLATION = Experiment(
         ),
     ),
 )
+TIMED = (
+    *("nope", "rope", "t5", "alibi", "kerple", "fire"),
+    *("dape-alibi", "dape-kerple", "dape-fire", "dape3-kerple"),
+)
+COST = Experiment(
+    name="cost",
+    title="Time and memory of whole models, ours and by the textbook",
+    shows="Table 1, whose cells are lost, and section 4.5",
+    parts=tuple(
+        Bench(
+            f"cost-{size}",
+            ("model", "--sizes", size, "--schemes", ",".join(TIMED), "--lengths", "512,...,8192"),
+            small=(
+                *("model", "--sizes", "small", "--schemes", "nope,dape-kerple"),
+                *("--lengths", "32,64", "--vocab-size", "512"),
+            ),
+            minutes=minutes,
+        )
+        for size, minutes in (("125m", 6), ("350m", 8), ("2.7b", 15), ("6.7b", 20))
+    ),
+    sections=("costs",),
+)
 V2 = Experiment(
     name="v2",
     title="DAPE V2 against V1",
@@ -339,7 +361,7 @@ RETROFIT = Experiment(
     home=Path("results/retrofit"),
 )
 
-PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, V2, LEARNT, USE)
+PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, COST, V2, LEARNT, USE)
 EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
 
 

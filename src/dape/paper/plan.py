@@ -101,7 +101,7 @@ def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> flo
     """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
     setting = cell.setting
     if setting is None:
-        return None
+        return cell.minutes
     alike = [
         spent[other.name] * setting.tokens / other.setting.tokens
         for other in cells

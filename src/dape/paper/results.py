@@ -63,7 +63,8 @@ class Results:
         for section in self.sections:
             parts += [f"## {section.name}", *(table.markdown() for table in section.tables)]
             if section.figure:
-                parts += [f"![{section.caption}]({section.file})", section.caption]
+                parts.append(f"![{section.caption}]({section.file})")
+            parts.append(section.caption)
         parts.append("\n".join(f"- {name}: {value}" for name, value in self.origin().items()))
         return "\n\n".join(filter(None, parts)) + "\n"
 

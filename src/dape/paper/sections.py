@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dape.bench import model
 from dape.evaluate import context, learned
 from dape.evaluate.compare import compare
 from dape.figures import context as context_figures
+from dape.figures import costs as cost_figures
 from dape.figures import learned as learned_figures
 from dape.figures import tables
 from dape.figures.curves import over_length
@@ -18,7 +20,7 @@ from dape.paper import record
 from dape.paper.cells import Cell, by_setting
 from dape.paper.panel import Panel, panels
 from dape.paper.published import Published, published
-from dape.paper.sweep import CONTEXT, LEARNED
+from dape.paper.sweep import CONTEXT, COSTS, LEARNED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +31,7 @@ OURS = "published"  # ends the label of a row that is not ours
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Tables that belong together, and their figure."""
+    """Tables that belong together, their figure, and what both show."""
 
     name: str
     tables: tuple[Table, ...]
@@ -80,10 +82,25 @@ def uses(cells: Sequence[Cell]) -> list[Section]:
     return found
 
 
+def costs(cells: Sequence[Cell]) -> list[Section]:
+    """Return time and memory of whole models, by scheme, form and length."""
+    files = {cell.name: cell.record.path / COSTS for cell in cells}
+    found = {name: model.load(file) for name, file in files.items() if file.is_file()}
+    return [
+        Section(
+            name,
+            tuple(cost_figures.tables(each)),
+            caption=f"{cost_figures.explanation(each)} Measured on {each.provenance['device']}.",
+        )
+        for name, each in found.items()
+    ]
+
+
 SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
     "curves": curves,
     "heads": heads,
     "uses": uses,
+    "costs": costs,
 }
 
 

@@ -15,7 +15,8 @@ from dape.train.recipe import Recipe, Retrofit, override, read
 LONGEST = 16_384
 TINY = Setting("smoke", "python-stdlib", 32, 2**13)
 TINY_READS = "32,...,512"
-CONTEXT, LEARNED = INSIDE.evaluation("context"), Path("learned")  # below a run folder
+# Below a run folder.
+CONTEXT, LEARNED, COSTS = INSIDE.evaluation("context"), Path("learned"), Path("results.json")
 Options = Mapping[str, Any]
 
 
@@ -209,12 +210,15 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A measurement without a training: the words after `dape bench`, and the files it leaves."""
+    """A measurement without a training: the words after `dape bench`, and about its minutes.
+
+    `small` are the words for a CPU.
+    """
 
     name: str
     words: tuple[str, ...]
-    keeps: tuple[str, ...]
     small: tuple[str, ...]
+    minutes: float
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -224,11 +228,11 @@ class Bench:
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
         """Return the one cell."""
         words = ("bench", *self.words, "--out", str(run_folder(home, self.name)))
-        step = Step(words, {Path(file): Path(file) for file in self.keeps})
-        yield Cell(home, self.name, self.name, (step,))
+        step = Step(words, {COSTS: COSTS})
+        yield Cell(home, self.name, self.name, (step,), minutes=self.minutes)
 
     def tiny(self) -> "Bench":
-        """Return the measurement with the words for a CPU."""
+        """Return the measurement for a CPU."""
         return replace(self, words=self.small)
 
 
