@@ -130,8 +130,8 @@ def test_odd_lengths_equal_the_textbook(length, backend):
 
 
 # Relative error in the Euclidean norm, in spacings of the dtype (two roundings each). float32 sums
-# a few dozen terms; in bfloat16 scores, weights and products are each rounded once or twice.
-@pytest.mark.parametrize(("dtype", "spacings"), [(torch.float32, 8), (torch.bfloat16, 1)])
+# a few dozen terms; in bfloat16 the output and each gradient are rounded once.
+@pytest.mark.parametrize(("dtype", "spacings"), [(torch.float32, 8), (torch.bfloat16, 0.5)])
 @pytest.mark.parametrize("modules", MODULES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lower_precision_is_near_the_textbook(backend, modules, dtype, spacings):

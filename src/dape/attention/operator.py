@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dape.attention import sdpa
 from dape.attention.chunked import attend_chunked
-from dape.attention.reference import attend, log_sum_exp, visibility
+from dape.attention.reference import attend, log_sum_exp, visibility, widened
 from dape.attention.select import fastest, select
 from dape.errors import UserError
 
@@ -103,19 +103,21 @@ def attention(
         query_positions = torch.arange(rows, device=device) + query_offset
     if key_positions is None:
         key_positions = torch.arange(keys, device=device)
+    dtype = value.dtype
+    tensors = widened(query, key, value)
     if chosen == "chunked":
         out, sums = attend_chunked(
-            query, key, value, query_positions, key_positions, mask, bias, adapter, scale, causal,
+            *tensors, query_positions, key_positions, mask, bias, adapter, scale, causal,
             query_offset, return_lse,
         )  # fmt: skip
-        return out if sums is None else (out, sums)
+        return out.to(dtype) if sums is None else (out.to(dtype), sums)
     visible = visibility(rows, keys, mask, causal, query_offset, device)
     out, weights, logits = attend(
-        query, key, value, query_positions, key_positions, visible, bias, adapter, scale
+        *tensors, query_positions, key_positions, visible, bias, adapter, scale
     )
     if return_lse:
-        return out, log_sum_exp(logits, visible)
-    return (out, weights) if return_weights else out
+        return out.to(dtype), log_sum_exp(logits, visible)
+    return (out.to(dtype), weights.to(dtype)) if return_weights else out.to(dtype)
 
 
 def check(
