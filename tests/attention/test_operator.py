@@ -233,6 +233,16 @@ def test_a_key_of_another_dtype_is_refused(backend):
         dape.attention(query, key.double(), value, backend=backend)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_numbers_that_are_not_floating_point_are_refused(name, dtype):
+    tensors = dict(zip(("query", "key", "value"), Problem().tensors(torch.float32), strict=True))
+    tensors[name] = tensors[name].to(dtype)
+    message = rf"^the {name} is {dtype}; attention takes floating-point numbers"
+    with pytest.raises(UserError, match=message):
+        dape.attention(**tensors)
+
+
 def test_modules_of_other_heads_are_named():
     tensors = Problem(heads=4).tensors()
     with pytest.raises(UserError, match="bias has num_heads=3, but the query has 4"):

@@ -55,8 +55,7 @@ def attention(
         return_lse: also return `lse_i = log sum_j exp(logits_ij)`, `[B, H, Tq]` in float32 (or
             wider where the query is), -inf for a query that sees no key. Outputs over parts of
             the keys merge to that over all: `sum_p exp(lse_p - lse) out_p`, where
-            `lse = logsumexp_p lse_p`. It is not differentiable: gradients flow through the
-            output alone.
+            `lse = logsumexp_p lse_p`. Gradients flow through both.
 
     Returns:
         The output `[B, H, Tq, dv]` in the dtype of the value; zeros for a query that sees no key.
@@ -127,6 +126,12 @@ def check(
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"the {name} is {tensor.dtype}; attention takes floating-point numbers, such as "
+                f"{name}.float()"
+            )
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise UserError(f"{shapes}: query and key differ in batch or head_dim")
     if key.shape[:3] != value.shape[:3]:

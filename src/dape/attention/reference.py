@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from dape.positions.adapter import Rows
 
 
-def widened(*tensors: Float[Tensor, "..."]) -> list[Float[Tensor, "..."]]:
-    """Return tensors in float32, or the widest dtype among them if that is wider.
+def widened(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors in float32, or in float64 if one of them is.
 
     A product of 16-bit numbers is exact in float32, and in TF32 too, which holds their 11 bits. On
     a GPU it takes no longer than a product in 16 bits and the pass that widens the result.
     """
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def visibility(
@@ -89,4 +91,4 @@ def log_sum_exp(
     logits: Float[Tensor, "batch heads query key"], visible: Bool[Tensor, "#batch 1 query key"]
 ) -> Float[Tensor, "batch heads query"]:
     """Return `log sum_j exp(logits_ij)` over the visible keys; -inf for a query that sees none."""
-    return logits.detach().logsumexp(-1).masked_fill(~visible.any(-1), -torch.inf)
+    return logits.logsumexp(-1).masked_fill(~visible.any(-1), -torch.inf)

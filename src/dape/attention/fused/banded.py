@@ -213,12 +213,19 @@ def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    problem: Problem, mixer: Mixer, out: Tensor, lse: Tensor, rest: Tensor, grad_out: Tensor
+    problem: Problem,
+    mixer: Mixer,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
 ) -> list[Tensor]:
     """Return the gradients of q, k, v and of the tables in their order, the scores band by band.
 
     Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
-    one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly.
+    one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly. It is
+    no less than `grad_lse` either.
     """
     from dape.attention.fused import static
 
@@ -226,9 +233,9 @@ def backward(
     if dtype == torch.float32:
         unit = torch.ones((), device=out.device)
     else:
-        unit = power_above(torch.linalg.vector_norm(grad_out, float("inf"), dtype=torch.float32))
+        unit = power_above(largest(grad_out, grad_lse))
         problem = in_half(problem)
-    scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, unit)
+    scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, grad_lse, unit)
     given = problem.query, problem.key, problem.value
     whole = all(band.rows.start == band.keys.start == 0 for band in blocks(problem))
     if whole:
@@ -237,10 +244,20 @@ def backward(
         query, key, value = (torch.zeros_like(x, dtype=torch.float32) for x in given)
     sums = Sums(query, key, value, unit, not whole)
     if problem.mixing is None:
-        tables = static.backward(problem, lse, delta, scaled, sums)
+        tables = static.backward(problem, lse, delta, grad_lse, scaled, sums)
     else:
         tables = mixed_backward(problem, problem.mixing, mixer, lse, delta, grad_out, scaled, sums)
     return [*(gradient.to(dtype) for gradient in sums[:3]), *tables]
+
+
+def largest(*tensors: Tensor | None) -> Float[Tensor, ""]:
+    """Return the largest absolute number in some tensors, in float32."""
+    norms = [
+        torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
+        for tensor in tensors
+        if tensor is not None
+    ]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).amax()
 
 
 def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -270,11 +287,18 @@ def in_half(problem: Problem) -> Problem:
 
 
 def prepared(
-    problem: Problem, out: Tensor, rest: Tensor, lse: Tensor, grad_out: Tensor, unit: Tensor
+    problem: Problem,
+    out: Tensor,
+    rest: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    unit: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dO / unit in the dtype of the problem, and by row the log-sum-exp and dO O / unit.
+    """Return dO / unit in the dtype of the problem, and by row the log-sum-exp and delta.
 
-    Where heads meet, both numbers of all heads of a row lie side by side.
+    delta is (dO O - g) / unit for the gradient g of the log-sum-exp, if there is one. Where heads
+    meet, both numbers of all heads of a row lie side by side.
     """
     batch, heads, rows, value_dim = out.shape
     mixed = problem.mixing is not None
@@ -284,10 +308,11 @@ def prepared(
     else:
         copied, delta = lse, torch.empty_like(lse)
     kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
-        out, rest, grad_out, lse, unit, scaled, copied, delta, rows,
+        out, rest, grad_out, lse, lse if grad_lse is None else grad_lse, unit,
+        scaled, copied, delta, rows,
         *strides(out), *strides(grad_out), *lse.stride()[:2], *strides(scaled), *delta.stride(),
         heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=rest.numel() > 0,
-        COPIED=mixed, M=64, num_warps=4,
+        COPIED=mixed, SUMMED=grad_lse is not None, M=64, num_warps=4,
     )  # fmt: skip
     return scaled, copied, delta
 

@@ -217,15 +217,16 @@ def half_kernel(
 
 @triton.jit
 def row_products_kernel(
-    out, rest, grad_out, lse, unit, scaled, copied, delta, num_rows,
+    out, rest, grad_out, lse, grad_lse, unit, scaled, copied, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
     scaled_b, scaled_h, scaled_t, delta_b, delta_h, delta_t,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
-    M: tl.constexpr,
+    SUMMED: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Store dO / unit, and delta = O . dO / unit by row; grid (rows, B H).
+    """Store dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
 
-    If COPIED, the log-sum-exp goes beside delta.
+    g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). If COPIED, the log-sum-exp
+    goes beside delta.
     """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = tl.program_id(0) * M
@@ -241,6 +242,9 @@ def row_products_kernel(
     inside = (line < num_rows)[:, None] & (columns < V)
     tl.store(at, do.to(scaled.dtype.element_ty), inside)
     products = tl.sum(o * do, 1)
+    if SUMMED:
+        wanted = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
+        products -= wanted / tl.load(unit)
     at = b64 * delta_b + h * delta_h + line * delta_t
     tl.store(delta + at, products, line < num_rows)
     if COPIED:

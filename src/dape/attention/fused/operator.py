@@ -196,6 +196,7 @@ def banded_backward(
     lse: Tensor,
     rest: Tensor,
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     scale: float,
     causal: bool,
     offset: int,
@@ -205,8 +206,11 @@ def banded_backward(
     from dape.attention.fused.banded import backward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
+    if grad_lse is not None:  # a row that sees nothing has none
+        grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     with torch.cuda.device_of(query):
-        return backward(problem, mixer(backend, problem), out, lse, rest, with_rows(grad_out))
+        kernels = mixer(backend, problem)
+        return backward(problem, kernels, out, lse, rest, with_rows(grad_out), grad_lse)
 
 
 @banded_backward.register_fake
@@ -220,12 +224,18 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     query, key, value, tables, mask, *ctx.how, _exact = inputs
     ctx.save_for_backward(query, key, value, mask, *output, *tables)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+def _gradients(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _rest: None
+) -> tuple[Any, ...]:
     query, key, value, mask, out, lse, rest, *tables = ctx.saved_tensors
-    found = banded_backward(query, key, value, tables, mask, out, lse, rest, grad_out, *ctx.how)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    found = banded_backward(
+        query, key, value, tables, mask, out, lse, rest, grad_out, grad_lse, *ctx.how
+    )
     return *found[:3], found[3:], *[None] * 6
 
 

@@ -109,7 +109,12 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: Problem, lse: Tensor, delta: Tensor, grad_out: Tensor, sums: Sums
+    problem: Problem,
+    lse: Tensor,
+    delta: Tensor,
+    grad_lse: Tensor | None,
+    grad_out: Tensor,
+    sums: Sums,
 ) -> list[Tensor]:
     """Fill dQ, then with `delta` as that corrects it dK and dV; return dC `[H, N]` if any."""
     query, key, value = problem.query, problem.key, problem.value
@@ -125,10 +130,11 @@ def backward(
     )  # fmt: skip
     tile = tile_of("grad_query", problem)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
-        *tensors, sums.unit, sums.query, rows, keys, *table, problem.offset, problem.scale,
+        *tensors, lse if grad_lse is None else grad_lse, sums.unit, sums.query,
+        rows, keys, *table, problem.offset, problem.scale,
         *places, *strides(sums.query), line.stride(0),
-        heads, **shape, CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads, **shape, CAUSAL=problem.causal, SUMMED=grad_lse is not None,
+        M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     tile = tile_of("grad_key_value", problem)
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
