@@ -231,7 +231,7 @@ def backward(
 
     dtype = problem.query.dtype
     if dtype == torch.float32:
-        unit = torch.ones((), device=out.device)
+        unit = lse.new_ones(())
     else:
         unit = power_above(largest(grad_out, grad_lse))
         problem = in_half(problem)

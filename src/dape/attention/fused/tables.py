@@ -63,8 +63,9 @@ def tables(
             values = bias(distances, distances[:1])[..., 0].float()
         if not isinstance(adapter, DAPE | TalkingHeads):
             return () if values is None else (values,)
-        values = torch.zeros(num_heads, count, device=device) if values is None else values
-        found = mixed_tables(adapter, values, torch.ones(1, device=device))
+        if values is None:
+            values = torch.zeros(num_heads, count, dtype=torch.float32, device=device)
+        found = mixed_tables(adapter, values, values.new_ones(1))
         if isinstance(adapter, DAPE) and adapter.inputs == "bias" and adapter.kernel_size == 1:
             static, hidden, _, weight_out = found
             return (static + weight_out @ leaky_relu(hidden, SLOPE).t(),)
@@ -85,7 +86,7 @@ def fire_tables(
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, DAPE | TalkingHeads):
-        constant = torch.zeros(values.shape[1], device=device)
+        constant = values.new_zeros(values.shape[1])
         constant[0] = 1
         mixing = mixed_tables(adapter, values, constant)
     else:
@@ -140,7 +141,7 @@ def talking_tables(
     A linear layer is `P x = P (phi(x) - phi(-x)) / (1 + slope)` to the kernels.
     """
     weight = adapter.weight.float()
-    one = torch.eye(len(weight), device=weight.device)
+    one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
     hidden = values.new_zeros(values.shape[1], hidden_units(adapter))
     weight_in, weight_out = torch.cat((one, -one)), torch.cat((weight, -weight), dim=1)
     return values + weight @ values, hidden, weight_in, weight_out / (1 + SLOPE)
