@@ -22,7 +22,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Wide(nn.Module):
-    """A module that a cast to 16 bits moves between devices only, as `.to`, `.half()` and others.
+    """A module that casts to 16 bits, such as `.to(torch.bfloat16)` and `.half()`, leave in float32.
 
     Numbers of fewer bits that are loaded into it are widened.
     """
@@ -32,7 +32,7 @@ class Wide(nn.Module):
             moved = fn(tensor)
             if not moved.is_floating_point() or widen(moved[:0]).dtype == moved.dtype:
                 return moved
-            return widen(tensor).to(moved.device)
+            return tensor.to(moved.device, torch.float32)
 
         return super()._apply(kept, recurse)
 
