@@ -22,7 +22,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Wide(nn.Module):
-    """A module that stays in float32 where `.to(torch.bfloat16)`, `.half()` and others cast a model.
+    """A module that stays in float32 where `.to(torch.bfloat16)` or `.half()` casts a model.
 
     Numbers of fewer bits that are loaded into it are widened.
     """
