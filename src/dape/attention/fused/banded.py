@@ -1,9 +1,9 @@
 """Attention in bands of scores: the kernels put together, forward and backward.
 
 For tables U, C over the distance and weights W1, W2, the logits of a query and a key are
-`A + C + W2 phi(W1 A + U)` with `A = scale q k^T`; without weights they are `A + C`. Only the output
-and the log-sum-exp of each row are kept for the backward pass. Everything is a fixed sequence of
-kernels without atomics, so that two passes agree bit for bit.
+`A + C + W2 (phi(W1 A + U) - phi(U))` with `A = scale q k^T`; without weights they are `A + C`. Only
+the output and the log-sum-exp of each row are kept for the backward pass. Everything is a fixed
+sequence of kernels without atomics, so that two passes agree bit for bit.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -64,7 +64,10 @@ class Mixer(Protocol):
         """Return what `forward` does by one kernel, or None where there is none for a problem."""
 
     def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+        """Turn the scores X of a band into logits, in place; -inf where unseen.
+
+        Logits are without C where it is a table over the distance: where a problem is `tabled`.
+        """
 
     def mix_backward(
         self,
@@ -142,9 +145,19 @@ def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
 
 
 def softmax_value(
-    x: Tensor, value: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor, rest: Tensor
+    x: Tensor,
+    value: Tensor,
+    table: tuple[Tensor, int] | None,
+    band: Band,
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
 ) -> None:
-    """Fill what `forward` returns of a band, over spans of keys where rows alone are too few."""
+    """Fill what `forward` returns of a band, over spans of keys where rows alone are too few.
+
+    `table` is C, as `static.padded_table` returns it, if the logits are without.
+    """
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
@@ -152,11 +165,13 @@ def softmax_value(
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
+    entries, low = (lse, 0) if table is None else table
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, value, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
-        *x.stride()[:2], *strides(value), *parts.stride()[:4], *parts_lse.stride()[:3],
+        x, value, entries, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
+        entries.shape[1], low, *x.stride()[:2], *strides(value),
+        *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
-        EXACT=exact, RESTED=exact and spans == 1,
+        TABLED=table is not None, EXACT=exact, RESTED=exact and spans == 1,
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
@@ -194,12 +209,15 @@ def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor
     out, lse, rest = outputs(problem, exact)
     all_bands = bands(problem)
     scratch = Scratch.of(problem, all_bands)
+    table = None
+    if problem.tabled:
+        table = static.padded_table(problem.mixing.static, problem.causal)
     for band in all_bands:
         at, x, part = (band.batch, slice(None), band.rows), scratch.view(band), problem.part(band)
         scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
         mixer.mix(x, band, problem, problem.mixing)
         kept = rest[at] if rest.numel() else rest
-        softmax_value(x, part.value, band, problem, out[at], lse[at], kept)
+        softmax_value(x, part.value, table, band, problem, out[at], lse[at], kept)
     return out, lse, rest
 
 

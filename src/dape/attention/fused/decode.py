@@ -1,7 +1,7 @@
 """Decoding: few queries against many keys, by one kernel over spans of keys and no scratch.
 
-A program holds the logits `S = A + C + W2 phi(W1 A + U)` of all heads of its rows, tile by tile of
-a span of keys, so that keys and values are read once and nothing else of their size is.
+A program holds the logits of all heads of its rows, tile by tile of a span of keys, so that keys
+and values are read once and nothing else of their size is.
 """
 
 import torch
@@ -23,8 +23,7 @@ MOST_PARTS = 2**14
 def serves(problem: Problem) -> bool:
     """Return whether a problem mixes heads by tables for few queries against many keys."""
     rows, keys = problem.query.shape[2], problem.key.shape[2]
-    known = problem.mixing is not None and problem.features is None and problem.taps == 1
-    return known and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
+    return problem.tabled and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
 
 
 def tile_of(problem: Problem, heads: int) -> Tile:

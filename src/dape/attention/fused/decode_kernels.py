@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.kernels import LOG2E, load_rows
-from dape.attention.fused.mix_kernels import load_tables, load_weights
+from dape.attention.fused.mix_kernels import load_hidden, load_static, load_weights, rise
 
 # These change with every token: no kernel of its own for those that 16 divides.
 GROWING = ("num_keys", "table_size", "shift")
@@ -30,7 +30,7 @@ def decode_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(S) V with S = A + C + W2 phi(W1 A + U) over a span; grid (rows, spans, B)."""
+    """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B)."""
     b64 = tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * M
     key += b64 * key_b
@@ -54,7 +54,8 @@ def decode_kernel(
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
         delta_ij = first_row + n % M + shift - (first_key + n // M)
-        u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
+        u = load_hidden(hidden_table, delta_ij, units, table_size, D)
+        c = load_static(static_table, delta_ij, heads, table_size, H)
         x = tl.zeros((K, M * HEADS), tl.float32)
         head_keys = key
         for kv in range(KV_HEADS):
@@ -63,8 +64,8 @@ def decode_kernel(
             x = tl.where((head // GROUP == kv)[None, :], a, x)
             head_keys += key_h
         x = tl.reshape(x * scale, (K * M, HEADS))
-        z = tl.dot(x, w1_HD, u, input_precision="tf32x3")
-        s = tl.dot(tl.where(z > 0, z, 0.01 * z), w2_DH, x + c, input_precision="tf32x3")
+        r = rise(tl.dot(x, w1_HD, input_precision="tf32x3"), u)
+        s = tl.dot(r, w2_DH, x + c, input_precision="tf32x3")
         s = tl.reshape(s, (K, M * HEADS)) * LOG2E
         keys = first_key + tl.arange(0, K)
         seen = keys < num_keys

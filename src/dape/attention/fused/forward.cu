@@ -6,10 +6,12 @@
 // [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
 // so that heads compute the next scores while the mixers are busy with these.
 //
-//   x = q k^T      y = x + W2 leaky(scale W1 x + U) / scale      P = exp(scale y + C), masked by C = -inf
+//   x = q k^T      w = scale W1 x      y = x + W2 (leaky(w + U) - leaky(U)) / scale
+//   P = exp(scale y + C), masked by C = -inf
 //
-// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x, s W2 U
-// a part of C. What is left of the first layer after its product is one instruction, relu(z + U).
+// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x. What is left of
+// the first layer after its product is relu(w + U) - relu(U), the larger of w + min(U, 0) and -max(U, 0): no larger
+// than w, however large U is.
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
@@ -29,7 +31,7 @@ constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXE
 constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
-constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
 #define NEVER (-1.f / 0.f)
 // A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
@@ -77,7 +79,11 @@ DEVICE float2 unpack(uint32 v) {
   return __half22float2(*(__half2*)&v);
 #endif
 }
-DEVICE uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
+DEVICE uint32 rise(uint32 w, uint32 u) {
+  const __half2 all = *(__half2*)&u, low = __hmin2(all, __float2half2_rn(0.f));
+  const __half2 risen = __hmax2(__hadd2(*(__half2*)&w, low), __hsub2(low, all));
+  return *(uint32*)&risen;
+}
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
 template <int N> DEVICE void set_registers() {
   if constexpr (N > LAUNCHED) more_registers<N>();
@@ -99,32 +105,22 @@ struct Arguments {
 
 #ifdef PACK_TABLES
 // Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
-// are neighbours, and C with the linear part of U, in base 2, with the causal mask; and s W2 W1, [head][head].
+// are neighbours, and C in base 2 with the causal mask; and s W2 W1, [head][head].
 extern "C" __global__ void pack_tables(
     const float* hidden_table, const float* static_table, const float* w1, const float* w2, __half* hidden, float* fixed, float* linear,
     int table_size, int low, int distances) {
-  constexpr int TOGETHER = 4, GROUPS = (H + TOGETHER - 1) / TOGETHER;  // heads that share a look at U
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + GROUPS) + H * H; i += gridDim.x * blockDim.x) {
-    if (i < distances * UNITS) {
-      int entry = abs(low + i / UNITS), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
-      hidden[i] = __float2half_rn(entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f);
-    } else if (i < distances * (UNITS + GROUPS)) {
-      const int at = (i - distances * UNITS) % distances, first = (i - distances * UNITS) / distances * TOGETHER, distance = low + at, entry = abs(distance);
-      float sums[TOGETHER] = {};
-      for (int unit = 0; unit < D && entry < table_size; unit++) {
-        const float u = hidden_table[(long long)entry * D + unit];
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++)
-          if (first + n < H) sums[n] += w2[(first + n) * D + unit] * u;
-      }
-#pragma unroll
-      for (int n = 0; n < TOGETHER; n++) {
-        if (first + n >= H) continue;
-        const float sum = entry < table_size ? LOG2E * (SLOPE * sums[n] + static_table[(long long)(first + n) * table_size + entry]) : 0.f;
-        fixed[(long long)(first + n) * distances + at] = CAUSAL && distance < 0 ? NEVER : sum;
-      }
+  const long long units = (long long)distances * UNITS, heads = (long long)distances * H;
+  for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < units + heads + H * H; i += gridDim.x * blockDim.x) {
+    if (i < units) {
+      const int entry = abs(low + (int)(i / UNITS)), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
+      const float u = entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f;
+      hidden[i] = __float2half_rn(fminf(fmaxf(u, -LARGEST), LARGEST));
+    } else if (i < units + heads) {
+      const int head = (i - units) / distances, distance = low + (int)((i - units) % distances), entry = abs(distance);
+      const float c = entry < table_size ? LOG2E * static_table[(long long)head * table_size + entry] : 0.f;
+      fixed[i - units] = CAUSAL && distance < 0 ? NEVER : c;
     } else {
-      int head = (i - distances * (UNITS + GROUPS)) / H, from = (i - distances * (UNITS + GROUPS)) % H;
+      const int head = (i - units - heads) / H, from = (i - units - heads) % H;
       float sum = 0.f;
       for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * w1[unit * H + from];
       linear[head * H + from] = SLOPE * sum;
@@ -401,8 +397,8 @@ DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&sec
 #pragma unroll
     for (int m = 0; m < UT; m++) {
       mma_half(z[m], x[q], w1[m], 0, 0);
-      z[m][0] = relu_sum(z[m][0], first[q][m]);
-      z[m][1] = relu_sum(z[m][1], second[q][m]);
+      z[m][0] = rise(z[m][0], first[q][m]);
+      z[m][1] = rise(z[m][1], second[q][m]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) mma_half(y[q][half], x[q], w21[half], x[q][2 * half], x[q][2 * half + 1]);

@@ -30,7 +30,10 @@ def next_power_of_2(size: int) -> int:
 
 
 class Mixing(NamedTuple):
-    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`."""
+    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`.
+
+    Where a problem is `tabled`, C holds `W2 phi(U)`: what the logits are where A = 0.
+    """
 
     static: Float[Tensor, "heads distances"]
     hidden: Float[Tensor, "distances hidden"]
@@ -69,6 +72,11 @@ class Problem(NamedTuple):
     offset: int
     features: Features | None = None
     hidden_bias: Float[Tensor, "hidden"] | None = None
+
+    @property
+    def tabled(self) -> bool:
+        """Return whether heads are mixed at each key alone, by tables over the distance."""
+        return self.mixing is not None and self.features is None and self.hidden_bias is None
 
     @property
     def taps(self) -> int:

@@ -7,8 +7,8 @@ for one band the scores of all heads stand in a scratch buffer, and every kernel
 over it:
 
     scores           X = scale Q K^T                      one head, tiles of rows and keys
-    mix              X <- X + W2 phi(W1 X + U) + C         all heads, tiles along a diagonal
-    softmax_value    O = softmax(X) V                      one head, rows against a span of keys
+    mix              X <- X + W2 (phi(W1 X + U) - phi(U))   all heads, tiles along a diagonal
+    softmax_value    O = softmax(X + C) V                  one head, rows against a span of keys
     mix_backward     X <- P, Y <- dA from Y = dO V^T       all heads, tiles along a diagonal
     grad_query       dQ = scale dA K                       one head
     grad_key_value   dK += scale dA^T Q, dV += P^T dO      one key head
@@ -43,6 +43,22 @@ def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
     if CAUSAL:
         seen &= keys <= rows + shift
     return seen
+
+
+@triton.jit
+def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
+
+    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
+    product of queries and keys lies: a load for every element would cost more than that product.
+    """
+    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    n = tl.arange(0, A * B)
+    if KEYS_FIRST:
+        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
+        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
+    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
+    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
 
 
 @triton.jit
@@ -99,16 +115,17 @@ def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
 
 @triton.jit
 def softmax_value_kernel(
-    x, value, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
-    x_b, x_t, value_b, value_h, value_t,
+    x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
+    table_size, table_low, x_b, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
 
-    If EXACT, what rounding took from P meets V too.
+    If TABLED, C is added to X, from a table in base 2 where the first of its rows has the distance
+    `shift` to the first key. If EXACT, what rounding took from P meets V too.
     """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -116,6 +133,7 @@ def softmax_value_kernel(
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -127,8 +145,10 @@ def softmax_value_kernel(
         keys = first_key + tl.arange(0, K)[None, :]
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
         s = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-        seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        s = tl.where(seen, s.to(tl.float32) * LOG2E, float("-inf"))
+        s = s.to(tl.float32) * LOG2E
+        if TABLED:
+            s += toeplitz(table - first_key, M, K, False)
+        s = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(s - safe[:, None])

@@ -43,7 +43,7 @@ def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
@@ -52,7 +52,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         grid=(where.number, batch, shares * segments),
         block=(32 * WARPS, 1, 1),
         args=[
-            x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
+            x, mixing.weight_in, mixing.weight_out, mixing.hidden, mask,
             rows, keys, mixing.hidden.shape[0],
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         ],
@@ -102,11 +102,10 @@ NAMES = ["H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS"
 
 def shared_memory(name: str, heads: int, units: int) -> int:
     """Return the bytes of shared memory of a kernel for padded numbers of heads and units."""
-    matrix, tile = 2 * heads * units, 2 * heads * tile_keys
-    tables = 2 * tile_keys * units + 4 * tile_keys * heads
+    matrix, tile, hidden = 2 * heads * units, 2 * heads * tile_keys, 4 * tile_keys * units
     if name == "mix":
-        return 2 * matrix + WARPS * (tables + STAGES * tile)
-    walk = tables + STAGES * (2 * tile + 8 * heads)
+        return 2 * matrix + WARPS * (hidden + STAGES * tile)
+    walk = hidden + 4 * tile_keys * heads + STAGES * (2 * tile + 8 * heads)
     sums = 4 * (tile_keys * (units + heads) + 2 * heads * units)
     return 4 * matrix + WARPS * max(walk, sums)
 

@@ -32,12 +32,12 @@ def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
     kernels.mix_kernel[(where.number, batch, share(batch, where.number, rows)[1])](
-        x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
+        x, mixing.weight_in, mixing.weight_out, mixing.hidden, mask,
         rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         **sizes(problem, mixing), num_warps=4,

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -34,17 +35,11 @@ class Bias(NamedTuple):
     def of(cls, problem: Problem) -> "Bias":
         """Return the bias of a problem, with what nobody may see at -inf."""
         batch, heads, rows, _ = problem.query.shape
-        keys, reach = problem.key.shape[2], 2 * WIDEST_TILE
-        given, unseen = problem.static, float("-inf") if problem.causal else 0.0
+        keys, reach, given = problem.key.shape[2], 2 * WIDEST_TILE, problem.static
         if given is None:
             size = max(keys, rows + problem.offset, 1)
             given = problem.query.new_zeros(heads, size, dtype=torch.float32)
-        low = reach if problem.causal else given.shape[1] - 1 + reach
-        table = given.new_full((heads, low + given.shape[1] + reach), unseen)
-        at_zero = table[:, low:-reach]
-        torch.mul(given, LOG2E, out=at_zero)
-        if not problem.causal:
-            table[:, reach:low] = at_zero[:, 1:].flip(1)
+        table, low = padded_table(given, problem.causal)
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
@@ -53,6 +48,18 @@ class Bias(NamedTuple):
         if problem.mask is not None:
             line.masked_fill_(~problem.mask, float("-inf"))
         return cls(table, low, pad(line, (0, reach), value=float("-inf")))
+
+
+def padded_table(given: Float[Tensor, "heads distances"], causal: bool) -> tuple[Tensor, int]:
+    """Return a table in base 2 over distances of both signs, and where the distance 0 stands."""
+    reach, unseen = 2 * WIDEST_TILE, float("-inf") if causal else 0.0
+    low = reach if causal else given.shape[1] - 1 + reach
+    table = given.new_full((len(given), low + given.shape[1] + reach), unseen)
+    at_zero = table[:, low:-reach]
+    torch.mul(given, LOG2E, out=at_zero)
+    if not causal:
+        table[:, reach:low] = at_zero[:, 1:].flip(1)
+    return table, low
 
 
 def tile_of(kernel: str, problem: Problem) -> Tile:
