@@ -10,8 +10,8 @@
 //   P = exp(scale y + C), masked by C = -inf
 //
 // leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x. What is left of
-// the first layer after its product is relu(w + U) - relu(U), the larger of w + min(U, 0) and -max(U, 0): no larger
-// than w, however large U is.
+// the first layer after its product is relu(w + U) - relu(U) = max(w, -U) - max(-U, 0): no larger than w, however large
+// U is.
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
@@ -79,9 +79,8 @@ DEVICE float2 unpack(uint32 v) {
   return __half22float2(*(__half2*)&v);
 #endif
 }
-DEVICE uint32 rise(uint32 w, uint32 u) {
-  const __half2 all = *(__half2*)&u, low = __hmin2(all, __float2half2_rn(0.f));
-  const __half2 risen = __hmax2(__hadd2(*(__half2*)&w, low), __hsub2(low, all));
+DEVICE uint32 rise(uint32 w, uint32 minus_u) {
+  const __half2 x = *(__half2*)&w, y = *(__half2*)&minus_u, risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
   return *(uint32*)&risen;
 }
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
@@ -104,7 +103,7 @@ struct Arguments {
 };
 
 #ifdef PACK_TABLES
-// Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
+// Tables for `forward`, from distance `low` on: -U in fp16, [distance][t][unit tile][pair], so that a lane's units
 // are neighbours, and C in base 2 with the causal mask; and s W2 W1, [head][head].
 extern "C" __global__ void pack_tables(
     const float* hidden_table, const float* static_table, const float* w1, const float* w2, __half* hidden, float* fixed, float* linear,
@@ -114,7 +113,7 @@ extern "C" __global__ void pack_tables(
     if (i < units) {
       const int entry = abs(low + (int)(i / UNITS)), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
       const float u = entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f;
-      hidden[i] = __float2half_rn(fminf(fmaxf(u, -LARGEST), LARGEST));
+      hidden[i] = __float2half_rn(fminf(fmaxf(-u, -LARGEST), LARGEST));
     } else if (i < units + heads) {
       const int head = (i - units) / distances, distance = low + (int)((i - units) % distances), entry = abs(distance);
       const float c = entry < table_size ? LOG2E * static_table[(long long)head * table_size + entry] : 0.f;
@@ -386,7 +385,7 @@ DEVICE void load_units(uint32 (&u)[UT], const char* table, int distance) {
     else *(uint4*)(u + m) = *(const uint4*)(from + m * 4);
 }
 
-// Two groups of 16 slots, 64 bytes apart: U of their rows g is in `first`, of their rows g + 8 in `second`.
+// Two groups of 16 slots, 64 bytes apart: -U of their rows g is in `first`, of their rows g + 8 in `second`.
 DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
   uint32 x[2][4], y[2][2][2];
 #pragma unroll

@@ -44,7 +44,7 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
             tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
             size = lines + scores + tables
             if size <= SHARED_MEMORY:
-                registers = (136, 104) if shared else (144, 80)
+                registers = (136, 104) if shared or units > 32 else (144, 80)
                 registers = (0, 0) if plenty or head_warps > 12 else registers
                 return Layout(rows, keys, mixers, shared, *registers, size)
     return None

@@ -12,7 +12,7 @@
 //   y[head, key] = x + W2 r^T                P = exp(y + C - lse)   dS = P (dP - delta)
 //   dz = leaky'(z) dS W2                     dA[head, key] = dS + W1^T dz^T
 //
-// However large U is, r is no larger than w: relu(w + U) - relu(U) is the larger of w + min(U, 0) and -max(U, 0).
+// However large U is, r is no larger than w: relu(w + U) - relu(U) = max(w, -U) - max(-U, 0).
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
@@ -28,12 +28,11 @@ DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
 DEVICE uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
 constexpr float LARGEST = 65504.f;
-struct Rise { uint32 low, high; };  // min(U, 0) and -max(U, 0)
-// leaky(w + U) - leaky(U), and in `z` w + U.
-DEVICE uint32 rise(uint32 w, Rise u, uint32& z) {
-  const __half2 from_low = __hadd2(half2_of(w), half2_of(u.low)), high = half2_of(u.high);
-  z = bits(__hsub2(from_low, high));
-  return bits(__hfma2(__hmax2(from_low, high), __float2half2_rn(0.99f), __hmul2(half2_of(w), __float2half2_rn(0.01f))));
+// leaky(w + U) - leaky(U), and in `z` w + U, for a pair of -U.
+DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& z) {
+  const __half2 x = half2_of(w), y = half2_of(minus_u), risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
+  z = bits(__hsub2(x, y));
+  return bits(__hfma2(risen, __float2half2_rn(0.99f), __hmul2(x, __float2half2_rn(0.01f))));
 }
 // d leaky'(z): half of d (1 + slope) and half of d (1 - slope) with the sign of z.
 DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
@@ -103,10 +102,10 @@ struct Held {
 #endif
 };
 
-// U and C at a warp's keys, constant along the diagonal: U, split by sign, as accumulators [key tile pair][unit tile];
-// C, in base 2, as scores lie.
+// -U and C at a warp's keys, constant along the diagonal: -U as accumulators [key tile pair][unit tile], C, in base 2,
+// as scores lie.
 struct Tables {
-  Rise u[2][UT][2][32];
+  uint2 minus_u[2][UT][32];
 #ifdef BACKWARD
   float2 c[HT][4][32];
 #endif
@@ -117,13 +116,13 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
   for (int f = 0; f < 2; f++)
 #pragma unroll
     for (int n = 0; n < UT; n++) {
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
+      auto at = [&](int e) {
         const int delta = abs(delta0 - key_of(2 * f + e, g)), unit = 8 * n + 2 * t;
         const float* row = hidden_table + (long long)delta * D + unit;
-        auto at = [&](int i) { return delta < size && unit + i < D ? fminf(fmaxf(row[i], -LARGEST), LARGEST) : 0.f; };
-        tables.u[f][n][e][lane] = {pack(fminf(at(0), 0.f), fminf(at(1), 0.f)), pack(-fmaxf(at(0), 0.f), -fmaxf(at(1), 0.f))};
-      }
+        auto minus = [&](int i) { return delta < size && unit + i < D ? fminf(fmaxf(-row[i], -LARGEST), LARGEST) : 0.f; };
+        return pack(minus(0), minus(1));
+      };
+      tables.minus_u[f][n][lane] = make_uint2(at(0), at(1));
     }
 #ifdef BACKWARD
 #pragma unroll
@@ -203,7 +202,10 @@ DEVICE void first_layer(uint2 (&risen)[UT], uint2 (&z)[UT], const Half& x, int f
   for (int n = 0; n < UT; n++) risen[n] = make_uint2(0, 0);
   across_heads(risen, x, w);
 #pragma unroll
-  for (int n = 0; n < UT; n++) risen[n] = make_uint2(rise(risen[n].x, tables.u[f][n][0][lane], z[n].x), rise(risen[n].y, tables.u[f][n][1][lane], z[n].y));
+  for (int n = 0; n < UT; n++) {
+    const uint2 minus_u = tables.minus_u[f][n][lane];
+    risen[n] = make_uint2(rise(risen[n].x, minus_u.x, z[n].x), rise(risen[n].y, minus_u.y, z[n].y));
+  }
 }
 // start + W[head, unit] v[unit, key] for a part's heads and key tile e of the pair whose fragments [key, unit] are v.
 DEVICE uint2 across_units(uint2 start, const Held& w, int part, const uint2 (&v)[UT], int e) {

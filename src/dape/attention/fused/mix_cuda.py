@@ -102,7 +102,7 @@ NAMES = ["H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS"
 
 def shared_memory(name: str, heads: int, units: int) -> int:
     """Return the bytes of shared memory of a kernel for padded numbers of heads and units."""
-    matrix, tile, hidden = 2 * heads * units, 2 * heads * tile_keys, 4 * tile_keys * units
+    matrix, tile, hidden = 2 * heads * units, 2 * heads * tile_keys, 2 * tile_keys * units
     if name == "mix":
         return 2 * matrix + WARPS * (hidden + STAGES * tile)
     walk = hidden + 4 * tile_keys * heads + STAGES * (2 * tile + 8 * heads)

@@ -31,9 +31,9 @@ def load_static(static, delta, heads, size, H: tl.constexpr):
 def rise(w, u):
     """Return phi(w + u) - phi(u), exact however large u is.
 
-    For relu(w + u) - relu(u) is the larger of w + min(u, 0) and -max(u, 0), at each sign of u.
+    For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at each sign of u.
     """
-    return 0.01 * w + 0.99 * tl.maximum(w + tl.minimum(u, 0.0), -tl.maximum(u, 0.0))
+    return 0.01 * w + 0.99 * (tl.maximum(w, -u) + tl.minimum(u, 0.0))
 
 
 @triton.jit
