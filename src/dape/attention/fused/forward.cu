@@ -1,5 +1,7 @@
 // The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
 //
+// A score or a logit that is too large for X sets a flag, and another kernel then takes the call.
+//
 // A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
 // warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
 // slot is wherever the accumulator of q k^T already sits: a lane moves 16 bytes, the mixers read fragments
@@ -97,6 +99,8 @@ struct Arguments {
   const __half* hidden;
   const float *fixed, *linear;
   const uint8* mask;
+  int* flag;
+  float largest_score, largest_logit;
   int rows, keys, distances, low, offset;
   float scale;
   int out_t, row0, tiles;
@@ -208,7 +212,7 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
         q[m][e][i] = row < a.rows ? *(const uint32*)(a.q + (long long)row * Q_T + 16 * e + 2 * t + 8 * (i >> 1)) : 0;
       }
 #endif
-  float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2];
+  float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2], largest = 0.f;
 #pragma unroll
   for (int m = 0; m < MT; m++) { top[m][0] = top[m][1] = NEVER; total[m][0] = total[m][1] = 0.f; }
   const float scale = a.scale * LOG2E;
@@ -233,6 +237,12 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
     __syncwarp();
     if (n + 1 < a.tiles) key_lines.load();
     commit();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int p = 0; p < NT; p++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(x[m][p][i]));
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -362,7 +372,9 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       int row = a.row0 + 16 * m + g + 8 * r;
       float part = sum > 0.f ? 1.f / sum : 0.f;
       if (row < a.rows) {
-        if (t == 0) a.lse[row] = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
+        const float log_sum = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
+        if (t == 0) a.lse[row] = log_sum;
+        if (largest > a.largest_score || (sum > 0.f && fabsf(log_sum) > a.largest_logit)) *a.flag = 1;
 #pragma unroll
         for (int e = 0; e < E / 8; e++) {
           const long long at = (long long)row * a.out_t + 8 * e + 2 * t;
@@ -476,7 +488,7 @@ DEVICE void mix(Shared& s, const Arguments& a, int mixer, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse, const float* w1, const float* w2,
-    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
+    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale, double largest_score, double largest_logit,
     int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
   extern __shared__ __align__(128) char memory[];
@@ -486,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
-      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b,
+      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b, flag, (float)(largest_score / fabs(scale)), (float)largest_logit,
       rows, keys, distances, low, offset, (float)scale, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);

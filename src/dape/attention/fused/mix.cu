@@ -293,7 +293,7 @@ DEVICE int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_
 // over the same diagonal of some elements, one after the other.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     __half* x, __half* y, const float* w1, const float* w2, const float* hidden_table, const float* static_table,
-    const float* lse, const float* delta, const uint8* mask, float* slot, int batch, int elements, int rows, int keys,
+    const float* lse, const float* delta, const uint8* mask, const int* gate, int gated, float* slot, int batch, int elements, int rows, int keys,
     int table_size, int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add,
     int x_b, int x_t, int stat_b, int stat_h, int stat_t, int mask_b) {
   struct Stage { Ring x, y; float stats[2 * HEADS]; };
@@ -301,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   struct Walk { Tables tables[WARPS]; Stage ring[WARPS][STAGES]; };
   struct Memory { Weights w; union { Walk walk; Sums sums; }; };
   static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
+  if (gated >= 0 && *gate != gated) return;
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
   const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

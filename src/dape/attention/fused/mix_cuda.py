@@ -36,10 +36,12 @@ def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
     return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
 
 
-def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return what `banded.forward` does by one kernel, or None where there is none."""
+def whole(problem: Problem, mixing: Mixing, *found: Tensor) -> bool:
+    """Fill what `banded.forward` returns by one kernel; return whether there is one."""
     where = forward_cuda.layout_of(problem, mixing)
-    return None if where is None else forward_cuda.forward(problem, mixing, where, exact)
+    if where is not None:
+        forward_cuda.forward(problem, mixing, where, *found)
+    return where is not None
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
@@ -79,7 +81,7 @@ def mix_backward(
         block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-            lse, delta, mask, slots.sums[:, where.slot * shares :],
+            lse, delta, mask, *problem.gated().values(), slots.sums[:, where.slot * shares :],
             batch, slots.elements, rows, keys,
             mixing.hidden.shape[0], where.first, where.band_tile, where.offset,
             *slots.sums.shape[1:], int(slots.add),

@@ -8,7 +8,7 @@ Shapes as in `kernels`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E
+from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def mix_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, ADD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
 
@@ -150,6 +151,8 @@ def mix_backward_kernel(
     are added to those of earlier bands, if any, in the segment's own slot, so that the sum over the
     slots, and with it every gradient, has one order.
     """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)

@@ -27,8 +27,9 @@ def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
     return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
 
 
-def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
-    """Return None: there is no one kernel for everything."""
+def whole(problem: Problem, mixing: Mixing, *found: Tensor) -> bool:
+    """Return that there is no one kernel for everything."""
+    return False
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
@@ -64,7 +65,7 @@ def mix_backward(
         rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
         *x.stride()[:2], *lse.stride(), mask.stride(0), LINES=lines, ADD=slots.add,
-        **sizes(problem, mixing), num_warps=8, num_stages=1,
+        **sizes(problem, mixing), **problem.gated(), num_warps=8, num_stages=1,
     )  # fmt: skip
     return x, y
 

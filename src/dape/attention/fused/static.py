@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dape.attention.fused import static_kernels as kernels
-from dape.attention.fused.banded import PRECISION, Sums, Tile, combine, key_spans, wide
+from dape.attention.fused.banded import PRECISION, Sums, Tile, asking, combine, key_spans, wide
 from dape.attention.fused.geometry import Problem, bands, cdiv, diagonals, next_power_of_2, strides
 from dape.attention.fused.slots import fold, lowest
 
@@ -39,7 +39,7 @@ class Bias(NamedTuple):
         if given is None:
             size = max(keys, rows + problem.offset, 1)
             given = problem.query.new_zeros(heads, size, dtype=torch.float32)
-        table, low = padded_table(given, problem.causal)
+        table, low = padded_table(given, problem.causal, LOG2E)
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
@@ -50,13 +50,15 @@ class Bias(NamedTuple):
         return cls(table, low, pad(line, (0, reach), value=float("-inf")))
 
 
-def padded_table(given: Float[Tensor, "heads distances"], causal: bool) -> tuple[Tensor, int]:
-    """Return a table in base 2 over distances of both signs, and where the distance 0 stands."""
+def padded_table(
+    given: Float[Tensor, "heads distances"], causal: bool, factor: float
+) -> tuple[Tensor, int]:
+    """Return `factor` times a table over distances of both signs, and where distance 0 stands."""
     reach, unseen = 2 * WIDEST_TILE, float("-inf") if causal else 0.0
     low = reach if causal else given.shape[1] - 1 + reach
     table = given.new_full((len(given), low + given.shape[1] + reach), unseen)
     at_zero = table[:, low:-reach]
-    torch.mul(given, LOG2E, out=at_zero)
+    torch.mul(given, factor, out=at_zero)
     if not causal:
         table[:, reach:low] = at_zero[:, 1:].flip(1)
     return table, low
@@ -111,7 +113,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        combine(parts, parts_lse, out, lse, query.new_empty(0))
+        combine(parts, parts_lse, asking(problem, None), out, lse, query.new_empty(0))
     return out, lse
 
 
