@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_attention_and_its_parts_import_torch_alone():
 def test_the_operator_keeps_its_name_after_its_subpackage_is_imported():
     assert import_module("dape.attention").attention is dape.attention
     assert dape.attention is import_module("dape.attention.operator").attention
+
+
+def test_every_part_of_attention_can_be_imported_under_another_name():
+    import dape.attention.chunked as chunked
+    import dape.attention.fused.tables as tables
+    import dape.attention.operator as operator
+
+    for module in (chunked, tables, operator):
+        assert module is sys.modules[module.__name__]
+    folder = Path(operator.__file__).parent
+    names = [path.stem for path in folder.iterdir() if path.stem.strip("_") == path.stem]
+    assert all(
+        getattr(dape.attention, name) is sys.modules[f"dape.attention.{name}"] for name in names
+    )
 
 
 @pytest.mark.parametrize("name", dape.__all__)

@@ -11,7 +11,7 @@ from problems import Problem
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import forward_cuda, geometry, mix_cuda, operator
+from dape.attention.fused import banded, forward_cuda, geometry, mix_cuda, operator
 
 pytestmark = [
     pytest.mark.unhooked,
@@ -179,7 +179,10 @@ def test_the_whole_forward_pass(emulated, name, dtype):
         how = (seen, problem.head_dim**-0.5, problem.causal, problem.query_offset)
         given = operator.problem_of(*tensors, tables_of(problem, bias, adapter), *how)
         where = layout(given, given.mixing)
-        out, lse, rest = forward_cuda.forward(given, given.mixing, where, True)
+        out, lse, rest = found = banded.outputs(given, True)
+        flag = torch.zeros(1, dtype=torch.int32)
+        forward_cuda.forward(given, given.mixing, where, *found, flag)
+        assert not flag.any()
         doubles = [x.double() for x in (*tensors, bias, adapter)]
         exact, exact_lse = textbook(problem, *doubles[:3], seen, *doubles[3:])
     assert relative(out, exact) < {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]

@@ -1,10 +1,11 @@
-"""The log-sum-exp of the logits: its numbers, and parts of the keys merged by it."""
+"""The log-sum-exp of the logits: numbers and gradients, and parts of the keys merged by it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, adapter_formula, bias_formula, blocks_of, differentiate, leaves
+from problems import Problem, adapter_formula, bias_formula, blocks_of, leaves
 from problems import visible as seen_by
 from torch.testing import assert_close
 
@@ -66,7 +67,7 @@ def test_it_is_that_of_the_logits(name, adapter, backend):
     problem = replace(PROBLEMS[name], adapter=adapter)
     tensors, modules, mask = problem.tensors(torch.float32), problem.modules(), problem.draw_mask()
     out, lse = call(problem, tensors, modules, mask, backend, return_lse=True)
-    assert lse.dtype == torch.float32 and not lse.requires_grad
+    assert lse.dtype == torch.float32
     assert_close(lse.double(), by_formula(problem, tensors, modules, mask), rtol=1e-5, atol=1e-5)
     assert torch.equal(out, call(problem, tensors, modules, mask, backend))
 
@@ -111,18 +112,93 @@ def test_float64_merges_in_float64(adapter):
         check_halves(problem, problem.tensors(), modules, backend, 1e-12)
 
 
-@backends
-@adapters
-def test_gradients_flow_through_the_output_as_without_it(adapter, backend):
-    problem = Problem(rows=18, keys=18, adapter=adapter)
-    tensors, modules, parameters = leaves(problem.tensors(torch.float32), problem.modules())
-    out, _ = call(problem, tensors, modules, None, backend, return_lse=True)
-    alone = call(problem, tensors, modules, None, backend)
-    everything = [*tensors, *parameters]
+FORMS = {
+    "nope": Problem(bias=None),
+    "kerple": Problem(),
+    "dape-kerple": Problem(adapter=(5, 1, True, "concat")),
+    "dape3-kerple": Problem(adapter=(5, 3, True, "concat")),
+    "talking heads": Problem(adapter="talking-heads"),
+}
+
+
+def gradients(problem, tensors, modules, starts, backend):
+    """Return the gradients of a random functional of what parts of the keys merge to."""
+    tensors, modules, parameters = leaves(tensors, modules)
+    query, key, value = tensors
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], problem.keys], strict=True):
+        some = (query, key[:, :, start:stop], value[:, :, start:stop])
+        at = replace(problem, query_offset=problem.query_offset - start)
+        parts.append(call(at, some, modules, None, backend, return_lse=True))
+    out, lse = merged(parts)
+    weight = torch.randn(lse.shape, generator=torch.Generator().manual_seed(2))
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    total = (out * cotangent.to(out)).sum() + (lse * weight.to(lse)).sum()
+    return torch.autograd.grad(total, [*tensors, *parameters])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", [x for x in FORMS if x != "dape3-kerple"])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_merged_parts_have_the_gradients_of_the_whole(backend, name, causal):
+    problem = replace(FORMS[name], rows=12, keys=12, kv_heads=2, causal=causal)
+    tensors, modules = problem.tensors(), [m and m.double() for m in problem.modules()]
+    whole = gradients(problem, tensors, modules, [0], "reference")
     for ours, theirs in zip(
-        differentiate(out, everything), differentiate(alone, everything), strict=True
+        gradients(problem, tensors, modules, [0, 5, 9], backend), whole, strict=True
     ):
-        assert torch.equal(ours, theirs)
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 5e-3)], ids=["fp32", "fp16"]
+)
+@pytest.mark.unhooked
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_fused_gradients_of_it_are_those_of_the_textbook(dtype, tolerance, name):
+    """Of the log-sum-exp alone, and beside a far smaller one of the output."""
+    problem = replace(FORMS[name], rows=18, keys=18, query_offset=-2, mask="left")
+    tensors, modules, seen = problem.tensors(dtype), problem.modules(), problem.draw_mask()
+    weight = torch.randn(2, 4, 18)
+
+    def solved(backend, dtype, size):
+        inputs, parts, parameters = leaves(
+            tensors, [m if m is None or dtype != torch.float64 else m.double() for m in modules],
+        )  # fmt: skip
+        inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out, lse = call(problem, inputs, parts, seen, backend, return_lse=True)
+        kept = lse.where(lse.isfinite(), 0)
+        total = (kept * weight).sum() + size * out.double().sum() if size else (kept * weight).sum()
+        return torch.autograd.grad(total, [*inputs, *parameters], allow_unused=size == 0)
+
+    for size in (0, 1e-3):
+        found, exact = solved("triton", dtype, size), solved("reference", torch.float64, size)
+        for ours, theirs in zip(found, exact, strict=True):
+            if theirs is None:
+                assert ours is None or not ours.any()
+                continue
+            scale = max(0.1, theirs.abs().max().item())
+            assert_close(ours.double(), theirs, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [x for x in FORMS if x != "dape3-kerple"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_merged_parts_have_the_gradients_of_the_whole(dtype, backend, name):
+    problem = replace(
+        FORMS[name], heads=12, kv_heads=12, rows=258, keys=258, head_dim=64, value_dim=64
+    )
+    tensors = [x.cuda() for x in problem.tensors(dtype)]
+    modules = [m and m.cuda() for m in problem.modules()]
+    found = gradients(problem, tensors, modules, [0, 100, 200], backend)
+    doubles = [m and copy.deepcopy(m).double() for m in modules]
+    exact = gradients(problem, [x.double() for x in tensors], doubles, [0], "reference")
+    for ours, theirs in zip(found, exact, strict=True):
+        scale = max(0.1, theirs.norm().item())
+        assert (ours.double() - theirs).norm() < 8 * torch.finfo(dtype).eps * scale
 
 
 @pytest.mark.gpu

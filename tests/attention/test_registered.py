@@ -74,10 +74,10 @@ def test_the_operators_pass_every_check_of_pytorch(name, masked):
     with torch.no_grad():
         out, lse, rest = operator.banded(*tensors, tables, mask, *how, True)
     tensors, tables = ([x.detach() for x in given] for given in (tensors, tables))
-    grad_out = torch.randn_like(out)
-    torch.library.opcheck(
-        operator.banded_backward, (*tensors, tables, mask, out, lse, rest, grad_out, *how)
-    )
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    for also in (None, grad_lse):
+        given = (*tensors, tables, mask, out, lse, rest, grad_out, also)
+        torch.library.opcheck(operator.banded_backward, (*given, *how))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def attend_chunked(
 ) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"] | None]:
     """Return the output of `attend`, and the log-sum-exp of the logits of each row if asked for.
 
-    In blocks: keys after a block's last query are not read.
+    In blocks: keys after a block's last query are not read. Under a transform of `torch.func`,
+    which knows no recomputation, the backward pass keeps every block: memory is then that of
+    `reference`.
     """
     total, keys = query.shape[2], key.shape[2]
 
@@ -68,7 +70,7 @@ def attend_chunked(
     # The largest first: what it frees serves all others. As they grow, a heap would grow by each.
     for start in reversed(range(0, total, size)):
         stop = min(start + size, total)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
             blocks.append(checkpoint(block, start, stop, use_reentrant=False))
         else:
             blocks.append(block(start, stop))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dape.attention import sdpa
 from dape.attention.chunked import attend_chunked
-from dape.attention.reference import attend, log_sum_exp, visibility
+from dape.attention.reference import attend, log_sum_exp, visibility, widened
 from dape.attention.select import fastest, select
 from dape.errors import UserError
 
@@ -55,8 +55,7 @@ def attention(
         return_lse: also return `lse_i = log sum_j exp(logits_ij)`, `[B, H, Tq]` in float32 (or
             wider where the query is), -inf for a query that sees no key. Outputs over parts of
             the keys merge to that over all: `sum_p exp(lse_p - lse) out_p`, where
-            `lse = logsumexp_p lse_p`. It is not differentiable: gradients flow through the
-            output alone.
+            `lse = logsumexp_p lse_p`. Gradients flow through both.
 
     Returns:
         The output `[B, H, Tq, dv]` in the dtype of the value; zeros for a query that sees no key.
@@ -103,19 +102,21 @@ def attention(
         query_positions = torch.arange(rows, device=device) + query_offset
     if key_positions is None:
         key_positions = torch.arange(keys, device=device)
+    dtype = value.dtype
+    tensors = widened(query, key, value)
     if chosen == "chunked":
         out, sums = attend_chunked(
-            query, key, value, query_positions, key_positions, mask, bias, adapter, scale, causal,
+            *tensors, query_positions, key_positions, mask, bias, adapter, scale, causal,
             query_offset, return_lse,
         )  # fmt: skip
-        return out if sums is None else (out, sums)
+        return out.to(dtype) if sums is None else (out.to(dtype), sums)
     visible = visibility(rows, keys, mask, causal, query_offset, device)
     out, weights, logits = attend(
-        query, key, value, query_positions, key_positions, visible, bias, adapter, scale
+        *tensors, query_positions, key_positions, visible, bias, adapter, scale
     )
     if return_lse:
-        return out, log_sum_exp(logits, visible)
-    return (out, weights) if return_weights else out
+        return out.to(dtype), log_sum_exp(logits, visible)
+    return (out.to(dtype), weights.to(dtype)) if return_weights else out.to(dtype)
 
 
 def check(
@@ -125,6 +126,12 @@ def check(
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"the {name} is {tensor.dtype}; attention takes floating-point numbers, such as "
+                f"{name}.float()"
+            )
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise UserError(f"{shapes}: query and key differ in batch or head_dim")
     if key.shape[:3] != value.shape[:3]:

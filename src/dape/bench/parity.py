@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dape.attention.reference import visibility
 from dape.bench.case import DTYPES, Attend, Case, Inputs, Parts, build, draw, step
-from dape.bench.methods import Method, each_direction, ours
+from dape.bench.methods import Method, each_direction
 from dape.bench.record import Check, Missing
 from dape.errors import UserError
+from dape.positions.adapter import Rows
 
 # Scores of a check, and of a block of its float64: seconds, and a few GiB.
 SCORES = {"cpu": 2**24, "cuda": 2**32}
@@ -112,18 +114,37 @@ def by_rows(case: Case, parts: Parts, inputs: Inputs, dtype: torch.dtype) -> dic
     leaves = {"query": query, "key": key, "value": value} | parts.named_parameters
     gradients = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in leaves.items()}
     outputs = []
-    attend = ours("reference", case, parts)
     budget = SCORES_PER_BLOCK[case.device.type] // (case.batch * case.heads * case.length)
     height = max(1, budget)
     for start in range(0, case.length, height):
         stop = min(start + height, case.length)
         seen = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop])
-        out = attend(*seen, query_offset=start)
+        out = eager(parts, *seen, start)
         given = torch.autograd.grad(out, list(leaves.values()), cotangent[:, :, start:stop])
         for total, gradient in zip(gradients.values(), given, strict=True):
             total += gradient
         outputs.append(out.detach().double())
     return {"output": torch.cat(outputs, dim=2), **gradients}
+
+
+def eager(parts: Parts, query: Tensor, key: Tensor, value: Tensor, offset: int) -> Tensor:
+    """Return the output as the paper's code computes it: products are rounded to their dtype.
+
+    So they are a yardstick of 16 bits; `dape.attention` keeps scores and weights in float32.
+    """
+    rows, keys = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
+    visible = visibility(len(rows), len(keys), None, True, offset, query.device)
+    scale = 1 / math.sqrt(query.shape[3])
+    scores = (query @ key.mT).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    shift = torch.zeros_like(scores[0])
+    if parts.bias is not None:
+        shift = parts.bias(rows + offset, keys).to(scores.dtype)
+    logits = scores + shift
+    if parts.adapter is not None:
+        block = Rows(query, key, rows + offset, keys, visible, scale)
+        given = (block,) if getattr(parts.adapter, "needs_rows", False) else ()
+        logits = parts.adapter(scores, shift, *given)
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype) @ value
 
 
 def errors(found: Named, exact: Named) -> dict[str, float]:

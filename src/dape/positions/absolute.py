@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dape.errors import UserError
+from dape.positions.wide import Wide, parameter
 
 
 def frequencies(
@@ -53,7 +54,7 @@ class Sinusoidal(nn.Module):
         return (self.token_scale * x.to(wide) + waves[..., :width]).to(x.dtype)
 
 
-class Learned(nn.Module):
+class Learned(Wide):
     r"""Learned embeddings: `x + W_p`, a row for each position below `train_length`.
 
     As in GPT-2 (Radford et al., 2019) and Gehring et al. (2017); there is nothing past the table.
@@ -71,7 +72,7 @@ class Learned(nn.Module):
 
     def __init__(self, train_length: int, hidden_size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(train_length, hidden_size))
+        self.weight = parameter(train_length, hidden_size)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

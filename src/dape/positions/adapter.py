@@ -15,6 +15,7 @@ from torch.nn.functional import leaky_relu, pad
 
 from dape.errors import UserError
 from dape.positions.bias import sinusoids
+from dape.positions.wide import Wide, parameter
 
 INPUTS = ("concat", "sum", "bias", "scores")
 
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     scale: float
 
 
-class DAPE(nn.Module):
+class DAPE(Wide):
     r"""Data-adaptive positional encoding (Zheng et al., NeurIPS 2024): A + B + f([A; B]).
 
     f = W2 LeakyReLU_0.01(W1 x + b1) + b2 acts across heads at each (query, key), the same at all.
@@ -78,10 +79,10 @@ class DAPE(nn.Module):
         self.num_heads, self.hidden, self.kernel_size = num_heads, hidden, kernel_size
         self.residual, self.inputs = residual, inputs
         channels = 2 * num_heads if inputs == "concat" else num_heads
-        self.weight_in = nn.Parameter(torch.empty(hidden, channels, kernel_size))
-        self.bias_in = nn.Parameter(torch.empty(hidden))
-        self.weight_out = nn.Parameter(torch.empty(num_heads, hidden, kernel_size))
-        self.bias_out = nn.Parameter(torch.empty(num_heads))
+        self.weight_in = parameter(hidden, channels, kernel_size)
+        self.bias_in = parameter(hidden)
+        self.weight_out = parameter(num_heads, hidden, kernel_size)
+        self.bias_out = parameter(num_heads)
         self.reset_parameters()
 
     @property
@@ -143,7 +144,7 @@ def mix(
     return out
 
 
-class TalkingHeads(nn.Module):
+class TalkingHeads(Wide):
     r"""Talking heads before the softmax: S + P S for S = A + B, P an H x H matrix across heads.
 
     Shazeer et al., 2020, whose projection of the logits is I + P here, with P = 0 at the start: the
@@ -155,7 +156,7 @@ class TalkingHeads(nn.Module):
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.weight = nn.Parameter(torch.empty(num_heads, num_heads))
+        self.weight = parameter(num_heads, num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -172,7 +173,7 @@ class TalkingHeads(nn.Module):
         return total + mix(total, self.weight[:, :, None])
 
 
-class CoPE(nn.Module):
+class CoPE(Wide):
     r"""Contextual position encoding: A + B + q_i . e[p_ij] (Golovneva et al., 2024, section 4).
 
     A position is counted in gates: `p_ij = sum_k sigmoid(A_ik)` over the visible keys k from j to
@@ -195,7 +196,7 @@ class CoPE(nn.Module):
         if npos_max < 1:
             raise UserError(f"npos_max={npos_max} must be at least 1")
         self.head_dim = head_dim
-        self.weight = nn.Parameter(torch.empty(npos_max, head_dim))
+        self.weight = parameter(npos_max, head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -226,7 +227,7 @@ class CoPE(nn.Module):
         return torch.where(key <= query, before, after).clamp(max=len(self.weight) - 1)
 
 
-class TransformerXL(nn.Module):
+class TransformerXL(Wide):
     r"""Transformer-XL's terms: A + B + scale (u . k_j + (q_i + v) . W r(i - j)), of each head.
 
     Dai et al., 2019, section 3.3: W is [head_dim, hidden_size] for each head, r the sinusoidal
@@ -248,15 +249,15 @@ class TransformerXL(nn.Module):
         if hidden_size < 2 or hidden_size % 2:
             raise UserError(f"hidden_size={hidden_size} must be even and positive: sines, cosines")
         self.num_heads, self.head_dim = num_heads, head_dim
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, hidden_size))
-        self.u = nn.Parameter(torch.empty(num_heads, head_dim))
-        self.v = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.weight = parameter(num_heads, head_dim, hidden_size)
+        self.u = parameter(num_heads, head_dim)
+        self.v = parameter(num_heads, head_dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw all three anew."""
-        for parameter in (self.weight, self.u, self.v):
-            nn.init.normal_(parameter, std=0.02)
+        for weight in (self.weight, self.u, self.v):
+            nn.init.normal_(weight, std=0.02)
 
     def forward(
         self,

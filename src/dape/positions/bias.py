@@ -15,9 +15,10 @@ from torch.nn.functional import embedding, relu, softplus
 
 from dape.errors import UserError
 from dape.positions.absolute import frequencies
+from dape.positions.wide import Wide, parameter, widen
 
 
-class Bias(nn.Module):
+class Bias(Wide):
     """The interface of a bias: `bias(query_positions, key_positions) -> B`.
 
     A class whose B depends on the distance `|i - j|` alone says so by `relative = True`, which lets
@@ -59,11 +60,6 @@ def sinusoids(
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
 
 
-def widen(parameter: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return a parameter in at least float32."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
 def per_head(parameter: Float[Tensor, "heads"]) -> Float[Tensor, "heads 1 1"]:
     """Return a parameter of each head in at least float32, ready to meet `distance`."""
     return widen(parameter)[:, None, None]
@@ -88,9 +84,8 @@ class NoBias(Bias):
             query_positions.shape[-1],
             key_positions.shape[-1],
         )
-        return torch.zeros((), device=query_positions.device).expand(
-            *batch, self.num_heads, query, key
-        )
+        zero = torch.zeros((), dtype=torch.float32, device=query_positions.device)
+        return zero.expand(*batch, self.num_heads, query, key)
 
 
 class ALiBi(Bias):
@@ -106,9 +101,9 @@ class ALiBi(Bias):
     def slopes(self, device: torch.device | None = None) -> Float[Tensor, "heads"]:
         """Return `s_h`; computed when asked, so that casting a model cannot round them."""
         even = 2 ** math.floor(math.log2(self.num_heads))
-        whole = torch.arange(1, even + 1, device=device) * (8 / even)
-        halves = (2 * torch.arange(self.num_heads - even, device=device) + 1) * (4 / even)
-        return torch.exp2(-torch.cat((whole, halves)))
+        index = torch.arange(1, even + 1, dtype=torch.float32, device=device)
+        whole, halves = index * (8 / even), (2 * index - 1) * (4 / even)
+        return torch.exp2(-torch.cat((whole, halves[: self.num_heads - even])))
 
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
@@ -130,8 +125,8 @@ class Kerple(Bias):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__(num_heads)
-        self.raw_p = nn.Parameter(torch.empty(num_heads))
-        self.raw_a = nn.Parameter(torch.empty(num_heads))
+        self.raw_p = parameter(num_heads)
+        self.raw_a = parameter(num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -171,8 +166,8 @@ class KerplePower(Bias):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__(num_heads)
-        self.raw_p = nn.Parameter(torch.empty(num_heads))
-        self.raw_a = nn.Parameter(torch.empty(num_heads))
+        self.raw_p = parameter(num_heads)
+        self.raw_a = parameter(num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -229,7 +224,7 @@ class T5(Bias):
                 "up to where each distance has its own bucket"
             )
         self.num_buckets, self.max_distance = num_buckets, max_distance
-        self.weight = nn.Parameter(torch.empty(num_buckets, num_heads))
+        self.weight = parameter(num_buckets, num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -315,12 +310,12 @@ class FIRE(Bias):
                 raise UserError(f"{name}={value} must be at least 1")
         self.train_length = train_length
         # One element each, not none: sharding takes no scalars.
-        self.log_c = nn.Parameter(torch.empty(1))
-        self.log_threshold = nn.Parameter(torch.empty(1))
-        self.weight_in = nn.Parameter(torch.empty(hidden, 1))
-        self.bias_in = nn.Parameter(torch.empty(hidden))
-        self.weight_out = nn.Parameter(torch.empty(num_heads, hidden))
-        self.bias_out = nn.Parameter(torch.empty(num_heads))
+        self.log_c = parameter(1)
+        self.log_threshold = parameter(1)
+        self.weight_in = parameter(hidden, 1)
+        self.bias_in = parameter(hidden)
+        self.weight_out = parameter(num_heads, hidden)
+        self.bias_out = parameter(num_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

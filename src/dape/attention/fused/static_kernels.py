@@ -11,24 +11,8 @@ K keys. Strides of batch, head and row come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows
+from dape.attention.fused.kernels import LOG2E, load_rows, toeplitz
 from dape.attention.fused.mix_kernels import diagonal_tiles
-
-
-@triton.jit
-def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
-
-    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
-    product of queries and keys lies: a load for every element would cost more than that product.
-    """
-    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
-    n = tl.arange(0, A * B)
-    if KEYS_FIRST:
-        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
-        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
-    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
-    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
 
 
 @triton.jit
@@ -105,18 +89,19 @@ def forward_kernel(
 
 @triton.jit
 def grad_query_kernel(
-    query, key, value, grad_out, table, line, lse, delta, unit, grad_query,
+    query, key, value, grad_out, table, line, lse, delta, grad_lse, unit, grad_query,
     num_rows, num_keys, table_size, table_low, shift, scale,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr, SUMMED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dQ = unit scale dS K of one head; grid (rows, B H).
 
-    A row of dS sums to zero, and what it sums to instead is the error of `delta`, caused by the
-    rounding of the output: taken off here, it does not reach the sums along keys and diagonals.
+    A row of dS sums to the gradient of its log-sum-exp, zero unless SUMMED. What it sums to beside
+    that is the error of `delta`, caused by the rounding of the output: taken off here, it does not
+    reach the sums along keys and diagonals.
     """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -148,6 +133,8 @@ def grad_query_kernel(
         ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
         excess += tl.sum(ds, 1)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    if SUMMED:
+        excess -= tl.load(grad_lse + stat + rows, rows < num_rows, 0.0) / tl.load(unit)
     tl.store(delta + stat + rows, shared + excess, rows < num_rows)
     acc *= scale * tl.load(unit)
     columns = tl.arange(0, WIDE)[None, :]

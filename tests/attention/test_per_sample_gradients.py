@@ -1,0 +1,48 @@
+"""Transforms of `torch.func`, over one block of query rows and over several."""
+
+import pytest
+import torch
+from problems import blocks_of
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.testing import assert_close
+
+import dape
+
+ADAPTERS = {"dape": dape.DAPE(4, 5).double(), "dape3": dape.DAPE(4, 5, kernel_size=3).double()}
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, adapter):
+        super().__init__()
+        self.bias, self.adapter = dape.Kerple(4).double(), adapter
+
+    def forward(self, *qkv):
+        return dape.attention(*qkv, self.bias, self.adapter, backend="chunked")
+
+
+@pytest.mark.parametrize("scores", [10**6, 100], ids=["one block", "several"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_per_sample_gradients_are_those_of_each_sample(name, scores):
+    layer = Layer(ADAPTERS[name])
+    parameters, qkv = dict(layer.named_parameters()), torch.randn(3, 5, 4, 13, 8).double()
+
+    def loss(parameters, *sample):
+        return functional_call(layer, parameters, tuple(x[None] for x in sample)).square().sum()
+
+    with blocks_of(scores):
+        found = vmap(grad(loss), (None, 0, 0, 0))(parameters, *qkv)
+    for n in range(5):
+        alone = layer(*qkv[:, n : n + 1]).square().sum()
+        for ours, theirs in zip(
+            found.values(), torch.autograd.grad(alone, list(parameters.values())), strict=True
+        ):
+            assert_close(ours[n], theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_jacobians_over_several_blocks_are_those_of_one():
+    layer, qkv = Layer(ADAPTERS["dape"]), torch.randn(3, 1, 4, 7, 3).double()
+    whole = jacrev(layer, (0, 1, 2))(*qkv)
+    with blocks_of(40):
+        parts = jacrev(layer, (0, 1, 2))(*qkv)
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
