@@ -1,5 +1,6 @@
 """`dape paper report`: one page on all experiments, which opens without a network."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
@@ -31,7 +32,7 @@ def page(found: Sequence[Results], beside: Table) -> str:
         known=[each for each in found if each.cells],
         absent=[each for each in found if not each.cells],
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
-        minutes=sum(each.minutes for each in found),
+        minutes=math.fsum(each.minutes for each in found),
         rules=(claims.__doc__ or "").partition("\n\n")[2],
         beside=beside,
         published=f", {OURS}",

@@ -4,6 +4,7 @@ The record is laid out as a run folder: recipe, run.json, metrics, evaluations. 
 output of the commands and `cell.json`, which says how the cell ended.
 """
 
+import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ class End:
     @property
     def minutes(self) -> float:
         """Return the minutes of all commands."""
-        return sum(self.seconds.values()) / 60
+        return math.fsum(self.seconds.values()) / 60
 
 
 def log(cell: Cell) -> Path:

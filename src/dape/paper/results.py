@@ -1,5 +1,6 @@
 """What is known of an experiment: sections with figures and tables, and verdicts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ class Results:
     @property
     def minutes(self) -> float:
         """Return the minutes of one device that it took."""
-        return sum(record.read(cell).minutes for cell in self.cells)
+        return math.fsum(record.read(cell).minutes for cell in self.cells)
 
     def origin(self) -> dict[str, str]:
         """Return the devices, commits and versions that the trainings tell of."""
@@ -74,7 +75,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         for section in self.sections:
             if section.figure:
-                save(section.figure, folder / section.file)
+                save(section.figure, folder / section.file, metadata={"Date": None})
         write_text(folder / TABLE, self.markdown())
         if self.verdicts:
             write_json(folder / VERDICTS, [as_record(verdict) for verdict in self.verdicts])
