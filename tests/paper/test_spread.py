@@ -105,7 +105,7 @@ def test_a_record_that_cannot_be_written_fails_its_cell_alone():
 
 def test_after_the_minutes_nothing_starts():
     found = cells("kerple", "alibi")
-    assert spread(found, ["cpu"], Pretended(), silent, minutes=0) == []
+    assert spread(found, ["cpu"], Pretended(), silent, minutes=0.0) == []
     assert choose(plan(found)) == found
 
 

@@ -233,7 +233,7 @@ COST = Experiment(
             ),
             minutes=minutes,
         )
-        for size, minutes in (("125m", 6), ("350m", 8), ("2.7b", 15), ("6.7b", 20))
+        for size, minutes in (("125m", 6.0), ("350m", 8.0), ("2.7b", 15.0), ("6.7b", 20.0))
     ),
     sections=("costs",),
 )

@@ -4,6 +4,7 @@ The record is laid out as a run folder: recipe, run.json, metrics, evaluations. 
 output of the commands and `cell.json`, which says how the cell ended.
 """
 
+import math
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,7 +41,7 @@ class End:
     @property
     def minutes(self) -> float:
         """Return the minutes of all commands."""
-        return sum(self.seconds.values()) / 60
+        return math.fsum(self.seconds.values()) / 60
 
 
 def log(cell: Cell) -> Path:
@@ -59,7 +60,7 @@ def read(cell: Cell) -> End:
 
 def minutes(cells: Iterable[Cell]) -> float:
     """Return the minutes of one device that cells took, which have ended."""
-    return sum(read(cell).minutes for cell in cells)
+    return math.fsum(read(cell).minutes for cell in cells)
 
 
 def state(cell: Cell, checksums: Mapping[str, str]) -> State:
