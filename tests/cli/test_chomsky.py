@@ -77,8 +77,8 @@ def test_training_alone_and_options_over_the_recipe(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SMALL)
-    assert "name a step: dape chomsky tasks" in refused(capsys)
-    assert "unknown step of dape chomsky 'tabel'; did you mean 'table'" in refused(capsys, "tabel")
+    assert "`dape chomsky` needs one of: tasks, sample, train, table" in refused(capsys)
+    assert "'tabel'; did you mean 'table'" in refused(capsys, "tabel")
     assert "name a recipe first" in refused(capsys, "train")
     assert "nothing.yaml" in refused(capsys, "train", tmp_path / "nothing.yaml")
     assert "unknown task 'sort'" in refused(capsys, "train", recipe, "--tasks", "sort")

@@ -149,7 +149,9 @@ def test_training_loss_is_drawn_over_tokens():
 
 
 def test_what_diverges_leaves_the_figure_and_does_not_set_its_scale():
-    groups = group([make("alibi", [2.0, 2.1, 2.1, 2.2, 2.2]), make("rope", [2.0, 4, 6, 8, 9])])
+    groups = group(
+        [make("alibi", [2.0, 2.1, 2.1, 2.2, 2.2]), make("rope", [2.0, 4.0, 6.0, 8.0, 9.0])]
+    )
     (axes,) = over_length(groups, top=20.0).axes
     lowest = math.exp(2)
     assert axes.get_ylim() == pytest.approx((lowest - 0.05 * (20 - lowest), 20.0))
