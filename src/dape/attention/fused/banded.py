@@ -53,7 +53,7 @@ PRECISION = "ieee"
 
 @runtime_checkable
 class Mixer(Protocol):
-    """The two kernels across heads, in Triton or CUDA.
+    """The kernels across heads, in Triton or CUDA.
 
     `Slots` is where the second sums the gradients of the tables.
     """
@@ -274,11 +274,9 @@ def forward_by_bands(
     flag: Tensor | None = None,
 ) -> None:
     """Fill what `forward` returns, band by band; numbers that are too large set the `flag`."""
-    from dape.attention.fused import static
-
     all_bands = bands(problem)
     scratch = Scratch.of(problem, all_bands)
-    table = static.padded_table(mixing.static, problem.causal, 1.0) if problem.tabled else None
+    table = table_of(problem, mixing)
     for band in all_bands:
         at, x, part = (band.batch, slice(None), band.rows), scratch.view(band), problem.part(band)
         query = part.query[:, :, band.rows]
@@ -286,6 +284,13 @@ def forward_by_bands(
         mixer.mix(x, band, problem, mixing)
         kept = rest[at] if rest.numel() else rest
         softmax_value(x, part.value, table, band, problem, out[at], lse[at], kept, flag)
+
+
+def table_of(problem: Problem, mixing: Mixing) -> tuple[Tensor, int] | None:
+    """Return C as `static.padded_table` does, if logits in the scratch are without."""
+    from dape.attention.fused import static
+
+    return static.padded_table(mixing.static, problem.causal, 1.0) if problem.tabled else None
 
 
 def out_of_range(problem: Problem, mixing: Mixing) -> Tensor:
@@ -361,9 +366,8 @@ def backward(
     if problem.mixing is None:
         tables = static.backward(problem, lse, delta, grad_lse, scaled, sums)
     else:
-        found = [
-            mixed_backward(*way, problem.mixing, lse, delta, grad_out, scaled, sums) for way in ways
-        ]
+        rows = lse, delta, grad_lse, grad_out, scaled
+        found = [mixed_backward(way, its, problem.mixing, *rows, sums) for way, its in ways]
         tables = found[0]
         if flag.numel():
             tables = [
@@ -455,6 +459,7 @@ def mixed_backward(
     mixing: Mixing,
     lse: Tensor,
     delta: Tensor,
+    grad_lse: Tensor | None,
     grad_out: Tensor,
     scaled: Tensor,
     sums: Sums,
@@ -462,15 +467,51 @@ def mixed_backward(
     """Fill dQ, dK and dV band by band, and return the gradients of tables and weights."""
     all_bands = blocks(problem)
     scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
-    slots = mixer.Slots.of(problem, mixing, mixer)
+    slots, table = mixer.Slots.of(problem, mixing, mixer), table_of(problem, mixing)
     for band in all_bands:
         at, part = (band.batch, slice(None), band.rows), problem.part(band)
-        x, y = scratch.view(band), other.view(band)
-        scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
+        x, y, query = scratch.view(band), other.view(band), part.query[:, :, band.rows]
         scores(grad_out[at], part.value, y, band, problem, 1.0, sums.unit)
+        scores(query, part.key, x, band, problem, problem.scale)
+        if problem.scratch == torch.float32:
+            mixer.mix(x, band, problem, mixing)
+            wanted = None if grad_lse is None else grad_lse[at]
+            balance(x, y, table, band, problem, lse[at], delta[at], scaled[at], wanted, sums.unit)
+            scores(query, part.key, x, band, problem, problem.scale)
         x, y = mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
         one_head(x, y, band, problem, scaled[at], sums)
     return slots.gradients(problem, mixing, mixer, sums.unit)
+
+
+def balance(
+    x: Tensor,
+    y: Tensor,
+    table: tuple[Tensor, int] | None,
+    band: Band,
+    problem: Problem,
+    lse: Tensor,
+    delta: Tensor,
+    scaled: Tensor,
+    grad_lse: Tensor | None,
+    unit: Tensor,
+) -> None:
+    """Change delta, dO and dP in Y so that rows of P and dS have their sums; X are logits.
+
+    The band has whole rows.
+    """
+    batch, heads, rows, value_dim = scaled.shape
+    entries, low = (lse, 0) if table is None else table
+    wanted = lse if grad_lse is None else grad_lse
+    tile = tile_of("softmax_value", problem, rows)
+    kernels.balance_kernel[(cdiv(rows, tile.rows), batch * heads)](
+        x, y, entries, lse, delta, scaled, wanted, unit,
+        rows, band.sizes[2], band.shift, entries.shape[1], low,
+        *x.stride()[:2], *delta.stride(), *strides(scaled), *wanted.stride()[:2],
+        heads, V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal,
+        TABLED=table is not None, SUMMED=grad_lse is not None, **problem.gated(),
+        M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def one_head(

@@ -183,9 +183,10 @@ def blocks(problem: Problem) -> tuple[Band, ...]:
 
     What the backward pass adds to for every band, dQ by row, dK and dV by key and the tables by
     distance, is then little beside its scores, however long the sequence. Convolutions along the
-    keys need whole rows.
+    keys need whole rows, and so does what balances them in float32.
     """
-    return bands_of(Extent.of(problem), room(problem), problem.hidden_bias is None)
+    cut = problem.hidden_bias is None and problem.scratch == torch.float16
+    return bands_of(Extent.of(problem), room(problem), cut)
 
 
 def room(problem: Problem) -> int:

@@ -341,6 +341,68 @@ def row_products_kernel(
 
 
 @triton.jit
+def balance_kernel(
+    x, y, table, lse, delta, scaled, grad_lse, unit,
+    num_rows, num_keys, shift, table_size, table_low,
+    x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Give rows of P the sum one, and rows of dS = P (dP - delta) theirs; grid (rows, B H).
+
+    That is the gradient of the row's log-sum-exp, zero unless SUMMED. Where logits are large, the
+    rounding of the log-sum-exp and of logits makes P, as `mix_backward` finds it from logits X,
+    differ from that of the forward pass; and what a row of dS has too much meets tables that are as
+    large. So delta is made anew, and the sum of P taken off what P meets: dP in Y, delta and dO.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = tl.program_id(0) * M
+    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
+    rows = line[:, None]
+    x += b64 * x_b + h * BLOCK
+    y += b64 * x_b + h * BLOCK
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
+    log_sum = tl.load(lse + stat, line < num_rows, 0.0)
+    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
+    shared = tl.load(delta + stat, line < num_rows, 0.0)
+    total, excess = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = places(rows, first_key, x_t, HEADS, K)
+        s = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+        if TABLED:
+            s += toeplitz(table - first_key, M, K, False)
+        weight = tl.exp2((s - log_sum[:, None]) * LOG2E)
+        dp = tl.load(y + at, inside & (weight > 0), 0.0)
+        total += tl.sum(weight, 1)
+        excess += tl.sum(weight * (dp - shared[:, None]), 1)
+    part = 1 / tl.where(total > 0, total, 1.0)
+    shared += excess * part
+    if SUMMED:
+        wanted = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+        shared -= wanted / tl.load(unit)
+    tl.store(delta + stat, shared * part, line < num_rows)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = y + places(rows, first_key, x_t, HEADS, K)
+        tl.store(at, tl.load(at, inside, 0.0) * part[:, None], inside)
+    scaled += b64 * out_b + h * out_h
+    do = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = scaled + rows.to(tl.int64) * out_t + columns
+    tl.store(at, do.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+
+
+@triton.jit
 def grad_query_kernel(
     y, key, unit, grad_query, num_rows, num_keys, shift, scale,
     y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,

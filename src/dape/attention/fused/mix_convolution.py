@@ -198,11 +198,11 @@ class Slots(NamedTuple):
         heads, units, taps = (compiled[x] for x in ("H", "D", "T"))
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
         tile = tile_of(problem)
-        fold(self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
+        fold(problem, self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
         # A line of columns is r further than the distance to them, and t less to the key of tap t.
         first = lowest(problem, *tile[:2], taps // 2)
         for tap, table in enumerate(hidden.split(units, dim=1)):
-            fold(self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
+            fold(problem, self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
         weight_in, weight_out = (
             weight.sum((0, 1))[:taps, :units, :heads].flatten(0, 1) * unit
             for weight in (self.weight_in, self.weight_out)

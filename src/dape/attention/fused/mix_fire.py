@@ -137,7 +137,7 @@ class Slots(NamedTuple):
         heads, features = mixing.static.shape[0], features_of(problem)
         psi = torch.empty_like(features.psi)
         fold(
-            self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
+            problem, self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
             psi[:, None],
         )  # fmt: skip
         tables = (

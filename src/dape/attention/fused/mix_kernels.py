@@ -225,12 +225,15 @@ def fold_kernel(
     line_n, line_q, line_r, line_c, table_d, table_c,
     SPANS: tl.constexpr, SKEWED: tl.constexpr,
     DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
 
     Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
     more than SPANS slots.
     """
+    if unwanted(gate, GATED):
+        return
     first = tl.program_id(0) * DISTANCES
     d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((DISTANCES, COLUMNS), tl.float32)

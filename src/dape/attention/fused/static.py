@@ -169,5 +169,6 @@ def backward(
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     gradient = torch.empty_like(problem.static)
-    fold(lines, lowest(problem, size, size), size, sums.unit, gradient.t(), skewed=True)
+    place = lowest(problem, size, size), size
+    fold(problem, lines, *place, sums.unit, gradient.t(), skewed=True)
     return [gradient]
