@@ -114,8 +114,12 @@ def timed(
 
 
 def entry(method: Method, case: Case, direction: str, found: Timing | Missing) -> Entry:
-    """Return what is recorded of a timing."""
-    place = (method.name, case.length, case.batch, direction)
+    """Return what is recorded of a method's timing."""
+    return entry_at((method.name, case.length, case.batch, direction), found)
+
+
+def entry_at(place: tuple[str, int, int, str], found: Timing | Missing) -> Entry:
+    """Return a record of method, length, batch and direction, and of their timing."""
     if isinstance(found, Missing):
         return Entry(*place, missing=found)
     return Entry(

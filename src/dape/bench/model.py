@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dape.bench.attempt import attempt, release
+from dape.bench.attention import entry_at
 from dape.bench.case import FORWARD, TRAINING
 from dape.bench.clock import measure
 from dape.bench.record import Entry, Missing
@@ -172,24 +173,13 @@ def _entry(
 ) -> Entry:
     place = (scheme, length, plan.batch, direction)
     if isinstance(model, Missing):
-        return Entry(*place, missing=model)
+        return entry_at(place, model)
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
     shape = (plan.batch, length)
     tokens = torch.randint(plan.vocab_size, shape, generator=generator, device=plan.device)
     step = train if direction == TRAINING else read
     timing = attempt(partial(measure, [partial(step, model, tokens)], plan.device))
-    if isinstance(timing, Missing):
-        return Entry(*place, missing=timing)
-    return Entry(
-        *place,
-        milliseconds=timing.median,
-        fastest=min(timing.milliseconds),
-        slowest=max(timing.milliseconds),
-        runs=len(timing.milliseconds),
-        calls=timing.calls,
-        clock=timing.clock,
-        peak=timing.peak,
-    )
+    return entry_at(place, timing)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dape.errors import UserError, unknown
 from dape.model.modeling import DapePreTrainedModel, in_use
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.interface import NAME
+from dape.model.retrofit.storage import write
 from dape.model.retrofit.survey import Attention, attentions
 from dape.model.retrofit.unchanged import check_unchanged, own_states
 
@@ -57,8 +58,6 @@ class Mounted:
 
     def save(self, folder: str | Path) -> None:
         """Write `adapters.safetensors` and `adapters.json` for `dape.load_adapters`."""
-        from dape.model.retrofit.storage import write
-
         write(Path(folder), self.model.config, self.choice, self.train, self.state())
 
     def unmount(self) -> None:
@@ -152,8 +151,6 @@ def save_pretrained(
 
     Parts that trained are the model's own here.
     """
-    from dape.model.retrofit.storage import write
-
     type(self).save_pretrained(self, save_directory, is_main_process, **kwargs)
     if is_main_process:
         modules, choice = self.retrofitted

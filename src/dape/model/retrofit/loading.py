@@ -1,0 +1,72 @@
+"""Adapters from a folder, mounted on the model that they were made for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from dape.errors import UserError
+from dape.model.retrofit.choice import PARTS, Factory
+from dape.model.retrofit.mount import Mounted, retrofit
+from dape.model.retrofit.storage import read, read_tensors
+
+
+def load_adapters(
+    model: PreTrainedModel,
+    folder: str | Path,
+    adapter: Factory | None = None,
+    bias: Factory | None = None,
+    backend: str = "auto",
+) -> Mounted:
+    """Mount what `Mounted.save` wrote on the base model that it was made for.
+
+    `adapter` and `bias` are needed, and used, only where `retrofit` was given factories of the
+    user's own. Parts that trained with the adapters get the values that they learned.
+
+    Raises:
+        UserError: for a folder without adapters, or adapters of another model.
+    """
+    folder = Path(folder)
+    settings = read(folder)
+    if settings["model_type"] != model.config.model_type:
+        raise UserError(
+            f"the adapters in {folder} are for a model of type {settings['model_type']!r} "
+            f"({settings['base']}), and this is {model.config.model_type!r}"
+        )
+    given: dict[str, Factory | None] = {"adapter": adapter, "bias": bias}
+    chosen = {place: _chosen(place, settings, given[place], folder) for place in given}
+    mounted = retrofit(
+        model, **chosen, options=settings["options"], train=settings["train"], backend=backend
+    )
+    try:
+        _fill(mounted, read_tensors(folder), folder)
+    except BaseException:
+        mounted.unmount()
+        raise
+    return mounted
+
+
+def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder: Path) -> Any:
+    """Return the name in the settings, or the factory that is given for a class without one."""
+    name = settings[place]
+    if name is None or name in PARTS[place]:
+        return name
+    if given is None:
+        raise UserError(f"the {place} in {folder} is {name}, a class of your own: give {place}=")
+    return given
+
+
+@torch.no_grad()
+def _fill(mounted: Mounted, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Put saved tensors in place; raise a `UserError` if they are those of another model."""
+    state = mounted.state()
+    shapes, found = ({k: list(v.shape) for k, v in each.items()} for each in (state, tensors))
+    if shapes != found:
+        name = next(name for name in sorted(shapes | found) if shapes.get(name) != found.get(name))
+        raise UserError(
+            f"the adapters in {folder} do not fit this model: {name} is "
+            f"{found.get(name, 'missing')} there, and {shapes.get(name, 'nothing')} here"
+        )
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
