@@ -73,6 +73,22 @@ def test_talking_heads_equal_the_textbook(name, bias):
     close(replace(PROBLEMS[name], adapter="talking-heads", bias=bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_past_the_last_row_a_bias_above_zero_leaves_no_trace(dtype):
+    """Sandwich begins at 8 H: what is no row must not make infinite weights of it."""
+    given, bias = torch.randn(3, 1, 12, 33, 8).to(dtype), dape.Sandwich(12)
+    weight = torch.randn(1, 12, 33, 8)
+
+    def gradients(tensors, backend):
+        tensors = [x.requires_grad_() for x in tensors.unbind()]
+        out = dape.attention(*tensors, bias, backend=backend)
+        return torch.autograd.grad(out, tensors, weight.to(out))
+
+    exact = gradients(given.double(), "reference")
+    for found, true in zip(gradients(given, "triton"), exact, strict=True):
+        assert (found.double() - true).norm() <= 5e-3 * true.norm()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offset", [0, 21])
 def test_bands_change_nothing(narrow_bands, causal, offset):

@@ -46,8 +46,12 @@ def logits(
 
 @triton.jit
 def row_statistics(lse, delta, rows, num_rows):
-    """Return log-sum-exp in base 2 and delta of rows; 0 for rows that see nothing."""
-    log_sum = tl.load(lse + rows, rows < num_rows, 0.0)
+    """Return log-sum-exp in base 2 and delta of rows.
+
+    The first is 0 for rows that see nothing, and infinite past the last row, where P is then 0:
+    there a bias above zero would make it large, and infinite in fp16.
+    """
+    log_sum = tl.load(lse + rows, rows < num_rows, float("inf"))
     log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum) * LOG2E
     return log_sum, tl.load(delta + rows, rows < num_rows, 0.0)
 
