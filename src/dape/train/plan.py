@@ -68,7 +68,7 @@ def check(recipe: Recipe | Retrofit) -> None:
     if isinstance(recipe, Recipe):
         scheme.check(recipe.model.scheme, recipe.model.scheme_options)
     select(recipe.model.backend)
-    recipe.micro_batches(parallelize.ranks())
+    recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
     if isinstance(recipe, Retrofit):
@@ -102,7 +102,8 @@ def cost(recipe: Recipe, ranks: int) -> str:
     with torch.device("meta"):
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
-    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    sequences, groups = training.batch_size, recipe.groups(ranks)
+    accumulated = recipe.micro_batches(groups)
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -112,7 +113,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
             f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
-            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {sequences // (groups * accumulated)} sequences x {training.length},"
             f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",

@@ -136,18 +136,26 @@ class Hardware:
     """auto takes CUDA if there is a GPU"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """with several devices (`torchrun`): a copy of the weights on each, or a shard (FSDP2)"""
+    gather: Literal["pass", "step"] = "pass"
+    """fsdp: weights are gathered for each pass of a block, and gradients exchanged after it; or
+    both once a step of several micro-batches, for 6 bytes a parameter more on each device"""
+    context_parallel: int = 1
+    """devices over which each sequence is spread; must divide their number"""
     micro_batch_size: int | None = None
     """sequences a device computes at once (its whole share of the batch by default)"""
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )
     """blocks: torch.compile each block; graphs: and replay both passes as a CUDA graph"""
-    activation_checkpointing: bool = False
-    """keep only what enters a block, and compute the rest again in the backward pass"""
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "blocks"], Switch(on="blocks", off="none")
+    ] = "none"
+    """blocks: keep only what enters a block, and compute the rest again in the backward pass;
+    selective: keep the output of attention and of most matrix products too"""
 
     def __post_init__(self) -> None:
         """Refuse an empty micro-batch, and graphs of gradients that no rank has whole."""
-        at_least(1, "hardware", self, "micro_batch_size")
+        at_least(1, "hardware", self, "micro_batch_size", "context_parallel")
         if self.compile == "graphs" and self.strategy == "fsdp":
             raise UserError(
                 "hardware.compile='graphs' needs hardware.strategy='ddp'; with 'fsdp' take 'blocks'"
