@@ -107,7 +107,16 @@ def parallelize(fabric: "Fabric", model: nn.Module, task: Task) -> nn.Module:
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         # Uncompiled, logits in float32, their softmax and their gradient take a tenth of a step.
         model.loss_function = torch.compile(model.loss_function)  # type: ignore
+    if hardware.strategy == "ddp" and fabric.world_size > 1:
+        for parameter in model.parameters():
+            if 1 in parameter.shape and parameter.requires_grad:
+                parameter.register_hook(_with_plain_strides)
     return fabric.setup_module(Loss(model, task))
+
+
+def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient whose axes of one entry have the stride of a new tensor, as DDP expects."""
+    return gradient.flatten().view_as(gradient)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -96,9 +96,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.
     """
-    entries = recipe.model.vocab_size
-    if entries is None or (Path(recipe.data) / MANIFEST).exists():
-        entries = vocabulary(recipe, Corpus(recipe.data))
+    entries = entries_of(recipe)
     with torch.device("meta"):
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
@@ -121,6 +119,14 @@ def cost(recipe: Recipe, ranks: int) -> str:
             + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
         ]
     )
+
+
+def entries_of(recipe: Recipe) -> int:
+    """Return the entries of the embedding; data need be there only where the recipe lacks them."""
+    entries = recipe.model.vocab_size
+    if entries is None or (Path(recipe.data) / MANIFEST).exists():
+        entries = vocabulary(recipe, Corpus(recipe.data))
+    return entries
 
 
 def _swept(recipes: Sequence[Recipe]) -> str:
