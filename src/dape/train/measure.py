@@ -85,6 +85,7 @@ def measure(recipe: Recipe, sizes: list[int] | None = None, steps: int = 2) -> I
         if not _fits(found, size, session.fabric.device):
             return
         task = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
+        task.context_parallel = session.task.context_parallel
         try:
             found.append(_reading(replace(session, task=task), size))
         except torch.OutOfMemoryError:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
@@ -119,6 +121,19 @@ def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.flatten().view_as(gradient)
 
 
+def context_parallel(fabric: "Fabric", hardware: Hardware) -> ContextParallel | None:
+    """Return the devices over which this one's sequences are spread, None if it is one.
+
+    They are neighbours: with several machines, mostly of one.
+    """
+    size = hardware.context_parallel
+    if size == 1:
+        return None
+    shape, names = (fabric.world_size // size, size), ("data_parallel", "context_parallel")
+    mesh = init_device_mesh(fabric.device.type, shape, mesh_dim_names=names)["context_parallel"]
+    return ContextParallel(mesh.get_group().group_name, mesh.get_local_rank(), size)
+
+
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of this package or of transformers.
 
@@ -136,7 +151,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
     """Shard a model over all ranks (FSDP2); Fabric calls it with its mesh."""
-    head = loss.model.get_output_embeddings()  # type: ignore[operator]
     low = loss.task.recipe.training.precision == "bf16-mixed"
-    shard(loss, blocks(loss.model), head, mesh["data_parallel"], low)
+    shard(loss, blocks(loss.model), mesh["data_parallel"], low)
     return loss

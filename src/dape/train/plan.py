@@ -71,6 +71,12 @@ def check(recipe: Recipe | Retrofit) -> None:
     recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
+    chunks = 2 * recipe.hardware.context_parallel
+    if chunks > 2 and recipe.training.length % chunks:
+        raise UserError(
+            f"training.length={recipe.training.length} is not a multiple of {chunks}, twice"
+            f" hardware.context_parallel: each device takes two chunks of a sequence"
+        )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
 
@@ -80,6 +86,10 @@ def _check_layout(recipe: Retrofit) -> None:
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
             "hardware.activation_checkpointing if memory is short"
+        )
+    if recipe.hardware.context_parallel > 1:
+        raise UserError(
+            "hardware.context_parallel: sequences of pretrained models are not spread; leave it out"
         )
     if recipe.hardware.compile != "none":
         raise UserError(

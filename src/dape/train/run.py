@@ -153,6 +153,7 @@ def lay_out(task: Task) -> Session:
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
     model = task.build(fabric.device)
+    task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
     loss = parallelize.parallelize(fabric, model, task)
     return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 

@@ -160,6 +160,11 @@ class Hardware:
             raise UserError(
                 "hardware.compile='graphs' needs hardware.strategy='ddp'; with 'fsdp' take 'blocks'"
             )
+        if self.compile == "graphs" and self.context_parallel > 1:
+            raise UserError(
+                "hardware.compile='graphs' records no exchange within a pass; with"
+                " hardware.context_parallel take 'blocks'"
+            )
 
 
 @dataclass(frozen=True, slots=True)

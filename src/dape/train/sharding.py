@@ -7,49 +7,40 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from dape.train.optimize import is_positional
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-def shard(
-    module: nn.Module, blocks: list[nn.Module], head: nn.Module, mesh: "DeviceMesh", low: bool
-) -> None:
-    """Shard a module over the ranks of a mesh: a group for each block, for the head, and the rest.
+def shard(module: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", low: bool) -> None:
+    """Shard a module over the ranks of a mesh: a group for each block's products, one for the rest.
 
-    Masters, gradients and moments are float32. If `low`, the matrices of blocks and head, and the
-    vectors added to their products, travel in bfloat16, to which autocast would round them at their
-    use: the numbers are those of one device. Gradients are averaged in float32.
+    Masters, gradients and moments are float32, and gradients are averaged in float32. If `low`, the
+    parameters of linear layers travel in bfloat16, to which autocast would round them at their use:
+    the numbers are those of one device.
 
-    The rest is one group in float32: embeddings, norms, and the parameters of positions, which
+    The rest is one group in float32: embedding, head, norms, and the parameters of positions, which
     attention reads many times, in blocks of rows or in a kernel. It is gathered once, before the
     forward pass, and stays whole until the backward pass has ended.
     """
-    products = {each for name, each in module.named_parameters() if _in_product(name, module)}
+    linear = [each for block in blocks for each in block.modules() if isinstance(each, nn.Linear)]
+    products = {parameter for each in linear for parameter in each.parameters()}
     fully_shard(module, mesh=mesh, ignored_params=products)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for group in (*blocks, head):
-        rest = set(group.parameters()) - products
-        fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=rest)
-    _prefetch([cast(FSDPModule, each) for each in (module, *blocks, head)])
+    for block in blocks:
+        rest = set(block.parameters()) - products
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=rest)
+    _prefetch(cast(FSDPModule, module), cast(list[FSDPModule], blocks))
 
 
-def _in_product(name: str, module: nn.Module) -> bool:
-    """Return whether a parameter is a linear layer's, and none of a position scheme."""
-    owner = module.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, nn.Linear) and not is_positional(name)
-
-
-def _prefetch(groups: list[FSDPModule]) -> None:
-    """Let each group gather the next one's weights while it computes, in both directions."""
-    for before, after in pairwise(groups):
+def _prefetch(root: FSDPModule, blocks: list[FSDPModule]) -> None:
+    """Let each block fetch the next one's weights while it computes, in both directions."""
+    for before, after in pairwise([root, *blocks]):
         before.set_modules_to_forward_prefetch([after])
-    for before, after in pairwise(groups[1:]):
+    for before, after in pairwise(blocks):
         after.set_modules_to_backward_prefetch([before])
 
 
