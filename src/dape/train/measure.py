@@ -14,8 +14,6 @@ from dape.train.recipe import Recipe, override
 from dape.train.run import lay_out
 from dape.train.task import Batch, LanguageModelling, draw
 
-# The first updates compile, tune and allocate.
-WARM_UP = 2
 # Part of a GPU's memory that is taken to be usable: allocations leave gaps between them.
 USABLE = 0.95
 
@@ -62,7 +60,9 @@ class RandomTokens(LanguageModelling):
         return (torch.randint(self._entries, shape, generator=generator),)
 
 
-def measure(recipe: Recipe, sizes: list[int] | None = None, steps: int = 2) -> Iterator[Reading]:
+def measure(
+    recipe: Recipe, sizes: list[int] | None = None, steps: int = 2, warm_up: int = 1
+) -> Iterator[Reading]:
     """Yield what `steps` updates take, for one size of micro-batch after the other.
 
     Sizes are those that divide a device's sequences of a batch, in ascending order. The next one is
@@ -71,13 +71,14 @@ def measure(recipe: Recipe, sizes: list[int] | None = None, steps: int = 2) -> I
     Args:
         recipe: the recipe; its `micro_batch_size` is not looked at.
         sizes: other sizes than these, in ascending order.
-        steps: updates to measure, after those of the warm-up.
+        steps: updates to measure.
+        warm_up: updates before them, which compile, tune and allocate.
 
     Raises:
         RankError: if the memory of a device does not suffice all the same, with no way back to
             the other devices.
     """
-    recipe = override(recipe, {"training.steps": WARM_UP + steps, "hardware.micro_batch_size": 1})
+    recipe = override(recipe, {"training.steps": warm_up + steps, "hardware.micro_batch_size": 1})
     session = lay_out(RandomTokens(recipe))
     share = recipe.micro_batches(recipe.groups(session.fabric.world_size))
     found: list[Reading] = []
@@ -87,7 +88,7 @@ def measure(recipe: Recipe, sizes: list[int] | None = None, steps: int = 2) -> I
         task = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
         task.context_parallel = session.task.context_parallel
         try:
-            found.append(_reading(replace(session, task=task), size))
+            found.append(_reading(replace(session, task=task), size, warm_up))
         except torch.OutOfMemoryError:
             if found and session.fabric.world_size == 1:
                 return
@@ -107,14 +108,14 @@ def _fits(found: list[Reading], size: int, device: torch.device) -> bool:
     return last[1] + growth * (size - last[0]) < USABLE * total
 
 
-def _reading(session: Session, size: int) -> Reading:
+def _reading(session: Session, size: int, warm_up: int) -> Reading:
     fabric, task = session.fabric, session.task
     gpu = fabric.device.type == "cuda"
     gc.collect()
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times = [float(metrics["update_seconds"]) for metrics in updates(session)][WARM_UP:]
+    times = [float(metrics["update_seconds"]) for metrics in updates(session)][warm_up:]
     mean = torch.tensor(sum(times) / len(times), device=fabric.device)
     seconds = float(fabric.all_reduce(mean, reduce_op="max"))
     speed = (task.tokens or 0) / seconds
