@@ -204,7 +204,7 @@ def asking(problem: Problem, flag: Tensor | None) -> dict[str, Any]:
     """Return the arguments of a kernel that sets the `flag`, if given, or may not be wanted."""
     if flag is None:
         return {**problem.gated(), "LIMIT": None}
-    return {"gate": flag, "GATED": -1, "LIMIT": geometry.LARGEST_LOGIT}
+    return {"gate": flag, "GATED": -1, "LIMIT": geometry.LARGEST_SUM}
 
 
 def combine(
@@ -313,7 +313,7 @@ def out_of_range(problem: Problem, mixing: Mixing) -> Tensor:
         most_of_each = pad(torch.relu(torch.maximum(bias, weight + bias)), (1, 0), value=1.0)
         hidden, static = most_of_each @ hidden, static @ most_of_each
     tables = [table.amax() for table in (hidden, static) if table.numel()]
-    return flag.maximum((torch.stack(tables) > geometry.LARGEST_LOGIT).any())
+    return flag.maximum((torch.stack(tables) > geometry.LARGEST_SCORE).any())
 
 
 def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 // The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
 //
-// A score or a logit that is too large for X sets a flag, and another kernel then takes the call.
+// A score that is too large for X, or a log-sum-exp, sets a flag, and another kernel then takes the call.
 //
 // A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
 // warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
@@ -100,7 +100,7 @@ struct Arguments {
   const float *fixed, *linear;
   const uint8* mask;
   int* flag;
-  float largest_score, largest_logit;
+  float largest_score, largest_sum;
   int rows, keys, distances, low, offset;
   float scale;
   int out_t, row0, tiles;
@@ -374,7 +374,7 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       if (row < a.rows) {
         const float log_sum = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
         if (t == 0) a.lse[row] = log_sum;
-        if (largest > a.largest_score || (sum > 0.f && fabsf(log_sum) > a.largest_logit)) *a.flag = 1;
+        if (largest > a.largest_score || (sum > 0.f && fabsf(log_sum) > a.largest_sum)) *a.flag = 1;
 #pragma unroll
         for (int e = 0; e < E / 8; e++) {
           const long long at = (long long)row * a.out_t + 8 * e + 2 * t;
@@ -488,7 +488,7 @@ DEVICE void mix(Shared& s, const Arguments& a, int mixer, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse, const float* w1, const float* w2,
-    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale, double largest_score, double largest_logit,
+    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale, double largest_score, double largest_sum,
     int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
   extern __shared__ __align__(128) char memory[];
@@ -498,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
-      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b, flag, (float)(largest_score / fabs(scale)), (float)largest_logit,
+      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b, flag, (float)(largest_score / fabs(scale)), (float)largest_sum,
       rows, keys, distances, low, offset, (float)scale, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);

@@ -118,7 +118,7 @@ def forward(
             query, key, value, out, rest, lse, mixing.weight_in, mixing.weight_out,
             hidden, fixed, linear, mask, flag,
             rows, keys, distances, low, problem.offset, float(problem.scale),
-            geometry.LARGEST_SCORE, geometry.LARGEST_LOGIT,
+            geometry.LARGEST_SCORE, geometry.LARGEST_SUM,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
             *lse.stride()[:2], mask.stride(0),
         ],

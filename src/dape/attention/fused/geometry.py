@@ -12,9 +12,10 @@ from dape.attention.fused.kernels import BLOCK
 
 # Scores that stand in the scratch at a time, two bytes each; half as many of four bytes.
 SCORES_PER_BAND = 2**28
-# The largest score that 16 bits hold well enough; the largest logit, or entry of a table that is in
-# the scratch with them; and the largest number that may be made of them on the way.
-LARGEST_SCORE, LARGEST_LOGIT, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
+# The largest score, or entry of a table in the scratch, that 16 bits hold well enough; the largest
+# log-sum-exp, which says how large tables are where they count, for their gradients; and the largest
+# number that may be made of scores on the way.
+LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 # Keys to a row of a band that is cut between keys.
 ASPECT = 4
 # Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
