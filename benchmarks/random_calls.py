@@ -3,7 +3,7 @@
     python benchmarks/random_calls.py [--calls 320] [--seed 0] [--device cuda] [--workers 8]
 
 Kernels are compiled for each set of sizes, so a run draws a few sets (`Shape`), each of which many
-calls share: what a call draws beside it (lengths, offsets, padding, the bias and its size, the size
+calls share. What a call draws beside it (lengths, offsets, padding, the bias and its size, the size
 of the scores, the backend) costs no compilation. Forward, and gradients of queries, keys, values
 and every parameter. Then come long calls: every bias at 524,288 and 1,048,576 keys.
 
@@ -11,7 +11,7 @@ An error is the Euclidean norm of the difference from float64. The yardstick is 
 with scores in float32, which rounds what PyTorch's own kernels round: weights, output, and the
 gradient of the logits; with an adapter to bf16, as the scratch has no more digits in fp16. A tensor
 is off if its error is more than 4 times the yardstick's, and some digits of the dtype. Exits with 1
-if any is.
+if any is, or is not finite, or if a call crashes.
 """
 
 import argparse

@@ -12,9 +12,9 @@ from dape.attention.fused.kernels import BLOCK
 
 # Scores that stand in the scratch at a time, two bytes each; half as many of four bytes.
 SCORES_PER_BAND = 2**28
-# The largest score, or entry of a table in the scratch, that 16 bits hold well enough; the largest
-# log-sum-exp, which says how large tables are where they count, for their gradients; and the largest
-# number that may be made of scores on the way.
+# The largest score, or entry of a table in the scratch, that 16 bits hold well enough. The largest
+# log-sum-exp, which says how large tables are where they count: gradients of weights are sums of
+# them. The largest number that may be made of scores on the way.
 LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 # Keys to a row of a band that is cut between keys.
 ASPECT = 4
