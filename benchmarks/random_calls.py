@@ -299,11 +299,8 @@ def ratio(
     true, place = exact[name], name.partition(".")[0]
     module = [x for other, x in exact.items() if other.partition(".")[0] == place]
     square = sum(x.square().sum().item() for x in module) / sum(x.numel() for x in module)
-    least = max(1.0 if "." in name else 0.1, 0.1 * math.sqrt(square)) * math.sqrt(true.numel())
-    size, logit = (
-        max(true.norm().item(), least),
-        call.scores**2 / 4 * math.sqrt(call.shape.head_dim),
-    )
+    least = max(1.0 if "." in name else 0.5, 0.1 * math.sqrt(square)) * math.sqrt(true.numel())
+    size, logit = max(true.norm().item(), least), call.scores**2 * call.shape.head_dim**0.5 / 4
     slack = (SLACK[call.shape.dtype] + 3e-7 * (abs(call.level) + logit)) * size / TIMES
     error, yardstick = ((x[name].double() - true).norm().item() for x in (found, rounded))
     return (error + 1e-300) / (min(yardstick, size) + slack)
