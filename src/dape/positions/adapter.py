@@ -134,7 +134,7 @@ def mix(
 ) -> Float[Tensor, "*batch out query key"]:
     """Return the 1 x k convolution along the keys, `sum_t W_t x[j + t]`.
 
-    A product per tap instead of a convolution: those run in TF32 on a GPU unless told otherwise.
+    A product per tap instead of a convolution, which runs in TF32 on a GPU by default.
     """
     weight, taps = weight.to(x.dtype), weight.shape[-1]
     keys = x.shape[-1] - taps + 1
