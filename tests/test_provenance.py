@@ -48,7 +48,9 @@ def test_files_that_are_not_tracked_and_results_leave_a_commit_clean(checkout):
     assert provenance.commit() == clean
 
 
-def test_a_copied_checkout_is_clean_and_a_changed_one_dirty(checkout, tmp_path_factory, monkeypatch):
+def test_a_copied_checkout_is_clean_and_a_changed_one_dirty(
+    checkout, tmp_path_factory, monkeypatch
+):
     folder, clean = checkout
     copy = tmp_path_factory.mktemp("copied") / "checkout"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # other times and modes
