@@ -104,7 +104,7 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]
-    print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left to another process or time")
+    print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left")
     return 1 if failed else 0
 
 
