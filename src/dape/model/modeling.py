@@ -27,7 +27,7 @@ from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import packed_documents, refuse_unused
 from dape.model.configuration import DapeConfig
-from dape.model.whereabouts import part_of_sequence, whereabouts
+from dape.model.masking import masking, part_of_sequence
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
 
@@ -94,9 +94,9 @@ class DapeAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, Hkv, T, d]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if self.rotation is not None:
-            slots = torch.arange(query.shape[2], device=query.device) + query_offset
+            index = torch.arange(query.shape[2], device=query.device) + query_offset
             query, key = self.rotation(
-                query, key, slots if query_positions is None else query_positions
+                query, key, index if query_positions is None else query_positions
             )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -252,9 +252,10 @@ class DapeModel(DapePreTrainedModel):
         included, or `[B, 1, T, Tk]`, which is taken as it is, causal or not. Positions count the
         visible tokens unless `position_ids` are given, `[B, T]` or `[B, Tk]`.
 
-        Documents packed in one row are computed as if alone. They are told apart by `seq_idx`
-        `[B, T]`, their number at each token, by `cu_seq_lens_q`, their bounds, or where no
-        `attention_mask` is given by `position_ids` that do not count on by one, as in transformers.
+        Documents packed in one row are computed as if alone. `seq_idx` `[B, T]` numbers the
+        document of each token, and `cu_seq_lens_q` holds the bounds of the documents. Without
+        either and without `attention_mask`, a document begins where `position_ids` do not count on
+        by one, as in transformers.
 
         With `context_parallel` the tokens are one device's part of sequences without padding, and
         all its devices call the model at once.
@@ -274,7 +275,7 @@ class DapeModel(DapePreTrainedModel):
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         given = (attention_mask, position_ids, past_key_values, documents)
         if context_parallel is None:
-            where = whereabouts(hidden_states, *given[:3], self.relative, documents)
+            where = masking(hidden_states, *given[:3], self.relative, documents)
         else:
             first = cast(DapeDecoderLayer, self.layers[0]).self_attn
             if self.training and isinstance(first.rotation, RandomizedRoPE):
@@ -283,8 +284,8 @@ class DapeModel(DapePreTrainedModel):
         if self.position_embedding is not None:
             positions = where["query_positions"]
             if positions is None:
-                slots = torch.arange(length, device=hidden_states.device)
-                positions = slots + where["query_offset"]
+                index = torch.arange(length, device=hidden_states.device)
+                positions = index + where["query_offset"]
             hidden_states = self.position_embedding(hidden_states, positions)
         for layer in self.layers:
             hidden_states = layer(

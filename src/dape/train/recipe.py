@@ -25,11 +25,11 @@ class Settings(ABC):
     """Everything that a run depends on, whatever it trains; a kind of run adds its model."""
 
     name: str = "{scheme}"
-    """of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     out: str | None = None
-    """folder of the run (runs/NAME by default)"""
+    """folder of the run; default runs/NAME"""
     seed: int = 0
-    """of the weights and of the order of the data"""
+    """seed of the weights and of the order of the data"""
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Hardware = field(default_factory=Hardware)
@@ -116,8 +116,7 @@ class Retrofit(Settings):
     """Everything that a fine-tuning run depends on; its length is the one to learn to read."""
 
     name: str = "retrofit-{scheme}"
-    """of the run; {scheme} (adapter-bias), {seed} and keys such as {training.length} are filled
-    in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     training: Training = field(
         default_factory=lambda: Training(length=2048, batch_size=32, steps=1000)
     )
