@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dape.errors import UserError, out_of_memory, unknown
+from dape.errors import RankError, UserError, out_of_memory, unknown
 from dape.text import one_line
 
 # `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        return _fail(str(error))
+        # What all of several processes meet, the first of them says.
+        first = int(os.environ.get("RANK", 0)) == 0
+        return _fail(str(error)) if first or isinstance(error, RankError) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
