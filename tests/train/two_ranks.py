@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.evaluate import evaluate
-from dape.train import task
+from dape.train import drawing, task
 from dape.train.loop import fit
 from dape.train.parallelize import context_parallel
 from dape.train.run import begin, train
@@ -61,6 +61,7 @@ def spread(devices: ContextParallel):
 
 
 def main(data, out):
+    drawing.LARGE = 100  # numbers: sharded models start in parts
     held, fabric = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
     rank = fabric.global_rank
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
