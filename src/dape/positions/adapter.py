@@ -2,7 +2,9 @@ r"""Adapters: what becomes of the scores A and the bias B before the softmax.
 
 An adapter maps `A = q k^T / sqrt(d)` and B to logits. It sees a block of query rows with whole rows
 of keys, in float32 or wider. Without one the logits are A + B. Any module `adapter(A, B) -> logits`
-will do; one that sets `needs_rows = True` is called with the `Rows` as a third argument.
+will do; one that sets `needs_rows = True` is called with the `Rows` as a third argument. If it says
+by `reach` on how many keys on each side of its own a logit depends, keys can be attended to in
+parts.
 """
 
 import math
@@ -23,7 +25,8 @@ INPUTS = ("concat", "sum", "bias", "scores")
 class Rows(NamedTuple):
     """The block of query rows behind a block of scores, for adapters that ask for more than A, B.
 
-    `visible` is false where a query may not look: keys after it and padding.
+    `visible` is false where a query may not look: keys after it and padding. Where the keys are a
+    part of all, `begun` is true for rows that may have seen one before the first, if any was.
     """
 
     query: Float[Tensor, "batch heads query head_dim"]
@@ -32,6 +35,7 @@ class Rows(NamedTuple):
     key_positions: Int[Tensor, "*batch key"]
     visible: Bool[Tensor, "#batch 1 query key"]
     scale: float
+    begun: Bool[Tensor, "#batch 1 #query"] | None = None
 
 
 class DAPE(Wide):
@@ -90,6 +94,11 @@ class DAPE(Wide):
         """Whether the mask matters: a 1 x 1 kernel looks at no other key."""
         return self.kernel_size > 1
 
+    @property
+    def reach(self) -> int:
+        """How many keys on each side of its own a logit depends on."""
+        return 2 * (self.kernel_size // 2)
+
     def reset_parameters(self) -> None:
         """Draw both layers from U(-1, 1) / sqrt(fan in)."""
         for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
@@ -124,7 +133,10 @@ class DAPE(Wide):
             hidden = mix(part, weight) + hidden
         hidden = leaky_relu(hidden, 0.01, inplace=True)
         if reach:
-            started = pad(visible.cumsum(-1) > 0, (0, reach), value=True)
+            started = visible.cumsum(-1) > 0
+            if rows is not None and rows.begun is not None:
+                started = started | rows.begun[..., None]
+            started = pad(started, (0, reach), value=True)
             hidden = pad(torch.where(started, hidden, 0), (reach, 0))
         return base + mix(hidden, self.weight_out) + self.bias_out.to(base.dtype)[:, None, None]
 
@@ -243,6 +255,7 @@ class TransformerXL(Wide):
     """
 
     needs_rows = True
+    reach = 0
 
     def __init__(self, num_heads: int, head_dim: int, hidden_size: int) -> None:
         super().__init__()
