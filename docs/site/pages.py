@@ -24,7 +24,8 @@ from dape.positions.scheme import BASES, PLACES
 Content = str | bytes
 
 ROOT = Path(__file__).parents[2]
-OWN = ("explorer.md", "style.css")
+STYLE = "style.css"
+BUTTON = "\n[Open the explorer](explorer.html){ .md-button .md-button--primary target=_blank }\n"
 PLACED = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -65,8 +66,9 @@ def pages(view: View) -> dict[str, Content]:
             text = _with_docstrings(text, view, found)
         found[place] = _relinked(text, source, linked)
     found |= {_place(name): (ROOT / name).read_bytes() for name in sorted(linked)}
-    found |= {name: (ROOT / "docs/site" / name).read_bytes() for name in OWN}
-    found |= {"results/index.md": _results(), "explorer.html": explorer(view)}
+    found["explorer.md"] = f"{found['explorer.md']}{BUTTON}"
+    found |= {"explorer.html": explorer(view), "results/index.md": _results()}
+    found[STYLE] = Path(__file__).with_name(STYLE).read_bytes()
     return found | _reference()
 
 
