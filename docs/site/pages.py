@@ -10,6 +10,7 @@ import re
 import sys
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from types import ModuleType
 
 import dape
@@ -25,6 +26,7 @@ Content = str | bytes
 
 ROOT = Path(__file__).parents[2]
 STYLE = "style.css"
+REPORT = "paper/report.html"  # below results
 BUTTON = "\n[Open the explorer](explorer.html){ .md-button .md-button--primary target=_blank }\n"
 PLACED = {
     "README.md": "index.md",
@@ -59,7 +61,7 @@ def write(folder: Path, view: View) -> None:
 def pages(view: View) -> dict[str, Content]:
     """Return every file of the site by its place: pages, and the files that they link to."""
     found: dict[str, Content] = {}
-    linked: set[str] = set()
+    linked = {f"results/{REPORT}"}
     for source, place in _sources().items():
         text = _text(source, found)
         if source == "docs/encodings.md":
@@ -160,14 +162,18 @@ def _docstring(name: str) -> str:
 
 def _results() -> str:
     """Return the page that lists all results by their headings."""
-    rows = [
-        (place.removeprefix("results/"), re.search(r"^#+ (.*)", _read(name), flags=re.MULTILINE))
-        for name, place in _sources().items()
-        if place.startswith("results/")
+    lines = [
+        "# Results\n",
+        "A command of this package measured every table, and every table names the command.\n",
+        f"- [{REPORT}]({REPORT}): verdicts on the claims of the paper",
     ]
-    links = [f"- [{found[1] if found else place}]({place}) (`{place}`)" for place, found in rows]
-    opening = "Tables that a command of this package measured. Each names its command."
-    return "\n".join(["# Results", "", opening, "", *links, ""])
+    for name, place in _sources().items():
+        if place.startswith("results/"):
+            found = re.search(r"^#+ (.*)", _read(name), flags=re.MULTILINE)
+            title = f": {shorten(found[1], 90, placeholder=' ...')}" if found else ""
+            inner = place.removeprefix("results/")
+            lines.append(f"- [{inner}]({inner}){title}")
+    return "\n".join([*lines, ""])
 
 
 def _read(name: str) -> str:
