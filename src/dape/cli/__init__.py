@@ -42,6 +42,7 @@ MOVED = {
     ("eval", "--harness"): "eval harness RUN... --tasks TASKS",
     ("info", "--schemes"): "info schemes",
 }
+COMPLETION = "`dape --completion > FILE` and `source FILE` complete words in bash and zsh."
 HELP = ("-h", "--help", "help")
 
 
@@ -76,6 +77,11 @@ def _run(words: list[str]) -> int:
         from dape import __version__
 
         print(f"dape {__version__}")
+        return 0
+    if words[:1] == ["--completion"]:
+        from dape.cli.completion import script
+
+        print(script(COMMANDS), end="")
         return 0
     if not words or words[0] in HELP:
         words = [*words[1:], "--help"]
@@ -119,7 +125,9 @@ def _usage(first: str = "") -> str:
     rows = "\n".join(
         f"  dape {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
     )
-    return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
+    return (
+        f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n{COMPLETION}\n"
+    )
 
 
 def _fail(message: str) -> int:

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from dape.cli.chomsky_train import Arguments, read_arguments, train
+from dape.cli import chomsky_train
 
 PROG = "dape chomsky table RECIPE.yaml"
 
 
 @dataclass(frozen=True, slots=True)
-class TableArguments(Arguments):
+class Arguments(chomsky_train.Arguments):
     """Train what is missing, then write the table, the figures and the recipe beside the cells.
 
     Lists are `--tasks even-pairs bucket-sort --schemes kerple dape-kerple --seeds 0 1`.
@@ -20,9 +20,9 @@ class TableArguments(Arguments):
 
 def main(argv: list[str]) -> int:
     """Train, write, and say where."""
-    arguments = read_arguments(argv, PROG, TableArguments)
+    arguments = chomsky_train.read_arguments(argv, PROG, Arguments)
     words = ["chomsky", "table", *argv]
-    status = 0 if arguments.finished else train(arguments, words)
+    status = 0 if arguments.finished else chomsky_train.train(arguments, words)
     from dape.figures.chomsky import write
 
     for file in write(arguments.benchmark, words):
