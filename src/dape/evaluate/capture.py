@@ -5,7 +5,7 @@ row stands around the adapter of each attention. Attention is then computed in b
 that memory is linear in the length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from dape.positions.adapter import Rows
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One query in one layer; each array is [heads, keys], its own key the last.
+    """One query in one layer; each array is [heads, keys], its own key the last in a causal model.
 
     residual: whether the logits are A + B + f(A, B), or A + f(A, B).
     scores: A, as scaled and as rotated as the adapter gets it.
@@ -57,9 +57,9 @@ class Recorder(nn.Module):
 
     needs_rows = True
 
-    def __init__(self, adapter: nn.Module | None, layer: int, query: int) -> None:
+    def __init__(self, adapter: nn.Module | None, layer: int, query: int, keys: int) -> None:
         super().__init__()
-        self.adapter, self.layer, self.query = adapter, layer, query
+        self.adapter, self.layer, self.query, self.keys = adapter, layer, query, keys
         self.row: Row | None = None
 
     def forward(
@@ -78,7 +78,7 @@ class Recorder(nn.Module):
         place = self.query - int(rows.query_positions.flatten()[0])
         if 0 <= place < scores.shape[2]:
             kept = (
-                x.expand_as(scores)[0, :, place, : self.query + 1].cpu().numpy().copy()
+                x.expand_as(scores)[0, :, place, : self.keys].cpu().numpy().copy()
                 for x in (scores, bias, logits)
             )
             residual = bool(getattr(self.adapter, "residual", True))
@@ -100,18 +100,36 @@ def capture(
     Raises:
         UserError: for any other model, a layer it does not have, or a query that is no token.
     """
+    query = len(tokens) - 1 if query is None else query
+    if not 0 <= query < len(tokens):
+        raise UserError(f"query {query} is not one of 0 to {len(tokens) - 1}")
+
+    def forward() -> None:
+        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+
+    return rows_of(model, forward, query, query + 1, layers)
+
+
+def rows_of(
+    model: nn.Module,
+    forward: Callable[[], object],
+    query: int,
+    keys: int,
+    layers: Sequence[int] | None = None,
+) -> list[Row]:
+    """Return the rows of a query over the first `keys` keys of the text that `forward` reads.
+
+    Raises:
+        UserError: for a model that does not attend by this package, or a layer it does not have.
+    """
     attentions = attending(model)
     chosen = range(len(attentions)) if layers is None else layers
-    query = len(tokens) - 1 if query is None else query
-    for name, number, count in (
-        *(("layer", layer, len(attentions)) for layer in chosen),
-        ("query", query, len(tokens)),
-    ):
-        if not 0 <= number < count:
-            raise UserError(f"{name} {number} is not one of 0 to {count - 1}")
+    for layer in chosen:
+        if not 0 <= layer < len(attentions):
+            raise UserError(f"layer {layer} is not one of 0 to {len(attentions) - 1}")
     with ExitStack() as undo:
-        recorders = [_record(undo, attentions[layer], layer, query) for layer in chosen]
-        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+        recorders = [_record(undo, attentions[layer], layer, query, keys) for layer in chosen]
+        forward()
     return [recorder.row for recorder in recorders if recorder.row is not None]
 
 
@@ -134,7 +152,7 @@ def attending(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Recorder:
+def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int, keys: int) -> Recorder:
     """Put a recorder around the adapter of an attention, until undone.
 
     The backend becomes `auto` for as long, since fused kernels know no recorder.
@@ -143,7 +161,7 @@ def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Re
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):
         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-    recorder = Recorder(attention.adapter, layer, query)  # type: ignore[arg-type]
+    recorder = Recorder(attention.adapter, layer, query, keys)  # type: ignore[arg-type]
     attention.adapter = recorder
     setattr(chooser, name, "auto")
     return recorder
