@@ -110,10 +110,12 @@ def make(
     inputs, out = sample.inputs.shape[1], sample.outputs.shape[1]
     query = inputs + (out - 1) // 2
     found = [
-        rows_of(encoder, partial(encoder, row[None], out), query, inputs + out)
+        rows_of(
+            encoder, partial(encoder, row[None], out), range(query, query + 1), keys=inputs + out
+        )
         for row in sample.inputs
     ]
-    layers = [_layer(rows, inputs) for rows in zip(*found, strict=True)]
+    layers = [_layer([row for (row,) in rows], inputs) for rows in zip(*found, strict=True)]
     return Map(task, scheme, seed, length, trained, examples, inputs, query, layers, provenance)
 
 

@@ -1,8 +1,8 @@
-"""The scores A, the bias B and the logits of one query in the layers of a model, over all keys.
+"""The scores A, the bias B and the logits of queries in the layers of a model, over all keys.
 
-They are what the model itself computes in a forward pass: while it runs, an adapter that keeps one
-row stands around the adapter of each attention. Attention is then computed in blocks of rows, so
-that memory is linear in the length.
+They are what the model itself computes in a forward pass: while it runs, an adapter that keeps the
+rows of the queries stands around the adapter of each attention. Attention is then computed in
+blocks of rows, so that memory is linear in the length.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,14 +53,16 @@ class Row:
 
 
 class Recorder(nn.Module):
-    """An adapter that gives the logits of another, or A + B, and keeps the row of one query."""
+    """An adapter that gives the logits of another, or A + B, and keeps the rows of queries."""
 
     needs_rows = True
 
-    def __init__(self, adapter: nn.Module | None, layer: int, query: int, keys: int) -> None:
+    def __init__(
+        self, adapter: nn.Module | None, layer: int, queries: range, keys: int | None = None
+    ) -> None:
         super().__init__()
-        self.adapter, self.layer, self.query, self.keys = adapter, layer, query, keys
-        self.row: Row | None = None
+        self.adapter, self.layer, self.queries, self.keys = adapter, layer, queries, keys
+        self.rows: list[Row] = []
 
     def forward(
         self,
@@ -68,25 +70,26 @@ class Recorder(nn.Module):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the logits; keep the row if the block of queries holds it."""
+        """Return the logits; keep the rows of the queries that the block holds."""
         if self.adapter is None:
             logits = scores + bias
         elif getattr(self.adapter, "needs_rows", False):
             logits = self.adapter(scores, bias, rows)
         else:
             logits = self.adapter(scores, bias)
-        place = self.query - int(rows.query_positions.flatten()[0])
-        if 0 <= place < scores.shape[2]:
-            kept = (
-                x.expand_as(scores)[0, :, place, : self.keys].cpu().numpy().copy()
-                for x in (scores, bias, logits)
-            )
-            residual = bool(getattr(self.adapter, "residual", True))
-            self.row = Row(self.layer, residual, *kept)
+        first = int(rows.query_positions.flatten()[0])
+        residual = bool(getattr(self.adapter, "residual", True))
+        for query in self.queries:
+            if first <= query < first + scores.shape[2]:
+                keys = query + 1 if self.keys is None else self.keys
+                kept = (
+                    x.expand_as(scores)[0, :, query - first, :keys].cpu().numpy().copy()
+                    for x in (scores, bias, logits)
+                )
+                self.rows.append(Row(self.layer, residual, *kept))
         return logits
 
 
-@torch.inference_mode()
 def capture(
     model: nn.Module,
     tokens: Int[Tensor, " tokens"],
@@ -103,21 +106,39 @@ def capture(
     query = len(tokens) - 1 if query is None else query
     if not 0 <= query < len(tokens):
         raise UserError(f"query {query} is not one of 0 to {len(tokens) - 1}")
+    return [rows[0] for rows in _captured(model, tokens, layers, range(query, query + 1))]
 
+
+def capture_all(
+    model: nn.Module, tokens: Int[Tensor, " tokens"], layers: Sequence[int] | None = None
+) -> list[list[Row]]:
+    """Return the rows of every query for each layer asked for, by default all; see `capture`."""
+    return _captured(model, tokens, layers, range(len(tokens)))
+
+
+def _captured(
+    model: nn.Module,
+    tokens: Int[Tensor, " tokens"],
+    layers: Sequence[int] | None,
+    queries: range,
+) -> list[list[Row]]:
     def forward() -> None:
         model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
 
-    return rows_of(model, forward, query, query + 1, layers)
+    return rows_of(model, forward, queries, layers)
 
 
+@torch.inference_mode()
 def rows_of(
     model: nn.Module,
     forward: Callable[[], object],
-    query: int,
-    keys: int,
+    queries: range,
     layers: Sequence[int] | None = None,
-) -> list[Row]:
-    """Return the rows of a query over the first `keys` keys of the text that `forward` reads.
+    keys: int | None = None,
+) -> list[list[Row]]:
+    """Return the rows of queries for each layer, of the one text that `forward` reads.
+
+    A row ends at its query, or after `keys` keys.
 
     Raises:
         UserError: for a model that does not attend by this package, or a layer it does not have.
@@ -128,9 +149,9 @@ def rows_of(
         if not 0 <= layer < len(attentions):
             raise UserError(f"layer {layer} is not one of 0 to {len(attentions) - 1}")
     with ExitStack() as undo:
-        recorders = [_record(undo, attentions[layer], layer, query, keys) for layer in chosen]
+        recorders = [_record(undo, attentions[layer], layer, queries, keys) for layer in chosen]
         forward()
-    return [recorder.row for recorder in recorders if recorder.row is not None]
+    return [recorder.rows for recorder in recorders]
 
 
 def attending(model: nn.Module) -> list[nn.Module]:
@@ -152,7 +173,9 @@ def attending(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int, keys: int) -> Recorder:
+def _record(
+    undo: ExitStack, attention: nn.Module, layer: int, queries: range, keys: int | None
+) -> Recorder:
     """Put a recorder around the adapter of an attention, until undone.
 
     The backend becomes `auto` for as long, since fused kernels know no recorder.
@@ -161,7 +184,7 @@ def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int, keys:
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):
         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-    recorder = Recorder(attention.adapter, layer, query, keys)  # type: ignore[arg-type]
+    recorder = Recorder(attention.adapter, layer, queries, keys)  # type: ignore[arg-type]
     attention.adapter = recorder
     setattr(chooser, name, "auto")
     return recorder
