@@ -30,6 +30,7 @@ COMMANDS = {
     "chomsky sample": "examples of a task, to check by hand",
     "chomsky train": "train encoders on tasks, a cell for each task, scheme and seed",
     "chomsky table": "scores over length as a table and figures",
+    "chomsky map": "what a trained encoder adds to its scores",
     "export": "a run as a Hugging Face folder with a model card",
     "bench attention": "speed and memory of attention, against named peers",
     "bench model": "time and memory of whole models, by scheme and length",
