@@ -77,7 +77,7 @@ def configure(
 
 
 class Noise(NamedTuple):
-    """What a forward pass draws: factors of dropout, and the randomised positions of each layer.
+    """The draws of a forward pass: factors of dropout, and randomised positions of each layer.
 
     It is an argument, so that models side by side draw what each would draw alone.
     """

@@ -146,7 +146,7 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where an evaluation is kept, and where its lengths are until all are measured."""
+    """The file of an evaluation, and the file of measured lengths until all are finished."""
 
     finished: Path
     unfinished: Path

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-# What lm-eval warns of when a model is handed to it, which is how we mean it.
+# Warnings of lm-eval about a model that is passed as an object, which is intended.
 MEANT = ("`pretrained` model kwarg is not", "Passed an already-initialized model")
 
 

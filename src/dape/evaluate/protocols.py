@@ -1,4 +1,4 @@
-"""Which tokens are scored, and with how much context: the evaluation protocols, by name.
+"""Evaluation protocols: the scored tokens of a window, and the context of each.
 
 A *block* is a run of consecutive target tokens of one document. The blocks depend on the longest
 length alone, so that every length, and every model on the same corpus, scores the very same tokens

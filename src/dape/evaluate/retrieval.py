@@ -1,4 +1,4 @@
-"""Whether a model tells at the end of a long text the number that was hidden at a depth of it."""
+"""Retrieval: a number hidden at a depth of a long text, asked for at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

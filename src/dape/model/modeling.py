@@ -151,7 +151,7 @@ class DapeDecoderLayer(GradientCheckpointingLayer):
 
 
 class DapePreTrainedModel(PreTrainedModel):
-    """What the models share: names for loading, sharding and recording, and the initialisation."""
+    """The base of the models: names for loading, sharding and recording, and initialisation."""
 
     config: DapeConfig
     base_model_prefix = "model"

@@ -21,7 +21,7 @@ TRAINED = {path: path for path in (INSIDE.recipe, INSIDE.record, INSIDE.metrics)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all arms of a table share; `length` and `tokens` are those of the training."""
+    """The setting of a table, shared by all arms; `length` and `tokens` are of the training."""
 
     size: str
     corpus: str
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a cell trains: `recipe` is what its record must show, `data` the corpus folder."""
+    """The training of a cell: the recipe that its record must show, and the corpus folder."""
 
     setting: Setting
     seed: int

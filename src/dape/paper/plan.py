@@ -1,4 +1,4 @@
-"""Which cells of an experiment are finished, which are missing, and what the missing ones cost."""
+"""The plan of an experiment: finished cells, missing cells, and the cost of missing cells."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is kept of a cell when its weights are gone, and whether it is finished.
+"""The record of a cell without weights, and whether the cell is finished.
 
 The record is laid out as a run folder: recipe, run.json, metrics, evaluations. Beside them lie the
 output of the commands and `cell.json`, which says how the cell ended.

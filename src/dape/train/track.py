@@ -1,4 +1,4 @@
-"""What a run tells of itself: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
+"""Outputs of a run: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
 
 import json
 import math

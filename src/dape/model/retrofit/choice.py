@@ -1,4 +1,4 @@
-"""Which adapter and which bias go into each attention, and that they start by changing nothing."""
+"""The adapter and the bias of each attention, and the check that logits start unchanged."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -23,7 +23,7 @@ from dape.model.retrofit.survey import Attention, attentions
 from dape.model.retrofit.unchanged import check_unchanged, own_states
 
 ADAPTERS, ALL = "adapters", "all"
-# What configurations call the length a model was trained at.
+# Names of the training length in configurations.
 TRAIN_LENGTH = ("train_length", "max_position_embeddings")
 
 

@@ -1,4 +1,4 @@
-"""Where a pretrained model attends, found by a short forward, and whether that can be served."""
+"""The attention modules of a pretrained model, found by a short forward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from dape.model.retrofit.architectures import architecture_of
 from dape.model.retrofit.interface import layer_mask
 
 SURVEY = "dape_survey"
-# What an attention may ask for beyond softmax(scale q k^T + mask) v, and Gemma 2's cap of it.
+# Arguments of an attention beyond softmax(scale q k^T + mask) v and Gemma 2's cap.
 BEYOND = {"s_aux": "attention sinks", "position_bias": "a bias of its own"}
 TOKENS = 8
 

@@ -1,4 +1,4 @@
-"""Whether adapters that are silent leave a model as it is: each attention against its own code.
+"""The check that new adapters leave a model unchanged: each attention against its own code.
 
 A model in 16 bits may be so sensitive that two ways to round give other logits. So each attention
 is compared by itself, with the hidden states that it got when the model's own code ran.
