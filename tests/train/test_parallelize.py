@@ -22,6 +22,8 @@ def out(data, tmp_path_factory):
     """Return a folder with the same run on one rank, and on two: sharded, fused, and copied."""
     out = tmp_path_factory.mktemp("ranks")
     train(recipe(data, out / "one"))
+    halves = {"micro_batch_size": 4}
+    train(recipe(data, out / "one-bf16", hardware=halves, training={"precision": "bf16-mixed"}))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
@@ -34,13 +36,20 @@ def out(data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "fused", "ddp"])
+@pytest.mark.parametrize("layout", ["fsdp", "fused", "ddp", "fsdp-step", "fsdp-pass"])
 def test_two_ranks_train_as_one(out, layout):
     assert losses(out / layout) == pytest.approx(losses(out / "one"), rel=1e-5)
     norms = [[entry["grad_norm"] for entry in metrics(out / name)] for name in (layout, "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     validations = [metrics(out / name)[-1]["validation_loss"] for name in (layout, "one")]
     assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+
+
+def test_weights_that_travel_in_bfloat16_learn_what_autocast_learns(out):
+    """They are rounded to it before they are used, and so are the gradients of each half batch."""
+    found, expected = losses(out / "fsdp-bf16"), losses(out / "one-bf16")
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(losses(out / "one"), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])

@@ -12,6 +12,13 @@ from dape.train.loop import fit
 from dape.train.run import begin, train
 from dape.train.task import LanguageModelling
 
+LAYOUTS = {
+    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, "fp32"),
+    "fsdp-bf16": ({"strategy": "fsdp", "activation_checkpointing": "selective"}, "bf16-mixed"),
+    "fsdp-step": ({"strategy": "fsdp", "gather": "step", "micro_batch_size": 1}, "fp32"),
+    "fsdp-pass": ({"strategy": "fsdp", "gather": "pass", "micro_batch_size": 1}, "fp32"),
+}
+
 
 def sharded(settings):
     session = begin(LanguageModelling(settings, Corpus(settings.data)))
@@ -28,8 +35,8 @@ def main(data, out):
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
     fused = {"backend": "triton"}
     train(recipe(data, out / "fused", model=fused, hardware={"strategy": "fsdp"}))
-    accumulated = {"strategy": "ddp", "micro_batch_size": 2}
-    train(recipe(data, out / "ddp", hardware=accumulated))
+    for name, (hardware, precision) in LAYOUTS.items():
+        train(recipe(data, out / name, hardware=hardware, training={"precision": precision}))
 
 
 if __name__ == "__main__":

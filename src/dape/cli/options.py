@@ -46,6 +46,9 @@ Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
 Fractions = Annotated[
     tuple[float, ...], commas("FLOAT,...", lambda text: tuple(map(float, text.split(","))))
 ]
+Layers = Annotated[
+    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
+]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
 
 

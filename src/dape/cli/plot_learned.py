@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import check_format, commas
+from dape.cli.options import Layers, check_format
 from dape.errors import UserError
 
 if TYPE_CHECKING:
     from dape.evaluate.learned import Learned
 
-Layers = Annotated[
-    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
-]
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
 

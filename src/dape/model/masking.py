@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 from transformers.utils import is_tracing
 
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 
 
@@ -63,6 +64,27 @@ def masking(
         "query_positions": query_positions,
         "key_positions": key_positions,
         "query_offset": past,
+    }
+
+
+def part_of_sequence(
+    hidden_states: Tensor, context_parallel: ContextParallel, *given: object
+) -> dict[str, Any]:
+    """Return what `masking` does for one device's part of a sequence.
+
+    Raises:
+        UserError: for anything `given` of masks, positions, a cache or documents.
+    """
+    if any(each is not None for each in given):
+        raise UserError(
+            "context_parallel spreads whole sequences over devices, without attention_mask,"
+            " position_ids, past_key_values or packed documents"
+        )
+    length, device = hidden_states.shape[1], hidden_states.device
+    return {
+        "query_positions": context_parallel.positions(length, device),
+        "query_offset": 0,
+        "context_parallel": context_parallel,
     }
 
 

@@ -72,9 +72,15 @@ def check(recipe: Recipe | Retrofit) -> None:
     if isinstance(recipe, Recipe):
         scheme.check(recipe.model.scheme, recipe.model.scheme_options)
     select(recipe.model.backend)
-    recipe.micro_batches(parallelize.ranks())
+    recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
+    chunks = 2 * recipe.hardware.context_parallel
+    if chunks > 2 and recipe.training.length % chunks:
+        raise UserError(
+            f"training.length={recipe.training.length} is not a multiple of {chunks}, twice"
+            f" hardware.context_parallel: each device takes two chunks of a sequence"
+        )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
 
@@ -84,6 +90,10 @@ def _check_layout(recipe: Retrofit) -> None:
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
             "hardware.activation_checkpointing if memory is short"
+        )
+    if recipe.hardware.context_parallel > 1:
+        raise UserError(
+            "hardware.context_parallel: sequences of pretrained models are not spread; leave it out"
         )
     if recipe.hardware.compile != "none":
         raise UserError(
@@ -105,13 +115,12 @@ def cost(recipe: Recipe, ranks: int) -> str:
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.
     """
-    entries = recipe.model.vocab_size
-    if entries is None or (Path(recipe.data) / MANIFEST).exists():
-        entries = vocabulary(recipe, Corpus(recipe.data))
+    entries = entries_of(recipe)
     with torch.device("meta"):
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
-    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    sequences, groups = training.batch_size, recipe.groups(ranks)
+    accumulated = recipe.micro_batches(groups)
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -121,7 +130,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
             f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
-            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {sequences // (groups * accumulated)} sequences x {training.length},"
             f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",
@@ -129,6 +138,14 @@ def cost(recipe: Recipe, ranks: int) -> str:
             + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
         ]
     )
+
+
+def entries_of(recipe: Recipe) -> int:
+    """Return the entries of the embedding; data need be there only where the recipe lacks them."""
+    entries = recipe.model.vocab_size
+    if entries is None or (Path(recipe.data) / MANIFEST).exists():
+        entries = vocabulary(recipe, Corpus(recipe.data))
+    return entries
 
 
 def _swept(recipes: Sequence[Recipe]) -> str:

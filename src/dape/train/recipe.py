@@ -46,7 +46,7 @@ class Settings(ABC):
         at_least(0, "", self, "seed")
         if self.seed >= 2**63:
             raise UserError(f"seed={self.seed} must be less than 2**63")
-        self.micro_batches(ranks=1)
+        self.micro_batches(groups=1)
 
     @property
     def folder(self) -> Path:
@@ -58,23 +58,38 @@ class Settings(ABC):
         """Return the run folder."""
         return RunFolder(self.folder)
 
-    def micro_batches(self, ranks: int) -> int:
-        """Return how many micro-batches each of the `ranks` computes for a step.
+    def groups(self, ranks: int) -> int:
+        """Return how many groups of devices share the sequences of a batch, of `ranks` devices.
+
+        Raises:
+            UserError: if the devices are no whole number of groups.
+        """
+        context = self.hardware.context_parallel
+        if ranks % context:
+            raise UserError(
+                f"hardware.context_parallel={context} does not divide {ranks} devices; start"
+                f" {context} or a multiple with `torchrun --nproc_per_node=...`"
+            )
+        return ranks // context
+
+    def micro_batches(self, groups: int) -> int:
+        """Return how many micro-batches each of the `groups` of devices computes for a step.
 
         Raises:
             UserError: if the batch is no whole number of them.
         """
         batch, size = self.training.batch_size, self.hardware.micro_batch_size
-        if size and batch % (ranks * size):
+        devices = "devices" if self.hardware.context_parallel == 1 else "groups of devices"
+        if size and batch % (groups * size):
             raise UserError(
                 f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
-                f" x {ranks} devices; change one of them"
+                f" x {groups} {devices}; change one of them"
             )
-        if batch % ranks:
+        if batch % groups:
             raise UserError(
-                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
+                f"training.batch_size={batch} cannot be shared evenly by {groups} {devices}"
             )
-        return batch // (ranks * size) if size else 1
+        return batch // (groups * size) if size else 1
 
     def _filled(self) -> str:
         """Return the name with its blanks filled in, as far as there are such values."""

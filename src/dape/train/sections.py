@@ -136,21 +136,32 @@ class Hardware:
     """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """with several devices: ddp copies the weights, fsdp shards them (FSDP2)"""
+    gather: Literal["pass", "step"] = "pass"
+    """fsdp: exchange weights and gradients at each pass of a block, or once a step"""
+    context_parallel: int = 1
+    """devices that share each sequence; must divide the number of devices"""
     micro_batch_size: int | None = None
     """sequences that a device computes at a time; default all of its batch"""
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )
     """blocks: torch.compile each block; graphs: also replay both passes as a CUDA graph"""
-    activation_checkpointing: bool = False
-    """store only the input of a block, and recompute its activations"""
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "blocks"], Switch(on="blocks", off="none")
+    ] = "none"
+    """blocks: store only the input of a block; selective: also attention and most products"""
 
     def __post_init__(self) -> None:
         """Refuse an empty micro-batch, and graphs of gradients that no rank has whole."""
-        at_least(1, "hardware", self, "micro_batch_size")
+        at_least(1, "hardware", self, "micro_batch_size", "context_parallel")
         if self.compile == "graphs" and self.strategy == "fsdp":
             raise UserError(
                 "hardware.compile='graphs' needs hardware.strategy='ddp'; with 'fsdp' take 'blocks'"
+            )
+        if self.compile == "graphs" and self.context_parallel > 1:
+            raise UserError(
+                "hardware.compile='graphs' records no exchange within a pass; with"
+                " hardware.context_parallel take 'blocks'"
             )
 
 

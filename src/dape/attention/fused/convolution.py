@@ -23,7 +23,7 @@ Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E
+from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
 from dape.attention.fused.mix_kernels import (
     add_or_store,
     diagonal_tiles,
@@ -103,11 +103,14 @@ def hidden_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Z <- phi(b1 + sum_t W1_t X + U_t) along one diagonal of columns; grid (diagonals, B, parts).
 
     `started` is the first key of each element that its mask shows.
     """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -170,8 +173,11 @@ def convolution_mix_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts)."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -210,8 +216,11 @@ def convolution_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """P, and Y <- dS = P (dP - delta), along one diagonal; sums of C and W2; grid as `mix`."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -259,8 +268,11 @@ def hidden_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Z <- dZ = phi'(Z) sum_t W2_t^T dS[j + r - t]; sums of U and b1; grid as `hidden`."""
+    if unwanted(gate, GATED):
+        return
     compute = y.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -312,8 +324,11 @@ def grad_scores_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Y <- dA = dS + sum_t W1_t^T dZ[j + r - t] along one diagonal; sums of W1; grid as `mix`."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)

@@ -24,14 +24,18 @@ __all__ = ["Slots", "mix", "mix_backward", "whole"]
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)
-# What fits the registers where a position's taps have more bytes of hidden units, padded.
-SMALL_TILE, MOST_BYTES = Tile(8, 8, 8, 1), 256
+# What fits the registers where a position's taps have more bytes of hidden units, padded, or still
+# more.
+SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 8, 1), Tile(4, 4, 8, 1), 256
 
 
 def tile_of(problem: Problem) -> Tile:
     """Return the tile that moves along a diagonal."""
     channels = next_power_of_2(problem.taps) * padded_size(len(hidden_bias_of(problem)))
-    return SMALL_TILE if channels * problem.query.element_size() > MOST_BYTES else TILE
+    size = channels * problem.scratch.itemsize
+    if size > 2 * MOST_BYTES:
+        return SMALLEST_TILE
+    return SMALL_TILE if size > MOST_BYTES else TILE
 
 
 def hidden_bias_of(problem: Problem) -> Float[Tensor, "hidden"]:
@@ -194,11 +198,11 @@ class Slots(NamedTuple):
         heads, units, taps = (compiled[x] for x in ("H", "D", "T"))
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
         tile = tile_of(problem)
-        fold(self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
+        fold(problem, self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
         # A line of columns is r further than the distance to them, and t less to the key of tap t.
         first = lowest(problem, *tile[:2], taps // 2)
         for tap, table in enumerate(hidden.split(units, dim=1)):
-            fold(self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
+            fold(problem, self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
         weight_in, weight_out = (
             weight.sum((0, 1))[:taps, :units, :heads].flatten(0, 1) * unit
             for weight in (self.weight_in, self.weight_out)
@@ -216,6 +220,7 @@ def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:
         "K": tile.keys,
         "D": units,
         "UNITS": padded_size(units),
+        **problem.gated(),
         "T": problem.taps,
         "TAPS": next_power_of_2(problem.taps),
     }

@@ -58,8 +58,8 @@ def obstacle(
             f"channels, more than {most_channels}",
         ),
         (
-            query.dtype == torch.float32 and heads > 16 and units > 32 and is_small(query.device),
-            f"in float32 {heads} heads and hidden={units} need more shared memory than it has",
+            heads > 16 and units > 32 and is_small(query.device),
+            f"{heads} heads and hidden={units} need more shared memory than it has",
         ),
     ]
     found = next((reason for holds, reason in reasons if holds), None)
@@ -96,7 +96,7 @@ def attend_fused(
     found = tables(bias, adapter, query.shape[1], count, query.device)
     seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
     exact = torch.is_grad_enabled() and any(table.requires_grad for table in found)
-    out, lse, _ = banded(
+    out, lse, *_ = banded(
         query, key, value, found, seen, scale, causal, query_offset, backend, exact
     )
     return out, lse
@@ -163,10 +163,10 @@ def banded(
     offset: int,
     backend: str,
     exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp, and if `exact` what rounding left of the output, else nothing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, log-sum-exp, if `exact` what rounding left of the output, and a flag.
 
-    The other arguments are those of `Problem`.
+    They are those of `banded.forward`, the other arguments those of `Problem`.
     """
     from dape.attention.fused.banded import forward
 
@@ -178,11 +178,12 @@ def banded(
 @banded.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    kept = bool(others[-1]) and len(tables) > 1 and query.dtype != torch.float32
-    return out, lse, torch.empty_like(out) if kept else query.new_empty(0)
+    narrow = len(tables) > 1 and query.dtype != torch.float32
+    rest = torch.empty_like(out) if narrow and others[-1] else query.new_empty(0)
+    return out, lse, rest, query.new_empty(int(narrow), dtype=torch.int32)
 
 
 @torch.library.custom_op("dape::banded_backward", mutates_args=())
@@ -195,6 +196,7 @@ def banded_backward(
     out: Tensor,
     lse: Tensor,
     rest: Tensor,
+    flag: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     scale: float,
@@ -209,8 +211,8 @@ def banded_backward(
     if grad_lse is not None:  # a row that sees nothing has none
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     with torch.cuda.device_of(query):
-        kernels = mixer(backend, problem)
-        return backward(problem, kernels, out, lse, rest, with_rows(grad_out), grad_lse)
+        mixers = mixer(backend, problem), mixer("triton", problem)
+        return backward(problem, *mixers, out, lse, rest, flag, with_rows(grad_out), grad_lse)
 
 
 @banded_backward.register_fake
@@ -221,20 +223,20 @@ def _(
     return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, tables, mask, *ctx.how, _exact = inputs
     ctx.save_for_backward(query, key, value, mask, *output, *tables)
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _rest: None
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_others: None
 ) -> tuple[Any, ...]:
-    query, key, value, mask, out, lse, rest, *tables = ctx.saved_tensors
+    query, key, value, mask, out, lse, rest, flag, *tables = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     found = banded_backward(
-        query, key, value, tables, mask, out, lse, rest, grad_out, grad_lse, *ctx.how
+        query, key, value, tables, mask, out, lse, rest, flag, grad_out, grad_lse, *ctx.how
     )
     return *found[:3], found[3:], *[None] * 6
 

@@ -11,24 +11,8 @@ K keys. Strides of batch, head and row come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows
+from dape.attention.fused.kernels import LOG2E, load_rows, toeplitz
 from dape.attention.fused.mix_kernels import diagonal_tiles
-
-
-@triton.jit
-def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
-
-    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
-    product of queries and keys lies: a load for every element would cost more than that product.
-    """
-    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
-    n = tl.arange(0, A * B)
-    if KEYS_FIRST:
-        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
-        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
-    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
-    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
 
 
 @triton.jit
