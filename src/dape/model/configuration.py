@@ -70,6 +70,11 @@ class DapeConfig(PreTrainedConfig):
             the distance in every bias is |i - j|.
         layer_norm_eps: number added to the variance, or the mean square, in each norm.
         backend: backend of attention, as in `dape.attention`.
+        use_cache: whether a forward pass returns a cache of keys and values.
+        tie_word_embeddings: whether input and output embedding are one matrix.
+        bos_token_id: id of the token for the beginning of a text.
+        eos_token_id: id of the token, or ids of the tokens, for the end of a text.
+        pad_token_id: id of the token for padding.
 
     Raises:
         UserError: for an unknown key, block, scheme or option, or sizes that do not divide.
