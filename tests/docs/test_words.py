@@ -7,7 +7,7 @@ without a full stop are sentences too.
 import re
 
 import pytest
-from pages import ROOT, text
+from pages import ROOT, markdown
 
 WORDS = """
     it its itself this that these those what whatever which whichever who whom whose such so one
@@ -21,7 +21,12 @@ PAGES = [
     "CONTRIBUTING.md",
     *sorted(
         str(file.relative_to(ROOT))
-        for pattern in ("docs/**/*.md", "results/**/README.md", "results/**/published.md")
+        for pattern in (
+            "docs/*.md",
+            "docs/*.ipynb",
+            "results/**/README.md",
+            "results/**/published.md",
+        )
         for file in ROOT.glob(pattern)
     ),
 ]
@@ -39,7 +44,7 @@ NO_PROSE = (
 
 def prose(page):
     """Return the sentences of a page, without code, tables, pictures and addresses."""
-    left = text(page)
+    left = markdown(page)
     for pattern in NO_PROSE:
         left = re.sub(pattern, "", left, flags=re.MULTILINE | re.DOTALL)
     left = re.sub(r"`[^`]+`", "CODE", left)
