@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import dape
-from dape.attention.reference import visibility, widened
+from dape.attention.call import visibility, widened
 from dape.errors import UserError
 from dape.positions.adapter import Rows
 from dape.positions.bias import Bias

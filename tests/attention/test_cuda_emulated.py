@@ -8,6 +8,7 @@ import emulator
 import pytest
 import torch
 from problems import Problem
+from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
@@ -113,7 +114,7 @@ def solve(problem, given=None):
 
     def fused(query, key, value, bias, adapter):
         how = (problem.head_dim**-0.5, problem.causal, problem.query_offset, "cuda", True)
-        return operator.banded(query, key, value, tables_of(problem, bias, adapter), seen, *how)[0]
+        return operate(query, key, value, tables_of(problem, bias, adapter), seen, *how)[0]
 
     def exact(query, key, value, bias, adapter):
         return textbook(problem, query, key, value, seen, bias, adapter)[0]
@@ -243,7 +244,7 @@ def test_a_bias_of_1e5_stays_in_16_bits_where_it_has_no_weight(emulated):
         assert tables[1].abs().max() > 1e4
         how = (32**-0.5, True, 0, "cuda", False)
         halves = [x.half() for x in tensors[:3]]
-        assert not operator.banded(*halves, tables, None, *how)[3].any()
+        assert not operate(*halves, tables, None, *how)[3].any()
     check(problem, (*tensors, bias, adapter))
 
 

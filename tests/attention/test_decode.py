@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, close
+from problems import Problem, close, fused
 from torch.testing import assert_close
 
 import dape
@@ -97,16 +97,16 @@ def test_log_sum_exp_is_that_of_the_other_path(monkeypatch):
     tensors, (bias, adapter) = problem.tensors(torch.float32), problem.modules()
     found = operator.tables(bias, adapter, problem.heads, 200, tensors[0].device)
     rest = (problem.draw_mask(), 0.5, True, 150, "triton", False)
-    ours = operator.banded(*tensors, found, *rest)
+    ours = fused(*tensors, found, *rest)
     monkeypatch.setattr(decode, "serves", lambda problem: False)
-    for x, y in zip(ours, operator.banded(*tensors, found, *rest), strict=True):
+    for x, y in zip(ours, fused(*tensors, found, *rest), strict=True):
         assert_close(x, y)
 
 
 def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity():
     query, key, value = replace(BASE, rows=4).tensors(torch.float32)
     found = operator.tables(*BASE.modules(), 4, 80, query.device)
-    out, lse, *_ = operator.banded(query, key, value, found, None, 0.5, True, -2, "triton", False)
+    out, lse, *_ = fused(query, key, value, found, None, 0.5, True, -2, "triton", False)
     assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert lse[:, :, 2:].isfinite().all()
 

@@ -11,8 +11,10 @@ from torch.testing import assert_close
 
 import dape
 import textbook
+from dape.attention import cuda, triton
+from dape.attention.call import Call
 from dape.attention.fused import geometry, operator
-from dape.attention.fused.operator import obstacle
+from dape.attention.fused.serves import obstacle
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -185,8 +187,8 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
 def test_the_cuda_backend_serves_what_triton_does(dtype):
     query = torch.zeros(1, 24, 3, 8, dtype=dtype)
     for adapter in (None, dape.DAPE(24, 64)):
-        arguments = (query, query, dape.FIRE(24), adapter, None, 0, False)
-        assert obstacle("cuda", *arguments) is None and obstacle("triton", *arguments) is None
+        call = Call(query, query, query, dape.FIRE(24), adapter)
+        assert cuda.obstacle(call) is None and triton.obstacle(call) is None
     problem = drawn_problem(dtype)
     assert operator.mixer("cuda", problem) is operator.mixer("triton", problem)
 
@@ -199,7 +201,7 @@ def drawn_problem(dtype):
 
 def test_more_units_than_the_kernels_hold_are_refused():
     query = torch.zeros(1, 4, 3, 8)
-    found = obstacle("triton", query, query, dape.FIRE(4, hidden=65), None, None, 0, False)
+    found = obstacle(Call(query, query, query, dape.FIRE(4, hidden=65)))
     assert found == "hidden=65 is more than 64"
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, close, drawn, leaves
+from problems import Problem, close, drawn, fused, leaves
 from test_large_scores import beside_sdpa, silent
 
 import dape
@@ -56,7 +56,7 @@ def flag_of(tensors, bias, adapter):
     heads, length = tensors[0].shape[1:3]
     found = operator.tables(bias, adapter, heads, length, tensors[0].device)
     with torch.no_grad():
-        return operator.banded(*tensors, found, None, 1.0, True, 0, "triton", False)[3].item()
+        return fused(*tensors, found, None, 1.0, True, 0, "triton", False)[3].item()
 
 
 @pytest.mark.parametrize("size", [1, 40])

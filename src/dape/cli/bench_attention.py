@@ -138,4 +138,7 @@ def outcome(done: "Check | Entry") -> str:
             f"float64, of {done.limits[name]:.1e}"
         )
     memory = "" if done.peak is None else f"  peak {done.peak / 2**20:,.1f} MiB"
-    return f"{done.milliseconds:,.3f} ms{memory}  ({done.runs} x {done.calls}, {done.clock})"
+    host = ""
+    if done.eager is not None:
+        host = f"  eager {done.eager:,.3f} ms, {done.launches} launches"
+    return f"{done.milliseconds:,.3f} ms{host}{memory}  ({done.runs} x {done.calls}, {done.clock})"

@@ -3,7 +3,8 @@ r"""Adapters: maps from the scores A and the bias B to the logits of the softmax
 An adapter maps `A = q k^T / sqrt(d)` `[batch, heads, query, key]` and B `[heads, query, key]` to
 logits of the shape of A. An adapter sees a block of query rows with whole rows of keys, in float32
 or wider. Without an adapter the logits are A + B. Any module `adapter(A, B) -> logits` is an
-adapter. A module with `needs_rows = True` takes `Rows` as a third argument.
+adapter. A module with `needs_rows = True` takes `Rows` as a third argument. Its `reach` is the number
+of keys on each side on which a logit depends; with `reach` the keys may be a part of all.
 """
 
 import math
@@ -25,7 +26,8 @@ class Rows(NamedTuple):
     """The query rows of a block of scores, for adapters with `needs_rows = True`.
 
     `visible` is true where a query may see a key, and false for later keys and padding. Positions
-    are in tokens, and `scale` is the factor of the scores.
+    are in tokens, and `scale` is the factor of the scores. Where the keys are a part
+    of all, `begun` is true for rows that may have seen a key before the first.
     """
 
     query: Float[Tensor, "batch heads query head_dim"]
@@ -34,6 +36,7 @@ class Rows(NamedTuple):
     key_positions: Int[Tensor, "*batch key"]
     visible: Bool[Tensor, "#batch 1 query key"]
     scale: float
+    begun: Bool[Tensor, "#batch 1 #query"] | None = None
 
 
 class DAPE(Wide):
@@ -99,6 +102,11 @@ class DAPE(Wide):
         """Whether f looks along the keys and needs the mask."""
         return self.kernel_size > 1
 
+    @property
+    def reach(self) -> int:
+        """How many keys on each side of its own a logit depends on."""
+        return 2 * (self.kernel_size // 2)
+
     def reset_parameters(self) -> None:
         """Draw both layers from U(-1, 1) / sqrt(fan in)."""
         for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
@@ -133,7 +141,10 @@ class DAPE(Wide):
             hidden = mix(part, weight) + hidden
         hidden = leaky_relu(hidden, 0.01, inplace=True)
         if reach:
-            started = pad(visible.cumsum(-1) > 0, (0, reach), value=True)
+            started = visible.cumsum(-1) > 0
+            if rows is not None and rows.begun is not None:
+                started = started | rows.begun[..., None]
+            started = pad(started, (0, reach), value=True)
             hidden = pad(torch.where(started, hidden, 0), (reach, 0))
         return base + mix(hidden, self.weight_out) + self.bias_out.to(base.dtype)[:, None, None]
 
@@ -266,6 +277,7 @@ class TransformerXL(Wide):
     """
 
     needs_rows = True
+    reach = 0
 
     def __init__(self, num_heads: int, head_dim: int, hidden_size: int) -> None:
         super().__init__()

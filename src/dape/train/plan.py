@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dape.attention.select import select
+from dape.attention.select import check_backend
 from dape.data.shards import MANIFEST, Corpus
 from dape.errors import UserError
 from dape.positions import scheme
@@ -71,7 +71,7 @@ def check(recipe: Recipe | Retrofit) -> None:
     """
     if isinstance(recipe, Recipe):
         scheme.check(recipe.model.scheme, recipe.model.scheme_options)
-    select(recipe.model.backend)
+    check_backend(recipe.model.backend)
     recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)

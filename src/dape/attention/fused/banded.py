@@ -240,9 +240,10 @@ def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor
     from dape.attention.fused import decode, static
 
     query, mixing = problem.query, problem.mixing
-    if mixing is None:
-        return *static.forward(problem), query.new_empty(0), query.new_empty(0, dtype=torch.int32)
     found = outputs(problem, exact)
+    if mixing is None:
+        static.forward(problem, *found)
+        return *found, query.new_empty(0, dtype=torch.int32)
     if query.dtype == torch.float32:
         flag = query.new_empty(0, dtype=torch.int32)
         if decode.serves(problem):

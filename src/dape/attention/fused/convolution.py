@@ -167,7 +167,7 @@ def logits(
 
 @triton.jit
 def convolution_mix_kernel(
-    x, z, w2, static_table, mask,
+    x, z, w2, static_table, mask, counted, counted_end,
     num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset,
     x_b, x_t, z_b, z_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
@@ -175,7 +175,10 @@ def convolution_mix_kernel(
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts)."""
+    """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts).
+
+    Keys from `counted` to its end have a weight.
+    """
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -195,6 +198,7 @@ def convolution_mix_kernel(
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         there = lies(rows, keys, num_rows, num_keys)
+        inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         y = tl.where(inside, y, float("-inf")).to(compute)
         tl.store(x + at, y, there[:, None] & (heads[None, :] < H))
 
@@ -210,7 +214,7 @@ def along_diagonals(at, sums, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def convolution_backward_kernel(
-    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2,
+    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2, counted, counted_end,
     num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_t, z_b, z_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
@@ -243,6 +247,7 @@ def convolution_backward_kernel(
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         logit = logit.to(compute).to(tl.float32)  # as the forward pass stored it
+        inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum = tl.load(lse + stat, inside, 0.0)
         shared = tl.load(delta + stat, inside, 0.0)

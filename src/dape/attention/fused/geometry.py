@@ -73,8 +73,9 @@ class Problem(NamedTuple):
 
     Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
     is true for keys that may be seen. `features` are FIRE's. With `hidden_bias` b1 the layers are
-    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap. With a
-    `gate` the kernels run if it says so.
+    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap; `halo` is
+    how many of the first and last keys have no weight, and `begun` is true for elements that have
+    seen a key before the first. With a `gate` the kernels run if it says so.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -89,6 +90,8 @@ class Problem(NamedTuple):
     features: Features | None = None
     hidden_bias: Float[Tensor, "hidden"] | None = None
     gate: Gate | None = None
+    halo: tuple[int, int] = (0, 0)
+    begun: Bool[Tensor, "batch"] | None = None
 
     @property
     def scratch(self) -> torch.dtype:
@@ -122,6 +125,7 @@ class Problem(NamedTuple):
             key=self.key[band.batch, :, band.keys],
             value=self.value[band.batch, :, band.keys],
             mask=None if mask is None else mask[band.batch, band.keys],
+            begun=None if self.begun is None else self.begun[band.batch],
         )
 
 

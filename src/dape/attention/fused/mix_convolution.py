@@ -69,6 +69,8 @@ class Pass(NamedTuple):
         if problem.mask is not None:
             mask = problem.mask[band.batch, band.keys]
             started = mask.to(torch.uint8).argmax(1).to(torch.int32)
+            if problem.begun is not None:
+                started.masked_fill_(problem.begun[band.batch], 0)
         return cls(
             diagonals(problem, band, *tile[:2]),
             diagonals(problem, band, *tile[:2], reach),
@@ -100,7 +102,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     where, z = given.keys, given.hidden
     segments = share(batch, where.number, rows)[1]
     convolution.convolution_mix_kernel[(where.number, batch, segments)](
-        x, z, mixing.weight_out, mixing.static, given.mask,
+        x, z, mixing.weight_out, mixing.static, given.mask, *counted(problem),
         rows, keys, band.shift, mixing.static.shape[1], where.first, where.band_tile, where.offset,
         *x.stride()[:2], *z.stride()[:2], given.mask.stride(0), **given.compiled, **given.launch,
     )  # fmt: skip
@@ -130,7 +132,7 @@ def mix_backward(
     compiled = {**given.compiled, **given.launch, "num_stages": 1}
     convolution.convolution_backward_kernel[(given.keys.number, batch, slots.segments)](
         x, p, y, z, mixing.weight_out, mixing.static, lse, delta, given.mask,
-        slots.static[:, at_key], slots.weight_out[:, at_key],
+        slots.static[:, at_key], slots.weight_out[:, at_key], *counted(problem),
         rows, keys, band.shift, mixing.static.shape[1], *by_key,
         *strides, *lse.stride(), given.mask.stride(0), LINES=lines, **compiled,
     )  # fmt: skip
@@ -146,6 +148,11 @@ def mix_backward(
         *strides, given.mask.stride(0), **compiled,
     )  # fmt: skip
     return p, y
+
+
+def counted(problem: Problem) -> tuple[int, int]:
+    """Return the first key that has a weight, and the end of those that have."""
+    return problem.halo[0], problem.key.shape[2] - problem.halo[1]
 
 
 def lines_of(tile: Tile) -> int:

@@ -90,12 +90,10 @@ def shared(problem: Problem, bias: Bias) -> dict[str, Any]:
     }
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, over spans of keys where rows alone are too few programs."""
+def forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Fill what `banded.forward` returns, over spans of keys where rows are too few programs."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
-    out = query.new_empty(batch, heads, rows, value.shape[3])
-    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
     bias, tile, band = Bias.of(problem), tile_of("forward", problem), bands(problem)[0]
     spans, length = key_spans(problem, band, tile)
     parts, parts_lse = out[None], lse[None]
@@ -104,17 +102,17 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        query, key, value, bias.table, line, parts, parts_lse,
+        query, key, value, bias.table, line, parts, parts_lse, rest,
         rows, band.sizes[2], bias.table.shape[1], bias.low, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
-        heads, **shared(problem, bias), CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
+        heads, **shared(problem, bias), CAUSAL=problem.causal,
+        RESTED=spans == 1 and rest.numel() > 0, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        combine(parts, parts_lse, asking(problem, None), out, lse, query.new_empty(0))
-    return out, lse
+        combine(parts, parts_lse, asking(problem, None), out, lse, rest)
 
 
 def backward(

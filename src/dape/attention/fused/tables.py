@@ -53,6 +53,7 @@ def tables(
     num_heads: int,
     count: int,
     device: torch.device,
+    key_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
@@ -62,7 +63,7 @@ def tables(
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
-            return fire_tables(bias, adapter, count, device)
+            return fire_tables(bias, adapter, count, device, key_offset)
         values = None
         if bias is not None:
             distances = torch.arange(count, device=device)
@@ -82,16 +83,16 @@ def tables(
 
 
 def fire_tables(
-    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device
+    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device, key_offset: int
 ) -> tuple[Tensor, ...]:
     """Return C `[H, 1 + F]`, U `[1 + F, D]`, W1a and W2 over features, psi, 1 / psi, v and c.
 
-    psi `[N]` is over distances, 1 / psi(max(slot, L)) `[N]` over slots, v and c are `[F]`. Without
-    an adapter D = 0.
+    psi `[N]` is over distances, 1 / psi(max(i, L)) `[N]` over the indices i from that of the first
+    key on, v and c are `[F]`. Without an adapter D = 0.
     """
-    slots = torch.arange(count, dtype=bias.c.dtype, device=device)
-    psi = torch.log1p(bias.c * slots).float()
-    scale = 1 / torch.log1p(bias.c * torch.maximum(slots, bias.threshold)).float()
+    distances = torch.arange(count, dtype=bias.c.dtype, device=device)
+    psi = torch.log1p(bias.c * distances).float()
+    scale = 1 / torch.log1p(bias.c * torch.maximum(distances + key_offset, bias.threshold)).float()
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, DAPE | TalkingHeads):
