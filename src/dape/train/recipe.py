@@ -38,7 +38,7 @@ class Settings(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """Where position enters, in a word: what {scheme} in the name stands for."""
+        """The scheme, or a word for it, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
@@ -107,7 +107,7 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """Where position enters, in a word."""
+        """The scheme."""
         return self.model.scheme
 
 
@@ -132,7 +132,7 @@ class Retrofit(Settings):
 
     @property
     def scheme(self) -> str:
-        """What is mounted, in a word."""
+        """The mounted adapter and bias, such as `dape-kerple`."""
         mounted = filter(None, (self.model.adapter, self.model.bias))
         return "-".join(mounted) if self.model.adapter else "plain"
 
