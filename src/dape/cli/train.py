@@ -28,8 +28,7 @@ class Arguments:
     dry_run: bool = False
     """print parameters, tokens, steps and memory, and stop"""
     measure: bool = False
-    """print what a few steps take with each size of micro-batch up to the largest that fits, on
-    random tokens, and stop"""
+    """print time and memory of a step for each micro-batch size that fits, and stop"""
 
 
 def main(argv: list[str]) -> None:

@@ -60,33 +60,38 @@ def evaluate(
     watch: Watch = SILENT,
     context_parallel: ContextParallel | None = None,
 ) -> list[Evaluation]:
-    """Return the perplexity over length of each model: the same tokens for every length and model.
+    """Return the perplexity over length of each model, on equal tokens for all lengths and models.
 
-    Each length of a model that is not in memory is kept in a file as soon as it is measured, and
-    taken from there when the same is asked again. A length that a model refuses is left out.
+    A result file receives each length as soon as the length is measured, and a repeated call reads
+    finished lengths from the file. Results of modules in memory are written only with `out`. A
+    length that a model refuses is left out.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
-        corpus: a prepared corpus; by default the one that each run was trained on.
-        lengths: tokens in a window; by default the training length, doubled up to 16 times it.
+        corpus: a prepared corpus; by default the corpus of each run's training.
+        lengths: tokens in a window; by default the training length, doubled up to 16 times.
         protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
-        stride: tokens that windows of `sliding` move by.
-        split: part of the corpus.
-        documents: at most so many, drawn by `seed` among those that hold the longest window.
-        blocks: at most so many blocks of scored tokens a document.
-        bos: let windows begin with a model's own token for the beginning of a text.
-        metric: the one to compare models by; only `bits_per_byte` allows different corpora.
-        device: of models that are not in memory.
-        precision: of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
-        batch_tokens: tokens in one forward; a longer window goes alone.
-        out: folder for all results; those of modules in memory are kept nowhere else.
-        again: measure lengths that were measured before too.
-        partial_weights: take models whose files miss weights, or have some without a place.
-        tokenizer: that of the modules in memory, which must be the corpus's.
-        command: recorded with the results.
-        watch: hears of the progress.
-        context_parallel: the devices of several processes, over which each window is spread; all
-            of them call this function, and the first keeps the results.
+        stride: tokens between windows of `sliding`.
+        split: split of the corpus.
+        documents: largest number of documents, drawn among those longer than the longest window.
+        blocks: largest number of blocks of scored tokens in a document.
+        bos: put the model's token for the beginning of a text in place of a window's first token.
+        metric: number to compare models by; only `bits_per_byte` allows different corpora.
+        seed: seed of the choice of documents.
+        device: device of models that are not in memory.
+        precision: precision of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
+        batch_tokens: most tokens in a forward pass; a longer window goes alone.
+        out: folder for all results; the folder of each model by default.
+        again: measure finished lengths again.
+        partial_weights: accept model files with missing or unused weights.
+        tokenizer: tokenizer of the modules in memory, equal to that of the corpus.
+        command: command to record with the results.
+        watch: receiver of the progress.
+        context_parallel: devices that share each window. The process of each device calls this
+            function, and the first process keeps the results.
+
+    Returns:
+        An evaluation for each model, in the order of `models`.
 
     Raises:
         UserError: for models, a corpus, lengths or options that do not fit together, results that
@@ -150,7 +155,7 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where an evaluation is kept, and where its lengths are until all are measured."""
+    """The file of an evaluation, and the file of measured lengths until all are finished."""
 
     finished: Path
     unfinished: Path

@@ -58,11 +58,11 @@ def token_losses(
 ) -> Float[np.ndarray, "windows scored"]:
     """Return the cross-entropy (nats) of each scored token, a row a window.
 
-    `model` has the interface of a Hugging Face causal language model; it computes the logits of the
-    scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
-    least one; `advance` gets its number of tokens. The token `begin`, if any, takes the place of
-    the first of each window. Below float32, `precision` is that of the products, by autocast. With
-    `context_parallel` each window is spread over those devices, of which all return all losses.
+    `model` has the interface of a Hugging Face causal language model, and computes logits of scored
+    positions only. A forward pass holds as many windows as fit into `batch_tokens` tokens, and at
+    least a single window. `advance` gets the number of tokens. The token `begin`, if any, replaces
+    the first token of each window. Below float32, `precision` is the precision of autocast. With
+    `context_parallel` the devices share each window, and all devices return all losses.
 
     Raises:
         Refused: if the model itself raises a `UserError`.

@@ -1,4 +1,4 @@
-"""Where models that are not ours end: tables of positions, learned or only stored."""
+"""The end of foreign models: tables of positions, learned or stored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What ends one process of a run and not the others: each says so in one line."""
+"""Faults that end a process of a run, each with a message of one line."""
 
 import os
 import signal
@@ -20,10 +20,10 @@ _PEERS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL
 
 @contextmanager
 def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iterator[None]:
-    """Turn what a process of several cannot mend into one line, and end it at a SIGTERM.
+    """Turn a fault of a process among several into a line, and end the process at a SIGTERM.
 
     Raises:
-        RankError: if memory runs out, or another process has ended.
+        RankError: if memory runs out, or a second process has ended.
     """
     name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
     with _ended_by_sigterm(run, name) if ranks > 1 else nullcontext():
@@ -43,10 +43,11 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
 
 @contextmanager
 def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
-    """End the process with one line at a SIGTERM, also while it waits for a GPU.
+    """End the process with a line at a SIGTERM, also while the process waits for a GPU.
 
-    `torchrun` sends one when another process has ended. Python's handlers run between two lines of
-    Python, which a process that waits for an exchange does not reach: a thread is woken instead.
+    `torchrun` sends a SIGTERM after the end of any process. Python's handlers run between two lines
+    of Python, and a process that waits for an exchange reaches no line. Therefore a thread handles
+    the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,7 +77,7 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
 
 
 def _of_a_peer(error: RuntimeError) -> bool:
-    """Return whether an error of an exchange says that another process is not there any more."""
+    """Return whether an error of an exchange says that a process has gone."""
     return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
 
 
