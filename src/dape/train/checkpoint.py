@@ -86,14 +86,13 @@ def save(
 
 
 def newest(
-    run: RunFolder, read: Callable[[Path], Progress], say: Callable[[str], object]
+    saved: list[Path], read: Callable[[Path], Progress], say: Callable[[str], object]
 ) -> Progress | None:
-    """Return what `read` makes of the newest checkpoint that it can read; None if there is none.
+    """Return what `read` makes of the first checkpoint that it can read; None if there is none.
 
     Raises:
         UserError: if there are checkpoints, and none can be read.
     """
-    saved = run.saved_checkpoints()
     for path in saved:
         try:
             return read(path)
@@ -101,7 +100,7 @@ def newest(
             say(f"{error}; looking for the checkpoint before it")
     if saved:
         raise UserError(
-            f"no checkpoint in {run.checkpoints} can be read; delete that folder to start the run"
+            f"no checkpoint in {saved[0].parent} can be read; delete that folder to start the run"
             " again"
         )
     return None
