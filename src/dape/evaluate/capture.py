@@ -5,7 +5,7 @@ adapter of each attention and keeps the rows of the queries. Attention is comput
 rows, and memory is linear in the length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from dape.positions.adapter import Rows
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A query in a layer; each array is [heads, keys], up to the query's own key.
+    """A query in a layer; each array is [heads, keys], in a causal model up to the query's own key.
 
     Attributes:
         residual: whether the logits are A + B + f(A, B), or A + f(A, B).
@@ -58,9 +58,11 @@ class Recorder(nn.Module):
 
     needs_rows = True
 
-    def __init__(self, adapter: nn.Module | None, layer: int, queries: range) -> None:
+    def __init__(
+        self, adapter: nn.Module | None, layer: int, queries: range, keys: int | None = None
+    ) -> None:
         super().__init__()
-        self.adapter, self.layer, self.queries = adapter, layer, queries
+        self.adapter, self.layer, self.queries, self.keys = adapter, layer, queries, keys
         self.rows: list[Row] = []
 
     def forward(
@@ -80,8 +82,9 @@ class Recorder(nn.Module):
         residual = bool(getattr(self.adapter, "residual", True))
         for query in self.queries:
             if first <= query < first + scores.shape[2]:
+                keys = query + 1 if self.keys is None else self.keys
                 kept = (
-                    x.expand_as(scores)[0, :, query - first, : query + 1].cpu().numpy().copy()
+                    x.expand_as(scores)[0, :, query - first, :keys].cpu().numpy().copy()
                     for x in (scores, bias, logits)
                 )
                 self.rows.append(Row(self.layer, residual, *kept))
@@ -114,21 +117,41 @@ def capture_all(
     return _captured(model, tokens, layers, range(len(tokens)))
 
 
-@torch.inference_mode()
 def _captured(
     model: nn.Module,
     tokens: Int[Tensor, " tokens"],
     layers: Sequence[int] | None,
     queries: range,
 ) -> list[list[Row]]:
+    def forward() -> None:
+        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+
+    return rows_of(model, forward, queries, layers)
+
+
+@torch.inference_mode()
+def rows_of(
+    model: nn.Module,
+    forward: Callable[[], object],
+    queries: range,
+    layers: Sequence[int] | None = None,
+    keys: int | None = None,
+) -> list[list[Row]]:
+    """Return the rows of queries for each layer, of the one text that `forward` reads.
+
+    A row ends at its query, or after `keys` keys.
+
+    Raises:
+        UserError: for a model that does not attend by this package, or a layer it does not have.
+    """
     attentions = attending(model)
     chosen = range(len(attentions)) if layers is None else layers
     for layer in chosen:
         if not 0 <= layer < len(attentions):
             raise UserError(f"layer {layer} is not one of 0 to {len(attentions) - 1}")
     with ExitStack() as undo:
-        recorders = [_record(undo, attentions[layer], layer, queries) for layer in chosen]
-        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+        recorders = [_record(undo, attentions[layer], layer, queries, keys) for layer in chosen]
+        forward()
     return [recorder.rows for recorder in recorders]
 
 
@@ -151,7 +174,9 @@ def attending(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _record(undo: ExitStack, attention: nn.Module, layer: int, queries: range) -> Recorder:
+def _record(
+    undo: ExitStack, attention: nn.Module, layer: int, queries: range, keys: int | None
+) -> Recorder:
     """Put a recorder around the adapter of an attention, until undone.
 
     The backend becomes `auto` for as long, since fused kernels know no recorder.
@@ -160,7 +185,7 @@ def _record(undo: ExitStack, attention: nn.Module, layer: int, queries: range) -
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):
         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-    recorder = Recorder(attention.adapter, layer, queries)  # type: ignore[arg-type]
+    recorder = Recorder(attention.adapter, layer, queries, keys)  # type: ignore[arg-type]
     attention.adapter = recorder
     setattr(chooser, name, "auto")
     return recorder

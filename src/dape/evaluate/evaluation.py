@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
@@ -57,6 +58,7 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     command: str = "dape.evaluate.evaluate",
     watch: Watch = SILENT,
+    context_parallel: ContextParallel | None = None,
 ) -> list[Evaluation]:
     """Return the perplexity over length of each model, on equal tokens for all lengths and models.
 
@@ -85,6 +87,8 @@ def evaluate(
         tokenizer: tokenizer of the modules in memory, equal to that of the corpus.
         command: command to record with the results.
         watch: receiver of the progress.
+        context_parallel: devices that share each window. The process of each device calls this
+            function, and the first process keeps the results.
 
     Returns:
         An evaluation for each model, in the order of `models`.
@@ -94,6 +98,9 @@ def evaluate(
             cannot be written, and if memory runs out.
     """
     opened = open_models(models, tokenizer, partial_weights, watch)
+    if context_parallel is not None:
+        for model in opened:
+            model.check_spread()
     if bos:
         for model in opened:
             model.beginning()
@@ -116,7 +123,9 @@ def evaluate(
     made = partial(_made, origin=origin, precision=precision, device=chosen)
     watch.begin(sum(each.tokens for each in plans))
     return [
-        _Session(model, each, file, chosen, batch_tokens, made(model), watch).run(again)
+        _Session(model, each, file, chosen, batch_tokens, made(model), watch, context_parallel).run(
+            again
+        )
         for model, each, file in zip(opened, plans, files, strict=True)
     ]
 
@@ -180,6 +189,13 @@ class _Session:
     batch_tokens: int
     origin: dict[str, Any]
     watch: Watch
+    context_parallel: ContextParallel | None
+
+    @property
+    def keeper(self) -> "_Files | None":
+        """The files, where this process is the one that writes them."""
+        first = self.context_parallel is None or self.context_parallel.rank == 0
+        return self.files if first else None
 
     @property
     def name(self) -> str:
@@ -188,6 +204,8 @@ class _Session:
     def run(self, again: bool) -> Evaluation:
         """Return the evaluation, with what was measured before unless all is asked for again."""
         done = None if again else self._before()
+        if self.context_parallel is not None:  # nothing is written until all have read
+            self.context_parallel.sum(torch.zeros((), device=self.device))
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
         ]
@@ -199,10 +217,10 @@ class _Session:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
-                    if self.files is not None:
-                        done.save(self.files.unfinished)
-        if self.files is not None:
-            self.files.finish(done)
+                    if self.keeper is not None:
+                        done.save(self.keeper.unfinished)
+        if self.keeper is not None:
+            self.keeper.finish(done)
         return done
 
     def _empty(self, subject: Subject) -> Evaluation:
@@ -232,6 +250,7 @@ class _Session:
                 device=device_of(network, self.device),
                 precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
+                context_parallel=self.context_parallel,
             )
         return measure(losses, windows, self.plan.bytes)
 

@@ -56,20 +56,23 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
     outside.setblocking(False)
 
     def watch() -> None:
-        if inside.recv(1) == bytes([signal.SIGTERM]):
-            message = f"{name}stopped by SIGTERM, as when another process has ended"
-            print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
-            os._exit(128 + signal.SIGTERM)
+        while number := inside.recv(1):  # nothing once the other end is closed
+            if number == bytes([signal.SIGTERM]):
+                message = f"{name}stopped by SIGTERM, as when another process has ended"
+                print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
 
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     descriptor = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, handler)
         outside.close()
+        watcher.join()
         inside.close()
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dape.errors import UserError
-from dape.files import read_yaml
+from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training, at_least
@@ -145,7 +145,7 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
             a value of the wrong type, or an impossible combination.
     """
     path = Path(path)
-    data = read_yaml(path)
+    data = read_yaml(shipped(path))
     try:
         recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:

@@ -158,9 +158,9 @@ def lay_out(task: Task) -> Session:
     """Return the session of a task at its first step, with the model over the devices."""
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
-    model = task.build(fabric.device)
+    model, drawn = parallelize.start(fabric, task)
     task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
-    loss = parallelize.parallelize(fabric, model, task)
+    loss = parallelize.parallelize(fabric, model, task, drawn)
     return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 
