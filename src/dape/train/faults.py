@@ -32,8 +32,8 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
         except torch.OutOfMemoryError:
             size = hardware.micro_batch_size or "the whole batch"
             raise RankError(
-                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), turn on"
-                " hardware.activation_checkpointing, or shard with hardware.strategy=fsdp"
+                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), take"
+                " hardware.activation_checkpointing=blocks, or shard with hardware.strategy=fsdp"
             ) from None
         except RuntimeError as error:
             if ranks == 1 or not _of_a_peer(error):

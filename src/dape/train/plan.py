@@ -89,7 +89,7 @@ def _check_layout(recipe: Retrofit) -> None:
     if parallelize.ranks() > 1 and recipe.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
-            "hardware.activation_checkpointing if memory is short"
+            "hardware.activation_checkpointing=blocks if memory is short"
         )
     if recipe.hardware.context_parallel > 1:
         raise UserError(
