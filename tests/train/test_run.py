@@ -203,3 +203,35 @@ def test_the_written_recipe_is_plain_yaml(data):
         0.9,
         0.95,
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"training.batch_size": 10**12},
+            r"training\.batch_size takes .* GiB at least, and cpu has",
+        ),
+        ({"training.batch_size": 10**8}, r"hardware\.micro_batch_size takes .* make it smaller"),
+        ({"model.hidden_size": 10**7}, "model takes .* GiB at least"),
+        ({"model.num_hidden_layers": 10**9}, "must be at most 10000"),
+        ({"training.steps": 2**63}, r"training\.steps=.* must be less than 2\*\*63"),
+        ({"optimizer.weight_decay": float("inf")}, "weight_decay=inf must be a finite number"),
+        ({"model.scheme_options": {"adapter": {"hidden": 1.5}}}, "hidden=1.5 must be a whole"),
+        ({"model.scheme_options": {"adapter": {"hidden": True}}}, "hidden=True must be a whole"),
+        ({"model.scheme_options": {"adapter": {"residual": "no"}}}, "residual='no' must be True"),
+    ],
+)
+@pytest.mark.unhooked  # the hook that checks types would refuse some of them first
+def test_what_cannot_be_is_refused_before_the_folder_is_made(file, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(file, scheme="dape-kerple", out=tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_left_at_the_very_end_goes_with_the_next_start(file, tmp_path):
+    run = train(file, out=tmp_path / "run", training={"steps": 2})
+    for name in (".lock", "run.json.partial"):
+        (run.path / name).touch()
+    train(file, out=run.path, training={"steps": 2})
+    assert not list(run.path.glob("*.partial")) and not (run.path / ".lock").exists()

@@ -11,7 +11,7 @@ from dape.attention import sdpa
 from dape.attention.chunked import attend_chunked
 from dape.attention.reference import attend, log_sum_exp, visibility, widened
 from dape.attention.select import fastest, select
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_switch, check_whole
 
 
 def attention(
@@ -65,6 +65,7 @@ def attention(
     """
     check(query, key, value, bias, adapter)
     check_where(query, key, mask, query_positions, key_positions)
+    check_numbers(causal, scale, query_offset)
     rows, keys, device = query.shape[2], key.shape[2], query.device
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     if mask is not None and mask.ndim == 2:
@@ -149,6 +150,19 @@ def check(
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:
                 raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+
+
+def check_numbers(causal: bool, scale: float | None, query_offset: int | Tensor) -> None:
+    """Raise a `UserError` for numbers that are not finite, or not of their kind."""
+    if torch.compiler.is_compiling():
+        return
+    check_switch(causal=causal)
+    if scale is not None:
+        check_finite(scale=scale)
+    if not isinstance(query_offset, Tensor):
+        check_whole(-(2**63), query_offset=query_offset)
+    elif query_offset.is_floating_point():
+        raise UserError(f"query_offset is {query_offset.dtype}; it must be a whole number")
 
 
 def check_where(
