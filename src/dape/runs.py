@@ -9,6 +9,8 @@ from dape.errors import UserError
 from dape.files import read_json, read_text, read_yaml, write_json
 
 _STEP = "step-"
+_PARTS = {"data", "versions"}  # mappings in a record
+_UNFINISHED = ".unfinished"
 _REMEDY = "give the command that made the run again, under another --name"
 
 
@@ -73,10 +75,6 @@ class RunFolder:
         parts = [protocol, str(stride or ""), "" if split == "test" else split]
         return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
 
-    def unfinished(self, protocol: str, stride: int | None = None, split: str = "test") -> Path:
-        """Return the file that keeps what an evaluation has measured until it is finished."""
-        return self.evaluation(protocol, stride, split).with_suffix(".unfinished")
-
     def evaluations(self) -> list[Path]:
         """Return the files of all evaluations."""
         return sorted((self.path / "evaluation").glob("*.json"))
@@ -137,7 +135,7 @@ class RunFolder:
         Raises:
             UserError: if it is damaged.
         """
-        return read_json(self.record, dict, _REMEDY) if self.record.is_file() else {}
+        return read_json(self.record, _known, _REMEDY) if self.record.is_file() else {}
 
     def update_record(self, entries: dict[str, Any]) -> None:
         """Put entries over those that the record holds."""
@@ -156,3 +154,18 @@ class RunFolder:
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without parts that are null; a `TypeError` for one that is no mapping."""
+    empty = {name for name in _PARTS if record.get(name) is None}
+    known = {name: value for name, value in record.items() if name not in empty}
+    for name in _PARTS & known.keys():
+        if not isinstance(known[name], dict):
+            raise TypeError(f"{name} is no mapping")
+    return known
+
+
+def unfinished(file: Path) -> Path:
+    """Return the file that keeps what was measured until the record in `file` is finished."""
+    return file.with_suffix(_UNFINISHED)

@@ -31,6 +31,8 @@ class Arguments(Measuring):
     """part of the corpus"""
     seed: int = 0
     """of the hidden numbers"""
+    again: bool = False
+    """measure what was measured before too"""
 
     def __post_init__(self) -> None:
         """Refuse depths outside the text, no tasks and no trials."""
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
+            again=arguments.again,
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", "retrieval", *argv]),
             watch=watch,

@@ -111,7 +111,7 @@ def _config(source: str, **changes: Any) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return fetch(AutoConfig.from_pretrained, source, **changes)
+        return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
     except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(

@@ -1,5 +1,6 @@
 """Pretrained causal language models, with every weight that they need and no other."""
 
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -27,9 +28,13 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
         logging.set_verbosity_error()  # the error below says the same in a line
     try:
         model, report = fetch(
-            AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **options
+            AutoModelForCausalLM.from_pretrained,
+            source,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the weights of {source} cannot be read: {reason}") from None
     finally:

@@ -239,7 +239,7 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
 
     from dape.model.loading import load_causal
 
-    read = partial(AutoConfig.from_pretrained, return_unused_kwargs=True)
+    read = partial(AutoConfig.from_pretrained, return_unused_kwargs=True, trust_remote_code=False)
     config, unused = fetch(read, source, **changes)
     for name in unused.keys() & changes.keys():
         raise unknown(f"key of the configuration of {source}", name, config.to_dict())
