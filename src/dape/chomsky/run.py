@@ -4,12 +4,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
 from multiprocessing import get_context
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -149,14 +150,18 @@ def _save(stack: Stack, progress: Progress, job: Job, benchmark: Benchmark) -> N
 
 
 def _resume(stack: Stack, job: Job, benchmark: Benchmark) -> Progress:
-    """Return where to go on: at the checkpoint of the same seeds, settings and kind of device."""
-    file = _checkpoint(job, benchmark)
-    if file.exists():
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        same = (job.seeds, benchmark.settings(), stack.device.type)
-        if (state["seeds"], state["settings"], state["device"]) == same:
-            stack.restore(state["stack"])
-            return Progress(state["step"], state["curve"], state["seconds"])
+    """Return where to go on: at the checkpoint of the same seeds, settings and kind of device.
+
+    One that cannot be read is none.
+    """
+    state: dict[str, Any] = {}
+    with suppress(EOFError, OSError, RuntimeError, UnpicklingError):
+        file = _checkpoint(job, benchmark)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    same = (job.seeds, benchmark.settings(), stack.device.type)
+    if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
+        stack.restore(state["stack"])
+        return Progress(state["step"], state["curve"], state["seconds"])
     return Progress(0, [], 0.0)
 
 
