@@ -62,22 +62,22 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1)
     arguments = parser.parse_args()
     warm()
-    results = []
+    wrong = False
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         room = Path(name).resolve()
         stage = stages.build(room / "stage")
+        print("| part | kind | trials | outcomes | wrong |\n| --- | --- | ---: | --- | ---: |")
         for part in arguments.parts.split(","):
-            begun = time.monotonic()
+            begun, results = time.monotonic(), []
             for result in PARTS[part](stage, room, arguments.every):
                 results.append(result)
                 if result.fault:
-                    print(
-                        f"FAULT {result.part}, {result.kind}, {result.name}: {result.fault}",
-                        flush=True,
-                    )
+                    fault = f"FAULT {result.part}, {result.kind}, {result.name}: {result.fault}"
+                    print(fault, file=sys.stderr, flush=True)
+            print(rows(results), flush=True)
             print(f"{part}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    print(table(results))
-    return int(any(result.fault for result in results))
+            wrong |= any(result.fault for result in results)
+    return int(wrong)
 
 
 def warm() -> None:
@@ -89,14 +89,14 @@ def warm() -> None:
             print(f"{name} is not installed", file=sys.stderr)
 
 
-def table(results: Iterable[Result]) -> str:
-    """Return the counts as Markdown."""
+def rows(results: Iterable[Result]) -> str:
+    """Return the counts of each kind as rows of a table."""
     counts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     faults: Counter[tuple[str, str]] = Counter()
     for each in results:
         counts[each.part, each.kind][each.outcome] += 1
         faults[each.part, each.kind] += bool(each.fault)
-    lines = ["| part | kind | trials | outcomes | wrong |", "| --- | --- | ---: | --- | ---: |"]
+    lines = []
     for (part, kind), outcomes in counts.items():
         listed = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
         total = sum(outcomes.values())

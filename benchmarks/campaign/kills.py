@@ -50,7 +50,13 @@ def kills(stage: Path, room: Path, every: int) -> Iterator[Result]:
                 last = run(action, folder)
                 killed = [each.kind for each in (first, second)].count("killed")
                 fault = _fault(last.kind, last.last, expected, folder / target, "accepted")
-                yield Result("kills", name, f"event {number}", f"{killed} kills", fault)
+                yield Result(
+                    "kills",
+                    name,
+                    f"event {number}",
+                    ("not killed", "killed once", "killed twice")[killed],
+                    fault,
+                )
 
 
 def two_at_once(stage: Path, room: Path, every: int) -> Iterator[Result]:

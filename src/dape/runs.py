@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ class RunFolder:
         Raises:
             UserError: if it is damaged.
         """
-        return read_json(self.record, _known, _REMEDY) if self.record.is_file() else {}
+        return read_json(self.record, _known, _REMEDY) if lexists(self.record) else {}
 
     def update_record(self, entries: dict[str, Any]) -> None:
         """Put entries over those that the record holds."""
@@ -147,13 +148,16 @@ class RunFolder:
         Raises:
             UserError: if another line is damaged.
         """
-        if not self.metrics.is_file():
+        if not lexists(self.metrics):
             return []
         lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the rest is no whole line
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            logged = [json.loads(line) for line in lines]
+            if not all(isinstance(each["step"], int) for each in logged):
+                raise ValueError("a step is no number")
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None
+        return logged
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:

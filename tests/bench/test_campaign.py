@@ -19,4 +19,4 @@ def test_a_part_of_the_campaign_finds_nothing(parts, every):
     rows = re.findall(r"^\| (.*?) \| .*? \| (\d+) \| .* \| (\d+) \|$", done.stdout, re.MULTILINE)
     assert {part for part, _, _ in rows} == set(parts.split(","))
     assert sum(int(trials) for _, trials, _ in rows) > 10
-    assert done.returncode == 0 and "FAULT" not in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "FAULT" not in done.stderr, done.stdout + done.stderr

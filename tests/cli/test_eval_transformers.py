@@ -340,3 +340,24 @@ def test_weights_and_code_of_someone_else_do_not_run(tmp_path, made, corpus, cap
     (folder / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})")
     assert "custom code" in refused(capsys, *words)
     assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"version": null}'),
+        ("tokenizer_config.json", "{"),
+        ("generation_config.json", "null"),
+        ("config.json", "null"),
+    ],
+)
+def test_files_beside_the_weights_that_are_damaged_are_one_line(
+    tmp_path, made, corpus, capsys, name, content
+):
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama" / name).write_text(content)
+    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
+    assert str(tmp_path / "llama") in line

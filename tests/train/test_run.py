@@ -1,5 +1,6 @@
 """Training as a function, and what becomes of a run that is disturbed."""
 
+import os
 import shutil
 
 import pytest
@@ -113,6 +114,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "cut shards": lambda saved: cut(saved / "__0_0.distcp"),
     "no shards": lambda saved: (saved / "__0_0.distcp").unlink(),
@@ -121,6 +127,8 @@ DAMAGES = {
     "no metadata": lambda saved: (saved / ".metadata").unlink(),
     "cut progress": lambda saved: cut(saved / "progress.json"),
     "no progress": lambda saved: (saved / "progress.json").unlink(),
+    "a pipe for metadata": lambda saved: pipe(saved / ".metadata"),
+    "a pipe for shards": lambda saved: pipe(saved / "__0_0.distcp"),
     "another step": lambda saved: (saved / "progress.json").write_text('{"step": 9, "seconds": 1}'),
 }
 
@@ -227,6 +235,18 @@ def test_what_cannot_be_is_refused_before_the_folder_is_made(file, tmp_path, ove
     with pytest.raises(UserError, match=message):
         train(file, scheme="dape-kerple", out=tmp_path / "run", **overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_a_killed_process_should_have_dropped_goes(interrupted, tmp_path):
+    run, _ = interrupted
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    again = override(read(run.recipe, Recipe), {"out": copy.path, "tracking.keep_checkpoints": 1})
+    train(again)
+    shutil.copytree(copy.checkpoint(6), copy.checkpoint(4))
+    (copy.checkpoint(4) / "__0_0.distcp").unlink()  # killed while it dropped it
+    copy.update_record({"ended": None})
+    train(again)
+    assert copy.saved_checkpoints() == [copy.checkpoint(6)]
 
 
 def test_what_was_left_at_the_very_end_goes_with_the_next_start(file, tmp_path):

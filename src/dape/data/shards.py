@@ -51,9 +51,7 @@ class Corpus:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer that the corpus was made with."""
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(self.folder / TOKENIZER))
+        return tokenizers.saved(str(self.folder / TOKENIZER))
 
     def check_model(self, source: str, vocab_size: int) -> None:
         """Refuse a model, from a folder or the hub, that reads other tokens than these.

@@ -1,6 +1,5 @@
 """Tasks of the Language Model Evaluation Harness (lm-eval), whose requests have a stated length."""
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ from dape.evaluate.opening import Given, open_models
 from dape.evaluate.record import restore, save
 from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.results import KEPT, results_folders, same_origin
-from dape.evaluate.subject import Model, Subject
+from dape.evaluate.subject import Model, Subject, files_checksum
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import provenance
 from dape.runs import RunFolder
@@ -169,11 +168,8 @@ def evaluate_harness(
 
 
 def _own(folder: Path | None) -> str | None:
-    """Return a checksum of the tasks in a folder."""
-    if folder is None:
-        return None
-    files = sorted(folder.rglob("*.yaml"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    """Return a checksum of the tasks in a folder and the data beside them."""
+    return None if folder is None else files_checksum(folder, ("**/*",))
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,10 +87,15 @@ def save(
         if fabric.is_global_zero:
             write_json(partial_of(path) / _PROGRESS, asdict(progress))
     if fabric.is_global_zero:
-        for old in run.saved_checkpoints()[keep:]:
-            remove(old)
-        remove_leftovers(run.checkpoints)
+        prune(run, keep)
     fabric.barrier()
+
+
+def prune(run: RunFolder, keep: int) -> None:
+    """Drop all checkpoints but the `keep` newest, and what an interrupted save left."""
+    for old in run.saved_checkpoints()[keep:]:
+        remove(old)
+    remove_leftovers(run.checkpoints)
 
 
 def newest(

@@ -97,6 +97,7 @@ def follow(task: Task) -> RunFolder:
         _fit(session)
         task.save(session.fabric, session.model)
         if session.fabric.is_global_zero:
+            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 
