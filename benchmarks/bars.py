@@ -3,8 +3,9 @@
     python benchmarks/bars.py [attention decode memory errors training profile ...]
 
 DAPE-Kerple, V1 and V2, and Kerple with learnable parameters at the paper's 125M shape (12 heads of
-64, 32 hidden units), bf16, causal. Short calls are timed inside a CUDA graph, medians over rotating
-inputs (`dape.bench.clock`). Prints a line for each measurement as it comes, and writes them to
+64, 32 hidden units), bf16, causal, and DAPE-FIRE. Short calls are timed inside a CUDA graph,
+medians over rotating inputs (`dape.bench.clock`); beside it stand the eager call's wall clock and
+how many kernels it starts. Prints a line for each measurement as it comes, and writes them to
 `--out` as JSON with what they were measured on.
 """
 
@@ -25,21 +26,26 @@ from torch.nn.functional import scaled_dot_product_attention
 import dape
 from dape.bench import parity
 from dape.bench.case import FORWARD, TRAINING, Case, Parts, build, draw, sets, step
-from dape.bench.clock import measure
+from dape.bench.clock import Timing, measure
 from dape.provenance import provenance
 
 DEVICE = torch.device("cuda")
-SCHEMES = {"dape": "dape-kerple", "static": "kerple", "v2": "dape3-kerple"}
+SCHEMES = {"dape": "dape-kerple", "static": "kerple", "v2": "dape3-kerple", "fire": "dape-fire"}
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One measurement: ours and the yardstick in milliseconds, or another unit, and their ratio."""
+    """One measurement: ours and the yardstick in milliseconds, or another unit, and their ratio.
+
+    `eager` is the wall clock of a call outside a graph in milliseconds, `launches` what it starts.
+    """
 
     what: str
     ours: float
     yardstick: float | None = None
     unit: str = "ms"
+    eager: float | None = None
+    launches: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -52,10 +58,10 @@ def case(scheme: str, batch: int, length: int) -> Case:
     return Case(scheme, 12, 64, length, batch, "bf16", DEVICE, 0)
 
 
-def milliseconds(attend: Callable[..., Tensor], given: Case, parts: Parts, direction: str) -> float:
-    """Return the median time of a call."""
+def timed(attend: Callable[..., Tensor], given: Case, parts: Parts, direction: str) -> Timing:
+    """Return the timing of a call."""
     calls = [partial(step, attend, each, parts, direction) for each in draw(given, sets(given))]
-    return measure(calls, DEVICE).median
+    return measure(calls, DEVICE)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,15 +76,18 @@ def ours(parts: Parts, backend: str) -> Callable[..., Tensor]:
 
 def attention() -> Iterator[Result]:
     """Forward, and with backward, of all schemes; forward of Triton alone."""
-    for batch, length in ((1, 8192), (8, 2048), (32, 512)):
+    for batch, length in ((1, 8192), (4, 2048), (32, 512), (1, 64)):
         for direction in (FORWARD, TRAINING):
-            yardstick = milliseconds(plain, case("nope", batch, length), Parts(), direction)
+            yardstick = timed(plain, case("nope", batch, length), Parts(), direction).median
             also = [("dape", "triton")] if direction == FORWARD else []
             for name, backend in [*((name, "cuda") for name in SCHEMES), *also]:
                 given = case(SCHEMES[name], batch, length)
                 parts = build(given)
-                found = milliseconds(ours(parts, backend), given, parts, direction)
-                yield Result(f"{name} {backend} {batch}x{length} {direction}", found, yardstick)
+                found = timed(ours(parts, backend), given, parts, direction)
+                what = f"{name} {backend} {batch}x{length} {direction}"
+                yield Result(
+                    what, found.median, yardstick, eager=found.eager, launches=found.launches
+                )
 
 
 def decode() -> Iterator[Result]:
@@ -204,7 +213,9 @@ def main() -> None:
     for name in given.parts or PARTS:
         for result in PARTS[name]():
             ratio = "" if result.ratio is None else f"{result.ratio:8.2f} x"
-            print(f"{result.what:68} {result.ours:11.4g} {result.unit:8}{ratio}", flush=True)
+            eager = f"  eager {result.eager:.3f} ms, {result.launches} launches"
+            line = f"{result.what:68} {result.ours:11.4g} {result.unit:8}{ratio}"
+            print(line + (eager if result.eager else ""), flush=True)
             record["results"].append(asdict(result) | {"ratio": result.ratio})
             given.out.write_text(json.dumps(record, indent=1) + "\n")
 

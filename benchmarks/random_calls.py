@@ -3,7 +3,7 @@
     python benchmarks/random_calls.py [--calls 320] [--seed 0] [--device cuda] [--workers 8]
 
 Kernels are compiled for each set of sizes, so a run draws a few sets (`Shape`), each of which many
-calls share: what a call draws beside it (lengths, offsets, padding, the bias and its size, the size
+calls share. What a call draws beside it (lengths, offsets, padding, the bias and its size, the size
 of the scores, the backend) costs no compilation. Forward, and gradients of queries, keys, values
 and every parameter. Then come long calls: every bias at 524,288 and 1,048,576 keys.
 
@@ -11,7 +11,7 @@ An error is the Euclidean norm of the difference from float64. The yardstick is 
 with scores in float32, which rounds what PyTorch's own kernels round: weights, output, and the
 gradient of the logits; with an adapter to bf16, as the scratch has no more digits in fp16. A tensor
 is off if its error is more than 4 times the yardstick's, and some digits of the dtype. Exits with 1
-if any is.
+if any is, or is not finite, or if a call crashes.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import dape
-from dape.attention.reference import visibility, widened
+from dape.attention.call import visibility, widened
 from dape.errors import UserError
 from dape.positions.adapter import Rows
 from dape.positions.bias import Bias
@@ -299,11 +299,8 @@ def ratio(
     true, place = exact[name], name.partition(".")[0]
     module = [x for other, x in exact.items() if other.partition(".")[0] == place]
     square = sum(x.square().sum().item() for x in module) / sum(x.numel() for x in module)
-    least = max(1.0 if "." in name else 0.1, 0.1 * math.sqrt(square)) * math.sqrt(true.numel())
-    size, logit = (
-        max(true.norm().item(), least),
-        call.scores**2 / 4 * math.sqrt(call.shape.head_dim),
-    )
+    least = max(1.0 if "." in name else 0.5, 0.1 * math.sqrt(square)) * math.sqrt(true.numel())
+    size, logit = max(true.norm().item(), least), call.scores**2 * call.shape.head_dim**0.5 / 4
     slack = (SLACK[call.shape.dtype] + 3e-7 * (abs(call.level) + logit)) * size / TIMES
     error, yardstick = ((x[name].double() - true).norm().item() for x in (found, rounded))
     return (error + 1e-300) / (min(yardstick, size) + slack)

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A fault that one of several processes meets, and the others do not: it speaks for itself."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for a `name` that is not among the `known` ones, with the nearest first."""
     names = sorted(known)

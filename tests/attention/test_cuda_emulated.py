@@ -8,10 +8,12 @@ import emulator
 import pytest
 import torch
 from problems import Problem
+from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import forward_cuda, geometry, mix_cuda, operator
+from dape.attention.fused import banded, forward_cuda, geometry, mix_cuda, operator
+from dape.positions.bias import Bias
 
 pytestmark = [
     pytest.mark.unhooked,
@@ -98,9 +100,9 @@ def textbook(problem, query, key, value, seen, bias, adapter):
     )  # fmt: skip
 
 
-def solve(problem):
+def solve(problem, given=None):
     """Return output and gradients: the kernels' in fp16, the textbook's in float64 and bf16."""
-    *tensors, seen, bias, adapter = drawn(problem)
+    *tensors, seen, bias, adapter = drawn(problem) if given is None else given
     weight = torch.randn_like(tensors[0])
 
     def solution(attend, dtype, bias, adapter):
@@ -112,7 +114,7 @@ def solve(problem):
 
     def fused(query, key, value, bias, adapter):
         how = (problem.head_dim**-0.5, problem.causal, problem.query_offset, "cuda", True)
-        return operator.banded(query, key, value, tables_of(problem, bias, adapter), seen, *how)[0]
+        return operate(query, key, value, tables_of(problem, bias, adapter), seen, *how)[0]
 
     def exact(query, key, value, bias, adapter):
         return textbook(problem, query, key, value, seen, bias, adapter)[0]
@@ -129,13 +131,13 @@ def relative(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def check(problem):
+def check(problem, given=None):
     """Compare with float64, by the errors of the textbook in bf16.
 
     A hidden unit that is zero but for rounding has one of two slopes, which is much in gradients of
     so few keys; a wrong kernel is off by 30 times the textbook's error.
     """
-    for i, (found, exact, rounded) in enumerate(zip(*solve(problem), strict=True)):
+    for i, (found, exact, rounded) in enumerate(zip(*solve(problem, given), strict=True)):
         assert relative(found, exact) <= (2 if i < 4 else 4) * relative(rounded, exact)
 
 
@@ -179,12 +181,71 @@ def test_the_whole_forward_pass(emulated, name, dtype):
         how = (seen, problem.head_dim**-0.5, problem.causal, problem.query_offset)
         given = operator.problem_of(*tensors, tables_of(problem, bias, adapter), *how)
         where = layout(given, given.mixing)
-        out, lse, rest = forward_cuda.forward(given, given.mixing, where, True)
+        out, lse, rest = found = banded.outputs(given, True)
+        flag = torch.zeros(1, dtype=torch.int32)
+        forward_cuda.forward(given, given.mixing, where, *found, flag)
+        assert not flag.any()
         doubles = [x.double() for x in (*tensors, bias, adapter)]
         exact, exact_lse = textbook(problem, *doubles[:3], seen, *doubles[3:])
     assert relative(out, exact) < {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert relative(out.double() + rest, exact) < 1e-3
     assert_close(lse.double(), exact_lse, rtol=1e-3, atol=2e-3)
+
+
+def fused_flag(given, where, found):
+    """Return the flag of the forward pass across heads as one kernel."""
+    flag = torch.zeros(1, dtype=torch.int32)
+    forward_cuda.forward(given, given.mixing, where, *found, flag)
+    return flag.item()
+
+
+@pytest.mark.parametrize(("size", "level", "asks"), [(1, 0, 0), (30, 0, 1), (1, -200, 1)])
+def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, level, asks):
+    problem = problem_of(batch=1, rows=20, keys=20)
+    query, key, value, _, bias, adapter = drawn(problem)
+    tensors = [x.half() for x in (size * query, key, value)]
+    with torch.no_grad():
+        static, *others = tables_of(problem, bias, adapter)
+        tables = (static + level, *others)
+        given = operator.problem_of(*tensors, tables, None, 32**-0.5, True, 0)
+        assert fused_flag(given, layout(given, given.mixing), banded.outputs(given, True)) == asks
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_large_scores_and_biases_go_over_to_the_wide_range(emulated, monkeypatch, whole):
+    """Tables of 3e5 on the way, and what the narrow kernels leave is not taken."""
+    if whole:
+        monkeypatch.setattr(forward_cuda, "layout_of", layout)
+    monkeypatch.setattr(geometry, "LARGEST_SCORE", -1.0)
+    check(PROBLEMS["causal"])
+
+
+class Cliff(Bias):
+    """A bias that falls to -1e5 and more past some distance."""
+
+    relative = True
+
+    def __init__(self, heads):
+        super().__init__(heads)
+        self.slope = torch.nn.Parameter(torch.rand(heads))
+
+    def forward(self, query_positions, key_positions):
+        delta = (query_positions[:, None] - key_positions).abs().to(self.slope.dtype)
+        return -self.slope[:, None, None] * delta - 4e3 * (delta - 8).clamp(min=0)
+
+
+def test_a_bias_of_1e5_stays_in_16_bits_where_it_has_no_weight(emulated):
+    """Hidden units of 1e4 and more are no reason for the wide range, and leave no trace."""
+    problem = problem_of(batch=1, rows=40, keys=40)
+    *tensors, _, adapter = drawn(problem)
+    with torch.no_grad():
+        adapter.weight_out.mul_(0.02)
+        tables = tables_of(problem, bias := Cliff(4), adapter)
+        assert tables[1].abs().max() > 1e4
+        how = (32**-0.5, True, 0, "cuda", False)
+        halves = [x.half() for x in tensors[:3]]
+        assert not operate(*halves, tables, None, *how)[3].any()
+    check(problem, (*tensors, bias, adapter))
 
 
 def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):

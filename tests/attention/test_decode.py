@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, close, leaves
+from problems import Problem, close, fused
 from torch.testing import assert_close
 
 import dape
 from dape.attention.fused import decode, geometry, operator
+from dape.bench.case import Parts
+from dape.bench.parity import eager
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -57,9 +59,9 @@ def calls(monkeypatch):
     """Return the list of problems that decoding served."""
     served, forward = [], decode.forward
 
-    def spied(problem, mixing, exact):
+    def spied(problem, *others):
         served.append(problem)
-        return forward(problem, mixing, exact)
+        return forward(problem, *others)
 
     monkeypatch.setattr(decode, "forward", spied)
     return served
@@ -95,16 +97,16 @@ def test_log_sum_exp_is_that_of_the_other_path(monkeypatch):
     tensors, (bias, adapter) = problem.tensors(torch.float32), problem.modules()
     found = operator.tables(bias, adapter, problem.heads, 200, tensors[0].device)
     rest = (problem.draw_mask(), 0.5, True, 150, "triton", False)
-    ours = operator.banded(*tensors, found, *rest)
+    ours = fused(*tensors, found, *rest)
     monkeypatch.setattr(decode, "serves", lambda problem: False)
-    for x, y in zip(ours, operator.banded(*tensors, found, *rest), strict=True):
+    for x, y in zip(ours, fused(*tensors, found, *rest), strict=True):
         assert_close(x, y)
 
 
 def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity():
     query, key, value = replace(BASE, rows=4).tensors(torch.float32)
     found = operator.tables(*BASE.modules(), 4, 80, query.device)
-    out, lse, _ = operator.banded(query, key, value, found, None, 0.5, True, -2, "triton", False)
+    out, lse, *_ = fused(query, key, value, found, None, 0.5, True, -2, "triton", False)
     assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert lse[:, :, 2:].isfinite().all()
 
@@ -155,14 +157,10 @@ def test_on_a_gpu_against_chunked_in_float64(backend, rows, calls):
         for length in (rows, 4099, 4099)
     ]
     modules = (dape.Kerple(12).cuda(), dape.DAPE(12).cuda())
-    results = []
-    for name, wide in (
-        (backend, torch.bfloat16), ("reference", torch.bfloat16), ("reference", torch.float64)
-    ):  # fmt: skip
-        inputs, found, _ = leaves(tensors, modules, wide)
-        found = [m.float() if wide is torch.bfloat16 else m for m in found]
-        options = {"query_offset": 4099 - rows, "backend": name}
-        results.append(dape.attention(*inputs, *found, **options).double())
-    found, textbook, true = results
+    offset = 4099 - rows
+    found = dape.attention(*tensors, *modules, query_offset=offset, backend=backend).double()
     assert len(calls) == 1
+    textbook = eager(Parts(*modules), *tensors, offset).double()
+    doubles = [x.double() for x in (*tensors, *modules)]
+    true = dape.attention(*doubles, query_offset=offset, backend="reference")
     assert (found - true).norm() <= (textbook - true).norm()

@@ -7,6 +7,8 @@ import torch
 from problems import Problem, close, drawn, solve
 
 import dape
+from dape.attention import cuda, triton
+from dape.attention.call import Call
 from dape.attention.fused import geometry, mix_convolution, mix_triton, operator
 
 # The interpreter's own warnings, of NumPy.
@@ -90,6 +92,6 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
 def test_the_cuda_backend_serves_what_triton_does(dtype):
     query = torch.zeros(1, 12, 3, 8, dtype=dtype)
     adapter = dape.DAPE(12, kernel_size=3)
-    arguments = (query, query, dape.Kerple(12), adapter, None, 0, False)
-    for backend in ("cuda", "triton"):
-        assert operator.obstacle(backend, *arguments) is None
+    call = Call(query, query, query, dape.Kerple(12), adapter)
+    for backend in (cuda, triton):
+        assert backend.obstacle(call) is None

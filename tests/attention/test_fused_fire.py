@@ -2,16 +2,19 @@
 
 import copy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Problem, adapter_formula, differentiate, leaves, solve, visible
+from problems import Problem, RoundedScores, adapter_formula, differentiate, leaves, solve, visible
 from torch.testing import assert_close
 
 import dape
 import textbook
+from dape.attention import cuda, triton
+from dape.attention.call import Call
 from dape.attention.fused import geometry, operator
-from dape.attention.fused.operator import obstacle
+from dape.attention.fused.serves import obstacle
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -138,16 +141,23 @@ def test_talking_heads_equal_the_formula():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("offset", [0, 21, -20])
-def test_bands_change_nothing(narrow_bands, causal, offset):
+def test_bands_change_nothing(narrow_bands, causal, offset, monkeypatch):
     problem = FireProblem(
         batch=1, rows=134, keys=140, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
         threshold=30.5,
     )  # fmt: skip
-    tensors, mixing = problem.tensors(torch.float32), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
+    tensors, mixing = problem.tensors(torch.float16), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
     whole = geometry.Problem(*tensors, None, mixing, None, 1.0, causal, offset)
     assert len(geometry.bands(whole)) > 2
     assert any(band.keys.start > 0 for band in geometry.blocks(whole))
     close(problem)
+    call = (*drawn(problem, torch.float16), (None, None), "triton", torch.float16)
+    out, gradients = solve(problem, *call)
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 2**28)
+    in_one, gradients_in_one = solve(problem, *call)
+    for found, expected in zip([out, *gradients], [in_one, *gradients_in_one], strict=True):
+        scale = expected.abs().max().item()
+        assert_close(found, expected, rtol=0, atol=1e-3 * max(0.1, scale))
 
 
 def test_the_small_gradients_of_c_and_the_threshold_are_theirs():
@@ -177,8 +187,8 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
 def test_the_cuda_backend_serves_what_triton_does(dtype):
     query = torch.zeros(1, 24, 3, 8, dtype=dtype)
     for adapter in (None, dape.DAPE(24, 64)):
-        arguments = (query, query, dape.FIRE(24), adapter, None, 0, False)
-        assert obstacle("cuda", *arguments) is None and obstacle("triton", *arguments) is None
+        call = Call(query, query, query, dape.FIRE(24), adapter)
+        assert cuda.obstacle(call) is None and triton.obstacle(call) is None
     problem = drawn_problem(dtype)
     assert operator.mixer("cuda", problem) is operator.mixer("triton", problem)
 
@@ -191,7 +201,7 @@ def drawn_problem(dtype):
 
 def test_more_units_than_the_kernels_hold_are_refused():
     query = torch.zeros(1, 4, 3, 8)
-    found = obstacle("triton", query, query, dape.FIRE(4, hidden=65), None, None, 0, False)
+    found = obstacle(Call(query, query, query, dape.FIRE(4, hidden=65)))
     assert found == "hidden=65 is more than 64"
 
 
@@ -201,20 +211,28 @@ def test_more_units_than_the_kernels_hold_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [129, 512])
 def test_on_a_gpu_no_further_from_float64_than_the_textbook_in_its_dtype(
-    backend, dtype, rows, adapter
+    backend, dtype, rows, adapter, random_calls
 ):
+    """The textbook rounds what kernels round: weights, outputs, scores in the scratch."""
     tensors = [torch.randn(2, 12, rows, 64, device="cuda", dtype=dtype) for _ in range(3)]
     modules = FireProblem(heads=12, threshold=100.5, units=32, adapter=adapter).modules()
+    shape = SimpleNamespace(heads=12, kv_heads=12, head_dim=64, causal=True)
+    call = SimpleNamespace(shape=shape, offset=0)
     results = []
     for name, wide, widest in (
         (backend, dtype, torch.float32),
-        ("reference", dtype, torch.float32),
+        ("textbook", dtype, torch.float32),
         ("chunked", torch.float64, torch.float64),
     ):
         inputs = [x.detach().to(wide, copy=True).requires_grad_() for x in tensors]
         found = [m and copy.deepcopy(m).to("cuda", widest) for m in modules]
         parameters = [p for m in found if m for p in m.parameters()]
-        out = dape.attention(*inputs, *found, backend=name)
+        if name == "textbook":
+            if found[1] is not None and dtype is not torch.float32:
+                found[1] = RoundedScores(found[1])
+            out = random_calls.textbook(call, inputs, tuple(found), None)
+        else:
+            out = dape.attention(*inputs, *found, backend=name)
         torch.manual_seed(1)
         weight = torch.randn(out.shape, device="cuda").to(dtype).to(wide)
         results.append([out, *torch.autograd.grad(out, [*inputs, *parameters], weight)])

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import dape
 import textbook
-from dape.attention.operator import check, check_where
+from dape.attention.call import check, check_where
 from dape.errors import UserError
 from dape.positions.adapter import CoPE
 
@@ -284,5 +284,7 @@ def test_unknown_backends_and_impossible_requests_are_refused():
     tensors = Problem().tensors()
     with pytest.raises(UserError, match="unknown backend 'chunkd'; did you mean 'chunked'"):
         dape.attention(*tensors, backend="chunkd")
-    with pytest.raises(UserError, match="'chunked' never holds the attention weights"):
+    with pytest.raises(
+        UserError, match="'chunked' cannot serve this call: it never holds the attention weights"
+    ):
         dape.attention(*tensors, backend="chunked", return_weights=True)

@@ -10,7 +10,7 @@ from problems import blocks_of
 from torch.testing import assert_close
 
 import dape
-from dape.attention.reference import visibility
+from dape.attention.call import visibility
 from dape.positions.adapter import Rows
 
 HEADS = 3

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import dape
 from dape.attention import sdpa
+from dape.attention.call import Call
 from dape.errors import UserError
 
 LINEAR = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -102,7 +103,7 @@ def test_on_a_gpu_what_it_serves_needs_no_whole_matrix(dtype, kv_heads, head_dim
         PLAIN, kv_heads=kv_heads, rows=70, keys=130, head_dim=head_dim, value_dim=head_dim
     )
     query, key, value = (x.cuda().requires_grad_() for x in problem.tensors(dtype))
-    if reason := sdpa.obstacle(query, value, None, None, None, True, 0, False):
+    if reason := sdpa.obstacle(Call(query, key, value)):
         single = dtype == torch.float32 and kv_heads == 2
         assert head_dim == 20 or dtype == torch.float64 or single, reason
         return

@@ -8,34 +8,46 @@ from problems import Problem
 from torch.testing import assert_close
 
 import dape
-from dape.attention import operator, select
+from dape.attention import select
+from dape.attention.call import Call
 from dape.errors import UserError
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("device", "missing", "hindered", "expected"),
+    ("device", "missing", "hindered", "wanted", "expected"),
     [
-        (CPU, "", "", "sdpa"),
-        (CPU, "", "sdpa", "chunked"),  # the interpreter is for tests
-        (GPU, "", "", "sdpa"),
-        (GPU, "", "sdpa", "cuda"),
-        (GPU, "", "sdpa cuda", "triton"),
-        (GPU, "", "sdpa cuda triton", "chunked"),
-        (GPU, "cuda", "sdpa", "triton"),
-        (GPU, "cuda triton", "sdpa", "chunked"),
+        ("cpu", "", "", None, "sdpa"),
+        ("cpu", "", "sdpa", None, "chunked"),  # the interpreter is for tests
+        ("cpu", "", "", "lse", "chunked"),
+        ("cpu", "", "", "weights", "reference"),
+        ("cuda", "", "", None, "sdpa"),
+        ("cuda", "", "", "lse", "cuda"),
+        ("cuda", "", "", "weights", "reference"),
+        ("cuda", "", "sdpa", None, "cuda"),
+        ("cuda", "", "sdpa cuda", None, "triton"),
+        ("cuda", "", "sdpa cuda triton", None, "chunked"),
+        ("cuda", "cuda", "sdpa", None, "triton"),
+        ("cuda", "cuda triton", "sdpa", None, "chunked"),
     ],
 )
-def test_the_fastest_without_an_obstacle_is_taken(monkeypatch, device, missing, hindered, expected):
-    asked = []
+def test_the_fastest_without_an_obstacle_is_taken(
+    monkeypatch, device, missing, hindered, wanted, expected
+):
+    asked, modules = [], {}
 
-    def obstacle(name):
-        asked.append(name)
-        return "this call" if name in hindered.split() else None
+    def module(name):
+        def obstacle(call):
+            asked.append(name)
+            return "this call" if name in hindered.split() else None
 
+        return SimpleNamespace(obstacle=obstacle)
+
+    for name, backend in select.BACKENDS.items():
+        modules[name] = module(name)
+        monkeypatch.setitem(select.BACKENDS, name, backend._replace(module=modules[name]))
     monkeypatch.setattr(select, "absent", lambda name: "no" if name in missing.split() else None)
-    assert select.fastest(device, obstacle) == expected
+    tensor = SimpleNamespace(device=torch.device(device))
+    assert select.select(Call(tensor, tensor, tensor), "auto", wanted) is modules[expected]
     assert not set(asked) & set(missing.split())  # what is not here is not asked, nor imported
 
 
@@ -72,10 +84,10 @@ def test_what_does_not_work_here_says_why_in_a_line(monkeypatch, machine, reason
     pretend(monkeypatch, **machine)
     for name, reason in reasons.items():
         if reason is None:
-            assert select.select(name) == name
+            select.check_backend(name)
             continue
         with pytest.raises(UserError) as refused:
-            select.select(name)
+            select.check_backend(name)
         assert str(refused.value) == f"backend={name!r} does not work here: {reason}; use 'auto'"
 
 
@@ -146,13 +158,21 @@ def test_auto_serves_whatever_chunked_serves(monkeypatch, name):
     query, key, value = Problem(**sizes).tensors(dtype)
     value = value.to(value_dtype)
 
-    def as_on_a_gpu(device, obstacle):
-        taken.append(select.fastest(GPU, obstacle))
-        return taken[0]
+    def as_on_a_gpu(device):
+        return [name for name in select.BACKENDS if select.absent(name) is None]
+
+    def noted(name, attend):
+        def attended(call, lse=False):
+            taken.append(name)
+            return attend(call, lse)
+
+        return attended
 
     if not torch.cuda.is_available():
-        monkeypatch.setattr(operator, "fastest", as_on_a_gpu)
+        monkeypatch.setattr(select, "order", as_on_a_gpu)
+        for backend, (module, *_) in select.BACKENDS.items():
+            monkeypatch.setattr(module, "attend", noted(backend, module.attend))
     found = dape.attention(query, key, value, **options)
+    assert taken[:1] in ([expected], [])
     truth = dape.attention(query, key, value, **options, backend="chunked")
-    assert taken in ([expected], [])
     assert_close(found, truth, rtol=1e-4, atol=1e-4)

@@ -59,6 +59,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(clock, "event_times", event_times)
     monkeypatch.setattr(clock, "peak_and_time", lambda call: (7, event_times(call, 1)[0]))
     monkeypatch.setattr(clock, "capture", capture)
+    monkeypatch.setattr(clock, "eager_time", lambda call: 2.5)
+    monkeypatch.setattr(clock, "launches", lambda call: 9)
     return state
 
 
@@ -68,7 +70,7 @@ def test_a_graph_holds_whole_turns_and_its_time_is_shared_among_its_calls(gpu, o
     timing = measure(calls(2, gpu.log), torch.device("cuda"))
     assert gpu.captured == captured == timing.calls
     assert timing.milliseconds == pytest.approx([once] * len(timing.milliseconds))
-    assert (timing.clock, timing.peak) == ("CUDA graph", 7)
+    assert timing[2:] == ("CUDA graph", 7, 2.5, 9)
     assert gpu.log.count(0) > gpu.log.count(1) > 0  # the first alone warms up and is weighed
 
 
@@ -76,6 +78,7 @@ def test_long_calls_are_timed_one_by_one(gpu):
     gpu.once = 25.0
     timing = measure(calls(2, gpu.log), torch.device("cuda"))
     assert gpu.captured is None and timing.clock == "CUDA events" and timing.calls == 1
+    assert timing.eager is timing.launches is None
     assert timing.milliseconds == [25.0] * 40  # a second
 
 
@@ -102,6 +105,30 @@ def test_the_peak_on_a_gpu_is_what_a_call_takes_at_once():
     timing = measure([call, call], torch.device("cuda"))
     assert timing.peak == 2 * 64 * MIB
     assert timing.clock == "CUDA graph" and timing.calls > 1 and min(timing.milliseconds) > 0
+
+
+def test_eager_time_is_by_the_wall_clock_and_waits_for_the_gpu(monkeypatch):
+    now, log = [0.0], []
+
+    def call():
+        now[0] += 0.002
+        log.append("call")
+
+    def synchronize():
+        now[0] += 0.01
+        log.append("wait")
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert clock.eager_time(call, rounds=3, calls=5) == pytest.approx((5 * 2 + 10) / 5)
+    assert log == 4 * ["wait", *5 * ["call"], "wait"]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_launches_are_counted():
+    x = torch.randn(64, 64, device="cuda")
+    timing = measure([lambda: x * 2 + 1], torch.device("cuda"))
+    assert timing.launches == 2 and timing.eager > 0
 
 
 @pytest.mark.gpu

@@ -36,8 +36,8 @@ def test_versions_backends_and_schemes_are_listed(capsys):
 @pytest.mark.parametrize(
     ("gpu", "fused", "auto"),
     [
-        (False, "not here: no CUDA GPU (", "sdpa, chunked"),
-        (True, "works here (", "sdpa, cuda, triton, chunked"),
+        (False, "not here: no CUDA GPU (", "sdpa, chunked, reference"),
+        (True, "works here (", "sdpa, cuda, triton, chunked, reference"),
     ],
 )
 def test_it_says_why_fused_kernels_do_not_work_and_what_auto_takes(

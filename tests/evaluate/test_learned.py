@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import textbook
 from dape.attention import chunked
-from dape.attention.fused.operator import obstacle
+from dape.attention.call import Call
+from dape.attention.fused.serves import obstacle
 from dape.errors import UserError
 from dape.evaluate.capture import Recorder, Row, capture
 from dape.evaluate.heads import describe
@@ -134,8 +135,8 @@ def test_the_model_is_left_as_it_was():
 def test_fused_kernels_know_no_recorder_so_that_auto_takes_the_chunked_backend():
     query = torch.zeros(1, 4, 8, 8)
     adapter = grown("dape-kerple").model.layers[0].self_attn.adapter
-    for each, served in ((adapter, True), (Recorder(adapter, 0, 0), False)):
-        reason = obstacle("triton", query, query, None, each, None, 0, False)
+    for each, served in ((adapter, True), (Recorder(adapter, 0, range(1)), False)):
+        reason = obstacle(Call(query, query, query, None, each))
         assert (reason is None) == served
 
 

@@ -55,7 +55,7 @@ def test_a_step_has_the_tokens_of_its_size_and_a_training_those_asked_for():
         step = training.batch_size * training.length
         assert step == SIZES[cell.setting.size].step
         assert 0 <= training.steps * step - cell.setting.tokens < step
-        assert cell.training.recipe.micro_batches(ranks=1) >= 1
+        assert cell.training.recipe.micro_batches(groups=1) >= 1
 
 
 def test_a_cell_is_named_by_what_sets_it_apart():

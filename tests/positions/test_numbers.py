@@ -54,6 +54,7 @@ def test_numbers_are_finite(name, option, value):
     "wrong",
     [{"scale": each} for each in NO_NUMBERS]
     + [{"query_offset": each} for each in (1.5, math.nan, 2**70, True, None, torch.tensor(1.5))]
+    + [{"key_offset": each} for each in (1.5, None, 2**70)]
     + [{"causal": each} for each in ("no", 1, None)],
 )
 def test_attention_takes_no_nonsense(wrong):

@@ -1,11 +1,31 @@
 """One operator, several ways to compute it."""
 
-from dape.attention import chunked, fused, operator, reference, sdpa, select
+from dape.attention import (
+    call,
+    chunked,
+    cuda,
+    fused,
+    operator,
+    parallel,
+    reference,
+    sdpa,
+    select,
+    triton,
+)
 from dape.attention.operator import attention
 
 __all__ = ["attention"]
 
 # `dape.attention` is the operator, so `import dape.attention.chunked as c` asks it for its parts.
 vars(attention).update(
-    chunked=chunked, fused=fused, operator=operator, reference=reference, sdpa=sdpa, select=select
+    call=call,
+    chunked=chunked,
+    cuda=cuda,
+    fused=fused,
+    operator=operator,
+    parallel=parallel,
+    reference=reference,
+    sdpa=sdpa,
+    select=select,
+    triton=triton,
 )

@@ -1,71 +1,53 @@
 """Blocks of query rows, each recomputed in the backward pass: memory linear in the length."""
 
+from typing import Any
+
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dape.attention.reference import attend, log_sum_exp, visibility
+from dape.attention import reference
+from dape.attention.call import Attended, Call
 
 # How many scores a block may hold: 16 MiB of float32 on a CPU, enough to fill a GPU on one.
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
 
 
-def rows_per_block(query: Float[Tensor, "batch heads query head_dim"], keys: int) -> int:
+def obstacle(call: Call) -> str | None:
+    """Return None: it serves every call."""
+
+
+def rows_per_block(call: Call) -> int:
     """Return how many query rows one block takes: all where the length is not known yet."""
+    batch, heads, rows, _ = call.query.shape
     if torch.compiler.is_exporting():
-        return query.shape[2]
-    budget = SCORES_PER_BLOCK.get(query.device.type, SCORES_PER_BLOCK["cpu"])
-    return max(1, min(query.shape[2], budget // (query.shape[0] * query.shape[1] * max(keys, 1))))
+        return rows
+    budget = SCORES_PER_BLOCK.get(call.query.device.type, SCORES_PER_BLOCK["cpu"])
+    return max(1, min(rows, budget // (batch * heads * call.key.shape[2])))
 
 
-def attend_chunked(
-    query: Float[Tensor, "batch heads query head_dim"],
-    key: Float[Tensor, "batch kv_heads key head_dim"],
-    value: Float[Tensor, "batch kv_heads key value_dim"],
-    query_positions: Int[Tensor, "*batch query"],
-    key_positions: Int[Tensor, "*batch key"],
-    mask: Bool[Tensor, "#batch 1 #query key"] | None,
-    bias: nn.Module | None,
-    adapter: nn.Module | None,
-    scale: float,
-    causal: bool,
-    query_offset: int | Int[Tensor, ""],
-    return_lse: bool,
-) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"] | None]:
-    """Return the output of `attend`, and the log-sum-exp of the logits of each row if asked for.
+def attend(call: Call, lse: bool = False) -> Attended:
+    """Return the output, and the log-sum-exp of the logits of each row if asked for.
 
     In blocks: keys after a block's last query are not read. Under a transform of `torch.func`,
     which knows no recomputation, the backward pass keeps every block: memory is then that of
     `reference`.
     """
-    total, keys = query.shape[2], key.shape[2]
+    dtype, (total, keys), shift = call.result, (call.query.shape[2], call.key.shape[2]), call.shift
+    # In float32 before it is cut: what the blocks add to the gradients of the keys is not rounded.
+    whole = call.widened()._replace(out_dtype=None)
 
-    def block(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+    def block(start: int, stop: int) -> tuple[Tensor, Any]:
         seen = keys
-        if causal and isinstance(query_offset, int):
-            seen = max(1, min(keys, query_offset + stop))
-        rows, columns = slice(start, stop), slice(0, seen)
-        part = mask
-        if mask is not None:
-            part = mask[..., rows if mask.shape[2] > 1 else slice(None), columns]
-        visible = visibility(stop - start, seen, part, causal, query_offset + start, query.device)
-        out, _, logits = attend(
-            query[:, :, rows],
-            key[:, :, columns],
-            value[:, :, columns],
-            query_positions[..., rows],
-            key_positions[..., columns],
-            visible,
-            bias,
-            adapter,
-            scale,
-        )
-        return out, log_sum_exp(logits, visible) if return_lse else None
+        if call.causal and isinstance(shift, int):
+            seen = max(1, min(keys, shift + stop))
+        found = reference.attend(whole.part(slice(start, stop), slice(0, seen)), lse)
+        return found.out, found.lse
 
-    size = rows_per_block(query, keys)
+    size = rows_per_block(call)
     if size >= total:  # no loop, which compilation would unroll for this one length
-        return block(0, total)
+        out, log_sums = block(0, total)
+        return Attended(out.to(dtype), log_sums)
     blocks = []
     # The largest first: what it frees serves all others. As they grow, a heap would grow by each.
     for start in reversed(range(0, total, size)):
@@ -75,4 +57,5 @@ def attend_chunked(
         else:
             blocks.append(block(start, stop))
     outputs, sums = zip(*blocks[::-1], strict=True)
-    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if return_lse else None
+    out = torch.cat(outputs, dim=2).to(dtype)
+    return Attended(out, torch.cat(sums, dim=2) if lse else None)

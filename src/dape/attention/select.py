@@ -2,21 +2,42 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple, Protocol
 
 import torch
 
+from dape.attention import chunked, cuda, reference, sdpa, triton
+from dape.attention.call import Attended, Call
 from dape.errors import UserError, unknown
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """A way to compute attention: what it is for, and why it is not available here, if so."""
+class Module(Protocol):
+    """A module that computes calls."""
 
-    name: str
+    def obstacle(self, call: Call) -> str | None:
+        """Return why it cannot serve a call, or None if it can."""
+
+    def attend(self, call: Call, lse: bool = False) -> Attended:
+        """Return the result of a call that has no obstacle, with the log-sum-exp if asked for."""
+
+
+class Backend(NamedTuple):
+    """A way to compute attention.
+
+    Args:
+        module: its two functions.
+        purpose: what it is for.
+        absent: says why it does not work on this machine, or None.
+        gives: what it returns beside the output.
+        gpu_only: whether `auto` takes it on a GPU alone.
+    """
+
+    module: Module
     purpose: str
-    obstacle: Callable[[], str | None] = lambda: None
+    absent: Callable[[], str | None] = lambda: None
+    gives: tuple[str, ...] = ("lse",)
+    gpu_only: bool = False
 
 
 def no_gpu() -> str | None:
@@ -40,68 +61,82 @@ def no_cuda() -> str | None:
     return no_gpu() or no_triton()
 
 
+# The fastest first: of these, `auto` takes the first that serves a call.
 BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("reference", "whole score matrices, any dtype: the oracle"),
-        Backend("chunked", "pure PyTorch, memory linear in the length: serves every call"),
-        Backend("sdpa", "PyTorch's own, where nothing is added to the scores"),
-        Backend("triton", "fused kernels: static biases, FIRE, DAPE and talking heads", no_triton),
-        Backend(
-            "cuda",
-            "the same, heads of DAPE V1 mixed in CUDA: the fastest in half precision",
-            no_cuda,
-        ),
-    )
+    "sdpa": Backend(sdpa, "PyTorch's own, where nothing is added to the scores", gives=()),
+    "cuda": Backend(
+        cuda,
+        "the same as triton, heads of DAPE V1 mixed in CUDA: the fastest in half precision",
+        no_cuda,
+        gpu_only=True,
+    ),
+    "triton": Backend(
+        triton,
+        "fused kernels: static biases, FIRE, DAPE and talking heads",
+        no_triton,
+        gpu_only=True,
+    ),
+    "chunked": Backend(chunked, "pure PyTorch, memory linear in the length: serves every call"),
+    "reference": Backend(
+        reference, "whole score matrices, any dtype: the oracle", gives=("lse", "weights")
+    ),
 }
-# The ones that do not serve every call, the fastest first.
-SPECIAL = ("sdpa", "cuda", "triton")
+NOT_GIVEN = {
+    "lse": "it returns no log-sum-exp",
+    "weights": "it never holds the attention weights",
+}
 
 
-def select(backend: str, return_weights: bool = False, return_lse: bool = False) -> str:
-    """Return the name of the backend for a call, or `auto` if the call itself decides.
+def select(call: Call, backend: str = "auto", wanted: str | None = None) -> Module:
+    """Return the backend of a call: the one of that name, or the fastest that serves it.
+
+    `wanted` is what is returned beside the output: `lse` or `weights`.
 
     Raises:
-        UserError: for an unknown backend, or one that cannot work here, saying why.
+        UserError: for an unknown backend, or one that cannot serve the call, saying why.
     """
-    if backend != "auto" and backend not in BACKENDS:
+    if backend == "auto":
+        names = order(call.query.device.type)
+        backend = next(name for name in names if obstacle(name, call, wanted) is None)
+    check_backend(backend)
+    reason = obstacle(backend, call, wanted)
+    if reason is not None:
+        raise UserError(f"backend={backend!r} cannot serve this call: {reason}; use 'auto'")
+    return BACKENDS[backend].module
+
+
+def obstacle(backend: str, call: Call, wanted: str | None) -> str | None:
+    """Return why a backend cannot serve a call, or None if it can."""
+    if wanted is not None and wanted not in BACKENDS[backend].gives:
+        return NOT_GIVEN[wanted]
+    return BACKENDS[backend].module.obstacle(call)
+
+
+def check_backend(backend: str) -> None:
+    """Raise a `UserError` for an unknown backend, or one that does not work on this machine."""
+    if backend == "auto":
+        return
+    if backend not in BACKENDS:
         raise unknown("backend", backend, ("auto", *BACKENDS))
-    if return_weights and return_lse:
-        raise UserError(
-            "return_weights=True and return_lse=True: a call returns one of them; "
-            "the log-sum-exp needs a call of its own"
-        )
-    if return_weights:
-        if backend not in ("auto", "reference"):
-            raise UserError(
-                f"backend={backend!r} never holds the attention weights; "
-                "return_weights needs 'reference' or 'auto'"
-            )
-        return "reference"
-    reason = None if backend == "auto" else absent(backend)
+    reason = absent(backend)
     if reason is not None:
         raise UserError(f"backend={backend!r} does not work here: {reason}; use 'auto'")
-    return backend
 
 
 @torch.compiler.assume_constant_result
 def absent(backend: str) -> str | None:
     """Return why a backend does not work here at all, or None."""
-    return BACKENDS[backend].obstacle()
+    return BACKENDS[backend].absent()
 
 
 def order(device: str) -> list[str]:
-    """Return the backends, on `cpu` or `cuda`, of which `auto` takes the first that serves a call.
+    """Return the backends that `auto` asks on a device, `cpu` or `cuda`.
 
     The fused kernels serve a GPU; their interpreter on a CPU is for tests.
     """
-    names = SPECIAL if device == "cuda" else SPECIAL[:1]
-    return [*(name for name in names if absent(name) is None), "chunked"]
-
-
-def fastest(device: torch.device, obstacle: Callable[[str], str | None]) -> str:
-    """Return the fastest backend for a call: the first without an `obstacle`."""
-    return next(name for name in order(device.type) if obstacle(name) is None)
+    on_gpu = device == "cuda"
+    names = [name for name, backend in BACKENDS.items() if on_gpu or not backend.gpu_only]
+    return [name for name in names if absent(name) is None]
 
 
 def devices() -> list[str]:

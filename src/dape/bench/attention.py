@@ -131,4 +131,6 @@ def entry_at(place: tuple[str, int, int, str], found: Timing | Missing) -> Entry
         calls=found.calls,
         clock=found.clock,
         peak=found.peak,
+        eager=found.eager,
+        launches=found.launches,
     )

@@ -11,6 +11,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch._C._autograd import DeviceType
 
 from dape.bench.attempt import first_line, release
 from dape.device import waiting_forbidden
@@ -25,12 +26,18 @@ GRAPHED, EVENTS, WALL = "CUDA graph", "CUDA events", "wall clock"
 
 
 class Timing(NamedTuple):
-    """Milliseconds of a call in each run, calls of a run, the clock, and bytes at the peak."""
+    """Milliseconds of a call in each run, calls of a run, the clock, and bytes at the peak.
+
+    Beside a time inside a CUDA graph, `eager` is that of a call outside, by the wall clock, and
+    `launches` how many kernels and copies it starts: what the host takes part in.
+    """
 
     milliseconds: list[float]
     calls: int
     clock: str
     peak: int | None = None
+    eager: float | None = None
+    launches: int | None = None
 
     @property
     def median(self) -> float:
@@ -75,9 +82,32 @@ def on_gpu(calls: Sequence[Call]) -> Timing:
         if not isinstance(graph, str):
             found = repeated(graph.replay)
             graph.reset()
-            return Timing([run / len(graphed) for run in found], len(graphed), GRAPHED, peak)
+            runs = [run / len(graphed) for run in found]
+            return Timing(runs, len(graphed), GRAPHED, peak, eager_time(turn), launches(turn))
         clock = f"{EVENTS} without a graph ({graph})"
     return Timing(repeated(turn), 1, clock, peak)
+
+
+def eager_time(run: Call, rounds: int = 5, calls: int = 10) -> float:
+    """Return the milliseconds of a run by the wall clock, the median of rounds of several."""
+    found = []
+    for _ in range(rounds + 1):  # the first warms up
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        found.append(1000 * (time.perf_counter() - begun) / calls)
+    return median(found[1:])
+
+
+def launches(run: Call) -> int:
+    """Return how many kernels and copies a run starts on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    events = recorded.key_averages()
+    return sum(event.count for event in events if event.device_type == DeviceType.CUDA)
 
 
 def peak_and_time(call: Call) -> tuple[int, float]:

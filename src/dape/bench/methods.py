@@ -83,7 +83,7 @@ def sdpa_default(inputs: Inputs) -> str:
 
 def ours(backend: str, case: Case, parts: Parts) -> Attend:
     """Return a backend of `dape.attention`."""
-    reason = BACKENDS[backend].obstacle()
+    reason = BACKENDS[backend].absent()
     if reason is not None:
         raise UserError(reason)
     attend: Any = partial(attention, bias=parts.bias, adapter=parts.adapter, backend=backend)

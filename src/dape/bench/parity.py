@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dape.attention.reference import visibility
+from dape.attention.call import visibility
 from dape.bench.case import DTYPES, Attend, Case, Inputs, Parts, build, draw, step
 from dape.bench.methods import Method, each_direction
 from dape.bench.record import Check, Missing

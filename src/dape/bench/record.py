@@ -56,7 +56,8 @@ class Entry:
     """A method at a length: milliseconds of a call, and bytes at its peak beyond its inputs.
 
     `milliseconds` is the median of `runs`, each of so many `calls`; `fastest` and `slowest` are the
-    ends. `clock` says how they were taken. `peak` is None on a CPU. `missing` says why all are.
+    ends. `clock` says how they were taken. `peak` is None on a CPU. `eager` and `launches` stand
+    beside a time inside a CUDA graph. `missing` says why all are None.
     """
 
     method: str
@@ -71,6 +72,8 @@ class Entry:
     clock: str = ""
     peak: int | None = None
     missing: Missing | None = None
+    eager: float | None = None
+    launches: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

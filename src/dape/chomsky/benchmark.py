@@ -33,9 +33,9 @@ class Benchmark:
     tasks: tuple[str, ...] = tuple(TASKS)
     """names of tasks; `dape chomsky tasks` lists them"""
     schemes: tuple[str, ...] = SCHEMES
-    """where position enters; `dape info --schemes` lists them"""
+    """schemes to train, as `dape info schemes` names them"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of parameters, examples and dropout; the models of a cell train side by side"""
+    """seeds of parameters, examples and dropout; the models of a cell train together"""
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -33,13 +33,13 @@ class Model:
     hidden_size: int = 64
     """width of the residual stream: 64 in Deletang et al., 256 in the DAPE paper"""
     num_hidden_layers: int = 5
-    """blocks"""
+    """number of blocks"""
     num_attention_heads: int = 8
-    """heads; must divide hidden_size"""
+    """number of heads; must divide hidden_size"""
     adapter_hidden: int = 64
-    """hidden units of DAPE"""
+    """number of hidden units of DAPE"""
     pool: int = 2048
-    """positions from which randomised ones are drawn"""
+    """number of positions from which randomised positions are drawn"""
 
 
 def configure(

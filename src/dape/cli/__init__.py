@@ -22,6 +22,7 @@ COMMANDS = {
     "plot encoding": "a position encoding as a picture",
     "plot learned": "what a trained model adds to its scores",
     "plot context": "the use of far text, over its distance",
+    "explore": "encodings with sliders, and a model on a text, in a browser",
     "paper": "the paper's tables and figures, each by one command",
     "paper list": "the experiments behind them",
     "paper report": "one page on all of them",

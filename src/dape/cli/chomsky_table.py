@@ -15,7 +15,7 @@ class TableArguments(Arguments):
     """
 
     finished: bool = False
-    """train nothing: make them of the cells that are finished"""
+    """train nothing, and write the table of the finished cells"""
 
 
 def main(argv: list[str]) -> int:

@@ -35,7 +35,7 @@ class Arguments:
     devices: str = "auto"
     """cpu, cuda:0, or several as cuda:0,cuda:1; auto takes every GPU, else the CPU"""
     minutes: float = math.inf
-    """start no further cell after so many minutes"""
+    """start no cell after as many minutes"""
 
 
 def main(argv: list[str]) -> int:

@@ -23,29 +23,27 @@ class Arguments(Measuring):
     """
 
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
-    """which tokens of a window count: the last 256, the last STRIDE, or all"""
+    """scored tokens of a window: the last 256, the last STRIDE, or all"""
     stride: int | None = None
-    """tokens that windows of the sliding protocol move by"""
+    """tokens between windows of the sliding protocol"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
+    """split of the corpus"""
     documents: int = 100
-    """at most so many documents, drawn among those that hold the longest window"""
+    """largest number of documents, drawn among those longer than the longest window"""
     blocks: int = 4
-    """at most so many blocks of scored tokens a document, evenly spread over it"""
+    """largest number of scored blocks in a document, evenly spread"""
     data: Path | None = None
-    """prepared corpus; if not given, the one that the run was trained on"""
+    """prepared corpus; default the corpus of the training"""
     bos: bool = False
-    """let a model's own token for the beginning of a text take the place of the first of each
-    window; Gemma needs it"""
+    """put the model's beginning-of-text token in place of each window's first; Gemma needs it"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
-    """what the table on the screen shows; the file holds all"""
+    """number in the printed table; the file holds all"""
     seed: int = 0
-    """of the choice of documents"""
+    """seed of the choice of documents"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of products: fp32 computes as the model was saved, bf16 by autocast; auto is bf16 on a GPU
-    for runs trained so, else fp32"""
+    """precision of products; auto is bf16 for a bf16 run on a GPU, else fp32"""
     again: bool = False
-    """measure lengths that were measured before too"""
+    """measure finished lengths again; by default they are skipped"""
 
     def __post_init__(self) -> None:
         """Refuse counts below one, and no runs."""

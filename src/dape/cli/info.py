@@ -53,10 +53,10 @@ def installation() -> "Table":
         table.add_row(name, installed(name))
     for device in devices():
         table.add_row("device", device)
-    for backend in BACKENDS.values():
-        obstacle = backend.obstacle()
-        state = "works here" if obstacle is None else f"not here: {obstacle}"
-        table.add_row(f"backend {backend.name}", f"{state} ({backend.purpose})")
+    for name, backend in BACKENDS.items():
+        reason = backend.absent()
+        state = "works here" if reason is None else f"not here: {reason}"
+        table.add_row(f"backend {name}", f"{state} ({backend.purpose})")
     names = ", ".join(order("cuda" if torch.cuda.is_available() else "cpu"))
     table.add_row("backend auto", f"takes the first of {names} that serves a call")
     table.add_row("schemes", ", ".join(BASES))

@@ -33,12 +33,11 @@ class Arguments:
 
     recipe: Annotated[Retrofit, tyro.conf.arg(name="")]
     lengths: Lengths = ()
-    """tokens in a window to measure perplexity at; if not given, the lengths trained at and their
-    doublings up to 4 times"""
+    """tokens in a measured window; default both training lengths, doubled to 4 times"""
     protocol: Literal["last", "non_overlapping"] = "last"
-    """which tokens of a window count: the last 256, or all"""
+    """scored tokens of a window: the last 256, or all"""
     documents: int = 100
-    """at most so many documents of the test split"""
+    """largest number of documents of the test split"""
 
 
 def main(argv: list[str]) -> int | None:

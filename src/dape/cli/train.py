@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
-from dape.errors import UserError
+from dape.errors import RankError, UserError
 from dape.train.recipe import Recipe, read
 
 PROG = "dape train RECIPE.yaml"
@@ -27,10 +27,13 @@ class Arguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: bool = False
     """print parameters, tokens, steps and memory, and stop"""
+    measure: bool = False
+    """print what a few steps take with each size of micro-batch up to the largest that fits, on
+    random tokens, and stop"""
 
 
 def main(argv: list[str]) -> int | None:
-    """Check everything, then train; of several ranks the first alone reports an error."""
+    """Check everything, then train; of several ranks the first alone reports what all meet."""
     if argv and argv[0] in ("-h", "--help"):
         parse(Arguments, argv, PROG, Arguments(Recipe()))
     runs = [parsed(words) for words in combinations(argv)]
@@ -42,8 +45,8 @@ def main(argv: list[str]) -> int | None:
         for each in runs:
             run(each, is_first_rank())
         return 0
-    except UserError:
-        if is_first_rank():
+    except UserError as error:
+        if is_first_rank() or isinstance(error, RankError):
             raise
         return 2
 
@@ -86,6 +89,9 @@ def run(arguments: Arguments, speaks: bool) -> None:
     if arguments.dry_run:
         print(cost(arguments.recipe, ranks()))
         return
+    if arguments.measure:
+        measured(arguments.recipe, speaks)
+        return
     folder = train(arguments.recipe)
     done = folder.read_record()
     if speaks:
@@ -93,3 +99,17 @@ def run(arguments: Arguments, speaks: bool) -> None:
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; measure it: dape eval {folder}"
         )
+
+
+def measured(recipe: Recipe, speaks: bool) -> None:
+    """Print what each size of micro-batch takes, and the fastest of them."""
+    from dape.train.measure import measure
+
+    found = []
+    for reading in measure(recipe):
+        found.append(reading)
+        if speaks:
+            print(reading, flush=True)
+    if speaks:
+        fastest = max(found, key=lambda each: each.tokens_per_second)
+        print(f"the fastest: --hardware.micro-batch-size {fastest.micro_batch_size}")

@@ -26,7 +26,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
 
     Its `eos_token` is the end of text, which ends every document of a prepared corpus. Raises
     `UserError` if there is no such tokenizer, if it names no end of text, or if ordinary text can
-    spell that token, so that documents could not be told apart.
+    spell that token, so that documents would run into each other.
     """
     if name_or_path == "byte":
         return byte()
@@ -43,7 +43,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads its end of text {tokenizer.eos_token!r} in ordinary "
-            "text, so documents could not be told apart; use another one"
+            "text, so documents would run into each other; use another tokenizer"
         )
     return tokenizer
 

@@ -1,8 +1,8 @@
-"""The scores A, the bias B and the logits of one query in the layers of a model, over all keys.
+"""The scores A, the bias B and the logits of queries in the layers of a model, over all keys.
 
-They are what the model itself computes in a forward pass: while it runs, an adapter that keeps one
-row stands around the adapter of each attention. Attention is then computed in blocks of rows, so
-that memory is linear in the length.
+They are what the model itself computes in a forward pass: while it runs, an adapter that keeps the
+rows of the queries stands around the adapter of each attention. Attention is then computed in
+blocks of rows, so that memory is linear in the length.
 """
 
 from collections.abc import Sequence
@@ -53,14 +53,14 @@ class Row:
 
 
 class Recorder(nn.Module):
-    """An adapter that gives the logits of another, or A + B, and keeps the row of one query."""
+    """An adapter that gives the logits of another, or A + B, and keeps the rows of queries."""
 
     needs_rows = True
 
-    def __init__(self, adapter: nn.Module | None, layer: int, query: int) -> None:
+    def __init__(self, adapter: nn.Module | None, layer: int, queries: range) -> None:
         super().__init__()
-        self.adapter, self.layer, self.query = adapter, layer, query
-        self.row: Row | None = None
+        self.adapter, self.layer, self.queries = adapter, layer, queries
+        self.rows: list[Row] = []
 
     def forward(
         self,
@@ -68,25 +68,25 @@ class Recorder(nn.Module):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the logits; keep the row if the block of queries holds it."""
+        """Return the logits; keep the rows of the queries that the block holds."""
         if self.adapter is None:
             logits = scores + bias
         elif getattr(self.adapter, "needs_rows", False):
             logits = self.adapter(scores, bias, rows)
         else:
             logits = self.adapter(scores, bias)
-        place = self.query - int(rows.query_positions.flatten()[0])
-        if 0 <= place < scores.shape[2]:
-            kept = (
-                x.expand_as(scores)[0, :, place, : self.query + 1].cpu().numpy().copy()
-                for x in (scores, bias, logits)
-            )
-            residual = bool(getattr(self.adapter, "residual", True))
-            self.row = Row(self.layer, residual, *kept)
+        first = int(rows.query_positions.flatten()[0])
+        residual = bool(getattr(self.adapter, "residual", True))
+        for query in self.queries:
+            if first <= query < first + scores.shape[2]:
+                kept = (
+                    x.expand_as(scores)[0, :, query - first, : query + 1].cpu().numpy().copy()
+                    for x in (scores, bias, logits)
+                )
+                self.rows.append(Row(self.layer, residual, *kept))
         return logits
 
 
-@torch.inference_mode()
 def capture(
     model: nn.Module,
     tokens: Int[Tensor, " tokens"],
@@ -100,19 +100,35 @@ def capture(
     Raises:
         UserError: for any other model, a layer it does not have, or a query that is no token.
     """
+    query = len(tokens) - 1 if query is None else query
+    if not 0 <= query < len(tokens):
+        raise UserError(f"query {query} is not one of 0 to {len(tokens) - 1}")
+    return [rows[0] for rows in _captured(model, tokens, layers, range(query, query + 1))]
+
+
+def capture_all(
+    model: nn.Module, tokens: Int[Tensor, " tokens"], layers: Sequence[int] | None = None
+) -> list[list[Row]]:
+    """Return the rows of every query for each layer asked for, by default all; see `capture`."""
+    return _captured(model, tokens, layers, range(len(tokens)))
+
+
+@torch.inference_mode()
+def _captured(
+    model: nn.Module,
+    tokens: Int[Tensor, " tokens"],
+    layers: Sequence[int] | None,
+    queries: range,
+) -> list[list[Row]]:
     attentions = attending(model)
     chosen = range(len(attentions)) if layers is None else layers
-    query = len(tokens) - 1 if query is None else query
-    for name, number, count in (
-        *(("layer", layer, len(attentions)) for layer in chosen),
-        ("query", query, len(tokens)),
-    ):
-        if not 0 <= number < count:
-            raise UserError(f"{name} {number} is not one of 0 to {count - 1}")
+    for layer in chosen:
+        if not 0 <= layer < len(attentions):
+            raise UserError(f"layer {layer} is not one of 0 to {len(attentions) - 1}")
     with ExitStack() as undo:
-        recorders = [_record(undo, attentions[layer], layer, query) for layer in chosen]
+        recorders = [_record(undo, attentions[layer], layer, queries) for layer in chosen]
         model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
-    return [recorder.row for recorder in recorders if recorder.row is not None]
+    return [recorder.rows for recorder in recorders]
 
 
 def attending(model: nn.Module) -> list[nn.Module]:
@@ -134,7 +150,7 @@ def attending(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Recorder:
+def _record(undo: ExitStack, attention: nn.Module, layer: int, queries: range) -> Recorder:
     """Put a recorder around the adapter of an attention, until undone.
 
     The backend becomes `auto` for as long, since fused kernels know no recorder.
@@ -143,7 +159,7 @@ def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Re
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):
         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-    recorder = Recorder(attention.adapter, layer, query)  # type: ignore[arg-type]
+    recorder = Recorder(attention.adapter, layer, queries)  # type: ignore[arg-type]
     attention.adapter = recorder
     setattr(chooser, name, "auto")
     return recorder

@@ -110,7 +110,7 @@ def learned(
         UserError: for a document that is too short, and a layer or query there is not.
     """
     part = corpus.split(split)
-    document = _choose_document(part, length, document)
+    document = choose_document(part, length, document)
     tokens = torch.from_numpy(part.document(document)[:length]).to(device)
     with model.loaded(device, length) as network:
         subject = model.subject(network)
@@ -144,7 +144,7 @@ def learned(
     )
 
 
-def _choose_document(part: Split, length: int, document: int | None) -> int:
+def choose_document(part: Split, length: int, document: int | None) -> int:
     """Return the number of a document with `length` tokens, by default the first.
 
     Raises:

@@ -58,7 +58,7 @@ def token_losses(
 
     `model` has the interface of a Hugging Face causal language model; it computes the logits of the
     scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
-    least one; `advance` is told its number of tokens. The token `begin`, if any, takes the place of
+    least one; `advance` gets its number of tokens. The token `begin`, if any, takes the place of
     the first of each window. Below float32, `precision` is that of the products, by autocast.
 
     Raises:

@@ -300,8 +300,8 @@ def retrieve(
 ) -> tuple[list[Cell], dict[int, str]]:
     """Return the cells, and the lengths that the model or the prompt refuses, with the reason.
 
-    `model` has the interface of a Hugging Face causal language model. `advance` is told the tokens
-    of each forward, `announce` each length and what came of it.
+    `model` has the interface of a Hugging Face causal language model. `advance` gets the number of
+    tokens of each forward, `announce` each length and its outcome.
     """
     cells: list[Cell] = []
     refused: dict[int, str] = {}

@@ -62,7 +62,12 @@ def table(results: Results, length: int) -> Table:
         f"causal: {batch:,} x {length:,} tokens",
         header=["method", *header, *(f"peak {name} (MiB)" for name in DIRECTIONS)],
         rows=rows,
-        note=" ".join([checked(results, length), *clocks(results, length), *gaps(results, length)]),
+        note=" ".join(
+            [
+                *(checked(results, length), *clocks(results, length)),
+                *(*eager(results, length), *gaps(results, length)),
+            ]
+        ),
     )
 
 
@@ -104,6 +109,16 @@ def clocks(results: Results, length: int) -> list[str]:
     """Return for each clock in a sentence what it timed."""
     timed = [(entry.clock, entry) for entry in results.entries if entry.length == length]
     return [f"By {clock}: {', '.join(names)}." for clock, names in grouped(timed).items() if clock]
+
+
+def eager(results: Results, length: int) -> list[str]:
+    """Return in a sentence what calls take outside a CUDA graph, and how much they start."""
+    found = [
+        f"{entry.method} {entry.direction} {digits(entry.eager)} ms ({entry.launches} launches)"
+        for entry in results.entries
+        if entry.length == length and entry.eager is not None
+    ]
+    return [f"Eager, by the wall clock: {', '.join(found)}."] if found else []
 
 
 def gaps(results: Results, length: int) -> list[str]:

@@ -23,11 +23,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from dape.attention import attention
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import packed_documents, refuse_unused
 from dape.model.configuration import DapeConfig
-from dape.model.whereabouts import whereabouts
+from dape.model.masking import masking, part_of_sequence
 from dape.positions import scheme
+from dape.positions.rotary import RandomizedRoPE
 
 INTO_STREAM = "into_stream"
 
@@ -84,6 +86,7 @@ class DapeAttention(nn.Module):
         causal: bool = True,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        context_parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mixed hidden states `[B, T, C]`, and the weights if asked for."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -91,13 +94,16 @@ class DapeAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, Hkv, T, d]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if self.rotation is not None:
-            slots = torch.arange(query.shape[2], device=query.device) + query_offset
+            index = torch.arange(query.shape[2], device=query.device) + query_offset
             query, key = self.rotation(
-                query, key, slots if query_positions is None else query_positions
+                query, key, index if query_positions is None else query_positions
             )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out = attention(
+        operator: Any = attention
+        if context_parallel is not None:  # which knows the positions of its queries and keys
+            operator, query_positions = context_parallel.attention, None
+        out = operator(
             query,
             key,
             value,
@@ -237,6 +243,7 @@ class DapeModel(DapePreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states `[B, T, C]` and the cache.
@@ -245,9 +252,13 @@ class DapeModel(DapePreTrainedModel):
         included, or `[B, 1, T, Tk]`, which is taken as it is, causal or not. Positions count the
         visible tokens unless `position_ids` are given, `[B, T]` or `[B, Tk]`.
 
-        Documents packed in one row are computed as if alone. They are told apart by `seq_idx`
-        `[B, T]`, their number at each token, by `cu_seq_lens_q`, their bounds, or where no
-        `attention_mask` is given by `position_ids` that do not count on by one, as in transformers.
+        Documents packed in one row are computed as if alone. `seq_idx` `[B, T]` numbers the
+        document of each token, and `cu_seq_lens_q` holds the bounds of the documents. Without
+        either and without `attention_mask`, a document begins where `position_ids` do not count on
+        by one, as in transformers.
+
+        With `context_parallel` the tokens are one device's part of sequences without padding, and
+        all its devices call the model at once.
 
         Raises:
             UserError: for arguments that do not fit, and for one that the model would not use.
@@ -262,14 +273,19 @@ class DapeModel(DapePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
-        where = whereabouts(
-            hidden_states, attention_mask, position_ids, past_key_values, self.relative, documents
-        )
+        given = (attention_mask, position_ids, past_key_values, documents)
+        if context_parallel is None:
+            where = masking(hidden_states, *given[:3], self.relative, documents)
+        else:
+            first = cast(DapeDecoderLayer, self.layers[0]).self_attn
+            if self.training and isinstance(first.rotation, RandomizedRoPE):
+                raise UserError("randomised positions are drawn for whole sequences on one device")
+            where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
             if positions is None:
-                slots = torch.arange(length, device=hidden_states.device)
-                positions = slots + where["query_offset"]
+                index = torch.arange(length, device=hidden_states.device)
+                positions = index + where["query_offset"]
             hidden_states = self.position_embedding(hidden_states, positions)
         for layer in self.layers:
             hidden_states = layer(

@@ -8,13 +8,14 @@ import math
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import read_json, remove, write_json
+from dape.files import locked, read_json, remove, write_json
 from dape.paper.cells import Cell, Step
 from dape.train import recipe as recipes
 
@@ -77,6 +78,21 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     if end.error:
         return "failed"
     return "finished" if _measured(cell, end) else "changed"
+
+
+def claimed(cell: Cell) -> AbstractContextManager[None]:
+    """Return the lock on a cell, which one process of those that share results can have.
+
+    Raises:
+        UserError: on entry, if another process has it.
+    """
+    return locked(cell.home / ".claims" / cell.name, f"another process runs {cell.name}")
+
+
+def ended(cell: Cell) -> int | None:
+    """Return when a cell ended last, in nanoseconds; None if it never did."""
+    file = _file(cell)
+    return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def prepare(cell: Cell) -> None:

@@ -5,8 +5,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -90,9 +91,11 @@ def spread(
     """Run the cells in their order, one at a time on each device, and return how each ended.
 
     After `minutes` no further cell starts. Without `weights` those of a finished cell are deleted.
-    An interruption ends the processes; what they had saved is there for the next time.
+    An interruption ends the processes; what they had saved is there for the next time. A cell that
+    another process runs or has ended since is left to it.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    before = {cell.name: record.ended(cell) for cell in cells}
     waiting, free = list(cells), list(devices)
     needed = {cell.needs for cell in cells}
     running: dict[Future[Outcome], Cell] = {}
@@ -101,13 +104,13 @@ def spread(
         try:
             while True:
                 while free and time.monotonic() < deadline:
-                    cell = _ready(waiting, running.values())
-                    if cell is None:
+                    claimed = _claim(waiting, running.values(), before)
+                    if claimed is None:
                         break
-                    waiting.remove(cell)
+                    cell, claim = claimed
                     say(f"{cell.name} starts on {free[0]}")
                     keep = weights or cell.name in needed
-                    running[pool.submit(_run, cell, free.pop(0), workers, keep)] = cell
+                    running[pool.submit(_run, cell, free.pop(0), workers, keep, claim)] = cell
                 if not running:
                     return ends
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -120,10 +123,24 @@ def spread(
             raise
 
 
-def _ready(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
-    """Return the first cell whose model to begin with, if any, is not still to be trained."""
+def _claim(
+    waiting: list[Cell], running: Collection[Cell], before: Mapping[str, int | None]
+) -> tuple[Cell, ExitStack] | None:
+    """Take the first cell that can start off the list, with the lock on it.
+
+    It is one whose model to begin with, if any, is not still to be trained, and that no other
+    process runs. Cells that another process ended are taken off the list too.
+    """
     pending = {cell.name for cell in (*waiting, *running)}
-    return next((cell for cell in waiting if cell.needs not in pending), None)
+    for cell in [each for each in waiting if each.needs not in pending]:
+        claim = ExitStack()
+        with suppress(UserError):
+            claim.enter_context(record.claimed(cell))
+            waiting.remove(cell)
+            if record.ended(cell) == before[cell.name]:
+                return cell, claim
+            claim.close()
+    return None
 
 
 def describe(end: Outcome) -> str:
@@ -132,15 +149,16 @@ def describe(end: Outcome) -> str:
     return f"{end.cell.name} {how} ({end.seconds / 60:.1f} min on {end.device})"
 
 
-def _run(cell: Cell, device: str, workers: Workers, weights: bool) -> Outcome:
-    """Run a cell; a disk or a record that fails is an outcome like any other."""
+def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitStack) -> Outcome:
+    """Run a cell and give up the claim; a disk that fails is an outcome like any other."""
     begun = time.monotonic()
-    try:
-        error = _steps(cell, device, workers)
-        if not weights and _tells(error):
-            record.discard(cell)
-    except (OSError, UserError) as failure:
-        error = str(failure)
+    with claim:
+        try:
+            error = _steps(cell, device, workers)
+            if not weights and _tells(error):
+                record.discard(cell)
+        except (OSError, UserError) as failure:
+            error = str(failure)
     return Outcome(cell, device, time.monotonic() - begun, error)
 
 

@@ -137,13 +137,7 @@ ADAPTERS = {
             )
             for form, options in DAPE_FORMS.items()
         ),
-        Scheme(
-            "talking-heads",
-            "Shazeer et al.",
-            2020,
-            "as its base",
-            adapter=Part(TalkingHeads),
-        ),
+        Scheme("talking-heads", "Shazeer et al.", 2020, "as its base", adapter=Part(TalkingHeads)),
     )
 }
 

@@ -61,7 +61,7 @@ class Recording:
         total = torch.zeros((), device=self._fabric.device)
         for part in parts:
             for place, tensor in zip(self._part, part, strict=True):
-                place.copy_(tensor)
+                place.copy_(tensor, non_blocking=True)
             self._graph.replay()
             total += self._part_loss
         if self._fabric.world_size > 1:

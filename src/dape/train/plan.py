@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dape.attention.select import select
+from dape.attention.select import check_backend
 from dape.data.shards import MANIFEST, Corpus
 from dape.errors import UserError
 from dape.positions import scheme
@@ -67,10 +67,16 @@ def check(recipe: Recipe | Retrofit) -> None:
     """
     if isinstance(recipe, Recipe):
         _check_scheme(recipe)
-    select(recipe.model.backend)
-    recipe.micro_batches(parallelize.ranks())
+    check_backend(recipe.model.backend)
+    recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
+    chunks = 2 * recipe.hardware.context_parallel
+    if chunks > 2 and recipe.training.length % chunks:
+        raise UserError(
+            f"training.length={recipe.training.length} is not a multiple of {chunks}, twice"
+            f" hardware.context_parallel: each device takes two chunks of a sequence"
+        )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
 
@@ -97,7 +103,7 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
         UserError: naming the size of the part, and the memory.
     """
     training, hardware = recipe.training, recipe.hardware
-    rows = training.batch_size // parallelize.ranks()
+    rows = training.batch_size // recipe.groups(parallelize.ranks())
     tokens = 8 * rows * (training.length + 1)
     _fit({"training.batch_size": tokens}, torch.device("cpu"))
     if isinstance(recipe, Recipe):
@@ -106,7 +112,12 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
         micro = hardware.micro_batch_size or rows
         parts = {
             "model": 4 * width * (4 * width * layers + entries),  # its matrices
-            "hardware.micro_batch_size": 2 * micro * training.length * width,  # input of a layer
+            # The input of a layer in 16 bits.
+            "hardware.micro_batch_size": 2
+            * micro
+            * training.length
+            * width
+            // hardware.context_parallel,
         }
         _fit(parts, parallelize.device(hardware))
 
@@ -128,6 +139,10 @@ def _check_layout(recipe: Retrofit) -> None:
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
             "hardware.activation_checkpointing if memory is short"
         )
+    if recipe.hardware.context_parallel > 1:
+        raise UserError(
+            "hardware.context_parallel: sequences of pretrained models are not spread; leave it out"
+        )
     if recipe.hardware.compile != "none":
         raise UserError(
             f"hardware.compile={recipe.hardware.compile!r}: the blocks of pretrained models have no"
@@ -143,13 +158,12 @@ def cost(recipe: Recipe, ranks: int) -> str:
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.
     """
-    entries = recipe.model.vocab_size
-    if entries is None or (Path(recipe.data) / MANIFEST).exists():
-        entries = vocabulary(recipe, Corpus(recipe.data))
+    entries = entries_of(recipe)
     with torch.device("meta"):
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
-    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    sequences, groups = training.batch_size, recipe.groups(ranks)
+    accumulated = recipe.micro_batches(groups)
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -159,7 +173,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
             f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
-            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {sequences // (groups * accumulated)} sequences x {training.length},"
             f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",
@@ -167,6 +181,14 @@ def cost(recipe: Recipe, ranks: int) -> str:
             + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
         ]
     )
+
+
+def entries_of(recipe: Recipe) -> int:
+    """Return the entries of the embedding; data need be there only where the recipe lacks them."""
+    entries = recipe.model.vocab_size
+    if entries is None or (Path(recipe.data) / MANIFEST).exists():
+        entries = vocabulary(recipe, Corpus(recipe.data))
+    return entries
 
 
 def _swept(recipes: Sequence[Recipe]) -> str:

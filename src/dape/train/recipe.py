@@ -25,11 +25,11 @@ class Settings(ABC):
     """Everything that a run depends on, whatever it trains; a kind of run adds its model."""
 
     name: str = "{scheme}"
-    """of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     out: str | None = None
-    """folder of the run (runs/NAME by default)"""
+    """folder of the run; default runs/NAME"""
     seed: int = 0
-    """of the weights and of the order of the data"""
+    """seed of the weights and of the order of the data"""
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Hardware = field(default_factory=Hardware)
@@ -44,7 +44,7 @@ class Settings(ABC):
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
         _check_name(self.name, self._filled())
         check_whole(0, seed=self.seed)
-        self.micro_batches(ranks=1)
+        self.micro_batches(groups=1)
 
     @property
     def folder(self) -> Path:
@@ -56,23 +56,38 @@ class Settings(ABC):
         """Return the run folder."""
         return RunFolder(self.folder)
 
-    def micro_batches(self, ranks: int) -> int:
-        """Return how many micro-batches each of the `ranks` computes for a step.
+    def groups(self, ranks: int) -> int:
+        """Return how many groups of devices share the sequences of a batch, of `ranks` devices.
+
+        Raises:
+            UserError: if the devices are no whole number of groups.
+        """
+        context = self.hardware.context_parallel
+        if ranks % context:
+            raise UserError(
+                f"hardware.context_parallel={context} does not divide {ranks} devices; start"
+                f" {context} or a multiple with `torchrun --nproc_per_node=...`"
+            )
+        return ranks // context
+
+    def micro_batches(self, groups: int) -> int:
+        """Return how many micro-batches each of the `groups` of devices computes for a step.
 
         Raises:
             UserError: if the batch is no whole number of them.
         """
         batch, size = self.training.batch_size, self.hardware.micro_batch_size
-        if size and batch % (ranks * size):
+        devices = "devices" if self.hardware.context_parallel == 1 else "groups of devices"
+        if size and batch % (groups * size):
             raise UserError(
                 f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
-                f" x {ranks} devices; change one of them"
+                f" x {groups} {devices}; change one of them"
             )
-        if batch % ranks:
+        if batch % groups:
             raise UserError(
-                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
+                f"training.batch_size={batch} cannot be shared evenly by {groups} {devices}"
             )
-        return batch // (ranks * size) if size else 1
+        return batch // (groups * size) if size else 1
 
     def _filled(self) -> str:
         """Return the name with its blanks filled in, as far as there are such values."""
@@ -99,8 +114,7 @@ class Retrofit(Settings):
     """Everything that a fine-tuning run depends on; its length is the one to learn to read."""
 
     name: str = "retrofit-{scheme}"
-    """of the run; {scheme} (adapter-bias), {seed} and keys such as {training.length} are filled
-    in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     training: Training = field(
         default_factory=lambda: Training(length=2048, batch_size=32, steps=1000)
     )

@@ -38,7 +38,7 @@ class Trained:
 def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     """Return the model that a finished run left, or else that of its latest checkpoint.
 
-    `say` is told of checkpoints that cannot be read.
+    `say` gets a line for each checkpoint that cannot be read.
 
     Raises:
         UserError: if there is no run, no checkpoint yet, or not the corpus any more that tells the

@@ -1,6 +1,7 @@
 """From a recipe to a finished run: `train`, `finetune`, and the same for any other task."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
@@ -15,6 +16,7 @@ from dape.provenance import device_name, provenance
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
+from dape.train.faults import explained
 from dape.train.loop import Session, fit
 from dape.train.optimize import adamw
 from dape.train.plan import check, check_memory
@@ -94,9 +96,11 @@ def follow(task: Task) -> RunFolder:
     busy = f"another process is training in {run}; wait for its end, or give another --name"
     with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
         session = begin(task)
-        _fit(session)
-        task.save(session.fabric, session.model)
-        if session.fabric.is_global_zero:
+        fabric = session.fabric
+        with explained(run, task.recipe.hardware, fabric.global_rank, fabric.world_size):
+            fit(session)
+            task.save(fabric, session.model)
+        if fabric.is_global_zero:
             checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
@@ -127,29 +131,36 @@ def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
 def begin(task: Task) -> Session:
     """Return the session of a task, as the run left it if it was interrupted."""
     recipe, run = task.recipe, task.recipe.run
-    fabric = parallelize.launch(recipe)
-    torch.manual_seed(recipe.seed)
-    model = task.build(fabric.device)
-    parameters = sum(each.numel() for each in model.parameters())
-    facts = {"ranks": fabric.world_size, **task.facts(model)}
-    loss = parallelize.parallelize(fabric, model, task)
-    optimizer = adamw(model, recipe.optimizer)
+    session = lay_out(task)
+    fabric, model = session.fabric, session.model
     if fabric.is_global_zero:
+        facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
     fabric.barrier()
-    load = partial(checkpoint.load, model=model, optimizer=optimizer)
+    load = partial(checkpoint.load, model=model, optimizer=session.optimizer)
     progress = checkpoint.newest(run, load, fabric.print) or Progress()
     if progress.step > recipe.training.steps:
         raise UserError(
             f"{run} has a checkpoint of step {progress.step}, beyond training.steps="
             f"{recipe.training.steps}; delete it"
         )
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
     fabric.print(
-        f"{run}: {recipe.scheme}, {trained:,} of {parameters:,} parameters train, on"
+        f"{run}: {recipe.scheme}, {sum(size for size, trains in sizes if trains):,} of"
+        f" {sum(size for size, _ in sizes):,} parameters train, on"
         f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
     )
-    return Session(task, fabric, model, loss, optimizer, progress)
+    return replace(session, progress=progress)
+
+
+def lay_out(task: Task) -> Session:
+    """Return the session of a task at its first step, with the model over the devices."""
+    fabric = parallelize.launch(task.recipe)
+    torch.manual_seed(task.recipe.seed)
+    model = task.build(fabric.device)
+    task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
+    loss = parallelize.parallelize(fabric, model, task)
+    return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 
 def _note_start(task: Task, facts: dict[str, Any]) -> None:
@@ -166,19 +177,6 @@ def _note_start(task: Task, facts: dict[str, Any]) -> None:
             "ended": None,
         }
     )
-
-
-def _fit(session: Session) -> None:
-    """Make the updates that are left; memory that does not suffice is a user's error."""
-    try:
-        fit(session)
-    except torch.OutOfMemoryError:
-        size = session.recipe.hardware.micro_batch_size or "the whole batch"
-        raise UserError(
-            f"out of memory on {session.fabric.device}: lower hardware.micro_batch_size (now"
-            f" {size}), turn on hardware.activation_checkpointing, or shard with"
-            " hardware.strategy=fsdp"
-        ) from None
 
 
 def _now() -> str:

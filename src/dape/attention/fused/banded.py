@@ -1,9 +1,9 @@
 """Attention in bands of scores: the kernels put together, forward and backward.
 
 For tables U, C over the distance and weights W1, W2, the logits of a query and a key are
-`A + C + W2 phi(W1 A + U)` with `A = scale q k^T`; without weights they are `A + C`. Only the output
-and the log-sum-exp of each row are kept for the backward pass. Everything is a fixed sequence of
-kernels without atomics, so that two passes agree bit for bit.
+`A + C + W2 (phi(W1 A + U) - phi(U))` with `A = scale q k^T`; without weights they are `A + C`. Only
+the output and the log-sum-exp of each row are kept for the backward pass. Everything is a fixed
+sequence of kernels without atomics, so that two passes agree bit for bit.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dape.attention.fused import kernels
+from dape.attention.fused import geometry, kernels
 from dape.attention.fused.geometry import (
     Band,
+    Gate,
     Mixing,
     Problem,
     Scratch,
@@ -51,7 +53,7 @@ PRECISION = "ieee"
 
 @runtime_checkable
 class Mixer(Protocol):
-    """The two kernels across heads, in Triton or CUDA.
+    """The kernels across heads, in Triton or CUDA.
 
     `Slots` is where the second sums the gradients of the tables.
     """
@@ -59,12 +61,21 @@ class Mixer(Protocol):
     Slots: type[Any]
 
     def whole(
-        self, problem: Problem, mixing: Mixing, exact: bool
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return what `forward` does by one kernel, or None where there is none for a problem."""
+        self,
+        problem: Problem,
+        mixing: Mixing,
+        out: Tensor,
+        lse: Tensor,
+        rest: Tensor,
+        flag: Tensor,
+    ) -> bool:
+        """Fill what `forward` returns by one kernel; return whether there is one for a problem."""
 
     def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+        """Turn the scores X of a band into logits, in place; -inf where unseen.
+
+        Logits are without C where it is a table over the distance: where a problem is `tabled`.
+        """
 
     def mix_backward(
         self,
@@ -94,6 +105,10 @@ def wide(size: int) -> int:
     return max(16, next_power_of_2(size))
 
 
+# Tiles of scores for a program that may have nothing to do.
+TILES_PER_PROGRAM = 16
+
+
 def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory.
 
@@ -102,7 +117,7 @@ def tile_of(kernel: str, problem: Problem, rows: int) -> Tile:
     tile = TILES[kernel]
     if max(problem.query.shape[3], problem.value.shape[3]) > 64:
         tile = tile._replace(num_stages=tile.num_stages - 1)
-    if problem.query.element_size() == 4:
+    if problem.scratch == torch.float32:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if rows <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)
@@ -117,17 +132,24 @@ def scores(
     problem: Problem,
     scale: float,
     unit: Tensor | None = None,
+    flag: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given."""
+    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given.
+
+    A score that is too large for 16 bits sets the `flag`, if given.
+    """
     batch, heads, rows, size = left.shape
-    tile = tile_of("scores", problem, rows)
-    keys = right.shape[2]
-    grid = (cdiv(keys, tile.keys) * cdiv(rows, tile.rows) * heads, batch)
-    kernels.scores_kernel[grid](
+    tile, asks = tile_of("scores", problem, rows), asking(problem, flag)
+    keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
+    if flag is not None:
+        asks["LIMIT"] = geometry.LARGEST_SCORE
+    tiles = cdiv(keys, tile.keys) * cdiv(rows, tile.rows)
+    kernels.scores_kernel[(cdiv(tiles, span) * heads, batch)](
         left, right, out, scale, left if unit is None else unit, rows, keys, band.shift,
         *strides(left), *strides(right), *out.stride()[:2],
         heads, heads // right.shape[1], E=size, WIDE=wide(size),
-        CAUSAL=problem.causal, IN_UNITS=unit is not None, M=tile.rows, K=tile.keys,
+        CAUSAL=problem.causal, IN_UNITS=unit is not None, SPAN=span, **asks,
+        M=tile.rows, K=tile.keys,
         PRECISION=PRECISION, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -142,65 +164,157 @@ def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
 
 
 def softmax_value(
-    x: Tensor, value: Tensor, band: Band, problem: Problem, out: Tensor, lse: Tensor, rest: Tensor
+    x: Tensor,
+    value: Tensor,
+    table: tuple[Tensor, int] | None,
+    band: Band,
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    flag: Tensor | None,
 ) -> None:
-    """Fill what `forward` returns of a band, over spans of keys where rows alone are too few."""
+    """Fill what `forward` returns of a band, over spans of keys where rows alone are too few.
+
+    `table` is C, as `static.padded_table` returns it, if the logits are without. A log-sum-exp that
+    is too large for 16 bits sets the `flag`, if given.
+    """
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
     spans, length = key_spans(problem, band, tile)
-    parts, parts_lse, exact = out[None], lse[None], rest.numel() > 0
+    parts, parts_lse, exact, asks = out[None], lse[None], rest.numel() > 0, asking(problem, flag)
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
+    entries, low = (lse, 0) if table is None else table
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        x, value, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
-        *x.stride()[:2], *strides(value), *parts.stride()[:4], *parts_lse.stride()[:3],
+        x, value, entries, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
+        entries.shape[1], low, *x.stride()[:2], *strides(value),
+        *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
-        EXACT=exact, RESTED=exact and spans == 1,
+        TABLED=table is not None, EXACT=exact, RESTED=exact and spans == 1,
+        **asks if spans == 1 else asking(problem, None),
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        combine(parts, parts_lse, out, lse, rest)
+        combine(parts, parts_lse, asks, out, lse, rest)
 
 
-def combine(parts: Tensor, parts_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor) -> None:
-    """Fill what `forward` returns from the parts of the spans of keys, on the first axis."""
+def asking(problem: Problem, flag: Tensor | None) -> dict[str, Any]:
+    """Return the arguments of a kernel that sets the `flag`, if given, or may not be wanted."""
+    if flag is None:
+        return {**problem.gated(), "LIMIT": None}
+    return {"gate": flag, "GATED": -1, "LIMIT": geometry.LARGEST_SUM}
+
+
+def combine(
+    parts: Tensor,
+    parts_lse: Tensor,
+    asks: dict[str, Any],
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+) -> None:
+    """Fill what `forward` returns from the parts of the spans of keys, on the first axis.
+
+    `asks` are the arguments of `asking`.
+    """
     batch, heads, rows, value_dim = out.shape
     kernels.combine_kernel[(rows, batch * heads)](
         parts, parts_lse, out, lse, rest, rows, parts.stride(0), value_dim, parts_lse.stride(0),
         *strides(out), *lse.stride()[:2],
         heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=len(parts),
-        RESTED=rest.numel() > 0, num_warps=4,
+        RESTED=rest.numel() > 0, **asks, num_warps=4,
     )  # fmt: skip
 
 
-def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output `[B, H, Tq, dv]`, the log-sum-exp `[B, H, Tq]`, and what rounding left.
+def forward(problem: Problem, mixer: Mixer, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the output `[B, H, Tq, dv]`, the log-sum-exp `[B, H, Tq]`, what rounding left, a flag.
 
     A query that sees no key has zeros and -inf. The backward pass takes dO O by row from all of dS;
     an error there is the same for every key and grows in the sums of tables and weights. So, if
     `exact`, P meets V in two parts, and what rounding took from the output is kept beside it, else
-    an empty tensor.
+    an empty tensor. The flag is 1 where numbers leave the range of 16 bits, and all was computed in
+    a wider one; it is empty where nothing stands in 16 bits.
     """
     from dape.attention.fused import decode, static
 
-    if problem.mixing is None:
-        return *static.forward(problem), problem.query.new_empty(0)
-    if decode.serves(problem):
-        return decode.forward(problem, problem.mixing, exact)
-    whole = mixer.whole(problem, problem.mixing, exact)
-    if whole is not None:
-        return whole
-    out, lse, rest = outputs(problem, exact)
+    query, mixing = problem.query, problem.mixing
+    found = outputs(problem, exact)
+    if mixing is None:
+        static.forward(problem, *found)
+        return *found, query.new_empty(0, dtype=torch.int32)
+    if query.dtype == torch.float32:
+        flag = query.new_empty(0, dtype=torch.int32)
+        if decode.serves(problem):
+            decode.forward(problem, mixing, *found)
+        else:
+            forward_by_bands(problem, mixing, mixer, *found)
+        return *found, flag
+    if decode.serves(problem):  # in the wide range, and so is the little there is on the way back
+        decode.forward(problem, mixing, *found)
+        return *found, query.new_ones(1, dtype=torch.int32)
+    flag = out_of_range(problem, mixing)
+    if not mixer.whole(problem, mixing, *found, flag):
+        forward_by_bands(problem, mixing, mixer, *found, flag)
+    wider = problem._replace(gate=Gate(flag, True))
+    if problem.tabled:
+        decode.forward(wider, mixing, *found)
+    else:
+        forward_by_bands(wider, mixing, mixer, *found)
+    return *found, flag
+
+
+def forward_by_bands(
+    problem: Problem,
+    mixing: Mixing,
+    mixer: Mixer,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    flag: Tensor | None = None,
+) -> None:
+    """Fill what `forward` returns, band by band; numbers that are too large set the `flag`."""
     all_bands = bands(problem)
     scratch = Scratch.of(problem, all_bands)
+    table = table_of(problem, mixing)
     for band in all_bands:
         at, x, part = (band.batch, slice(None), band.rows), scratch.view(band), problem.part(band)
-        scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
-        mixer.mix(x, band, problem, problem.mixing)
+        query = part.query[:, :, band.rows]
+        scores(query, part.key, x, band, problem, problem.scale, flag=flag)
+        mixer.mix(x, band, problem, mixing)
         kept = rest[at] if rest.numel() else rest
-        softmax_value(x, part.value, band, problem, out[at], lse[at], kept)
-    return out, lse, rest
+        softmax_value(x, part.value, table, band, problem, out[at], lse[at], kept, flag)
+
+
+def table_of(problem: Problem, mixing: Mixing) -> tuple[Tensor, int] | None:
+    """Return C as `static.padded_table` does, if logits in the scratch are without."""
+    from dape.attention.fused import static
+
+    return static.padded_table(mixing.static, problem.causal, 1.0) if problem.tabled else None
+
+
+def out_of_range(problem: Problem, mixing: Mixing) -> Tensor:
+    """Return a flag that is 1 if weights or tables alone leave the range of 16 bits.
+
+    Tables over the distance stay in float32. Others, and what FIRE's features make of them, stand
+    in the scratch with the logits and hidden units.
+    """
+    flag = mixing.static.new_empty(1, dtype=torch.int32)
+    (units, heads), most = mixing.weight_in.shape, geometry.LARGEST_NUMBER / geometry.LARGEST_SCORE
+    kernels.weights_kernel[(1,)](
+        flag, mixing.weight_in, mixing.weight_out, most / problem.taps**2, H=heads, D=units,
+        HEADS=next_power_of_2(heads), UNITS=max(1, next_power_of_2(units)), num_warps=4,
+    )  # fmt: skip
+    if problem.tabled:
+        return flag
+    hidden, static = mixing.hidden.abs(), mixing.static.abs()
+    if problem.features is not None:
+        weight, bias = problem.features.weight, problem.features.bias
+        most_of_each = pad(torch.relu(torch.maximum(bias, weight + bias)), (1, 0), value=1.0)
+        hidden, static = most_of_each @ hidden, static @ most_of_each
+    tables = [table.amax() for table in (hidden, static) if table.numel()]
+    return flag.maximum((torch.stack(tables) > geometry.LARGEST_SCORE).any())
 
 
 def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,9 +329,11 @@ def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     problem: Problem,
     mixer: Mixer,
+    wide_mixer: Mixer,
     out: Tensor,
     lse: Tensor,
     rest: Tensor,
+    flag: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
 ) -> list[Tensor]:
@@ -225,7 +341,7 @@ def backward(
 
     Two-byte types compute in fp16, which has more digits than bf16: `grad_out` is brought to order
     one by a power of two, `unit`, by which the gradients are multiplied in the end, exactly. It is
-    no less than `grad_lse` either.
+    no less than `grad_lse` either. Where the `flag` is 1 the scratch is in float32.
     """
     from dape.attention.fused import static
 
@@ -236,8 +352,13 @@ def backward(
         unit = power_above(largest(grad_out, grad_lse))
         problem = in_half(problem)
     scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, grad_lse, unit)
-    given = problem.query, problem.key, problem.value
-    whole = all(band.rows.start == band.keys.start == 0 for band in blocks(problem))
+    given, ways = (problem.query, problem.key, problem.value), [(problem, mixer)]
+    if flag.numel():
+        gates = (Gate(flag, wide) for wide in (False, True))
+        problems = (problem._replace(gate=gate) for gate in gates)
+        ways = [*zip(problems, (mixer, wide_mixer), strict=True)]
+    widest = ways[-1][0]
+    whole = all(band.rows.start == band.keys.start == 0 for band in blocks(widest))
     if whole:
         query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
     else:
@@ -246,7 +367,13 @@ def backward(
     if problem.mixing is None:
         tables = static.backward(problem, lse, delta, grad_lse, scaled, sums)
     else:
-        tables = mixed_backward(problem, problem.mixing, mixer, lse, delta, grad_out, scaled, sums)
+        rows = lse, delta, grad_lse, grad_out, scaled
+        found = [mixed_backward(way, its, problem.mixing, *rows, sums) for way, its in ways]
+        tables = found[0]
+        if flag.numel():
+            tables = [
+                torch.where(flag > 0, wide, narrow) for narrow, wide in zip(*found, strict=True)
+            ]
     return [*(gradient.to(dtype) for gradient in sums[:3]), *tables]
 
 
@@ -329,10 +456,11 @@ class Sums(NamedTuple):
 
 def mixed_backward(
     problem: Problem,
-    mixing: Mixing,
     mixer: Mixer,
+    mixing: Mixing,
     lse: Tensor,
     delta: Tensor,
+    grad_lse: Tensor | None,
     grad_out: Tensor,
     scaled: Tensor,
     sums: Sums,
@@ -340,15 +468,51 @@ def mixed_backward(
     """Fill dQ, dK and dV band by band, and return the gradients of tables and weights."""
     all_bands = blocks(problem)
     scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
-    slots = mixer.Slots.of(problem, mixing, mixer)
+    slots, table = mixer.Slots.of(problem, mixing, mixer), table_of(problem, mixing)
     for band in all_bands:
         at, part = (band.batch, slice(None), band.rows), problem.part(band)
-        x, y = scratch.view(band), other.view(band)
-        scores(part.query[:, :, band.rows], part.key, x, band, problem, problem.scale)
+        x, y, query = scratch.view(band), other.view(band), part.query[:, :, band.rows]
         scores(grad_out[at], part.value, y, band, problem, 1.0, sums.unit)
+        scores(query, part.key, x, band, problem, problem.scale)
+        if problem.scratch == torch.float32:
+            mixer.mix(x, band, problem, mixing)
+            wanted = None if grad_lse is None else grad_lse[at]
+            balance(x, y, table, band, problem, lse[at], delta[at], scaled[at], wanted, sums.unit)
+            scores(query, part.key, x, band, problem, problem.scale)
         x, y = mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
         one_head(x, y, band, problem, scaled[at], sums)
     return slots.gradients(problem, mixing, mixer, sums.unit)
+
+
+def balance(
+    x: Tensor,
+    y: Tensor,
+    table: tuple[Tensor, int] | None,
+    band: Band,
+    problem: Problem,
+    lse: Tensor,
+    delta: Tensor,
+    scaled: Tensor,
+    grad_lse: Tensor | None,
+    unit: Tensor,
+) -> None:
+    """Change delta, dO and dP in Y so that rows of P and dS have their sums; X are logits.
+
+    The band has whole rows.
+    """
+    batch, heads, rows, value_dim = scaled.shape
+    entries, low = (lse, 0) if table is None else table
+    wanted = lse if grad_lse is None else grad_lse
+    tile = tile_of("softmax_value", problem, rows)
+    kernels.balance_kernel[(cdiv(rows, tile.rows), batch * heads)](
+        x, y, entries, lse, delta, scaled, wanted, unit,
+        rows, band.sizes[2], band.shift, entries.shape[1], low,
+        *x.stride()[:2], *delta.stride(), *strides(scaled), *wanted.stride()[:2],
+        heads, V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal,
+        TABLED=table is not None, SUMMED=grad_lse is not None, **problem.gated(),
+        M=tile.rows, K=tile.keys,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
 
 
 def one_head(
@@ -362,7 +526,8 @@ def one_head(
     grad_key, grad_value = sums.key[band.batch, :, keys], sums.value[band.batch, :, keys]
     (batch, heads, rows, head_dim), kv_heads = query.shape, part.key.shape[1]
     value_dim, place = grad_out.shape[3], (part.key.shape[2], band.shift, problem.scale)
-    shape = {**switches(problem), "E": head_dim, "WIDE": wide(head_dim), "ADD": sums.add}
+    shape = {**switches(problem), **problem.gated(), "E": head_dim, "WIDE": wide(head_dim)}
+    shape["ADD"] = sums.add
     tile = tile_of("grad_query", problem, rows)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows) * heads, batch)](
         y, part.key, sums.unit, grad_query, rows, *place,

@@ -23,7 +23,7 @@ Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E
+from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
 from dape.attention.fused.mix_kernels import (
     add_or_store,
     diagonal_tiles,
@@ -103,11 +103,14 @@ def hidden_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Z <- phi(b1 + sum_t W1_t X + U_t) along one diagonal of columns; grid (diagonals, B, parts).
 
     `started` is the first key of each element that its mask shows.
     """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -164,14 +167,20 @@ def logits(
 
 @triton.jit
 def convolution_mix_kernel(
-    x, z, w2, static_table, mask,
+    x, z, w2, static_table, mask, counted, counted_end,
     num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset,
     x_b, x_t, z_b, z_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts)."""
+    """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts).
+
+    Keys from `counted` to its end have a weight.
+    """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -189,6 +198,7 @@ def convolution_mix_kernel(
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         there = lies(rows, keys, num_rows, num_keys)
+        inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         y = tl.where(inside, y, float("-inf")).to(compute)
         tl.store(x + at, y, there[:, None] & (heads[None, :] < H))
 
@@ -204,14 +214,17 @@ def along_diagonals(at, sums, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl
 
 @triton.jit
 def convolution_backward_kernel(
-    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2,
+    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2, counted, counted_end,
     num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_t, z_b, z_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """P, and Y <- dS = P (dP - delta), along one diagonal; sums of C and W2; grid as `mix`."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -234,6 +247,7 @@ def convolution_backward_kernel(
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         logit = logit.to(compute).to(tl.float32)  # as the forward pass stored it
+        inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum = tl.load(lse + stat, inside, 0.0)
         shared = tl.load(delta + stat, inside, 0.0)
@@ -259,8 +273,11 @@ def hidden_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Z <- dZ = phi'(Z) sum_t W2_t^T dS[j + r - t]; sums of U and b1; grid as `hidden`."""
+    if unwanted(gate, GATED):
+        return
     compute = y.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -312,8 +329,11 @@ def grad_scores_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Y <- dA = dS + sum_t W1_t^T dZ[j + r - t] along one diagonal; sums of W1; grid as `mix`."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)

@@ -1,14 +1,14 @@
-"""Decoding: few queries against many keys, by one kernel over spans of keys and no scratch.
+"""Few queries against many keys, by one kernel over spans of keys and no scratch.
 
-A program holds the logits `S = A + C + W2 phi(W1 A + U)` of all heads of its rows, tile by tile of
-a span of keys, so that keys and values are read once and nothing else of their size is.
+A program holds the logits of all heads of its rows, tile by tile of a span of keys, so that keys
+and values are read once and nothing else of their size is.
 """
 
 import torch
 from torch import Tensor
 
 from dape.attention.fused import decode_kernels as kernels
-from dape.attention.fused.banded import PRECISION, PROGRAMS, Tile, combine, outputs, wide
+from dape.attention.fused.banded import PRECISION, PROGRAMS, Tile, asking, combine, wide
 from dape.attention.fused.geometry import Extent, Mixing, Problem, cdiv, next_power_of_2, strides
 from dape.attention.fused.slots import padded
 
@@ -23,8 +23,7 @@ MOST_PARTS = 2**14
 def serves(problem: Problem) -> bool:
     """Return whether a problem mixes heads by tables for few queries against many keys."""
     rows, keys = problem.query.shape[2], problem.key.shape[2]
-    known = problem.mixing is not None and problem.features is None and problem.taps == 1
-    return known and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
+    return problem.tabled and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
 
 
 def tile_of(problem: Problem, heads: int) -> Tile:
@@ -44,28 +43,30 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     batch, _, rows, _ = problem.query.shape
     keys = Extent.of(problem).visible(rows)
     wanted = cdiv(PROGRAMS, batch * cdiv(rows, tile.rows))
-    spans = next_power_of_2(min(wanted, cdiv(keys, tile.keys)))
+    spans = next_power_of_2(max(1, min(wanted, cdiv(keys, tile.keys))))
     spans = min(spans, MOST_PARTS // next_power_of_2(problem.value.shape[3]))
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 
 
-def forward(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `banded.forward` does."""
+def forward(problem: Problem, mixing: Mixing, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Fill what `banded.forward` returns.
+
+    Logits are in float32 throughout, so that it serves what leaves the range of 16 bits too.
+    """
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     units, padded_heads = padded(mixing)
     tile = tile_of(problem, padded_heads)
     spans, length = key_spans(problem, tile)
-    out, lse, rest = outputs(problem, exact)
     parts, parts_lse = out[None], lse[None]
-    if spans > 1 or exact:
+    if spans > 1:
         parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
     mask = query if problem.mask is None else problem.mask
     kernels.decode_kernel[(cdiv(rows, tile.rows), spans, batch)](
         query, key, value, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-        mask, parts, parts_lse,
+        mask, parts, parts_lse, rest,
         rows, Extent.of(problem).visible(rows), mixing.hidden.shape[0],
         problem.offset, problem.scale, length,
         *strides(query), *strides(key), *strides(value),
@@ -73,9 +74,9 @@ def forward(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tens
         kv_heads, heads // kv_heads, H=heads, D=mixing.hidden.shape[1],
         HEADS=padded_heads, UNITS=units, E=head_dim, WIDE=wide(head_dim),
         V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal, MASKED=problem.mask is not None,
+        EXACT=rest.numel() > 0, RESTED=spans == 1 and rest.numel() > 0, **problem.gated(),
         M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if spans > 1 or exact:
-        combine(parts, parts_lse, out, lse, rest)
-    return out, lse, rest
+    if spans > 1:
+        combine(parts, parts_lse, asking(problem, None), out, lse, rest)

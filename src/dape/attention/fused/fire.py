@@ -15,7 +15,7 @@ tables and stays apart here.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E
+from dape.attention.fused.kernels import LOG2E, unwanted
 from dape.attention.fused.mix_kernels import (
     diagonal_tiles,
     load_weights,
@@ -63,8 +63,11 @@ def fire_mix_kernel(
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + W2 phi(W1 X + U f) + C f along one diagonal, -inf if unseen; grid (diagonals, B)."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
@@ -107,6 +110,7 @@ def fire_mix_backward_kernel(
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every gradient; grid (diagonals, B).
 
@@ -114,6 +118,8 @@ def fire_mix_backward_kernel(
     dpsi += dx scale along the diagonal. Rows cross diagonals: each pair's share of dscale, dx psi,
     is stored for itself.
     """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)

@@ -1,15 +1,19 @@
 // The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
 //
+// A score that is too large for X, or a log-sum-exp, sets a flag, and another kernel then takes the call.
+//
 // A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
 // warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
 // slot is wherever the accumulator of q k^T already sits: a lane moves 16 bytes, the mixers read fragments
 // [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
 // so that heads compute the next scores while the mixers are busy with these.
 //
-//   x = q k^T      y = x + W2 leaky(scale W1 x + U) / scale      P = exp(scale y + C), masked by C = -inf
+//   x = q k^T      w = scale W1 x      y = x + W2 (leaky(w + U) - leaky(U)) / scale
+//   P = exp(scale y + C), masked by C = -inf
 //
-// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x, s W2 U
-// a part of C. What is left of the first layer after its product is one instruction, relu(z + U).
+// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x. What is left of
+// the first layer after its product is relu(w + U) - relu(U) = max(w, -U) - max(-U, 0): no larger than w, however large
+// U is.
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
@@ -29,7 +33,7 @@ constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXE
 constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
-constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
 #define NEVER (-1.f / 0.f)
 // A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
@@ -77,7 +81,10 @@ DEVICE float2 unpack(uint32 v) {
   return __half22float2(*(__half2*)&v);
 #endif
 }
-DEVICE uint32 relu_sum(uint32 a, uint32 b) { __half2 v = __hfma2_relu(*(__half2*)&a, __float2half2_rn(1.f), *(__half2*)&b); return *(uint32*)&v; }
+DEVICE uint32 rise(uint32 w, uint32 minus_u) {
+  const __half2 x = *(__half2*)&w, y = *(__half2*)&minus_u, risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
+  return *(uint32*)&risen;
+}
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
 template <int N> DEVICE void set_registers() {
   if constexpr (N > LAUNCHED) more_registers<N>();
@@ -92,39 +99,31 @@ struct Arguments {
   const __half* hidden;
   const float *fixed, *linear;
   const uint8* mask;
+  int* flag;
+  float largest_score, largest_sum;
   int rows, keys, distances, low, offset;
   float scale;
   int out_t, row0, tiles;
 };
 
 #ifdef PACK_TABLES
-// Tables for `forward`, from distance `low` on: U in fp16, [distance][t][unit tile][pair], so that a lane's units
-// are neighbours, and C with the linear part of U, in base 2, with the causal mask; and s W2 W1, [head][head].
+// Tables for `forward`, from distance `low` on: -U in fp16, [distance][t][unit tile][pair], so that a lane's units
+// are neighbours, and C in base 2 with the causal mask; and s W2 W1, [head][head].
 extern "C" __global__ void pack_tables(
     const float* hidden_table, const float* static_table, const float* w1, const float* w2, __half* hidden, float* fixed, float* linear,
     int table_size, int low, int distances) {
-  constexpr int TOGETHER = 4, GROUPS = (H + TOGETHER - 1) / TOGETHER;  // heads that share a look at U
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < distances * (UNITS + GROUPS) + H * H; i += gridDim.x * blockDim.x) {
-    if (i < distances * UNITS) {
-      int entry = abs(low + i / UNITS), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
-      hidden[i] = __float2half_rn(entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f);
-    } else if (i < distances * (UNITS + GROUPS)) {
-      const int at = (i - distances * UNITS) % distances, first = (i - distances * UNITS) / distances * TOGETHER, distance = low + at, entry = abs(distance);
-      float sums[TOGETHER] = {};
-      for (int unit = 0; unit < D && entry < table_size; unit++) {
-        const float u = hidden_table[(long long)entry * D + unit];
-#pragma unroll
-        for (int n = 0; n < TOGETHER; n++)
-          if (first + n < H) sums[n] += w2[(first + n) * D + unit] * u;
-      }
-#pragma unroll
-      for (int n = 0; n < TOGETHER; n++) {
-        if (first + n >= H) continue;
-        const float sum = entry < table_size ? LOG2E * (SLOPE * sums[n] + static_table[(long long)(first + n) * table_size + entry]) : 0.f;
-        fixed[(long long)(first + n) * distances + at] = CAUSAL && distance < 0 ? NEVER : sum;
-      }
+  const long long units = (long long)distances * UNITS, heads = (long long)distances * H;
+  for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < units + heads + H * H; i += gridDim.x * blockDim.x) {
+    if (i < units) {
+      const int entry = abs(low + (int)(i / UNITS)), place = i % UNITS, t = place / (2 * UT), unit = 8 * (place / 2 % UT) + 2 * t + place % 2;
+      const float u = entry < table_size && unit < D ? hidden_table[(long long)entry * D + unit] : 0.f;
+      hidden[i] = __float2half_rn(fminf(fmaxf(-u, -LARGEST), LARGEST));
+    } else if (i < units + heads) {
+      const int head = (i - units) / distances, distance = low + (int)((i - units) % distances), entry = abs(distance);
+      const float c = entry < table_size ? LOG2E * static_table[(long long)head * table_size + entry] : 0.f;
+      fixed[i - units] = CAUSAL && distance < 0 ? NEVER : c;
     } else {
-      int head = (i - distances * (UNITS + GROUPS)) / H, from = (i - distances * (UNITS + GROUPS)) % H;
+      const int head = (i - units - heads) / H, from = (i - units - heads) % H;
       float sum = 0.f;
       for (int unit = 0; unit < D; unit++) sum += w2[head * D + unit] * w1[unit * H + from];
       linear[head * H + from] = SLOPE * sum;
@@ -213,7 +212,7 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
         q[m][e][i] = row < a.rows ? *(const uint32*)(a.q + (long long)row * Q_T + 16 * e + 2 * t + 8 * (i >> 1)) : 0;
       }
 #endif
-  float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2];
+  float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2], largest = 0.f;
 #pragma unroll
   for (int m = 0; m < MT; m++) { top[m][0] = top[m][1] = NEVER; total[m][0] = total[m][1] = 0.f; }
   const float scale = a.scale * LOG2E;
@@ -238,6 +237,12 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
     __syncwarp();
     if (n + 1 < a.tiles) key_lines.load();
     commit();
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int p = 0; p < NT; p++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) largest = fmaxf(largest, fabsf(x[m][p][i]));
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -367,7 +372,9 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       int row = a.row0 + 16 * m + g + 8 * r;
       float part = sum > 0.f ? 1.f / sum : 0.f;
       if (row < a.rows) {
-        if (t == 0) a.lse[row] = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
+        const float log_sum = sum > 0.f ? (top[m][r] + log2f(sum)) * LN2 : NEVER;
+        if (t == 0) a.lse[row] = log_sum;
+        if (largest > a.largest_score || (sum > 0.f && fabsf(log_sum) > a.largest_sum)) *a.flag = 1;
 #pragma unroll
         for (int e = 0; e < E / 8; e++) {
           const long long at = (long long)row * a.out_t + 8 * e + 2 * t;
@@ -390,7 +397,7 @@ DEVICE void load_units(uint32 (&u)[UT], const char* table, int distance) {
     else *(uint4*)(u + m) = *(const uint4*)(from + m * 4);
 }
 
-// Two groups of 16 slots, 64 bytes apart: U of their rows g is in `first`, of their rows g + 8 in `second`.
+// Two groups of 16 slots, 64 bytes apart: -U of their rows g is in `first`, of their rows g + 8 in `second`.
 DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2], const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
   uint32 x[2][4], y[2][2][2];
 #pragma unroll
@@ -401,8 +408,8 @@ DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&sec
 #pragma unroll
     for (int m = 0; m < UT; m++) {
       mma_half(z[m], x[q], w1[m], 0, 0);
-      z[m][0] = relu_sum(z[m][0], first[q][m]);
-      z[m][1] = relu_sum(z[m][1], second[q][m]);
+      z[m][0] = rise(z[m][0], first[q][m]);
+      z[m][1] = rise(z[m][1], second[q][m]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) mma_half(y[q][half], x[q], w21[half], x[q][2 * half], x[q][2 * half + 1]);
@@ -481,7 +488,7 @@ DEVICE void mix(Shared& s, const Arguments& a, int mixer, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
     const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse, const float* w1, const float* w2,
-    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int rows, int keys, int distances, int low, int offset, double scale,
+    const __half* hidden, const float* fixed, const float* linear, const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale, double largest_score, double largest_sum,
     int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b, int out_h, int out_t,
     int lse_b, int lse_h, int mask_b) {
   extern __shared__ __align__(128) char memory[];
@@ -491,7 +498,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
   const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS, last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {
       q + b * q_b + (long long)h * q_h, k + b * k_b + (long long)(h / GROUP) * k_h, v + b * v_b + (long long)(h / GROUP) * v_h,
-      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b,
+      out + b * out_b + (long long)h * out_h, rest + b * out_b + (long long)h * out_h, lse + b * lse_b + (long long)h * lse_h, w1, w2, hidden, fixed, linear, mask + b * mask_b, flag, (float)(largest_score / fabs(scale)), (float)largest_sum,
       rows, keys, distances, low, offset, (float)scale, out_t, row0, (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);

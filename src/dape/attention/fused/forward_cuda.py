@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dape.attention.fused.banded import outputs
+from dape.attention.fused import geometry
 from dape.attention.fused.geometry import Mixing, Problem, cdiv, strides
 from dape.attention.fused.launch import Kernel, kernel, source_of
 
@@ -44,7 +44,7 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
             tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
             size = lines + scores + tables
             if size <= SHARED_MEMORY:
-                registers = (136, 104) if shared else (144, 80)
+                registers = (136, 104) if shared or units > 32 else (144, 80)
                 registers = (0, 0) if plenty or head_warps > 12 else registers
                 return Layout(rows, keys, mixers, shared, *registers, size)
     return None
@@ -82,20 +82,27 @@ def padded_units(mixing: Mixing) -> int:
 
 
 def forward(
-    problem: Problem, mixing: Mixing, where: Layout, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `banded.forward` does."""
+    problem: Problem,
+    mixing: Mixing,
+    where: Layout,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor,
+    flag: Tensor,
+) -> None:
+    """Fill what `banded.forward` returns; numbers that are too large set the `flag`."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows = query.shape[:3]
     keys, units = key.shape[2], padded_units(mixing)
-    out, lse, rest = outputs(problem, exact)
     low = -SPAN - (where.keys if problem.causal else cdiv(keys, where.keys) * where.keys)
     distances = cdiv(rows, where.rows) * where.rows + problem.offset + SPAN - low
     hidden = query.new_empty(distances, units, dtype=torch.float16)
     fixed = query.new_empty(heads, distances, dtype=torch.float32)
     linear = query.new_empty(heads, heads, dtype=torch.float32)
     mask = query if problem.mask is None else problem.mask
-    values = macros(problem._replace(query=query, key=key, value=value), mixing, where, exact)
+    values = macros(
+        problem._replace(query=query, key=key, value=value), mixing, where, rest.numel() > 0
+    )
     compiled(query.device.index, "pack_tables", *values)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
         block=(256, 1, 1),
@@ -109,13 +116,13 @@ def forward(
         block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
             query, key, value, out, rest, lse, mixing.weight_in, mixing.weight_out,
-            hidden, fixed, linear, mask,
+            hidden, fixed, linear, mask, flag,
             rows, keys, distances, low, problem.offset, float(problem.scale),
+            geometry.LARGEST_SCORE, geometry.LARGEST_SUM,
             *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
             *lse.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
-    return out, lse, rest
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -130,11 +137,11 @@ NAMES = (
 )
 
 
-def macros(problem: Problem, mixing: Mixing, where: Layout, exact: bool) -> tuple[int, ...]:
+def macros(problem: Problem, mixing: Mixing, where: Layout, rested: bool) -> tuple[int, ...]:
     """Return what the source is compiled for, in the order of `NAMES`."""
     query, key, value = problem.query, problem.key, problem.value
     heads, units = query.shape[1], padded_units(mixing)
-    switches = problem.causal, problem.mask is not None, query.dtype == torch.bfloat16, exact
+    switches = problem.causal, problem.mask is not None, query.dtype == torch.bfloat16, rested
     return (
         heads, mixing.weight_in.shape[0], units, query.shape[3], heads // key.shape[1],
         query.stride(2), key.stride(2), value.stride(2), *map(int, switches), *where,

@@ -2,16 +2,20 @@
 
 from functools import lru_cache
 from math import isqrt, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dape.attention.fused.kernels import BLOCK
 
-# Scores that stand in the scratch at a time, two bytes each (four in float32).
+# Scores that stand in the scratch at a time, two bytes each; half as many of four bytes.
 SCORES_PER_BAND = 2**28
+# The largest score, or entry of a table in the scratch, that 16 bits hold well enough. The largest
+# log-sum-exp, which says how large tables are where they count: gradients of weights are sums of
+# them. The largest number that may be made of scores on the way.
+LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 # Keys to a row of a band that is cut between keys.
 ASPECT = 4
 # Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
@@ -30,7 +34,10 @@ def next_power_of_2(size: int) -> int:
 
 
 class Mixing(NamedTuple):
-    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`."""
+    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`.
+
+    Where a problem is `tabled`, C holds `W2 phi(U)`: what the logits are where A = 0.
+    """
 
     static: Float[Tensor, "heads distances"]
     hidden: Float[Tensor, "distances hidden"]
@@ -50,12 +57,25 @@ class Features(NamedTuple):
     bias: Float[Tensor, "features"]
 
 
+class Gate(NamedTuple):
+    """A number on the device, 1 if a problem needs a scratch of four bytes, and for which it is.
+
+    Both ways are started, and a kernel that is not wanted returns at once: the host need not wait
+    to learn which it is.
+    """
+
+    flag: Int[Tensor, "1"]
+    wide: bool
+
+
 class Problem(NamedTuple):
     """One call: the arguments every kernel needs, checked and in their final layout.
 
     Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
     is true for keys that may be seen. `features` are FIRE's. With `hidden_bias` b1 the layers are
-    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap.
+    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap; `halo` is
+    how many of the first and last keys have no weight, and `begun` is true for elements that have
+    seen a key before the first. With a `gate` the kernels run if it says so.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -69,6 +89,26 @@ class Problem(NamedTuple):
     offset: int
     features: Features | None = None
     hidden_bias: Float[Tensor, "hidden"] | None = None
+    gate: Gate | None = None
+    halo: tuple[int, int] = (0, 0)
+    begun: Bool[Tensor, "batch"] | None = None
+
+    @property
+    def scratch(self) -> torch.dtype:
+        """Return the dtype of the scratch."""
+        wide = self.gate is not None and self.gate.wide
+        return torch.float32 if wide or self.query.dtype == torch.float32 else torch.float16
+
+    def gated(self) -> dict[str, Any]:
+        """Return the arguments by which a kernel knows whether it is wanted."""
+        if self.gate is None:
+            return {"gate": self.query, "GATED": -1}
+        return {"gate": self.gate.flag, "GATED": int(self.gate.wide)}
+
+    @property
+    def tabled(self) -> bool:
+        """Return whether heads are mixed at each key alone, by tables over the distance."""
+        return self.mixing is not None and self.features is None and self.hidden_bias is None
 
     @property
     def taps(self) -> int:
@@ -85,6 +125,7 @@ class Problem(NamedTuple):
             key=self.key[band.batch, :, band.keys],
             value=self.value[band.batch, :, band.keys],
             mask=None if mask is None else mask[band.batch, band.keys],
+            begun=None if self.begun is None else self.begun[band.batch],
         )
 
 
@@ -139,7 +180,7 @@ def bands(problem: Problem) -> tuple[Band, ...]:
 
     Rows that see fewer keys come in higher bands, so that all are about as large.
     """
-    return bands_of(Extent.of(problem), SCORES_PER_BAND, False)
+    return bands_of(Extent.of(problem), room(problem), False)
 
 
 def blocks(problem: Problem) -> tuple[Band, ...]:
@@ -147,9 +188,15 @@ def blocks(problem: Problem) -> tuple[Band, ...]:
 
     What the backward pass adds to for every band, dQ by row, dK and dV by key and the tables by
     distance, is then little beside its scores, however long the sequence. Convolutions along the
-    keys need whole rows.
+    keys need whole rows, and so does what balances them in float32.
     """
-    return bands_of(Extent.of(problem), SCORES_PER_BAND, problem.hidden_bias is None)
+    cut = problem.hidden_bias is None and problem.scratch == torch.float16
+    return bands_of(Extent.of(problem), room(problem), cut)
+
+
+def room(problem: Problem) -> int:
+    """Return how many scores the scratch of a problem may hold."""
+    return SCORES_PER_BAND * 2 // problem.scratch.itemsize
 
 
 @lru_cache(maxsize=256)
@@ -209,9 +256,8 @@ class Scratch(NamedTuple):
     def of(cls, problem: Problem, all_bands: tuple[Band, ...]) -> "Scratch":
         """Return a buffer for the largest of some bands of a problem."""
         heads = problem.query.shape[1]
-        dtype = torch.float32 if problem.query.dtype == torch.float32 else torch.float16
         size = max(prod(cls.shape(band, heads)) for band in all_bands)
-        return cls(problem.query.new_empty(size, dtype=dtype), heads)
+        return cls(problem.query.new_empty(size, dtype=problem.scratch), heads)
 
     @staticmethod
     def shape(band: Band, heads: int) -> tuple[int, int, int, int, int]:

@@ -7,8 +7,8 @@ for one band the scores of all heads stand in a scratch buffer, and every kernel
 over it:
 
     scores           X = scale Q K^T                      one head, tiles of rows and keys
-    mix              X <- X + W2 phi(W1 X + U) + C         all heads, tiles along a diagonal
-    softmax_value    O = softmax(X) V                      one head, rows against a span of keys
+    mix              X <- X + W2 (phi(W1 X + U) - phi(U))   all heads, tiles along a diagonal
+    softmax_value    O = softmax(X + C) V                  one head, rows against a span of keys
     mix_backward     X <- P, Y <- dA from Y = dO V^T       all heads, tiles along a diagonal
     grad_query       dQ = scale dA K                       one head
     grad_key_value   dK += scale dA^T Q, dV += P^T dO      one key head
@@ -29,6 +29,14 @@ BLOCK = tl.constexpr(64)
 
 
 @triton.jit
+def unwanted(gate, GATED: tl.constexpr):
+    """Return whether a kernel has nothing to do: whether `gate` is not GATED, if that is 0 or 1."""
+    if GATED < 0:
+        return False
+    return tl.load(gate) != GATED
+
+
+@triton.jit
 def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
     rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)
@@ -46,6 +54,22 @@ def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
+
+    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
+    product of queries and keys lies: a load for every element would cost more than that product.
+    """
+    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    n = tl.arange(0, A * B)
+    if KEYS_FIRST:
+        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
+        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
+    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
+    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
+
+
+@triton.jit
 def places(rows, first_key, row_size, heads, K: tl.constexpr):
     """Return where K keys of one head lie in the scratch, from a multiple of K on."""
     keys = tl.arange(0, K)[None, :]
@@ -58,34 +82,80 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
+def score_tile(
+    gate, left, right, x, scale, tile, heads, num_rows, num_keys, shift, left_t, right_t, x_t,
+    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LIMIT: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of X, unless causality hides it, and set `gate` for a score above LIMIT."""
+    across = tl.cdiv(num_keys, K)
+    first_row, first_key = tile // across * M, tile % across * K
+    if not CAUSAL or first_key <= first_row + M - 1 + shift:
+        a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+        k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
+        out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
+        if LIMIT is not None:
+            tl.store(gate, 1, tl.max(tl.max(tl.abs(out), 1), 0) > LIMIT)
+        if x.dtype.element_ty == tl.float16:
+            out = tl.clamp(out, -65504.0, 65504.0)
+        rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        at = x + places(rows, first_key, x_t, heads, K)
+        tl.store(at, out.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
 def scores_kernel(
     left, right, x, scale, unit, num_rows, num_keys, shift,
     left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for a tile of rows and keys of one head; grid (tiles H, B).
+    """X = scale left right^T for SPAN tiles of rows and keys of one head; grid (spans H, B).
 
-    If IN_UNITS, divided by `unit`.
+    If IN_UNITS, divided by `unit`. A score above a LIMIT sets `gate`.
     """
-    b, h, tile = tl.program_id(1), tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
-    across = tl.cdiv(num_keys, K)
-    first_row, first_key = tile // across * M, tile % across * K
-    if CAUSAL and first_key > first_row + M - 1 + shift:
+    if unwanted(gate, GATED):
         return
+    b, h, first = tl.program_id(1), tl.program_id(0) % HEADS, tl.program_id(0) // HEADS * SPAN
     left += b.to(tl.int64) * left_b + h * left_h
     right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
-    a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
-    k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
+    x += b.to(tl.int64) * x_b + h * BLOCK
     if IN_UNITS:
         scale = scale / tl.load(unit)
-    out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
-    if x.dtype.element_ty == tl.float16:
-        out = tl.clamp(out, -65504.0, 65504.0)
-    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
-    x += b.to(tl.int64) * x_b + h * BLOCK
-    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-    tl.store(x + places(rows, first_key, x_t, HEADS, K), out.to(x.dtype.element_ty), inside)
+    if SPAN == 1:
+        score_tile(
+            gate, left, right, x, scale, first, HEADS, num_rows, num_keys, shift,
+            left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+        )  # fmt: skip
+    else:
+        last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
+        for tile in range(first, last):
+            score_tile(
+                gate, left, right, x, scale, tile, HEADS, num_rows, num_keys, shift,
+                left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def weights_kernel(
+    gate, w1, w2, limit, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr
+):
+    """Set `gate` to whether |W1| or |W2| |W1| may make more than `limit` of ones, else to 0."""
+    heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
+    inside = (units[:, None] < D) & (heads[None, :] < H)
+    w1_DH = tl.load(w1 + units[:, None] * H + heads[None, :], inside, 0.0)
+    w2_DH = tl.load(w2 + heads[None, :] * D + units[:, None], inside, 0.0)
+    hidden = tl.sum(tl.abs(w1_DH), 1)
+    most = tl.maximum(tl.max(hidden, 0), tl.max(tl.sum(tl.abs(w2_DH) * hidden[:, None], 0), 0))
+    tl.store(gate, (most > limit).to(tl.int32))
+
+
+@triton.jit
+def beyond(log_sum, LIMIT: tl.constexpr):
+    """Return 1 where a log-sum-exp is beyond a limit; rows that see nothing have none."""
+    return ((tl.abs(log_sum) > LIMIT) & (log_sum != float("-inf"))).to(tl.int32)
 
 
 @triton.jit
@@ -99,23 +169,29 @@ def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
 
 @triton.jit
 def softmax_value_kernel(
-    x, value, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
-    x_b, x_t, value_b, value_h, value_t,
+    x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
+    table_size, table_low, x_b, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
-    EXACT: tl.constexpr, RESTED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
+    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
 
-    If EXACT, what rounding took from P meets V too.
+    If TABLED, C is added to X, from a table where the first of its rows has the distance `shift` to
+    the first key. If EXACT, what rounding took from P meets V too. A log-sum-exp beyond a LIMIT
+    sets `gate`.
     """
+    if unwanted(gate, GATED):
+        return
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)[:, None]
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -127,12 +203,14 @@ def softmax_value_kernel(
         keys = first_key + tl.arange(0, K)[None, :]
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
         s = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-        seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        s = tl.where(seen, s.to(tl.float32) * LOG2E, float("-inf"))
+        s = s.to(tl.float32)
+        if TABLED:
+            s += toeplitz(table - first_key, M, K, False)
+        s = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
+        weight = tl.exp2((s - safe[:, None]) * LOG2E)
+        shrink = tl.exp2((top - safe) * LOG2E)
         total = total * shrink + tl.sum(weight, 1)
         v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
         rounded = weight.to(v.dtype)
@@ -147,8 +225,10 @@ def softmax_value_kernel(
     store_output(out, rest, at, acc, (rows < num_rows) & (columns < V), RESTED)
     line = first_row + tl.arange(0, M)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
-    log_sum = top + tl.log2(tl.where(total > 0, total, 1.0))  # top is -inf where nothing is seen
-    tl.store(lse + at, log_sum / LOG2E, line < num_rows)
+    log_sum = top + tl.log(tl.where(total > 0, total, 1.0))  # top is -inf where nothing is seen
+    tl.store(lse + at, log_sum, line < num_rows)
+    if LIMIT is not None:
+        tl.store(gate, 1, tl.max(beyond(log_sum, LIMIT), 0) > 0)
 
 
 @triton.jit
@@ -156,8 +236,14 @@ def combine_kernel(
     part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,
     out_b, out_h, out_t, lse_b, lse_h,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
+    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H)."""
+    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H).
+
+    A log-sum-exp beyond a LIMIT sets `gate`.
+    """
+    if unwanted(gate, GATED):
+        return
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     row = tl.program_id(1) * num_rows + tl.program_id(0)
     spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
@@ -172,6 +258,8 @@ def combine_kernel(
     store_output(out, rest, at, o, columns < V, RESTED)
     log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
+    if LIMIT is not None:
+        tl.store(gate, 1, beyond(log_sum, LIMIT) > 0)
 
 
 @triton.jit
@@ -253,13 +341,78 @@ def row_products_kernel(
 
 
 @triton.jit
+def balance_kernel(
+    x, y, table, lse, delta, scaled, grad_lse, unit,
+    num_rows, num_keys, shift, table_size, table_low,
+    x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Give rows of P the sum one, and rows of dS = P (dP - delta) theirs; grid (rows, B H).
+
+    That is the gradient of the row's log-sum-exp, zero unless SUMMED. Where logits are large, the
+    rounding of the log-sum-exp and of logits makes P, as `mix_backward` finds it from logits X,
+    differ from that of the forward pass; and what a row of dS has too much meets tables that are as
+    large. So delta is made anew, and the sum of P taken off what P meets: dP in Y, delta and dO.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = tl.program_id(0) * M
+    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
+    rows = line[:, None]
+    x += b64 * x_b + h * BLOCK
+    y += b64 * x_b + h * BLOCK
+    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
+    log_sum = tl.load(lse + stat, line < num_rows, 0.0)
+    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
+    shared = tl.load(delta + stat, line < num_rows, 0.0)
+    total, excess = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = places(rows, first_key, x_t, HEADS, K)
+        s = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+        if TABLED:
+            s += toeplitz(table - first_key, M, K, False)
+        weight = tl.exp2((s - log_sum[:, None]) * LOG2E)
+        dp = tl.load(y + at, inside & (weight > 0), 0.0)
+        total += tl.sum(weight, 1)
+        excess += tl.sum(weight * (dp - shared[:, None]), 1)
+    part = 1 / tl.where(total > 0, total, 1.0)
+    shared += excess * part
+    if SUMMED:
+        wanted = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+        shared -= wanted / tl.load(unit)
+    tl.store(delta + stat, shared * part, line < num_rows)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = y + places(rows, first_key, x_t, HEADS, K)
+        tl.store(at, tl.load(at, inside, 0.0) * part[:, None], inside)
+    scaled += b64 * out_b + h * out_h
+    do = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = scaled + rows.to(tl.int64) * out_t + columns
+    tl.store(at, do.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+
+
+@triton.jit
 def grad_query_kernel(
     y, key, unit, grad_query, num_rows, num_keys, shift, scale,
     y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Store, or ADD, dQ = unit scale dA K of one head; grid (rows H, B)."""
+    if unwanted(gate, GATED):
+        return
     b, h = tl.program_id(1), tl.program_id(0) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
     line = first_row + tl.arange(0, M)
@@ -318,8 +471,11 @@ def grad_key_value_kernel(
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
+    if unwanted(gate, GATED):
+        return
     b, kv = tl.program_id(1), tl.program_id(0) % KV_HEADS
     first_key = tl.program_id(0) // KV_HEADS * K
     b64 = b.to(tl.int64)

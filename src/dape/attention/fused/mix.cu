@@ -8,9 +8,11 @@
 // that is each warp's own: with few warps on a multiprocessor, latency is what costs. A block has WARPS of the
 // rows of a tile, on a segment of the diagonal.
 //
-//   z[key, unit] = x[key, head] W1^T + U     hidden = leaky(z)      s[head, key] = x + C + W2 hidden^T
-//   P = exp(s - lse), dS = P (dP - delta)    dz = leaky'(z) dS W2   dA[head, key] = dS + W1^T dz^T
+//   w[key, unit] = x[key, head] W1^T         z = w + U              r = leaky(z) - leaky(U)
+//   y[head, key] = x + W2 r^T                P = exp(y + C - lse)   dS = P (dP - delta)
+//   dz = leaky'(z) dS W2                     dA[head, key] = dS + W1^T dz^T
 //
+// However large U is, r is no larger than w: relu(w + U) - relu(U) = max(w, -U) - max(-U, 0).
 // Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
 // on the tensor cores too: dU and dC are products with the unit matrix.
 //
@@ -25,7 +27,13 @@ constexpr float LOG2E = 1.4426950408889634f;
 DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
 DEVICE uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
-DEVICE uint32 leaky(uint32 z) { __half2 v = half2_of(z); return bits(__hmax2(v, __hmul2(v, __float2half2_rn(0.01f)))); }
+constexpr float LARGEST = 65504.f;
+// leaky(w + U) - leaky(U), and in `z` w + U, for a pair of -U.
+DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& z) {
+  const __half2 x = half2_of(w), y = half2_of(minus_u), risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
+  z = bits(__hsub2(x, y));
+  return bits(__hfma2(risen, __float2half2_rn(0.99f), __hmul2(x, __float2half2_rn(0.01f))));
+}
 // d leaky'(z): half of d (1 + slope) and half of d (1 - slope) with the sign of z.
 DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
   __half2 signed_d = half2_of(d ^ (z & 0x80008000u));
@@ -94,9 +102,14 @@ struct Held {
 #endif
 };
 
-// U and C at a warp's keys, constant along the diagonal: U as accumulators [key tile pair][unit tile], C, in base 2,
+// -U and C at a warp's keys, constant along the diagonal: -U as accumulators [key tile pair][unit tile], C, in base 2,
 // as scores lie.
-struct Tables { uint2 u[2][UT][32]; float2 c[HT][4][32]; };
+struct Tables {
+  uint2 minus_u[2][UT][32];
+#ifdef BACKWARD
+  float2 c[HT][4][32];
+#endif
+};
 DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* static_table, int size, int delta0, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -104,12 +117,14 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
 #pragma unroll
     for (int n = 0; n < UT; n++) {
       auto at = [&](int e) {
-        int delta = abs(delta0 - key_of(2 * f + e, g)), unit = 8 * n + 2 * t;
-        const float* row = hidden_table + delta * D + unit;
-        return pack(delta < size && unit < D ? row[0] : 0.f, delta < size && unit + 1 < D ? row[1] : 0.f);
+        const int delta = abs(delta0 - key_of(2 * f + e, g)), unit = 8 * n + 2 * t;
+        const float* row = hidden_table + (long long)delta * D + unit;
+        auto minus = [&](int i) { return delta < size && unit + i < D ? fminf(fmaxf(-row[i], -LARGEST), LARGEST) : 0.f; };
+        return pack(minus(0), minus(1));
       };
-      tables.u[f][n][lane] = make_uint2(at(0), at(1));
+      tables.minus_u[f][n][lane] = make_uint2(at(0), at(1));
     }
+#ifdef BACKWARD
 #pragma unroll
   for (int r = 0; r < HT; r++) {
     const int head = 8 * r + g;
@@ -119,6 +134,7 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
 #pragma unroll
     for (int p = 0; p < 4; p++) tables.c[r][p][lane] = make_float2(at(abs(delta0 - 8 * t - 2 * p)), at(abs(delta0 - 8 * t - 2 * p - 1)));
   }
+#endif
 }
 
 // A tile on its way, 32 scores of every eighth head, 16 bytes a lane; the lane's own; and the half of them for 16 keys.
@@ -166,7 +182,7 @@ DEVICE void hide(Half& x, const uint32 (&seen)[2]) {
 
 // c += x[head, key] b[key, column] for the heads of a part and 16 keys.
 DEVICE void add_product(float (&c)[4], const Half& x, int part, uint32 b0, uint32 b1) { mma(c, x[2 * part][0], x[2 * part + 1][0], x[2 * part][1], x[2 * part + 1][1], b0, b1); }
-// start + x[key, head] W[head, unit] for 16 keys: fragments [unit tile] of [key, unit].
+// z + x[key, head] W[head, unit] for 16 keys: fragments [unit tile] of [key, unit].
 DEVICE void across_heads(uint2 (&z)[UT], const Half& x, const Held& w) {
 #pragma unroll
   for (int part = 0; part < PARTS; part++) {
@@ -180,13 +196,16 @@ DEVICE void across_heads(uint2 (&z)[UT], const Half& x, const Held& w) {
     }
   }
 }
-// The hidden units of 16 keys.
-DEVICE void first_layer(uint2 (&hidden)[UT], const Half& x, int f, const Tables& tables, const Held& w, int lane) {
+// The hidden units z of 16 keys, and how far leaky(z) is above leaky(U).
+DEVICE void first_layer(uint2 (&risen)[UT], uint2 (&z)[UT], const Half& x, int f, const Tables& tables, const Held& w, int lane) {
 #pragma unroll
-  for (int n = 0; n < UT; n++) hidden[n] = tables.u[f][n][lane];
-  across_heads(hidden, x, w);
+  for (int n = 0; n < UT; n++) risen[n] = make_uint2(0, 0);
+  across_heads(risen, x, w);
 #pragma unroll
-  for (int n = 0; n < UT; n++) hidden[n] = make_uint2(leaky(hidden[n].x), leaky(hidden[n].y));
+  for (int n = 0; n < UT; n++) {
+    const uint2 minus_u = tables.minus_u[f][n][lane];
+    risen[n] = make_uint2(rise(risen[n].x, minus_u.x, z[n].x), rise(risen[n].y, minus_u.y, z[n].y));
+  }
 }
 // start + W[head, unit] v[unit, key] for a part's heads and key tile e of the pair whose fragments [key, unit] are v.
 DEVICE uint2 across_units(uint2 start, const Held& w, int part, const uint2 (&v)[UT], int e) {
@@ -197,7 +216,7 @@ DEVICE uint2 across_units(uint2 start, const Held& w, int part, const uint2 (&v)
 
 #ifndef BACKWARD
 extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
-    __half* x, const float* w1, const float* w2, const float* hidden_table, const float* static_table, const uint8* mask,
+    __half* x, const float* w1, const float* w2, const float* hidden_table, const uint8* mask,
     int rows, int keys, int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {
   struct Memory { Weights w; Tables tables[WARPS]; Ring ring[WARPS][STAGES]; };
   static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
@@ -209,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
   if (place.first >= place.last) return;
   const Tables& tables = shared.tables[warp];
   load_weights(shared.w, w1, w2);
-  load_tables(shared.tables[warp], hidden_table, static_table, table_size, delta0, lane);
+  load_tables(shared.tables[warp], hidden_table, nullptr, table_size, delta0, lane);
   __syncthreads();
   const Held w_in(shared.w.in, lane), w_out(shared.w.out, lane);
   x += (long long)blockIdx.y * x_b + g * BLOCK + 8 * t;
@@ -235,23 +254,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) mix(
     for (int f = 0; f < 2; f++) {
       Half xf;
       uint32 seen[2];
-      uint2 hidden[UT];
+      uint2 risen[UT], z[UT];
       take_half(xf, xs, f);
       if (!whole) {
         look(seen, f, real_row, delta0, key, t, keys, mask);
         hide(xf, seen);
       }
-      first_layer(hidden, xf, f, tables, w_in, lane);
+      first_layer(risen, z, xf, f, tables, w_in, lane);
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const uint2 y = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, hidden, e);
+          const uint2 y = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, risen, e);
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             const int r = 2 * part + i;
-            const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(i ? y.y : y.x));
-            xs[r][2 * f + e] = pack(fmaf(c.x, 1.f / LOG2E, v.x), fmaf(c.y, 1.f / LOG2E, v.y));
+            xs[r][2 * f + e] = i ? y.y : y.x;
             if (!whole) xs[r][2 * f + e] = (xs[r][2 * f + e] & seen[e]) | (0xfc00fc00u & ~seen[e]);  // -inf
           }
         }
@@ -275,7 +293,7 @@ DEVICE int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_
 // over the same diagonal of some elements, one after the other.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     __half* x, __half* y, const float* w1, const float* w2, const float* hidden_table, const float* static_table,
-    const float* lse, const float* delta, const uint8* mask, float* slot, int batch, int elements, int rows, int keys,
+    const float* lse, const float* delta, const uint8* mask, const int* gate, int gated, float* slot, int batch, int elements, int rows, int keys,
     int table_size, int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add,
     int x_b, int x_t, int stat_b, int stat_h, int stat_t, int mask_b) {
   struct Stage { Ring x, y; float stats[2 * HEADS]; };
@@ -283,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
   struct Walk { Tables tables[WARPS]; Stage ring[WARPS][STAGES]; };
   struct Memory { Weights w; union { Walk walk; Sums sums; }; };
   static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
+  if (gated >= 0 && *gate != gated) return;
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
   const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -340,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
     for (int f = 0; f < 2; f++) {
       Half xf, yf;
       uint32 seen[2];
-      uint2 hidden[UT];
+      uint2 risen[UT], z[UT];
       take_half(xf, xs, f);
       take_half(yf, ys, f);
       if (!whole) {
@@ -348,12 +367,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
         hide(xf, seen);
         hide(yf, seen);
       }
-      first_layer(hidden, xf, f, tables, w_in, lane);
+      first_layer(risen, z, xf, f, tables, w_in, lane);
 #pragma unroll
       for (int part = 0; part < PARTS; part++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-          const uint2 logits = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, hidden, e);
+          const uint2 logits = across_units(make_uint2(xf[2 * part][e], xf[2 * part + 1][e]), w_out, part, risen, e);
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             const int r = 2 * part + i;
@@ -377,11 +396,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) mix_backward(
       across_heads(dz, yf, w_out_turned);
 #pragma unroll
       for (int n = 0; n < UT; n++) {
-        dz[n] = make_uint2(leaky_backward(dz[n].x, hidden[n].x), leaky_backward(dz[n].y, hidden[n].y));
-        const uint32 hidden_low = turn(hidden[n].x), hidden_high = turn(hidden[n].y), low = turn(dz[n].x), high = turn(dz[n].y);
+        dz[n] = make_uint2(leaky_backward(dz[n].x, z[n].x), leaky_backward(dz[n].y, z[n].y));
+        const uint32 risen_low = turn(risen[n].x), risen_high = turn(risen[n].y), low = turn(dz[n].x), high = turn(dz[n].y);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-          add_product(acc_w2[part][n], yf, part, hidden_low, hidden_high);
+          add_product(acc_w2[part][n], yf, part, risen_low, risen_high);
           add_product(acc_w1[part][n], xf, part, low, high);
         }
         mma(acc_u[f][n], ones, 0, 0, ones, low, high);

@@ -24,14 +24,18 @@ __all__ = ["Slots", "mix", "mix_backward", "whole"]
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)
-# What fits the registers where a position's taps have more bytes of hidden units, padded.
-SMALL_TILE, MOST_BYTES = Tile(8, 8, 8, 1), 256
+# What fits the registers where a position's taps have more bytes of hidden units, padded, or still
+# more.
+SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 8, 1), Tile(4, 4, 8, 1), 256
 
 
 def tile_of(problem: Problem) -> Tile:
     """Return the tile that moves along a diagonal."""
     channels = next_power_of_2(problem.taps) * padded_size(len(hidden_bias_of(problem)))
-    return SMALL_TILE if channels * problem.query.element_size() > MOST_BYTES else TILE
+    size = channels * problem.scratch.itemsize
+    if size > 2 * MOST_BYTES:
+        return SMALLEST_TILE
+    return SMALL_TILE if size > MOST_BYTES else TILE
 
 
 def hidden_bias_of(problem: Problem) -> Float[Tensor, "hidden"]:
@@ -65,6 +69,8 @@ class Pass(NamedTuple):
         if problem.mask is not None:
             mask = problem.mask[band.batch, band.keys]
             started = mask.to(torch.uint8).argmax(1).to(torch.int32)
+            if problem.begun is not None:
+                started.masked_fill_(problem.begun[band.batch], 0)
         return cls(
             diagonals(problem, band, *tile[:2]),
             diagonals(problem, band, *tile[:2], reach),
@@ -96,7 +102,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
     where, z = given.keys, given.hidden
     segments = share(batch, where.number, rows)[1]
     convolution.convolution_mix_kernel[(where.number, batch, segments)](
-        x, z, mixing.weight_out, mixing.static, given.mask,
+        x, z, mixing.weight_out, mixing.static, given.mask, *counted(problem),
         rows, keys, band.shift, mixing.static.shape[1], where.first, where.band_tile, where.offset,
         *x.stride()[:2], *z.stride()[:2], given.mask.stride(0), **given.compiled, **given.launch,
     )  # fmt: skip
@@ -126,7 +132,7 @@ def mix_backward(
     compiled = {**given.compiled, **given.launch, "num_stages": 1}
     convolution.convolution_backward_kernel[(given.keys.number, batch, slots.segments)](
         x, p, y, z, mixing.weight_out, mixing.static, lse, delta, given.mask,
-        slots.static[:, at_key], slots.weight_out[:, at_key],
+        slots.static[:, at_key], slots.weight_out[:, at_key], *counted(problem),
         rows, keys, band.shift, mixing.static.shape[1], *by_key,
         *strides, *lse.stride(), given.mask.stride(0), LINES=lines, **compiled,
     )  # fmt: skip
@@ -142,6 +148,11 @@ def mix_backward(
         *strides, given.mask.stride(0), **compiled,
     )  # fmt: skip
     return p, y
+
+
+def counted(problem: Problem) -> tuple[int, int]:
+    """Return the first key that has a weight, and the end of those that have."""
+    return problem.halo[0], problem.key.shape[2] - problem.halo[1]
 
 
 def lines_of(tile: Tile) -> int:
@@ -194,11 +205,11 @@ class Slots(NamedTuple):
         heads, units, taps = (compiled[x] for x in ("H", "D", "T"))
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
         tile = tile_of(problem)
-        fold(self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
+        fold(problem, self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
         # A line of columns is r further than the distance to them, and t less to the key of tap t.
         first = lowest(problem, *tile[:2], taps // 2)
         for tap, table in enumerate(hidden.split(units, dim=1)):
-            fold(self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
+            fold(problem, self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
         weight_in, weight_out = (
             weight.sum((0, 1))[:taps, :units, :heads].flatten(0, 1) * unit
             for weight in (self.weight_in, self.weight_out)
@@ -216,6 +227,7 @@ def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:
         "K": tile.keys,
         "D": units,
         "UNITS": padded_size(units),
+        **problem.gated(),
         "T": problem.taps,
         "TAPS": next_power_of_2(problem.taps),
     }

@@ -36,14 +36,16 @@ def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
     return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
 
 
-def whole(problem: Problem, mixing: Mixing, exact: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return what `banded.forward` does by one kernel, or None where there is none."""
+def whole(problem: Problem, mixing: Mixing, *found: Tensor) -> bool:
+    """Fill what `banded.forward` returns by one kernel; return whether there is one."""
     where = forward_cuda.layout_of(problem, mixing)
-    return None if where is None else forward_cuda.forward(problem, mixing, where, exact)
+    if where is not None:
+        forward_cuda.forward(problem, mixing, where, *found)
+    return where is not None
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
@@ -52,7 +54,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         grid=(where.number, batch, shares * segments),
         block=(32 * WARPS, 1, 1),
         args=[
-            x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
+            x, mixing.weight_in, mixing.weight_out, mixing.hidden, mask,
             rows, keys, mixing.hidden.shape[0],
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         ],
@@ -79,7 +81,7 @@ def mix_backward(
         block=(32 * WARPS, 1, 1),
         args=[
             x, y, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-            lse, delta, mask, slots.sums[:, where.slot * shares :],
+            lse, delta, mask, *problem.gated().values(), slots.sums[:, where.slot * shares :],
             batch, slots.elements, rows, keys,
             mixing.hidden.shape[0], where.first, where.band_tile, where.offset,
             *slots.sums.shape[1:], int(slots.add),
@@ -102,11 +104,10 @@ NAMES = ["H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS"
 
 def shared_memory(name: str, heads: int, units: int) -> int:
     """Return the bytes of shared memory of a kernel for padded numbers of heads and units."""
-    matrix, tile = 2 * heads * units, 2 * heads * tile_keys
-    tables = 2 * tile_keys * units + 4 * tile_keys * heads
+    matrix, tile, hidden = 2 * heads * units, 2 * heads * tile_keys, 2 * tile_keys * units
     if name == "mix":
-        return 2 * matrix + WARPS * (tables + STAGES * tile)
-    walk = tables + STAGES * (2 * tile + 8 * heads)
+        return 2 * matrix + WARPS * (hidden + STAGES * tile)
+    walk = hidden + 4 * tile_keys * heads + STAGES * (2 * tile + 8 * heads)
     sums = 4 * (tile_keys * (units + heads) + 2 * heads * units)
     return 4 * matrix + WARPS * max(walk, sums)
 

@@ -46,7 +46,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, *features, mask,
         rows, keys, len(features.psi),
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-        **sizes(problem, mixing), num_warps=4,
+        **sizes(problem, mixing), **problem.gated(), num_warps=4,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def mix_backward(
         rows, keys, len(features.psi),
         where.first, where.band_tile, where.offset, slots.psi.shape[1],
         *x.stride()[:2], *lse.stride(), mask.stride(0), *pairs.stride()[:2],
-        LINES=lines, **sizes(problem, mixing), num_warps=8, num_stages=1,
+        LINES=lines, **sizes(problem, mixing), **problem.gated(), num_warps=8, num_stages=1,
     )  # fmt: skip
     add_pairs(slots.scale[band.keys.start :], pairs, band, problem.causal)
     return x, y
@@ -137,7 +137,7 @@ class Slots(NamedTuple):
         heads, features = mixing.static.shape[0], features_of(problem)
         psi = torch.empty_like(features.psi)
         fold(
-            self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
+            problem, self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
             psi[:, None],
         )  # fmt: skip
         tables = (

@@ -8,16 +8,15 @@ Shapes as in `kernels`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E
+from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
 
 
 @triton.jit
-def load_tables(hidden, static, delta, heads, units, size, H: tl.constexpr, D: tl.constexpr):
-    """Return U `[N, D]` and C `[N, H]` at the distances of a tile's positions."""
+def load_hidden(hidden, delta, units, size, D: tl.constexpr):
+    """Return U `[N, D]` at the distances of a tile's positions."""
     distance = tl.abs(delta)[:, None]
     inside = (distance < size) & (units[None, :] < D)
-    u = tl.load(hidden + distance * D + units[None, :], inside, 0.0)
-    return u, load_static(static, delta, heads, size, H)
+    return tl.load(hidden + distance * D + units[None, :], inside, 0.0)
 
 
 @triton.jit
@@ -29,15 +28,24 @@ def load_static(static, delta, heads, size, H: tl.constexpr):
 
 
 @triton.jit
-def mlp(x, w_in, w_out, one, u, PRECISION: tl.constexpr):
-    """Return z = W1 x + u, phi(z) and y = x + W2 phi(z) of `[N, H]` scores; `one` is the identity.
+def rise(w, u):
+    """Return phi(w + u) - phi(u), exact however large u is.
 
-    The residual is a product with the identity, since x already lies where a product reads it.
+    For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at each sign of u.
     """
-    z = tl.dot(x, w_in, u, input_precision=PRECISION)
-    hidden = tl.where(z > 0, z, 0.01 * z).to(x.dtype)
+    return 0.01 * w + 0.99 * (tl.maximum(w, -u) + tl.minimum(u, 0.0))
+
+
+@triton.jit
+def mlp(x, w_in, w_out, one, u, PRECISION: tl.constexpr):
+    """Return z = W1 x + u, r = phi(z) - phi(u) and y = x + W2 r of `[N, H]` scores.
+
+    The residual is a product with the identity `one`: x already lies where a product reads it.
+    """
+    w = tl.dot(x, w_in, input_precision=PRECISION)
+    r = rise(w, u).to(x.dtype)
     y = tl.dot(x, one, input_precision=PRECISION)
-    return z, hidden, tl.dot(hidden, w_out, y, input_precision=PRECISION)
+    return w + u, r, tl.dot(r, w_out, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -97,18 +105,20 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def mix_kernel(
-    x, w1, w2, hidden_table, static_table, mask,
+    x, w1, w2, hidden_table, mask,
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- X + W2 phi(W1 X + U) + C, -inf if unseen; grid (diagonals, B, segments)."""
+    """X <- X + W2 (phi(W1 X + U) - phi(U)), -inf if unseen; grid (diagonals, B, segments)."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
-    u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
+    u = load_hidden(hidden_table, delta_ij, units, table_size, D)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
     w_in, w_out = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
     one = (heads[:, None] == heads[None, :]).to(compute)
@@ -121,8 +131,8 @@ def mix_kernel(
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
-        _z, _hidden, y = mlp(a, w_in, w_out, one, u, PRECISION)
-        s = tl.where(seen[:, None], y + c, float("-inf"))
+        _z, _rise, y = mlp(a, w_in, w_out, one, u, PRECISION)
+        s = tl.where(seen[:, None], y, float("-inf"))
         tl.store(x + at, s.to(compute), inside)
 
 
@@ -134,18 +144,23 @@ def mix_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, ADD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
 
-    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. Grid (diagonals, B,
-    segments). The shares are added to those of earlier bands, if any, in the segment's own slot, so
-    that the sum over the slots, and with it every gradient, has one order.
+    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. U has dz, and W2 has
+    dS r^T for r = phi(z) - phi(U), beside what it has in C. Grid (diagonals, B, segments). Shares
+    are added to those of earlier bands, if any, in the segment's own slot, so that the sum over the
+    slots, and with it every gradient, has one order.
     """
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
-    u, c = load_tables(hidden_table, static_table, delta_ij, heads, units, table_size, H, D)
+    u = load_hidden(hidden_table, delta_ij, units, table_size, D)
+    c = load_static(static_table, delta_ij, heads, table_size, H)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
     w1_HD, w2_HD = w1_HD.to(compute), w2_HD.to(compute)
     one = (heads[:, None] == heads[None, :]).to(compute)
@@ -166,8 +181,8 @@ def mix_backward_kernel(
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
-        z, hidden, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
-        logit = (logit + c).to(compute).to(tl.float32)  # as the forward pass stored it
+        z, r, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
+        logit = logit.to(compute).to(tl.float32) + c  # as the forward pass had it
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum = tl.load(lse + stat, seen_heads, 0.0)
         shared = tl.load(delta + stat, seen_heads, 0.0)
@@ -178,7 +193,7 @@ def mix_backward_kernel(
         da = tl.dot(dz.to(compute), tl.trans(w1_HD), ds, input_precision=PRECISION)
         tl.store(x + at, weight.to(compute), inside)
         tl.store(y + at, da.to(compute), inside)
-        sum_w2 = tl.dot(tl.trans(ds.to(compute)), hidden, sum_w2, input_precision=PRECISION)
+        sum_w2 = tl.dot(tl.trans(ds.to(compute)), r, sum_w2, input_precision=PRECISION)
         sum_w1 = tl.dot(tl.trans(dz.to(compute)), a, sum_w1, input_precision=PRECISION)
         sum_u += dz
         sum_c += ds
@@ -212,12 +227,15 @@ def fold_kernel(
     line_n, line_q, line_r, line_c, table_d, table_c,
     SPANS: tl.constexpr, SKEWED: tl.constexpr,
     DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
 
     Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
     more than SPANS slots.
     """
+    if unwanted(gate, GATED):
+        return
     first = tl.program_id(0) * DISTANCES
     d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((DISTANCES, COLUMNS), tl.float32)

@@ -27,20 +27,21 @@ def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
     return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
 
 
-def whole(problem: Problem, mixing: Mixing, exact: bool) -> None:
-    """Return None: there is no one kernel for everything."""
+def whole(problem: Problem, mixing: Mixing, *found: Tensor) -> bool:
+    """Return that there is no one kernel for everything."""
+    return False
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
-    """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
     where = diagonals(problem, band, tile_rows, tile_keys)
     mask = x if problem.mask is None else problem.mask[band.batch, band.keys]
     batch, rows, keys = band.sizes
     kernels.mix_kernel[(where.number, batch, share(batch, where.number, rows)[1])](
-        x, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static, mask,
+        x, mixing.weight_in, mixing.weight_out, mixing.hidden, mask,
         rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-        **sizes(problem, mixing), num_warps=4,
+        **sizes(problem, mixing), **problem.gated(), num_warps=4,
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def mix_backward(
         rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
         *x.stride()[:2], *lse.stride(), mask.stride(0), LINES=lines, ADD=slots.add,
-        **sizes(problem, mixing), num_warps=8, num_stages=1,
+        **sizes(problem, mixing), **problem.gated(), num_warps=8, num_stages=1,
     )  # fmt: skip
     return x, y
 

@@ -1,105 +1,47 @@
-"""The banded kernels as registered operators, and which calls they serve."""
+"""The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back.
+
+Inductor keeps compiled graphs on disk, and they hold the schema of each operator. A change of a
+schema takes a new number in the name: graphs of an older version would call with old arguments.
+"""
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dape.attention.fused.tables import hidden_units, tables
-from dape.attention.fused.tables import obstacle as table_obstacle
-from dape.positions.bias import FIRE
+from dape.attention.call import Attended, Call
+from dape.attention.fused.tables import tables
 
 if TYPE_CHECKING:
     from dape.attention.fused.geometry import Problem
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
-# Taps of a convolution times heads or units, all padded; half as many in float32.
-MOST_CHANNELS = 256
-# CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
-MOST_PROGRAMS = 65535
-# Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
-LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
+def attend(call: Call, backend: str) -> Attended:
+    """Return output and log-sum-exp of a call that `serves.obstacle` lets pass.
 
-def obstacle(
-    backend: str,
-    query: Float[Tensor, "batch heads query head_dim"],
-    value: Float[Tensor, "batch kv_heads key value_dim"],
-    bias: nn.Module | None,
-    adapter: nn.Module | None,
-    mask: Bool[Tensor, "#batch 1 #query key"] | None,
-    query_offset: int | Int[Tensor, ""],
-    positions_given: bool,
-) -> str | None:
-    """Return why the fused kernels cannot serve a call, or None if they can."""
-    batch, heads, units = *query.shape[:2], hidden_units(adapter)
-    taps = getattr(adapter, "kernel_size", 1)
-    channels = (1 << (taps - 1).bit_length()) * (1 << (max(16, heads, units) - 1).bit_length())
-    most_channels = MOST_CHANNELS // (2 if query.dtype == torch.float32 else 1)
-    features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
-    most, widest = max(units, features), max(query.shape[3], value.shape[3])
-    reasons = [
-        (positions_given, "positions are given, and the kernels count slots"),
-        (not isinstance(query_offset, int), "query_offset is a tensor"),
-        (mask is not None and mask.shape[2] > 1, "the mask differs between queries"),
-        (query.dtype not in DTYPES, f"the dtype is {query.dtype}"),
-        (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
-        (widest > WIDEST_HEAD, f"head_dim={widest} is more than {WIDEST_HEAD}"),
-        (heads > MOST_HEADS, f"{heads} heads are more than {MOST_HEADS}"),
-        (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
-        (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
-        (
-            taps > 1 and channels > most_channels,
-            f"kernel_size={taps} with {heads} heads and hidden={units} needs {channels} padded "
-            f"channels, more than {most_channels}",
-        ),
-        (
-            query.dtype == torch.float32 and heads > 16 and units > 32 and is_small(query.device),
-            f"in float32 {heads} heads and hidden={units} need more shared memory than it has",
-        ),
-    ]
-    found = next((reason for holds, reason in reasons if holds), None)
-    found = found or table_obstacle(bias, adapter)
-    if found is None and backend == "cuda" and adapter is not None and not features and taps == 1:
-        from dape.attention.fused import mix_cuda
-
-        if query.dtype == torch.float32:
-            return "its scratch is fp16, too narrow for float32"
-        return mix_cuda.obstacle(heads, units)
-    return found
-
-
-def is_small(device: torch.device) -> bool:
-    """Return whether a GPU has less shared memory than the widest float32 tiles take, 132 KiB."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in LARGE
-
-
-def attend_fused(
-    query: Float[Tensor, "batch heads query head_dim"],
-    key: Float[Tensor, "batch kv_heads key head_dim"],
-    value: Float[Tensor, "batch kv_heads key value_dim"],
-    bias: nn.Module | None,
-    adapter: nn.Module | None,
-    mask: Bool[Tensor, "#batch 1 1 key"] | None,
-    scale: float,
-    causal: bool,
-    query_offset: int,
-    backend: str,
-) -> tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]:
-    """Return output and log-sum-exp of a call that has no `obstacle`."""
-    rows, keys = query.shape[2], key.shape[2]
-    count = max(keys - min(0, query_offset), rows + query_offset)
-    found = tables(bias, adapter, query.shape[1], count, query.device)
+    An output that is wider than the value has been rounded to two numbers of its dtype.
+    """
+    query, mask, shift = call.query, call.mask, cast(int, call.shift)
+    rows, keys = query.shape[2], call.key.shape[2]
+    count = max(keys - min(0, shift), rows + shift)
+    found = tables(call.bias, call.adapter, query.shape[1], count, query.device, call.key_offset)
     seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
-    exact = torch.is_grad_enabled() and any(table.requires_grad for table in found)
-    out, lse, _ = banded(
-        query, key, value, found, seen, scale, causal, query_offset, backend, exact
-    )
-    return out, lse
+    begun = call.begun
+    if begun is not None:
+        begun = begun[:, 0, 0].expand(query.shape[0]).contiguous()
+    wide = call.result != call.value.dtype
+    trains = torch.is_grad_enabled() and any(table.requires_grad for table in found)
+    exact = wide or (trains and len(found) > 1)
+    out, lse, rest, _ = forward_operator(
+        query, call.key, call.value, found, seen, begun, call.scale, call.causal, shift,
+        call.halo, backend, exact,
+    )  # fmt: skip
+    if wide:
+        out = out.to(call.result) + (rest.to(call.result) if rest.numel() else 0)
+    return Attended(out, lse)
 
 
 def mixer(backend: str, problem: "Problem") -> ModuleType:
@@ -127,6 +69,8 @@ def problem_of(
     scale: float,
     causal: bool,
     offset: int,
+    halo: Sequence[int] = (0, 0),
+    begun: Tensor | None = None,
 ) -> "Problem":
     """Return the problem of an operator's arguments, with contiguous rows.
 
@@ -148,95 +92,157 @@ def problem_of(
         scale=scale,
         causal=causal,
         offset=offset,
+        halo=(halo[0], halo[1]),
+        begun=begun,
     )
 
 
-@torch.library.custom_op("dape::banded", mutates_args=())
-def banded(
+LIBRARY = torch.library.Library("dape", "FRAGMENT")
+_PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor[] tables, Tensor? mask, Tensor? begun"
+_HOW = "float scale, bool causal, SymInt offset, SymInt[] halo, str backend"
+_SCHEMAS = (
+    f"attend_2({_PROBLEM}, {_HOW}, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"attend_backward_2({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
+    f"Tensor grad_out, Tensor? grad_lse, {_HOW}) -> Tensor[]",
+)
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+# What custom_op puts around an operator costs several times as much host time as these.
+forward_operator = torch.ops.dape.attend_2.default
+backward_operator = torch.ops.dape.attend_backward_2.default
+
+
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     tables: Sequence[Tensor],
     mask: Tensor | None,
+    begun: Tensor | None,
     scale: float,
     causal: bool,
     offset: int,
+    halo: Sequence[int],
     backend: str,
     exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp, and if `exact` what rounding left of the output, else nothing.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return output, log-sum-exp, if `exact` what rounding left of the output, and a flag.
 
-    The other arguments are those of `Problem`.
+    They are those of `banded.forward`, the other arguments those of `Problem`.
     """
     from dape.attention.fused.banded import forward
 
-    problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
+    problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     with torch.cuda.device_of(query):
         return forward(problem, mixer(backend, problem), exact)
 
 
-@banded.register_fake
-def _(
+def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = query.new_empty(*query.shape[:3], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    kept = bool(others[-1]) and len(tables) > 1 and query.dtype != torch.float32
-    return out, lse, torch.empty_like(out) if kept else query.new_empty(0)
+    narrow = query.dtype != torch.float32
+    rest = torch.empty_like(out) if narrow and others[-1] else query.new_empty(0)
+    flags = int(narrow and len(tables) > 1)
+    return out, lse, rest, query.new_empty(flags, dtype=torch.int32)
 
 
-@torch.library.custom_op("dape::banded_backward", mutates_args=())
-def banded_backward(
+def _backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     tables: Sequence[Tensor],
     mask: Tensor | None,
+    begun: Tensor | None,
     out: Tensor,
     lse: Tensor,
     rest: Tensor,
+    flag: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     scale: float,
     causal: bool,
     offset: int,
+    halo: Sequence[int],
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of query, key, value and the tables."""
     from dape.attention.fused.banded import backward
 
-    problem = problem_of(query, key, value, tables, mask, scale, causal, offset)
+    problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     if grad_lse is not None:  # a row that sees nothing has none
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     with torch.cuda.device_of(query):
-        kernels = mixer(backend, problem)
-        return backward(problem, kernels, out, lse, rest, with_rows(grad_out), grad_lse)
+        mixers = mixer(backend, problem), mixer("triton", problem)
+        return backward(problem, *mixers, out, lse, rest, flag, with_rows(grad_out), grad_lse)
 
 
-@banded_backward.register_fake
-def _(
+def _backward_fake(
     query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: object
 ) -> list[Tensor]:
     gradients = [torch.empty_like(with_rows(x)) for x in (query, key, value)]
     return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, tables, mask, *ctx.how, _exact = inputs
-    ctx.save_for_backward(query, key, value, mask, *output, *tables)
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
+class _Attend(torch.autograd.Function):
+    """The operator with its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        begun: Tensor | None,
+        how: tuple[Any, ...],
+        exact: bool,
+        *tables: Tensor,
+    ) -> tuple[Tensor, ...]:
+        found = _below(query, key, value, tables, mask, begun, *how, exact)
+        ctx.how = how
+        ctx.save_for_backward(query, key, value, mask, begun, *found, *tables)
+        ctx.mark_non_differentiable(*found[2:])
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_others: None
+    ) -> tuple[Any, ...]:
+        query, key, value, mask, begun, out, lse, rest, flag, *tables = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = backward_operator(
+            query, key, value, tables, mask, begun, out, lse, rest, flag, grad_out, grad_lse,
+            *ctx.how,
+        )  # fmt: skip
+        return *found[:3], None, None, None, None, *found[3:]
 
 
-def _gradients(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _rest: None
-) -> tuple[Any, ...]:
-    query, key, value, mask, out, lse, rest, *tables = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    found = banded_backward(
-        query, key, value, tables, mask, out, lse, rest, grad_out, grad_lse, *ctx.how
-    )
-    return *found[:3], found[3:], *[None] * 6
+def _below(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward_operator(*given)
 
 
-banded.register_autograd(_gradients, setup_context=_setup)
+def _with_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Sequence[Tensor],
+    mask: Tensor | None,
+    begun: Tensor | None,
+    *how: Any,
+) -> tuple[Tensor, ...]:
+    tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *tables))
+    if tracked:
+        return _Attend.apply(query, key, value, mask, begun, how[:-1], how[-1], *tables)
+    return _below(query, key, value, tables, mask, begun, *how)
+
+
+LIBRARY.impl("attend_2", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attend_2", _with_gradients, "Autograd")
+LIBRARY.impl("attend_backward_2", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dape::attend_2", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("dape::attend_backward_2", _backward_fake, lib=LIBRARY)

@@ -78,8 +78,9 @@ class Slots(NamedTuple):
         place = lowest(problem, mixer.tile_rows, mixer.tile_keys), mixer.tile_keys // mixer.shares
         static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
         lines = static_sums.unflatten(1, (padded_heads, mixer.lines)).transpose(1, 2)
-        fold(lines[None], *place, unit, static.t())
-        fold(hidden_sums.unflatten(1, (mixer.lines, units))[None], *place, unit, hidden)
+        fold(problem, lines[None], *place, unit, static.t())
+        lines = hidden_sums.unflatten(1, (mixer.lines, units))
+        fold(problem, lines[None], *place, unit, hidden)
         return [static, hidden, weight_in.t().contiguous(), weight_out]
 
 
@@ -114,6 +115,7 @@ def lowest(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> 
 
 
 def fold(
+    problem: Problem,
     lines: Float[Tensor, "terms slots lines COLUMNS"],
     first: int,
     step: int,
@@ -135,5 +137,6 @@ def fold(
         lines, unit, table, terms, slots, reach, first, step, count, columns,
         *lines.stride(), *table.stride(),
         SPANS=cdiv(reach, step), SKEWED=skewed, DISTANCES=distances, COLUMNS=width,
-        TERMS=min(next_power_of_2(terms), 2048 // (distances * width)), num_warps=4,
+        TERMS=min(next_power_of_2(terms), 2048 // (distances * width)), **problem.gated(),
+        num_warps=4,
     )  # fmt: skip

@@ -3,11 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dape.attention.fused import static_kernels as kernels
-from dape.attention.fused.banded import PRECISION, Sums, Tile, combine, key_spans, wide
+from dape.attention.fused.banded import PRECISION, Sums, Tile, asking, combine, key_spans, wide
 from dape.attention.fused.geometry import Problem, bands, cdiv, diagonals, next_power_of_2, strides
 from dape.attention.fused.slots import fold, lowest
 
@@ -34,17 +35,11 @@ class Bias(NamedTuple):
     def of(cls, problem: Problem) -> "Bias":
         """Return the bias of a problem, with what nobody may see at -inf."""
         batch, heads, rows, _ = problem.query.shape
-        keys, reach = problem.key.shape[2], 2 * WIDEST_TILE
-        given, unseen = problem.static, float("-inf") if problem.causal else 0.0
+        keys, reach, given = problem.key.shape[2], 2 * WIDEST_TILE, problem.static
         if given is None:
             size = max(keys, rows + problem.offset, 1)
             given = problem.query.new_zeros(heads, size, dtype=torch.float32)
-        low = reach if problem.causal else given.shape[1] - 1 + reach
-        table = given.new_full((heads, low + given.shape[1] + reach), unseen)
-        at_zero = table[:, low:-reach]
-        torch.mul(given, LOG2E, out=at_zero)
-        if not problem.causal:
-            table[:, reach:low] = at_zero[:, 1:].flip(1)
+        table, low = padded_table(given, problem.causal, LOG2E)
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
@@ -53,6 +48,20 @@ class Bias(NamedTuple):
         if problem.mask is not None:
             line.masked_fill_(~problem.mask, float("-inf"))
         return cls(table, low, pad(line, (0, reach), value=float("-inf")))
+
+
+def padded_table(
+    given: Float[Tensor, "heads distances"], causal: bool, factor: float
+) -> tuple[Tensor, int]:
+    """Return `factor` times a table over distances of both signs, and where distance 0 stands."""
+    reach, unseen = 2 * WIDEST_TILE, float("-inf") if causal else 0.0
+    low = reach if causal else given.shape[1] - 1 + reach
+    table = given.new_full((len(given), low + given.shape[1] + reach), unseen)
+    at_zero = table[:, low:-reach]
+    torch.mul(given, factor, out=at_zero)
+    if not causal:
+        table[:, reach:low] = at_zero[:, 1:].flip(1)
+    return table, low
 
 
 def tile_of(kernel: str, problem: Problem) -> Tile:
@@ -81,12 +90,10 @@ def shared(problem: Problem, bias: Bias) -> dict[str, Any]:
     }
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, over spans of keys where rows alone are too few programs."""
+def forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Fill what `banded.forward` returns, over spans of keys where rows are too few programs."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
-    out = query.new_empty(batch, heads, rows, value.shape[3])
-    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
     bias, tile, band = Bias.of(problem), tile_of("forward", problem), bands(problem)[0]
     spans, length = key_spans(problem, band, tile)
     parts, parts_lse = out[None], lse[None]
@@ -95,17 +102,17 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        query, key, value, bias.table, line, parts, parts_lse,
+        query, key, value, bias.table, line, parts, parts_lse, rest,
         rows, band.sizes[2], bias.table.shape[1], bias.low, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
-        heads, **shared(problem, bias), CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
+        heads, **shared(problem, bias), CAUSAL=problem.causal,
+        RESTED=spans == 1 and rest.numel() > 0, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if spans > 1:
-        combine(parts, parts_lse, out, lse, query.new_empty(0))
-    return out, lse
+        combine(parts, parts_lse, asking(problem, None), out, lse, rest)
 
 
 def backward(
@@ -160,5 +167,6 @@ def backward(
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     gradient = torch.empty_like(problem.static)
-    fold(lines, lowest(problem, size, size), size, sums.unit, gradient.t(), skewed=True)
+    place = lowest(problem, size, size), size
+    fold(problem, lines, *place, sums.unit, gradient.t(), skewed=True)
     return [gradient]

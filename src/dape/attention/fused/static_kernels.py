@@ -11,24 +11,8 @@ K keys. Strides of batch, head and row come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows
+from dape.attention.fused.kernels import LOG2E, load_rows, store_output, toeplitz
 from dape.attention.fused.mix_kernels import diagonal_tiles
-
-
-@triton.jit
-def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
-
-    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
-    product of queries and keys lies: a load for every element would cost more than that product.
-    """
-    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
-    n = tl.arange(0, A * B)
-    if KEYS_FIRST:
-        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
-        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
-    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
-    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
 
 
 @triton.jit
@@ -58,12 +42,12 @@ def row_statistics(lse, delta, rows, num_rows):
 
 @triton.jit
 def forward_kernel(
-    query, key, value, table, line, out, lse,
+    query, key, value, table, line, out, lse, rest,
     num_rows, num_keys, table_size, table_low, shift, scale, keys_per_span,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr, RESTED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(scale Q K^T + C) V of one head over a span of keys; grid (rows, B H, spans)."""
@@ -101,8 +85,7 @@ def forward_kernel(
     columns = tl.arange(0, WIDE_V)[None, :]
     at = tl.program_id(2) * out_s + b64 * out_b + h * out_h
     at += rows[:, None].to(tl.int64) * out_t + columns
-    inside = (rows < num_rows)[:, None] & (columns < V)
-    tl.store(out + at, acc.to(out.dtype.element_ty), inside)
+    store_output(out, rest, at, acc, (rows < num_rows)[:, None] & (columns < V), RESTED)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + rows
     tl.store(lse + at, (top + tl.log2(total)) / LOG2E, rows < num_rows)
 

@@ -1,8 +1,14 @@
 r"""A bias and an adapter as tables over the distance, by ordinary differentiable code.
 
-If B depends on the distance alone, then so does all that DAPE makes of it: with W1 = [W1a, W1b] on
-[A; B], the logits are `A + C + W2 phi(W1a A + U)` for tables `U = W1b B + b1` and `C = B + b2`. The
-kernels take the tables and give their gradients; what stands behind them is autograd's.
+If B depends on the distance alone, then so does all that DAPE makes of it. With W1 = [W1a, W1b] on
+[A; B] and tables `U = W1b B + b1` and `C = B + b2 + W2 phi(U)`, the logits are
+
+    A + C + W2 (phi(W1a A + U) - phi(U)).
+
+C is what they are where A = 0, and stays in float32: a bias of 1e5 is as exact as elsewhere. What
+the kernels compute in 16 bits is no larger than the scores make it, whatever the bias. They take
+the tables and give their gradients; what stands behind them is autograd's. That of U is the whole:
+the kernels know how U enters C.
 
 FIRE depends on the row too, but is linear in features `f = (1, relu(v x + c))` of the one number
 `x = psi(|i - j|) / psi(max(i, j, L))`: the logits are `A + C f + W2 phi(W1a A + U f)`, with tables
@@ -47,16 +53,17 @@ def tables(
     num_heads: int,
     count: int,
     device: torch.device,
+    key_offset: int = 0,
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
     In float32. For DAPE V2 axes of units hold D for each tap, and b1 comes last. Where no scores
     are mixed there is C alone, and nothing without a bias. For FIRE they are over its features, and
-    what makes the features follows.
+    what makes the features follows. C is without `W2 phi(U)` for both, as U is no table of its own.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
-            return fire_tables(bias, adapter, count, device)
+            return fire_tables(bias, adapter, count, device, key_offset)
         values = None
         if bias is not None:
             distances = torch.arange(count, device=device)
@@ -66,23 +73,26 @@ def tables(
         if values is None:
             values = torch.zeros(num_heads, count, dtype=torch.float32, device=device)
         found = mixed_tables(adapter, values, values.new_ones(1))
-        if isinstance(adapter, DAPE) and adapter.inputs == "bias" and adapter.kernel_size == 1:
-            static, hidden, _, weight_out = found
-            return (static + weight_out @ leaky_relu(hidden, SLOPE).t(),)
-        return found
+        if isinstance(adapter, TalkingHeads) or adapter.kernel_size > 1:
+            return found
+        static, hidden, weight_in, weight_out = found
+        alone = adapter.inputs == "bias"
+        at_zero = leaky_relu(hidden if alone else hidden.detach(), SLOPE)
+        static = static + weight_out @ at_zero.t()
+        return (static,) if alone else (static, hidden, weight_in, weight_out)
 
 
 def fire_tables(
-    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device
+    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device, key_offset: int
 ) -> tuple[Tensor, ...]:
     """Return C `[H, 1 + F]`, U `[1 + F, D]`, W1a and W2 over features, psi, 1 / psi, v and c.
 
-    psi `[N]` is over distances, 1 / psi(max(slot, L)) `[N]` over slots, v and c are `[F]`. Without
-    an adapter D = 0.
+    psi `[N]` is over distances, 1 / psi(max(i, L)) `[N]` over the indices i from that of the first
+    key on, v and c are `[F]`. Without an adapter D = 0.
     """
-    slots = torch.arange(count, dtype=bias.c.dtype, device=device)
-    psi = torch.log1p(bias.c * slots).float()
-    scale = 1 / torch.log1p(bias.c * torch.maximum(slots, bias.threshold)).float()
+    distances = torch.arange(count, dtype=bias.c.dtype, device=device)
+    psi = torch.log1p(bias.c * distances).float()
+    scale = 1 / torch.log1p(bias.c * torch.maximum(distances + key_offset, bias.threshold)).float()
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, DAPE | TalkingHeads):

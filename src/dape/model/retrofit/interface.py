@@ -1,8 +1,8 @@
 """`dape.attention` as an attention of transformers: the function, and the mask that goes with it.
 
-A model asks the mask function once, hands what it returns to each layer, and the layer hands it to
-the attention function. Ours returns a `Sight` instead of a whole mask tensor, so that padding stays
-`[batch, keys]` and causality an argument: what the fused kernels serve.
+A model calls the mask function once and gives the result to each layer. The layer gives it to the
+attention function. Our mask function returns a `LayerMask` instead of a mask tensor. Padding then
+stays `[batch, keys]` and causality stays an argument, and the fused kernels serve the call.
 """
 
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ NAME = "dape"
 logger = logging.get_logger(__name__)
 
 
-class Sight(NamedTuple):
-    """Which keys the queries of a layer may see, and where both stand.
+class LayerMask(NamedTuple):
+    """The keys that the queries of a layer may see, and the offsets of queries and keys.
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
-    before the first key, which a sliding cache has dropped. `tokens` is true for each of these and
-    of the keys that is no padding; None where all are tokens.
+    before the first key, which a sliding cache has dropped. `tokens` is false for padding, among
+    the dropped tokens and the keys. It is None where nothing is padding.
     """
 
     mask: Tensor | None
@@ -46,7 +46,7 @@ class Sight(NamedTuple):
         """Return zero: Falcon asks whether its mask has four axes, and then puts ALiBi into it."""
         return 0
 
-    def to(self, *_: Any) -> "Sight":
+    def to(self, *_: Any) -> "LayerMask":
         """Return this: MPT casts its mask to booleans, and these are."""
         return self
 
@@ -54,15 +54,15 @@ class Sight(NamedTuple):
         self, rows: int, keys: int, device: torch.device
     ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
         """Return the positions of queries and keys, which count tokens and no padding."""
-        slots = torch.arange(keys, device=device) + self.key_offset
-        query_slots = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
+        index = torch.arange(keys, device=device) + self.key_offset
+        query_index = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
         if self.tokens is None:
-            return query_slots, slots
+            return query_index, index
         counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
-        return counted[:, query_slots], counted[:, slots]
+        return counted[:, query_index], counted[:, index]
 
 
-def sight(
+def layer_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -73,7 +73,7 @@ def sight(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> Sight:
+) -> LayerMask:
     """Return what the queries may see; the arguments are those of transformers' mask functions.
 
     Windows that end before the keys do, packed sequences and other patterns become a whole mask
@@ -93,30 +93,30 @@ def sight(
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
     # A static cache counts on in the tensor it gives; the difference is one of our own.
-    return Sight(mask, causal, q_offset - kv_offset, kv_offset, tokens)
+    return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens)
 
 
-def sight_of(
-    attention_mask: Sight | Tensor | None,
+def layer_mask_of(
+    attention_mask: LayerMask | Tensor | None,
     query: Float[Tensor, "batch heads query head_dim"],
     key: Float[Tensor, "batch kv_heads key head_dim"],
-) -> Sight:
-    """Return the sight that a layer was given; a mask tensor is the caller's own.
+) -> LayerMask:
+    """Return the mask of a layer; a tensor is the mask of the caller.
 
     Raises:
         UserError: for a tensor that is not boolean.
     """
-    if isinstance(attention_mask, Sight):
+    if isinstance(attention_mask, LayerMask):
         return attention_mask
     offset = key.shape[2] - query.shape[2]
     if attention_mask is None:
-        return Sight(None, True, offset)
+        return LayerMask(None, True, offset)
     if attention_mask.dtype != torch.bool:
         raise UserError(
             f"attention_mask {list(attention_mask.shape)} of {attention_mask.dtype}: with adapters "
             "mounted a mask of four axes must be torch.bool, true where a key may be seen"
         )
-    return Sight(attention_mask, False, offset)
+    return LayerMask(attention_mask, False, offset)
 
 
 def attend(
@@ -152,7 +152,7 @@ def attend(
     backend: str = getattr(module, "attention_backend", "auto")
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
-    seen = sight_of(attention_mask, query, key)
+    seen = layer_mask_of(attention_mask, query, key)
     refuse_unused(seen, **more)
     positions: tuple[Tensor | None, Tensor | None] = None, None
     if bias is not None and not getattr(bias, "relative", False):
@@ -169,7 +169,7 @@ def attend(
 
 
 def refuse_unused(
-    seen: Sight,
+    seen: LayerMask,
     is_causal: bool | None = None,
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -187,7 +187,7 @@ def refuse_unused(
 
 
 def known_positions(
-    seen: Sight, bias: nn.Module, rows: int, keys: int, device: torch.device
+    seen: LayerMask, bias: nn.Module, rows: int, keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the positions of queries and keys, if causality and padding alone decide them."""
     if rows > 1 and not seen.causal:
@@ -219,4 +219,4 @@ class SoftCapped(nn.Module):
 
 # An attention without its mask function silently loses causality.
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sight)
+AttentionMaskInterface.register(NAME, layer_mask)

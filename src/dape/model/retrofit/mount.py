@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from dape.attention.select import select
+from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
 from dape.model.modeling import DapePreTrainedModel, in_use
 from dape.model.retrofit.choice import Choice, Factory
@@ -109,7 +109,7 @@ def retrofit(
     names = (train,) if isinstance(train, str) else tuple(train)
     choice = Choice(adapter, bias, options or {})
     choice.check()
-    select(backend)
+    check_backend(backend)
     return mount(servable(model), choice, names, backend)
 
 

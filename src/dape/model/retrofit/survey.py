@@ -14,8 +14,8 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from dape.errors import UserError
 from dape.model.modeling import DapeAttention
-from dape.model.retrofit.interface import sight
-from dape.model.retrofit.routes import route_of
+from dape.model.retrofit.architectures import architecture_of
+from dape.model.retrofit.interface import layer_mask
 
 SURVEY = "dape_survey"
 # What an attention may ask for beyond softmax(scale q k^T + mask) v, and Gemma 2's cap of it.
@@ -54,18 +54,18 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
             Attention(each, heads, each.head_dim, device_of(each), each.position_bias)
             for each in ours
         ]
-    routed = [(each, route) for each in model.modules() if (route := route_of(each))]
-    if routed:
+    known = [(each, own) for each in model.modules() if (own := architecture_of(each))]
+    if known:
         return [
             Attention(
                 module,
-                getattr(module, route.heads),
+                getattr(module, own.heads),
                 module.head_dim,
                 device_of(module),
-                route.bias(module),
-                route.forward,
+                own.bias(module),
+                own.forward,
             )
-            for module, route in routed
+            for module, own in known
         ]
     return surveyed(model)
 
@@ -148,4 +148,4 @@ def call(model: PreTrainedModel) -> Tensor:
 
 
 AttentionInterface.register(SURVEY, record)
-AttentionMaskInterface.register(SURVEY, sight)
+AttentionMaskInterface.register(SURVEY, layer_mask)

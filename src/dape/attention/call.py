@@ -1,0 +1,247 @@
+"""One checked call of attention, its parts over rows and keys, and its result."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dape.errors import UserError, check_finite, check_switch, check_whole
+
+
+class Call(NamedTuple):
+    """The arguments of `dape.attention`, as every backend takes them.
+
+    Args:
+        mask: true where a key may be seen, with four axes.
+        query_offset: index of the first query; the query at index i sees keys at indices j <= i.
+        key_offset: index of the first key, which is 0 unless the keys are a part of all.
+        query_positions: the indices by default, and so are `key_positions`.
+        halo: how many of the first and of the last keys only the adapter sees: they have no weight.
+        begun: true for rows that may have seen a key before the first one. None where none was.
+        out_dtype: that of the output; that of the value by default.
+    """
+
+    query: Float[Tensor, "batch heads query head_dim"]
+    key: Float[Tensor, "batch kv_heads key head_dim"]
+    value: Float[Tensor, "batch kv_heads key value_dim"]
+    bias: nn.Module | None = None
+    adapter: nn.Module | None = None
+    mask: Bool[Tensor, "#batch 1 #query key"] | None = None
+    causal: bool = True
+    scale: float = 1.0
+    query_offset: int | Int[Tensor, ""] = 0
+    key_offset: int = 0
+    query_positions: Int[Tensor, "*batch query"] | None = None
+    key_positions: Int[Tensor, "*batch key"] | None = None
+    halo: tuple[int, int] = (0, 0)
+    begun: Bool[Tensor, "#batch 1 #query"] | None = None
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def shift(self) -> int | Int[Tensor, ""]:
+        """Return the index of the first query, counted from the first key."""
+        return self.query_offset - self.key_offset
+
+    @property
+    def positioned(self) -> bool:
+        """Return whether positions are given, which may then be any."""
+        return self.query_positions is not None or self.key_positions is not None
+
+    @property
+    def result(self) -> torch.dtype:
+        """Return the dtype of the output."""
+        return self.value.dtype if self.out_dtype is None else self.out_dtype
+
+    def positions(self) -> tuple[Int[Tensor, "*batch query"], Int[Tensor, "*batch key"]]:
+        """Return the positions of the queries and of the keys."""
+        device, (query, key) = self.query.device, (self.query_positions, self.key_positions)
+        if query is None:
+            query = torch.arange(self.query.shape[2], device=device) + self.query_offset
+        if key is None:
+            key = torch.arange(self.key.shape[2], device=device) + self.key_offset
+        return query, key
+
+    def visible(self) -> Bool[Tensor, "#batch 1 query key"]:
+        """Return which key each query may see."""
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        return visibility(rows, keys, self.mask, self.causal, self.shift, self.query.device)
+
+    def part(self, rows: slice, keys: slice) -> "Call":
+        """Return the call of some rows and keys, whose indices stay; each slice has both ends."""
+        query, key = self.query_positions, self.key_positions
+        mask, begun = self.mask, self.begun
+        if mask is not None:
+            mask = mask[..., rows if mask.shape[2] > 1 else slice(None), keys]
+        if begun is not None and begun.shape[2] > 1:
+            begun = begun[..., rows]
+        halo = self.halo
+        if halo != (0, 0):
+            end = self.key.shape[2] - halo[1]
+            halo = max(0, halo[0] - keys.start), max(0, keys.stop - end)
+        return self._replace(
+            query=self.query[:, :, rows],
+            key=self.key[:, :, keys],
+            value=self.value[:, :, keys],
+            mask=mask,
+            query_offset=self.query_offset + rows.start,
+            key_offset=self.key_offset + keys.start,
+            query_positions=None if query is None else query[..., rows],
+            key_positions=None if key is None else key[..., keys],
+            halo=halo,
+            begun=begun,
+        )
+
+    def widened(self) -> "Call":
+        """Return the call in float32, or in float64 if a tensor is, with the same dtype of output.
+
+        A product of 16-bit numbers is exact in float32, and in TF32 too, which holds their 11 bits.
+        On a GPU it takes no longer than a product in 16 bits and the pass that widens the result.
+        """
+        query, key, value = widened(self.query, self.key, self.value)
+        return self._replace(query=query, key=key, value=value, out_dtype=self.result)
+
+
+class Attended(NamedTuple):
+    """The result of a call: its output, and what else was asked for.
+
+    `lse` is the log-sum-exp of each row's logits, -inf where a query sees no key.
+    """
+
+    out: Float[Tensor, "batch heads query value_dim"]
+    lse: Float[Tensor, "batch heads query"] | None = None
+    weights: Float[Tensor, "batch heads query key"] | None = None
+
+
+def checked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: nn.Module | None = None,
+    adapter: nn.Module | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    causal: bool = True,
+    query_offset: int | Tensor = 0,
+    key_offset: int = 0,
+) -> Call:
+    """Return the call of these arguments of `dape.attention`.
+
+    Raises:
+        UserError: for shapes, dtypes and modules that do not fit each other.
+    """
+    check(query, key, value, bias, adapter)
+    check_where(query, key, mask, query_positions, key_positions)
+    check_numbers(causal, scale, query_offset, key_offset)
+    if mask is not None and mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    return Call(
+        query, key, value, bias, adapter, mask, causal, scale, query_offset, key_offset,
+        query_positions, key_positions,
+    )  # fmt: skip
+
+
+def widened(
+    query: Float[Tensor, "batch heads query head_dim"],
+    key: Float[Tensor, "batch kv_heads key head_dim"],
+    value: Float[Tensor, "batch kv_heads key value_dim"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors in float32, or in float64 if one of them is."""
+    dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def visibility(
+    rows: int,
+    keys: int,
+    mask: Bool[Tensor, "#batch 1 #query key"] | None,
+    causal: bool,
+    shift: int | Int[Tensor, ""],
+    device: torch.device,
+) -> Bool[Tensor, "#batch 1 query key"]:
+    """Return which key each query may see: key j <= i + shift if causal, and the mask."""
+    visible = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=device)
+    if causal:
+        places = torch.arange(rows, device=device) + shift
+        visible = (torch.arange(keys, device=device) <= places[:, None])[None, None]
+    return visible if mask is None else visible & mask
+
+
+def check(
+    query: Tensor, key: Tensor, value: Tensor, bias: nn.Module | None, adapter: nn.Module | None
+) -> None:
+    """Raise a `UserError` for tensors and modules that do not fit each other."""
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"the {name} is {tensor.dtype}; attention takes floating-point numbers, such as "
+                f"{name}.float()"
+            )
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise UserError(f"{shapes}: query and key differ in batch or head_dim")
+    if key.shape[:3] != value.shape[:3]:
+        raise UserError(f"{shapes}: key and value differ in batch, heads or length")
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise UserError(f"{shapes}: the query heads must be a multiple of the key heads")
+    if 0 in (*query.shape, *key.shape):
+        raise UserError(f"{shapes}: an axis is empty; there must be a query and a key")
+    if query.dtype != key.dtype:
+        raise UserError(
+            f"the query is {query.dtype}, but the key {key.dtype}; give both in one dtype"
+        )
+    for name, module in (("bias", bias), ("adapter", adapter)):
+        for size, axis in (("num_heads", 1), ("head_dim", 3)):
+            built = getattr(module, size, query.shape[axis])
+            if built != query.shape[axis]:
+                raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+
+
+def check_numbers(
+    causal: bool, scale: float | None, query_offset: int | Tensor, key_offset: int
+) -> None:
+    """Raise a `UserError` for numbers that are not finite, or not of their kind."""
+    if torch.compiler.is_compiling():
+        return
+    check_switch(causal=causal)
+    if scale is not None:
+        check_finite(scale=scale)
+    check_whole(-(2**63), key_offset=key_offset)
+    if not isinstance(query_offset, Tensor):
+        check_whole(-(2**63), query_offset=query_offset)
+    elif query_offset.is_floating_point():
+        raise UserError(f"query_offset is {query_offset.dtype}; it must be a whole number")
+
+
+def check_where(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    query_positions: Tensor | None,
+    key_positions: Tensor | None,
+) -> None:
+    """Raise a `UserError` for a mask or positions that do not fit the queries and keys."""
+    batch, _, rows, _ = query.shape
+    keys = key.shape[2]
+    for name, positions, length in (
+        ("query_positions", query_positions, rows),
+        ("key_positions", key_positions, keys),
+    ):
+        if positions is not None and positions.shape[-1] != length:
+            raise UserError(f"{name} {list(positions.shape)} must end with length {length}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise UserError(f"mask has dtype {mask.dtype}; it must be torch.bool, true where seen")
+    sizes = {2: ((batch,), (keys,)), 4: ((1, batch), (1,), (1, rows), (keys,))}.get(mask.ndim, ())
+    if not sizes or any(n not in fit for n, fit in zip(mask.shape, sizes, strict=True)):
+        raise UserError(
+            f"mask {list(mask.shape)} must be [{batch}, {keys}] or "
+            f"[1 or {batch}, 1, 1 or {rows}, {keys}]"
+        )
