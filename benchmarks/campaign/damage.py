@@ -121,10 +121,10 @@ def _differences(expected: dict[str, Any], folder: Path, file: str, target: str)
     # A card shows what the record and the metrics of a run say, whatever that is.
     told = ("README.md",) if file.endswith(("run.json", "metrics.jsonl")) else ()
     # Settings beside the weights are copied as they are.
-    found = differences(expected, state(folder))
     if Path(file).parent.name in ("model", "tokenizer"):
-        told += (Path(file).name,)
-    return [name for name in found if Path(name).name not in told]
+        told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    found = differences(expected, state(folder))
+    return [x for x in found if f"{target}/{x}" != file and Path(x).name not in told]
 
 
 def _fields(file: Path) -> list[str]:

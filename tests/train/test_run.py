@@ -255,3 +255,15 @@ def test_what_was_left_at_the_very_end_goes_with_the_next_start(file, tmp_path):
         (run.path / name).touch()
     train(file, out=run.path, training={"steps": 2})
     assert not list(run.path.glob("*.partial")) and not (run.path / ".lock").exists()
+
+
+def test_metrics_that_were_lost_are_told(interrupted, tmp_path, capsys):
+    run, whole = interrupted
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    again = override(read(run.recipe, Recipe), {"out": copy.path})
+    copy.metrics.write_text(copy.metrics.read_text().partition("\n")[0] + "\n")
+    train(again)
+    assert f"{copy.metrics} has no metrics of steps 2 to 4\n" in capsys.readouterr().out
+    assert losses(copy.path) == [whole[0], *whole[4:]]
+    train(override(again, {"out": shutil.copytree(run.path, tmp_path / "other")}))
+    assert "has no metrics" not in capsys.readouterr().out

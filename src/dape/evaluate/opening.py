@@ -61,7 +61,7 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
         return _open_finetuned(folder, recipe, partial_weights)
     for place in (folder.model, path):
         if (place / "config.json").is_file():
-            config = load_config(str(place)).get_textload_config()
+            config = load_config(str(place)).get_text_config()
             return Model(folder, str(place), config, recipe, partial_weights)
     if path.exists():
         remedy = (
@@ -74,7 +74,7 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
             f"it, nor config.json of a Hugging Face model{remedy}"
         )
     name = path.as_posix()
-    config = load_config(name).get_textload_config()
+    config = load_config(name).get_text_config()
     return Model(RunFolder(Path("runs") / name), name, config, partial_weights=partial_weights)
 
 
@@ -100,7 +100,7 @@ def _in_memory(
     return InMemory(
         RunFolder(Path(name)),
         f"{name} ({type(network).__name__})",
-        config.get_textload_config(),  # type: ignore[union-attr]
+        config.get_text_config(),  # type: ignore[union-attr]
         network=network,
         own_tokenizer=tokenizer,
     )
