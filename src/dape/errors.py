@@ -1,7 +1,11 @@
 """Mistakes of a user, as errors of one line."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+
+_LARGEST = 2**63 - 1  # of the whole numbers that PyTorch takes
 
 
 class UserError(ValueError):
@@ -21,6 +25,32 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
+
+
+def check_whole(least: int = 1, **values: object) -> None:
+    """Raise a `UserError` for a value that is no whole number from `least` to 2^63 - 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UserError(f"{name}={value!r} must be a whole number")
+        if not least <= int(value) <= _LARGEST:
+            bound = f"at least {least}" if int(value) < least else "less than 2**63"
+            raise UserError(f"{name}={value} must be {bound}")
+
+
+def check_finite(least: float = -math.inf, **values: object) -> None:
+    """Raise a `UserError` for a value that is no finite number, or less than `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise UserError(f"{name}={value!r} must be a finite number")
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least:g}")
+
+
+def check_switch(**values: object) -> None:
+    """Raise a `UserError` for a value that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value!r} must be True or False")
 
 
 def install(extra: str = "") -> str:

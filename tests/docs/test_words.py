@@ -19,6 +19,7 @@ MOST_POINTING, MOST_COLONS = 0.05, 0.35
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "CHANGELOG.md",
     *sorted(
         str(file.relative_to(ROOT))
         for pattern in (

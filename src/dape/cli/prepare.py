@@ -14,6 +14,7 @@ from dape.data.prepare import Preparation, Status
 from dape.data.shards import Corpus
 from dape.data.writer import SKIPPED
 from dape.errors import UserError
+from dape.text import one_line
 
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal to draw a bar on
 COLUMNS = (
@@ -59,7 +60,8 @@ def _run(preparation: Preparation) -> None:
                 task, completed=status.source_bytes, rate=_rate(start, status, now - begun)
             )
             for problem in status.problems:
-                progress.console.print(f"skipped {problem}", markup=False, soft_wrap=True)
+                line = one_line(f"skipped {problem}")
+                progress.console.print(line, markup=False, soft_wrap=True)
             if not progress.console.is_terminal and now - logged >= LOG_SECONDS:
                 logged = now
                 progress.console.print(progress.get_renderable())

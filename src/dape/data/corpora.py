@@ -12,7 +12,7 @@ from platform import python_version
 from typing import Any, Literal
 
 from dape.data.hub import reachable
-from dape.errors import UserError
+from dape.errors import UserError, install
 
 Kind = Literal["text", "json", "dataset"]
 
@@ -180,8 +180,7 @@ def named_split(name: str, kind: Kind) -> str | None:
 def _dataset(name: str) -> Source:
     if find_spec("datasets") is None:
         raise UserError(
-            f"no file or folder {name!r}; if it is a Hugging Face dataset, first "
-            "`pip install 'dape[datasets]'`"
+            f"no file or folder {name!r}; to read a Hugging Face dataset, {install('datasets')}"
         )
     if not reachable():
         raise UserError(

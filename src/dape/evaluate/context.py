@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError
-from dape.evaluate.lengths import default_lengths
+from dape.errors import UserError, check_whole
+from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
@@ -142,8 +142,10 @@ def evaluate_context(
     Raises:
         UserError: as `evaluate`, and for models that were trained on different corpora.
     """
+    check_whole(0, seed=seed)
+    check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
     opened = open_models(models, partial_weights=partial_weights, watch=watch)
-    asked = sorted(set(lengths or default_lengths(opened)))
+    asked = chosen_lengths(lengths, opened)
     corpora = {each.checksum: each for each in (model.corpus(corpus) for model in opened)}
     if len(corpora) > 1:
         raise UserError("the runs were trained on different corpora; give one --data")
@@ -151,23 +153,23 @@ def evaluate_context(
     rule = protocol("last", asked)
     planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
     place = ("context", None, split)
-    folders = results_folders(opened, out, lambda each: each.evaluation(*place))
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
-    watch.begin(planned.tokens * len(opened))
     found = []
-    for model, folder in zip(opened, folders, strict=True):
-        record = context_use(
-            model,
-            planned,
-            device=chosen,
-            batch_tokens=batch_tokens,
-            provenance=origin,
-            advance=watch.advance,
-        )
-        if folder is not None:
-            record.save(folder.evaluation(*place))
-        found.append(record)
+    with results_folders(opened, out, lambda each: [each.evaluation(*place)]) as folders:
+        watch.begin(planned.tokens * len(opened))
+        for model, folder in zip(opened, folders, strict=True):
+            record = context_use(
+                model,
+                planned,
+                device=chosen,
+                batch_tokens=batch_tokens,
+                provenance=origin,
+                advance=watch.advance,
+            )
+            if folder is not None:
+                record.save(folder.evaluation(*place))
+            found.append(record)
     return found
 
 

@@ -1,7 +1,6 @@
 """Perplexity over length of several models, on the same tokens, each length kept as it is done."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,8 @@ from torch import nn
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError, unknown
-from dape.evaluate.lengths import default_lengths
+from dape.errors import UserError, check_whole, unknown
+from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import Measurement, measure, token_losses
 from dape.evaluate.plan import Plan, plan
@@ -22,18 +21,13 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
-from dape.evaluate.results import results_folders
+from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.files import remove
 from dape.provenance import provenance
-from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# A measurement made otherwise, with other versions or elsewhere is not taken for one of today.
-_SAME = ("commit", "versions", "device", "precision")
 
 
 def evaluate(
@@ -97,6 +91,8 @@ def evaluate(
         UserError: for models, a corpus, lengths or options that do not fit together, results that
             cannot be written, and if memory runs out.
     """
+    check_whole(0, seed=seed)
+    check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
     opened = open_models(models, tokenizer, partial_weights, watch)
     if context_parallel is not None:
         for model in opened:
@@ -104,7 +100,7 @@ def evaluate(
     if bos:
         for model in opened:
             model.beginning()
-    asked = sorted(set(lengths or default_lengths(opened)))
+    asked = chosen_lengths(lengths, opened)
     plan_of = partial(
         plan,
         split=split,
@@ -116,18 +112,27 @@ def evaluate(
         bos=bos,
     )
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
-    folders = results_folders(opened, out, lambda each: each.evaluation(protocol, stride, split))
-    files = [_files(folder, protocol, stride, split) for folder in folders]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
     made = partial(_made, origin=origin, precision=precision, device=chosen)
-    watch.begin(sum(each.tokens for each in plans))
-    return [
-        _Session(model, each, file, chosen, batch_tokens, made(model), watch, context_parallel).run(
-            again
-        )
-        for model, each, file in zip(opened, plans, files, strict=True)
-    ]
+    place = (protocol, stride, split)
+    first = context_parallel is None or context_parallel.rank == 0
+    folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)
+    with folders_of as folders:
+        watch.begin(sum(each.tokens for each in plans))
+        return [
+            _Session(
+                model,
+                each,
+                Kept(folder.evaluation(*place) if folder else None, load, writes=first),
+                chosen,
+                batch_tokens,
+                made(model),
+                watch,
+                context_parallel,
+            ).run(again)
+            for model, each, folder in zip(opened, plans, folders, strict=True)
+        ]
 
 
 def _made(
@@ -154,48 +159,17 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
-    """The file of an evaluation, and the file of measured lengths until all are finished."""
-
-    finished: Path
-    unfinished: Path
-
-    def read(self) -> Iterator[Evaluation]:
-        """Yield what is kept; what cannot be read is measured anew."""
-        for file in (self.finished, self.unfinished):
-            with suppress(UserError):
-                yield load(file)
-
-    def finish(self, evaluation: Evaluation) -> None:
-        """Write the whole evaluation."""
-        evaluation.save(self.finished)
-        remove(self.unfinished)
-
-
-def _files(folder: RunFolder | None, *place: Any) -> _Files | None:
-    if folder is None:
-        return None
-    return _Files(folder.evaluation(*place), folder.unfinished(*place))
-
-
-@dataclass(frozen=True, slots=True)
 class _Session:
-    """The evaluation of one model by one plan; `files` keep it, if anything does."""
+    """The evaluation of one model by one plan."""
 
     model: Model
     plan: Plan
-    files: _Files | None
+    kept: Kept[Evaluation]
     device: torch.device
     batch_tokens: int
     origin: dict[str, Any]
     watch: Watch
     context_parallel: ContextParallel | None
-
-    @property
-    def keeper(self) -> "_Files | None":
-        """The files, where this process is the one that writes them."""
-        first = self.context_parallel is None or self.context_parallel.rank == 0
-        return self.files if first else None
 
     @property
     def name(self) -> str:
@@ -217,10 +191,8 @@ class _Session:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
-                    if self.keeper is not None:
-                        done.save(self.keeper.unfinished)
-        if self.keeper is not None:
-            self.keeper.finish(done)
+                    self.kept.keep(done)
+        self.kept.finish(done)
         return done
 
     def _empty(self, subject: Subject) -> Evaluation:
@@ -256,9 +228,9 @@ class _Session:
 
     def _before(self) -> Evaluation | None:
         """Return what was measured before of the same model and tokens, the same way."""
-        if self.files is None or self.model.weights is None:
+        if self.model.weights is None:
             return None
-        found = [each for each in self.files.read() if self._same(each)]
+        found = [each for each in self.kept.read() if self._same(each)]
         if not found:
             return None
         asked = {windows.length for windows in self.plan.windows}
@@ -272,18 +244,15 @@ class _Session:
         )
 
     def _same(self, before: Evaluation) -> bool:
-        then, now = before.provenance, self.origin
         return (
             before.subject.weights == self.model.weights
             and before.subject.run == self.name
             and before.targets == self.plan.targets
-            and all(then.get(name) == now[name] for name in _SAME)
+            and same_origin(before.provenance, self.origin)
         )
 
     def _announce(self, before: Evaluation) -> None:
         for windows in self.plan.windows:
             if windows.length in before.lengths:
-                self.watch.announce(
-                    self.name, windows.length, "measured before; --again repeats it"
-                )
+                self.watch.announce(self.name, windows.length, KEPT)
                 self.watch.advance(windows.tokens)

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dape.errors import UserError
 from dape.evaluate.perplexity import Measurement
@@ -89,11 +90,11 @@ def load(path: Path) -> Evaluation:
 
 def _evaluation(content: dict[str, Any]) -> Evaluation:
     measurements = [
-        Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
+        typed(Measurement, {**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
         for each in content["measurements"]
     ]
     refused = {int(length): reason for length, reason in content.get("refused", {}).items()}
-    targets = Targets(**content["targets"])
+    targets = typed(Targets, content["targets"])
     return Evaluation(
         **{**content, "targets": targets, "measurements": measurements, "refused": refused}
     )
@@ -103,6 +104,18 @@ def save(path: Path, record: Any) -> None:
     """Write a record, with the fields of its subject beside its own."""
     content = asdict(record)
     write_json(path, {**content.pop("subject"), **content})
+
+
+def typed(cls: Callable[..., Record], values: dict[str, Any]) -> Record:
+    """Return a dataclass; a `TypeError` for a field that is not of its type, whatever is in it."""
+    for name, hint in get_type_hints(cls).items():
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = {get_origin(option) or option for option in options}
+        if float in kinds:
+            kinds.add(int)
+        if name in values and type(values[name]) not in kinds:
+            raise TypeError(f"{name} is {values[name]!r}")
+    return cls(**values)
 
 
 def restore(
@@ -120,7 +133,7 @@ def restore(
         if content.get("format") != form:
             raise UserError(f"no {kind} of format {form}")
         names = {each.name for each in fields(Subject)} & content.keys()
-        subject = Subject(**{name: content.pop(name) for name in names})
+        subject = typed(Subject, {name: content.pop(name) for name in names})
         return build({**content, "subject": subject})
 
     return read_json(path, built, f"{remedy} again")

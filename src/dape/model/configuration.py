@@ -12,7 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from dape.errors import UserError, unknown
+from dape.attention.select import BACKENDS
+from dape.errors import UserError, check_finite, check_switch, check_whole, unknown
 from dape.positions import scheme
 
 BLOCKS = ("paper", "modern")
@@ -184,10 +185,13 @@ class DapeConfig(PreTrainedConfig):
             UserError: for an impossible value, with the field and the remedy.
         """
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "intermediate_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+        for name in (*sizes, "train_length", "intermediate_size"):
+            if getattr(self, name) is not None:
+                check_whole(**{name: getattr(self, name)})
+        check_finite(0, layer_norm_eps=self.layer_norm_eps)
+        check_switch(causal=self.causal)
+        if self.backend not in ("auto", *BACKENDS):
+            raise unknown("backend", self.backend, ("auto", *BACKENDS))
         if self.block not in BLOCKS:
             raise unknown("block", self.block, BLOCKS)
         heads = self.num_attention_heads

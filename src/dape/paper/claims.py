@@ -209,6 +209,12 @@ class Verdict:
     findings: tuple[Finding, ...]
 
     @property
+    def part(self) -> str:
+        """Return how many of the checks are measured, where it is a part of them."""
+        measured, checks = len(self.findings), len(self.claim.checks)
+        return f"{measured} of {checks} checks measured" if 0 < measured < checks else ""
+
+    @property
     def weakest(self) -> Finding | None:
         """Return the finding that supports the claim least: of its outcome, that of greatest p."""
         decisive = [each for each in self.findings if each.outcome == self.outcome]

@@ -20,13 +20,17 @@ TABLE, VERDICTS = "table.md", "verdicts.json"
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """The results of an experiment: finished or failed cells, sections and verdicts."""
+    """The results of an experiment: finished or failed cells, sections and verdicts.
+
+    `planned` is the number of all cells of the experiment.
+    """
 
     experiment: Experiment
     cells: tuple[Cell, ...]
     panels: tuple[Panel, ...]
     sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...]
+    planned: int
 
     @property
     def command(self) -> str:
@@ -94,6 +98,7 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
         found,
         tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
         tuple(judge(claim, evidence) for claim in experiment.claims),
+        len(cells),
     )
 
 
@@ -101,7 +106,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """Return the verdicts: a row for each claim and, under it, one for each of its checks."""
     rows = []
     for verdict in verdicts:
-        rows.append([f"{verdict.claim.text} ({verdict.claim.place})", verdict.outcome, "", ""])
+        outcome = f"{verdict.outcome} ({verdict.part})" if verdict.part else verdict.outcome
+        rows.append([f"{verdict.claim.text} ({verdict.claim.place})", outcome, "", ""])
         rows += [
             [each.number, each.outcome, str(each.seeds), p_value(each.test)]
             for each in verdict.findings

@@ -70,7 +70,7 @@ def check(recipe: Recipe | Retrofit) -> None:
             here, a batch that the devices cannot share, or a layout that fine-tuning does not have.
     """
     if isinstance(recipe, Recipe):
-        scheme.check(recipe.model.scheme, recipe.model.scheme_options)
+        _check_scheme(recipe)
     check_backend(recipe.model.backend)
     recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
@@ -83,6 +83,58 @@ def check(recipe: Recipe | Retrofit) -> None:
         )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
+
+
+def _check_scheme(recipe: Recipe) -> None:
+    """Build the modules of a scheme without memory, which refuse options that cannot be."""
+    sizes, options = recipe.model, recipe.model.scheme_options
+    scheme.check(sizes.scheme, options)
+    dimensions = {
+        "num_heads": sizes.num_attention_heads,
+        "head_dim": sizes.hidden_size // sizes.num_attention_heads,
+        "hidden_size": sizes.hidden_size,
+        "train_length": recipe.training.length,
+    }
+    with torch.device("meta"):
+        for place in scheme.PLACES:
+            scheme.resolve(sizes.scheme).build(place, dimensions, options)
+
+
+def check_memory(recipe: Recipe | Retrofit) -> None:
+    """Refuse a batch, or a model, whose least parts are more than the memory there is.
+
+    Raises:
+        UserError: naming the size of the part, and the memory.
+    """
+    training, hardware = recipe.training, recipe.hardware
+    rows = training.batch_size // recipe.groups(parallelize.ranks())
+    tokens = 8 * rows * (training.length + 1)
+    _fit({"training.batch_size": tokens}, torch.device("cpu"))
+    if isinstance(recipe, Recipe):
+        width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers
+        entries = recipe.model.vocab_size or 1
+        micro = hardware.micro_batch_size or rows
+        parts = {
+            "model": 4 * width * (4 * width * layers + entries),  # its matrices
+            # The input of a layer in 16 bits.
+            "hardware.micro_batch_size": 2
+            * micro
+            * training.length
+            * width
+            // hardware.context_parallel,
+        }
+        _fit(parts, parallelize.device(hardware))
+
+
+def _fit(parts: dict[str, int], device: torch.device) -> None:
+    """Raise a `UserError` for a part that is larger than the memory of a device."""
+    memory = estimate.memory_of(device)
+    for name, size in parts.items():
+        if size > memory:
+            raise UserError(
+                f"{name} takes {size / 2**30:,.0f} GiB at least, and {device} has"
+                f" {memory / 2**30:,.0f}: make it smaller"
+            )
 
 
 def _check_layout(recipe: Retrofit) -> None:

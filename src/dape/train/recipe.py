@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dape.errors import UserError
+from dape.errors import UserError, check_whole
 from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
-from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training, at_least
+from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on what is learned
 _Settings = TypeVar("_Settings", bound="Settings")
@@ -43,9 +43,7 @@ class Settings(ABC):
     def __post_init__(self) -> None:
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
         _check_name(self.name, self._filled())
-        at_least(0, "", self, "seed")
-        if self.seed >= 2**63:
-            raise UserError(f"seed={self.seed} must be less than 2**63")
+        check_whole(0, seed=self.seed)
         self.micro_batches(groups=1)
 
     @property

@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dape.data.hub import fetch
 from dape.data.shards import Corpus
+from dape.data.tokenizer import saved
 from dape.errors import UserError
 from dape.model.loading import load_causal
 from dape.runs import RunFolder
@@ -62,11 +62,8 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
 
 
 def _finished(run: RunFolder, recipe: Recipe) -> Trained:
-    from transformers import PreTrainedTokenizerFast
-
     model = load_causal(str(run.model))
-    tokenizer = fetch(PreTrainedTokenizerFast.from_pretrained, str(run.model))
-    return Trained(run.path, recipe, model, tokenizer, recipe.training.steps)
+    return Trained(run.path, recipe, model, saved(str(run.model)), recipe.training.steps)
 
 
 def _corpus(run: RunFolder, recipe: Recipe) -> Corpus:

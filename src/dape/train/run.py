@@ -11,7 +11,7 @@ import torch
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import is_free, locked, remove_leftovers, write_text
+from dape.files import is_free, locked, remove_leftovers, tidy, write_text
 from dape.provenance import device_name, provenance
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
@@ -19,7 +19,7 @@ from dape.train.checkpoint import Progress
 from dape.train.faults import explained, wait_for
 from dape.train.loop import Session, fit
 from dape.train.optimize import adamw
-from dape.train.plan import check
+from dape.train.plan import check, check_memory
 from dape.train.recipe import Recipe, Retrofit, Settings, differences, override, read, write
 from dape.train.task import LanguageModelling, Retrofitting, Task
 
@@ -53,6 +53,7 @@ def train(
         overrides | {key: value for key, value in given.items() if value is not None},
     )
     check(chosen)
+    check_memory(chosen)
     return follow(LanguageModelling(chosen, Corpus(chosen.data)))
 
 
@@ -82,6 +83,7 @@ def finetune(
     given = {"model.base": base} | ({} if seed is None else {"seed": seed})
     chosen = override(recipe, overrides | given)
     check(chosen)
+    check_memory(chosen)
     return follow(Retrofitting(chosen, Corpus(chosen.data)))
 
 
@@ -94,6 +96,8 @@ def follow(task: Task) -> RunFolder:
     run = task.recipe.run
     check_folder(task.recipe, task.data)
     if run.finished:
+        if parallelize.is_first_rank():
+            tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for its end, or give another --name"
     with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
@@ -103,6 +107,7 @@ def follow(task: Task) -> RunFolder:
             fit(session)
             task.save(fabric, session.model)
         if fabric.is_global_zero:
+            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 

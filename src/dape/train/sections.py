@@ -8,9 +8,11 @@ import yaml
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
 from dape.train.strict import Switch
+
+DEEPEST = 10_000  # layers
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -67,6 +69,10 @@ class Model:
         """Refuse sizes that cannot be."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
+        if self.num_hidden_layers > DEEPEST:
+            raise UserError(
+                f"model.num_hidden_layers={self.num_hidden_layers} must be at most {DEEPEST}"
+            )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _divides("model.num_attention_heads", heads, "model.hidden_size", self.hidden_size)
         if kv_heads:
@@ -209,11 +215,12 @@ class Base:
 
 
 def at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
-    """Raise a `UserError` for fields of a section's `instance` that are less than a minimum."""
+    """Raise a `UserError` for numbers of a section that are less than a minimum, or not finite."""
     for name in names:
         value = getattr(instance, name)
-        if value is not None and not value >= minimum:
-            raise UserError(f"{section}.{name}={value} must be at least {minimum}".lstrip("."))
+        if value is not None:
+            check = check_whole if isinstance(value, int) else check_finite
+            check(minimum, **{f"{section}.{name}": value})
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dape.errors import UserError
 from dape.files import write_text
-from dape.runs import RunFolder
 from dape.train.recipe import Settings
 
 Metrics = dict[str, float | int]
@@ -42,7 +41,7 @@ class Tracker:
     def __init__(self, recipe: Settings, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = _reopen(recipe.run, step)
+        self._file = _reopen(recipe, step)
         self._board = SummaryWriter(str(recipe.run.tensorboard), purge_step=step + 1)
         self._service: Any = None
         if recipe.tracking.service != "none":
@@ -70,9 +69,13 @@ class Tracker:
             self._service.finish()
 
 
-def _reopen(run: RunFolder, step: int) -> TextIO:
+def _reopen(recipe: Settings, step: int) -> TextIO:
     """Return the metrics of a run open for appending, without lines after `step`."""
+    run = recipe.run
     kept = [each for each in run.read_metrics() if each["step"] <= step]
+    newest = max((each["step"] for each in kept), default=0)
+    if step - newest >= recipe.tracking.log_every:
+        print(f"{run.metrics} has no metrics of steps {newest + 1} to {step}")
     write_text(run.metrics, "".join(json.dumps(each) + "\n" for each in kept))
     return run.metrics.open("a", encoding="utf-8")
 
