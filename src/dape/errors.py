@@ -1,4 +1,4 @@
-"""What a user can get wrong, said in one line."""
+"""Mistakes of a user, as errors of one line."""
 
 import math
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ _LARGEST = 2**63 - 1  # of the whole numbers that PyTorch takes
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message names the field, the value and the remedy.
+    """A mistake of the user; the message names the field, the value and the remedy.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message without a traceback, and exits with status 2.
     """
 
 
@@ -54,7 +54,7 @@ def check_switch(**values: object) -> None:
 
 
 def install(extra: str = "") -> str:
-    """Return the command that installs this package, which is in no index, with an extra."""
+    """Return the command that installs the package from a clone, with an extra."""
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 

@@ -1,5 +1,6 @@
 // A CPU that runs CUDA kernels: the threads of a block take turns, and what a warp does together happens when its
 // last lane arrives. Copies to shared memory happen no sooner than they are waited for.
+#pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

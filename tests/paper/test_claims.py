@@ -10,12 +10,15 @@ from scipy.stats import ttest_rel
 import evaluations
 from dape.evaluate.compare import Group
 from dape.evaluate.context import ContextUse, Tally
+from dape.evaluate.significance import PairedTest
 from dape.paper.cells import Cell, Setting
 from dape.paper.claims import (
     Better,
     Claim,
+    Finding,
     Rise,
     Uses,
+    Verdict,
     best_length,
     compare,
     far_losses,
@@ -23,6 +26,7 @@ from dape.paper.claims import (
     percent,
 )
 from dape.paper.panel import Panel
+from dape.paper.sweep import TINY
 
 SETTING = Setting("small", "arxiv", 128)
 DOCUMENTS = np.linspace(0.9, 1.1, 20)  # by which evaluations.make spreads a loss
@@ -211,3 +215,10 @@ def test_few_documents_decide_nothing(tmp_path):
     use(tokens, losses, lengths=[128, 256]).save(file)
     found = Uses("kerple", SETTING).find([replace(panel(), cells=(cell,))])
     assert found.test.p_value < 0.001 and found.outcome == "not decidable at this scale"
+
+
+def test_a_verdict_says_where_a_part_of_its_checks_is_measured():
+    finding = Finding("reproduced", "", 1, PairedTest("t", 3, -0.1, 0.01))
+    claim = Claim("a claim", "section 0", (Better("a", "b", TINY), Better("c", "d", TINY)))
+    for findings, part in (((), ""), ((finding,), "1 of 2 checks measured"), ((finding,) * 2, "")):
+        assert Verdict(claim, "reproduced", findings).part == part

@@ -9,12 +9,14 @@ import torch
 from safetensors.numpy import load_file
 from small import losses, metrics, recipe, validation_loss
 from spread import CALLS, arguments
-from two_ranks import ROPE
+from two_ranks import MEASURING, ROPE
 
 from dape import DapeForCausalLM, attention
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.evaluate import evaluate
+from dape.evaluate.record import load
 from dape.runs import RunFolder
 from dape.train import parallelize
 from dape.train.run import train
@@ -115,6 +117,17 @@ def test_attention_over_two_ranks_is_that_of_one(out, name):
         else:
             summed = sum(found).double()
             assert torch.allclose(summed, right, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_windows_over_two_ranks_have_the_perplexity_of_one(out):
+    """At lengths that four chunks do not share evenly, too; the first rank keeps the file."""
+    (expected,) = evaluate(out / "ddp", **MEASURING, out=out / "evaluation")
+    (file,) = (out / "spread-evaluation").rglob("non_overlapping.json")
+    found = load(file)
+    for length in MEASURING["lengths"]:
+        one, two = (each.by_length[length] for each in (expected, found))
+        assert two.windows == one.windows
+        assert two.loss == pytest.approx(one.loss, rel=1e-6)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
-from dape.train import task
+from dape.evaluate import evaluate
+from dape.train import drawing, task
 from dape.train.loop import fit
 from dape.train.parallelize import context_parallel
 from dape.train.run import begin, train
@@ -20,6 +21,7 @@ from dape.train.task import LanguageModelling
 BF16 = {"training": {"precision": "bf16-mixed"}}
 FUSED = {"model": {"backend": "triton"}}
 ROPE = {"model": {"scheme": "dape-rope", "tie_word_embeddings": True}}
+MEASURING = {"lengths": [17, 34], "protocol": "non_overlapping", "device": "cpu"}
 LAYOUTS = {
     "fused": ({"strategy": "fsdp"}, FUSED),
     "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, {}),
@@ -59,6 +61,7 @@ def spread(devices: ContextParallel):
 
 
 def main(data, out):
+    drawing.LARGE = 100  # numbers: sharded models start in parts
     held, fabric = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
     rank = fabric.global_rank
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
@@ -68,6 +71,7 @@ def main(data, out):
         train(recipe(data, out / name, hardware=hardware, **others))
     devices = context_parallel(fabric, recipe(data, out, hardware=LAYOUTS["spread"][0]).hardware)
     torch.save(spread(devices), out / f"attention-{rank}.pt")
+    evaluate(out / "ddp", **MEASURING, out=out / "spread-evaluation", context_parallel=devices)
 
 
 if __name__ == "__main__":

@@ -167,13 +167,14 @@ class Stack:
 
     def read_losses(self) -> list[float]:
         """Return the sum of each model's losses since the last call; waits for the device."""
-        self._synchronize()
+        self.synchronize()
         found: list[float] = self.losses.tolist()
         self.losses.zero_()
-        self._synchronize()  # the updates run on a stream of their own
+        self.synchronize()  # the updates run on a stream of their own
         return found
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

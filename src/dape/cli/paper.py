@@ -104,7 +104,8 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]
-    print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left")
+    done = len(ends) - len(failed)
+    print(f"{done} cells finished, {len(failed)} failed, {left} left to another process or time")
     return 1 if failed else 0
 
 

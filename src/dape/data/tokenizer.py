@@ -185,12 +185,13 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     counts = np.zeros(vocab_size(tokenizer), np.int64)
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
     for token, number in tokenizer.get_vocab().items():
-        if number in tokenizer.all_special_ids:
+        if number in special:
             continue
         if token in BYTES:
             counts[number] = 1
-        elif byte_level and number not in tokenizer.added_tokens_decoder:
+        elif byte_level and number not in added:
             counts[number] = len(token)
         else:
             counts[number] = len(token.replace("\u2581", " ").encode())

@@ -1,4 +1,4 @@
-"""Where the results of measurements go, and what is there from before."""
+"""Folders for the results of measurements, and the results that are there from before."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,10 +24,12 @@ def results_folders(
     models: Sequence[Model],
     out: str | Path | None,
     files: Callable[[RunFolder], Sequence[Path]],
+    writes: bool = True,
 ) -> Iterator[list[RunFolder | None]]:
     """Yield where the results of each model go; None for one in memory without `out`.
 
-    `files` tells what is written into a folder: no other process of this kind may meanwhile.
+    `files` tells what is written into a folder: no other process of this kind may meanwhile. One of
+    several processes `writes` the results of all.
 
     Raises:
         UserError: if a folder cannot be written, another process measures the same, or two models
@@ -45,7 +47,7 @@ def results_folders(
                     f"two of the models would have their results in {folder}: evaluate them one by"
                     " one, each with an --out of its own"
                 )
-            for file in files(folder):
+            for file in files(folder) if writes else ():
                 _keep_out_others(stack, folder, file)
         yield folders
 
@@ -61,10 +63,14 @@ def _keep_out_others(stack: ExitStack, folder: RunFolder, file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kept(Generic[Record]):
-    """The file of a record, and another that keeps what was measured until all is; or none."""
+    """The file of a record, and another that keeps what was measured until all is; or none.
+
+    One of several processes `writes` it.
+    """
 
     file: Path | None
     load: Callable[[Path], Record]
+    writes: bool = True
 
     def read(self) -> Iterator[Record]:
         """Yield what is kept; what cannot be read is measured anew."""
@@ -74,12 +80,12 @@ class Kept(Generic[Record]):
 
     def keep(self, record: Record) -> None:
         """Write what was measured of a record so far."""
-        if self.file is not None:
+        if self.file is not None and self.writes:
             save(unfinished(self.file), record)
 
     def finish(self, record: Record) -> None:
         """Write a whole record."""
-        if self.file is not None:
+        if self.file is not None and self.writes:
             save(self.file, record)
             remove(unfinished(self.file))
 

@@ -1,4 +1,4 @@
-"""What is known of an experiment: sections with figures and tables, and verdicts."""
+"""The results of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,25 +7,30 @@ from typing import Any
 from dape.figures.style import save
 from dape.figures.tables import Table, p_value
 from dape.files import write_json, write_text
-from dape.paper import record
+from dape.paper import chomsky, record, sections
 from dape.paper.cells import Cell
-from dape.paper.claims import Verdict, judge
+from dape.paper.claims import Evidence, Verdict, judge
 from dape.paper.experiment import Experiment
 from dape.paper.panel import Panel, panels
-from dape.paper.sections import SECTIONS, Section
+from dape.paper.sections import Section
 
+SECTIONS = sections.SECTIONS | chomsky.SECTIONS
 TABLE, VERDICTS = "table.md", "verdicts.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What is known of an experiment: finished or failed cells, sections and verdicts."""
+    """The results of an experiment: finished or failed cells, sections and verdicts.
+
+    `planned` is the number of all cells of the experiment.
+    """
 
     experiment: Experiment
     cells: tuple[Cell, ...]
     panels: tuple[Panel, ...]
     sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...]
+    planned: int
 
     @property
     def command(self) -> str:
@@ -86,12 +91,14 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
     here = record.checksums(cells)
     ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
     found = tuple(panels(ended))
+    evidence: Evidence = (*found, *chomsky.grids(ended))
     return Results(
         experiment,
         ended,
         found,
         tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
-        tuple(judge(claim, found) for claim in experiment.claims),
+        tuple(judge(claim, evidence) for claim in experiment.claims),
+        len(cells),
     )
 
 
@@ -99,7 +106,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     """Return the verdicts: a row for each claim and, under it, one for each of its checks."""
     rows = []
     for verdict in verdicts:
-        rows.append([f"{verdict.claim.text} ({verdict.claim.place})", verdict.outcome, "", ""])
+        outcome = f"{verdict.outcome} ({verdict.part})" if verdict.part else verdict.outcome
+        rows.append([f"{verdict.claim.text} ({verdict.claim.place})", outcome, "", ""])
         rows += [
             [each.number, each.outcome, str(each.seeds), p_value(each.test)]
             for each in verdict.findings

@@ -3,8 +3,8 @@ r"""Adapters: maps from the scores A and the bias B to the logits of the softmax
 An adapter maps `A = q k^T / sqrt(d)` `[batch, heads, query, key]` and B `[heads, query, key]` to
 logits of the shape of A. An adapter sees a block of query rows with whole rows of keys, in float32
 or wider. Without an adapter the logits are A + B. Any module `adapter(A, B) -> logits` is an
-adapter. A module with `needs_rows = True` takes `Rows` as a third argument. Its `reach`, if it has
-one, is the number of keys on each side on which a logit depends. Then keys may be a part of all.
+adapter. A module with `needs_rows = True` takes `Rows` as a third argument. `reach`, if given, is
+the number of keys on each side on which a logit depends. Then keys may be a part of all.
 """
 
 import math

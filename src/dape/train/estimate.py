@@ -1,4 +1,4 @@
-"""What a recipe costs: parameters, arithmetic and memory, from its numbers alone."""
+"""The cost of a recipe: parameters, arithmetic and memory, from its numbers alone."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Before training: many recipes from one, whether this machine can follow them, what they cost."""
+"""Before training: many recipes from one, checks for the machine, and the cost of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,10 +21,14 @@ from dape.train.task import draw, vocabulary
 def sweep(
     recipe: str | PathLike[str] | Recipe, settings: Mapping[str, Sequence[Any]]
 ) -> list[Recipe]:
-    """Return a recipe for each combination of values, of which the last varies fastest.
+    """Return a recipe for each combination of values; the last key varies fastest.
 
-    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` are
-    four. Keys are those of `dape.train.train`'s overrides.
+    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` returns
+    four recipes.
+
+    Args:
+        recipe: a recipe or a YAML file.
+        settings: values for each key; keys are the overrides of `dape.train.train`.
 
     Raises:
         UserError: for a key or value that the recipe refuses, and as `check_all`.
@@ -137,7 +141,7 @@ def _check_layout(recipe: Retrofit) -> None:
     if parallelize.ranks() > 1 and recipe.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
-            "hardware.activation_checkpointing if memory is short"
+            "hardware.activation_checkpointing=blocks if memory is short"
         )
     if recipe.hardware.context_parallel > 1:
         raise UserError(
@@ -151,9 +155,14 @@ def _check_layout(recipe: Retrofit) -> None:
 
 
 def cost(recipe: Recipe, ranks: int) -> str:
-    """Return what the recipe amounts to, from the model on the meta device; needs no GPU.
+    """Return parameters, tokens, FLOP and estimated memory of a recipe, as lines of text.
 
-    Data that is not prepared yet is needed only to know the vocabulary.
+    The model is on the meta device, so a GPU is not needed. Prepared data is needed only for the
+    size of the vocabulary.
+
+    Args:
+        recipe: the recipe.
+        ranks: number of devices.
 
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dape.errors import UserError, check_whole
-from dape.files import read_yaml
+from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
@@ -38,7 +38,7 @@ class Settings(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """Where position enters, in a word: what {scheme} in the name stands for."""
+        """The scheme, or a word for it, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
@@ -105,7 +105,7 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """Where position enters, in a word."""
+        """The scheme."""
         return self.model.scheme
 
 
@@ -130,7 +130,7 @@ class Retrofit(Settings):
 
     @property
     def scheme(self) -> str:
-        """What is mounted, in a word."""
+        """The mounted adapter and bias, such as `dape-kerple`."""
         mounted = filter(None, (self.model.adapter, self.model.bias))
         return "-".join(mounted) if self.model.adapter else "plain"
 
@@ -143,7 +143,7 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
             a value of the wrong type, or an impossible combination.
     """
     path = Path(path)
-    data = read_yaml(path)
+    data = read_yaml(shipped(path))
     try:
         recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:

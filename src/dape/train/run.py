@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: `train`, `finetune`, and the same for any other task."""
+"""From a recipe to a finished run: `train` and `finetune`, and `follow` for any task."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,16 +29,19 @@ Source = str | PathLike[str]
 def train(
     recipe: Source | Recipe, *, scheme: str | None = None, seed: int | None = None, **overrides: Any
 ) -> RunFolder:
-    """Train a language model by a recipe, and return its run folder.
+    """Train a language model by a recipe, and return the run folder.
 
-    A finished run is returned at once, and an interrupted one goes on from its latest checkpoint.
+    A finished run returns at once. An interrupted run resumes from the latest checkpoint.
 
     Args:
-        recipe: a recipe, or the YAML file of one.
-        scheme: short for `model={"scheme": scheme}`.
-        seed: of the weights and of the order of the data.
-        overrides: other keys of the recipe; a section takes a mapping of the keys to change, and
-            `**{"training.steps": 10}` is `training={"steps": 10}`.
+        recipe: a recipe or a YAML file.
+        scheme: the scheme, short for `model={"scheme": scheme}`.
+        seed: seed of the weights and of the order of the data.
+        overrides: further keys of the recipe; a section takes a mapping of changed keys, and
+            `**{"training.steps": 10}` equals `training={"steps": 10}`.
+
+    Returns:
+        The run folder, with recipe, record, metrics, checkpoints and model.
 
     Raises:
         UserError: for a recipe that cannot be followed here, a folder that holds another run, a
@@ -61,13 +64,16 @@ def finetune(
     seed: int | None = None,
     **overrides: Any,
 ) -> RunFolder:
-    """Train adapters in a pretrained model, or parts of it, and return the run folder.
+    """Train adapters in a pretrained model, or parts of the model, and return the run folder.
 
     Args:
-        base: the pretrained model: a folder, a run folder or a name on the hub.
-        recipe: a recipe, or the YAML file of one; the defaults of `Retrofit` without it.
-        seed: of the adapters and of the order of the data.
-        overrides: as for `train`.
+        base: the pretrained model, as a folder, a run folder or a name on the hub.
+        recipe: a recipe or a YAML file; the defaults of `Retrofit` without a recipe.
+        seed: seed of the adapters and of the order of the data.
+        overrides: further keys, as in `train`.
+
+    Returns:
+        The run folder, with adapters in place of a model.
 
     Raises:
         UserError: for a model that cannot be served, and as `train`.
@@ -82,7 +88,7 @@ def finetune(
 
 
 def follow(task: Task) -> RunFolder:
-    """Train a task until the last step of its recipe, save what it learned, and note the end.
+    """Train a task to the last step of its recipe, save the result, and record the end.
 
     Raises:
         UserError: as `train`.
@@ -157,9 +163,9 @@ def lay_out(task: Task) -> Session:
     """Return the session of a task at its first step, with the model over the devices."""
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
-    model = task.build(fabric.device)
+    model, drawn = parallelize.start(fabric, task)
     task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
-    loss = parallelize.parallelize(fabric, model, task)
+    loss = parallelize.parallelize(fabric, model, task, drawn)
     return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 

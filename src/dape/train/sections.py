@@ -1,4 +1,4 @@
-"""The sections of a recipe: what is learned, how much, how, on what, and what is written down."""
+"""The sections of a recipe: model, training, optimizer, hardware, tracking, pretrained base."""
 
 import math
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ Options = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The language model; what is not here follows from the corpus and the training length."""
+    """The language model. The corpus and the training length decide all further sizes."""
 
     scheme: str = "dape-kerple"
     """scheme, such as kerple or dape-alibi; `dape info schemes` lists all"""
@@ -81,7 +81,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How much is learned, and in which numbers."""
+    """Length and precision of the training."""
 
     length: int = 512
     """tokens of a sequence"""
@@ -136,7 +136,7 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """How the work is laid out; none of it changes what is learned."""
+    """The layout of the computation, which does not change the result of the training."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
@@ -173,7 +173,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """What is written down, and how often in steps."""
+    """Records of the training, and steps between them."""
 
     log_every: int = 10
     """steps between lines of metrics.jsonl and TensorBoard"""
@@ -196,7 +196,7 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The pretrained model, what is mounted in it, and what of it trains."""
+    """The pretrained model, its adapters and its trainable parts."""
 
     base: Annotated[str, Suppress] = ""
     """folder or hub name of the model: the first argument of the command"""

@@ -1,4 +1,4 @@
-"""What the training loop trains: a model, its batches and their loss, and what is saved."""
+"""Tasks of the training loop: a model, its batches, their loss, and the saved result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
