@@ -82,13 +82,21 @@ def save(
     state = {"model": weights, "optimizer": {"state": moments["state"]}}
     with whole(path) if fabric.is_global_zero else nullcontext():
         fabric.barrier()
-        with _alone_or_not():
-            save_shards(state, checkpoint_id=partial_of(path))
+        _write(state, partial_of(path))
         if fabric.is_global_zero:
             write_json(partial_of(path) / _PROGRESS, asdict(progress))
     if fabric.is_global_zero:
         prune(run, keep)
     fabric.barrier()
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Write this rank's shards of a checkpoint; raise the error that hindered one of the ranks."""
+    try:
+        with _alone_or_not():
+            save_shards(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def prune(run: RunFolder, keep: int) -> None:
