@@ -200,10 +200,11 @@ def keep(out: Path, case: Case, entry: dict[str, Any]) -> None:
     from dape.files import write_json
 
     made = {"case": asdict(case), "key": case.key, **entry}
+    key = json.loads(json.dumps(case.key))
 
     def same(other: dict[str, Any]) -> bool:
         micro = other.get("micro_batch_size") == made.get("micro_batch_size")
-        return other["key"] == made["key"] and (micro or "failed" in other)
+        return other["key"] == key and (micro or "failed" in other)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, [each for each in results(out) if not same(each)] + [made])
@@ -273,7 +274,7 @@ def listed(kind: type) -> Any:
     return lambda text: [kind(each) for each in text.split(",")]
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--gpus", type=listed(int), default=[4, 1, 2])
@@ -286,7 +287,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
     if arguments.worker:
         work(Case(**arguments.worker), arguments.out)
         return

@@ -14,6 +14,7 @@ from dape.files import (
     read_text,
     read_yaml,
     remove_leftovers,
+    tidy,
     whole,
     write_json,
     write_text,
@@ -184,3 +185,21 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
     with locked(tmp_path / "new" / "run", "busy"):
         assert (tmp_path / "new" / "run").is_dir()
     assert not (tmp_path / "new").exists()
+
+
+def test_a_lock_may_be_for_one_thing_in_a_folder(tmp_path):
+    with locked(tmp_path, "busy", "a"), locked(tmp_path, "busy", "b"), locked(tmp_path, "busy"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a.lock", "b.lock"]
+        with pytest.raises(UserError, match="busy"), locked(tmp_path, "busy", "a"):
+            pass
+
+
+def test_leftovers_go_unless_somebody_works_there(tmp_path):
+    for name in (".lock", "a.partial", "b"):
+        (tmp_path / name).touch()
+    with locked(tmp_path, "busy"):
+        tidy(tmp_path)
+        assert (tmp_path / "a.partial").exists()
+    (tmp_path / ".lock").touch()  # of a process that was killed
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

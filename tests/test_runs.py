@@ -68,3 +68,20 @@ def test_a_damaged_record_is_named(tmp_path):
     write(run.record, '{"ended": ')
     with pytest.raises(UserError, match=r"run.json is not JSON .*; give the command"):
         run.finished  # noqa: B018
+
+
+@pytest.mark.parametrize("line", ["{}", "null", "[1]", '{"step": "a"}', "[" * 100_000])
+def test_metrics_without_steps_are_damaged(tmp_path, line):
+    run = RunFolder(tmp_path)
+    write(run.metrics, f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
+        run.read_metrics()
+
+
+def test_a_part_of_a_record_that_is_null_is_none_and_other_kinds_are_damage(tmp_path):
+    run = RunFolder(tmp_path)
+    write(run.record, json.dumps({"data": None, "versions": {}, "commit": None}))
+    assert run.read_record() == {"versions": {}, "commit": None}
+    write(run.record, json.dumps({"data": "a"}))
+    with pytest.raises(UserError, match=r"run\.json has not the expected fields.*data is no map"):
+        run.read_record()

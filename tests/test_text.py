@@ -65,7 +65,7 @@ def test_the_terminal_obeys_no_name(evaluations, capsys):
 def test_markdown_and_html_show_names_as_they_are(evaluations):
     report = Report(group(evaluations), "perplexity", f"dape plot {HOSTILE}")
     text, page = report.markdown(), report.html()
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<script>" not in page and "&lt;script&gt;" in page and "\x1b" not in page
     for part in (text.split("```")[0], text.split("```")[-1]):
         assert not re.search(r"(?<!\\)<script", part) and "\x1b" not in part
     rows = [line for line in text.splitlines() if line.startswith("| kerple")]  # of two tables

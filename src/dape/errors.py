@@ -1,13 +1,17 @@
-"""What a user can get wrong, said in one line."""
+"""Mistakes of a user, as errors of one line."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral, Real
+
+_LARGEST = 2**63 - 1  # of the whole numbers that PyTorch takes
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message names the field, the value and the remedy.
+    """A mistake of the user; the message names the field, the value and the remedy.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message without a traceback, and exits with status 2.
     """
 
 
@@ -23,8 +27,34 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
 
 
+def check_whole(least: int = 1, **values: object) -> None:
+    """Raise a `UserError` for a value that is no whole number from `least` to 2^63 - 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise UserError(f"{name}={value!r} must be a whole number")
+        if not least <= int(value) <= _LARGEST:
+            bound = f"at least {least}" if int(value) < least else "less than 2**63"
+            raise UserError(f"{name}={value} must be {bound}")
+
+
+def check_finite(least: float = -math.inf, **values: object) -> None:
+    """Raise a `UserError` for a value that is no finite number, or less than `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise UserError(f"{name}={value!r} must be a finite number")
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least:g}")
+
+
+def check_switch(**values: object) -> None:
+    """Raise a `UserError` for a value that is neither True nor False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name}={value!r} must be True or False")
+
+
 def install(extra: str = "") -> str:
-    """Return the command that installs this package, which is in no index, with an extra."""
+    """Return the command that installs the package from a clone, with an extra."""
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 

@@ -71,13 +71,19 @@ def read_text(path: Path, remedy: str = "") -> str:
         UserError: naming the file and the remedy, if it is missing, unreadable or not text.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe or a device may never end
-            raise _unreadable(path, "it is no ordinary file", remedy)
+        check_ordinary(path, remedy=remedy)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error), remedy) from None
     except UnicodeDecodeError:
         raise UserError(_with(f"{path} is not a text file", remedy)) from None
+
+
+def check_ordinary(*paths: Path, remedy: str = "") -> None:
+    """Raise a `UserError` for a folder, a pipe or a device, which may never end."""
+    for path in paths:
+        if path.exists() and not path.is_file():
+            raise _unreadable(path, "it is no ordinary file", remedy)
 
 
 def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
@@ -101,6 +107,15 @@ def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) 
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         fault = f"{path} has not the expected fields ({type(error).__name__}: {error})"
         raise UserError(_with(fault, remedy)) from None
+
+
+def shipped(path: Path) -> Path:
+    """Return the path, or the file of that name in the installed package if it alone is there.
+
+    An installed package has the recipes of the repository: `recipes/demo.yaml` is one.
+    """
+    packaged = Path(__file__).parent / path
+    return packaged if packaged.is_file() and not path.exists() else path
 
 
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
@@ -163,16 +178,26 @@ def is_free(folder: Path) -> bool:
     return all(path.suffix == PARTIAL or path.name == LOCK for path in folder.iterdir())
 
 
+def tidy(folder: Path) -> None:
+    """Remove what killed processes left in a folder, unless another works there or none may."""
+    with suppress(OSError, UserError), locked(folder, ""):
+        remove_leftovers(folder)
+
+
 @contextmanager
-def locked(folder: Path, busy: str) -> Iterator[None]:
+def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
     """Keep other processes out of a folder; the lock ends with its process.
 
-    A folder that is not there is created, and removed again if it is empty at the end.
+    A folder that is not there is created, and removed again if it is empty at the end. With a
+    `name` the lock is for what is called so in the folder.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
     """
-    file, absent = folder / LOCK, [each for each in (folder, *folder.parents) if not each.exists()]
+    file, absent = (
+        folder / f"{name}{LOCK}",
+        [each for each in (folder, *folder.parents) if not each.exists()],
+    )
     handle = _lock(file, busy)
     try:
         yield

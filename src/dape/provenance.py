@@ -1,4 +1,4 @@
-"""Where a result comes from: command, commit, versions and device, for files that hold numbers."""
+"""Provenance of a result: command, commit, versions and device, for files with numbers."""
 
 import platform
 import shlex

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from dape.errors import UserError
 from dape.files import read_json, read_text, read_yaml, write_json
 
 _STEP = "step-"
+_PARTS = {"data", "versions"}  # mappings in a record
+_UNFINISHED = ".unfinished"
 _REMEDY = "give the command that made the run again, under another --name"
 
 
@@ -33,7 +36,7 @@ class RunFolder:
 
     @property
     def record(self) -> Path:
-        """Where and from what the run was made, and what it reached."""
+        """The record of the run: machine, sources and last metrics."""
         return self.path / "run.json"
 
     @property
@@ -72,10 +75,6 @@ class RunFolder:
         """
         parts = [protocol, str(stride or ""), "" if split == "test" else split]
         return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
-
-    def unfinished(self, protocol: str, stride: int | None = None, split: str = "test") -> Path:
-        """Return the file that keeps what an evaluation has measured until it is finished."""
-        return self.evaluation(protocol, stride, split).with_suffix(".unfinished")
 
     def evaluations(self) -> list[Path]:
         """Return the files of all evaluations."""
@@ -137,7 +136,7 @@ class RunFolder:
         Raises:
             UserError: if it is damaged.
         """
-        return read_json(self.record, dict, _REMEDY) if self.record.is_file() else {}
+        return read_json(self.record, _known, _REMEDY) if lexists(self.record) else {}
 
     def update_record(self, entries: dict[str, Any]) -> None:
         """Put entries over those that the record holds."""
@@ -149,10 +148,28 @@ class RunFolder:
         Raises:
             UserError: if another line is damaged.
         """
-        if not self.metrics.is_file():
+        if not lexists(self.metrics):
             return []
         lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the rest is no whole line
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
+            logged = [json.loads(line) for line in lines]
+            if not all(isinstance(each["step"], int) for each in logged):
+                raise ValueError("a step is no number")
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
             raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None
+        return logged
+
+
+def _known(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record without parts that are null; a `TypeError` for one that is no mapping."""
+    empty = {name for name in _PARTS if record.get(name) is None}
+    known = {name: value for name, value in record.items() if name not in empty}
+    for name in _PARTS & known.keys():
+        if not isinstance(known[name], dict):
+            raise TypeError(f"{name} is no mapping")
+    return known
+
+
+def unfinished(file: Path) -> Path:
+    """Return the file that keeps what was measured until the record in `file` is finished."""
+    return file.with_suffix(_UNFINISHED)

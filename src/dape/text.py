@@ -6,7 +6,12 @@ import re
 def one_line(text: str) -> str:
     """Return text on one line, each character that a terminal would obey replaced by a sign."""
     line = " ".join(filter(None, (each.strip() for each in text.replace("\t", " ").splitlines())))
-    return "".join(c if c.isprintable() else "\ufffd" for c in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """Return text with its lines, each character that a terminal would obey replaced by a sign."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def markdown(text: str) -> str:

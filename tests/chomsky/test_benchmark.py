@@ -210,3 +210,17 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         benchmarks.read(file)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x02N."])
+def test_a_checkpoint_that_cannot_be_read_is_none(tmp_path, monkeypatch, content):
+    job, benchmark = Job("even-pairs", "kerple", (0,)), small(tmp_path)
+    file = runs._checkpoint(job, benchmark)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    steps = []
+    monkeypatch.setattr(Stack, "step", lambda stack, length: steps.append(length))
+    monkeypatch.setattr(runs, "accuracies", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, benchmark, CPU, silent, [])
+    assert len(steps) == 6

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from dape.data.tokenizer import byte
+from dape.evaluate import harness
 from dape.model.modeling import DapeForCausalLM
 from folders import dape, make_run, prepare, refused
 
@@ -140,9 +142,8 @@ def test_requests_keep_as_many_tokens_as_asked_whatever_the_model_was_trained_at
 
 
 def test_the_file_tells_what_was_asked_and_what_was_cut(run, tasks):
-    dape(
-        "eval", "harness", run, "--tasks", "choosing", "--include-path", tasks, "--lengths", "8,64"
-    )
+    words = ("--tasks", "choosing", "--include-path", tasks, "--lengths", "8,64", "--again")
+    dape("eval", "harness", run, *words)
     content = result(run, "choosing", 8)
     assert (content["version"], content["samples"], content["max_length"]) == ("7", 4, 8)
     assert (content["scheme"], content["train_length"], content["seed"]) == ("kerple", 16, 0)
@@ -216,3 +217,36 @@ def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch):
     message = refused(capsys, "eval", "harness", run, "--tasks", "wikitext")
     expected = "`dape eval harness` needs lm-eval: pip install '.[harness]' in a clone of dape"
     assert message == f"dape: error: {expected}"
+
+
+def test_tasks_that_were_measured_are_not_measured_again(run, tasks, tmp_path, capsys, monkeypatch):
+    words = ("eval", "harness", run, "--include-path", tasks, "--out", tmp_path / "out")
+    words += ("--lengths", "8,16", "--tasks")
+    assert not dape(*words, "rolling")
+    first = capsys.readouterr().out
+    asked = []
+    measure = harness._Request.ask
+    monkeypatch.setattr(
+        harness._Request, "ask", lambda self, *of: asked.append(of[0]) or measure(self, *of)
+    )
+    assert not dape(*words, "rolling")
+    again = capsys.readouterr()
+    assert again.out == first and "rolling measured before; --again repeats it" in again.err
+    assert asked == []
+    assert not dape(*words, "rolling,choosing") and asked == ["choosing"] * 2
+    assert not dape(*words, "choosing", "--limit", 2) and asked == ["choosing"] * 4
+    assert not dape(*words, "choosing", "--again") and asked == ["choosing"] * 6
+
+
+def test_a_group_is_measured_again_unless_all_of_it_is_there(run, tasks, tmp_path):
+    folder = tmp_path / "tasks"
+    shutil.copytree(tasks, folder)
+    group = {"group": "both", "task": ["rolling", "choosing"]}
+    (folder / "both.yaml").write_text(yaml.safe_dump(group))
+    ask = {"lengths": [16], "include_path": folder, "out": tmp_path / "out"}
+    first = harness.evaluate_harness(run, ["both"], **ask)
+    assert harness.evaluate_harness(run, ["both"], **ask) == first
+    (tmp_path / "out" / "kerple" / "harness" / "rolling-16.json").unlink()
+    again = harness.evaluate_harness(run, ["both"], **ask)
+    assert [each.scores for each in again] == [each.scores for each in first]
+    assert (tmp_path / "out" / "kerple" / "harness" / "rolling-16.json").is_file()

@@ -315,3 +315,49 @@ def test_tokenizers_that_lose_text_leave_bits_per_byte_out(tmp_path, made, capsy
     for out in ("report.html", "table.md", "curve.png"):
         assert not dape("plot", folder, "--out", tmp_path / out)
         assert not dape("plot", folder, "--metric", "bits_per_byte", "--out", tmp_path / out)
+
+
+class Code:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return os.mkdir, (self.canary,)
+
+
+def test_weights_and_code_of_someone_else_do_not_run(tmp_path, made, corpus, capsys):
+    folder, canary = tmp_path / "llama", tmp_path / "canary"
+    shutil.copytree(made / "llama", folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Code(canary)}, folder / "pytorch_model.bin")
+    words = ("eval", folder, "--lengths", 16, "--data", corpus)
+    assert f"the weights of {folder} cannot be read" in refused(capsys, *words)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+    assert "custom code" in refused(capsys, *words)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[" * 100_000),
+        ("tokenizer.json", '{"version": null}'),
+        ("tokenizer_config.json", "{"),
+        ("generation_config.json", "null"),
+        ("config.json", "null"),
+    ],
+)
+def test_files_beside_the_weights_that_are_damaged_are_one_line(
+    tmp_path, made, corpus, capsys, name, content
+):
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "llama")
+    (tmp_path / "llama" / name).write_text(content)
+    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
+    assert str(tmp_path / "llama") in line

@@ -380,3 +380,27 @@ def test_the_checksum_is_of_the_data(tmp_path):
 def test_impossible_options_are_told(tmp_path, wrong, message):
     with pytest.raises(UserError, match=message):
         Options(out=tmp_path, **wrong)
+
+
+def test_a_file_of_two_sources_is_refused(tmp_path):
+    (tmp_path / "text" / "train").mkdir(parents=True)
+    (tmp_path / "text" / "train" / "a.txt").write_text("a")
+    text = tmp_path / "text"
+    for other in (f"{text}/../text", text / "train", text / "train" / "a.txt"):
+        with pytest.raises(UserError, match=r"both have .*a\.txt; its documents would count twice"):
+            Preparation(Options(sources=(str(text), str(other)), out=tmp_path / "out"))
+
+
+def test_what_another_process_prepared_meanwhile_is_not_done_again(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    options = Options(
+        sources=(str(tmp_path / "a.txt"),), out=tmp_path / "out", validation=0, test=0
+    )
+    slow, fast = Preparation(options), Preparation(options)
+    for _ in fast.run():
+        pass
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert len(list(slow.run())) == 1
+    (tmp_path / "out" / ".lock").touch()  # of a process killed at its very end
+    assert Preparation(options).finished
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import made
 import numpy as np
@@ -190,3 +191,28 @@ def test_the_manifest_adds_up(corpus):
     for key in ("documents", "tokens"):
         assert sum(shard[key] for shard in train["shards"]) == train[key]
     assert corpus.checksum == manifest["checksum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train-00000.bin", lambda old: old[:-1] + bytes([old[-1] ^ 1]), "has not the checksum"),
+        ("train-00001.idx.npy", lambda old: old[:-1] + b"\1", "is not the index of its shard"),
+        ("train-00001.idx.npy", lambda old: old[:40], "is not the index of its shard"),
+        ("train-00001.idx.npy", lambda old: b"", "is not the index of its shard"),
+    ],
+)
+def test_tokens_that_changed_since_they_were_written_are_refused(
+    corpus, tmp_path, name, damage, message
+):
+    folder = shutil.copytree(corpus.folder, tmp_path / "copy")
+    assert Corpus(folder).split("train").num_tokens == len(STREAM)
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(UserError, match=f"{name} {message}"):
+        Corpus(folder).split("train")
+
+
+def test_tokens_are_verified_once(corpus, monkeypatch):
+    corpus.split("train")
+    monkeypatch.setattr("dape.data.shards.scan", None)
+    corpus.split("train")

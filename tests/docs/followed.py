@@ -36,6 +36,16 @@ def test_temperature():
     dape.retrofit(dape.DapeForCausalLM(config), "temperature")
 
 
+def test_double():
+    tensors = torch.randn(3, 1, 2, 5, 4).bfloat16()
+    scores = (tensors[0].double() @ tensors[1].double().mT / 2).tril()
+    scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ tensors[2].double()).bfloat16()
+    assert torch.equal(dape.attention(*tensors, backend="double"), expected)
+    with pytest.raises(dape.UserError, match="'double' cannot serve this call: the scores would"):
+        dape.attention(*torch.zeros(3, 1, 1, 4097, 1), backend="double")
+
+
 def test_amsgrad_reaches_the_optimizer(tmp_path, capsys):
     for value in (False, True):
         settings = override(Recipe(), {"optimizer": {"amsgrad": value}}).optimizer

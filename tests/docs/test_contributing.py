@@ -29,6 +29,7 @@ STEP = re.compile(
     rf"{FILES}add `(?P<added>[^`]+)` after `(?P<after>[^`]+)`\."
     r"|In `(?P<importer>[^`]+)`, import `(?P<name>\w+)` from `(?P<module>[\w.]+)`\."
     r"|In `(?P<file>[^`]+)`, before `(?P<before>[^`]+)`:\n\n```\w+\n(?P<code>.*?)^```$"
+    r"|In the new file `(?P<new>[^`]+)`:\n\n```\w+\n(?P<whole>.*?)^```$"
     r"|At the end of `(?P<ended>[^`]+)`:\n\n```\w+\n(?P<end>.*?)^```$",
     flags=re.MULTILINE | re.DOTALL,
 )
@@ -45,6 +46,8 @@ def follow(folder, step):
         wrapped = f"{start}(\n" in path.read_text()
         start, gap = (f"{start}(\n    ", "\n    ") if wrapped else (start, " ")
         replace(path, start, f"{start}{step['name']},{gap}")
+    elif step["new"]:
+        (folder / step["new"]).write_text(step["whole"])
     elif step["file"]:
         path = folder / step["file"]
         (line,) = (each for each in path.read_text().splitlines() if step["before"] in each)
@@ -73,7 +76,8 @@ def copy(tmp_path_factory):
         shutil.copyfile(ROOT / name, folder / name)
     page = text("CONTRIBUTING.md")
     steps = list(STEP.finditer(page))
-    assert sum(bool(step["code"] or step["end"]) for step in steps) == page.count("\n```\n")
+    blocks = sum(any((step["code"], step["end"], step["whole"])) for step in steps)
+    assert blocks == page.count("\n```\n")
     for step in steps:
         follow(folder, step)
     shutil.copyfile(ROOT / "tests/docs/followed.py", folder / "tests/test_followed.py")
@@ -102,6 +106,9 @@ def test_following_the_recipes_leaves_the_tests_green(copy):
 
 def test_the_code_of_the_recipes_is_formatted_as_ours(copy):
     run(copy, "ruff", "check", "--ignore", "I001", "src")
-    changed = ("positions/bias", "positions/adapter", "train", "evaluate", "cli", "model/retrofit")
+    changed = (
+        *("positions/bias", "positions/adapter", "attention/double"),
+        *("train", "evaluate", "cli", "model/retrofit"),
+    )
     named = [copy / "src/dape" / name for name in changed]
     run(copy, "ruff", "format", "--check", *(str(p if p.is_dir() else f"{p}.py") for p in named))

@@ -14,8 +14,9 @@ from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
 from dape.evaluate.watch import Watch
+from dape.files import locked
 from dape.model.modeling import DapeForCausalLM
-from dape.runs import RunFolder
+from dape.runs import RunFolder, unfinished
 from folders import learned_tokenizer, make_run, prepare
 
 LENGTHS = [16, 32, 64]
@@ -136,7 +137,7 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(run, corpus
         evaluate(run, corpus, LENGTHS, watch=Heard(most=done))
     folder = RunFolder(run)
     assert not folder.evaluation("last").exists()
-    kept = json.loads(folder.unfinished("last").read_text())
+    kept = json.loads(unfinished(folder.evaluation("last")).read_text())
     assert [each["length"] for each in kept["measurements"]] == LENGTHS[:done]
     heard = Heard()
     (found,) = evaluate(run, corpus, LENGTHS, watch=heard)
@@ -225,3 +226,72 @@ def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
         assert close.by_length[length].loss != loss
     with pytest.raises(UserError, match="unknown precision 'int8'"):
         evaluate(run, corpus, LENGTHS, precision="int8")
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3])
+def test_a_killed_retrieval_goes_on(run, killed):
+    asked = {
+        "tasks": ["passkey", "needle"],
+        "lengths": [300, 400],
+        "trials": 1,
+        "depths": [0, 0.5, 0],
+    }
+    (expected, other) = evaluate_retrieval(run, **asked, out=run / "else")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_retrieval(run, **asked, watch=Heard(most=killed))
+    heard = Heard()
+    found = evaluate_retrieval(run, **asked, watch=heard)
+    outcomes = [what for _, _, what in heard.lines]
+    assert outcomes[:killed] == ["measured"] * killed and "measured" not in outcomes[killed:]
+    assert heard.fed == heard.expected
+    assert [each.cells for each in found] == [expected.cells, other.cells]
+    assert expected.plan.depths == (0, 0.5), "each once"
+    names = sorted(file.name for file in (run / "retrieval").iterdir())
+    assert names == ["needle.json", "passkey.json"]
+
+
+def test_a_retrieval_of_other_questions_is_made_anew(run):
+    asked = {"lengths": [300], "trials": 1, "depths": [0.5]}
+    evaluate_retrieval(run, **asked)
+    for change in ({"seed": 1}, {"trials": 2}, {"depths": [0.25]}, {"again": True}):
+        heard = Heard()
+        evaluate_retrieval(run, **asked | change, watch=heard)
+        assert [what for _, _, what in heard.lines] == ["exact"]
+
+
+def test_two_measurements_of_one_kind_are_one_too_many(run, corpus):
+    folder = run / "evaluation"
+    with locked(folder, "busy", "last"):
+        with pytest.raises(UserError, match=f"another process is measuring {run}; wait"):
+            evaluate(run, corpus, [16])
+        evaluate(run, corpus, [16], "non_overlapping")
+        evaluate(run, corpus, [16], out=run / "else")
+    evaluate(run, corpus, [16])
+    assert sorted(file.name for file in folder.iterdir()) == ["last.json", "non_overlapping.json"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": -1}, {"seed": 1.5}, {"documents": 0}, {"blocks": 1.5}, {"batch_tokens": 2**70}],
+)
+@pytest.mark.unhooked  # the hook that checks types would refuse some of them first
+def test_numbers_that_mean_nothing_are_refused(run, corpus, wrong):
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"{name}="):
+        evaluate(run, corpus, [16], **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lengths": [1.5]}, "length=1.5"),
+        ({"depths": [2]}, "depth=2 must be at most 1"),
+        ({"depths": [math.nan]}, "depth=nan"),
+        ({"trials": 0}, "trials=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+@pytest.mark.unhooked
+def test_questions_that_mean_nothing_are_refused(run, wrong, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_retrieval(run, **wrong)

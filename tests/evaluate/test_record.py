@@ -70,3 +70,25 @@ def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, 
         path.write_text(content)
     with pytest.raises(UserError, match=f"{path}.*{message}"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        (None, "seed", "some text"),
+        (None, "scheme", 3),
+        (None, "parameters", None),
+        ("targets", "split", None),
+        ("measurements", "loss", "low"),
+        ("measurements", "length", 1.5),
+    ],
+)
+def test_a_field_of_another_kind_is_damage(tmp_path, part, name, value):
+    path = tmp_path / "last.json"
+    make("kerple", [2.0], lengths=(128,)).save(path)
+    content = json.loads(path.read_text())
+    place = {None: content, "measurements": content["measurements"][0]}.get(part, content.get(part))
+    place[name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"last\.json .*{name} is {value!r}"):
+        load(path)

@@ -68,8 +68,8 @@ def test_inputs_and_outputs_in_bfloat16_parameters_stay_float32():
     [
         ({"inputs": "both"}, "inputs='both' is not one of concat, sum, bias, scores"),
         ({"kernel_size": 2}, "kernel_size=2 must be odd"),
-        ({"kernel_size": 0}, "kernel_size=0 must be odd"),
-        ({"kernel_size": -1}, "kernel_size=-1 must be odd"),
+        ({"kernel_size": 0}, "kernel_size=0 must be at least 1"),
+        ({"kernel_size": -1}, "kernel_size=-1 must be at least 1"),
         ({"hidden": 0}, "hidden=0 must be at least 1"),
     ],
 )

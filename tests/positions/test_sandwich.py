@@ -39,7 +39,7 @@ def test_it_has_no_parameters_and_casting_a_model_changes_nothing():
     assert (expected[:, 300, 40] != expected[:, 300, 41]).all()
 
 
-@pytest.mark.parametrize("d_bar", [0, 3])
-def test_an_odd_width_is_refused(d_bar):
-    with pytest.raises(UserError, match=f"d_bar={d_bar} must be even and positive"):
+@pytest.mark.parametrize(("d_bar", "message"), [(0, "at least 2"), (3, "even and positive")])
+def test_an_odd_width_is_refused(d_bar, message):
+    with pytest.raises(UserError, match=f"d_bar={d_bar} must be {message}"):
         Sandwich(4, d_bar)

@@ -1,5 +1,6 @@
 """Training as a function, and what becomes of a run that is disturbed."""
 
+import os
 import shutil
 
 import pytest
@@ -113,6 +114,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "cut shards": lambda saved: cut(saved / "__0_0.distcp"),
     "no shards": lambda saved: (saved / "__0_0.distcp").unlink(),
@@ -121,6 +127,8 @@ DAMAGES = {
     "no metadata": lambda saved: (saved / ".metadata").unlink(),
     "cut progress": lambda saved: cut(saved / "progress.json"),
     "no progress": lambda saved: (saved / "progress.json").unlink(),
+    "a pipe for metadata": lambda saved: pipe(saved / ".metadata"),
+    "a pipe for shards": lambda saved: pipe(saved / "__0_0.distcp"),
     "another step": lambda saved: (saved / "progress.json").write_text('{"step": 9, "seconds": 1}'),
 }
 
@@ -203,3 +211,59 @@ def test_the_written_recipe_is_plain_yaml(data):
         0.9,
         0.95,
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"training.batch_size": 10**12},
+            r"training\.batch_size takes .* GiB at least, and cpu has",
+        ),
+        ({"training.batch_size": 10**8}, r"hardware\.micro_batch_size takes .* make it smaller"),
+        ({"model.hidden_size": 10**7}, "model takes .* GiB at least"),
+        ({"model.num_hidden_layers": 10**9}, "must be at most 10000"),
+        ({"training.steps": 2**63}, r"training\.steps=.* must be less than 2\*\*63"),
+        ({"optimizer.weight_decay": float("inf")}, "weight_decay=inf must be a finite number"),
+        ({"model.scheme_options": {"adapter": {"hidden": 1.5}}}, "hidden=1.5 must be a whole"),
+        ({"model.scheme_options": {"adapter": {"hidden": True}}}, "hidden=True must be a whole"),
+        ({"model.scheme_options": {"adapter": {"residual": "no"}}}, "residual='no' must be True"),
+    ],
+)
+@pytest.mark.unhooked  # the hook that checks types would refuse some of them first
+def test_what_cannot_be_is_refused_before_the_folder_is_made(file, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        train(file, scheme="dape-kerple", out=tmp_path / "run", **overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_a_killed_process_should_have_dropped_goes(interrupted, tmp_path):
+    run, _ = interrupted
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    again = override(read(run.recipe, Recipe), {"out": copy.path, "tracking.keep_checkpoints": 1})
+    train(again)
+    shutil.copytree(copy.checkpoint(6), copy.checkpoint(4))
+    (copy.checkpoint(4) / "__0_0.distcp").unlink()  # killed while it dropped it
+    copy.update_record({"ended": None})
+    train(again)
+    assert copy.saved_checkpoints() == [copy.checkpoint(6)]
+
+
+def test_what_was_left_at_the_very_end_goes_with_the_next_start(file, tmp_path):
+    run = train(file, out=tmp_path / "run", training={"steps": 2})
+    for name in (".lock", "run.json.partial"):
+        (run.path / name).touch()
+    train(file, out=run.path, training={"steps": 2})
+    assert not list(run.path.glob("*.partial")) and not (run.path / ".lock").exists()
+
+
+def test_metrics_that_were_lost_are_told(interrupted, tmp_path, capsys):
+    run, whole = interrupted
+    copy = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    again = override(read(run.recipe, Recipe), {"out": copy.path})
+    copy.metrics.write_text(copy.metrics.read_text().partition("\n")[0] + "\n")
+    train(again)
+    assert f"{copy.metrics} has no metrics of steps 2 to 4\n" in capsys.readouterr().out
+    assert losses(copy.path) == [whole[0], *whole[4:]]
+    train(override(again, {"out": shutil.copytree(run.path, tmp_path / "other")}))
+    assert "has no metrics" not in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from dape.attention import (
     call,
     chunked,
+    context_parallel,
     cuda,
     fused,
     operator,
@@ -20,6 +21,7 @@ __all__ = ["attention"]
 vars(attention).update(
     call=call,
     chunked=chunked,
+    context_parallel=context_parallel,
     cuda=cuda,
     fused=fused,
     operator=operator,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_switch, check_whole
 
 
 class Call(NamedTuple):
@@ -135,6 +135,7 @@ def checked(
     """
     check(query, key, value, bias, adapter)
     check_where(query, key, mask, query_positions, key_positions)
+    check_numbers(causal, scale, query_offset, key_offset)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
@@ -200,6 +201,22 @@ def check(
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:
                 raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+
+
+def check_numbers(
+    causal: bool, scale: float | None, query_offset: int | Tensor, key_offset: int
+) -> None:
+    """Raise a `UserError` for numbers that are not finite, or not of their kind."""
+    if torch.compiler.is_compiling():
+        return
+    check_switch(causal=causal)
+    if scale is not None:
+        check_finite(scale=scale)
+    check_whole(-(2**63), key_offset=key_offset)
+    if not isinstance(query_offset, Tensor):
+        check_whole(-(2**63), query_offset=query_offset)
+    elif query_offset.is_floating_point():
+        raise UserError(f"query_offset is {query_offset.dtype}; it must be a whole number")
 
 
 def check_where(

@@ -10,6 +10,7 @@ them around a ring, and merge by the log-sum-exp, would take an n-th, and would 
 behind the products; both are small beside the products, which grow with the square of the length.
 """
 
+import os
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -40,6 +41,11 @@ class ContextParallel(NamedTuple):
         """Return where the `length` tokens of this device stand in the sequence."""
         return self.part(torch.arange(length * self.ranks, device=device), dim=0)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of all devices' tensors, in place."""
+        dist.all_reduce(x, group=_group(self.group))
+        return x
+
     def attention(
         self,
         query: Float[Tensor, "batch heads part head_dim"],
@@ -65,6 +71,21 @@ class ContextParallel(NamedTuple):
             )  # fmt: skip
             outs.append(cast(Tensor, out))
         return torch.cat(outs, dim=2)
+
+
+def over_all_processes(device: torch.device) -> tuple[ContextParallel | None, torch.device]:
+    """Return the devices of all processes that `torchrun` started, and that of this process.
+
+    A single process keeps the device that it asks for, and is spread over none.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    return ContextParallel(world.group_name, world.rank(), world.size()), device
 
 
 def _group(name: str) -> dist.ProcessGroup:

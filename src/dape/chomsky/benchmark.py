@@ -12,7 +12,7 @@ from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
 from dape.chomsky.tasks import TASKS, resolve
 from dape.errors import UserError
-from dape.files import read_yaml
+from dape.files import read_yaml, shipped
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
@@ -111,7 +111,7 @@ def read(path: Path) -> Benchmark:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
     """
     try:
-        found: Benchmark = strict.build(Benchmark, read_yaml(path))
+        found: Benchmark = strict.build(Benchmark, read_yaml(shipped(path)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return found

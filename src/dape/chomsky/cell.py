@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a JSON file for each model, and its parameters beside it."""
+"""The results of a benchmark: a JSON file and a file of parameters for each model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field

@@ -13,7 +13,7 @@ TEST = 2**33  # added to a length for the seed of its examples: no seed of train
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Which examples score a model; they are the same for every model of a task."""
+    """The examples that score a model, equal for all models of a task."""
 
     longest: int = 500
     """longest tested input; the score covers the lengths above the training length"""

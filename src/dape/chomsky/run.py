@@ -4,9 +4,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -99,19 +100,21 @@ def run(
 def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
     """Return a job with new models, or with those of its checkpoint.
 
-    A checkpoint of other seeds, settings or another kind of device is left alone.
+    A checkpoint of other seeds, settings or another kind of device is left alone. A checkpoint that
+    cannot be read is none.
     """
     task, training = TASKS[job.task], benchmark.training
     config = configure(benchmark.model, job.scheme, task, training.length, "reference")
     course = Course(job, Stack(task, config, training, job.seeds, device))
-    file = _checkpoint(job, benchmark)
-    if file.exists():
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        same = (job.seeds, benchmark.settings(), device.type)
-        if (state["seeds"], state["settings"], state["device"]) == same:
-            course.stack.restore(state["stack"])
-            course.step, course.curve = state["step"], state["curve"]
-            course.seconds = state["seconds"]
+    state: dict[str, Any] = {}
+    with suppress(EOFError, OSError, RuntimeError, UnpicklingError):
+        file = _checkpoint(job, benchmark)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    same = (job.seeds, benchmark.settings(), device.type)
+    if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
+        course.stack.restore(state["stack"])
+        course.step, course.curve = state["step"], state["curve"]
+        course.seconds = state["seconds"]
     return course
 
 

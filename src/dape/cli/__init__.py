@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dape.errors import UserError, out_of_memory, unknown
+from dape.errors import RankError, UserError, out_of_memory, unknown
 from dape.text import one_line
 
 # `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
@@ -43,6 +43,7 @@ MOVED = {
     ("eval", "--harness"): "eval harness RUN... --tasks TASKS",
     ("info", "--schemes"): "info schemes",
 }
+COMPLETION = "`dape --completion > FILE` and `source FILE` complete words in bash and zsh."
 HELP = ("-h", "--help", "help")
 
 
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        return _fail(str(error))
+        # What all of several processes meet, the first of them says.
+        first = int(os.environ.get("RANK", 0)) == 0
+        return _fail(str(error)) if first or isinstance(error, RankError) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -75,6 +78,11 @@ def _run(words: list[str]) -> int:
         from dape import __version__
 
         print(f"dape {__version__}")
+        return 0
+    if words[:1] == ["--completion"]:
+        from dape.cli.completion import script
+
+        print(script(COMMANDS), end="")
         return 0
     if not words or words[0] in HELP:
         words = [*words[1:], "--help"]
@@ -118,7 +126,9 @@ def _usage(first: str = "") -> str:
     rows = "\n".join(
         f"  dape {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
     )
-    return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
+    return (
+        f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n{COMPLETION}\n"
+    )
 
 
 def _fail(message: str) -> int:

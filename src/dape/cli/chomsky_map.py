@@ -22,19 +22,19 @@ class Arguments:
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """folder of a benchmark, as `dape chomsky train` leaves it"""
+    """folder of a benchmark, written by `dape chomsky train`"""
     task: str
     """name of a task; `dape chomsky tasks` lists them"""
     scheme: str
-    """where position enters"""
+    """scheme of the model"""
     out: tuple[Path, ...]
     """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
     seed: int = 0
-    """of the model"""
+    """seed of the model"""
     length: int = 60
-    """symbols of the input"""
+    """number of symbols of the input"""
     examples: int = 16
-    """inputs to take the mean over"""
+    """number of inputs in the mean"""
 
     def __post_init__(self) -> None:
         """Refuse no file, formats nobody writes, and counts below one."""

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,6 +21,7 @@ class Arguments(Measuring):
     A model is a run folder, or with --data a folder or a hub name of any causal language model of
     transformers. Writes RUN/evaluation/PROTOCOL.json, which `dape plot` draws. The same command
     again goes on where an interrupted one stopped.
+    On several devices: `torchrun ... -m dape eval RUN ...` spreads each window over all of them.
     """
 
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
@@ -56,11 +58,16 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape eval")
     from transformers.utils import logging
 
+    from dape.attention.context_parallel import over_all_processes
     from dape.cli.progress import progress
+    from dape.device import choose_device
     from dape.evaluate.evaluation import evaluate
+    from dape.evaluate.watch import SILENT
 
     logging.disable_progress_bar()  # of the loading of weights
-    with progress() as watch:
+    spread, device = over_all_processes(choose_device(arguments.device))
+    speaks = spread is None or spread.rank == 0
+    with progress() if speaks else nullcontext(SILENT) as watch:
         evaluations = evaluate(
             arguments.runs,
             arguments.data,
@@ -73,7 +80,7 @@ def main(argv: list[str]) -> None:
             bos=arguments.bos,
             metric=arguments.metric,
             seed=arguments.seed,
-            device=arguments.device,
+            device=str(device),
             precision=arguments.precision,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
@@ -81,8 +88,10 @@ def main(argv: list[str]) -> None:
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", *argv]),
             watch=watch,
+            context_parallel=spread,
         )
-    show(evaluations, arguments.metric)
+    if speaks:
+        show(evaluations, arguments.metric)
 
 
 def show(evaluations: Sequence["Evaluation"], metric: str) -> None:

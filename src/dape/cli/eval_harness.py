@@ -25,6 +25,8 @@ class Arguments(Measuring):
     """folder with tasks of your own (YAML)"""
     limit: int | None = None
     """largest number of documents of a task"""
+    again: bool = False
+    """measure anew what was measured before"""
 
     def __post_init__(self) -> None:
         """Refuse no tasks and no documents."""
@@ -53,6 +55,7 @@ def main(argv: list[str]) -> None:
         device=arguments.device,
         batch_tokens=arguments.batch_tokens,
         out=arguments.out,
+        again=arguments.again,
         partial_weights=arguments.partial_weights,
         command=shlex.join(["dape", "eval", "harness", *argv]),
         watch=Lines(),

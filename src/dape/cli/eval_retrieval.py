@@ -30,6 +30,8 @@ class Arguments(Measuring):
     """split of the corpus"""
     seed: int = 0
     """seed of the hidden numbers"""
+    again: bool = False
+    """measure anew what was measured before"""
 
     def __post_init__(self) -> None:
         """Refuse depths outside the text, no tasks and no trials."""
@@ -65,6 +67,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
+            again=arguments.again,
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", "retrieval", *argv]),
             watch=watch,

@@ -7,7 +7,7 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.errors import UserError
-from dape.files import whole
+from dape.files import locked, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,21 @@ def main(argv: list[str]) -> None:
     """Write the folder, whole or not at all, and say where it is."""
     arguments = parse(Arguments, argv, prog="dape export")
     out = arguments.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is there and not empty; give another, or delete it")
+    with locked(out.absolute().parent, f"another process is writing {out}", out.name):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"--out {out} is there and not empty; give another, or delete it")
+        export(arguments.run, out)
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the folder."""
     from transformers.utils import logging
 
     from dape.figures.card import card
     from dape.train.restore import restore
 
     logging.disable_progress_bar()
-    trained = restore(arguments.run)
+    trained = restore(run)
     written = card(trained, out.resolve().name)
     with whole(out) as partial:
         trained.model.save_pretrained(partial)

@@ -54,7 +54,7 @@ Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
 
 @dataclass(frozen=True)
 class Measuring:
-    """What every command that measures models takes."""
+    """Options of every command that measures models."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders, model folders, or names on the hub (results then go to runs/NAME)"""

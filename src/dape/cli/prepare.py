@@ -9,10 +9,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from dape.cli.arguments import parse
-from dape.data.prepare import Options, Preparation, Status
+from dape.data.prepare import Options as Arguments
+from dape.data.prepare import Preparation, Status
 from dape.data.shards import Corpus
 from dape.data.writer import SKIPPED
 from dape.errors import UserError
+from dape.text import one_line
 
 LOG_SECONDS = 30.0  # between lines of progress where there is no terminal to draw a bar on
 COLUMNS = (
@@ -26,7 +28,7 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     """Prepare a corpus, or say that it is there."""
-    options = parse(Options, argv, "dape prepare")
+    options = parse(Arguments, argv, "dape prepare")
     preparation = Preparation(options)
     if preparation.finished:
         print(f"{options.out} is prepared already, from the same arguments; nothing to do.")
@@ -58,7 +60,8 @@ def _run(preparation: Preparation) -> None:
                 task, completed=status.source_bytes, rate=_rate(start, status, now - begun)
             )
             for problem in status.problems:
-                progress.console.print(f"skipped {problem}", markup=False, soft_wrap=True)
+                line = one_line(f"skipped {problem}")
+                progress.console.print(line, markup=False, soft_wrap=True)
             if not progress.console.is_terminal and now - logged >= LOG_SECONDS:
                 logged = now
                 progress.console.print(progress.get_renderable())

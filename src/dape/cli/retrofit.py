@@ -40,18 +40,9 @@ class Arguments:
     """largest number of documents of the test split"""
 
 
-def main(argv: list[str]) -> int | None:
-    """Check everything, fine-tune, then measure; of several ranks the first alone says so."""
-    arguments = read(argv)
-    from dape.train.parallelize import is_first_rank
-
-    try:
-        run(arguments)
-        return 0
-    except UserError:
-        if is_first_rank():
-            raise
-        return 2
+def main(argv: list[str]) -> None:
+    """Check everything, fine-tune, then measure."""
+    run(read(argv))
 
 
 def read(argv: list[str]) -> Arguments:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
-from dape.errors import RankError, UserError
+from dape.errors import UserError
 from dape.train.recipe import Recipe, read
 
 PROG = "dape train RECIPE.yaml"
@@ -28,27 +28,20 @@ class Arguments:
     dry_run: bool = False
     """print parameters, tokens, steps and memory, and stop"""
     measure: bool = False
-    """print what a few steps take with each size of micro-batch up to the largest that fits, on
-    random tokens, and stop"""
+    """print time and memory of a step for each micro-batch size that fits, and stop"""
 
 
-def main(argv: list[str]) -> int | None:
-    """Check everything, then train; of several ranks the first alone reports what all meet."""
+def main(argv: list[str]) -> None:
+    """Check everything, then train."""
     if argv and argv[0] in ("-h", "--help"):
         parse(Arguments, argv, PROG, Arguments(Recipe()))
     runs = [parsed(words) for words in combinations(argv)]
     from dape.train.parallelize import is_first_rank
     from dape.train.plan import check_all
 
-    try:
-        check_all([each.recipe for each in runs])
-        for each in runs:
-            run(each, is_first_rank())
-        return 0
-    except UserError as error:
-        if is_first_rank() or isinstance(error, RankError):
-            raise
-        return 2
+    check_all([each.recipe for each in runs])
+    for each in runs:
+        run(each, is_first_rank())
 
 
 def parsed(argv: list[str]) -> Arguments:

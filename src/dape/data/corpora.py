@@ -12,7 +12,7 @@ from platform import python_version
 from typing import Any, Literal
 
 from dape.data.hub import reachable
-from dape.errors import UserError
+from dape.errors import UserError, install
 
 Kind = Literal["text", "json", "dataset"]
 
@@ -38,7 +38,7 @@ SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is read from front to back: a file, or one split of a dataset.
+    """A unit of reading, from front to back: a file, or a split of a dataset.
 
     `key` identifies a file's document, so that its split does not depend on where the source lies;
     `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned;
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the user named: its parts in a fixed order, and how many files of no known kind."""
+    """A named source: parts in a fixed order, and the number of files of no known kind."""
 
     name: str
     parts: tuple[Part, ...]
@@ -180,8 +180,7 @@ def named_split(name: str, kind: Kind) -> str | None:
 def _dataset(name: str) -> Source:
     if find_spec("datasets") is None:
         raise UserError(
-            f"no file or folder {name!r}; if it is a Hugging Face dataset, first "
-            "`pip install 'dape[datasets]'`"
+            f"no file or folder {name!r}; to read a Hugging Face dataset, {install('datasets')}"
         )
     if not reachable():
         raise UserError(

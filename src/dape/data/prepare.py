@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from dape.data.records import Record, read
 from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
 from dape.data.writer import AGAIN, JOURNAL, SKIPPED, SPLITS, CorpusWriter, State
 from dape.errors import UserError
-from dape.files import is_free, locked, read_json, remove_leftovers
+from dape.files import is_free, locked, read_json, remove_leftovers, tidy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -95,6 +95,7 @@ class Preparation:
         self._options, self._folder = options, options.out
         _refuse_inside(options)
         sources = [resolve(name, options.text_key) for name in options.sources]
+        _refuse_overlap(sources)
         self._parts = [part for source in sources for part in source.parts]
         self._tokenizer = tokenizers.load(options.tokenizer)
         self._header = _header(options, sources, self._tokenizer)
@@ -104,7 +105,9 @@ class Preparation:
         if self.finished:
             there = _arguments(Corpus(self._folder).manifest)
             _refuse_other(self._folder, there, self._header)
-            journal.unlink(missing_ok=True)  # left if the run was killed at its very end
+            with suppress(OSError):  # left if the run was killed at its very end
+                journal.unlink()
+            tidy(self._folder)
         elif self.resumed:
             there = read_json(journal, lambda found: _arguments(found["header"]), AGAIN)
             _refuse_other(self._folder, there, self._header)
@@ -130,6 +133,9 @@ class Preparation:
             remove_leftovers(self._folder)
             if options.overwrite:
                 _clear(self._folder)
+            if (self._folder / MANIFEST).is_file():  # another process was faster
+                yield Status(_size(self._parts), 0, 0, [])
+                return
             stop = options.on_error == "stop"
             writer = stack.enter_context(closing(CorpusWriter(self._folder, self._header, stop)))
             part, done = writer.state.part, writer.state.records
@@ -220,6 +226,19 @@ def _refuse_inside(options: Options) -> None:
         inside = options.out.resolve().is_relative_to(folder.resolve())
         if name != STANDARD_LIBRARY and folder.is_dir() and inside:
             raise UserError(f"{options.out} lies in the source {name}; name a folder beside it")
+
+
+def _refuse_overlap(sources: list[Source]) -> None:
+    """Raise `UserError` for a file of two sources, whose documents would count twice."""
+    owners: dict[str, str] = {}
+    for source in sources:
+        for part in source.parts:
+            owner = owners.setdefault(os.path.realpath(part.location), source.name)
+            if owner != source.name:
+                raise UserError(
+                    f"sources {owner} and {source.name} both have {part.location}; its documents"
+                    " would count twice"
+                )
 
 
 def _clear(folder: Path) -> None:

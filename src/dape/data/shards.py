@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
+SCAN = 2**24  # tokens of a shard that are looked at at a time
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+_AGAIN = "prepare it again with --overwrite"
 
 
 class Corpus:
@@ -48,9 +51,7 @@ class Corpus:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """Return the tokenizer that the corpus was made with."""
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(self.folder / TOKENIZER))
+        return tokenizers.saved(str(self.folder / TOKENIZER))
 
     def check_model(self, source: str, vocab_size: int) -> None:
         """Refuse a model, from a folder or the hub, that reads other tokens than these.
@@ -71,7 +72,13 @@ class Corpus:
             )
 
     def split(self, name: str) -> "Split":
-        """Return a split, `UserError` if it has no documents: train, validation or test."""
+        """Return a split: train, validation or test.
+
+        Its tokens are read once to see that they have the checksums that the manifest names.
+
+        Raises:
+            UserError: if it has no documents, or other tokens than when it was written.
+        """
         splits = self.manifest["splits"]
         if name not in splits:
             raise unknown("split", name, splits)
@@ -81,6 +88,11 @@ class Corpus:
                 f"split {name!r} of {self.folder} has no documents (only {filled}); prepare it "
                 f"with a larger share for {name} or with a source named {name}"
             )
+        for shard in splits[name]["shards"]:
+            path = self.folder / shard["file"]
+            states = tuple(file.stat() for file in (path, index_file(path)))
+            changes = tuple((state.st_size, state.st_mtime_ns) for state in states)
+            _verify(path, shard["checksum"], self.manifest["dtype"], self.end_of_text, changes)
         return Split(self.folder, splits[name]["shards"], self.manifest["dtype"])
 
 
@@ -205,6 +217,39 @@ def _mixed(value: int) -> int:
     return value ^ value >> 31
 
 
+def scan(
+    path: Path, dtype: str | np.dtype[Any], end_of_text: int
+) -> tuple[str, Int64[np.ndarray, " bounds"]]:
+    """Return the checksum of a shard, and where its documents begin and end.
+
+    Encoding yields the end of text nowhere but at the end of a document, so the tokens alone say
+    where the bounds are, and their checksum covers both.
+    """
+    checksum, bounds, tokens = hashlib.sha256(), [np.zeros(1, np.int64)], 0
+    with open(path, "rb") as file:
+        while len(block := np.fromfile(file, dtype, SCAN)):
+            checksum.update(block.data)
+            bounds.append(np.flatnonzero(block == end_of_text) + tokens + 1)
+            tokens += len(block)
+    return checksum.hexdigest(), np.concatenate(bounds, dtype=np.int64)
+
+
+@cache
+def _verify(
+    path: Path, checksum: str, dtype: str, end_of_text: int, changes: tuple[tuple[int, int], ...]
+) -> None:
+    """Raise a `UserError` for a shard that changed since it was written; once for each change."""
+    found, bounds = scan(path, dtype, end_of_text)
+    if found != checksum:
+        raise UserError(f"{path} has not the checksum in {MANIFEST}: it changed; {_AGAIN}")
+    try:
+        same = np.array_equal(np.load(index_file(path), mmap_mode="r"), bounds)
+    except (EOFError, OSError, ValueError):
+        same = False
+    if not same:
+        raise UserError(f"{index_file(path)} is not the index of its shard; {_AGAIN}")
+
+
 def index_file(shard: Path) -> Path:
     """Return the file with the document boundaries of a shard, int64 [documents + 1]."""
     return shard.with_suffix(".idx.npy")
@@ -217,14 +262,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"no finished corpus in {folder}; run `dape prepare SOURCE --out {folder}`, "
             "which also resumes an interrupted one"
         )
-    remedy = "prepare it again with --overwrite"
-    manifest, expected = read_json(file, lambda found: (found, _sizes(found)), remedy)
+    manifest, expected = read_json(file, lambda found: (found, _sizes(found)), _AGAIN)
     for shard, size in expected.items():
         path = folder / shard
         if not index_file(path).is_file() or not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path} is missing, or not the {size:,} bytes it had; {remedy}")
+            raise UserError(f"{path} is missing, or not the {size:,} bytes it had; {_AGAIN}")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
-        raise UserError(f"{folder / TOKENIZER} has no tokenizer.json; {remedy}")
+        raise UserError(f"{folder / TOKENIZER} has no tokenizer.json; {_AGAIN}")
     return manifest
 
 

@@ -95,11 +95,28 @@ def _from_path(path: Path) -> "PreTrainedTokenizerFast":
 
 def of_model(source: str) -> "PreTrainedTokenizerFast | None":
     """Return the tokenizer of a model, in a folder or on the hub; None for a folder without one."""
-    from transformers import PreTrainedTokenizerFast
-
     if Path(source).is_dir() and not file_of_model(source).is_file():
         return None
-    return fetch(PreTrainedTokenizerFast.from_pretrained, source)
+    return saved(source)
+
+
+def saved(source: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer that was saved in a folder, or has a name on the hub.
+
+    Raises:
+        UserError: if there is none, or its files are damaged.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return fetch(PreTrainedTokenizerFast.from_pretrained, source)
+    except UserError:
+        raise
+    except Exception as error:  # the Rust parser raises bare exceptions
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"the tokenizer in {source} cannot be read ({reason}); save it again"
+        ) from None
 
 
 def file_of_model(source: str) -> Path:

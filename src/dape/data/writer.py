@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from dape.data.encoding import Encoded
-from dape.data.shards import MANIFEST, index_file
+from dape.data.shards import MANIFEST, index_file, scan
 from dape.errors import UserError
-from dape.files import read_json, write_json
+from dape.files import read_json, whole, write_json
 
 JOURNAL = "progress.json"
 SKIPPED = "skipped.txt"
 AGAIN = "start again with --overwrite"
 SPLITS = ("train", "validation", "test")
-SCAN = 2**24  # tokens searched for document boundaries at a time
 JOURNAL_SECONDS = 1.0  # how much work an interruption costs
 
 
@@ -111,28 +110,20 @@ class SplitWriter:
             Path(self._file.name).unlink()
 
     def _end_shard(self) -> None:
-        """Write where the documents of the open shard begin and end, and note its checksum.
-
-        Encoding yields the end of text nowhere but at the end of a document, so the tokens alone
-        say where the boundaries are, and their checksum covers both.
-        """
+        """Write where the documents of the open shard begin and end, and note its checksum."""
         self.flush()
         self._file.close()
         path = Path(self._file.name)
-        checksum, bounds = hashlib.sha256(), [np.zeros(1, np.int64)]
-        tokens = 0
-        with open(path, "rb") as file:
-            while len(block := np.fromfile(file, self._dtype, SCAN)):
-                checksum.update(block.data)
-                bounds.append(np.flatnonzero(block == self._end_of_text) + tokens + 1)
-                tokens += len(block)
-        np.save(index_file(path), np.concatenate(bounds, dtype=np.int64))
+        tokens = self._written.open_tokens
+        checksum, bounds = scan(path, self._dtype, self._end_of_text)
+        with whole(index_file(path)) as partial, open(partial, "wb") as file:
+            np.save(file, bounds)
         self._written.shards.append(
             {
                 "file": path.name,
                 "tokens": tokens,
-                "documents": sum(map(len, bounds)) - 1,
-                "checksum": checksum.hexdigest(),
+                "documents": len(bounds) - 1,
+                "checksum": checksum,
             }
         )
 

@@ -1,8 +1,8 @@
 """The scores A, the bias B and the logits of queries in the layers of a model, over all keys.
 
-They are what the model itself computes in a forward pass: while it runs, an adapter that keeps the
-rows of the queries stands around the adapter of each attention. Attention is then computed in
-blocks of rows, so that memory is linear in the length.
+The values come from a forward pass of the model. During the pass, a recording adapter wraps the
+adapter of each attention and keeps the rows of the queries. Attention is computed in blocks of
+rows, and memory is linear in the length.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,13 @@ from dape.positions.adapter import Rows
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One query in one layer; each array is [heads, keys], its own key the last in a causal model.
+    """A query in a layer; each array is [heads, keys], in a causal model up to the query's own key.
 
-    residual: whether the logits are A + B + f(A, B), or A + f(A, B).
-    scores: A, as scaled and as rotated as the adapter gets it.
-    bias: B.
-    logits: the arguments of the softmax.
+    Attributes:
+        residual: whether the logits are A + B + f(A, B), or A + f(A, B).
+        scores: A, scaled and rotated, as the adapter gets A.
+        bias: B.
+        logits: the input of the softmax.
     """
 
     layer: int
@@ -53,7 +54,7 @@ class Row:
 
 
 class Recorder(nn.Module):
-    """An adapter that gives the logits of another, or A + B, and keeps the rows of queries."""
+    """An adapter that returns the logits of a wrapped adapter, or A + B, and keeps rows."""
 
     needs_rows = True
 
@@ -96,12 +97,12 @@ def capture(
     layers: Sequence[int] | None = None,
     query: int | None = None,
 ) -> list[Row]:
-    """Return the rows of a query, by default the last, in the layers asked for, by default all.
+    """Return the rows of a query, by default the last, in given layers, by default all.
 
-    `model` is of this package, or of transformers with adapters mounted by `dape.retrofit`.
+    `model` is a DAPE model, or a model of transformers with adapters mounted by `dape.retrofit`.
 
     Raises:
-        UserError: for any other model, a layer it does not have, or a query that is no token.
+        UserError: for a model without adapters, an unknown layer, or a query that is no token.
     """
     query = len(tokens) - 1 if query is None else query
     if not 0 <= query < len(tokens):
@@ -112,7 +113,7 @@ def capture(
 def capture_all(
     model: nn.Module, tokens: Int[Tensor, " tokens"], layers: Sequence[int] | None = None
 ) -> list[list[Row]]:
-    """Return the rows of every query for each layer asked for, by default all; see `capture`."""
+    """Return the rows of every query in given layers, by default all; see `capture`."""
     return _captured(model, tokens, layers, range(len(tokens)))
 
 
@@ -158,7 +159,7 @@ def attending(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model that call `dape.attention`, in order.
 
     Raises:
-        UserError: if there are none.
+        UserError: for a model without such modules.
     """
     found = [
         module

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError
-from dape.evaluate.lengths import default_lengths
+from dape.errors import UserError, check_whole
+from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
@@ -36,12 +36,14 @@ OCCURRENCES = {"token": "the token", "pair": "the token and the one before it"}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Scored tokens in bins: bin b holds those whose last occurrence needs window `lengths[b]`.
+    """Scored tokens by the window that holds their last occurrence.
 
-    The last bin holds those that do not occur in the longest window.
+    Bin b holds tokens whose last occurrence needs the window `lengths[b]`. The last bin holds
+    tokens that do not occur in the longest window.
 
-    tokens: their number, [bins][documents].
-    losses: the sums of their losses in nats, [lengths][bins][documents].
+    Attributes:
+        tokens: number of tokens, [bins][documents].
+        losses: sums of the losses in nats, [lengths][bins][documents].
     """
 
     tokens: list[list[int]]
@@ -50,11 +52,17 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class ContextUse:
-    """The losses of one model by place and occurrence.
+    """The losses of a model by position and by last occurrence.
 
-    positions: for each bin of positions in the longest window, the first and last number of tokens
-        before the predicted one, and the mean loss.
-    tallies: by a key of `OCCURRENCES`.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        lengths: measured window lengths in tokens, ascending.
+        positions: for each bin of positions in the longest window, the first and last number of
+            earlier tokens, and the mean loss in nats.
+        tallies: a `Tally` for each key of `OCCURRENCES`.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -127,13 +135,17 @@ def evaluate_context(
     command: str = "dape.evaluate.evaluate_context",
     watch: Watch = SILENT,
 ) -> list[ContextUse]:
-    """Return the use of the context of each model; arguments are those of `dape.evaluate.evaluate`.
+    """Return how each model uses its context: losses by position and by last occurrence.
+
+    The arguments are those of `dape.evaluate.evaluate`.
 
     Raises:
         UserError: as `evaluate`, and for models that were trained on different corpora.
     """
+    check_whole(0, seed=seed)
+    check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
     opened = open_models(models, partial_weights=partial_weights, watch=watch)
-    asked = sorted(set(lengths or default_lengths(opened)))
+    asked = chosen_lengths(lengths, opened)
     corpora = {each.checksum: each for each in (model.corpus(corpus) for model in opened)}
     if len(corpora) > 1:
         raise UserError("the runs were trained on different corpora; give one --data")
@@ -141,23 +153,23 @@ def evaluate_context(
     rule = protocol("last", asked)
     planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
     place = ("context", None, split)
-    folders = results_folders(opened, out, lambda each: each.evaluation(*place))
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
-    watch.begin(planned.tokens * len(opened))
     found = []
-    for model, folder in zip(opened, folders, strict=True):
-        record = context_use(
-            model,
-            planned,
-            device=chosen,
-            batch_tokens=batch_tokens,
-            provenance=origin,
-            advance=watch.advance,
-        )
-        if folder is not None:
-            record.save(folder.evaluation(*place))
-        found.append(record)
+    with results_folders(opened, out, lambda each: [each.evaluation(*place)]) as folders:
+        watch.begin(planned.tokens * len(opened))
+        for model, folder in zip(opened, folders, strict=True):
+            record = context_use(
+                model,
+                planned,
+                device=chosen,
+                batch_tokens=batch_tokens,
+                provenance=origin,
+                advance=watch.advance,
+            )
+            if folder is not None:
+                record.save(folder.evaluation(*place))
+            found.append(record)
     return found
 
 

@@ -1,7 +1,6 @@
 """Perplexity over length of several models, on the same tokens, each length kept as it is done."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError, unknown
-from dape.evaluate.lengths import default_lengths
+from dape.errors import UserError, check_whole, unknown
+from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import Measurement, measure, token_losses
 from dape.evaluate.plan import Plan, plan
@@ -21,18 +21,13 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
-from dape.evaluate.results import results_folders
+from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.files import remove
 from dape.provenance import provenance
-from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# A measurement made otherwise, with other versions or elsewhere is not taken for one of today.
-_SAME = ("commit", "versions", "device", "precision")
 
 
 def evaluate(
@@ -57,42 +52,55 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     command: str = "dape.evaluate.evaluate",
     watch: Watch = SILENT,
+    context_parallel: ContextParallel | None = None,
 ) -> list[Evaluation]:
-    """Return the perplexity over length of each model: the same tokens for every length and model.
+    """Return the perplexity over length of each model, on equal tokens for all lengths and models.
 
-    Each length of a model that is not in memory is kept in a file as soon as it is measured, and
-    taken from there when the same is asked again. A length that a model refuses is left out.
+    A result file receives each length as soon as the length is measured, and a repeated call reads
+    finished lengths from the file. Results of modules in memory are written only with `out`. A
+    length that a model refuses is left out.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
-        corpus: a prepared corpus; by default the one that each run was trained on.
-        lengths: tokens in a window; by default the training length, doubled up to 16 times it.
+        corpus: a prepared corpus; by default the corpus of each run's training.
+        lengths: tokens in a window; by default the training length, doubled up to 16 times.
         protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
-        stride: tokens that windows of `sliding` move by.
-        split: part of the corpus.
-        documents: at most so many, drawn by `seed` among those that hold the longest window.
-        blocks: at most so many blocks of scored tokens a document.
-        bos: let windows begin with a model's own token for the beginning of a text.
-        metric: the one to compare models by; only `bits_per_byte` allows different corpora.
-        device: of models that are not in memory.
-        precision: of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
-        batch_tokens: tokens in one forward; a longer window goes alone.
-        out: folder for all results; those of modules in memory are kept nowhere else.
-        again: measure lengths that were measured before too.
-        partial_weights: take models whose files miss weights, or have some without a place.
-        tokenizer: that of the modules in memory, which must be the corpus's.
-        command: recorded with the results.
-        watch: hears of the progress.
+        stride: tokens between windows of `sliding`.
+        split: split of the corpus.
+        documents: largest number of documents, drawn among those longer than the longest window.
+        blocks: largest number of blocks of scored tokens in a document.
+        bos: put the model's token for the beginning of a text in place of a window's first token.
+        metric: number to compare models by; only `bits_per_byte` allows different corpora.
+        seed: seed of the choice of documents.
+        device: device of models that are not in memory.
+        precision: precision of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
+        batch_tokens: most tokens in a forward pass; a longer window goes alone.
+        out: folder for all results; the folder of each model by default.
+        again: measure finished lengths again.
+        partial_weights: accept model files with missing or unused weights.
+        tokenizer: tokenizer of the modules in memory, equal to that of the corpus.
+        command: command to record with the results.
+        watch: receiver of the progress.
+        context_parallel: devices that share each window. The process of each device calls this
+            function, and the first process keeps the results.
+
+    Returns:
+        An evaluation for each model, in the order of `models`.
 
     Raises:
         UserError: for models, a corpus, lengths or options that do not fit together, results that
             cannot be written, and if memory runs out.
     """
+    check_whole(0, seed=seed)
+    check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
     opened = open_models(models, tokenizer, partial_weights, watch)
+    if context_parallel is not None:
+        for model in opened:
+            model.check_spread()
     if bos:
         for model in opened:
             model.beginning()
-    asked = sorted(set(lengths or default_lengths(opened)))
+    asked = chosen_lengths(lengths, opened)
     plan_of = partial(
         plan,
         split=split,
@@ -104,16 +112,27 @@ def evaluate(
         bos=bos,
     )
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
-    folders = results_folders(opened, out, lambda each: each.evaluation(protocol, stride, split))
-    files = [_files(folder, protocol, stride, split) for folder in folders]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
     made = partial(_made, origin=origin, precision=precision, device=chosen)
-    watch.begin(sum(each.tokens for each in plans))
-    return [
-        _Session(model, each, file, chosen, batch_tokens, made(model), watch).run(again)
-        for model, each, file in zip(opened, plans, files, strict=True)
-    ]
+    place = (protocol, stride, split)
+    first = context_parallel is None or context_parallel.rank == 0
+    folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)
+    with folders_of as folders:
+        watch.begin(sum(each.tokens for each in plans))
+        return [
+            _Session(
+                model,
+                each,
+                Kept(folder.evaluation(*place) if folder else None, load, writes=first),
+                chosen,
+                batch_tokens,
+                made(model),
+                watch,
+                context_parallel,
+            ).run(again)
+            for model, each, folder in zip(opened, plans, folders, strict=True)
+        ]
 
 
 def _made(
@@ -140,41 +159,17 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 
 @dataclass(frozen=True, slots=True)
-class _Files:
-    """Where an evaluation is kept, and where its lengths are until all are measured."""
-
-    finished: Path
-    unfinished: Path
-
-    def read(self) -> Iterator[Evaluation]:
-        """Yield what is kept; what cannot be read is measured anew."""
-        for file in (self.finished, self.unfinished):
-            with suppress(UserError):
-                yield load(file)
-
-    def finish(self, evaluation: Evaluation) -> None:
-        """Write the whole evaluation."""
-        evaluation.save(self.finished)
-        remove(self.unfinished)
-
-
-def _files(folder: RunFolder | None, *place: Any) -> _Files | None:
-    if folder is None:
-        return None
-    return _Files(folder.evaluation(*place), folder.unfinished(*place))
-
-
-@dataclass(frozen=True, slots=True)
 class _Session:
-    """The evaluation of one model by one plan; `files` keep it, if anything does."""
+    """The evaluation of one model by one plan."""
 
     model: Model
     plan: Plan
-    files: _Files | None
+    kept: Kept[Evaluation]
     device: torch.device
     batch_tokens: int
     origin: dict[str, Any]
     watch: Watch
+    context_parallel: ContextParallel | None
 
     @property
     def name(self) -> str:
@@ -183,6 +178,8 @@ class _Session:
     def run(self, again: bool) -> Evaluation:
         """Return the evaluation, with what was measured before unless all is asked for again."""
         done = None if again else self._before()
+        if self.context_parallel is not None:  # nothing is written until all have read
+            self.context_parallel.sum(torch.zeros((), device=self.device))
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
         ]
@@ -194,10 +191,8 @@ class _Session:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
-                    if self.files is not None:
-                        done.save(self.files.unfinished)
-        if self.files is not None:
-            self.files.finish(done)
+                    self.kept.keep(done)
+        self.kept.finish(done)
         return done
 
     def _empty(self, subject: Subject) -> Evaluation:
@@ -227,14 +222,15 @@ class _Session:
                 device=device_of(network, self.device),
                 precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
+                context_parallel=self.context_parallel,
             )
         return measure(losses, windows, self.plan.bytes)
 
     def _before(self) -> Evaluation | None:
         """Return what was measured before of the same model and tokens, the same way."""
-        if self.files is None or self.model.weights is None:
+        if self.model.weights is None:
             return None
-        found = [each for each in self.files.read() if self._same(each)]
+        found = [each for each in self.kept.read() if self._same(each)]
         if not found:
             return None
         asked = {windows.length for windows in self.plan.windows}
@@ -248,18 +244,15 @@ class _Session:
         )
 
     def _same(self, before: Evaluation) -> bool:
-        then, now = before.provenance, self.origin
         return (
             before.subject.weights == self.model.weights
             and before.subject.run == self.name
             and before.targets == self.plan.targets
-            and all(then.get(name) == now[name] for name in _SAME)
+            and same_origin(before.provenance, self.origin)
         )
 
     def _announce(self, before: Evaluation) -> None:
         for windows in self.plan.windows:
             if windows.length in before.lengths:
-                self.watch.announce(
-                    self.name, windows.length, "measured before; --again repeats it"
-                )
+                self.watch.announce(self.name, windows.length, KEPT)
                 self.watch.advance(windows.tokens)

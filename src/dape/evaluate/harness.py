@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dape.device import choose_device
-from dape.errors import UserError, install
-from dape.evaluate.lengths import trained_at
+from dape.errors import UserError, check_whole, install
+from dape.evaluate.lengths import chosen_lengths, trained_at
 from dape.evaluate.opening import Given, open_models
-from dape.evaluate.record import save
+from dape.evaluate.record import restore, save
 from dape.evaluate.refusal import Refused, explained
-from dape.evaluate.results import results_folders
-from dape.evaluate.subject import Model, Subject
+from dape.evaluate.results import KEPT, results_folders, same_origin
+from dape.evaluate.subject import Model, Subject, files_checksum
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import provenance
+from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-# What lm-eval warns of when a model is handed to it, which is how we mean it.
+# Warnings of lm-eval about a model that is passed as an object, which is intended.
 MEANT = ("`pretrained` model kwarg is not", "Passed an already-initialized model")
 
 
@@ -44,11 +45,20 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Harnessed:
-    """One model on one task, whose requests keep their last `max_length` tokens.
+    """The scores of a model on a task, with requests cut to the last `max_length` tokens.
 
-    `cut` counts how often lm-eval said that it cut a request to that, in all of a group of tasks.
-    `samples` are the documents asked about, `version` is the task's own. A model that refused has
-    the reason in `refused` and no scores.
+    Attributes:
+        subject: the model.
+        task: name of the task in lm-eval.
+        max_length: tokens kept of a request.
+        provenance: command, commit, versions and device.
+        version: version of the task.
+        samples: number of documents.
+        scores: a `Score` for each metric.
+        cut: number of requests that lm-eval cut, over the whole group of tasks.
+        parts: all results of the question, more than one for a group of tasks.
+        refused: the reason if the model refused, and then without scores.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -60,6 +70,7 @@ class Harnessed:
     scores: list[Score] = field(default_factory=list)
     cut: int = 0
     refused: str | None = None
+    parts: list[str] = field(default_factory=list)
     format: int = FORMAT
 
     @property
@@ -119,45 +130,131 @@ def evaluate_harness(
     device: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
+    again: bool = False,
     partial_weights: bool = False,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     command: str = "dape.evaluate.evaluate_harness",
     watch: Watch = SILENT,
 ) -> list[Harnessed]:
-    """Return what lm-eval measures of each model, for each task and each part of a group.
+    """Return the scores of lm-eval for each model, task and part of a group of tasks.
+
+    Further arguments are those of `dape.evaluate.evaluate`.
 
     Args:
-        tasks: names of tasks or groups that lm-eval knows.
-        lengths: most tokens that a request keeps, its last ones, whatever the model's configuration
-            says; by default the training length.
-        include_path: a folder with tasks of your own.
-        limit: at most so many documents of a task.
-
-    The other arguments are those of `dape.evaluate.evaluate`.
+        models: run folders, folders or hub names of causal language models, modules in memory.
+        tasks: names of tasks or groups of lm-eval.
+        lengths: tokens kept of a request, the last, whatever the configuration of the model says;
+            by default the training length.
+        include_path: folder with tasks of your own.
+        limit: largest number of documents of a task.
 
     Raises:
         UserError: for an unknown task, data that cannot be had, results that cannot be written, and
             if memory runs out.
     """
+    check_whole(batch_tokens=batch_tokens)
+    if limit is not None:
+        check_whole(limit=limit)
     known = manager(tasks, include_path)
     opened = open_models(models, tokenizer, partial_weights, watch)
-    asked = [tuple(lengths or (trained_at(model),)) for model in opened]
+    asked = [chosen_lengths(lengths or (trained_at(model),), opened) for model in opened]
     tokenizers = [_tokenizer(model) for model in opened]
-    folders = results_folders(opened, out, lambda each: each.harness(tasks[0], 1))
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command}
+    origin = provenance(chosen) | {"command": command, "limit": limit, "tasks": _own(include_path)}
     origin["versions"]["lm-eval"] = version("lm-eval")
-    found = []
-    for model, own, words, folder in zip(opened, asked, tokenizers, folders, strict=True):
-        with model.loaded(chosen, max(own)) as network:
-            for length, task in product(own, tasks):
-                request = _Request(model, network, words, known, length, batch_tokens, limit)
-                for result in request.ask(task, origin):
-                    if folder is not None:
-                        save(folder.harness(result.task, length), result)
-                    watch.announce(str(model.folder), length, result.outcome)
-                    found.append(result)
-    return found
+    names = list(dict.fromkeys(tasks))
+    # One lock for all lengths of a task.
+    with results_folders(
+        opened, out, lambda each: [each.harness(name, 0) for name in names]
+    ) as folders:
+        return [
+            result
+            for model, own, words, folder in zip(opened, asked, tokenizers, folders, strict=True)
+            for result in _Session(
+                model, words, known, folder, chosen, batch_tokens, limit, origin, watch
+            ).run(list(product(own, names)), again)
+        ]
+
+
+def _own(folder: Path | None) -> str | None:
+    """Return a checksum of the tasks in a folder and the data beside them."""
+    return None if folder is None else files_checksum(folder, ("**/*",))
+
+
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """Tasks for one model; `folder` keeps the results, if anything does."""
+
+    model: Model
+    tokenizer: "PreTrainedTokenizerFast"
+    known: "TaskManager"
+    folder: RunFolder | None
+    device: torch.device
+    batch_tokens: int
+    limit: int | None
+    origin: dict[str, Any]
+    watch: Watch
+
+    def run(self, asked: Sequence[tuple[int, str]], again: bool) -> list[Harnessed]:
+        """Return the results of tasks at lengths, those of before unless `again`."""
+        found = []
+        with ExitStack() as stack:
+
+            @cache
+            def network() -> torch.nn.Module:
+                longest = max(length for length, _ in asked)
+                return stack.enter_context(self.model.loaded(self.device, longest))
+
+            for length, task in asked:
+                before = [] if again else self._before(task, length)
+                if before:
+                    self.watch.announce(str(self.model.folder), length, f"{task} {KEPT}")
+                found += before or self._measured(network(), task, length)
+        return found
+
+    def _measured(self, network: torch.nn.Module, task: str, length: int) -> list[Harnessed]:
+        request = _Request(
+            self.model, network, self.tokenizer, self.known, length, self.batch_tokens, self.limit
+        )
+        results = request.ask(task, self.origin)
+        # The whole of a group is kept last: where it is, its parts are.
+        for result in sorted(results, key=lambda result: result.task == task):
+            if self.folder is not None:
+                save(self.folder.harness(result.task, length), result)
+            self.watch.announce(str(self.model.folder), length, result.outcome)
+        return results
+
+    def _before(self, task: str, length: int) -> list[Harnessed]:
+        """Return what was measured before of the same model and task, the same way."""
+        if self.folder is None or self.model.weights is None:
+            return []
+        with suppress(UserError):
+            whole = load(self.folder.harness(task, length))
+            parts = [load(self.folder.harness(name, length)) for name in whole.parts]
+            if all(self._same(each) for each in parts):
+                return parts
+        return []
+
+    def _same(self, before: Harnessed) -> bool:
+        return (
+            before.subject.weights == self.model.weights
+            and before.subject.run == str(self.model.folder)
+            and before.provenance["versions"] == self.origin["versions"]
+            and same_origin(before.provenance, self.origin)
+        )
+
+
+def load(path: Path) -> Harnessed:
+    """Read the results of a task.
+
+    Raises:
+        UserError: if there is no such file, or it is damaged or of another version.
+    """
+    return restore(path, "result", FORMAT, "run `dape eval harness` on it", _harnessed)
+
+
+def _harnessed(content: dict[str, Any]) -> Harnessed:
+    return Harnessed(**{**content, "scores": [Score(**each) for each in content["scores"]]})
 
 
 def _tokenizer(model: Model) -> "PreTrainedTokenizerFast":
@@ -192,7 +289,7 @@ class _Request:
                 outcome = self._evaluate(task)
         except (Refused, AssertionError) as error:  # lm-eval asserts that answers fit
             reason = str(error) or f"an answer alone is longer than {self.length} tokens"
-            return [harnessed(task=task, refused=reason)]
+            return [harnessed(task=task, refused=reason, parts=[task])]
         except OSError as error:
             raise UserError(f"the data of {task} cannot be had: {error}") from None
         return [
@@ -202,6 +299,7 @@ class _Request:
                 samples=outcome["n-samples"].get(name, {}).get("effective"),
                 scores=scores(entry),
                 cut=log.count,
+                parts=list(outcome["results"]),
             )
             for name, entry in outcome["results"].items()
         ]

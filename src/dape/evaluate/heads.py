@@ -17,19 +17,21 @@ DENSER = 2.0  # how much denser positive weight is on the side that a head is na
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How one head treats near and far keys; a key is far from the distance `Learned.far` on.
+    """A head on near and far keys; a key is far at the distance `Learned.far` or more.
 
-    Positive weight is the part of a row above its mean over the keys: a softmax does not see a
-    constant. None stands where a row is constant.
+    Positive weight is the part of a row above its mean over the keys, because a softmax does not
+    see a constant. A number is None for a constant row.
 
-    head: counted from 0.
-    kind: `anti-local` if the positive weight of B + f is `DENSER` times as dense on far keys as on
-        near ones, `local` if the reverse holds, otherwise `even`.
-    positive_far: share of the positive weight of B + f (of f without residual) on far keys.
-    change_far: the same of f alone.
-    attention_far: share of the attention on far keys.
-    centre: mean distance of the attention, in tokens.
-    with_scores, with_bias: correlation of f with A and with B over the keys.
+    Attributes:
+        head: number of the head, counted from 0.
+        kind: `anti-local` if the positive weight of B + f is `DENSER` times as dense on far keys as
+            on near keys, `local` if the reverse holds, otherwise `even`.
+        positive_far: fraction of the positive weight of B + f (of f without residual) on far keys.
+        change_far: fraction of the positive weight of f on far keys.
+        attention_far: fraction of the attention on far keys.
+        centre: mean distance of the attention, in tokens.
+        with_scores: correlation of f with A over the keys.
+        with_bias: correlation of f with B over the keys.
     """
 
     head: int
@@ -58,13 +60,13 @@ def describe(row: Row, far: int) -> list[Head]:
     shift, change = parts["shift"], parts["change"]
     found = []
     for head, weights in enumerate(row.weights):
-        positive = _share_far(shift[head], far)
+        positive = _fraction_far(shift[head], far)
         found.append(
             Head(
                 head=head,
                 kind=_kind_of(positive, 1 - far / keys),
                 positive_far=positive,
-                change_far=_share_far(change[head], far),
+                change_far=_fraction_far(change[head], far),
                 attention_far=float(weights[distance >= far].sum()),
                 centre=float(weights @ distance),
                 with_scores=_correlation(change[head], parts["scores"][head]),
@@ -86,17 +88,17 @@ def _varying(row: Row) -> dict[str, Float[np.ndarray, "heads keys"]]:
     return found
 
 
-def _share_far(centred: Float[np.ndarray, " keys"], far: int) -> float | None:
-    """Return which share of the positive weight lies `far` or more before the last key."""
+def _fraction_far(centred: Float[np.ndarray, " keys"], far: int) -> float | None:
+    """Return the fraction of the positive weight `far` tokens or more before the last key."""
     positive = np.maximum(centred, 0)
     return float(positive[:-far].sum() / positive.sum()) if positive.any() else None
 
 
-def _kind_of(share: float | None, keys_far: float) -> str:
-    """Return the kind of a head with that share of positive weight on that share of the keys."""
-    if share is None:
+def _kind_of(fraction: float | None, keys_far: float) -> str:
+    """Return the kind of a head with a fraction of positive weight on a fraction of the keys."""
+    if fraction is None:
         return "even"
-    far, near = share * (1 - keys_far), (1 - share) * keys_far  # densities, but for a factor
+    far, near = fraction * (1 - keys_far), (1 - fraction) * keys_far  # densities, but for a factor
     return "anti-local" if far >= DENSER * near else "local" if near >= DENSER * far else "even"
 
 

@@ -3,12 +3,23 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dape.errors import UserError
+from dape.errors import UserError, check_whole
 
 if TYPE_CHECKING:
     from dape.evaluate.subject import Model
 
 TIMES_TRAINED = 16
+
+
+def chosen_lengths(lengths: Sequence[int] | None, models: Sequence["Model"]) -> list[int]:
+    """Return the lengths to measure at, ascending and each once; `default_lengths` by default.
+
+    Raises:
+        UserError: for a length that is no whole number of 1 or more.
+    """
+    for length in lengths or ():
+        check_whole(length=length)
+    return sorted(set(map(int, lengths or default_lengths(models))))
 
 
 def default_lengths(models: Sequence["Model"]) -> tuple[int, ...]:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dape.data.hub import fetch
 from dape.errors import UserError
 from dape.evaluate.subject import Finetuned, InMemory, Model
 from dape.evaluate.watch import SILENT, Watch, repeated
+from dape.model.loading import load_config
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 Given = str | Path | RunFolder | nn.Module
 
@@ -61,7 +61,7 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
         return _open_finetuned(folder, recipe, partial_weights)
     for place in (folder.model, path):
         if (place / "config.json").is_file():
-            config = _config(str(place)).get_text_config()
+            config = load_config(str(place)).get_text_config()
             return Model(folder, str(place), config, recipe, partial_weights)
     if path.exists():
         remedy = (
@@ -74,7 +74,7 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
             f"it, nor config.json of a Hugging Face model{remedy}"
         )
     name = path.as_posix()
-    config = _config(name).get_text_config()
+    config = load_config(name).get_text_config()
     return Model(RunFolder(Path("runs") / name), name, config, partial_weights=partial_weights)
 
 
@@ -84,7 +84,7 @@ def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: 
     if not (folder.adapters if mounted else folder.model).is_dir():
         raise UserError(f"{folder} is not finished; give the same `dape retrofit` again")
     source = base.source if mounted else str(folder.model)
-    config = _config(source, **recipe["model"]["config"])
+    config = load_config(source, **recipe["model"]["config"])
     return Finetuned(folder, source, config, recipe, partial_weights, base)
 
 
@@ -104,17 +104,3 @@ def _in_memory(
         network=network,
         own_tokenizer=tokenizer,
     )
-
-
-def _config(source: str, **changes: Any) -> "PreTrainedConfig":
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return fetch(AutoConfig.from_pretrained, source, **changes)
-    except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the config.json of {source} is no configuration of a model ({reason}); save the model"
-            " again"
-        ) from None

@@ -1,9 +1,10 @@
-"""What an evaluation leaves behind: a file of JSON in the folder of the run."""
+"""Records of evaluations: JSON files in the run folder."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from dape.errors import UserError
 from dape.evaluate.perplexity import Measurement
@@ -17,12 +18,18 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The tokens an evaluation scores; two evaluations with equal targets can be compared.
+    """The tokens that an evaluation scores; evaluations with equal targets can be compared.
 
-    `data` is the checksum of the corpus, `block` the tokens of a block, `documents` the numbers of
-    the documents in the split, `tokens` and `bytes` what was scored in each of them. `bytes` is
-    None for a tokenizer whose tokens stand for no fixed number of them. With `bos` each window
-    begins with the model's token for that instead of its first.
+    Attributes:
+        data: checksum of the corpus.
+        split: split of the corpus.
+        protocol: name of the protocol.
+        block: tokens of a block.
+        longest: tokens of the longest window.
+        documents: numbers of the scored documents in the split.
+        tokens: scored tokens of each document.
+        bytes: scored bytes of each document, or None if tokens have no fixed number of bytes.
+        bos: whether a window begins with the model's token for the beginning of a text.
     """
 
     data: str
@@ -38,10 +45,15 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model under one protocol.
+    """The perplexity of a model over length, under a protocol.
 
-    `refused` says why the model did not take windows of a length, for which there is no
-    measurement.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        measurements: a measurement for each length.
+        provenance: command, commit, versions and device.
+        refused: the reason for each length that the model refused.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -53,7 +65,7 @@ class Evaluation:
 
     @property
     def lengths(self) -> list[int]:
-        """Return the window lengths, ascending, with those that were refused."""
+        """Return the window lengths, ascending, refused lengths included."""
         return sorted([*self.by_length, *self.refused])
 
     @property
@@ -78,11 +90,11 @@ def load(path: Path) -> Evaluation:
 
 def _evaluation(content: dict[str, Any]) -> Evaluation:
     measurements = [
-        Measurement(**{**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
+        typed(Measurement, {**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
         for each in content["measurements"]
     ]
     refused = {int(length): reason for length, reason in content.get("refused", {}).items()}
-    targets = Targets(**content["targets"])
+    targets = typed(Targets, content["targets"])
     return Evaluation(
         **{**content, "targets": targets, "measurements": measurements, "refused": refused}
     )
@@ -92,6 +104,18 @@ def save(path: Path, record: Any) -> None:
     """Write a record, with the fields of its subject beside its own."""
     content = asdict(record)
     write_json(path, {**content.pop("subject"), **content})
+
+
+def typed(cls: Callable[..., Record], values: dict[str, Any]) -> Record:
+    """Return a dataclass; a `TypeError` for a field that is not of its type, whatever is in it."""
+    for name, hint in get_type_hints(cls).items():
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = {get_origin(option) or option for option in options}
+        if float in kinds:
+            kinds.add(int)
+        if name in values and type(values[name]) not in kinds:
+            raise TypeError(f"{name} is {values[name]!r}")
+    return cls(**values)
 
 
 def restore(
@@ -109,7 +133,7 @@ def restore(
         if content.get("format") != form:
             raise UserError(f"no {kind} of format {form}")
         names = {each.name for each in fields(Subject)} & content.keys()
-        subject = Subject(**{name: content.pop(name) for name in names})
+        subject = typed(Subject, {name: content.pop(name) for name in names})
         return build({**content, "subject": subject})
 
     return read_json(path, built, f"{remedy} again")

@@ -1,28 +1,31 @@
-"""Whether a model tells at the end of a long text the number that was hidden at a depth of it."""
+"""Retrieval: a number hidden at a depth of a long text, asked for at the end."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import nn
 
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError, unknown
-from dape.evaluate.lengths import default_lengths
+from dape.errors import UserError, check_finite, check_whole, unknown
+from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompt, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
 from dape.evaluate.refusal import Refused, explained
-from dape.evaluate.results import results_folders
+from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
 from dape.evaluate.subject import Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import provenance
+from dape.runs import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,15 +36,18 @@ Answer = tuple[Int[np.ndarray, " answer"], Float[np.ndarray, " answer"]]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What a model made of the trials at one length and depth.
+    """Scores of the trials at a length and a depth.
 
-    A token's rank is the number of tokens that are at least as likely at its place, given the
-    answer's tokens before it; 1 is the best.
+    The rank of a token of the answer is the number of tokens at least as likely, given the earlier
+    tokens of the answer. Rank 1 is the best.
 
-    exact: fraction of the trials whose whole number greedy decoding gives: all its ranks are 1.
-    accuracy: fraction of the answers' tokens with rank 1.
-    rank: mean rank of the answers' tokens.
-    log_probability: mean over the trials of the log-probability of the whole number, in nats.
+    Attributes:
+        length: tokens of the prompt.
+        depth: fraction of the text before the number, from 0 to 1.
+        exact: fraction of the trials in which greedy decoding gives the whole number.
+        accuracy: fraction of the answers' tokens with rank 1.
+        rank: mean rank of the answers' tokens.
+        log_probability: mean log-probability of the whole number, in nats.
     """
 
     length: int
@@ -54,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of a model: so many trials at each of the lengths and depths, by a seed."""
+    """The trials: `trials` numbers at each length and depth, drawn by `seed`."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -69,9 +75,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """One model on one task; `data` is the checksum of the corpus around a needle.
+    """The results of a model on a task.
 
-    A length that the model or the prompt refused has the reason in `refused` and no cells.
+    Attributes:
+        subject: the model.
+        task: `passkey` or `needle`.
+        data: checksum of the corpus around a needle.
+        plan: lengths, depths, trials and seed.
+        cells: scores, for each length and depth.
+        refused: the reason for each length that the model or the prompt refused.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -91,6 +105,16 @@ class Retrieval:
             for depth in self.plan.depths
         ]
         return np.array(rows, dtype=np.float64)
+
+    @property
+    def lengths(self) -> set[int]:
+        """Return the lengths that were measured or refused."""
+        return {cell.length for cell in self.cells} | self.refused.keys()
+
+    def with_cells(self, cells: Sequence[Cell], refused: Mapping[int, str]) -> "Retrieval":
+        """Return the record with other cells, in the order of the plan, and other refusals."""
+        ordered = sorted(cells, key=lambda cell: (cell.length, self.plan.depths.index(cell.depth)))
+        return replace(self, cells=ordered, refused=dict(sorted(refused.items())))
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -131,69 +155,154 @@ def evaluate_retrieval(
     device: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
+    again: bool = False,
     partial_weights: bool = False,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     command: str = "dape.evaluate.evaluate_retrieval",
     watch: Watch = SILENT,
 ) -> list[Retrieval]:
-    """Return whether each model finds the number that was hidden at a depth of a long text.
+    """Return whether each model finds a number hidden at a depth of a long text.
+
+    Further arguments are those of `dape.evaluate.evaluate`.
 
     Args:
+        models: run folders, folders or hub names of causal language models, modules in memory.
         tasks: `passkey`, `needle` (`dape.evaluate.prompts`).
-        depths: the parts of the text that come before the number, from 0 to 1.
+        lengths: tokens of a prompt.
+        corpus: the prepared corpus around a needle.
+        depths: fractions of the text before the number, from 0 to 1.
         trials: numbers at each length and depth, drawn by `seed`.
 
-    The other arguments are those of `dape.evaluate.evaluate`; `corpus` is the text around a needle.
+    Returns:
+        A record for each model and task.
 
     Raises:
         UserError: for an unknown task, models without a tokenizer, results that cannot be written,
             and if memory runs out.
     """
+    check_whole(0, seed=seed)
+    check_whole(trials=trials, batch_tokens=batch_tokens)
+    for depth in depths:
+        check_finite(0, depth=depth)
+        if depth > 1:
+            raise UserError(f"depth={depth} must be at most 1")
     for name in tasks:
         if name not in TASKS:
             raise unknown("task", name, TASKS)
     opened = open_models(models, tokenizer, partial_weights, watch)
-    asked = tuple(sorted(set(lengths or default_lengths(opened))))
-    plan = Plan(asked, tuple(depths), trials, seed)
-    prompts = [[_prompts(model, name, corpus, split) for name in tasks] for model in opened]
-    folders = results_folders(opened, out, lambda each: each.retrieval(tasks[0]))
+    asked = tuple(chosen_lengths(lengths, opened))
+    plan = Plan(asked, tuple(dict.fromkeys(map(float, depths))), trials, seed)
+    names = list(dict.fromkeys(tasks))
+    prompts = [{name: _prompts(model, name, corpus, split) for name in names} for model in opened]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
-    watch.begin(plan.tokens * len(tasks) * len(opened))
-    found = []
-    for model, each, folder in zip(opened, prompts, folders, strict=True):
-        with model.loaded(chosen, max(asked)) as network:
-            for task, (made, data) in zip(tasks, each, strict=True):
-                name = f"{model.folder}  {task}"
-                with model.refusing():
-                    cells, refused = retrieve(
-                        network,
-                        made,
-                        plan,
-                        device=device_of(network, chosen),
-                        batch_tokens=batch_tokens,
-                        advance=watch.advance,
-                        announce=partial(watch.announce, name),
-                    )
-                subject = model.subject(network)
-                record = Retrieval(subject, task, data, plan, cells, refused, origin)
-                if folder is not None:
-                    record.save(folder.retrieval(task))
-                found.append(record)
-    return found
+    with results_folders(
+        opened, out, lambda each: [each.retrieval(name) for name in names]
+    ) as folders:
+        watch.begin(plan.tokens * len(names) * len(opened))
+        return [
+            record
+            for model, own, folder in zip(opened, prompts, folders, strict=True)
+            for record in _Session(model, plan, folder, chosen, batch_tokens, origin, watch).run(
+                own, again
+            )
+        ]
 
 
-def _prompts(
-    model: Model, task: str, corpus: str | Path | Corpus | None, split: str
-) -> tuple[Prompts, str | None]:
-    """Return the prompts of a task for a model, and the checksum of the corpus around a needle."""
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """The questions of a plan to one model; `folder` keeps the answers, if anything does."""
+
+    model: Model
+    plan: Plan
+    folder: RunFolder | None
+    device: torch.device
+    batch_tokens: int
+    origin: dict[str, Any]
+    watch: Watch
+
+    def run(self, prompts: "Mapping[str, _Asked]", again: bool) -> list[Retrieval]:
+        """Return a record for each task, with what was measured before unless `again`."""
+        with ExitStack() as stack:
+
+            @cache
+            def network() -> nn.Module:
+                return stack.enter_context(self.model.loaded(self.device, max(self.plan.lengths)))
+
+            return [self._record(task, asked, again, network) for task, asked in prompts.items()]
+
+    def _record(
+        self, task: str, asked: "_Asked", again: bool, network: Callable[[], nn.Module]
+    ) -> Retrieval:
+        kept = Kept(self.folder.retrieval(task) if self.folder else None, load)
+        done = None if again else self._before(kept, task, asked)
+        if done is None:
+            done = self._empty(network(), task, asked)
+        for length in self.plan.lengths:
+            if length not in done.lengths:
+                done = self._with(done, length, asked, network())
+                kept.keep(done)
+        kept.finish(done)
+        return done
+
+    def _empty(self, network: nn.Module, task: str, asked: "_Asked") -> Retrieval:
+        subject = self.model.subject(network)
+        return Retrieval(subject, task, asked.data, self.plan, [], {}, self.origin)
+
+    def _with(self, done: Retrieval, length: int, asked: "_Asked", network: nn.Module) -> Retrieval:
+        """Return the record with one more length."""
+        with self.model.refusing():
+            cells, refused = retrieve(
+                network,
+                asked.prompts,
+                replace(self.plan, lengths=(length,)),
+                device=device_of(network, self.device),
+                batch_tokens=self.batch_tokens,
+                advance=self.watch.advance,
+                announce=partial(self.watch.announce, f"{self.model.folder}  {done.task}"),
+            )
+        return done.with_cells([*done.cells, *cells], {**done.refused, **refused})
+
+    def _before(self, kept: Kept[Retrieval], task: str, asked: "_Asked") -> Retrieval | None:
+        """Return what was measured before of the same model and questions, the same way."""
+        found = [each for each in kept.read() if self._same(each, task, asked)]
+        if self.model.weights is None or not found:
+            return None
+        known = {n for each in found for n in each.lengths} & {*self.plan.lengths}
+        cells = {(c.length, c.depth): c for each in found for c in each.cells if c.length in known}
+        refused = {n: why for each in found for n, why in each.refused.items() if n in known}
+        for length in sorted(known):
+            self.watch.announce(f"{self.model.folder}  {task}", length, KEPT)
+            self.watch.advance(length * len(self.plan.depths) * self.plan.trials)
+        before = replace(found[-1], plan=self.plan, provenance=self.origin)
+        return before.with_cells(list(cells.values()), refused)
+
+    def _same(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
+        return (
+            before.subject.weights == self.model.weights
+            and before.subject.run == str(self.model.folder)
+            and (before.task, before.data) == (task, asked.data)
+            and replace(before.plan, lengths=self.plan.lengths) == self.plan
+            and same_origin(before.provenance, self.origin)
+        )
+
+
+class _Asked(NamedTuple):
+    """The prompts of a task, and the checksum of the corpus around a needle."""
+
+    prompts: Prompts
+    data: str | None
+
+
+def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split: str) -> _Asked:
+    """Return the prompts of a task for a model."""
     if task == "needle":
         text = model.corpus(corpus)
-        return needle(text.tokenizer(), text, split), text.checksum
+        return _Asked(needle(text.tokenizer(), text, split), text.checksum)
     tokenizer = model.tokenizer()
     if tokenizer is None:
         raise UserError(f"{model.source} has no tokenizer.json, in which to write a passkey")
-    return passkey(tokenizer), None
+    return _Asked(passkey(tokenizer), None)
 
 
 def retrieve(
@@ -214,7 +323,7 @@ def retrieve(
     cells: list[Cell] = []
     refused: dict[int, str] = {}
     for length in plan.lengths:
-        rows = max(1, batch_tokens // length)
+        rows, left = max(1, batch_tokens // length), len(plan.depths) * plan.trials
         try:
             asked = [
                 prompts.make(length, depth, trial, plan.seed)
@@ -226,7 +335,9 @@ def retrieve(
                 with explained(length, len(batch)):
                     answers += score(model, batch, device)
                 advance(length * len(batch))
+                left -= len(batch)
         except Refused as reason:
+            advance(length * left)
             refused[length] = str(reason)
             announce(length, f"refused: {reason}")
             continue

@@ -6,7 +6,7 @@ transformers, or a module in memory.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dape.data.hub import fetch
 from dape.data.shards import Corpus
-from dape.data.tokenizer import fingerprint
+from dape.data.tokenizer import file_of_model, fingerprint, of_model
 from dape.errors import UserError
 from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
@@ -91,7 +90,7 @@ class Model:
         """Return a checksum of the names, sizes and times of the model's files."""
         if not Path(self.source).is_dir():
             return getattr(self.config, "_commit_hash", None)
-        return _files_checksum(Path(self.source))
+        return files_checksum(Path(self.source))
 
     def subject(self, network: nn.Module) -> Subject:
         """Return what records say of the model, once it is loaded."""
@@ -130,21 +129,10 @@ class Model:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """Return the tokenizer that lies with the model, None if there is no tokenizer.json."""
-        from transformers import PreTrainedTokenizerFast
-
-        if Path(self.source).is_dir() and not self._tokenizer_file().is_file():
-            return None
-        return fetch(PreTrainedTokenizerFast.from_pretrained, self.source)
+        return of_model(self.source)
 
     def _tokenizer_option(self) -> str:
-        return f"--tokenizer {self._tokenizer_file().parent}"
-
-    def _tokenizer_file(self) -> Path:
-        from huggingface_hub import try_to_load_from_cache
-
-        if Path(self.source).is_dir():
-            return Path(self.source) / "tokenizer.json"
-        return Path(str(try_to_load_from_cache(self.source, "tokenizer.json")))
+        return f"--tokenizer {file_of_model(self.source).parent}"
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
@@ -163,6 +151,14 @@ class Model:
         """Return the precision of products: on a GPU that of the training, else fp32."""
         trained = (self.recipe or {}).get("training", {}).get("precision")
         return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
+
+    def check_spread(self) -> None:
+        """Raise a `UserError` for a model that cannot be spread over several devices."""
+        if self.config.model_type != "dape":
+            raise UserError(
+                f"{self.source} is no model of this package: its windows cannot be spread over"
+                " several devices; start one process, without torchrun"
+            )
 
     def beginning(self) -> int:
         """Return the token that the model's texts begin with, a `UserError` if there is none."""
@@ -214,7 +210,7 @@ class Finetuned(Model):
         """Return a checksum that tells of the base's files and of the adapters'."""
         if self._chosen["adapter"] is None:
             return super().weights
-        return _checksum([super().weights, _files_checksum(self.folder.adapters)])
+        return _checksum([super().weights, files_checksum(self.folder.adapters)])
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
@@ -262,8 +258,9 @@ class InMemory(Model):
                 module.training = True
 
 
-def _files_checksum(folder: Path) -> str:
-    files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
+    """Return a checksum of the names, sizes and times of files in a folder, those of a model."""
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
 

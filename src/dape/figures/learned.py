@@ -156,9 +156,9 @@ def table(record: Learned) -> Table:
     )
 
 
-def _percent(share: float | None) -> str:
-    """Return a share in percent."""
-    return NOTHING if share is None else f"{share:.0%}"
+def _percent(fraction: float | None) -> str:
+    """Return a fraction in percent."""
+    return NOTHING if fraction is None else f"{fraction:.0%}"
 
 
 def _signed(value: float | None) -> str:

@@ -15,7 +15,7 @@ from dape.figures.style import save
 from dape.figures.tables import Table
 from dape.files import read_text
 from dape.runs import RunFolder
-from dape.text import code_block, markdown, one_line
+from dape.text import code_block, markdown, one_line, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,9 +79,11 @@ class Report:
         """Return one HTML page with the figures and recipes in it."""
         from jinja2 import Environment
 
-        template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-            files("dape.figures").joinpath("report.html").read_text(encoding="utf-8")
+        environment = Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_printable
         )
+        page = files("dape.figures").joinpath("report.html").read_text(encoding="utf-8")
+        template = environment.from_string(page)
         histories = {run: RunFolder(Path(run)).read_metrics() for run in self._runs}
         return template.render(
             title=self.title,
@@ -102,6 +104,11 @@ class Report:
             "\n".join(f"- {name}: {markdown(value)}" for name, value in content["origin"].items()),
         ]
         return "\n\n".join(parts) + "\n"
+
+
+def _printable(value: object) -> object:
+    """Return what a page shows of a value: no text of others with control characters."""
+    return printable(value) if type(value) is str else value
 
 
 def findings(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[str]:

@@ -1,15 +1,35 @@
 """Pretrained causal language models, with every weight that they need and no other."""
 
+from pickle import UnpicklingError
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dape.data.hub import fetch
 from dape.errors import UserError
 
 _NAMED = 3  # weights that an error names
+
+
+def load_config(source: str, **changes: Any) -> PreTrainedConfig:
+    """Return the configuration of a model, with other values of some keys.
+
+    Code that lies beside it is never run.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    try:
+        return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
+    except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the config.json of {source} is no configuration of a model ({reason}); save the model"
+            " again"
+        ) from None
 
 
 def load_causal(source: str, partial_weights: bool = False, **options: Any) -> PreTrainedModel:
@@ -22,16 +42,25 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
         UserError: if there is no such model, its files are damaged, or weights are missing or left
             over.
     """
+    if "config" not in options:
+        load_config(source)
     verbosity = logging.get_verbosity()
     if not partial_weights:
         logging.set_verbosity_error()  # the error below says the same in a line
     try:
         model, report = fetch(
-            AutoModelForCausalLM.from_pretrained, source, output_loading_info=True, **options
+            AutoModelForCausalLM.from_pretrained,
+            source,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
         )
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the weights of {source} cannot be read: {reason}") from None
+    except (AttributeError, KeyError, TypeError) as error:  # of generation_config.json, mostly
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"the files of {source} cannot be read ({reason})") from None
     finally:
         logging.set_verbosity(verbosity)
     if not partial_weights:

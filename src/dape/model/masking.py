@@ -123,7 +123,7 @@ def positions_of_keys(
 ) -> Tensor:
     """Return the position of each key: `tokens` counted, but the last as `position_ids` say.
 
-    Those before the given ones count back from the first of them.
+    Earlier keys count back from the first given position.
     """
     counted = (tokens.cumsum(-1) - 1).clamp(min=0)
     if position_ids is None:

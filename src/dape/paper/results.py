@@ -1,4 +1,4 @@
-"""What is known of an experiment: sections with figures and tables, and verdicts."""
+"""The results of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ TABLE, VERDICTS = "table.md", "verdicts.json"
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What is known of an experiment: finished or failed cells, sections and verdicts.
+    """The results of an experiment: finished or failed cells, sections and verdicts.
 
-    planned: how many cells the experiment has in all.
+    `planned` is the number of all cells of the experiment.
     """
 
     experiment: Experiment

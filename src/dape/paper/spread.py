@@ -1,4 +1,4 @@
-"""Cells on devices: each runs its commands on a device of its own, the others go on if it fails."""
+"""Cells on devices: a cell runs its commands on a device, and a failure stops no further cell."""
 
 import os
 import re
@@ -24,7 +24,7 @@ ERROR = "dape: error: "
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a cell ended here: `error` is None if all its commands did what they should."""
+    """The end of a cell; `error` is None if all commands succeeded."""
 
     cell: Cell
     device: str
@@ -34,9 +34,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class Workers:
-    """The processes that run now, so that an interruption can end them.
+    """The running processes, which an interruption must end.
 
-    `program` is what runs a command: its words are put after it.
+    Args:
+        program: words of the program, before the words of a command.
     """
 
     program: Sequence[str] = (sys.executable, "-m", "dape")
@@ -64,7 +65,7 @@ class Workers:
             self.running.discard(process)
 
     def stop(self) -> None:
-        """End what runs, and start nothing more."""
+        """End all processes, and start no more."""
         with self.lock:
             self.stopped = True
             for process in list(self.running):
@@ -72,7 +73,7 @@ class Workers:
 
 
 def devices() -> list[str]:
-    """Return the GPUs there are, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
+    """Return the visible GPUs, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
     import torch
 
     count = torch.cuda.device_count()
@@ -88,11 +89,11 @@ def spread(
     minutes: float | None = None,
     weights: bool = True,
 ) -> list[Outcome]:
-    """Run the cells in their order, one at a time on each device, and return how each ended.
+    """Run the cells in order, one at a time on each device, and return their ends.
 
-    After `minutes` no further cell starts. Without `weights` those of a finished cell are deleted.
-    An interruption ends the processes; what they had saved is there for the next time. A cell that
-    another process runs or has ended since is left to it.
+    After `minutes` no cell starts. Without `weights`, the weights of a finished cell are deleted.
+    An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells
+    that run or ended in a second process are left out.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     before = {cell.name: record.ended(cell) for cell in cells}
@@ -126,10 +127,10 @@ def spread(
 def _claim(
     waiting: list[Cell], running: Collection[Cell], before: Mapping[str, int | None]
 ) -> tuple[Cell, ExitStack] | None:
-    """Take the first cell that can start off the list, with the lock on it.
+    """Take the first cell that can start off the list, with its lock.
 
-    It is one whose model to begin with, if any, is not still to be trained, and that no other
-    process runs. Cells that another process ended are taken off the list too.
+    A cell can start if its base model is trained, and no second process runs the cell. Cells that
+    ended in a second process leave the list too.
     """
     pending = {cell.name for cell in (*waiting, *running)}
     for cell in [each for each in waiting if each.needs not in pending]:
@@ -150,7 +151,7 @@ def describe(end: Outcome) -> str:
 
 
 def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitStack) -> Outcome:
-    """Run a cell and give up the claim; a disk that fails is an outcome like any other."""
+    """Run a cell and release its lock; a failing disk is an error of the cell."""
     begun = time.monotonic()
     with claim:
         try:
@@ -163,7 +164,7 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitSt
 
 
 def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
-    """Run the commands one after the other, keep what they leave, and return their error."""
+    """Run the commands in order, keep their files, and return their error."""
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
@@ -179,12 +180,12 @@ def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
 
 
 def _tells(error: str | None) -> bool:
-    """Return whether a cell ended for a reason of its own, so that its end is a result."""
+    """Return whether the model is the reason of the error, so that the error is a result."""
     return error is None or bool(TELLING.search(error))
 
 
 def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
-    """Run one command, keep what it leaves, and return its error if it fails."""
+    """Run a command, keep its files, and return its error if it fails."""
     log = record.log(cell)
     with log.open("ab") as output:
         status = workers.call(step.words, device, output)
@@ -193,7 +194,7 @@ def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
 
 
 def _last_line(log: Path, status: int) -> str:
-    """Return the error that a command ended with: its line, or the last of a traceback."""
+    """Return the error of a command: its line, or the last line of a traceback."""
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix(ERROR) if lines else ""
     return f"{last} (status {status})" if last else f"status {status}"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_whole
 from dape.positions.wide import Wide, parameter
 
 
@@ -46,8 +46,11 @@ class Sinusoidal(nn.Module):
         self, hidden_size: int, base: float = 10000.0, token_scale: float | None = None
     ) -> None:
         super().__init__()
+        check_whole(hidden_size=hidden_size)
+        check_finite(1, base=base)
         self.base = base
         self.token_scale = math.sqrt(hidden_size) if token_scale is None else token_scale
+        check_finite(token_scale=self.token_scale)
 
     def forward(
         self, x: Float[Tensor, "batch length width"], positions: Int[Tensor, "... length"]
@@ -81,6 +84,7 @@ class Learned(Wide):
 
     def __init__(self, train_length: int, hidden_size: int) -> None:
         super().__init__()
+        check_whole(train_length=train_length, hidden_size=hidden_size)
         self.weight = parameter(train_length, hidden_size)
         self.reset_parameters()
 

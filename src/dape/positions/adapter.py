@@ -3,8 +3,8 @@ r"""Adapters: maps from the scores A and the bias B to the logits of the softmax
 An adapter maps `A = q k^T / sqrt(d)` `[batch, heads, query, key]` and B `[heads, query, key]` to
 logits of the shape of A. An adapter sees a block of query rows with whole rows of keys, in float32
 or wider. Without an adapter the logits are A + B. Any module `adapter(A, B) -> logits` is an
-adapter. A module with `needs_rows = True` takes `Rows` as a third argument. Its `reach` is the number
-of keys on each side on which a logit depends; with `reach` the keys may be a part of all.
+adapter. A module with `needs_rows = True` takes `Rows` as a third argument. `reach`, if given, is
+the number of keys on each side on which a logit depends. Then keys may be a part of all.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, pad
 
-from dape.errors import UserError
+from dape.errors import UserError, check_switch, check_whole
 from dape.positions.bias import sinusoids
 from dape.positions.wide import Wide, parameter
 
@@ -82,12 +82,12 @@ class DAPE(Wide):
         super().__init__()
         if inputs not in INPUTS:
             raise UserError(f"inputs={inputs!r} is not one of {', '.join(INPUTS)}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        check_whole(num_heads=num_heads, hidden=hidden, kernel_size=kernel_size)
+        check_switch(residual=residual)
+        if kernel_size % 2 == 0:
             raise UserError(
                 f"kernel_size={kernel_size} must be odd: a key and as many on each side"
             )
-        if hidden < 1:
-            raise UserError(f"hidden={hidden} must be at least 1")
         self.num_heads, self.hidden, self.kernel_size = num_heads, hidden, kernel_size
         self.residual, self.inputs = residual, inputs
         channels = 2 * num_heads if inputs == "concat" else num_heads
@@ -179,6 +179,7 @@ class TalkingHeads(Wide):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
+        check_whole(num_heads=num_heads)
         self.num_heads = num_heads
         self.weight = parameter(num_heads, num_heads)
         self.reset_parameters()
@@ -221,8 +222,7 @@ class CoPE(Wide):
 
     def __init__(self, head_dim: int, npos_max: int = 64) -> None:
         super().__init__()
-        if npos_max < 1:
-            raise UserError(f"npos_max={npos_max} must be at least 1")
+        check_whole(head_dim=head_dim, npos_max=npos_max)
         self.head_dim = head_dim
         self.weight = parameter(npos_max, head_dim)
         self.reset_parameters()
@@ -281,7 +281,9 @@ class TransformerXL(Wide):
 
     def __init__(self, num_heads: int, head_dim: int, hidden_size: int) -> None:
         super().__init__()
-        if hidden_size < 2 or hidden_size % 2:
+        check_whole(num_heads=num_heads, head_dim=head_dim)
+        check_whole(2, hidden_size=hidden_size)
+        if hidden_size % 2:
             raise UserError(f"hidden_size={hidden_size} must be even and positive: sines, cosines")
         self.num_heads, self.head_dim = num_heads, head_dim
         self.weight = parameter(num_heads, head_dim, hidden_size)

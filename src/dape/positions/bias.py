@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding, relu, softplus
 
-from dape.errors import UserError
+from dape.errors import UserError, check_whole
 from dape.positions.absolute import frequencies
 from dape.positions.wide import Wide, parameter, widen
 
@@ -32,6 +32,7 @@ class Bias(Wide):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
+        check_whole(num_heads=num_heads)
         self.num_heads = num_heads
 
     def forward(
@@ -237,8 +238,8 @@ class T5(Bias):
 
     def __init__(self, num_heads: int, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__(num_heads)
-        if num_buckets < 2:
-            raise UserError(f"num_buckets={num_buckets} must be at least 2")
+        check_whole(2, num_buckets=num_buckets)
+        check_whole(max_distance=max_distance)
         if max_distance <= num_buckets // 2:
             raise UserError(
                 f"max_distance={max_distance} must be above num_buckets // 2 = {num_buckets // 2}, "
@@ -289,7 +290,8 @@ class Sandwich(Bias):
 
     def __init__(self, num_heads: int, d_bar: int = 128) -> None:
         super().__init__(num_heads)
-        if d_bar < 2 or d_bar % 2:
+        check_whole(2, d_bar=d_bar)
+        if d_bar % 2:
             raise UserError(f"d_bar={d_bar} must be even and positive: sines and cosines")
         self.d_bar = d_bar
 
@@ -333,9 +335,7 @@ class FIRE(Bias):
 
     def __init__(self, num_heads: int, train_length: int = 512, hidden: int = 32) -> None:
         super().__init__(num_heads)
-        for name, value in (("train_length", train_length), ("hidden", hidden)):
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+        check_whole(train_length=train_length, hidden=hidden)
         self.train_length = train_length
         # Tensors of one element, because sharding takes no scalars.
         self.log_c = parameter(1)

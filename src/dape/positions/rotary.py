@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
 
 Query = Float[Tensor, "batch heads length head_dim"]
@@ -41,10 +41,10 @@ def turn(x: Query, cos: Waves, sin: Waves) -> Query:
     return torch.cat(turned, dim=-1).to(x.dtype)
 
 
-def require(name: str, value: int | float, least: int) -> None:
-    """Raise a `UserError` for an option below its least value."""
-    if value < least:
-        raise UserError(f"{name}={value} must be at least {least}")
+def _check_pairs(width: int) -> None:
+    """Raise a `UserError` for a single pair, which would be the fastest and the slowest at once."""
+    if width < 4:
+        raise UserError(f"turned dimensions={width} must be at least 4")
 
 
 class RoPE(nn.Module):
@@ -64,6 +64,8 @@ class RoPE(nn.Module):
 
     def __init__(self, head_dim: int, base: float = 10000.0, fraction: float = 1.0) -> None:
         super().__init__()
+        check_whole(head_dim=head_dim)
+        check_finite(base=base, fraction=fraction)
         self.base, self.width = base, int(head_dim * fraction)
         if not 2 <= self.width <= head_dim or self.width % 2:
             raise UserError(
@@ -107,7 +109,7 @@ class PositionInterpolation(RoPE):
         self, head_dim: int, factor: float = FACTOR, base: float = 10000.0, fraction: float = 1.0
     ) -> None:
         super().__init__(head_dim, base, fraction)
-        require("factor", factor, 1)
+        check_finite(1, factor=factor)
         self.factor = factor
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
@@ -135,8 +137,8 @@ class NTK(RoPE):
         self, head_dim: int, factor: float = FACTOR, base: float = 10000.0, fraction: float = 1.0
     ) -> None:
         super().__init__(head_dim, base, fraction)
-        require("factor", factor, 1)
-        require("turned dimensions", self.width, 4)
+        check_finite(1, factor=factor)
+        _check_pairs(self.width)
         self.base = base * factor ** (self.width / (self.width - 2))
 
 
@@ -174,8 +176,9 @@ class DynamicNTK(RoPE):
         fraction: float = 1.0,
     ) -> None:
         super().__init__(head_dim, base, fraction)
-        require("factor", factor, 0)
-        require("turned dimensions", self.width, 4)
+        check_whole(train_length=train_length)
+        check_finite(0, factor=factor)
+        _check_pairs(self.width)
         self.train_length, self.factor = train_length, factor
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
@@ -220,12 +223,15 @@ class YaRN(RoPE):
         fraction: float = 1.0,
     ) -> None:
         super().__init__(head_dim, base, fraction)
-        require("factor", factor, 1)
+        check_whole(train_length=train_length)
+        check_finite(1, factor=factor)
+        check_finite(beta_fast=beta_fast, beta_slow=beta_slow)
         if not beta_fast > beta_slow > 0:
             raise UserError(f"beta_fast={beta_fast} > beta_slow={beta_slow} > 0 must hold")
         self.factor = factor
         if attention_factor is None:
             attention_factor = 0.1 * math.log(factor) + 1
+        check_finite(attention_factor=attention_factor)
         self.attention_factor = attention_factor
         first = math.floor(self.pair(train_length / beta_fast))
         last = math.ceil(self.pair(train_length / beta_slow))
@@ -280,7 +286,7 @@ class XPos(RoPE):
         fraction: float = 1.0,
     ) -> None:
         super().__init__(head_dim, base, fraction)
-        require("scale_base", scale_base, 1)
+        check_finite(1, scale_base=scale_base)
         self.scale_base = scale_base
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
@@ -325,7 +331,9 @@ class RandomizedRoPE(RoPE):
         fraction: float = 1.0,
     ) -> None:
         super().__init__(head_dim, base, fraction)
+        check_whole(train_length=train_length)
         self.pool = 4 * train_length if pool is None else pool
+        check_whole(pool=self.pool)
 
     def draw(self, length: int, device: torch.device) -> Positions:
         """Return sorted positions, each at most once."""

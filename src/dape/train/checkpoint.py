@@ -26,7 +26,15 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.optim import Optimizer
 
 from dape.errors import UserError
-from dape.files import partial_of, read_json, remove, remove_leftovers, whole, write_json
+from dape.files import (
+    check_ordinary,
+    partial_of,
+    read_json,
+    remove,
+    remove_leftovers,
+    whole,
+    write_json,
+)
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -79,10 +87,15 @@ def save(
         if fabric.is_global_zero:
             write_json(partial_of(path) / _PROGRESS, asdict(progress))
     if fabric.is_global_zero:
-        for old in run.saved_checkpoints()[keep:]:
-            remove(old)
-        remove_leftovers(run.checkpoints)
+        prune(run, keep)
     fabric.barrier()
+
+
+def prune(run: RunFolder, keep: int) -> None:
+    """Drop all checkpoints but the `keep` newest, and what an interrupted save left."""
+    for old in run.saved_checkpoints()[keep:]:
+        remove(old)
+    remove_leftovers(run.checkpoints)
 
 
 def newest(
@@ -171,6 +184,7 @@ class _Reader(FileSystemReader):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
+            check_ordinary(*path.iterdir())
             with (path / ".metadata").open("rb") as file:
                 self._metadata: Metadata = _Unpickler(file).load()
             self._metadata.storage_meta = StorageMeta(load_id=self.load_id)

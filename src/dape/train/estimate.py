@@ -1,5 +1,6 @@
-"""What a recipe costs: parameters, arithmetic and memory, from its numbers alone."""
+"""The cost of a recipe: parameters, arithmetic and memory, from its numbers alone."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,13 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for chip, peak in PEAK_FLOPS.items() if chip in name), None)
+
+
+def memory_of(device: torch.device) -> int:
+    """Return the bytes of memory that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What ends one process of a run and not the others: each says so in one line."""
+"""Faults that end a process of a run, each with a message of one line."""
 
 import os
 import signal
@@ -20,10 +20,10 @@ _PEERS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL
 
 @contextmanager
 def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iterator[None]:
-    """Turn what a process of several cannot mend into one line, and end it at a SIGTERM.
+    """Turn a fault of a process among several into a line, and end the process at a SIGTERM.
 
     Raises:
-        RankError: if memory runs out, or another process has ended.
+        RankError: if memory runs out, or a second process has ended.
     """
     name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
     with _ended_by_sigterm(run, name) if ranks > 1 else nullcontext():
@@ -32,8 +32,8 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
         except torch.OutOfMemoryError:
             size = hardware.micro_batch_size or "the whole batch"
             raise RankError(
-                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), turn on"
-                " hardware.activation_checkpointing, or shard with hardware.strategy=fsdp"
+                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), take"
+                " hardware.activation_checkpointing=blocks, or shard with hardware.strategy=fsdp"
             ) from None
         except RuntimeError as error:
             if ranks == 1 or not _of_a_peer(error):
@@ -43,10 +43,11 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
 
 @contextmanager
 def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
-    """End the process with one line at a SIGTERM, also while it waits for a GPU.
+    """End the process with a line at a SIGTERM, also while the process waits for a GPU.
 
-    `torchrun` sends one when another process has ended. Python's handlers run between two lines of
-    Python, which a process that waits for an exchange does not reach: a thread is woken instead.
+    `torchrun` sends a SIGTERM after the end of any process. Python's handlers run between two lines
+    of Python, and a process that waits for an exchange reaches no line. Therefore a thread handles
+    the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,25 +56,28 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
     outside.setblocking(False)
 
     def watch() -> None:
-        if inside.recv(1) == bytes([signal.SIGTERM]):
-            message = f"{name}stopped by SIGTERM, as when another process has ended"
-            print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
-            os._exit(128 + signal.SIGTERM)
+        while number := inside.recv(1):  # nothing once the other end is closed
+            if number == bytes([signal.SIGTERM]):
+                message = f"{name}stopped by SIGTERM, as when another process has ended"
+                print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
 
     handler = signal.signal(signal.SIGTERM, lambda *_: None)
     descriptor = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, handler)
         outside.close()
+        watcher.join()
         inside.close()
 
 
 def _of_a_peer(error: RuntimeError) -> bool:
-    """Return whether an error of an exchange says that another process is not there any more."""
+    """Return whether an error of an exchange says that a process has gone."""
     return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
 
 

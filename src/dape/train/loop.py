@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a run works with; `loss` is the task's loss as the devices compute it, of a batch."""
+    """The objects of a run; `loss` is the loss of a batch as the devices compute it."""
 
     task: Task
     fabric: "Fabric"

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
+from dape.train.drawing import Drawing, put
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
 from dape.train.sections import Hardware
@@ -82,19 +83,37 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module of the model, so that calling it exchanges gradients."""
+    """The loss of a task as a module of the model, so that calling it exchanges gradients.
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    `drawn` are this rank's rows of the parameters that have no memory until they are sharded.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.model = model
         self.task = task
+        self.drawn = drawn
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of the examples of a batch."""
         return self.task.loss(self.model, *batch)
 
 
-def parallelize(fabric: "Fabric", model: nn.Module, task: Task) -> nn.Module:
+def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return the model of a task as its seed draws it: whole, or where it is sharded in parts.
+
+    In parts, large parameters are on the meta device, and this rank's rows of them come second.
+    """
+    if fabric.world_size == 1 or task.recipe.hardware.strategy == "ddp":
+        return task.build(fabric.device), {}
+    with Drawing(fabric.device, fabric.global_rank, fabric.world_size) as drawing:
+        model = task.build(fabric.device)
+    return model, drawing.of(model)
+
+
+def parallelize(
+    fabric: "Fabric", model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]
+) -> nn.Module:
     """Return the loss of `model` as the devices compute it: checkpoint, compile, shard or copy."""
     hardware = task.recipe.hardware
     graphs = hardware.compile == "graphs" and fabric.device.type == "cuda"
@@ -113,7 +132,7 @@ def parallelize(fabric: "Fabric", model: nn.Module, task: Task) -> nn.Module:
         for parameter in model.parameters():
             if 1 in parameter.shape and parameter.requires_grad:
                 parameter.register_hook(_with_plain_strides)
-    return fabric.setup_module(Loss(model, task))
+    return fabric.setup_module(Loss(model, task, drawn))
 
 
 def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
@@ -153,4 +172,6 @@ def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
     """Shard a model over all ranks (FSDP2); Fabric calls it with its mesh."""
     low = loss.task.recipe.training.precision == "bf16-mixed"
     shard(loss, blocks(loss.model), mesh["data_parallel"], low)
+    put(loss, {f"model.{name}": rows for name, rows in loss.drawn.items()})
+    loss.drawn.clear()
     return loss

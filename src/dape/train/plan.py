@@ -1,4 +1,4 @@
-"""Before training: many recipes from one, whether this machine can follow them, what they cost."""
+"""Before training: many recipes from one, checks for the machine, and the cost of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,10 +21,14 @@ from dape.train.task import draw, vocabulary
 def sweep(
     recipe: str | PathLike[str] | Recipe, settings: Mapping[str, Sequence[Any]]
 ) -> list[Recipe]:
-    """Return a recipe for each combination of values, of which the last varies fastest.
+    """Return a recipe for each combination of values; the last key varies fastest.
 
-    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` are
-    four. Keys are those of `dape.train.train`'s overrides.
+    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` returns
+    four recipes.
+
+    Args:
+        recipe: a recipe or a YAML file.
+        settings: values for each key; keys are the overrides of `dape.train.train`.
 
     Raises:
         UserError: for a key or value that the recipe refuses, and as `check_all`.
@@ -66,7 +70,7 @@ def check(recipe: Recipe | Retrofit) -> None:
             here, a batch that the devices cannot share, or a layout that fine-tuning does not have.
     """
     if isinstance(recipe, Recipe):
-        scheme.check(recipe.model.scheme, recipe.model.scheme_options)
+        _check_scheme(recipe)
     check_backend(recipe.model.backend)
     recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
@@ -81,11 +85,63 @@ def check(recipe: Recipe | Retrofit) -> None:
         _check_layout(recipe)
 
 
+def _check_scheme(recipe: Recipe) -> None:
+    """Build the modules of a scheme without memory, which refuse options that cannot be."""
+    sizes, options = recipe.model, recipe.model.scheme_options
+    scheme.check(sizes.scheme, options)
+    dimensions = {
+        "num_heads": sizes.num_attention_heads,
+        "head_dim": sizes.hidden_size // sizes.num_attention_heads,
+        "hidden_size": sizes.hidden_size,
+        "train_length": recipe.training.length,
+    }
+    with torch.device("meta"):
+        for place in scheme.PLACES:
+            scheme.resolve(sizes.scheme).build(place, dimensions, options)
+
+
+def check_memory(recipe: Recipe | Retrofit) -> None:
+    """Refuse a batch, or a model, whose least parts are more than the memory there is.
+
+    Raises:
+        UserError: naming the size of the part, and the memory.
+    """
+    training, hardware = recipe.training, recipe.hardware
+    rows = training.batch_size // recipe.groups(parallelize.ranks())
+    tokens = 8 * rows * (training.length + 1)
+    _fit({"training.batch_size": tokens}, torch.device("cpu"))
+    if isinstance(recipe, Recipe):
+        width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers
+        entries = recipe.model.vocab_size or 1
+        micro = hardware.micro_batch_size or rows
+        parts = {
+            "model": 4 * width * (4 * width * layers + entries),  # its matrices
+            # The input of a layer in 16 bits.
+            "hardware.micro_batch_size": 2
+            * micro
+            * training.length
+            * width
+            // hardware.context_parallel,
+        }
+        _fit(parts, parallelize.device(hardware))
+
+
+def _fit(parts: dict[str, int], device: torch.device) -> None:
+    """Raise a `UserError` for a part that is larger than the memory of a device."""
+    memory = estimate.memory_of(device)
+    for name, size in parts.items():
+        if size > memory:
+            raise UserError(
+                f"{name} takes {size / 2**30:,.0f} GiB at least, and {device} has"
+                f" {memory / 2**30:,.0f}: make it smaller"
+            )
+
+
 def _check_layout(recipe: Retrofit) -> None:
     if parallelize.ranks() > 1 and recipe.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
-            "hardware.activation_checkpointing if memory is short"
+            "hardware.activation_checkpointing=blocks if memory is short"
         )
     if recipe.hardware.context_parallel > 1:
         raise UserError(
@@ -99,9 +155,14 @@ def _check_layout(recipe: Retrofit) -> None:
 
 
 def cost(recipe: Recipe, ranks: int) -> str:
-    """Return what the recipe amounts to, from the model on the meta device; needs no GPU.
+    """Return parameters, tokens, FLOP and estimated memory of a recipe, as lines of text.
 
-    Data that is not prepared yet is needed only to know the vocabulary.
+    The model is on the meta device, so a GPU is not needed. Prepared data is needed only for the
+    size of the vocabulary.
+
+    Args:
+        recipe: the recipe.
+        ranks: number of devices.
 
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.

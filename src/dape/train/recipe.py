@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from dape.errors import UserError
-from dape.files import read_yaml
+from dape.errors import UserError, check_whole
+from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
-from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training, at_least
+from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on what is learned
 _Settings = TypeVar("_Settings", bound="Settings")
@@ -38,14 +38,12 @@ class Settings(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """Where position enters, in a word: what {scheme} in the name stands for."""
+        """The scheme, or a word for it, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
         _check_name(self.name, self._filled())
-        at_least(0, "", self, "seed")
-        if self.seed >= 2**63:
-            raise UserError(f"seed={self.seed} must be less than 2**63")
+        check_whole(0, seed=self.seed)
         self.micro_batches(groups=1)
 
     @property
@@ -107,7 +105,7 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """Where position enters, in a word."""
+        """The scheme."""
         return self.model.scheme
 
 
@@ -132,7 +130,7 @@ class Retrofit(Settings):
 
     @property
     def scheme(self) -> str:
-        """What is mounted, in a word."""
+        """The mounted adapter and bias, such as `dape-kerple`."""
         mounted = filter(None, (self.model.adapter, self.model.bias))
         return "-".join(mounted) if self.model.adapter else "plain"
 
@@ -145,7 +143,7 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
             a value of the wrong type, or an impossible combination.
     """
     path = Path(path)
-    data = read_yaml(path)
+    data = read_yaml(shipped(path))
     try:
         recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:

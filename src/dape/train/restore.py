@@ -6,8 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dape.data.hub import fetch
 from dape.data.shards import Corpus
+from dape.data.tokenizer import saved
 from dape.errors import UserError
 from dape.model.loading import load_causal
 from dape.runs import RunFolder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model and its tokenizer, as a run has them after `step` updates."""
+    """The model and the tokenizer of a run after `step` updates."""
 
     run: Path
     recipe: Recipe
@@ -31,18 +31,17 @@ class Trained:
 
     @property
     def finished(self) -> bool:
-        """Return whether that is all that the recipe asks for."""
+        """Return whether `step` is the last step of the recipe."""
         return self.step == self.recipe.training.steps
 
 
 def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
-    """Return the model that a finished run left, or else that of its latest checkpoint.
+    """Return the model of a finished run, or of the latest checkpoint.
 
     `say` gets a line for each checkpoint that cannot be read.
 
     Raises:
-        UserError: if there is no run, no checkpoint yet, or not the corpus any more that tells the
-            tokenizer of a checkpoint.
+        UserError: without a run, a checkpoint, or the corpus with the tokenizer of a checkpoint.
     """
     folder = RunFolder(run)
     if not folder.exists:
@@ -63,11 +62,8 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
 
 
 def _finished(run: RunFolder, recipe: Recipe) -> Trained:
-    from transformers import PreTrainedTokenizerFast
-
     model = load_causal(str(run.model))
-    tokenizer = fetch(PreTrainedTokenizerFast.from_pretrained, str(run.model))
-    return Trained(run.path, recipe, model, tokenizer, recipe.training.steps)
+    return Trained(run.path, recipe, model, saved(str(run.model)), recipe.training.steps)
 
 
 def _corpus(run: RunFolder, recipe: Recipe) -> Corpus:

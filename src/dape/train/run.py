@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: `train`, `finetune`, and the same for any other task."""
+"""From a recipe to a finished run: `train` and `finetune`, and `follow` for any task."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +11,7 @@ import torch
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import is_free, locked, remove_leftovers, write_text
+from dape.files import is_free, locked, remove_leftovers, tidy, write_text
 from dape.provenance import device_name, provenance
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
@@ -19,7 +19,7 @@ from dape.train.checkpoint import Progress
 from dape.train.faults import explained
 from dape.train.loop import Session, fit
 from dape.train.optimize import adamw
-from dape.train.plan import check
+from dape.train.plan import check, check_memory
 from dape.train.recipe import Recipe, Retrofit, Settings, differences, override, read, write
 from dape.train.task import LanguageModelling, Retrofitting, Task
 
@@ -29,16 +29,19 @@ Source = str | PathLike[str]
 def train(
     recipe: Source | Recipe, *, scheme: str | None = None, seed: int | None = None, **overrides: Any
 ) -> RunFolder:
-    """Train a language model by a recipe, and return its run folder.
+    """Train a language model by a recipe, and return the run folder.
 
-    A finished run is returned at once, and an interrupted one goes on from its latest checkpoint.
+    A finished run returns at once. An interrupted run resumes from the latest checkpoint.
 
     Args:
-        recipe: a recipe, or the YAML file of one.
-        scheme: short for `model={"scheme": scheme}`.
-        seed: of the weights and of the order of the data.
-        overrides: other keys of the recipe; a section takes a mapping of the keys to change, and
-            `**{"training.steps": 10}` is `training={"steps": 10}`.
+        recipe: a recipe or a YAML file.
+        scheme: the scheme, short for `model={"scheme": scheme}`.
+        seed: seed of the weights and of the order of the data.
+        overrides: further keys of the recipe; a section takes a mapping of changed keys, and
+            `**{"training.steps": 10}` equals `training={"steps": 10}`.
+
+    Returns:
+        The run folder, with recipe, record, metrics, checkpoints and model.
 
     Raises:
         UserError: for a recipe that cannot be followed here, a folder that holds another run, a
@@ -50,6 +53,7 @@ def train(
         overrides | {key: value for key, value in given.items() if value is not None},
     )
     check(chosen)
+    check_memory(chosen)
     return follow(LanguageModelling(chosen, Corpus(chosen.data)))
 
 
@@ -60,13 +64,16 @@ def finetune(
     seed: int | None = None,
     **overrides: Any,
 ) -> RunFolder:
-    """Train adapters in a pretrained model, or parts of it, and return the run folder.
+    """Train adapters in a pretrained model, or parts of the model, and return the run folder.
 
     Args:
-        base: the pretrained model: a folder, a run folder or a name on the hub.
-        recipe: a recipe, or the YAML file of one; the defaults of `Retrofit` without it.
-        seed: of the adapters and of the order of the data.
-        overrides: as for `train`.
+        base: the pretrained model, as a folder, a run folder or a name on the hub.
+        recipe: a recipe or a YAML file; the defaults of `Retrofit` without a recipe.
+        seed: seed of the adapters and of the order of the data.
+        overrides: further keys, as in `train`.
+
+    Returns:
+        The run folder, with adapters in place of a model.
 
     Raises:
         UserError: for a model that cannot be served, and as `train`.
@@ -76,11 +83,12 @@ def finetune(
     given = {"model.base": base} | ({} if seed is None else {"seed": seed})
     chosen = override(recipe, overrides | given)
     check(chosen)
+    check_memory(chosen)
     return follow(Retrofitting(chosen, Corpus(chosen.data)))
 
 
 def follow(task: Task) -> RunFolder:
-    """Train a task until the last step of its recipe, save what it learned, and note the end.
+    """Train a task to the last step of its recipe, save the result, and record the end.
 
     Raises:
         UserError: as `train`.
@@ -88,6 +96,8 @@ def follow(task: Task) -> RunFolder:
     run = task.recipe.run
     check_folder(task.recipe, task.data)
     if run.finished:
+        if parallelize.is_first_rank():
+            tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for its end, or give another --name"
     with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
@@ -97,6 +107,7 @@ def follow(task: Task) -> RunFolder:
             fit(session)
             task.save(fabric, session.model)
         if fabric.is_global_zero:
+            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 
@@ -152,9 +163,9 @@ def lay_out(task: Task) -> Session:
     """Return the session of a task at its first step, with the model over the devices."""
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
-    model = task.build(fabric.device)
+    model, drawn = parallelize.start(fabric, task)
     task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
-    loss = parallelize.parallelize(fabric, model, task)
+    loss = parallelize.parallelize(fabric, model, task, drawn)
     return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 

@@ -1,4 +1,4 @@
-"""The sections of a recipe: what is learned, how much, how, on what, and what is written down."""
+"""The sections of a recipe: model, training, optimizer, hardware, tracking, pretrained base."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,9 +8,11 @@ import yaml
 from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
 from dape.train.strict import Switch
+
+DEEPEST = 10_000  # layers
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -38,7 +40,7 @@ Options = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The language model; what is not here follows from the corpus and the training length."""
+    """The language model. The corpus and the training length decide all further sizes."""
 
     scheme: str = "dape-kerple"
     """scheme, such as kerple or dape-alibi; `dape info schemes` lists all"""
@@ -67,6 +69,10 @@ class Model:
         """Refuse sizes that cannot be."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
+        if self.num_hidden_layers > DEEPEST:
+            raise UserError(
+                f"model.num_hidden_layers={self.num_hidden_layers} must be at most {DEEPEST}"
+            )
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _divides("model.num_attention_heads", heads, "model.hidden_size", self.hidden_size)
         if kv_heads:
@@ -75,7 +81,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How much is learned, and in which numbers."""
+    """Length and precision of the training."""
 
     length: int = 512
     """tokens of a sequence"""
@@ -130,7 +136,7 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """How the work is laid out; none of it changes what is learned."""
+    """The layout of the computation, which does not change the result of the training."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
@@ -167,7 +173,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """What is written down, and how often in steps."""
+    """Records of the training, and steps between them."""
 
     log_every: int = 10
     """steps between lines of metrics.jsonl and TensorBoard"""
@@ -190,7 +196,7 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The pretrained model, what is mounted in it, and what of it trains."""
+    """The pretrained model, its adapters and its trainable parts."""
 
     base: Annotated[str, Suppress] = ""
     """folder or hub name of the model: the first argument of the command"""
@@ -209,11 +215,12 @@ class Base:
 
 
 def at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
-    """Raise a `UserError` for fields of a section's `instance` that are less than a minimum."""
+    """Raise a `UserError` for numbers of a section that are less than a minimum, or not finite."""
     for name in names:
         value = getattr(instance, name)
-        if value is not None and not value >= minimum:
-            raise UserError(f"{section}.{name}={value} must be at least {minimum}".lstrip("."))
+        if value is not None:
+            check = check_whole if isinstance(value, int) else check_finite
+            check(minimum, **{f"{section}.{name}": value})
 
 
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:

@@ -1,8 +1,7 @@
-"""What the training loop trains: a model, its batches and their loss, and what is saved."""
+"""Tasks of the training loop: a model, its batches, their loss, and the saved result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
-from dape.data.hub import fetch
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError, unknown
 from dape.files import whole
@@ -276,12 +274,9 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
     Raises:
         UserError: if there is no such model, or it has no such key.
     """
-    from transformers import AutoConfig
+    from dape.model.loading import load_causal, load_config
 
-    from dape.model.loading import load_causal
-
-    read = partial(AutoConfig.from_pretrained, return_unused_kwargs=True)
-    config, unused = fetch(read, source, **changes)
+    config, unused = load_config(source, return_unused_kwargs=True, **changes)
     for name in unused.keys() & changes.keys():
         raise unknown(f"key of the configuration of {source}", name, config.to_dict())
     return load_causal(source, config=config, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""`dape.attention` as an attention of transformers: the function, and the mask that goes with it.
+"""`dape.attention` as an attention of transformers: the attention function and its mask function.
 
 A model calls the mask function once and gives the result to each layer. The layer gives it to the
 attention function. Our mask function returns a `LayerMask` instead of a mask tensor. Padding then
@@ -31,8 +31,8 @@ class LayerMask(NamedTuple):
     """The keys that the queries of a layer may see, and the offsets of queries and keys.
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
-    before the first key, which a sliding cache has dropped. `tokens` is false for padding, among
-    the dropped tokens and the keys. It is None where nothing is padding.
+    dropped by a sliding cache before the first key. `tokens` is false for padding, among the
+    dropped tokens and the keys, and None without padding.
     """
 
     mask: Tensor | None
@@ -43,17 +43,17 @@ class LayerMask(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Return zero: Falcon asks whether its mask has four axes, and then puts ALiBi into it."""
+        """Return zero, because Falcon adds ALiBi to masks of four axes."""
         return 0
 
     def to(self, *_: Any) -> "LayerMask":
-        """Return this: MPT casts its mask to booleans, and these are."""
+        """Return the mask unchanged, because MPT casts its mask to booleans."""
         return self
 
     def positions(
         self, rows: int, keys: int, device: torch.device
     ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
-        """Return the positions of queries and keys, which count tokens and no padding."""
+        """Return the positions of queries and keys, without padding."""
         index = torch.arange(keys, device=device) + self.key_offset
         query_index = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
         if self.tokens is None:
@@ -74,10 +74,10 @@ def layer_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> LayerMask:
-    """Return what the queries may see; the arguments are those of transformers' mask functions.
+    """Return the mask of a layer, from the arguments of a mask function of transformers.
 
-    Windows that end before the keys do, packed sequences and other patterns become a whole mask
-    `[B, 1, Tq, Tk]`; all else is causality and padding.
+    Sliding windows shorter than the keys, packed sequences and further patterns become a whole mask
+    `[B, 1, Tq, Tk]`. Causality and padding need no whole mask.
     """
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
@@ -135,12 +135,12 @@ def attend(
 ]:
     """Return the output of `dape.attention` with the bias and adapter that `module` holds.
 
-    And the weights, if they are asked for or the backend is `reference`. Attention dropout is not
-    applied: the fused kernels have none.
+    The weights are returned with `output_attentions`, and with the backend `reference`. Attention
+    dropout is not applied, because the fused kernels have no dropout.
 
     Raises:
-        UserError: for a bias that is not relative where positions are not known, for attention that
-            is not causal, and for packed documents that the mask does not tell apart.
+        UserError: for a bias without `relative` at unknown positions, for attention that is not
+            causal, and for packed documents without a mask between them.
     """
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied while adapters are there")
@@ -175,7 +175,11 @@ def refuse_unused(
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Raise a `UserError` for arguments of a model's forward that its mask does not reflect."""
+    """Refuse arguments of a model's forward that the mask does not reflect.
+
+    Raises:
+        UserError: for `is_causal=False`, and for packed documents without a mask between them.
+    """
     if is_causal is False:
         raise UserError("is_causal=False: with adapters mounted attention is causal; unmount them")
     packed = cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2

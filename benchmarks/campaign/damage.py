@@ -1,0 +1,164 @@
+"""Files that are cut, empty, garbage, of other fields, or no files."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from result import Result
+from stage import copied, differences, must, state
+from trial import dape, run
+
+_NOBODY = 65534
+# Commands that read a folder: words, and what they fill.
+_READERS = {
+    "part": (("train r.yaml --out part", "part"), ("export part --out new", "new")),
+    "ref": (
+        ("eval ref --lengths 16,32 --out new", "new"),
+        ("eval retrieval ref --lengths 64 --trials 1 --out new", "new"),
+        ("export ref --out new", "new"),
+        ("plot ref --out new/a.md", "new"),
+        ("train r.yaml --out ref", "ref"),
+    ),
+    "data": (("train r.yaml --out new", "new"), ("eval ref --lengths 16,32 --out new", "new")),
+}
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda path: _rewrite(path, change)
+
+
+def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "gone": _remove,
+    "a folder": _folder,
+    "a pipe": _pipe,
+    "a link to itself": _loop,
+    "empty": _bytes(lambda content: b""),
+    "cut": _bytes(lambda content: content[: len(content) // 2]),
+    "cut at its end": _bytes(lambda content: content[:-1]),
+    "garbage": _bytes(lambda content: bytes(range(256)) * (1 + len(content) // 256)),
+    "a byte flipped": _bytes(
+        lambda content: (
+            content[: len(content) // 2]
+            + bytes([content[len(content) // 2] ^ 1])
+            + content[len(content) // 2 + 1 :]
+        )
+    ),
+    "an empty object": _bytes(lambda content: b"{}"),
+    "null": _bytes(lambda content: b"null"),
+    "deep": _bytes(lambda content: b"[" * 100_000),
+}
+
+
+def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
+    """Yield what comes of each reader of each file with each damage.
+
+    A command may say what is wrong, or do without the file: then its result is as without damage.
+    """
+    for source, readers in _READERS.items():
+        expected = {words: _undamaged(stage, room, words, target) for words, target in readers}
+        trials = [
+            (file.relative_to(stage), damage, reader)
+            for file in sorted((stage / source).rglob("*"))
+            if file.is_file() and "tensorboard" not in file.parts
+            for damage in (*DAMAGES, *_fields(file))
+            # Tokens alone have checksums.
+            if damage != "a byte flipped" or file.suffix in (".bin", ".npy")
+            for reader in readers
+        ]
+        for file, damage, (words, target) in trials[::every]:
+            with copied(stage, room / "damaged") as folder:
+                _damage(folder / file, damage)
+                outcome = run(dape(*words.split()), folder)
+                fault = ""
+                if outcome.kind not in ("accepted", "refused"):
+                    fault = f"{outcome.kind}: {outcome.last[:300]}"
+                elif outcome.kind == "accepted" and not _tells(outcome.text, file):
+                    (folder / file).unlink() if (folder / file).is_symlink() else None
+                    found = _differences(expected[words], folder / target, str(file), target)
+                    fault = f"differs: {', '.join(found[:3])}" if found else ""
+                yield Result("damaged", source, f"{file} {damage}, {words}", outcome.kind, fault)
+
+
+def _tells(text: str, file: Path) -> bool:
+    """Return whether an output names a file, or the checkpoint that it is of."""
+    return any(str(place) in text for place in (file, *file.parents) if len(place.parts) > 2)
+
+
+def _undamaged(stage: Path, room: Path, words: str, target: str) -> dict[str, Any]:
+    with copied(stage, room / "whole") as whole:
+        must(run(dape(*words.split()), whole))
+        return state(whole / target)
+
+
+def _differences(expected: dict[str, Any], folder: Path, file: str, target: str) -> list[str]:
+    """Return the files that differ, but for the damaged one itself and copies of it."""
+    # A card shows what the record and the metrics of a run say, whatever that is.
+    told = ("README.md",) if file.endswith(("run.json", "metrics.jsonl")) else ()
+    # Settings beside the weights are copied as they are.
+    if Path(file).parent.name in ("model", "tokenizer"):
+        told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    found = differences(expected, state(folder))
+    return [x for x in found if f"{target}/{x}" != file and Path(x).name not in told]
+
+
+def _fields(file: Path) -> list[str]:
+    """Return the damages of the fields of a JSON object."""
+    if file.suffix != ".json":
+        return []
+    content = json.loads(file.read_text())
+    return [f"{form} {name}" for name in content for form in ("without", "null", "text in")]
+
+
+def _damage(file: Path, damage: str) -> None:
+    if damage in DAMAGES:
+        DAMAGES[damage](file)
+        return
+    form, _, name = damage.rpartition(" ")
+    content = json.loads(file.read_text())
+    if form == "without":
+        del content[name]
+    else:
+        content[name] = None if form == "null" else "some text"
+    file.write_text(json.dumps(content))
+
+
+def unreadable(stage: Path, room: Path, every: int) -> Iterator[Result]:
+    """Yield what comes of files that another user may not read."""
+    for source, readers in _READERS.items():
+        files = [file for file in sorted((stage / source).rglob("*")) if file.is_file()]
+        for file in files[:: 2 * every]:
+            for words, _ in readers:
+                with copied(stage, room / "closed") as folder:
+                    for each in (folder, *folder.rglob("*")):
+                        shutil.chown(each, _NOBODY, _NOBODY)
+                    (folder / file.relative_to(stage)).chmod(0)
+                    outcome = run(dape(*words.split()), folder, uid=_NOBODY)
+                name = f"{file.relative_to(stage)}, {words}"
+                fault = "" if outcome.kind in ("accepted", "refused") else outcome.last[:300]
+                yield Result("damaged", "unreadable", name, outcome.kind, fault)

@@ -1,0 +1,74 @@
+"""Sizes and numbers that mean nothing, given to the classes themselves."""
+
+import math
+
+import pytest
+import torch
+
+import dape
+from dape.errors import UserError
+
+# The hook that checks types would refuse some of them first.
+pytestmark = pytest.mark.unhooked
+NO_SIZES = [0, -1, 1.5, True, "2", 2**70, math.nan, None]
+NO_NUMBERS = [math.nan, math.inf, "1", True]
+
+
+@pytest.mark.parametrize("value", NO_SIZES)
+@pytest.mark.parametrize(
+    "name", ["ALiBi", "DAPE", "FIRE", "Kerple", "KerplePower", "NoBias", "Sandwich", "T5"]
+)
+def test_heads_are_counted(name, value):
+    with pytest.raises(UserError, match="num_heads="):
+        getattr(dape, name)(num_heads=value)
+
+
+@pytest.mark.parametrize("value", NO_SIZES)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(("DAPE", "hidden"), ("DAPE", "kernel_size"), ("T5", "num_buckets")),
+        *(("T5", "max_distance"), ("Sandwich", "d_bar"), ("FIRE", "hidden")),
+        ("FIRE", "train_length"),
+    ],
+)
+def test_sizes_are_whole(name, option, value):
+    with pytest.raises(UserError, match=f"{option}="):
+        getattr(dape, name)(2, **{option: value})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(("RoPE", "base"), ("RoPE", "fraction"), ("PositionInterpolation", "factor")),
+        *(("NTK", "factor"), ("XPos", "scale_base")),
+    ],
+)
+def test_numbers_are_finite(name, option, value):
+    with pytest.raises(UserError, match=f"{option}="):
+        getattr(dape, name)(8, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"scale": each} for each in NO_NUMBERS]
+    + [{"query_offset": each} for each in (1.5, math.nan, 2**70, True, None, torch.tensor(1.5))]
+    + [{"key_offset": each} for each in (1.5, None, 2**70)]
+    + [{"causal": each} for each in ("no", 1, None)],
+)
+def test_attention_takes_no_nonsense(wrong):
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}"):
+        dape.attention(q, q, q, **wrong)
+
+
+def test_a_residual_is_there_or_not():
+    with pytest.raises(UserError, match="residual='no' must be True or False"):
+        dape.DAPE(2, residual="no")
+
+
+def test_a_backend_is_known_when_a_configuration_is_made():
+    with pytest.raises(UserError, match="unknown backend 'foo'"):
+        dape.DapeConfig(backend="foo")
+    assert dape.DapeConfig(backend="cuda").backend == "cuda", "it may run elsewhere"
