@@ -214,7 +214,8 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x80\x02N."])
 def test_a_checkpoint_that_cannot_be_read_is_none(tmp_path, monkeypatch, content):
-    job, benchmark = Job("even-pairs", "kerple", (0,)), small(tmp_path)
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
+    (job,) = plan(benchmark)
     file = runs._checkpoint(job, benchmark)
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
@@ -222,5 +223,5 @@ def test_a_checkpoint_that_cannot_be_read_is_none(tmp_path, monkeypatch, content
     monkeypatch.setattr(Stack, "step", lambda stack, length: steps.append(length))
     monkeypatch.setattr(runs, "accuracies", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run(job, benchmark, CPU, silent, [])
+        run_cpu(benchmark)
     assert len(steps) == 6

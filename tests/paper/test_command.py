@@ -15,7 +15,7 @@ def laboratory(tmp_path, monkeypatch):
 
 
 def test_an_experiment_in_miniature_from_the_plan_to_the_report(capsys, monkeypatch):
-    """The commands of one arm are processes, those of the other run in this one: it is faster."""
+    """Commands of one arm are processes; those of the other run in this one, which is faster."""
     call, started = Workers.call, []
 
     def mixed(self, words, device, log):
