@@ -26,7 +26,7 @@ check: $(BIN)/.test
 test: export OMP_NUM_THREADS := 1
 test: $(BIN)/.test
 	$(BIN)/pytest -n auto --dist loadfile -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
-	$(BIN)/pytest -n auto --dist loadfile -m unhooked
+	$(BIN)/pytest -n auto --dist loadfile -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
 
 # The documents as a site, in build/site. `python3 -m http.server -d build/site` shows it.
 site: export NO_MKDOCS_2_WARNING := 1

@@ -49,9 +49,9 @@ def test_the_command_prints_the_script(script, capsys):
         (["eval", "runs/a", "--strid"], ["--stride"]),
         (["eval", "runs/a", "retri"], []),
         (["train", "recipes/demo.yaml", "--model.scheme-o"], ["--model.scheme-options"]),
-        (["chomsky", "table", "recipes/chomsky.yaml", "--fini"], ["--finished"]),
+        (["chomsky", "train", "recipes/chomsky.yaml", "--tog"], ["--together"]),
         (["prepare", "--tok"], ["--tokenizer"]),
-        (["chomsky", ""], ["tasks", "sample", "train", "table"]),
+        (["chomsky", ""], ["tasks", "sample", "train", "table", "map"]),
     ],
 )
 def test_words_are_completed(script, words, expected):

@@ -1,8 +1,9 @@
 """Colours, dashes and markers."""
 
 import matplotlib
+from matplotlib.figure import Figure
 
-from dape.figures.style import DASHED, ENCODINGS, MARKERS, looks, theme
+from dape.figures.style import DASHED, ENCODINGS, MARKERS, looks, save, theme
 from dape.positions.scheme import ADAPTERS, BASES, SCHEMES
 
 
@@ -48,3 +49,14 @@ def test_the_theme_ends_where_it_is_used():
     with theme():
         assert matplotlib.rcParams["grid.color"] != before
     assert matplotlib.rcParams["grid.color"] == before
+
+
+def test_a_figure_that_is_drawn_again_is_the_same_file(tmp_path, monkeypatch):
+    files = []
+    for epoch in (1, 2):  # what the date of a file is taken from, if it has one
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", str(epoch))
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        files.append(tmp_path / f"{epoch}.svg")
+        save(figure, files[-1])
+    assert files[0].read_bytes() == files[1].read_bytes()

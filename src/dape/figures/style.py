@@ -74,12 +74,15 @@ def theme() -> Iterator[None]:
 def save(figure: "Figure", target: Path | BytesIO, **options: Any) -> None:
     """Save a figure, a file whole or not at all, in the format of its suffix.
 
-    The fonts of a PDF and the names in an SVG are chosen only now.
+    The fonts of a PDF and the names in an SVG are chosen only now. An SVG has no date: drawn again,
+    it is the same file.
     """
     with theme():
         if not isinstance(target, Path):
             figure.savefig(target, **options)
             return
+        if target.suffix == ".svg":
+            options = {"metadata": {"Date": None}, **options}
         with whole(target) as partial:
             figure.savefig(partial, format=target.suffix.removeprefix("."), **options)
 

@@ -94,6 +94,8 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
     if left:
         hours = max(sum(left) / devices, *left) / 60
         note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
+    if any(each.due and each.minutes is None for each in planned):
+        note += f" {NOTHING}: no price was measured (docs/chomsky.md for encoders)."
     return Table("Plan", ["setting", *get_args(State), "GPU minutes due"], rows, note)
 
 
