@@ -1,4 +1,4 @@
-"""Both how-tos of CONTRIBUTING.md, followed to the letter in a copy, leave the tests green."""
+"""The how-tos of CONTRIBUTING.md, followed to the letter in a copy, leave the tests green."""
 
 import os
 import re
@@ -20,9 +20,12 @@ LOOKING = (
     *("tests/model/test_schemes.py", "tests/model/test_packing.py", "tests/test_formula.py"),
 )
 FORMULA = """
+import pytest
 import torch
 
 import dape
+from dape.attention.fused import table_operators as operators
+from dape.attention.fused.tables import tables
 from dape.positions.adapter import Temperature
 from dape.positions.bias import SquareRoot
 
@@ -33,6 +36,30 @@ def test_square_root():
     roots = torch.tensor([[2, 0], [3, 5**0.5]], dtype=torch.float64)
     expected = torch.stack([-roots / h for h in (1, 2, 3)])
     torch.testing.assert_close(module(i, j), expected, rtol=1e-6, atol=0)
+
+
+def test_the_form_of_square_root():
+    table = []
+    for tabled in (True, False):
+        module = SquareRoot(num_heads=3)
+        if tabled:
+            assert operators.form_of(module)[0].endswith("SquareRoot")
+            (values,) = tables(module, None, 3, 40, torch.device("cpu"))
+        else:
+            values = module(torch.arange(40), torch.arange(1))[..., 0]
+        (values * torch.linspace(-1, 2, 40)).sum().backward()
+        table.append((values, module.strength.grad))
+    for found, expected in zip(*table, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_double():
+    tensors = torch.randn(3, 1, 2, 5, 4).bfloat16()
+    found = dape.attention(*tensors, backend="double")
+    expected = dape.attention(*tensors.double(), backend="reference").bfloat16()
+    assert torch.equal(found, expected)
+    with pytest.raises(dape.UserError, match="'double' cannot serve this call: its scores"):
+        dape.attention(*torch.zeros(3, 1, 1, 4097, 1), backend="double")
 
 
 def test_temperature():
@@ -64,7 +91,7 @@ def copy(tmp_path_factory):
     for name in ("pyproject.toml", "README.md"):
         shutil.copyfile(ROOT / name, folder / name)
     positions, page = folder / "src/dape/positions", folder / "docs/encodings.md"
-    bias, base, adapter, before = blocks("CONTRIBUTING.md", "python")
+    bias, base, *form, adapter, before, backend, entry = blocks("CONTRIBUTING.md", "python")
     bias_section, adapter_section = blocks("CONTRIBUTING.md", "markdown")
     for file, code in (("bias.py", bias), ("adapter.py", adapter)):
         with (positions / file).open("a") as end:
@@ -82,8 +109,20 @@ def copy(tmp_path_factory):
         scheme.write_text(scheme.read_text().replace(line, "", 1))
     insert(page, f"{bias_section}\n", before="## Adapters\n")
     page.write_text(f"{page.read_text()}\n{adapter_section}")
+    follow_the_kernels(folder / "src/dape/attention", *form, backend, entry)
     (folder / "tests" / "test_formula.py").write_text(FORMULA)
     return folder
+
+
+def follow_the_kernels(attention, function, form, backend, entry):
+    """Add the form of the new bias, and the new backend."""
+    forms, select = attention / "fused/forms.py", attention / "select.py"
+    insert(forms, f"{function}\n\n", before="FORMS: dict")
+    insert(forms, f"    {form.rstrip()}\n", before="}\n")
+    insert(forms, "from dape.positions.bias import SquareRoot\n", before="\n\nclass Form(")
+    (attention / "double.py").write_text(backend)
+    insert(select, f"    {entry.rstrip()}\n", before="}\nNOT_GIVEN")
+    insert(select, "from dape.attention import double\n", before="from dape.errors")
 
 
 def run(folder, *words):
@@ -104,5 +143,6 @@ def test_following_both_how_tos_leaves_the_tests_green(copy):
 
 def test_the_code_of_both_is_formatted_and_typed_as_ours(copy):
     changed = [f"src/dape/positions/{name}.py" for name in ("bias", "adapter", "scheme")]
-    run(copy, "ruff", "check", "--ignore", "I001", *changed)
-    run(copy, "ruff", "format", "--check", *changed[:2])
+    kernels = [f"src/dape/attention/{name}.py" for name in ("double", "fused/forms", "select")]
+    run(copy, "ruff", "check", "--ignore", "I001", *changed, *kernels)
+    run(copy, "ruff", "format", "--check", *changed[:2], *kernels[:2])
