@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Threads that wait by spinning make a small model many times slower when another program wants a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo check test clean
+.PHONY: demo check test site clean
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
 # `dape paper demo` is the same with three seeds each, `dape paper list` lists the larger experiments.
@@ -28,6 +28,12 @@ test: $(BIN)/.test
 	$(BIN)/pytest -n auto --dist loadfile -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
 	$(BIN)/pytest -n auto --dist loadfile -m unhooked
 
+# The documents as a site, in build/site. `python3 -m http.server -d build/site` shows it.
+site: export NO_MKDOCS_2_WARNING := 1
+site: $(BIN)/.test
+	$(BIN)/python docs/site/pages.py build/pages
+	$(BIN)/mkdocs build
+
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
@@ -40,4 +46,4 @@ $(BIN)/.test: $(BIN)/python pyproject.toml constraints.txt
 	touch $(BIN)/dape $@
 
 clean:
-	rm -rf .venv data runs
+	rm -rf .venv build data runs

@@ -6,6 +6,12 @@ and once more at the longest length alone, as padding all batches to one shape w
 A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
 
     python benchmarks/chomsky_speed.py --schemes rope,dape-kerple --task reverse-string
+
+With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: a step of
+the models of all seeds side by side with graphs, and the test of one of them, for each scheme on
+tasks of three lengths of output. What the file holds is not measured again.
+
+    python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
 """
 
 import argparse
@@ -13,18 +19,22 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, product
+from pathlib import Path
 
 import torch
 
+from dape.chomsky.benchmark import SCHEMES
 from dape.chomsky.encoder import Model, build, configure
 from dape.chomsky.measure import Evaluation, accuracy
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.task import single
 from dape.chomsky.tasks import TASKS
+from dape.files import write_json
 from dape.provenance import provenance
 
 STEPS, RUNS, GPUS = 50_000, 495, 4
+PRICED, SEEDS = ("cycle-navigation", "stack-manipulation", "duplicate-string"), 3
 
 
 def loop(task, model, scheme, training, device):
@@ -125,6 +135,28 @@ def sweep(task, model, scheme, training, device):
     return evaluation.longest * seconds(test, lengths, device)
 
 
+def prices(options, model, training, device, origin):
+    """Measure steps and tests for the plan, and write the file after each."""
+    file = Path(options.prices)
+    known = json.loads(file.read_text())["prices"] if file.is_file() else []
+    measured = {(each["task"], each["scheme"]) for each in known}
+    for name, scheme in product(PRICED, SCHEMES):
+        if (name, scheme) in measured:
+            continue
+        setting = (TASKS[name], model, scheme, training, device)
+        step, longest, _ = measure(
+            stacked(*setting, SEEDS, 1, True), training, device, options.steps
+        )
+        test = sweep(*setting)
+        known.append({"task": name, "scheme": scheme, "models": SEEDS, "step": step, "test": test})
+        write_json(file, {"prices": known, "width": options.width, **origin})
+        print(
+            f"{name:<20} {scheme:<16} {SEEDS / step:>8.1f} model steps/s"
+            f" {SEEDS / longest:>8.1f} at the longest, {test:>6.1f} s a test",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="reverse-string")
@@ -140,6 +172,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--evaluation", action="store_true", help="time the test of a model too")
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument(
+        "--prices", help="JSON file of the prices of the plan, to write or complete"
+    )
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     device, task = torch.device(options.device), TASKS[options.task]
@@ -147,6 +182,9 @@ def main():
     training = Training(length=options.length, batch_size=options.batch_size)
     origin = provenance(device, ["(benchmarks/chomsky_speed.py)"])
     print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
+    if options.prices:
+        prices(options, model, training, device, origin)
+        return
     print(
         f"{'scheme':<16} {'way':<32} {'steps/s':>8} {'models/s':>9} {'longest':>9} "
         f"{'h / 495 runs':>12} {'GiB':>6} {'set-up s':>8}"

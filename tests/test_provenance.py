@@ -1,5 +1,6 @@
 """Where a result comes from."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,48 @@ def test_the_commit_is_that_of_the_checkout():
     if head.returncode:
         pytest.skip("the tests are not in a git checkout")
     assert provenance.commit().removesuffix("-dirty") == head.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that tracks the package and results, with the commit in it."""
+    for name in ("src/provenance.py", "results/table.md", ".gitignore"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("ignored\n")
+    for words in (
+        ("init", "--quiet"),
+        ("add", "."),
+        ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "first"),
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "src/provenance.py"))
+    return tmp_path, provenance.commit()
+
+
+def test_files_that_are_not_tracked_and_results_leave_a_commit_clean(checkout):
+    folder, clean = checkout
+    assert len(clean) == 40
+    for name in ("ignored", "data.bin", "src/new.py", "results/table.md"):
+        (folder / name).write_text("of a run")
+    assert provenance.commit() == clean
+
+
+def test_a_copied_checkout_is_clean_and_a_changed_one_dirty(
+    checkout, tmp_path_factory, monkeypatch
+):
+    folder, clean = checkout
+    copy = tmp_path_factory.mktemp("copied") / "checkout"
+    shutil.copytree(folder, copy, copy_function=shutil.copyfile)  # other times and modes
+    source = copy / "src/provenance.py"
+    source.chmod(0o755)
+    monkeypatch.setattr(provenance, "__file__", str(source))
+    assert provenance.commit() == clean
+    source.write_text("changed")
+    assert provenance.commit() == f"{clean}-dirty"
+    source.write_text("ignored\n")
+    (copy / ".gitignore").unlink()
+    assert provenance.commit() == f"{clean}-dirty"
 
 
 def test_a_package_that_git_does_not_track_has_no_commit(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
-"""Data-adaptive positional encoding: encodings, exact attention and models that read further.
+"""Data-adaptive positional encoding: encodings, exact attention, models for transformers.
 
-The public names are imported when first used, so that `import dape` costs nothing beyond Python.
+Each public name is imported at its first use, so `import dape` imports neither PyTorch nor
+transformers.
 """
 
 import sys

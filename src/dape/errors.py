@@ -1,14 +1,18 @@
-"""What a user can get wrong, said in one line."""
+"""Mistakes of a user, as errors of one line."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message names the field, the value and the remedy.
+    """A mistake of the user; the message names the field, the value and the remedy.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints the message without a traceback, and exits with status 2.
     """
+
+
+class RankError(UserError):
+    """A fault that one of several processes meets, and the others do not: it speaks for itself."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
@@ -20,7 +24,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def install(extra: str = "") -> str:
-    """Return the command that installs this package, which is in no index, with an extra."""
+    """Return the command that installs the package from a clone, with an extra."""
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 

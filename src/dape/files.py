@@ -103,6 +103,15 @@ def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) 
         raise UserError(_with(fault, remedy)) from None
 
 
+def shipped(path: Path) -> Path:
+    """Return the path, or the file of that name in the installed package if it alone is there.
+
+    An installed package has the recipes of the repository: `recipes/demo.yaml` is one.
+    """
+    packaged = Path(__file__).parent / path
+    return packaged if packaged.is_file() and not path.exists() else path
+
+
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
     """Return the mapping in a YAML file, as `parse_yaml` reads it.
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: command, commit, versions and device, for files that hold numbers."""
+"""Provenance of a result: command, commit, versions and device, for files with numbers."""
 
 import platform
 import shlex
@@ -32,22 +32,30 @@ def provenance(device: torch.device | str, argv: list[str] | None = None) -> dic
 
 
 def commit() -> str | None:
-    """Return the commit of this package's checkout, `-dirty` if changed; None if installed."""
+    """Return the commit of this package's checkout; None if it is not in one.
+
+    `-dirty` is put after it if the content of a tracked file is another. Files that git does not
+    track change nothing, nor do the results that a run writes into the checkout.
+    """
     source = Path(__file__)
-    git = ["git", "-C", str(source.parent)]
     try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", source.name], check=True, capture_output=True
-        )
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            check=True,
-            capture_output=True,
-            text=True,
+        _git("ls-files", "--error-unmatch", source.name, folder=source.parent)
+        head = _git("rev-parse", "HEAD", folder=source.parent)
+        changed = _git(
+            *("-c", "core.fileMode=false", "diff", "--name-only", "HEAD"),
+            *("--", ":(top)", ":(top,exclude)results"),
+            folder=source.parent,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*words: str, folder: Path) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
 
 
 def device_name(device: torch.device | str) -> str:

@@ -33,7 +33,7 @@ class RunFolder:
 
     @property
     def record(self) -> Path:
-        """Where and from what the run was made, and what it reached."""
+        """The record of the run: machine, sources and last metrics."""
         return self.path / "run.json"
 
     @property

@@ -1,7 +1,21 @@
 """Fixtures of the tests of attention."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def random_calls():
+    """Return `benchmarks/random_calls.py`."""
+    spec = spec_from_file_location("random_calls", BENCHMARKS / "random_calls.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -178,3 +178,30 @@ def differentiate(out, leaves):
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     nothing = sum(0 * leaf.sum() for leaf in leaves)  # where no query sees a key
     return torch.autograd.grad((out * cotangent).sum() + nothing, leaves)
+
+
+class Rounding(torch.autograd.Function):
+    """x in a dtype, and its gradient as it is."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        return x.to(dtype).to(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class RoundedScores(torch.nn.Module):
+    """An adapter that is given scores in fp16, as they stand in the scratch of fused kernels.
+
+    The gradient of a hidden unit turns where the unit's sign does: rounding turns a few, and their
+    sums are that far off, whoever rounds.
+    """
+
+    def __init__(self, adapter):
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, scores, bias):
+        return self.adapter(Rounding.apply(scores, torch.float16), bias)

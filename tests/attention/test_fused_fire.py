@@ -2,10 +2,11 @@
 
 import copy
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import Problem, adapter_formula, differentiate, leaves, solve, visible
+from problems import Problem, RoundedScores, adapter_formula, differentiate, leaves, solve, visible
 from torch.testing import assert_close
 
 import dape
@@ -210,20 +211,28 @@ def test_more_units_than_the_kernels_hold_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [129, 512])
 def test_on_a_gpu_no_further_from_float64_than_the_textbook_in_its_dtype(
-    backend, dtype, rows, adapter
+    backend, dtype, rows, adapter, random_calls
 ):
+    """The textbook rounds what kernels round: weights, outputs, scores in the scratch."""
     tensors = [torch.randn(2, 12, rows, 64, device="cuda", dtype=dtype) for _ in range(3)]
     modules = FireProblem(heads=12, threshold=100.5, units=32, adapter=adapter).modules()
+    shape = SimpleNamespace(heads=12, kv_heads=12, head_dim=64, causal=True)
+    call = SimpleNamespace(shape=shape, offset=0)
     results = []
     for name, wide, widest in (
         (backend, dtype, torch.float32),
-        ("reference", dtype, torch.float32),
+        ("textbook", dtype, torch.float32),
         ("chunked", torch.float64, torch.float64),
     ):
         inputs = [x.detach().to(wide, copy=True).requires_grad_() for x in tensors]
         found = [m and copy.deepcopy(m).to("cuda", widest) for m in modules]
         parameters = [p for m in found if m for p in m.parameters()]
-        out = dape.attention(*inputs, *found, backend=name)
+        if name == "textbook":
+            if found[1] is not None and dtype is not torch.float32:
+                found[1] = RoundedScores(found[1])
+            out = random_calls.textbook(call, inputs, tuple(found), None)
+        else:
+            out = dape.attention(*inputs, *found, backend=name)
         torch.manual_seed(1)
         weight = torch.randn(out.shape, device="cuda").to(dtype).to(wide)
         results.append([out, *torch.autograd.grad(out, [*inputs, *parameters], weight)])

@@ -37,6 +37,21 @@ def test_the_wide_range_equals_the_textbook(name, monkeypatch):
     close(PROBLEMS[name], dtype=torch.float16, tolerance=5e-3, least=1.0)
 
 
+@pytest.mark.parametrize(
+    ("bias", "kernel_size"), [(dape.Kerple, 1), (dape.Kerple, 3), (dape.FIRE, 1)]
+)
+def test_a_mixer_that_is_not_wanted_leaves_the_scratch_alone(bias, kernel_size):
+    query, key, value = Problem(rows=20, keys=20).tensors(torch.float16)
+    given = operator.tables(bias(4), dape.DAPE(4, 5, kernel_size=kernel_size), 4, 20, query.device)
+    problem = operator.problem_of(query, key, value, given, None, 1.0, True, 0)
+    problem = problem._replace(gate=geometry.Gate(torch.zeros(1, dtype=torch.int32), True))
+    (band,) = geometry.bands(problem)
+    x = geometry.Scratch.of(problem, (band,)).view(band).normal_()
+    before = x.clone()
+    operator.mixer("triton", problem).mix(x, band, problem, problem.mixing)
+    assert torch.equal(x, before)
+
+
 def flag_of(tensors, bias, adapter):
     heads, length = tensors[0].shape[1:3]
     found = operator.tables(bias, adapter, heads, length, tensors[0].device)

@@ -1,26 +1,14 @@
 """`benchmarks/random_calls.py` on a CPU: a few calls, and it sees what is wrong."""
 
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import dape
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = spec_from_file_location("random_calls", BENCHMARKS / "random_calls.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_ten_calls_are_right(benchmark, capsys):
-    assert benchmark.main(["--device", "cpu", "--workers", "0", "--no-long"]) == 0
+def test_ten_calls_are_right(random_calls, capsys):
+    assert random_calls.main(["--device", "cpu", "--workers", "0", "--no-long"]) == 0
     last_lines = capsys.readouterr().out.splitlines()[-2:]
     assert last_lines[0].split()[:2] == ["all", "10"]
     assert last_lines[1].startswith("seed 0, 10 calls")
@@ -29,9 +17,9 @@ def test_ten_calls_are_right(benchmark, capsys):
 @pytest.mark.unhooked
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-def test_so_are_those_of_the_kernels(benchmark):
+def test_so_are_those_of_the_kernels(random_calls):
     given = ["--device", "cpu", "--workers", "0", "--no-long", "--backends", "triton"]
-    assert benchmark.main([*given, "--calls", "8", "--shapes", "8", "--seed", "3"]) == 0
+    assert random_calls.main([*given, "--calls", "8", "--shapes", "8", "--seed", "3"]) == 0
 
 
 WRONG = {
@@ -42,11 +30,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("outcome", WRONG)
-def test_wrong_calls_are_counted(benchmark, monkeypatch, capsys, outcome):
+def test_wrong_calls_are_counted(random_calls, monkeypatch, capsys, outcome):
     def attention(*given, **options):
         return WRONG[outcome](dape.attention(*given, **options))
 
     names = {name: getattr(dape, name) for name in dape.__all__}
-    monkeypatch.setattr(benchmark, "dape", SimpleNamespace(**names | {"attention": attention}))
-    assert benchmark.main(["--device", "cpu", "--workers", "0", "--no-long", "--calls", "4"]) == 1
+    monkeypatch.setattr(random_calls, "dape", SimpleNamespace(**names | {"attention": attention}))
+    assert (
+        random_calls.main(["--device", "cpu", "--workers", "0", "--no-long", "--calls", "4"]) == 1
+    )
     assert f"{outcome}: " in capsys.readouterr().out

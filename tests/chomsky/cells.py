@@ -34,7 +34,7 @@ def cell(task, scheme, seed, accuracy, trained=2):
         parameters=10,
         loss=[(3, 0.7), (6, 0.25)],
         accuracy=accuracy,
-        seconds={"training": 12.0, "evaluation": 6.0},
+        seconds={"training": 6.0, "evaluation": 3.0},
         models=2,
         provenance={"device": "a GPU", "commit": "c0ffee", "versions": {"torch": "2"}},
     )

@@ -1,6 +1,8 @@
 """Running a benchmark: what it leaves, how it goes on, and that it learns."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from dape.chomsky import run as runs
 from dape.chomsky.cell import load, load_model, path
 from dape.chomsky.encoder import Model
 from dape.chomsky.measure import Evaluation, accuracies
-from dape.chomsky.run import Job, plan, run, run_all
+from dape.chomsky.run import Job, plan
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
@@ -24,9 +26,8 @@ def silent(*_):
     pass
 
 
-def run_cpu(benchmark):
-    ends = run_all(benchmark, [CPU], silent, ["chomsky", "train"])
-    assert all(end.error is None for end in ends)
+def run_cpu(benchmark, report=silent, together=1):
+    runs.run(benchmark, CPU, report, ["chomsky", "train"], together)
 
 
 def numbers(folder):
@@ -50,7 +51,9 @@ def test_a_cell_says_how_it_was_made(tmp_path):
     assert cell.seconds["training"] > 0 and cell.seconds["evaluation"] > 0
     model = load_model(tmp_path, "even-pairs", "kerple", 1)
     assert sum(p.numel() for p in model.parameters()) == cell.parameters
-    assert accuracies([model], TASKS["even-pairs"], benchmark.evaluation, CPU) == [cell.accuracy]
+    (found,) = accuracies([model], TASKS["even-pairs"], benchmark.evaluation, CPU)
+    assert cell.accuracy == pytest.approx(found, abs=5e-4)
+    assert json.loads((tmp_path / "run.json").read_text())["command"] == "dape chomsky train"
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
@@ -72,45 +75,74 @@ def test_finished_cells_are_not_made_again(tmp_path):
     assert alone["loss"] == [[step, pytest.approx(loss, abs=1e-4)] for step, loss in beside["loss"]]
 
 
-def test_an_interrupted_training_goes_on_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "POINTS", 6)
-    monkeypatch.setattr(runs, "CHECKPOINTS", 3)
-    job = Job("binary-addition", "randomized-rope", (0, 1))
-    run(job, small(tmp_path / "whole"), CPU, silent, [])
-    benchmark = small(tmp_path / "cut")
-    counted = []
-    step = Stack.step
+TWO = {"tasks": ("binary-addition",), "seeds": (0, 1)}  # a static and a randomised scheme
 
-    def interrupted(stack, length):
+
+def test_jobs_train_side_by_side_as_they_do_alone(tmp_path):
+    alone, beside = small(tmp_path / "alone"), small(tmp_path / "beside")
+    run_cpu(alone)
+    run_cpu(beside, together=3)
+    assert numbers(alone.folder) == numbers(beside.folder)
+    models = {load(file).models for file in beside.folder.glob("cells/*/*.json")}
+    assert models == {6, 2}, "three jobs of two seeds, then the last"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_run_goes_on_exactly(tmp_path, monkeypatch, number):
+    """In the middle of the curve's points, of jobs side by side."""
+    monkeypatch.setattr(runs, "POINTS", 3)
+    whole, cut = small(tmp_path / "whole", **TWO), small(tmp_path / "cut", **TWO)
+    run_cpu(whole, together=2)
+    counted, step = [], Stack.step
+
+    def signalled(stack, length):
         counted.append(length)
-        if len(counted) == 6:
-            raise KeyboardInterrupt
+        if len(counted) == 5:  # the third step of the first job
+            os.kill(os.getpid(), number)
         step(stack, length)
 
-    monkeypatch.setattr(Stack, "step", interrupted)
+    monkeypatch.setattr(Stack, "step", signalled)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        run(job, benchmark, CPU, silent, [])
-    run(job, benchmark, CPU, silent, [])  # from the checkpoint at 4
-    assert len(counted) == 8
-    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+        run_cpu(cut, together=2)
+    assert len(counted) == 6 and signal.getsignal(number) == before
+    run_cpu(cut, together=2)
+    assert len(counted) == 12
+    assert numbers(cut.folder) == numbers(whole.folder)
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "POINTS", 6)
+    monkeypatch.setattr(runs, "CHECKPOINTS", 3)
+    whole, cut = small(tmp_path / "whole", **TWO), small(tmp_path / "cut", **TWO)
+    run_cpu(whole)
+    counted, step = [], Stack.step
+
+    def killed(stack, length):
+        counted.append(length)
+        if len(counted) == 6:
+            raise MemoryError
+        step(stack, length)
+
+    monkeypatch.setattr(Stack, "step", killed)
+    with pytest.raises(MemoryError):
+        run_cpu(cut)
+    run_cpu(cut)  # from the checkpoint at 4
+    assert len(counted) == 6 + 2 + 6
+    assert numbers(cut.folder) == numbers(whole.folder)
 
 
 def test_a_checkpoint_of_other_settings_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "POINTS", 6)
-    monkeypatch.setattr(runs, "CHECKPOINTS", 3)
-    job, benchmark = Job("even-pairs", "kerple", (0,)), small(tmp_path)
+    """Tests are interrupted, so that each training leaves the checkpoint at its end."""
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
     monkeypatch.setattr(runs, "accuracies", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(job, benchmark, CPU, silent, [])
-    steps = []
-    monkeypatch.setattr(Stack, "step", lambda stack, length: steps.append(length))
     other = replace(benchmark, training=replace(benchmark.training, learning_rate=0.5))
-    with pytest.raises(KeyboardInterrupt):
-        run(job, other, CPU, silent, [])
-    assert len(steps) == 6
-    with pytest.raises(KeyboardInterrupt):
-        run(job, benchmark, CPU, silent, [])
-    assert len(steps) == 12
+    steps, step = [], Stack.step
+    monkeypatch.setattr(Stack, "step", lambda stack, n: (steps.append(n), step(stack, n)))
+    for given, made in ((benchmark, 6), (benchmark, 6), (other, 12), (benchmark, 18)):
+        with pytest.raises(KeyboardInterrupt):
+            run_cpu(given)
+        assert len(steps) == made
 
 
 def interrupt(*_):
@@ -130,41 +162,17 @@ def test_long_jobs_come_first():
     assert [job.task for job in jobs[:2]] == ["duplicate-string"] * 2
 
 
-def test_two_devices_share_the_jobs(tmp_path):
-    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
-    ends = [(end.job.scheme, end.error) for end in run_all(benchmark, [CPU, CPU], silent, [])]
-    assert sorted(ends) == [("kerple", None), ("randomized-rope", None)]
-    assert len(numbers(tmp_path)) == 2
-
-
-def test_a_job_that_fails_leaves_the_others(tmp_path, monkeypatch):
-    measure = runs.accuracies
-
-    def fails_once(*arguments):
-        monkeypatch.setattr(runs, "accuracies", measure)
-        raise RuntimeError("out of memory\nat some address")
-
-    monkeypatch.setattr(runs, "accuracies", fails_once)
-    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
-    ends = [end.error for end in run_all(benchmark, [CPU], silent, [])]
-    assert ends == ["RuntimeError: out of memory", None]
-    assert len(numbers(tmp_path)) == 1 and len(plan(benchmark)) == 1
-
-
-def test_no_job_starts_after_the_time(tmp_path):
-    benchmark = small(tmp_path, tasks=("even-pairs",), seeds=(0,))
-    assert list(run_all(benchmark, [CPU], silent, [], minutes=0.0)) == []
-
-
 def test_even_pairs_are_learned(tmp_path):
     """And answered at lengths never seen: five lengths beyond four are no chance."""
     benchmark = small(
         tmp_path,
+        tasks=("even-pairs",),
+        schemes=("rope",),
         model=Model(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
         training=Training(steps=300, batch_size=64, length=4, learning_rate=5e-3, dropout=0.0),
         evaluation=Evaluation(longest=5, samples=200),
     )
-    run(Job("even-pairs", "rope", (0, 1)), benchmark, CPU, silent, [])
+    run_cpu(benchmark)
     for seed in (0, 1):
         cell = load(path(tmp_path, "even-pairs", "rope", seed))
         assert cell.loss[-1][1] < 0.02 and cell.learned == 100

@@ -47,31 +47,24 @@ def test_examples_can_be_checked(capsys, name):
         assert [TASKS[name].outputs.index(symbol) for symbol in answer] == TASKS[name].solve(inputs)
 
 
-def test_a_table_from_nothing_and_again_from_its_cells(tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
+def test_cells_and_a_table_of_them(tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(SMALL)
-    out = tmp_path / "out"
-    arguments = ("table", recipe, "--out", out, "--devices", "cpu")
-    assert not dape(*arguments)
-    text = capsys.readouterr().out
-    assert "4 models to train on cpu" in text and "even-pairs kerple: done (2/2" in text
-    assert f"wrote {out / 'table.md'}" in text
-    table = (out / "table.md").read_text()
-    assert f"dape chomsky table {recipe}" in table and "| even-pairs | 50.0 |" in table
-    assert not dape(*arguments)
-    assert "0 models to train" in capsys.readouterr().out
-    assert not dape("table", recipe, "--out", out, "--schemes", "kerple", "--finished")
-    assert "dape-alibi" not in (out / "table.md").read_text().split("\n\n")[2]
-
-
-def test_training_alone_and_options_over_the_recipe(tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(SMALL)
-    out = tmp_path / "out"
-    options = ("--schemes", "kerple", "--seeds", 5, "--training.steps", 2, "--devices", "cpu")
-    assert not dape("train", recipe, "--out", out, *options)
+    train = ("train", recipe, "--out", out, "--device", "cpu")
+    assert not dape(*train, "--schemes", "kerple", "--seeds", 5, "--training.steps", 3)
     assert [file.name for file in out.glob("cells/*/*")] == ["kerple-5.json"]
-    assert not (out / "table.md").exists()
+    assert not dape(*train, "--together", 2)
+    text = capsys.readouterr().out
+    assert "4 models to train on cpu" in text and "even-pairs kerple  step 3/3  loss" in text
+    assert not dape(*train)
+    assert "0 models to train" in capsys.readouterr().out
+    table = ("table", recipe, "--out", out)
+    assert not dape(*table)
+    assert f"wrote {out / 'table.md'}" in capsys.readouterr().out
+    written = (out / "table.md").read_text()
+    assert f"dape chomsky table {recipe}" in written and "| even-pairs | 50.0 |" in written
+    assert not dape(*table, "--schemes", "kerple")
+    assert "dape-alibi" not in (out / "table.md").read_text().split("\n\n")[2]
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
@@ -84,5 +77,5 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "unknown task 'sort'" in refused(capsys, "train", recipe, "--tasks", "sort")
     assert "--count 0" in refused(capsys, "sample", "even-pairs", "--count", 0)
     assert "length=0" in refused(capsys, "sample", "even-pairs", "--length", 0)
-    finished = ("table", recipe, "--out", tmp_path / "none", "--finished")
-    assert "no finished cell" in refused(capsys, *finished)
+    assert "no finished cell" in refused(capsys, "table", recipe, "--out", tmp_path / "none")
+    assert "--together 0" in refused(capsys, "train", recipe, "--together", 0)

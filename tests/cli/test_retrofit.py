@@ -226,7 +226,7 @@ def test_the_recipe_is_put_under_the_options():
     )
     assert recipe.training == Training(length=2048, batch_size=32, steps=1000)
     assert (recipe.optimizer.learning_rate, recipe.hardware.micro_batch_size) == (1e-2, 4)
-    assert recipe.micro_batches(ranks=8) == 1
+    assert recipe.micro_batches(groups=8) == 1
     assert read(["m"]).recipe.folder == Path("runs/retrofit-dape-kerple")
 
 

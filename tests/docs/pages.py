@@ -7,6 +7,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
+import nbformat
 import yaml
 
 from dape import cli
@@ -23,6 +24,14 @@ SMALL = {
 
 def text(page):
     return (ROOT / page).read_text(encoding="utf-8")
+
+
+def markdown(page):
+    """Return a page as Markdown; of a notebook the cells that are no code."""
+    if not page.endswith(".ipynb"):
+        return text(page)
+    cells = nbformat.reads(text(page), as_version=4).cells
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
 
 
 def blocks(page, language):

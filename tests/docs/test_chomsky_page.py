@@ -40,6 +40,7 @@ def test_every_file_of_the_page_is_there(desk):
     files = ("table.md", "scores.svg", "lengths.svg", "training.svg")
     cells = ("cells/even-pairs/kerple-1.json", "models/even-pairs/dape-kerple-0.safetensors")
     assert all((out / name).exists() for name in (*files, *cells))
+    assert (desk / "map.svg").exists() and "corr(f, A)" in (desk / "map.md").read_text()
 
 
 def test_the_recipe_says_the_defaults(tmp_path):

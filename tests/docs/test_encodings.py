@@ -19,7 +19,7 @@ SECTIONS = dict(re.findall(r"^### (\S+)\n(.*?)(?=^##|\Z)", PAGE, flags=re.MULTIL
 def test_every_base_has_its_paper_its_reach_and_its_command(base):
     section = " ".join(SECTIONS[base.name].split())
     assert f"{base.paper}, {base.year}" in section
-    assert re.search(rf"Reads past its training length: {base.extrapolates}[.,]", section)
+    assert re.search(rf"\*\*Extrapolates\.\*\* {base.extrapolates.capitalize()}[.,]", section)
     drawn = re.findall(rf"dape plot encoding {base.name}\b", section)
     try:
         draw(base.name, View(heads=2, length=4))

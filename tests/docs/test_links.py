@@ -2,19 +2,15 @@
 
 import re
 
-import nbformat
 import pytest
-from pages import BLOCK, ROOT, text
+from pages import BLOCK, ROOT, markdown, text
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in ROOT.glob("docs/*.*"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
 def prose(page):
-    if not page.endswith(".ipynb"):
-        return BLOCK.sub("", text(page))
-    cells = nbformat.read(ROOT / page, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return BLOCK.sub("", markdown(page))
 
 
 def anchors(page):

@@ -19,7 +19,9 @@ def test_two_processes_train_in_shards_and_the_export_is_whole(tmp_path, monkeyp
     for split in ("train", "validation", "test"):
         (tmp_path / "books" / split).mkdir(parents=True)
         (tmp_path / "books" / split / "book.txt").write_text("a book of words " * 400)
-    small_recipe("2.7b.yaml", tmp_path, training={"length": 16, "batch_size": 4, "steps": 2})
+    training = {"length": 16, "batch_size": 4, "steps": 2}
+    hardware = {"device": "cpu", "micro_batch_size": 1, "compile": "none"}
+    small_recipe("2.7b.yaml", tmp_path, training=training, hardware=hardware)
     monkeypatch.chdir(tmp_path)
     execute(PAGE)
     run, exported = tmp_path / "runs" / "2.7b-dape-kerple", tmp_path / "2.7b-dape-kerple"

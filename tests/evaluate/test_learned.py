@@ -135,7 +135,7 @@ def test_the_model_is_left_as_it_was():
 def test_fused_kernels_know_no_recorder_so_that_auto_takes_the_chunked_backend():
     query = torch.zeros(1, 4, 8, 8)
     adapter = grown("dape-kerple").model.layers[0].self_attn.adapter
-    for each, served in ((adapter, True), (Recorder(adapter, 0, 0), False)):
+    for each, served in ((adapter, True), (Recorder(adapter, 0, range(1)), False)):
         reason = obstacle(Call(query, query, query, None, each))
         assert (reason is None) == served
 

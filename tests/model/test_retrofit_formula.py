@@ -141,7 +141,7 @@ def test_the_same_for_models_with_code_of_their_own(name, monkeypatch):
 def test_falcons_alibi_is_its_own_tensor_less_that_of_the_query(heads):
     from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
-    from dape.model.retrofit.routes import FalconALiBi
+    from dape.model.retrofit.architectures import FalconALiBi
 
     theirs = (
         build_alibi_tensor(torch.ones(1, 700, dtype=torch.long), heads, torch.float32).view(

@@ -144,6 +144,41 @@ def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path):
     assert choose(plan(found)) == []
 
 
+def test_two_spreads_at_a_time_never_run_the_same_cell():
+    """The second takes the next cells, and leaves what the first one ends."""
+    found = cells("kerple", "alibi", "fire")
+    held, go = threading.Event(), threading.Event()
+
+    class Slow(Pretended):
+        def call(self, words, device, log):
+            held.set()
+            assert go.wait(10)
+            return super().call(words, device, log)
+
+    class Watched(Pretended):
+        def call(self, words, device, log):
+            if "alibi" in " ".join(words) and words[0] == "eval":
+                go.set()
+                first.join()
+            return super().call(words, device, log)
+
+    first = threading.Thread(target=spread, args=(found[:1], ["0"], Slow(), silent))
+    first.start()
+    assert held.wait(10)
+    workers = Watched()
+    assert [each.cell for each in spread(found, ["1"], workers, silent)] == found[1:]
+    assert not [words for words, _ in workers.calls if "kerple" in " ".join(words)]
+    assert [each.state for each in plan(found)] == ["finished"] * 3
+    assert not list(Path("runs/smoke/.claims").rglob(".lock"))
+
+
+def test_a_cell_that_another_process_holds_to_the_end_is_left():
+    found = cells("kerple", "alibi")
+    with record.claimed(found[0]):
+        assert [each.cell for each in spread(found, ["cpu"], Pretended(), silent)] == found[1:]
+    assert choose(plan(found)) == found[:1]
+
+
 def test_what_another_recipe_left_does_not_mix_with_a_new_record():
     found = cells("kerple")
     spread(found, ["cpu"], Pretended(), silent)

@@ -5,12 +5,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 from small import losses, metrics, recipe, validation_loss
+from spread import CALLS, arguments
+from two_ranks import MEASURING, ROPE
 
-from dape import DapeForCausalLM
+from dape import DapeForCausalLM, attention
+from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.evaluate import evaluate
+from dape.evaluate.record import load
 from dape.runs import RunFolder
 from dape.train import parallelize
 from dape.train.run import train
@@ -22,6 +28,9 @@ def out(data, tmp_path_factory):
     """Return a folder with the same run on one rank, and on two: sharded, fused, and copied."""
     out = tmp_path_factory.mktemp("ranks")
     train(recipe(data, out / "one"))
+    train(recipe(data, out / "one-rope", **ROPE))
+    halves = {"micro_batch_size": 4}
+    train(recipe(data, out / "one-bf16", hardware=halves, training={"precision": "bf16-mixed"}))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run(
@@ -34,13 +43,24 @@ def out(data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "fused", "ddp"])
+@pytest.mark.parametrize(
+    "layout",
+    ["fsdp", "fused", "ddp", "fsdp-step", "fsdp-pass", "spread", "spread-rope"],
+)
 def test_two_ranks_train_as_one(out, layout):
-    assert losses(out / layout) == pytest.approx(losses(out / "one"), rel=1e-5)
-    norms = [[entry["grad_norm"] for entry in metrics(out / name)] for name in (layout, "one")]
+    one = "one-rope" if layout == "spread-rope" else "one"
+    assert losses(out / layout) == pytest.approx(losses(out / one), rel=1e-5)
+    norms = [[entry["grad_norm"] for entry in metrics(out / name)] for name in (layout, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-    validations = [metrics(out / name)[-1]["validation_loss"] for name in (layout, "one")]
+    validations = [metrics(out / name)[-1]["validation_loss"] for name in (layout, one)]
     assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+
+
+def test_weights_that_travel_in_bfloat16_learn_what_autocast_learns(out):
+    """They are rounded to it before they are used, and so are the gradients of each half batch."""
+    found, expected = losses(out / "fsdp-bf16"), losses(out / "one-bf16")
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != pytest.approx(losses(out / "one"), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])
@@ -66,11 +86,48 @@ def test_each_rank_saves_its_shards(out):
     assert {path.name for path in saved.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
-def test_a_sharded_run_goes_on_with_one_rank(out, data):
-    """The checkpoint of two ranks, loaded by one, exports the same model."""
-    before = (out / "fsdp/model/model.safetensors").read_bytes()
-    train(recipe(data, out / "fsdp"))
-    assert (out / "fsdp/model/model.safetensors").read_bytes() == before
+@pytest.mark.parametrize("layout", ["fsdp", "spread"])
+def test_a_run_of_two_ranks_goes_on_with_one(out, data, layout):
+    """Their checkpoint, loaded by one, exports the same model."""
+    record = RunFolder(out / layout)
+    before = (record.model / "model.safetensors").read_bytes()
+    (record.model / "model.safetensors").unlink()
+    record.update_record({"ended": None})
+    train(recipe(data, out / layout))
+    assert (record.model / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_attention_over_two_ranks_is_that_of_one(out, name):
+    """Outputs and gradients, in float64, of the kernels in float32."""
+    whole, bias, adapter, _ = arguments(name)
+    whole = [x.double() for x in whole]
+    modules = [module.double() for module in (bias, adapter) if module]
+    inputs = [x.requires_grad_() for x in whole[:3]]
+    result = attention(*inputs, bias, adapter, backend="reference")
+    learned = [p for module in modules for p in module.parameters()]
+    expected = [result, *torch.autograd.grad((result * whole[3]).sum(), inputs + learned)]
+    ranks = [torch.load(out / f"attention-{rank}.pt")[name] for rank in (0, 1)]
+    tolerance = 1e-10 if ranks[0][0].dtype == torch.float64 else 2e-5
+    for number, (right, *found) in enumerate(zip(expected, *ranks, strict=True)):
+        if number < 4:
+            parts = [ContextParallel("", rank, 2).part(right, dim=2) for rank in (0, 1)]
+            for part, each in zip(parts, found, strict=True):
+                assert torch.allclose(each.double(), part, rtol=tolerance, atol=tolerance)
+        else:
+            summed = sum(found).double()
+            assert torch.allclose(summed, right, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_windows_over_two_ranks_have_the_perplexity_of_one(out):
+    """At lengths that four chunks do not share evenly, too; the first rank keeps the file."""
+    (expected,) = evaluate(out / "ddp", **MEASURING, out=out / "evaluation")
+    (file,) = (out / "spread-evaluation").rglob("non_overlapping.json")
+    found = load(file)
+    for length in MEASURING["lengths"]:
+        one, two = (each.by_length[length] for each in (expected, found))
+        assert two.windows == one.windows
+        assert two.loss == pytest.approx(one.loss, rel=1e-6)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -140,7 +140,7 @@ def test_recipes_of_the_paper(name):
     assert (optimizer.warmup, optimizer.final, optimizer.betas) == (0.01, 0.1, (0.9, 0.95))
     assert (optimizer.eps, optimizer.weight_decay, optimizer.clip_norm) == (1e-8, 0.1, 1.0)
     assert recipe.folder == Path(f"runs/{name}-dape-kerple")
-    assert recipe.micro_batches(ranks=8) >= 1
+    assert recipe.micro_batches(groups=8) >= 1
 
 
 def test_the_small_recipes_run_without_a_gpu():

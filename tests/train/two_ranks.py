@@ -1,35 +1,77 @@
-"""Run by torchrun: trains sharded and copied, and writes what each rank holds."""
+"""Run by torchrun: trains sharded, copied and spread, and writes what each rank holds."""
 
 import json
 import sys
 from pathlib import Path
 
+import torch
 from small import recipe
+from spread import CALLS, arguments
 from torch.distributed.tensor import DTensor
 
+from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
+from dape.evaluate import evaluate
+from dape.train import drawing, task
 from dape.train.loop import fit
+from dape.train.parallelize import context_parallel
 from dape.train.run import begin, train
 from dape.train.task import LanguageModelling
+
+BF16 = {"training": {"precision": "bf16-mixed"}}
+FUSED = {"model": {"backend": "triton"}}
+ROPE = {"model": {"scheme": "dape-rope", "tie_word_embeddings": True}}
+MEASURING = {"lengths": [17, 34], "protocol": "non_overlapping", "device": "cpu"}
+LAYOUTS = {
+    "fused": ({"strategy": "fsdp"}, FUSED),
+    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, {}),
+    "fsdp-bf16": ({"strategy": "fsdp", "activation_checkpointing": "selective"}, BF16),
+    "fsdp-step": ({"strategy": "fsdp", "gather": "step", "micro_batch_size": 1}, {}),
+    "fsdp-pass": ({"strategy": "fsdp", "gather": "pass", "micro_batch_size": 1}, {}),
+    "spread-rope": ({"strategy": "ddp", "context_parallel": 2, "micro_batch_size": 4}, ROPE),
+    "spread": (
+        {"strategy": "fsdp", "context_parallel": 2, "activation_checkpointing": "selective"},
+        {},
+    ),
+}
 
 
 def sharded(settings):
     session = begin(LanguageModelling(settings, Corpus(settings.data)))
     fit(session)
     session.task.save(session.fabric, session.model)
-    return {
+    held = {
         name: [isinstance(p, DTensor), str(p.placements), p.numel(), p.to_local().numel()]
         for name, p in session.model.named_parameters()
-    }, session.fabric.global_rank
+    }
+    return held, session.fabric
+
+
+def spread(devices: ContextParallel):
+    """Return this rank's output and gradients of each call of attention."""
+    found = {}
+    for name in CALLS:
+        whole, bias, adapter, backend = arguments(name)
+        parts = [devices.part(x, dim=2).detach().requires_grad_() for x in whole[:3]]
+        out = devices.attention(*parts, bias, adapter, backend=backend)
+        learned = [p for module in (bias, adapter) if module for p in module.parameters()]
+        weights = devices.part(whole[3], dim=2)
+        found[name] = out.detach(), *torch.autograd.grad((out * weights).sum(), parts + learned)
+    return found
 
 
 def main(data, out):
-    held, rank = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
+    drawing.LARGE = 100  # numbers: sharded models start in parts
+    held, fabric = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
+    rank = fabric.global_rank
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
-    fused = {"backend": "triton"}
-    train(recipe(data, out / "fused", model=fused, hardware={"strategy": "fsdp"}))
-    accumulated = {"strategy": "ddp", "micro_batch_size": 2}
-    train(recipe(data, out / "ddp", hardware=accumulated))
+    for name, (hardware, others) in LAYOUTS.items():
+        if "context_parallel" in hardware:
+            task.TOKENS_AT_ONCE = 24  # fewer than a micro-batch has: logits in parts
+        train(recipe(data, out / name, hardware=hardware, **others))
+    devices = context_parallel(fabric, recipe(data, out, hardware=LAYOUTS["spread"][0]).hardware)
+    torch.save(spread(devices), out / f"attention-{rank}.pt")
+    evaluate(out / "ddp", **MEASURING, out=out / "spread-evaluation", context_parallel=devices)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Unchecked = Mapping[tuple[str, str], Missing]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure: `tokens // length` sequences of each length, at least one."""
+    """The measured calls: `tokens // length` sequences of each length, at least one."""
 
     scheme: str
     shape: str

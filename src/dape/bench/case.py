@@ -1,4 +1,4 @@
-"""What is measured: sizes, modules and random inputs, all of one seed."""
+"""The measured case: sizes, modules and random inputs, all from a seed."""
 
 import math
 import re
@@ -91,7 +91,7 @@ class Parts(NamedTuple):
 def build(case: Case) -> Parts:
     """Return the modules of the case's scheme, in float32.
 
-    What starts at zero is drawn from N(0, 0.1) instead: errors behind zeros would not show.
+    Parameters that start at zero are drawn from N(0, 0.1), because zeros would hide errors.
     """
     dimensions = {
         "num_heads": case.heads,

@@ -1,4 +1,4 @@
-"""Whether a method computes what it should: output and gradients against float64."""
+"""Checks of a method: output and gradients against float64."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from dape.positions.adapter import Rows
 # Scores of a check, and of a block of its float64: seconds, and a few GiB.
 SCORES = {"cpu": 2**24, "cuda": 2**32}
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**25}
-# What an error may be beyond twice that of the textbook in the same dtype.
+# Allowed errors beside twice the error of the textbook in the same dtype.
 SLACK = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
 # A gradient that is zero in exact arithmetic, as that of a constant of every key, is relative to
 # what is usual in its module, and must stay below a tenth of it.

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: `results.json`."""
+"""The record of a benchmark, `results.json`."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -12,7 +12,7 @@ from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
 from dape.chomsky.tasks import TASKS, resolve
 from dape.errors import UserError
-from dape.files import read_yaml
+from dape.files import read_yaml, shipped
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
@@ -33,9 +33,9 @@ class Benchmark:
     tasks: tuple[str, ...] = tuple(TASKS)
     """names of tasks; `dape chomsky tasks` lists them"""
     schemes: tuple[str, ...] = SCHEMES
-    """where position enters; `dape info --schemes` lists them"""
+    """schemes to train, as `dape info schemes` names them"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of parameters, examples and dropout; the models of a cell train side by side"""
+    """seeds of parameters, examples and dropout; the models of a cell train together"""
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -111,7 +111,7 @@ def read(path: Path) -> Benchmark:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
     """
     try:
-        found: Benchmark = strict.build(Benchmark, read_yaml(path))
+        found: Benchmark = strict.build(Benchmark, read_yaml(shipped(path)))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return found

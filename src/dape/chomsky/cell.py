@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a JSON file for each model, and its parameters beside it."""
+"""The results of a benchmark: a JSON file and a file of parameters for each model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,7 @@ from dape.chomsky.tasks import resolve
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Cell:
     settings: sections `model`, `training` and `evaluation` of the benchmark.
     loss: pairs of a step and the mean training loss since the one before, in nats a symbol.
     accuracy: percent of scored symbols right at the lengths 1, 2, ...
-    seconds: `training` and `evaluation`, each the time of all models that ran side by side.
-    models: how many did.
+    seconds: `training` and `evaluation`, the time of all models that ran side by side over them.
+    models: how many trained side by side.
     """
 
     task: str

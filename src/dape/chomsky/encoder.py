@@ -1,8 +1,9 @@
 """The encoder of the benchmark: the Transformer of Deletang et al. (2023), with any scheme.
 
 - post-norm blocks: attention without biases, a ReLU layer four times as wide, layer norms
-- the input, then as many placeholders as the output has symbols, read there in one pass
-- every token sees every other; a bias knows the distance |i - j| alone, the same on both sides
+- the input, then a placeholder for each output symbol, in a single pass with answers at the
+  placeholders
+- every token sees all tokens; a bias depends on the distance |i - j| alone, equal on both sides
 - dropout where a block adds to the stream, and after an additive position embedding
 """
 
@@ -33,13 +34,13 @@ class Model:
     hidden_size: int = 64
     """width of the residual stream: 64 in Deletang et al., 256 in the DAPE paper"""
     num_hidden_layers: int = 5
-    """blocks"""
+    """number of blocks"""
     num_attention_heads: int = 8
-    """heads; must divide hidden_size"""
+    """number of heads; must divide hidden_size"""
     adapter_hidden: int = 64
-    """hidden units of DAPE"""
+    """number of hidden units of DAPE"""
     pool: int = 2048
-    """positions from which randomised ones are drawn"""
+    """number of positions from which randomised positions are drawn"""
 
 
 def configure(
@@ -47,7 +48,7 @@ def configure(
 ) -> DapeConfig:
     """Return the configuration for a task whose training inputs have up to `length` symbols.
 
-    Models side by side need the backend `reference`.
+    Models that train together need the backend `reference`.
 
     Raises:
         UserError: for an unknown scheme, or sizes that do not divide.
@@ -77,16 +78,16 @@ def configure(
 
 
 class Noise(NamedTuple):
-    """What a forward pass draws: factors of dropout, and the randomised positions of each layer.
+    """The draws of a forward pass: factors of dropout, and randomised positions of each layer.
 
-    It is an argument, so that models side by side draw what each would draw alone.
+    Noise is an argument, so models that train together draw as in a training alone.
     """
 
     keep: Float[Tensor, "places batch length width"] | None = None
     positions: Int[Tensor, "layers length"] | None = None
 
     def one(self, index: int) -> "Noise":
-        """Return the part of one generator, of noise with a leading axis of them."""
+        """Return the noise of a generator, from noise with a leading axis of generators."""
         keep, positions = (None if part is None else part[index] for part in self)
         return Noise(keep, positions)
 
@@ -118,7 +119,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """From the ids of an input to the logits of each output position."""
+    """The encoder, from the ids of an input to the logits of each output position."""
 
     def __init__(self, config: DapeConfig, classes: int) -> None:
         super().__init__()
@@ -169,11 +170,11 @@ class Encoder(nn.Module):
     ) -> Noise:
         """Return the noise of a pass over `length` tokens, with a leading axis of generators.
 
-        Randomised positions are drawn without replacement and sorted, anew in each layer, shared by
-        the batch. The authors of the scheme draw them when they test too.
+        Randomised positions are drawn without replacement and sorted. Each layer draws anew, and
+        the batch shares the draw. As in the authors' code, tests draw positions too.
 
         Raises:
-            UserError: for more tokens than there are positions to draw.
+            UserError: for more tokens than positions.
         """
         config, device = self.config, generators[0].device
         places = 2 * config.num_hidden_layers + (self.position_embedding is not None)

@@ -13,14 +13,14 @@ TEST = 2**33  # added to a length for the seed of its examples: no seed of train
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Which examples score a model; they are the same for every model of a task."""
+    """The examples that score a model, equal for all models of a task."""
 
     longest: int = 500
-    """the longest input; every length up to it is tested, those beyond training are the score"""
+    """longest tested input; the score covers the lengths above the training length"""
     samples: int = 128
-    """examples of each length"""
+    """examples at each length"""
     batch_tokens: int = 65_536
-    """tokens in one forward pass; a sequence that is longer goes alone"""
+    """most tokens in a forward pass; a longer sequence goes alone"""
 
 
 def accuracies(

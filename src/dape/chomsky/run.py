@@ -1,15 +1,13 @@
-"""Training and testing of the cells that are missing, on every GPU there is."""
+"""Training and testing of the cells that are missing, several side by side on one device."""
 
-import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice, takewhile
-from multiprocessing import get_context
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
 from dape.files import remove, whole
 from dape.provenance import provenance
+from dape.runs import RunFolder
 
 POINTS = 100  # of the loss curve
 CHECKPOINTS = 5  # of a training
@@ -32,7 +31,7 @@ Report = Callable[["Job", int, list[float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The seeds of one task and scheme, which train side by side."""
+    """The seeds of one task and scheme, whose models are one stack."""
 
     task: str
     scheme: str
@@ -42,6 +41,17 @@ class Job:
     def name(self) -> str:
         """Return task and scheme."""
         return f"{self.task} {self.scheme}"
+
+
+@dataclass(slots=True)
+class Course:
+    """A job in training: its models, the steps made, the loss curve of each, and seconds so far."""
+
+    job: Job
+    stack: Stack
+    step: int = 0
+    curve: list[tuple[int, list[float]]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def plan(benchmark: Benchmark) -> list[Job]:
@@ -65,25 +75,96 @@ def plan(benchmark: Benchmark) -> list[Job]:
 
 
 def run(
-    job: Job, benchmark: Benchmark, device: torch.device, report: Report, argv: list[str]
+    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int = 1
 ) -> None:
-    """Train and test the models of a job and write their cells; an interrupted one goes on."""
+    """Train and test the models that are missing, so many jobs at a time, and write their cells.
+
+    Jobs at a time have a stream of the GPU each. SIGINT or SIGTERM makes them save and raises
+    `KeyboardInterrupt`; the next run goes on from there.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    RunFolder(benchmark.folder).update_record(provenance(device, argv))
+    due = plan(benchmark)
+    for first in range(0, len(due), together):
+        jobs = due[first : first + together]
+        with _precision(benchmark.training.precision):
+            courses = [_begin(job, benchmark, device) for job in jobs]
+            _train(courses, benchmark, report)
+        models = sum(len(job.seeds) for job in jobs)
+        for course in courses:
+            _test(course, models, benchmark, argv)
+
+
+def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
+    """Return a job with new models, or with those of its checkpoint.
+
+    A checkpoint of other seeds, settings or another kind of device is left alone.
+    """
     task, training = TASKS[job.task], benchmark.training
-    with _precision(training.precision):
-        config = configure(benchmark.model, job.scheme, task, training.length, "reference")
-        stack = Stack(task, config, training, job.seeds, device)
-        progress = _train(stack, job, benchmark, report)
+    config = configure(benchmark.model, job.scheme, task, training.length, "reference")
+    course = Course(job, Stack(task, config, training, job.seeds, device))
+    file = _checkpoint(job, benchmark)
+    if file.exists():
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        same = (job.seeds, benchmark.settings(), device.type)
+        if (state["seeds"], state["settings"], state["device"]) == same:
+            course.stack.restore(state["stack"])
+            course.step, course.curve = state["step"], state["curve"]
+            course.seconds = state["seconds"]
+    return course
+
+
+def _train(courses: Sequence[Course], benchmark: Benchmark, report: Report) -> None:
+    """Make the updates that are left, step by step, with a checkpoint now and then and at the end.
+
+    Raises:
+        KeyboardInterrupt: on a signal to end, once all is saved.
+    """
+    lengths, steps = benchmark.training.lengths(), benchmark.training.steps
+    every = max(1, steps // POINTS)
+    begun = time.monotonic() - max(course.seconds for course in courses)
+    with _signals() as received:
+        for step in range(1, steps + 1):
+            behind = [course for course in courses if course.step < step]
+            if not behind:
+                continue
+            for course in behind:
+                course.stack.step(lengths[step - 1])
+                course.step = step
+            point = step % every == 0 or step == steps
+            if point:
+                for course in behind:
+                    report(course.job, step, _log(course))
+            if received or step == steps or (point and step % (every * POINTS // CHECKPOINTS) == 0):
+                for course in behind:
+                    course.stack.synchronize()
+                    course.seconds = time.monotonic() - begun
+                    _save(course, benchmark)
+            if received:
+                raise KeyboardInterrupt
+
+
+def _log(course: Course) -> list[float]:
+    """Put a point on the loss curves, and return it."""
+    last = course.curve[-1][0] if course.curve else 0
+    losses = [total / (course.step - last) for total in course.stack.read_losses()]
+    course.curve.append((course.step, losses))
+    return losses
+
+
+def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) -> None:
+    """Test the models of a job, and write their cells; `models` were trained side by side."""
+    job, stack, task = course.job, course.stack, TASKS[course.job.task]
+    config = configure(benchmark.model, job.scheme, task, benchmark.training.length)
     encoders = []
-    config = configure(benchmark.model, job.scheme, task, training.length)
     for index, seed in enumerate(job.seeds):
-        encoder = build(config, len(task.outputs), seed).to(device).eval()
+        encoder = build(config, len(task.outputs), seed).to(stack.device).eval()
         encoder.load_state_dict(stack.model(index))
         encoders.append(encoder)
     start = time.monotonic()
-    found = accuracies(encoders, task, benchmark.evaluation, device)
-    seconds = {"training": progress.seconds, "evaluation": time.monotonic() - start}
+    found = accuracies(encoders, task, benchmark.evaluation, stack.device)
+    testing = (time.monotonic() - start) / len(encoders)
     for index, (seed, own) in enumerate(zip(job.seeds, found, strict=True)):
         parameters = stack.model(index)
         cells.save_weights(cells.weights(benchmark.folder, job.task, job.scheme, seed), parameters)
@@ -93,71 +174,50 @@ def run(
             seed=seed,
             settings=benchmark.settings(),
             parameters=sum(p.numel() for p in parameters.values()),
-            loss=[(step, losses[index]) for step, losses in progress.curve],
-            accuracy=own,
-            seconds=seconds,
-            models=len(job.seeds),
-            provenance=provenance(device, argv),
+            loss=[(step, round(losses[index], 5)) for step, losses in course.curve],
+            accuracy=[round(each, 3) for each in own],
+            seconds={"training": course.seconds / models, "evaluation": testing},
+            models=models,
+            provenance=provenance(stack.device, argv),
         ).save(benchmark.folder)
     remove(_checkpoint(job, benchmark))
-
-
-@dataclass(slots=True)
-class Progress:
-    """How far a training is: steps, the loss curve of every model, and seconds so far."""
-
-    step: int
-    curve: list[tuple[int, list[float]]]
-    seconds: float
-
-
-def _train(stack: Stack, job: Job, benchmark: Benchmark, report: Report) -> Progress:
-    """Make the updates that are left, with a checkpoint now and then."""
-    lengths, steps = benchmark.training.lengths(), benchmark.training.steps
-    progress = _resume(stack, job, benchmark)
-    start = time.monotonic() - progress.seconds
-    for step in range(progress.step + 1, steps + 1):
-        stack.step(lengths[step - 1])
-        if step % max(1, steps // POINTS) and step < steps:
-            continue
-        last = progress.curve[-1][0] if progress.curve else 0
-        losses = [total / (step - last) for total in stack.read_losses()]
-        progress.curve.append((step, losses))
-        progress.step, progress.seconds = step, time.monotonic() - start
-        report(job, step, losses)
-        if len(progress.curve) % (POINTS // CHECKPOINTS) == 0 and step < steps:
-            _save(stack, progress, job, benchmark)
-    return progress
 
 
 def _checkpoint(job: Job, benchmark: Benchmark) -> Path:
     return benchmark.folder / "checkpoints" / f"{job.task}-{job.scheme}.pt"
 
 
-def _save(stack: Stack, progress: Progress, job: Job, benchmark: Benchmark) -> None:
+def _save(course: Course, benchmark: Benchmark) -> None:
     state = {
-        "seeds": job.seeds,
+        "seeds": course.job.seeds,
         "settings": benchmark.settings(),
-        "device": stack.device.type,
-        "step": progress.step,
-        "curve": progress.curve,
-        "seconds": progress.seconds,
-        "stack": stack.state(),
+        "device": course.stack.device.type,
+        "step": course.step,
+        "curve": course.curve,
+        "seconds": course.seconds,
+        "stack": course.stack.state(),
     }
-    with whole(_checkpoint(job, benchmark)) as partial:
+    with whole(_checkpoint(course.job, benchmark)) as partial:
         torch.save(state, partial)
 
 
-def _resume(stack: Stack, job: Job, benchmark: Benchmark) -> Progress:
-    """Return where to go on: at the checkpoint of the same seeds, settings and kind of device."""
-    file = _checkpoint(job, benchmark)
-    if file.exists():
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        same = (job.seeds, benchmark.settings(), stack.device.type)
-        if (state["seeds"], state["settings"], state["device"]) == same:
-            stack.restore(state["stack"])
-            return Progress(state["step"], state["curve"], state["seconds"])
-    return Progress(0, [], 0.0)
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect signals to end in a list, in place of ending; the main thread alone can."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {each: signal.signal(each, receive) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager
@@ -169,59 +229,3 @@ def _precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a job ended: `error` is None if its cells are written."""
-
-    job: Job
-    error: str | None
-
-
-def run_all(
-    benchmark: Benchmark,
-    devices: Sequence[torch.device],
-    report: Report,
-    argv: list[str],
-    minutes: float = math.inf,
-) -> Iterator[Outcome]:
-    """Run the jobs that are missing, one at a time on each device, and yield how each ended.
-
-    Several devices have a process each; `report` hears of the losses on one device only. After
-    `minutes` no further job starts.
-    """
-    deadline = time.monotonic() + 60 * minutes
-    jobs = takewhile(lambda _: time.monotonic() < deadline, plan(benchmark))
-    if len(devices) == 1:
-        for job in jobs:
-            yield _outcome(job, partial(run, job, benchmark, devices[0], report, argv))
-        return
-    with ExitStack() as stack:
-        context = get_context("spawn")
-        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in devices]
-        free, running = list(range(len(devices))), {}
-        while True:
-            for job in islice(jobs, len(free)):
-                place = free.pop()
-                future = pools[place].submit(run, job, benchmark, devices[place], _silent, argv)
-                running[future] = place, job
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                place, job = running.pop(future)
-                free.append(place)
-                yield _outcome(job, future.result)
-
-
-def _outcome(job: Job, finish: Callable[[], None]) -> Outcome:
-    """Return how a job ends; an error of one leaves the others to run."""
-    try:
-        finish()
-    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
-        return Outcome(job, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-    return Outcome(job, None)
-
-
-def _silent(job: Job, step: int, losses: list[float]) -> None:
-    """Report nothing."""

@@ -29,19 +29,19 @@ class Training:
     """How the encoders learn: Adam at a constant rate on fresh examples."""
 
     steps: int = 50_000
-    """updates"""
+    """number of updates"""
     batch_size: int = 128
-    """examples in an update, all of one length"""
+    """examples in an update, all of equal length"""
     length: int = 40
-    """the longest input; lengths are uniform from 1 on"""
+    """longest training input; lengths are uniform from 1"""
     learning_rate: float = 1e-3
     """constant rate of Adam"""
     clip: float = 1.0
-    """largest norm of a gradient"""
+    """largest norm of the gradient"""
     dropout: float = 0.1
-    """fraction dropped where a block adds to the stream; none in evaluation"""
+    """fraction of activations dropped where a block adds to the stream, in training only"""
     precision: Literal["fp32", "tf32"] = "fp32"
-    """how a GPU multiplies matrices"""
+    """precision of matrix products on a GPU"""
 
     def lengths(self) -> list[int]:
         """Return the requested length of each update, the same for all tasks, schemes and seeds."""
@@ -167,13 +167,14 @@ class Stack:
 
     def read_losses(self) -> list[float]:
         """Return the sum of each model's losses since the last call; waits for the device."""
-        self._synchronize()
+        self.synchronize()
         found: list[float] = self.losses.tolist()
         self.losses.zero_()
-        self._synchronize()  # the updates run on a stream of their own
+        self.synchronize()  # the updates run on a stream of their own
         return found
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,7 +1,7 @@
 """The interface of a task: batches of examples drawn on any device, and a solver that checks them.
 
-A task is a function of a string. The tasks and their levels are those of Deletang et al. (2023,
-section 4 and appendix A). Where their text and their released code differ, these follow the code.
+A task is a function of a string. Tasks and levels are from Deletang et al. (2023, section 4 and
+appendix A). Where text and released code of the paper differ, the tasks follow the code.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Strings = Int[Tensor, "batch length"]
 
 
 class Sample(NamedTuple):
-    """Examples of one length: ids of the input, ids of the output, and the positions that count."""
+    """Examples of equal length: ids of the input, ids of the output, and the scored positions."""
 
     inputs: Int[Tensor, "batch length"]
     outputs: Int[Tensor, "batch out"]
@@ -25,12 +25,12 @@ class Sample(NamedTuple):
 
 
 class Draw:
-    """Random integers for a batch in equal parts, each part from a generator of its own.
+    """Random integers for a batch in equal parts, with a generator for each part.
 
-    Models that train side by side get the examples they would get alone.
+    Models that train together get the examples of a training alone.
 
     Args:
-        generators: one for each part, all on the device of the batch.
+        generators: a generator for each part, on the device of the batch.
         rows: examples in a part.
     """
 
@@ -40,22 +40,23 @@ class Draw:
         self.batch = rows * len(generators)
 
     def integers(self, count: int, *shape: int) -> Int[Tensor, "batch ..."]:
-        """Return integers that are uniform on 0 .. count - 1, of shape `[batch, *shape]`."""
+        """Return uniform integers from 0 to count - 1, of shape `[batch, *shape]`."""
         size = (self._rows, *shape)
         return torch.cat(
             [torch.randint(count, size, generator=g, device=self.device) for g in self._generators]
         )
 
     def below(self, counts: Int[Tensor, "batch ..."]) -> Int[Tensor, "batch ..."]:
-        """Return integers uniform on 0 .. count - 1, for each of `counts`, which are at most 2^31.
+        """Return uniform integers from 0 to count - 1, for each of `counts` up to 2^31.
 
-        The remainder of 63 random bits: no probability is off by more than a factor of 1 + 2^-32.
+        The integer is the remainder of 63 random bits, and probabilities are exact to a factor of
+        1 + 2^-32.
         """
         return self.integers(2**63 - 1, *counts.shape[1:]) % counts
 
 
 def single(seed: int, batch: int, device: torch.device | str = "cpu") -> Draw:
-    """Return the source of a whole batch from one seed."""
+    """Return the source of a whole batch from a seed."""
     return Draw([torch.Generator(device).manual_seed(seed)], batch)
 
 
@@ -65,7 +66,7 @@ class Task:
     A docstring shows examples as `input -> output`, in the symbols of `inputs` and `outputs`.
 
     Attributes:
-        name: as on the command line.
+        name: name on the command line.
         level: `regular`, `context-free` or `context-sensitive`.
         inputs: the symbol of each input id.
         outputs: the symbol of each output id.
@@ -110,7 +111,7 @@ class Task:
         raise NotImplementedError
 
     def solve(self, inputs: Sequence[int]) -> list[int]:
-        """Return the scored output of one input, in plain Python: the oracle of the sampler."""
+        """Return the scored output of an input, in plain Python, to test the sampler."""
         raise NotImplementedError
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from dape.errors import UserError, out_of_memory, unknown
+from dape.errors import RankError, UserError, out_of_memory, unknown
 from dape.text import one_line
 
 # `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
@@ -22,6 +22,7 @@ COMMANDS = {
     "plot encoding": "a position encoding as a picture",
     "plot learned": "what a trained model adds to its scores",
     "plot context": "the use of far text, over its distance",
+    "explore": "encodings with sliders, and a model on a text, in a browser",
     "paper": "the paper's tables and figures, each by one command",
     "paper list": "the experiments behind them",
     "paper report": "one page on all of them",
@@ -29,6 +30,7 @@ COMMANDS = {
     "chomsky sample": "examples of a task, to check by hand",
     "chomsky train": "train encoders on tasks, a cell for each task, scheme and seed",
     "chomsky table": "scores over length as a table and figures",
+    "chomsky map": "what a trained encoder adds to its scores",
     "export": "a run as a Hugging Face folder with a model card",
     "bench attention": "speed and memory of attention, against named peers",
     "bench model": "time and memory of whole models, by scheme and length",
@@ -41,6 +43,7 @@ MOVED = {
     ("eval", "--harness"): "eval harness RUN... --tasks TASKS",
     ("info", "--schemes"): "info schemes",
 }
+COMPLETION = "`dape --completion > FILE` and `source FILE` complete words in bash and zsh."
 HELP = ("-h", "--help", "help")
 
 
@@ -52,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except UserError as error:
-        return _fail(str(error))
+        # What all of several processes meet, the first of them says.
+        first = int(os.environ.get("RANK", 0)) == 0
+        return _fail(str(error)) if first or isinstance(error, RankError) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -73,6 +78,11 @@ def _run(words: list[str]) -> int:
         from dape import __version__
 
         print(f"dape {__version__}")
+        return 0
+    if words[:1] == ["--completion"]:
+        from dape.cli.completion import script
+
+        print(script(COMMANDS), end="")
         return 0
     if not words or words[0] in HELP:
         words = [*words[1:], "--help"]
@@ -116,7 +126,9 @@ def _usage(first: str = "") -> str:
     rows = "\n".join(
         f"  dape {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
     )
-    return f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n"
+    return (
+        f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n{COMPLETION}\n"
+    )
 
 
 def _fail(message: str) -> int:

@@ -42,7 +42,7 @@ def _error(mistake: mistakes.ParseErrorEvent, cls: type, prog: str) -> UserError
     """Return the message of a mistake."""
     tokens = getattr(mistake, "tokens", None) or getattr(mistake, "unrecognized_tokens", None)
     if tokens:
-        return _unexpected(tokens[0], set(_options(cls)))
+        return _unexpected(tokens[0], set(options_of(cls)))
     if isinstance(mistake, mistakes.InstantiationFailure) and mistake.argument is None:
         return UserError(mistake.message)
     return UserError(f"{_summary(mistake)} (see `{prog} --help`)")
@@ -74,7 +74,7 @@ def _form(argument: Any) -> str:
     return f"{argument.display_name()} {argument.lowered.metavar}{default}"
 
 
-def _options(cls: type, prefix: str = "") -> Iterator[str]:
+def options_of(cls: type, prefix: str = "") -> Iterator[str]:
     """Yield the names of the options that the fields of a dataclass have."""
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
@@ -86,7 +86,7 @@ def _options(cls: type, prefix: str = "") -> Iterator[str]:
         name = given[0] if given else field.name
         path = ".".join(filter(None, (prefix, name.replace("_", "-"))))
         if is_dataclass(kind) and isinstance(kind, type):
-            yield from _options(kind, path)
+            yield from options_of(kind, path)
         else:
             yield f"--{path}"
 

@@ -32,26 +32,23 @@ class Arguments:
     """
 
     scheme: str = "dape-kerple"
-    """bias and adapter, such as kerple or dape-alibi (`dape info schemes`)"""
+    """scheme whose bias and adapter are timed, such as kerple (`dape info schemes`)"""
     shape: str = "125m"
-    """heads and width of a head: those of a recipe (125m, 350m, 2.7b, 6.7b), or as 12x64"""
+    """heads and width of a head, from a recipe (125m, 350m, 2.7b, 6.7b) or as 12x64"""
     lengths: Lengths = ()
-    """tokens of a sequence, as 512,2048 or 512,...,8192; if not given, 512 to 131,072 on a GPU
-    and 256 to 1,024 on a CPU"""
+    """tokens of a sequence, as 512,...,8192; default 512 to 131,072, on a CPU 256 to 1,024"""
     tokens: int = 16384
-    """tokens of a call: there are TOKENS / LENGTH sequences, at least one"""
+    """tokens of a call; the batch is TOKENS / LENGTH, and at least 1"""
     methods: Names = ()
-    """what is compared, as cuda,textbook; if not given, all: sdpa, sdpa-cudnn, sdpa-flash,
-    textbook, textbook-compiled, chunked, chunked-compiled, flex, flex-table, triton, cuda. sdpa,
-    PyTorch's own choice, is always there: ratios are to it"""
+    """methods to compare, as cuda,textbook; default all (docs/benchmarks.md); sdpa always runs"""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """of query, key and value"""
+    """dtype of query, key and value"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
     seed: int = 0
-    """of inputs and parameters"""
+    """seed of inputs and parameters"""
     out: Path = Path("runs/bench")
-    """folder to write; what is there is overwritten"""
+    """folder for results; existing files are overwritten"""
 
     def __post_init__(self) -> None:
         """Refuse empty problems."""

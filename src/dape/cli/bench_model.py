@@ -30,25 +30,25 @@ class Arguments:
     """
 
     sizes: Names = ("125m",)
-    """models of the paper: small, 125m, 350m, 2.7b, 6.7b"""
+    """sizes of the paper's models: small, 125m, 350m, 2.7b, 6.7b"""
     schemes: Names = ("nope", "rope", "t5", "alibi", "kerple", "fire", "dape-kerple")
-    """schemes to compare (`dape info schemes`); ratios are to nope"""
+    """schemes to compare (`dape info schemes`); ratios divide by nope"""
     forms: Names = ("fused", "textbook")
-    """fused, the fastest backend, or textbook, whole score matrices as the paper's formula"""
+    """fused (the fastest backend), textbook (whole score matrices), or fused,textbook"""
     lengths: Lengths = (512, 1024, 2048, 4096, 8192)
     """tokens of a sequence, as 512,2048 or 512,...,8192"""
     batch: int = 1
     """sequences of a call"""
     directions: Literal["forward", "training", "both"] = "both"
-    """reading alone, forward and backward pass, or both"""
+    """forward pass, forward and backward pass, or both"""
     vocab_size: int = 50304
     """entries of the embedding"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
     seed: int = 0
-    """of weights and tokens"""
+    """seed of weights and tokens"""
     out: Path = Path("runs/bench-model")
-    """folder to write; its files are overwritten"""
+    """folder for results; existing files are overwritten"""
 
     def __post_init__(self) -> None:
         """Refuse empty problems."""

@@ -15,9 +15,9 @@ class Arguments:
     task: tyro.conf.Positional[str]
     """name of a task; `dape chomsky tasks` lists them"""
     length: int = 11
-    """symbols of the input"""
+    """number of symbols of the input"""
     count: int = 5
-    """examples to print"""
+    """number of examples to print"""
     seed: int = 0
     """seed of the examples"""
 

@@ -1,30 +1,22 @@
-"""`dape chomsky table`: the benchmark from nothing to a table and figures."""
+"""`dape chomsky table`: tables and figures of a benchmark's finished cells."""
 
 from dataclasses import dataclass
 
-from dape.cli.chomsky_train import Arguments, read_arguments, train
-
-PROG = "dape chomsky table RECIPE.yaml"
+from dape.cli.chomsky_train import Recipe, read_arguments
 
 
 @dataclass(frozen=True, slots=True)
-class TableArguments(Arguments):
-    """Train what is missing, then write the table, the figures and the recipe beside the cells.
+class Arguments(Recipe):
+    """Write the table, the figures and the recipe beside the cells that are finished.
 
     Lists are `--tasks even-pairs bucket-sort --schemes kerple dape-kerple --seeds 0 1`.
     """
 
-    finished: bool = False
-    """train nothing: make them of the cells that are finished"""
 
-
-def main(argv: list[str]) -> int:
-    """Train, write, and say where."""
-    arguments = read_arguments(argv, PROG, TableArguments)
-    words = ["chomsky", "table", *argv]
-    status = 0 if arguments.finished else train(arguments, words)
+def main(argv: list[str]) -> None:
+    """Write, and say where."""
+    arguments = read_arguments(argv, "dape chomsky table RECIPE.yaml", Arguments)
     from dape.figures.chomsky import write
 
-    for file in write(arguments.benchmark, words):
+    for file in write(arguments.benchmark, ["chomsky", "table", *argv]):
         print(f"wrote {file}")
-    return status

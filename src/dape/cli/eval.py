@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,32 +21,31 @@ class Arguments(Measuring):
     A model is a run folder, or with --data a folder or a hub name of any causal language model of
     transformers. Writes RUN/evaluation/PROTOCOL.json, which `dape plot` draws. The same command
     again goes on where an interrupted one stopped.
+    On several devices: `torchrun ... -m dape eval RUN ...` spreads each window over all of them.
     """
 
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
-    """which tokens of a window count: the last 256, the last STRIDE, or all"""
+    """scored tokens of a window: the last 256, the last STRIDE, or all"""
     stride: int | None = None
-    """tokens that windows of the sliding protocol move by"""
+    """tokens between windows of the sliding protocol"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
+    """split of the corpus"""
     documents: int = 100
-    """at most so many documents, drawn among those that hold the longest window"""
+    """largest number of documents, drawn among those longer than the longest window"""
     blocks: int = 4
-    """at most so many blocks of scored tokens a document, evenly spread over it"""
+    """largest number of scored blocks in a document, evenly spread"""
     data: Path | None = None
-    """prepared corpus; if not given, the one that the run was trained on"""
+    """prepared corpus; default the corpus of the training"""
     bos: bool = False
-    """let a model's own token for the beginning of a text take the place of the first of each
-    window; Gemma needs it"""
+    """put the model's beginning-of-text token in place of each window's first; Gemma needs it"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
-    """what the table on the screen shows; the file holds all"""
+    """number in the printed table; the file holds all"""
     seed: int = 0
-    """of the choice of documents"""
+    """seed of the choice of documents"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """of products: fp32 computes as the model was saved, bf16 by autocast; auto is bf16 on a GPU
-    for runs trained so, else fp32"""
+    """precision of products; auto is bf16 for a bf16 run on a GPU, else fp32"""
     again: bool = False
-    """measure lengths that were measured before too"""
+    """measure finished lengths again; by default they are skipped"""
 
     def __post_init__(self) -> None:
         """Refuse counts below one, and no runs."""
@@ -58,11 +58,16 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape eval")
     from transformers.utils import logging
 
+    from dape.attention.context_parallel import over_all_processes
     from dape.cli.progress import progress
+    from dape.device import choose_device
     from dape.evaluate.evaluation import evaluate
+    from dape.evaluate.watch import SILENT
 
     logging.disable_progress_bar()  # of the loading of weights
-    with progress() as watch:
+    spread, device = over_all_processes(choose_device(arguments.device))
+    speaks = spread is None or spread.rank == 0
+    with progress() if speaks else nullcontext(SILENT) as watch:
         evaluations = evaluate(
             arguments.runs,
             arguments.data,
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> None:
             bos=arguments.bos,
             metric=arguments.metric,
             seed=arguments.seed,
-            device=arguments.device,
+            device=str(device),
             precision=arguments.precision,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
@@ -83,8 +88,10 @@ def main(argv: list[str]) -> None:
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", *argv]),
             watch=watch,
+            context_parallel=spread,
         )
-    show(evaluations, arguments.metric)
+    if speaks:
+        show(evaluations, arguments.metric)
 
 
 def show(evaluations: Sequence["Evaluation"], metric: str) -> None:

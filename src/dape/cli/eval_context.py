@@ -19,18 +19,17 @@ class Arguments(Measuring):
     """
 
     lengths: Lengths = ()
-    """tokens in a window, as 128,256,512 or 128,...,16384, two or more; if not given, the training
-    length and its doublings up to 16 times"""
+    """tokens in a window, two lengths or more; default the training length, doubled to 16 times"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
+    """split of the corpus"""
     documents: int = 100
-    """at most so many documents, drawn among those that hold the longest window"""
+    """largest number of documents, drawn among those longer than the longest window"""
     blocks: int = 4
-    """at most so many blocks of scored tokens a document, evenly spread over it"""
+    """largest number of scored blocks in a document, evenly spread"""
     data: Path | None = None
-    """prepared corpus; if not given, the one that the first run was trained on"""
+    """prepared corpus; default the corpus of the first run's training"""
     seed: int = 0
-    """of the choice of documents"""
+    """seed of the choice of documents"""
 
     def __post_init__(self) -> None:
         """Refuse counts below one, no runs, and a single length."""

@@ -18,13 +18,13 @@ class Arguments(Measuring):
     """
 
     lengths: Lengths = ()
-    """most tokens that a request keeps, its last ones; if not given, the training length"""
+    """tokens kept of a request, the last; default the training length"""
     tasks: Names = ()
     """tasks of lm-eval, such as lambada_openai,wikitext (all: `lm-eval ls tasks`)"""
     include_path: Path | None = None
     """folder with tasks of your own (YAML)"""
     limit: int | None = None
-    """at most so many documents of a task"""
+    """largest number of documents of a task"""
 
     def __post_init__(self) -> None:
         """Refuse no tasks and no documents."""

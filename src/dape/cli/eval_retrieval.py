@@ -19,18 +19,17 @@ class Arguments(Measuring):
     """
 
     tasks: Names = ("passkey",)
-    """passkey (in five sentences, over and over), needle (in text of the corpus), or
-    passkey,needle"""
+    """passkey (among repeated sentences), needle (in text of the corpus), or passkey,needle"""
     depths: Fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """how much of the text comes before the number"""
+    """fraction of the text before the number"""
     trials: int = 10
-    """numbers at each length and depth"""
+    """numbers to find at each length and depth"""
     data: Path | None = None
-    """prepared corpus around a needle; if not given, the one that the run was trained on"""
+    """prepared corpus around a needle; default the corpus of the training"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
+    """split of the corpus"""
     seed: int = 0
-    """of the hidden numbers"""
+    """seed of the hidden numbers"""
 
     def __post_init__(self) -> None:
         """Refuse depths outside the text, no tasks and no trials."""

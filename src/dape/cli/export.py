@@ -19,9 +19,9 @@ class Arguments:
     """
 
     run: tyro.conf.Positional[Path]
-    """run folder, as `dape train` leaves it"""
+    """run folder, written by `dape train`"""
     out: Path
-    """folder to write, whose name is the model's on the card"""
+    """folder to write; its name is the name of the model on the card"""
 
 
 def main(argv: list[str]) -> None:

@@ -46,28 +46,28 @@ Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
 Fractions = Annotated[
     tuple[float, ...], commas("FLOAT,...", lambda text: tuple(map(float, text.split(","))))
 ]
+Layers = Annotated[
+    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
+]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """What every command that measures models takes."""
+    """Options of every command that measures models."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders, as `dape train` leaves them; model folders; names on the Hugging Face hub, whose
-    results go to runs/NAME"""
+    """run folders, model folders, or names on the hub (results then go to runs/NAME)"""
     lengths: Lengths = ()
-    """tokens in a window, as 128,256,512 or 128,...,16384; if not given, the training length
-    and its doublings up to 16 times"""
+    """tokens in a window, as 128,...,16384; default the training length, doubled to 16 times"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
     batch_tokens: int = 16384
-    """tokens in one forward; a window that is longer goes alone"""
+    """most tokens in a forward pass; a longer window goes alone"""
     out: Path | None = None
-    """folder for the results of all models, instead of the folder of each"""
+    """folder for the results of all models; default the folder of each model"""
     partial_weights: bool = False
-    """measure models whose files miss weights, which are drawn at random, or have weights without
-    a place"""
+    """accept model files with missing weights, drawn at random, or with unused weights"""
 
     def __post_init__(self) -> None:
         """Refuse no runs, and batches without tokens."""

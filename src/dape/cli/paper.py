@@ -39,17 +39,17 @@ class Arguments:
     plan: bool = False
     """print the plan with its price, and stop"""
     only: Names = ()
-    """train and measure these arms alone"""
+    """run only these arms"""
     minutes: float | None = None
-    """start no further cell after so many minutes"""
+    """start no cell after as many minutes"""
     scale: Literal["full", "smoke"] = "full"
-    """smoke: the same in miniature, on a CPU and on the text of this Python, into runs/smoke"""
+    """full, or smoke for miniatures on a CPU and the text of this Python, into runs/smoke"""
     data: Folders = ()
-    """folders of prepared corpora, where they are not data/NAME"""
+    """folders of prepared corpora, as arxiv=FOLDER; default data/NAME"""
     retry: bool = False
     """run cells again that diverged or ran out of memory"""
     discard: bool = False
-    """delete checkpoints and model of each finished cell; its small results stay"""
+    """delete checkpoints and model of a finished cell; small results stay"""
 
     def __post_init__(self) -> None:
         """Refuse no experiment."""
@@ -104,7 +104,8 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]
-    print(f"{len(ends) - len(failed)} cells finished, {len(failed)} failed, {left} left")
+    done = len(ends) - len(failed)
+    print(f"{done} cells finished, {len(failed)} failed, {left} left to another process or time")
     return 1 if failed else 0
 
 

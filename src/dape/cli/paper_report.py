@@ -16,9 +16,9 @@ class Arguments:
     """
 
     scale: Literal["full", "smoke"] = "full"
-    """smoke: of the experiments in miniature, runs/smoke/report.html"""
+    """full, or smoke for the miniatures, into runs/smoke/report.html"""
     data: Folders = ()
-    """folders of prepared corpora, where they are not data/NAME"""
+    """folders of prepared corpora, as arxiv=FOLDER; default data/NAME"""
 
 
 def main(argv: list[str]) -> None:

@@ -23,12 +23,11 @@ class Arguments:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders that `dape eval` was run on"""
+    """run folders measured by `dape eval`"""
     out: Path
-    """file to write: a figure (.png, .pdf, .svg), a report with all figures and tables (.html),
-    or the tables (.md)"""
+    """file to write: figure (.png, .pdf, .svg), report (.html) or tables (.md)"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
-    """what is drawn"""
+    """number to draw"""
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """protocol of the evaluation"""
     stride: int | None = None

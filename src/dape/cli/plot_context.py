@@ -22,7 +22,7 @@ class Arguments:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders that `dape eval context` was run on"""
+    """run folders measured by `dape eval context`"""
     out: Path
     """file to write: a figure (.png, .pdf, .svg) or the tables (.md)"""
     split: Literal["test", "validation", "train"] = "test"

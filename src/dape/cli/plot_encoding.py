@@ -22,10 +22,10 @@ class Arguments:
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-    """scheme, such as kerple, dape-bias-kerple, yarn or sinusoidal (`dape info schemes`)"""
+    """scheme, such as kerple, dape-bias-kerple or yarn (`dape info schemes`)"""
     view: Annotated[View, tyro.conf.arg(name="")]
     out: Path | None = None
-    """file to write: .png, .pdf or .svg; by default NAME.png"""
+    """file to write (.png, .pdf, .svg); default NAME.png"""
 
     @property
     def file(self) -> Path:

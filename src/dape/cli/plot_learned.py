@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import check_format, commas
+from dape.cli.options import Layers, check_format
 from dape.errors import UserError
 
 if TYPE_CHECKING:
     from dape.evaluate.learned import Learned
 
-Layers = Annotated[
-    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
-]
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
 
@@ -28,23 +25,23 @@ class Arguments:
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """run folder, model of this package, or a record (.json) that this command wrote"""
+    """run folder, model of dape, or record (.json) of this command"""
     out: tuple[Path, ...]
-    """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
+    """files to write: figure (.png, .pdf, .svg), table (.md), record (.json)"""
     layers: Layers = ()
-    """layers, as 0,5,11, counted from 0; by default the first, the middle one and the last"""
+    """layers, as 0,5,11, counted from 0; default the first, the middle and the last"""
     length: int = 2048
-    """tokens that the model reads, from the beginning of the document"""
+    """tokens to read, from the beginning of the document"""
     query: int | None = None
-    """token whose row is shown, counted from 0; by default the last"""
+    """token whose row is drawn, counted from 0; default the last"""
     document: int | None = None
-    """number of the document in its split; by default the first that is long enough"""
+    """number of the document in its split; default the first long enough"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
+    """split of the corpus"""
     data: Path | None = None
-    """prepared corpus; if not given, the one that the run was trained on"""
+    """prepared corpus; default the corpus of the training"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
 
     def __post_init__(self) -> None:
         """Refuse no file, formats nobody writes, and a query without a key before it."""

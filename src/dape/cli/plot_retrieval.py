@@ -21,14 +21,13 @@ class Arguments:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """run folders that `dape eval retrieval` was run on"""
+    """run folders measured by `dape eval retrieval`"""
     out: Path
     """file to write: a heat map (.png, .pdf, .svg) or the table (.md)"""
     task: Literal["passkey", "needle"] = "passkey"
-    """what was asked"""
+    """task to draw"""
     metric: Literal["exact", "accuracy", "rank", "log_probability"] = "exact"
-    """whole numbers, tokens of a number, the mean rank of such a token, or the log-probability of a
-    number"""
+    """whole numbers, tokens, mean rank of a token, or log-probability of a number"""
 
     def __post_init__(self) -> None:
         """Refuse formats nobody draws, and no runs."""

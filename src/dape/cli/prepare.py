@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from dape.cli.arguments import parse
-from dape.data.prepare import Options, Preparation, Status
+from dape.data.prepare import Options as Arguments
+from dape.data.prepare import Preparation, Status
 from dape.data.shards import Corpus
 from dape.data.writer import SKIPPED
 from dape.errors import UserError
@@ -26,7 +27,7 @@ COLUMNS = (
 
 def main(argv: list[str]) -> None:
     """Prepare a corpus, or say that it is there."""
-    options = parse(Options, argv, "dape prepare")
+    options = parse(Arguments, argv, "dape prepare")
     preparation = Preparation(options)
     if preparation.finished:
         print(f"{options.out} is prepared already, from the same arguments; nothing to do.")

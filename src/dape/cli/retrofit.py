@@ -33,26 +33,16 @@ class Arguments:
 
     recipe: Annotated[Retrofit, tyro.conf.arg(name="")]
     lengths: Lengths = ()
-    """tokens in a window to measure perplexity at; if not given, the lengths trained at and their
-    doublings up to 4 times"""
+    """tokens in a measured window; default both training lengths, doubled to 4 times"""
     protocol: Literal["last", "non_overlapping"] = "last"
-    """which tokens of a window count: the last 256, or all"""
+    """scored tokens of a window: the last 256, or all"""
     documents: int = 100
-    """at most so many documents of the test split"""
+    """largest number of documents of the test split"""
 
 
-def main(argv: list[str]) -> int | None:
-    """Check everything, fine-tune, then measure; of several ranks the first alone says so."""
-    arguments = read(argv)
-    from dape.train.parallelize import is_first_rank
-
-    try:
-        run(arguments)
-        return 0
-    except UserError:
-        if is_first_rank():
-            raise
-        return 2
+def main(argv: list[str]) -> None:
+    """Check everything, fine-tune, then measure."""
+    run(read(argv))
 
 
 def read(argv: list[str]) -> Arguments:

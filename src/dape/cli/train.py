@@ -27,25 +27,21 @@ class Arguments:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: bool = False
     """print parameters, tokens, steps and memory, and stop"""
+    measure: bool = False
+    """print time and memory of a step for each micro-batch size that fits, and stop"""
 
 
-def main(argv: list[str]) -> int | None:
-    """Check everything, then train; of several ranks the first alone reports an error."""
+def main(argv: list[str]) -> None:
+    """Check everything, then train."""
     if argv and argv[0] in ("-h", "--help"):
         parse(Arguments, argv, PROG, Arguments(Recipe()))
     runs = [parsed(words) for words in combinations(argv)]
     from dape.train.parallelize import is_first_rank
     from dape.train.plan import check_all
 
-    try:
-        check_all([each.recipe for each in runs])
-        for each in runs:
-            run(each, is_first_rank())
-        return 0
-    except UserError:
-        if is_first_rank():
-            raise
-        return 2
+    check_all([each.recipe for each in runs])
+    for each in runs:
+        run(each, is_first_rank())
 
 
 def parsed(argv: list[str]) -> Arguments:
@@ -86,6 +82,9 @@ def run(arguments: Arguments, speaks: bool) -> None:
     if arguments.dry_run:
         print(cost(arguments.recipe, ranks()))
         return
+    if arguments.measure:
+        measured(arguments.recipe, speaks)
+        return
     folder = train(arguments.recipe)
     done = folder.read_record()
     if speaks:
@@ -93,3 +92,17 @@ def run(arguments: Arguments, speaks: bool) -> None:
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; measure it: dape eval {folder}"
         )
+
+
+def measured(recipe: Recipe, speaks: bool) -> None:
+    """Print what each size of micro-batch takes, and the fastest of them."""
+    from dape.train.measure import measure
+
+    found = []
+    for reading in measure(recipe):
+        found.append(reading)
+        if speaks:
+            print(reading, flush=True)
+    if speaks:
+        fastest = max(found, key=lambda each: each.tokens_per_second)
+        print(f"the fastest: --hardware.micro-batch-size {fastest.micro_batch_size}")

@@ -38,7 +38,7 @@ SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What is read from front to back: a file, or one split of a dataset.
+    """A unit of reading, from front to back: a file, or a split of a dataset.
 
     `key` identifies a file's document, so that its split does not depend on where the source lies;
     `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned;
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What the user named: its parts in a fixed order, and how many files of no known kind."""
+    """A named source: parts in a fixed order, and the number of files of no known kind."""
 
     name: str
     parts: tuple[Part, ...]

@@ -21,7 +21,7 @@ from dape.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What it takes to encode a record; `validation` and `test` are shares of the documents."""
+    """Settings to encode a record; `validation` and `test` are fractions of the documents."""
 
     tokenizer: str
     end_of_text: int

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub has, and whether it can be reached."""
+"""Files of the Hugging Face hub, and checks that the hub can be reached."""
 
 from collections.abc import Callable
 from pathlib import Path

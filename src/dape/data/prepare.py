@@ -30,26 +30,25 @@ class Options:
     """Turn text into tokens: memory-mapped shards with document boundaries, and a manifest."""
 
     sources: Positional[tuple[str, ...]] = (STANDARD_LIBRARY,)
-    """Folders and files (.txt .md .tex .jsonl .jsonl.zst), Hugging Face datasets
-    (NAME or NAME:CONFIGURATION), or python-stdlib, the source text of this Python."""
+    """files, folders, Hugging Face datasets (NAME or NAME:CONFIGURATION), or python-stdlib"""
     out: Path
-    """Folder to write; an interrupted preparation in it is resumed."""
+    """folder to write; an interrupted preparation resumes"""
     tokenizer: str = "byte"
-    """byte, gpt2, or a folder with a tokenizer.json."""
+    """byte, gpt2, or a folder with a tokenizer.json"""
     text_key: str = TEXT
-    """Where the text stands in JSON lines, and the column of a dataset that holds it."""
+    """key of the text in JSON lines, and column of the text in a dataset"""
     validation: float = 0.1
-    """Share of the documents for validation, where the source names no splits."""
+    """fraction of the documents for validation, if the source has no splits"""
     test: float = 0.1
-    """Share of the documents for test, where the source names no splits."""
+    """fraction of the documents for test, if the source has no splits"""
     on_error: Literal["stop", "skip"] = "stop"
-    """What to do at a line or file that cannot be read; what is skipped is counted and listed."""
+    """stop or skip at an unreadable line or file; skipped ones are counted and listed"""
     workers: int = os.cpu_count() or 1
-    """Processes that tokenize; the result does not depend on their number."""
+    """number of processes that tokenize; the result does not depend on it"""
     shard_tokens: int = 2**27
-    """A shard ends with the document that brings it to so many tokens."""
+    """tokens after which a shard ends, with its last document"""
     overwrite: bool = False
-    """Replace what an earlier preparation left in the folder."""
+    """replace an earlier preparation in the folder"""
 
     def __post_init__(self) -> None:
         if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test < 1):

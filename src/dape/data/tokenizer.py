@@ -26,7 +26,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
 
     Its `eos_token` is the end of text, which ends every document of a prepared corpus. Raises
     `UserError` if there is no such tokenizer, if it names no end of text, or if ordinary text can
-    spell that token, so that documents could not be told apart.
+    spell that token, so that documents would run into each other.
     """
     if name_or_path == "byte":
         return byte()
@@ -43,7 +43,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
     if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads its end of text {tokenizer.eos_token!r} in ordinary "
-            "text, so documents could not be told apart; use another one"
+            "text, so documents would run into each other; use another tokenizer"
         )
     return tokenizer
 
@@ -168,12 +168,13 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     counts = np.zeros(vocab_size(tokenizer), np.int64)
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
     for token, number in tokenizer.get_vocab().items():
-        if number in tokenizer.all_special_ids:
+        if number in special:
             continue
         if token in BYTES:
             counts[number] = 1
-        elif byte_level and number not in tokenizer.added_tokens_decoder:
+        elif byte_level and number not in added:
             counts[number] = len(token)
         else:
             counts[number] = len(token.replace("\u2581", " ").encode())

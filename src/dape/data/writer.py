@@ -162,7 +162,7 @@ class CorpusWriter:
     def add(self, records: Iterable[Encoded], part: int, number: int) -> list[str]:
         """Write the records, after which `number` of part `part` are read; return what was wrong.
 
-        Raises `UserError` at the first that is wrong, if told to stop.
+        Raises `UserError` at the first that is wrong, if asked to stop.
         """
         problems = []
         for record in records:

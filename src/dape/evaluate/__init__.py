@@ -1,8 +1,8 @@
 """Measurements of trained models: perplexity over length, retrieval, use of far text, lm-eval.
 
 `evaluate`, `evaluate_retrieval`, `evaluate_context` and `evaluate_harness` are `dape eval`,
-`dape eval retrieval`, `dape eval context` and `dape eval harness` as functions. They are imported
-when first used.
+`dape eval retrieval`, `dape eval context` and `dape eval harness` as functions. Each name is
+imported at its first use.
 """
 
 from importlib import import_module

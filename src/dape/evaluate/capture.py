@@ -1,11 +1,11 @@
-"""The scores A, the bias B and the logits of one query in the layers of a model, over all keys.
+"""The scores A, the bias B and the logits of queries in the layers of a model, over all keys.
 
-They are what the model itself computes in a forward pass: while it runs, an adapter that keeps one
-row stands around the adapter of each attention. Attention is then computed in blocks of rows, so
-that memory is linear in the length.
+The values come from a forward pass of the model. During the pass, a recording adapter wraps the
+adapter of each attention and keeps the rows of the queries. Attention is computed in blocks of
+rows, and memory is linear in the length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -21,12 +21,13 @@ from dape.positions.adapter import Rows
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One query in one layer; each array is [heads, keys], its own key the last.
+    """A query in a layer; each array is [heads, keys], in a causal model up to the query's own key.
 
-    residual: whether the logits are A + B + f(A, B), or A + f(A, B).
-    scores: A, as scaled and as rotated as the adapter gets it.
-    bias: B.
-    logits: the arguments of the softmax.
+    Attributes:
+        residual: whether the logits are A + B + f(A, B), or A + f(A, B).
+        scores: A, scaled and rotated, as the adapter gets A.
+        bias: B.
+        logits: the input of the softmax.
     """
 
     layer: int
@@ -53,14 +54,16 @@ class Row:
 
 
 class Recorder(nn.Module):
-    """An adapter that gives the logits of another, or A + B, and keeps the row of one query."""
+    """An adapter that returns the logits of a wrapped adapter, or A + B, and keeps rows."""
 
     needs_rows = True
 
-    def __init__(self, adapter: nn.Module | None, layer: int, query: int) -> None:
+    def __init__(
+        self, adapter: nn.Module | None, layer: int, queries: range, keys: int | None = None
+    ) -> None:
         super().__init__()
-        self.adapter, self.layer, self.query = adapter, layer, query
-        self.row: Row | None = None
+        self.adapter, self.layer, self.queries, self.keys = adapter, layer, queries, keys
+        self.rows: list[Row] = []
 
     def forward(
         self,
@@ -68,58 +71,95 @@ class Recorder(nn.Module):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the logits; keep the row if the block of queries holds it."""
+        """Return the logits; keep the rows of the queries that the block holds."""
         if self.adapter is None:
             logits = scores + bias
         elif getattr(self.adapter, "needs_rows", False):
             logits = self.adapter(scores, bias, rows)
         else:
             logits = self.adapter(scores, bias)
-        place = self.query - int(rows.query_positions.flatten()[0])
-        if 0 <= place < scores.shape[2]:
-            kept = (
-                x.expand_as(scores)[0, :, place, : self.query + 1].cpu().numpy().copy()
-                for x in (scores, bias, logits)
-            )
-            residual = bool(getattr(self.adapter, "residual", True))
-            self.row = Row(self.layer, residual, *kept)
+        first = int(rows.query_positions.flatten()[0])
+        residual = bool(getattr(self.adapter, "residual", True))
+        for query in self.queries:
+            if first <= query < first + scores.shape[2]:
+                keys = query + 1 if self.keys is None else self.keys
+                kept = (
+                    x.expand_as(scores)[0, :, query - first, :keys].cpu().numpy().copy()
+                    for x in (scores, bias, logits)
+                )
+                self.rows.append(Row(self.layer, residual, *kept))
         return logits
 
 
-@torch.inference_mode()
 def capture(
     model: nn.Module,
     tokens: Int[Tensor, " tokens"],
     layers: Sequence[int] | None = None,
     query: int | None = None,
 ) -> list[Row]:
-    """Return the rows of a query, by default the last, in the layers asked for, by default all.
+    """Return the rows of a query, by default the last, in given layers, by default all.
 
-    `model` is of this package, or of transformers with adapters mounted by `dape.retrofit`.
+    `model` is a DAPE model, or a model of transformers with adapters mounted by `dape.retrofit`.
 
     Raises:
-        UserError: for any other model, a layer it does not have, or a query that is no token.
+        UserError: for a model without adapters, an unknown layer, or a query that is no token.
+    """
+    query = len(tokens) - 1 if query is None else query
+    if not 0 <= query < len(tokens):
+        raise UserError(f"query {query} is not one of 0 to {len(tokens) - 1}")
+    return [rows[0] for rows in _captured(model, tokens, layers, range(query, query + 1))]
+
+
+def capture_all(
+    model: nn.Module, tokens: Int[Tensor, " tokens"], layers: Sequence[int] | None = None
+) -> list[list[Row]]:
+    """Return the rows of every query in given layers, by default all; see `capture`."""
+    return _captured(model, tokens, layers, range(len(tokens)))
+
+
+def _captured(
+    model: nn.Module,
+    tokens: Int[Tensor, " tokens"],
+    layers: Sequence[int] | None,
+    queries: range,
+) -> list[list[Row]]:
+    def forward() -> None:
+        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
+
+    return rows_of(model, forward, queries, layers)
+
+
+@torch.inference_mode()
+def rows_of(
+    model: nn.Module,
+    forward: Callable[[], object],
+    queries: range,
+    layers: Sequence[int] | None = None,
+    keys: int | None = None,
+) -> list[list[Row]]:
+    """Return the rows of queries for each layer, of the one text that `forward` reads.
+
+    A row ends at its query, or after `keys` keys.
+
+    Raises:
+        UserError: for a model that does not attend by this package, or a layer it does not have.
     """
     attentions = attending(model)
     chosen = range(len(attentions)) if layers is None else layers
-    query = len(tokens) - 1 if query is None else query
-    for name, number, count in (
-        *(("layer", layer, len(attentions)) for layer in chosen),
-        ("query", query, len(tokens)),
-    ):
-        if not 0 <= number < count:
-            raise UserError(f"{name} {number} is not one of 0 to {count - 1}")
+    for layer in chosen:
+        if not 0 <= layer < len(attentions):
+            raise UserError(f"layer {layer} is not one of 0 to {len(attentions) - 1}")
     with ExitStack() as undo:
-        recorders = [_record(undo, attentions[layer], layer, query) for layer in chosen]
-        model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
-    return [recorder.row for recorder in recorders if recorder.row is not None]
+        recorders = [_record(undo, attentions[layer], layer, queries, keys) for layer in chosen]
+        forward()
+    return [recorder.rows for recorder in recorders]
 
 
 def attending(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model that call `dape.attention`, in order.
 
     Raises:
-        UserError: if there are none.
+        UserError: for a model without such modules.
     """
     found = [
         module
@@ -134,7 +174,9 @@ def attending(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Recorder:
+def _record(
+    undo: ExitStack, attention: nn.Module, layer: int, queries: range, keys: int | None
+) -> Recorder:
     """Put a recorder around the adapter of an attention, until undone.
 
     The backend becomes `auto` for as long, since fused kernels know no recorder.
@@ -143,7 +185,7 @@ def _record(undo: ExitStack, attention: nn.Module, layer: int, query: int) -> Re
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):
         undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-    recorder = Recorder(attention.adapter, layer, query)  # type: ignore[arg-type]
+    recorder = Recorder(attention.adapter, layer, queries, keys)  # type: ignore[arg-type]
     attention.adapter = recorder
     setattr(chooser, name, "auto")
     return recorder

@@ -1,4 +1,4 @@
-"""Runs side by side: seeds of one scheme as a group, groups against each other."""
+"""Comparison of runs: seeds of a scheme form a group, and tests compare groups."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss":
 
 @runtime_checkable
 class Recorded(Protocol):
-    """A record of a measurement, which says what was measured."""
+    """A record of a measurement, with its subject and targets."""
 
     @property
     def subject(self) -> Subject:
@@ -36,19 +36,19 @@ Record = TypeVar("Record", bound=Recorded)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Evaluations of one recipe that differ in nothing but the training seed."""
+    """Evaluations of a recipe with different training seeds."""
 
     label: str
     evaluations: tuple[Evaluation, ...]
 
     @property
     def scheme(self) -> str:
-        """Return the scheme that all of them have."""
+        """Return the scheme of the group."""
         return self.evaluations[0].subject.scheme
 
     @property
     def train_length(self) -> int | None:
-        """Return the length that all of them were trained at."""
+        """Return the training length of the group."""
         return self.evaluations[0].subject.train_length
 
     def values(self, metric: str) -> Float[np.ndarray, "seeds lengths"]:
@@ -61,18 +61,18 @@ class Group:
 
     @property
     def refused(self) -> dict[int, str]:
-        """Return the lengths that a run of them refused, ascending, and why."""
+        """Return the lengths that a run refused, ascending, with the reasons."""
         reasons = {n: why for each in self.evaluations for n, why in each.refused.items()}
         return dict(sorted(reasons.items()))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two groups at one length; a test that the data do not allow is None.
+    """Two groups at a length; a test is None if the data do not allow the test.
 
-    `difference` is the candidate's mean loss over its runs less the baseline's. The t-test pairs
-    runs by seed (two shared seeds or more). The bootstrap pairs documents (20 or more), with each
-    document's loss averaged over the runs of a group.
+    `difference` is the candidate's mean loss minus the baseline's, in nats. The t-test pairs runs
+    by seed, with two shared seeds or more. The bootstrap pairs documents, 20 or more, with the loss
+    of a document averaged over the runs of a group.
     """
 
     candidate: str
@@ -89,10 +89,10 @@ def group(evaluations: Sequence[Evaluation]) -> list[Group]:
 
 
 def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Return records of runs by label, their scheme, in order of appearance; each run once.
+    """Return records of runs by label, in order of appearance, without repeated runs.
 
-    Runs that differ in nothing but their seed share a label. Where two labels would be the same
-    scheme, the length trained at tells them apart, or else the name of the first run.
+    The label is the scheme. Runs that differ only in the seed share a label. If recipes differ but
+    schemes agree, the label adds the training length, or else the name of the first run.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
     first = {each.subject.run: each for each in reversed(records)}
@@ -114,10 +114,13 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
-    """Raise a `UserError` unless the metric means the same in all of the evaluations.
+    """Check that a metric can be compared over the evaluations.
 
-    Perplexity and loss count tokens, so that they need the same text under the same tokenizer: the
-    same targets. Bits per byte need the same lengths and protocol only.
+    Perplexity and loss count tokens and need equal targets, with equal text and tokenizer. Bits per
+    byte need equal lengths and protocol.
+
+    Raises:
+        UserError: for evaluations that cannot be compared.
     """
     first = evaluations[0]
     for other in evaluations[1:]:
@@ -136,11 +139,11 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
-    """Return the tests of each group against its baseline, at every length neither refused.
+    """Return the tests of each group against its baseline, at every length of both groups.
 
-    The baseline of a scheme with an adapter is the same encoding without one, if that is there;
-    that of all others is the first scheme without an adapter, or else the first. Groups that score
-    other tokens than their baseline are left out.
+    The baseline of a scheme with an adapter is the scheme without the adapter, if measured. Further
+    groups have the first scheme without an adapter as baseline, or else the first scheme. Groups
+    with targets different from the baseline's are left out.
     """
     comparisons = []
     for candidate in groups:

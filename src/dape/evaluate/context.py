@@ -36,12 +36,14 @@ OCCURRENCES = {"token": "the token", "pair": "the token and the one before it"}
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Scored tokens in bins: bin b holds those whose last occurrence needs window `lengths[b]`.
+    """Scored tokens by the window that holds their last occurrence.
 
-    The last bin holds those that do not occur in the longest window.
+    Bin b holds tokens whose last occurrence needs the window `lengths[b]`. The last bin holds
+    tokens that do not occur in the longest window.
 
-    tokens: their number, [bins][documents].
-    losses: the sums of their losses in nats, [lengths][bins][documents].
+    Attributes:
+        tokens: number of tokens, [bins][documents].
+        losses: sums of the losses in nats, [lengths][bins][documents].
     """
 
     tokens: list[list[int]]
@@ -50,11 +52,17 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class ContextUse:
-    """The losses of one model by place and occurrence.
+    """The losses of a model by position and by last occurrence.
 
-    positions: for each bin of positions in the longest window, the first and last number of tokens
-        before the predicted one, and the mean loss.
-    tallies: by a key of `OCCURRENCES`.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        lengths: measured window lengths in tokens, ascending.
+        positions: for each bin of positions in the longest window, the first and last number of
+            earlier tokens, and the mean loss in nats.
+        tallies: a `Tally` for each key of `OCCURRENCES`.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -127,7 +135,9 @@ def evaluate_context(
     command: str = "dape.evaluate.evaluate_context",
     watch: Watch = SILENT,
 ) -> list[ContextUse]:
-    """Return the use of the context of each model; arguments are those of `dape.evaluate.evaluate`.
+    """Return how each model uses its context: losses by position and by last occurrence.
+
+    The arguments are those of `dape.evaluate.evaluate`.
 
     Raises:
         UserError: as `evaluate`, and for models that were trained on different corpora.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, unknown
@@ -57,38 +58,49 @@ def evaluate(
     tokenizer: "PreTrainedTokenizerFast | None" = None,
     command: str = "dape.evaluate.evaluate",
     watch: Watch = SILENT,
+    context_parallel: ContextParallel | None = None,
 ) -> list[Evaluation]:
-    """Return the perplexity over length of each model: the same tokens for every length and model.
+    """Return the perplexity over length of each model, on equal tokens for all lengths and models.
 
-    Each length of a model that is not in memory is kept in a file as soon as it is measured, and
-    taken from there when the same is asked again. A length that a model refuses is left out.
+    A result file receives each length as soon as the length is measured, and a repeated call reads
+    finished lengths from the file. Results of modules in memory are written only with `out`. A
+    length that a model refuses is left out.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
-        corpus: a prepared corpus; by default the one that each run was trained on.
-        lengths: tokens in a window; by default the training length, doubled up to 16 times it.
+        corpus: a prepared corpus; by default the corpus of each run's training.
+        lengths: tokens in a window; by default the training length, doubled up to 16 times.
         protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
-        stride: tokens that windows of `sliding` move by.
-        split: part of the corpus.
-        documents: at most so many, drawn by `seed` among those that hold the longest window.
-        blocks: at most so many blocks of scored tokens a document.
-        bos: let windows begin with a model's own token for the beginning of a text.
-        metric: the one to compare models by; only `bits_per_byte` allows different corpora.
-        device: of models that are not in memory.
-        precision: of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
-        batch_tokens: tokens in one forward; a longer window goes alone.
-        out: folder for all results; those of modules in memory are kept nowhere else.
-        again: measure lengths that were measured before too.
-        partial_weights: take models whose files miss weights, or have some without a place.
-        tokenizer: that of the modules in memory, which must be the corpus's.
-        command: recorded with the results.
-        watch: hears of the progress.
+        stride: tokens between windows of `sliding`.
+        split: split of the corpus.
+        documents: largest number of documents, drawn among those longer than the longest window.
+        blocks: largest number of blocks of scored tokens in a document.
+        bos: put the model's token for the beginning of a text in place of a window's first token.
+        metric: number to compare models by; only `bits_per_byte` allows different corpora.
+        seed: seed of the choice of documents.
+        device: device of models that are not in memory.
+        precision: precision of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
+        batch_tokens: most tokens in a forward pass; a longer window goes alone.
+        out: folder for all results; the folder of each model by default.
+        again: measure finished lengths again.
+        partial_weights: accept model files with missing or unused weights.
+        tokenizer: tokenizer of the modules in memory, equal to that of the corpus.
+        command: command to record with the results.
+        watch: receiver of the progress.
+        context_parallel: devices that share each window. The process of each device calls this
+            function, and the first process keeps the results.
+
+    Returns:
+        An evaluation for each model, in the order of `models`.
 
     Raises:
         UserError: for models, a corpus, lengths or options that do not fit together, results that
             cannot be written, and if memory runs out.
     """
     opened = open_models(models, tokenizer, partial_weights, watch)
+    if context_parallel is not None:
+        for model in opened:
+            model.check_spread()
     if bos:
         for model in opened:
             model.beginning()
@@ -111,7 +123,9 @@ def evaluate(
     made = partial(_made, origin=origin, precision=precision, device=chosen)
     watch.begin(sum(each.tokens for each in plans))
     return [
-        _Session(model, each, file, chosen, batch_tokens, made(model), watch).run(again)
+        _Session(model, each, file, chosen, batch_tokens, made(model), watch, context_parallel).run(
+            again
+        )
         for model, each, file in zip(opened, plans, files, strict=True)
     ]
 
@@ -141,7 +155,7 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where an evaluation is kept, and where its lengths are until all are measured."""
+    """The file of an evaluation, and the file of measured lengths until all are finished."""
 
     finished: Path
     unfinished: Path
@@ -175,6 +189,13 @@ class _Session:
     batch_tokens: int
     origin: dict[str, Any]
     watch: Watch
+    context_parallel: ContextParallel | None
+
+    @property
+    def keeper(self) -> "_Files | None":
+        """The files, where this process is the one that writes them."""
+        first = self.context_parallel is None or self.context_parallel.rank == 0
+        return self.files if first else None
 
     @property
     def name(self) -> str:
@@ -183,6 +204,8 @@ class _Session:
     def run(self, again: bool) -> Evaluation:
         """Return the evaluation, with what was measured before unless all is asked for again."""
         done = None if again else self._before()
+        if self.context_parallel is not None:  # nothing is written until all have read
+            self.context_parallel.sum(torch.zeros((), device=self.device))
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
         ]
@@ -194,10 +217,10 @@ class _Session:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
-                    if self.files is not None:
-                        done.save(self.files.unfinished)
-        if self.files is not None:
-            self.files.finish(done)
+                    if self.keeper is not None:
+                        done.save(self.keeper.unfinished)
+        if self.keeper is not None:
+            self.keeper.finish(done)
         return done
 
     def _empty(self, subject: Subject) -> Evaluation:
@@ -227,6 +250,7 @@ class _Session:
                 device=device_of(network, self.device),
                 precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
+                context_parallel=self.context_parallel,
             )
         return measure(losses, windows, self.plan.bytes)
 

@@ -1,4 +1,4 @@
-"""Gains of a longer window, and of an adapter, by where each token occurred last."""
+"""Gains of a longer window, and of an adapter, by the last occurrence of each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ INTERVAL = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """By how many nats a token the loss is lower, over `tokens` of one bin.
+    """The reduction of the loss in nats a token, over the `tokens` of a bin.
 
-    `low` and `high` bound a 95 % interval by the percentile bootstrap over documents, None for
-    fewer than two documents; `mean` is None without a token.
+    `low` and `high` bound a 95 % interval by the percentile bootstrap over documents, and are None
+    with fewer than two documents. `mean` is None without a token.
     """
 
     tokens: int
@@ -45,9 +45,9 @@ class Contrast:
 
 
 def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
-    """Return for each label what the longest window gains over the shortest, in each bin.
+    """Return the gain of the longest window over the shortest, for each label and bin.
 
-    Seeds of a label are averaged.
+    The gain is a mean over the seeds of a label.
     """
     found = []
     for label, members in gather(records).items():
@@ -59,9 +59,10 @@ def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
 def by_adapter(
     records: Sequence[ContextUse], occurrence: str, length: int | None = None
 ) -> list[Contrast]:
-    """Return what each scheme with an adapter gains over the same encoding without, in each bin.
+    """Return the gain of each scheme with an adapter over the scheme without, in each bin.
 
-    At a window length, by default the longest. Seeds of a label are averaged.
+    The gain is measured at a window length, by default the longest, and is a mean over the seeds of
+    a label.
     """
     groups = gather(records)
     at = -1 if length is None else records[0].lengths.index(length)
@@ -91,7 +92,7 @@ def _contrast(
     before: Float[np.ndarray, "bins documents"],
     after: Float[np.ndarray, "bins documents"],
 ) -> Contrast:
-    """Return the gains from one loss to another, in each bin and over all of them."""
+    """Return the gains from a loss to a second loss, in each bin and over all bins."""
     tokens, saved = np.array(tally.tokens), before - after
     *gains, total = (
         gain(*each)
@@ -119,13 +120,17 @@ def gain(
 
 @lru_cache(maxsize=1)
 def _resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
-    """Return how often each document is drawn, in each of as many draws with replacement."""
+    """Return how often each document is drawn, for many draws with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
 
 
 def check_comparable(records: Sequence[ContextUse]) -> None:
-    """Raise a `UserError` unless all of the records are about the same tokens."""
+    """Check that all records score equal tokens.
+
+    Raises:
+        UserError: for records of different tokens.
+    """
     first = records[0]
     for other in records[1:]:
         if (other.targets, other.lengths) != (first.targets, first.lengths):

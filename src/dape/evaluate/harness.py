@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-# What lm-eval warns of when a model is handed to it, which is how we mean it.
+# Warnings of lm-eval about a model that is passed as an object, which is intended.
 MEANT = ("`pretrained` model kwarg is not", "Passed an already-initialized model")
 
 
@@ -44,11 +44,19 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Harnessed:
-    """One model on one task, whose requests keep their last `max_length` tokens.
+    """The scores of a model on a task, with requests cut to the last `max_length` tokens.
 
-    `cut` counts how often lm-eval said that it cut a request to that, in all of a group of tasks.
-    `samples` are the documents asked about, `version` is the task's own. A model that refused has
-    the reason in `refused` and no scores.
+    Attributes:
+        subject: the model.
+        task: name of the task in lm-eval.
+        max_length: tokens kept of a request.
+        provenance: command, commit, versions and device.
+        version: version of the task.
+        samples: number of documents.
+        scores: a `Score` for each metric.
+        cut: number of requests that lm-eval cut, over the whole group of tasks.
+        refused: the reason if the model refused, and then without scores.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -124,16 +132,17 @@ def evaluate_harness(
     command: str = "dape.evaluate.evaluate_harness",
     watch: Watch = SILENT,
 ) -> list[Harnessed]:
-    """Return what lm-eval measures of each model, for each task and each part of a group.
+    """Return the scores of lm-eval for each model, task and part of a group of tasks.
+
+    Further arguments are those of `dape.evaluate.evaluate`.
 
     Args:
-        tasks: names of tasks or groups that lm-eval knows.
-        lengths: most tokens that a request keeps, its last ones, whatever the model's configuration
-            says; by default the training length.
-        include_path: a folder with tasks of your own.
-        limit: at most so many documents of a task.
-
-    The other arguments are those of `dape.evaluate.evaluate`.
+        models: run folders, folders or hub names of causal language models, modules in memory.
+        tasks: names of tasks or groups of lm-eval.
+        lengths: tokens kept of a request, the last, whatever the configuration of the model says;
+            by default the training length.
+        include_path: folder with tasks of your own.
+        limit: largest number of documents of a task.
 
     Raises:
         UserError: for an unknown task, data that cannot be had, results that cannot be written, and

@@ -1,6 +1,6 @@
-"""A, B and f(A, B) that a trained model computes for one query, over all keys before it.
+"""A, B and f(A, B) of a trained model for a query, over all earlier keys.
 
-As Figure 1 of Zheng et al., 2024, with numbers for each head.
+The record has the content of Figure 1 of Zheng et al., 2024, with numbers for each head.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ DIGITS = 5  # that a record keeps of such a mean
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a record: its heads, and A, B and f(A, B) as means over spans of keys."""
+    """A layer of a record: heads, and A, B and f(A, B) as means over spans of keys."""
 
     layer: int
     residual: bool
@@ -94,23 +94,23 @@ def learned(
     """Return the record of one query of a model.
 
     Args:
-        model: a run, or a folder or hub name of a model of this package.
-        corpus: where the text is from.
-        layers: counted from 0; by default the first, the middle one and the last.
-        length: tokens that the model reads, from the beginning of the document.
+        model: a run, or a folder or hub name of a DAPE model.
+        corpus: the corpus of the text.
+        layers: layers, counted from 0; by default the first, the middle and the last.
+        length: tokens to read, from the beginning of the document.
         query: token whose row is kept, counted from 0; by default the last.
-        document: number in the split; by default the first that is long enough.
-        split: of the corpus.
-        device: where the model runs.
-        provenance: for the record.
+        document: number of the document in the split; by default the first long enough.
+        split: split of the corpus.
+        device: device of the model.
+        provenance: provenance for the record.
 
     Keys are far from the training length on, or from half of the keys on if there are no more.
 
     Raises:
-        UserError: for a document that is too short, and a layer or query there is not.
+        UserError: for a document that is too short, and an unknown layer or query.
     """
     part = corpus.split(split)
-    document = _choose_document(part, length, document)
+    document = choose_document(part, length, document)
     tokens = torch.from_numpy(part.document(document)[:length]).to(device)
     with model.loaded(device, length) as network:
         subject = model.subject(network)
@@ -144,11 +144,11 @@ def learned(
     )
 
 
-def _choose_document(part: Split, length: int, document: int | None) -> int:
+def choose_document(part: Split, length: int, document: int | None) -> int:
     """Return the number of a document with `length` tokens, by default the first.
 
     Raises:
-        UserError: if it has not so many, or there is none.
+        UserError: for a document that is too short, or an unknown number.
     """
     lengths = (part.document_lengths - 1).tolist()  # without the end of text
     count, longest = len(lengths), max(lengths)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 
+from dape.attention.context_parallel import ContextParallel
 from dape.evaluate.protocols import Windows
 from dape.evaluate.refusal import explained
 
@@ -53,13 +54,15 @@ def token_losses(
     device: torch.device | str = "cpu",
     precision: torch.dtype = torch.float32,
     advance: Callable[[int], object] = lambda tokens: None,
+    context_parallel: ContextParallel | None = None,
 ) -> Float[np.ndarray, "windows scored"]:
     """Return the cross-entropy (nats) of each scored token, a row a window.
 
-    `model` has the interface of a Hugging Face causal language model; it computes the logits of the
-    scored positions only. A forward holds as many windows as fit into `batch_tokens` tokens, at
-    least one; `advance` is told its number of tokens. The token `begin`, if any, takes the place of
-    the first of each window. Below float32, `precision` is that of the products, by autocast.
+    `model` has the interface of a Hugging Face causal language model, and computes logits of scored
+    positions only. A forward pass holds as many windows as fit into `batch_tokens` tokens, and at
+    least a single window. `advance` gets the number of tokens. The token `begin`, if any, replaces
+    the first token of each window. Below float32, `precision` is the precision of autocast. With
+    `context_parallel` the devices share each window, and all devices return all losses.
 
     Raises:
         Refused: if the model itself raises a `UserError`.
@@ -74,7 +77,10 @@ def token_losses(
             tokens[:, 0] = begin
         autocast = torch.autocast(tokens.device.type, precision, precision != torch.float32)
         with explained(windows.length, len(tokens)), autocast:
-            losses[batch] = _forward(model, tokens, windows.scored)
+            if context_parallel is None:
+                losses[batch] = _forward(model, tokens, windows.scored)
+            else:
+                losses[batch] = _spread_forward(model, tokens, windows.scored, context_parallel)
         advance(tokens[:, 1:].numel())
     return losses
 
@@ -96,6 +102,31 @@ def _forward(
     logits = output.logits[:, -scored:].float().flatten(0, 1)
     losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
     return losses.view_as(targets).cpu().numpy()
+
+
+def _spread_forward(
+    model: Callable[..., Any],
+    tokens: Int[torch.Tensor, "batch window"],
+    scored: int,
+    spread: ContextParallel,
+) -> Float[np.ndarray, "batch scored"]:
+    """Return the same from all devices of a window, each of which scores what it holds.
+
+    A window is filled up at its end, which no token before can see, to chunks of one size.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, -scored:]
+    length = inputs.shape[1]
+    filled = F.pad(inputs, (0, -length % (2 * spread.ranks)))
+    positions = spread.positions(filled.shape[1] // spread.ranks, tokens.device)
+    kept = ((positions >= length - scored) & (positions < length)).nonzero()[:, 0]
+    output = model(
+        input_ids=spread.part(filled), logits_to_keep=kept, use_cache=False, context_parallel=spread
+    )
+    columns = positions[kept] - (length - scored)
+    logits, labels = output.logits.float().flatten(0, 1), targets[:, columns]
+    losses = torch.zeros(targets.shape, device=tokens.device)
+    losses[:, columns] = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+    return spread.sum(losses).cpu().numpy()
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""What to score on a corpus: the windows of each length, and the targets that they share."""
+"""The plan of an evaluation: the windows of each length, and the targets they share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

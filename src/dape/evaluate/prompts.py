@@ -1,13 +1,13 @@
 """Prompts that hide a number at a depth of a long text and ask for it at the end.
 
-- `passkey`: five short sentences over and over (Mohtashami and Jaggi 2023, Landmark Attention).
-  Here its number always has five digits; theirs has one to five.
+- `passkey`: five short sentences over and over (Mohtashami and Jaggi 2023, Landmark Attention). The
+  number always has five digits, in place of one to five in the paper.
 - `needle`: documents of the corpus (Hsieh et al. 2024, RULER, the single needle with a number).
 
-A prompt of length L feeds exactly L tokens and predicts L, of which the last count: the answer. Its
-lines are tokenized one by one. The text around the hidden line is cut to fit, and depth is the
-fraction of it that comes before that line. A trial has the same number, and the same text as far
-as it goes, at every length and depth.
+A prompt of length L feeds exactly L tokens and predicts L tokens. The last predictions, the answer,
+count. Each line is tokenized alone. The text around the hidden line is cut to fit, and depth is the
+fraction of the text before the hidden line. At every length and depth, a trial has the same number
+and begins with the same text.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +34,7 @@ WORDS = ("anchor", "bridge", "candle", "forest", "harbour", "island", "kettle", 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The lines of a prompt; `{number}` has `digits` digits, `{word}` is one of `WORDS`."""
+    """The lines of a prompt; `{number}` has `digits` digits, and `{word}` is from `WORDS`."""
 
     opening: str
     hidden: str
@@ -63,7 +63,7 @@ TASKS = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Tokens of a prompt, the last `answer` of which are to be predicted."""
+    """Tokens of a prompt; the last `answer` tokens must be predicted."""
 
     tokens: Tokens
     answer: int
@@ -73,9 +73,8 @@ class Prompt:
 class Prompts:
     """Prompts of a task in the tokens of a model.
 
-    The answer is tokenized with its question, as a text that goes on. `start` are the tokens that
-    every text begins with, such as Llama's. `around(n, generator)` returns n tokens to hide the
-    line in.
+    The answer is tokenized together with the question. `start` holds the tokens at the beginning of
+    every text, as for Llama. `around(n, generator)` returns n tokens around the hidden line.
     """
 
     task: Task
@@ -87,7 +86,7 @@ class Prompts:
         """Return a prompt that feeds `length` tokens.
 
         Raises:
-            Refused: if its own lines are longer.
+            Refused: if the lines of the prompt are longer.
             UserError: if the text is too short.
         """
         generator = np.random.default_rng([seed, trial])
@@ -138,7 +137,7 @@ def needle(tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, split: str) -> 
 
 
 def _joined(documents: Iterable[Tokens], count: int) -> Tokens:
-    """Return the documents one after the other, as many as `count` tokens take."""
+    """Return documents in order, up to `count` tokens."""
     pieces, tokens = [np.empty(0, np.int64)], 0
     for document in documents:
         if tokens >= count:

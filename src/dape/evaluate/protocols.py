@@ -1,10 +1,9 @@
-"""Which tokens are scored, and with how much context: the evaluation protocols, by name.
+"""Evaluation protocols: the scored tokens of a window, and the context of each.
 
-A *block* is a run of consecutive target tokens of one document. The blocks depend on the longest
-length alone, so that every length, and every model on the same corpus, scores the very same tokens
-and the lengths differ in nothing but context. A *window* of length L that ends before token e
-feeds the L tokens [e - 1 - L, e - 1) in one forward and predicts the L tokens [e - L, e), of which
-the last `min(block, L)` count.
+A *block* is a run of consecutive target tokens of a document. The blocks depend only on the longest
+length. Therefore every length, and every model on a corpus, scores equal tokens, and lengths differ
+only in context. A *window* of length L that ends before token e feeds the L tokens [e - 1 - L,
+e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(block, L)` count.
 
 | protocol | block | between blocks | windows a block |
 |---|---|---|---|
@@ -13,12 +12,12 @@ the last `min(block, L)` count.
 | `non_overlapping` | as many tokens as the longest length | the longest length | longest / L |
 
 Scored tokens have between L - block + 1 and L tokens of context under `last` and `sliding`, and
-between 1 and L under `non_overlapping`. Where 256 exceeds the shortest length, a block of `last` is
-as long as the shortest length. The first token of a document is never a target, the end-of-text
-token neither: it stands for no text.
+between 1 and L under `non_overlapping`. If the shortest length is below 256, a block of `last` is
+as long as the shortest length. The first token of a document is never a target. The end-of-text
+token is no target either, because it stands for no text.
 
-The released DAPE code rebuilds its loader for each length, so that its columns are not the same
-text, and, as configured, averages over all tokens of a window instead of the last 256.
+The released DAPE code rebuilds its loader for each length, and columns have different texts. As
+configured, the code averages over all tokens of a window in place of the last 256.
 """
 
 from collections.abc import Sequence
@@ -44,7 +43,7 @@ class Protocol:
     step: int
 
     def scored(self, length: int) -> int:
-        """Return how many of its predictions a window of `length` tokens scores."""
+        """Return the number of scored predictions of a window of `length` tokens."""
         return min(self.block, length)
 
 
@@ -57,7 +56,7 @@ class Blocks:
     stops: Int[np.ndarray, " blocks"]
 
     def windows(self, length: int) -> "Windows":
-        """Return the windows of `length` tokens that score each block exactly once."""
+        """Return windows of `length` tokens that score each block exactly once."""
         scored = self.protocol.scored(length)
         offsets = np.arange(scored - self.protocol.block, 1, scored)
         ends = (self.stops[:, None] + offsets).ravel()
@@ -75,14 +74,14 @@ class Windows:
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens they feed."""
+        """Return the number of tokens to feed."""
         return self.length * len(self.ends)
 
 
 def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Protocol:
     """Return the protocol called `name` for windows of `lengths` tokens.
 
-    `stride` (tokens, at most the shortest length) belongs to `sliding` and is needed there.
+    `sliding` needs `stride`, in tokens and at most the shortest length.
 
     Raises:
         UserError: for an unknown name, and lengths or a stride that do not fit it.
@@ -120,11 +119,11 @@ def choose_blocks(
 ) -> Blocks:
     """Return at most `blocks` evenly spread blocks in each of at most `documents` documents.
 
-    Documents are drawn by `seed` among those that hold the longest window, `text_lengths` being
-    their tokens without end-of-text.
+    `seed` draws documents longer than the longest window. `text_lengths` counts the tokens of each
+    document, without end-of-text.
 
     Raises:
-        UserError: where none is long enough.
+        UserError: if no document is long enough.
     """
     needed = protocol.longest + 1
     eligible = np.flatnonzero(text_lengths >= needed)

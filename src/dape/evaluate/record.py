@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a file of JSON in the folder of the run."""
+"""Records of evaluations: JSON files in the run folder."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -17,12 +17,18 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The tokens an evaluation scores; two evaluations with equal targets can be compared.
+    """The tokens that an evaluation scores; evaluations with equal targets can be compared.
 
-    `data` is the checksum of the corpus, `block` the tokens of a block, `documents` the numbers of
-    the documents in the split, `tokens` and `bytes` what was scored in each of them. `bytes` is
-    None for a tokenizer whose tokens stand for no fixed number of them. With `bos` each window
-    begins with the model's token for that instead of its first.
+    Attributes:
+        data: checksum of the corpus.
+        split: split of the corpus.
+        protocol: name of the protocol.
+        block: tokens of a block.
+        longest: tokens of the longest window.
+        documents: numbers of the scored documents in the split.
+        tokens: scored tokens of each document.
+        bytes: scored bytes of each document, or None if tokens have no fixed number of bytes.
+        bos: whether a window begins with the model's token for the beginning of a text.
     """
 
     data: str
@@ -38,10 +44,15 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One model under one protocol.
+    """The perplexity of a model over length, under a protocol.
 
-    `refused` says why the model did not take windows of a length, for which there is no
-    measurement.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        measurements: a measurement for each length.
+        provenance: command, commit, versions and device.
+        refused: the reason for each length that the model refused.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -53,7 +64,7 @@ class Evaluation:
 
     @property
     def lengths(self) -> list[int]:
-        """Return the window lengths, ascending, with those that were refused."""
+        """Return the window lengths, ascending, refused lengths included."""
         return sorted([*self.by_length, *self.refused])
 
     @property

@@ -1,4 +1,4 @@
-"""Where models that are not ours end: tables of positions, learned or only stored."""
+"""The end of foreign models: tables of positions, learned or stored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from dape.errors import UserError, out_of_memory
+from dape.errors import RankError, UserError, out_of_memory
 
 # Models that follow a formula to any length and merely store it up to the number in this key.
 STORED = {"codegen": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
@@ -44,14 +44,14 @@ def explained(length: int, windows: int) -> Iterator[None]:
 
     Raises:
         Refused: if the model itself raises a `UserError`.
-        UserError: if memory runs out, of a GPU or of the machine.
+        RankError: if memory runs out, of a GPU or of the machine.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(
+        raise RankError(
             f"out of memory at length {length} with {windows} windows a forward; "
             "lower --batch-tokens or the longest of --lengths"
         ) from None

@@ -1,4 +1,4 @@
-"""Where the results of measurements go."""
+"""Folders for the results of measurements."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""Whether a model tells at the end of a long text the number that was hidden at a depth of it."""
+"""Retrieval: a number hidden at a depth of a long text, asked for at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,15 +33,18 @@ Answer = tuple[Int[np.ndarray, " answer"], Float[np.ndarray, " answer"]]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What a model made of the trials at one length and depth.
+    """Scores of the trials at a length and a depth.
 
-    A token's rank is the number of tokens that are at least as likely at its place, given the
-    answer's tokens before it; 1 is the best.
+    The rank of a token of the answer is the number of tokens at least as likely, given the earlier
+    tokens of the answer. Rank 1 is the best.
 
-    exact: fraction of the trials whose whole number greedy decoding gives: all its ranks are 1.
-    accuracy: fraction of the answers' tokens with rank 1.
-    rank: mean rank of the answers' tokens.
-    log_probability: mean over the trials of the log-probability of the whole number, in nats.
+    Attributes:
+        length: tokens of the prompt.
+        depth: fraction of the text before the number, from 0 to 1.
+        exact: fraction of the trials in which greedy decoding gives the whole number.
+        accuracy: fraction of the answers' tokens with rank 1.
+        rank: mean rank of the answers' tokens.
+        log_probability: mean log-probability of the whole number, in nats.
     """
 
     length: int
@@ -54,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked of a model: so many trials at each of the lengths and depths, by a seed."""
+    """The trials: `trials` numbers at each length and depth, drawn by `seed`."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -69,9 +72,17 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Retrieval:
-    """One model on one task; `data` is the checksum of the corpus around a needle.
+    """The results of a model on a task.
 
-    A length that the model or the prompt refused has the reason in `refused` and no cells.
+    Attributes:
+        subject: the model.
+        task: `passkey` or `needle`.
+        data: checksum of the corpus around a needle.
+        plan: lengths, depths, trials and seed.
+        cells: scores, for each length and depth.
+        refused: the reason for each length that the model or the prompt refused.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -136,14 +147,20 @@ def evaluate_retrieval(
     command: str = "dape.evaluate.evaluate_retrieval",
     watch: Watch = SILENT,
 ) -> list[Retrieval]:
-    """Return whether each model finds the number that was hidden at a depth of a long text.
+    """Return whether each model finds a number hidden at a depth of a long text.
+
+    Further arguments are those of `dape.evaluate.evaluate`.
 
     Args:
+        models: run folders, folders or hub names of causal language models, modules in memory.
         tasks: `passkey`, `needle` (`dape.evaluate.prompts`).
-        depths: the parts of the text that come before the number, from 0 to 1.
+        lengths: tokens of a prompt.
+        corpus: the prepared corpus around a needle.
+        depths: fractions of the text before the number, from 0 to 1.
         trials: numbers at each length and depth, drawn by `seed`.
 
-    The other arguments are those of `dape.evaluate.evaluate`; `corpus` is the text around a needle.
+    Returns:
+        A record for each model and task.
 
     Raises:
         UserError: for an unknown task, models without a tokenizer, results that cannot be written,
@@ -208,8 +225,8 @@ def retrieve(
 ) -> tuple[list[Cell], dict[int, str]]:
     """Return the cells, and the lengths that the model or the prompt refuses, with the reason.
 
-    `model` has the interface of a Hugging Face causal language model. `advance` is told the tokens
-    of each forward, `announce` each length and what came of it.
+    `model` has the interface of a Hugging Face causal language model. `advance` gets the number of
+    tokens of each forward, `announce` each length and its outcome.
     """
     cells: list[Cell] = []
     refused: dict[int, str] = {}

@@ -164,6 +164,14 @@ class Model:
         trained = (self.recipe or {}).get("training", {}).get("precision")
         return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
 
+    def check_spread(self) -> None:
+        """Raise a `UserError` for a model that cannot be spread over several devices."""
+        if self.config.model_type != "dape":
+            raise UserError(
+                f"{self.source} is no model of this package: its windows cannot be spread over"
+                " several devices; start one process, without torchrun"
+            )
+
     def beginning(self) -> int:
         """Return the token that the model's texts begin with, a `UserError` if there is none."""
         found = getattr(self.config, "bos_token_id", None)

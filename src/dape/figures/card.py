@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained and what was measured, and nothing else."""
+"""The model card of a run, with its training and its measurements."""
 
 import json
 import math
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 
 def card(trained: Trained, name: str) -> "ModelCard":
-    """Return the card of a model that is called `name`.
+    """Return the card of a model with the name `name`.
 
-    What lies in the folder of the run was measured of the finished model, and so is on its card
-    alone.
+    Evaluations in the run folder belong to the finished model, and appear only on its card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -64,7 +63,7 @@ def card(trained: Trained, name: str) -> "ModelCard":
 
 
 def training(trained: Trained) -> dict[str, str]:
-    """Return what is known of the training, by name; what is not known is left out."""
+    """Return known facts of the training, by name."""
     folder, recipe = RunFolder(trained.run), trained.recipe.training
     made = folder.read_record()
     steps = [each for each in folder.read_metrics() if each["step"] == trained.step]
@@ -96,7 +95,7 @@ def _shown(value: Any, form: str) -> str | None:
 
 
 def sources(data: Mapping[str, Any]) -> str | None:
-    """Return the folder of a corpus and, if it is still there, what it was made from."""
+    """Return the folder of a corpus and, if the folder still exists, its sources."""
     if not data:
         return None
     try:
@@ -110,7 +109,7 @@ def sources(data: Mapping[str, Any]) -> str | None:
 
 
 def papers(name: str) -> str:
-    """Return who published the parts of a scheme."""
+    """Return authors and years of the parts of a scheme."""
     adapter, encoding = split(name)
     adapters = [scheme.ADAPTERS[adapter]] if adapter else []
     parts = [*adapters, scheme.BASES[encoding]]
@@ -149,7 +148,7 @@ def origin(provenance: Mapping[str, Any]) -> str:
 
 
 def results(evaluation: Evaluation) -> "Iterator[EvalResult]":
-    """Yield the perplexity at each length as the hub's metadata has it, where it is finite."""
+    """Yield finite perplexities at each length, in the format of the hub's metadata."""
     from huggingface_hub import EvalResult
 
     targets = evaluation.targets

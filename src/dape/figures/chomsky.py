@@ -1,6 +1,7 @@
 """The Chomsky benchmark as tables and figures."""
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,12 @@ import numpy as np
 from dape.chomsky import benchmark as benchmarks
 from dape.chomsky.benchmark import Benchmark
 from dape.chomsky.cell import Cell
-from dape.chomsky.grid import CLEAR, Grid, claims, gather
+from dape.chomsky.grid import Grid, gather
 from dape.chomsky.published import PUBLISHED
 from dape.chomsky.tasks import TASKS
 from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
 from dape.files import write_text
-from dape.provenance import provenance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +52,7 @@ def page(grid: Grid, argv: list[str]) -> str:
     parts = [
         "# The Chomsky-hierarchy benchmark",
         *(table.markdown() for table in tables),
-        "**The claims of the DAPE paper**\n\n"
-        + "\n".join(f"- {line}" for line in claims(grid))
-        + f"\n\nOn tasks in which the order matters. Clearly: p < {CLEAR} over seeds (Welch's t).",
-        made(grid, argv),
+        f"{made(grid)}\n`{shlex.join(['dape', *argv])}`",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -121,24 +118,24 @@ def published() -> Table:
     return Table("Published", ["task", "source", "model", "score", "how sure"], rows, "")
 
 
-def made(grid: Grid, argv: list[str]) -> str:
-    """Return how the numbers were made: settings, cost, devices and versions."""
+def made(grid: Grid) -> str:
+    """Return how the numbers were made: settings, cost, devices, commits and versions."""
     cells = [each for found in grid.cells.values() for each in found]
     first = cells[0]
     training, model = first.settings["training"], first.settings["model"]
-    # The models of a job share its seconds.
-    hours = sum(sum(each.seconds.values()) / each.models for each in cells) / 3600
-    trained = sum(each.seconds["training"] / each.models for each in cells)
-    rate = sum(training["steps"] for _ in cells) / trained if trained else math.nan
-    devices = ", ".join(sorted({each.provenance["device"] for each in cells}))
-    origin = provenance("cpu", argv)
+    hours = sum(sum(each.seconds.values()) for each in cells) / 3600
+    trained = sum(each.seconds["training"] for each in cells)
+    rate = training["steps"] * len(cells) / trained if trained else math.nan
+    devices, commits = (
+        ", ".join(sorted({str(each.provenance[name]) for each in cells}))
+        for name in ("device", "commit")
+    )
     versions = ", ".join(f"{k} {v}" for k, v in first.provenance["versions"].items())
     return (
         f"{len(cells)} models of width {model['hidden_size']}, {training['steps']:,} steps of "
         f"{training['batch_size']} examples of lengths 1 to {training['length']}, rate "
-        f"{training['learning_rate']:g}, {training['precision']}.\n"
-        f"{hours:.2f} device hours on {devices}; {rate:,.0f} model steps a device second.\n"
-        f"`{origin['command']}` at commit {first.provenance['commit']}; {versions}."
+        f"{training['learning_rate']:g}, {training['precision']}. {hours:.2f} device hours on "
+        f"{devices}; {rate:,.0f} model steps a device second. Commit {commits}; {versions}."
     )
 
 

@@ -22,7 +22,7 @@ LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point of the line called `label`; points of several seeds share their x."""
+    """A point of the line `label`; points of different seeds share x."""
 
     label: str
     x: float
@@ -34,9 +34,9 @@ def over_length(
 ) -> "Figure":
     """Draw a metric against the window length: the mean over seeds, a band of one deviation.
 
-    Lines are listed from the highest to the lowest at the longest length, those that end before it
-    last. A value that is not finite is left out, and so is a length that a model refused. Lines
-    leave the figure at the value `top`.
+    The legend lists lines from the highest to the lowest at the longest length, and shorter lines
+    last. Values that are not finite and refused lengths are left out. Lines leave the figure at the
+    value `top`.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
@@ -60,10 +60,11 @@ def over_length(
 
 
 def over_context(groups: Sequence[Group]) -> "Figure":
-    """Draw the mean loss of a token against how many tokens of its window came before it.
+    """Draw the mean loss of a token against the number of earlier tokens in its window.
 
-    Each bin of contexts is taken from the longest window that scores it: under `non_overlapping`
-    that is one curve through the longest window, under the other protocols the end of each.
+    Each bin of contexts comes from the longest window that scores the bin. Under `non_overlapping`
+    the curve covers the longest window. Under `last` and `sliding` the curve joins the ends of all
+    windows.
     """
     points = []
     for group in groups:

@@ -1,6 +1,6 @@
-"""Pictures of encodings: what a scheme tells of position, without data.
+"""Pictures of encodings: the part of position in a scheme, without data.
 
-The numbers come from the modules that a model is built of, called at the positions drawn.
+The numbers come from the modules of a model, called at the drawn positions.
 """
 
 import inspect
@@ -32,18 +32,18 @@ Modules = Mapping[str, Any]
 
 
 def draw(name: str, view: View) -> "Figure":
-    """Draw what a scheme tells of position: over the distance from the last one, and as a matrix.
+    """Draw a scheme over the distance from the last position, and as a matrix.
 
-    | it has | drawn |
+    | place | drawn |
     |---|---|
-    | a bias | B of each head |
-    | `dape-bias` before that | B + f(B) too: the one form of f that no score enters |
-    | a rotation | the score of q = k = ones / sqrt(d), and that of each pair of dimensions |
-    | an embedding | the cosine between the embeddings of two positions, and the embeddings |
-    | Transformer-XL's terms | those at q = k = 0: v . W r(i - j) / sqrt(d) |
+    | bias | B of each head |
+    | bias under `dape-bias` | also B + f(B), because no score enters f |
+    | rotation | the score of q = k = ones / sqrt(d), and the score of each pair of dimensions |
+    | embedding | the cosine between the embeddings of two positions, and the embeddings |
+    | Transformer-XL's terms | the terms at q = k = 0, v . W r(i - j) / sqrt(d) |
 
     Raises:
-        UserError: for an unknown scheme, or one that tells nothing of position without data.
+        UserError: for an unknown scheme, or a scheme without a picture.
     """
     scheme = resolve(name)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -61,7 +61,7 @@ def draw(name: str, view: View) -> "Figure":
 
 
 def _rows(name: str, modules: Modules, view: View) -> list[Row]:
-    """Return what is drawn of the place that has something: no scheme takes two of them."""
+    """Return the drawing of the only place of a scheme with a picture."""
     embedding, rotation, bias, adapter = (modules[place] for place in PLACES)
     base = split(name)[1]
     if bias is not None:
@@ -127,7 +127,7 @@ def _without_data(adapter: TransformerXL) -> Values:
 
 
 def _rotation_row(name: str, rotation: RoPE, view: View) -> Row:
-    """Return the scores of ones: of each pair that turns they have the cosine of its angle."""
+    """Return the scores of vectors of ones: the cosine of the angle for each turned pair."""
     every, some = torch.arange(view.length), _sample(view.length)
     lines = {}
     if name != "rope":
@@ -152,7 +152,7 @@ def _rotation_row(name: str, rotation: RoPE, view: View) -> Row:
 
 
 def _products(rotation: RoPE, view: View, positions: Tensor) -> Tensor:
-    """Return what each dimension adds to the scores of the last query: [distance, head_dim]."""
+    """Return the part of each dimension in the scores of the last query: [distance, head_dim]."""
     query, key = _turned(rotation, view, positions)
     return (query[-1] * key).flip(0)
 
@@ -190,7 +190,7 @@ def _sample(length: int) -> Tensor:
 
 
 def _matrix(title: str, values: Tensor, positions: Tensor) -> Map:
-    """Return a map of the keys that each query sees."""
+    """Return a map of the visible keys of each query."""
     hidden = positions[None, :] > positions[:, None]
     axis = positions.numpy()
     masked = np.ma.masked_array(values.numpy(), hidden.numpy())
@@ -209,7 +209,7 @@ def _cited(scheme: Scheme) -> str:
 
 
 def _caption(scheme: Scheme, modules: Modules, view: View) -> str:
-    """Return the formula, as the class of the encoding has it, and what a reader must know."""
+    """Return the formula from the docstring of the class, and notes for a reader."""
     place = next(place for place in PLACES if modules[place] is not None)
     drawn, options = modules[place], getattr(scheme, place).options
     notes = [(inspect.getdoc(drawn) or "").partition("\n")[0].replace("`", "")]

@@ -1,4 +1,4 @@
-"""What lm-eval measured, as a table."""
+"""Scores of lm-eval as a table."""
 
 from collections.abc import Sequence
 

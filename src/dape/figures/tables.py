@@ -19,7 +19,7 @@ NOTHING = "—"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, a header, rows of as many cells, and what must be known to read them."""
+    """A title, a header, rows of cells, and a note for the reader."""
 
     title: str
     header: list[str]
@@ -34,9 +34,9 @@ class Table:
         return f"**{markdown(self.title)}**\n\n" + "\n".join(lines) + f"\n\n{markdown(self.note)}"
 
     def show(self) -> None:
-        """Print the table, with deviations under their means, as wide as it must be.
+        """Print the table in full width, with deviations under means.
 
-        A screen too narrow for that breaks lines, where rich would cut digits off.
+        A narrow screen breaks lines, where rich would cut digits off.
         """
         from rich import box
         from rich.console import Console
@@ -81,7 +81,7 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
 
 
 def describe_targets(groups: Sequence[Group]) -> str:
-    """Return in a sentence what was scored, and with how much context."""
+    """Return a sentence about the scored tokens and their context."""
     targets = groups[0].evaluations[0].targets
     windows = {
         "last": f"the last {targets.block:,} tokens of each window",
@@ -97,7 +97,7 @@ def describe_targets(groups: Sequence[Group]) -> str:
 
 
 def refusal(label: str, refused: Mapping[int, str]) -> str:
-    """Return in a sentence which lengths were refused, with the reason given at the shortest."""
+    """Return a sentence about refused lengths, with the reason at the shortest."""
     lengths = ", ".join(f"{length:,}" for length in sorted(refused))
     return f"{NOTHING} {label} refused {lengths} tokens: {refused[min(refused)]}."
 
@@ -131,9 +131,9 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
 
 
 def change(comparison: Comparison | None) -> str:
-    """Return by how many percent the candidate's perplexity differs, as `-12.3 %`.
+    """Return the change of the candidate's perplexity in percent, as `-12.3 %`.
 
-    With several seeds that is the ratio of geometric means.
+    With several seeds the change is the ratio of geometric means.
     """
     if comparison is None:
         return NOTHING
@@ -141,7 +141,7 @@ def change(comparison: Comparison | None) -> str:
 
 
 def p_value(test: PairedTest | None) -> str:
-    """Return a p-value with two significant digits, or that it is below what the test can show."""
+    """Return a p-value with two significant digits, or the bound of the test."""
     if test is None:
         return NOTHING
     if test.p_value <= test.least:
@@ -167,7 +167,7 @@ def _cell(values: Float[np.ndarray, " seeds"], metric: str) -> str:
 
 
 def number(value: float | None, metric: str = "perplexity") -> str:
-    """Return a value of the metric with the digits that are worth reading."""
+    """Return a value of the metric with the significant digits."""
     if value is None:
         return NOTHING
     if metric != "perplexity":

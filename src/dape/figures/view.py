@@ -16,15 +16,15 @@ class View:
     heads: int = 12
     """number of heads"""
     head_dim: int = 64
-    """width of a head; that of the model is `heads` times as much"""
+    """width of a head; the model is `heads` times as wide"""
     train_length: int = 128
-    """length of training, L, for encodings that know it"""
+    """training length L, for encodings that depend on L"""
     length: int = 512
-    """how many positions are drawn"""
+    """number of positions to draw"""
     matrices: tuple[int, ...] = ()
-    """heads, from 1, whose matrix is drawn; by default the first, one between, and the last"""
+    """heads, from 1, drawn as a matrix; default the first, one between and the last"""
     seed: int = 0
-    """seed of learnable parameters, which are drawn as they start"""
+    """seed of learnable parameters, drawn before training"""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""

@@ -1,8 +1,8 @@
-"""How transformers' Auto classes come to know `dape` by `import dape`, which imports neither.
+"""Registration with the Auto classes by `import dape`, without import of transformers.
 
-Python asks the finders of `sys.meta_path` for each module it imports. Ours answers for one alone,
-that of `AutoConfig`: it lets the others find it, and adds to its loading the import of
-`DapeConfig`, which registers itself.
+Python asks the finders of `sys.meta_path` for each imported module. The finder of `dape` answers
+only for the module of `AutoConfig`. The finder lets the standard finders find the module, and adds
+the import of `DapeConfig` to its loading. `DapeConfig` then registers the models.
 """
 
 import sys
@@ -16,10 +16,10 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 class Announcement(MetaPathFinder):
-    """Finds the module of `AutoConfig` as Python would, with `dape` registered once it is run."""
+    """Finds the module of `AutoConfig` as Python does, and registers `dape` after its import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """Return what the other finders find; None, which is no answer, for other modules."""
+        """Return the result of the standard finders for `AutoConfig`, else None."""
         if fullname != AUTO_CONFIG:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -37,7 +37,7 @@ class Announcement(MetaPathFinder):
 
 
 def announce() -> None:
-    """Register with the Auto classes: now if they are there, else when they are imported."""
+    """Register with the Auto classes, now or at their import."""
     if AUTO_CONFIG in sys.modules:
         import_module("dape.model.configuration")
     else:

@@ -17,7 +17,7 @@ from dape.positions import scheme
 
 BLOCKS = ("paper", "modern")
 SHIM = Path(__file__).with_name("shim.py")
-# Where a process that never imported this package finds the classes: in the copy of the shim.
+# The copy of the shim in a saved folder holds the classes for processes without `import dape`.
 AUTO_MAP = {
     "AutoConfig": "modeling_dape.DapeConfig",
     "AutoModel": "modeling_dape.DapeModel",
@@ -49,27 +49,32 @@ _FOREIGN = frozenset(
 @no_type_check  # by jaxtyping's hook, which knows no keys but the fields; `strict` checks those
 @strict
 class DapeConfig(PreTrainedConfig):
-    """Sizes of the model and the scheme by which position enters it.
+    """The configuration of a DAPE language model: sizes, block and scheme.
 
     Args:
         vocab_size: entries of the embedding.
-        hidden_size: width of the residual stream.
+        hidden_size: width C of the residual stream.
         num_hidden_layers: number of blocks.
-        num_attention_heads: query heads H; `hidden_size / H` is the head dimension.
-        num_key_value_heads: key and value heads, which must divide H; as many by default.
-        block: `paper` (layer norm, GELU, biases everywhere) or `modern` (RMS norm, SwiGLU, no
-            biases: Llama's).
+        num_attention_heads: number of query heads H; `hidden_size / H` is the width of a head.
+        num_key_value_heads: number of key and value heads, which must divide H; H by default.
+        block: `paper` (layer norm, GELU, biases) or `modern` (RMS norm, SwiGLU, no biases, as
+            Llama).
         intermediate_size: width of the feed-forward layer, by default `4 * hidden_size`; in the
-            modern block, which has three matrices there, 2/3 of that, up to a multiple of 64.
-        scheme: where position enters, such as `dape-kerple`; `dape info schemes` lists them.
-        scheme_options: per place (`embedding`, `rotation`, `bias`, `adapter`), options of its
-            module, such as `{"adapter": {"hidden": 32}}`.
-        train_length: tokens per training sequence. It informs schemes that scale by it and never
-            limits how long a sequence the model reads.
-        causal: whether a token sees only those before it. Without it the model reads both ways, and
+            modern block, with three matrices, 8/3 of `hidden_size`, up to a multiple of 64.
+        scheme: the position encoding, such as `dape-kerple`; `dape info schemes` lists all.
+        scheme_options: options for each place (`embedding`, `rotation`, `bias`, `adapter`), such as
+            `{"adapter": {"hidden": 32}}`.
+        train_length: tokens of a training sequence, for schemes that depend on the training length;
+            the model reads sequences of any length.
+        causal: whether a token sees only earlier tokens; with False the model reads both ways, and
             the distance in every bias is |i - j|.
-        layer_norm_eps: added to the variance, or the mean square, in each norm.
-        backend: how attention is computed, as in `dape.attention`.
+        layer_norm_eps: number added to the variance, or the mean square, in each norm.
+        backend: backend of attention, as in `dape.attention`.
+        use_cache: whether a forward pass returns a cache of keys and values.
+        tie_word_embeddings: whether input and output embedding are one matrix.
+        bos_token_id: id of the token for the beginning of a text.
+        eos_token_id: id of the token, or ids of the tokens, for the end of a text.
+        pad_token_id: id of the token for padding.
 
     Raises:
         UserError: for an unknown key, block, scheme or option, or sizes that do not divide.
@@ -106,15 +111,15 @@ class DapeConfig(PreTrainedConfig):
         self.check()
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
-        # Who holds a configuration may hand it to an Auto class, which must know the models by
-        # then. They build on the Auto classes, so those cannot bring them along.
+        # An Auto class may get this configuration next, and must know the models by then. The
+        # models import the Auto classes, so the Auto classes cannot import the models.
         import_module("dape.model.huggingface")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration of a file, without keys that other tools wrote into it.
 
-        A warning names these keys; a constructor refuses them.
+        A warning names foreign keys. The constructor refuses foreign keys.
         """
         known = _FOREIGN.union(key.name for key in fields(cls))
         if foreign := sorted(config_dict.keys() - known):
@@ -164,7 +169,7 @@ class DapeConfig(PreTrainedConfig):
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """What a module of a scheme may want to know about the model."""
+        """The dimensions of the model that a module of a scheme can take by name."""
         return {
             "num_heads": self.num_attention_heads,
             "head_dim": self.head_dim,
@@ -173,7 +178,11 @@ class DapeConfig(PreTrainedConfig):
         }
 
     def check(self) -> None:
-        """Raise a `UserError` for values that cannot be, naming the field and the remedy."""
+        """Check all values.
+
+        Raises:
+            UserError: for an impossible value, with the field and the remedy.
+        """
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         for name in (*sizes, "intermediate_size"):
             value = getattr(self, name)

@@ -1,7 +1,7 @@
-"""The models at home in transformers: importing this makes its Auto classes know them.
+"""Registration of the models with the Auto classes of transformers.
 
-`import dape` leads here: `dape.model.announce` brings the configuration along with the Auto
-classes, and the first `DapeConfig` brings the models.
+`import dape` imports this module late. `dape.model.announce` imports the configuration together
+with the Auto classes, and the first `DapeConfig` imports the models.
 """
 
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -16,7 +16,13 @@ from dape.model.modeling import DapeForCausalLM, DapeModel, DapePreTrainedModel
 
 
 class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTrainedModel):
-    """The decoder stack with `num_labels` scores, read at the last token that is no padding."""
+    """A classifier, from token ids `[B, T]` to scores `[B, num_labels]` at the last token.
+
+    The last token is the last before padding.
+
+    Args:
+        config: the configuration, with `num_labels` and `pad_token_id`.
+    """
 
 
 for auto_class, model_class in (

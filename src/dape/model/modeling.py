@@ -1,10 +1,11 @@
-"""A language model whose only notion of position is its scheme.
+"""A language model that takes position from its scheme alone.
 
-- pre-norm decoder: norm, attention, norm, feed-forward; the paper's block has layer norms, GELU and
-  biases everywhere, the modern one Llama's RMS norms, SwiGLU and no biases
-- position enters at the four places of `dape.positions`; bias and adapter, one per layer, float32
-- attention through `dape.attention`: grouped key-value heads, cache, padding; any length
-- embedding and output layer untied unless asked; the paper's GPT-NeoX initialisation
+- pre-norm decoder of norm, attention, norm and feed-forward; the paper's block has layer norms,
+  GELU and biases, and the modern block has Llama's RMS norms, SwiGLU and no biases
+- position enters at the four places of `dape.positions`; every layer has its own bias and adapter,
+  in float32
+- attention by `dape.attention`, with grouped heads, cache and padding, at any length
+- embedding and output layer are untied by default, with the paper's GPT-NeoX initialisation
 """
 
 import math
@@ -23,11 +24,13 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from dape.attention import attention
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import packed_documents, refuse_unused
 from dape.model.configuration import DapeConfig
-from dape.model.whereabouts import whereabouts
+from dape.model.masking import masking, part_of_sequence
 from dape.positions import scheme
+from dape.positions.rotary import RandomizedRoPE
 
 INTO_STREAM = "into_stream"
 
@@ -84,6 +87,7 @@ class DapeAttention(nn.Module):
         causal: bool = True,
         past_key_values: Cache | None = None,
         output_attentions: bool = False,
+        context_parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mixed hidden states `[B, T, C]`, and the weights if asked for."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -91,13 +95,16 @@ class DapeAttention(nn.Module):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, Hkv, T, d]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         if self.rotation is not None:
-            slots = torch.arange(query.shape[2], device=query.device) + query_offset
+            index = torch.arange(query.shape[2], device=query.device) + query_offset
             query, key = self.rotation(
-                query, key, slots if query_positions is None else query_positions
+                query, key, index if query_positions is None else query_positions
             )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out = attention(
+        operator: Any = attention
+        if context_parallel is not None:  # which knows the positions of its queries and keys
+            operator, query_positions = context_parallel.attention, None
+        out = operator(
             query,
             key,
             value,
@@ -150,7 +157,7 @@ class DapeDecoderLayer(GradientCheckpointingLayer):
 
 
 class DapePreTrainedModel(PreTrainedModel):
-    """What the models share: names for loading, sharding and recording, and the initialisation."""
+    """The base of the models: names for loading, sharding and recording, and initialisation."""
 
     config: DapeConfig
     base_model_prefix = "model"
@@ -202,16 +209,23 @@ class DapePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Let `set_attn_implementation` ask the method above, and not just warn."""
+        """Let `set_attn_implementation` call the method above, which raises an error."""
         return True
 
 
 class DapeModel(DapePreTrainedModel):
-    """The decoder stack: token ids to hidden states."""
+    """The stack of blocks, from token ids `[B, T]` to hidden states `[B, T, C]`.
+
+    Args:
+        config: the configuration; `causal=False` reads both ways.
+
+    Raises:
+        UserError: for impossible values in the configuration.
+    """
 
     def __init__(self, config: DapeConfig) -> None:
         super().__init__(config)
-        config.check()  # again: its fields may have been set since
+        config.check()  # fields may have changed since the constructor
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = scheme.resolve(config.scheme).build(
             "embedding", config.dimensions, config.scheme_options
@@ -237,17 +251,33 @@ class DapeModel(DapePreTrainedModel):
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
+        context_parallel: ContextParallel | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states `[B, T, C]` and the cache.
 
-        `attention_mask` is 1 or true for tokens that may be seen: `[B, Tk]`, keys in the cache
-        included, or `[B, 1, T, Tk]`, which is taken as it is, causal or not. Positions count the
-        visible tokens unless `position_ids` are given, `[B, T]` or `[B, Tk]`.
+        Args:
+            input_ids: token ids `[B, T]`.
+            attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
+                `[B, 1, T, Tk]`, which replaces the causal mask.
+            position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
+                default.
+            past_key_values: the cache of earlier keys and values.
+            inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
+            use_cache: whether to return a cache.
+            output_attentions: whether to return softmax weights, from whole matrices.
+            seq_idx: number of the document of each token, `[B, T]`, for packed rows.
+            cu_seq_lens_q: bounds of the documents in a packed row.
+            cu_seq_lens_k: as `cu_seq_lens_q`, and equal to it.
+            kwargs: refused, unless they are without effect.
 
-        Documents packed in one row are computed as if alone. They are told apart by `seq_idx`
-        `[B, T]`, their number at each token, by `cu_seq_lens_q`, their bounds, or where no
-        `attention_mask` is given by `position_ids` that do not count on by one, as in transformers.
+        Documents packed in one row are computed as if alone. `seq_idx` `[B, T]` numbers the
+        document of each token, and `cu_seq_lens_q` holds the bounds of the documents. Without
+        either and without `attention_mask`, a document begins where `position_ids` do not count on
+        by one, as in transformers.
+
+        With `context_parallel` the tokens are one device's part of sequences without padding, and
+        all its devices call the model at once.
 
         Raises:
             UserError: for arguments that do not fit, and for one that the model would not use.
@@ -262,14 +292,19 @@ class DapeModel(DapePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
-        where = whereabouts(
-            hidden_states, attention_mask, position_ids, past_key_values, self.relative, documents
-        )
+        given = (attention_mask, position_ids, past_key_values, documents)
+        if context_parallel is None:
+            where = masking(hidden_states, *given[:3], self.relative, documents)
+        else:
+            first = cast(DapeDecoderLayer, self.layers[0]).self_attn
+            if self.training and isinstance(first.rotation, RandomizedRoPE):
+                raise UserError("randomised positions are drawn for whole sequences on one device")
+            where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
             if positions is None:
-                slots = torch.arange(length, device=hidden_states.device)
-                positions = slots + where["query_offset"]
+                index = torch.arange(length, device=hidden_states.device)
+                positions = index + where["query_offset"]
             hidden_states = self.position_embedding(hidden_states, positions)
         for layer in self.layers:
             hidden_states = layer(
@@ -284,14 +319,17 @@ class DapeModel(DapePreTrainedModel):
 
     @property
     def relative(self) -> bool:
-        """Whether every part of the scheme sees differences of positions only."""
+        """Whether every part of the scheme depends on differences of positions alone."""
         attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
         parts = (self.position_embedding, attention.rotation, attention.position_bias)
         return all(part is None or bool(part.relative) for part in parts)
 
 
 class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
-    """The decoder stack with an output layer: token ids to logits and loss.
+    """A causal language model, from token ids `[B, T]` to logits `[B, T, V]` and loss.
+
+    Args:
+        config: the configuration, with `causal=True`.
 
     Raises:
         UserError: for a configuration with `causal=False`.
@@ -324,10 +362,22 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return logits `[B, T, V]`, and the mean loss of predicting `labels` if given.
+        """Return logits `[B, T, V]`, and with `labels` the mean loss in nats a token.
 
-        `labels[b, t]` is the token at t itself, shifted inside; -100 is not scored.
-        `logits_to_keep` is how many last positions get logits, all by default.
+        Args:
+            input_ids: token ids `[B, T]`.
+            attention_mask: as in `DapeModel.forward`.
+            position_ids: as in `DapeModel.forward`.
+            past_key_values: the cache of earlier keys and values.
+            inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
+            labels: token ids `[B, T]`, equal to `input_ids`; the method shifts labels by a token,
+                and -100 is not scored.
+            use_cache: whether to return a cache.
+            logits_to_keep: number of last tokens with logits, or their indices; 0 keeps all.
+            kwargs: further arguments of `DapeModel.forward`.
+
+        Raises:
+            UserError: as `DapeModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -361,7 +411,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Hand on the caller's positions whole: a bias needs those of the cached keys too."""
+        """Pass on all positions, because a bias needs the positions of the cached keys too."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -369,5 +419,5 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """Keep the padding mask: causality is the operator's own, also for a static cache."""
+        """Keep the padding mask; `dape.attention` adds causality, also for a static cache."""
         return attention_mask

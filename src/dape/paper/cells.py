@@ -2,10 +2,10 @@
 
 | word | meaning |
 |---|---|
-| arm | one line of a comparison: options over a recipe, usually the scheme alone |
-| setting | size of the model, corpus, training length and tokens: shared by all arms of a table |
-| cell | one arm in one setting with one seed: a training and its measurements |
-| step | one command of a cell, and the files of the run folder to keep |
+| arm | a row of a comparison, as options over a recipe, usually the scheme alone |
+| setting | size of the model, corpus, training length and tokens, shared by all arms of a table |
+| cell | an arm in a setting with a seed: a training and its measurements |
+| step | a command of a cell, and the files of the run folder to keep |
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ TRAINED = {path: path for path in (INSIDE.recipe, INSIDE.record, INSIDE.metrics)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all arms of a table share; `length` and `tokens` are those of the training."""
+    """The setting of a table, shared by all arms; `length` and `tokens` are of the training."""
 
     size: str
     corpus: str
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What a cell trains: `recipe` is what its record must show, `data` the corpus folder."""
+    """The training of a cell: the recipe that its record must show, and the corpus folder."""
 
     setting: Setting
     seed: int
@@ -58,11 +58,12 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Commands that belong together; of those that train a model the training is the first.
+    """The commands of a cell; a training is the first command.
 
-    home: folder of results; the run folder is runs/GROUP/NAME with GROUP the last part of `home`.
-    needs: name of the cell whose model this cell begins with.
-    minutes: about how long it takes on one H100, where no training tells.
+    Attributes:
+        home: folder of results, whose last part is GROUP in the run folder runs/GROUP/NAME.
+        needs: name of the cell that trains the base model.
+        minutes: estimated minutes on an H100, for a cell without a training.
     """
 
     home: Path
@@ -80,12 +81,12 @@ class Cell:
 
     @property
     def run(self) -> RunFolder:
-        """Return where it is trained and measured."""
+        """Return the run folder of the cell."""
         return run_folder(self.home, self.name)
 
     @property
     def record(self) -> RunFolder:
-        """Return where its small results are kept, laid out as a run folder."""
+        """Return the folder of small results, with the layout of a run folder."""
         return RunFolder(self.home / "cells" / self.name)
 
 
@@ -95,7 +96,7 @@ def run_folder(home: Path, name: str) -> RunFolder:
 
 
 def once(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the cells, each name once, with the steps that any of its namesakes has."""
+    """Return the cells without repeated names, with the steps of all cells of a name."""
     found: dict[tuple[Path, str], Cell] = {}
     for cell in cells:
         key = cell.home, cell.name

@@ -24,11 +24,12 @@ measured.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float
 
+from dape.chomsky.grid import Grid
 from dape.evaluate import context
 from dape.evaluate.compare import Group
 from dape.evaluate.context import ContextUse
@@ -42,6 +43,7 @@ from dape.paper.cells import Setting
 from dape.paper.panel import Panel
 from dape.paper.sweep import CONTEXT
 
+Evidence = Sequence[Panel | Grid]  # what was measured
 Documents = Float[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
@@ -74,10 +76,10 @@ class Better:
     times: int = 1
     corpus: str | None = None
 
-    def find(self, panels: Sequence[Panel]) -> Finding | None:
+    def find(self, evidence: Evidence) -> Finding | None:
         """Return what the records say, None if they do not."""
         length = self.setting.length * self.times
-        panel = _panel(panels, self.setting, self.corpus)
+        panel = _panel(evidence, self.setting, self.corpus)
         candidate, baseline = (
             _measured(panel, arm, length) for arm in (self.candidate, self.baseline)
         )
@@ -92,6 +94,10 @@ class Better:
             test=test,
         )
 
+    def moved(self, move: Callable[[Setting], Setting]) -> "Better":
+        """Return the check in another setting, measured on its own corpus."""
+        return replace(self, setting=move(self.setting), corpus=None)
+
 
 @dataclass(frozen=True, slots=True)
 class Rise:
@@ -103,10 +109,10 @@ class Rise:
     rises: bool
     corpus: str | None = None
 
-    def find(self, panels: Sequence[Panel]) -> Finding | None:
+    def find(self, evidence: Evidence) -> Finding | None:
         """Return what the records say, None if they do not."""
         length = self.setting.length * self.times
-        group = _measured(_panel(panels, self.setting, self.corpus), self.arm, length)
+        group = _measured(_panel(evidence, self.setting, self.corpus), self.arm, length)
         if group is None:
             return None
         best = best_length(group, length)
@@ -119,6 +125,10 @@ class Rise:
             test=test,
         )
 
+    def moved(self, move: Callable[[Setting], Setting]) -> "Rise":
+        """Return the check in another setting, measured on its own corpus."""
+        return replace(self, setting=move(self.setting), corpus=None)
+
 
 @dataclass(frozen=True, slots=True)
 class Uses:
@@ -128,9 +138,9 @@ class Uses:
     setting: Setting
     corpus: str | None = None
 
-    def find(self, panels: Sequence[Panel]) -> Finding | None:
+    def find(self, evidence: Evidence) -> Finding | None:
         """Return what the records say, None if they do not."""
-        panel = _panel(panels, self.setting, self.corpus)
+        panel = _panel(evidence, self.setting, self.corpus)
         cells = [cell for cell in panel.cells if cell.arm == self.arm] if panel else []
         files = [cell.record.path / CONTEXT for cell in cells]
         records = [context.load(file) for file in files if file.is_file()]
@@ -150,6 +160,10 @@ class Uses:
             test=test,
         )
 
+    def moved(self, move: Callable[[Setting], Setting]) -> "Uses":
+        """Return the check in another setting, measured on its own corpus."""
+        return replace(self, setting=move(self.setting), corpus=None)
+
 
 def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Documents]:
     """Return the far tokens of each document, and their losses in the shortest and longest window.
@@ -162,7 +176,14 @@ def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Doc
     return tokens, losses[0], losses[-1]
 
 
-Check = Better | Rise | Uses
+class Check(Protocol):
+    """A rule that decides a claim, or a part of one."""
+
+    def find(self, evidence: Evidence) -> Finding | None:
+        """Return what the records say, None if they do not."""
+
+    def moved(self, move: Callable[[Setting], Setting]) -> "Check":
+        """Return the check in another setting, measured on its own corpus."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +196,7 @@ class Claim:
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Claim":
         """Return the claim about other settings, measured on their own corpora."""
-        checks = (replace(each, setting=move(each.setting), corpus=None) for each in self.checks)
+        checks = (each.moved(move) for each in self.checks)
         return replace(self, checks=tuple(dict.fromkeys(checks)))
 
 
@@ -194,9 +215,9 @@ class Verdict:
         return max(decisive, key=lambda each: each.test.p_value, default=None)
 
 
-def judge(claim: Claim, panels: Sequence[Panel]) -> Verdict:
+def judge(claim: Claim, evidence: Evidence) -> Verdict:
     """Return the verdict on a claim."""
-    found = [check.find(panels) for check in claim.checks]
+    found = [check.find(evidence) for check in claim.checks]
     findings = tuple(each for each in found if each is not None)
     outcomes = {each.outcome for each in findings}
     worst: list[Outcome] = [each for each in _FROM_THE_WORST if each in outcomes] or [
@@ -250,8 +271,9 @@ def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
     return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
 
 
-def _panel(panels: Sequence[Panel], setting: Setting, corpus: str | None) -> Panel | None:
+def _panel(evidence: Evidence, setting: Setting, corpus: str | None) -> Panel | None:
     place = setting, corpus or setting.corpus
+    panels = (each for each in evidence if isinstance(each, Panel))
     return next((each for each in panels if (each.setting, each.corpus) == place), None)
 
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 from dape.paper.cells import Cell, Setting, once
 from dape.paper.claims import Claim
-from dape.paper.sweep import TINY, Part
+from dape.paper.encoders import Encoders
+from dape.paper.sweep import TINY, Bench, Sweep, Tuning
+
+Part = Sweep | Tuning | Bench | Encoders
 
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
     """A table and a figure for each setting of its parts, and the claims they decide.
 
-    `shows` says what it reproduces, `sections` what its results are (`sections.SECTIONS`). They lie
+    `shows` says what it reproduces, `sections` what its results are (`results.SECTIONS`). They lie
     in `folder`, records of cells in `home`, which experiments share.
     """
 

@@ -7,7 +7,7 @@ from typing import get_args
 
 from dape.figures.report import embedded
 from dape.figures.tables import Table, p_value
-from dape.paper import claims
+from dape.paper import chomsky, claims
 from dape.paper.cells import once
 from dape.paper.claims import Outcome
 from dape.paper.record import minutes
@@ -34,7 +34,7 @@ def page(found: Sequence[Results], beside: Table) -> str:
         absent=[each for each in found if not each.cells],
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
         minutes=minutes(once(cell for each in found for cell in each.cells)),
-        rules=(claims.__doc__ or "").partition("\n\n")[2],
+        rules="\n".join((each.__doc__ or "").partition("\n\n")[2] for each in (claims, chomsky)),
         beside=beside,
         published=f", {OURS}",
         p_value=p_value,

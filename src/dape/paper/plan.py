@@ -1,4 +1,4 @@
-"""Which cells of an experiment are finished, which are missing, and what the missing ones cost."""
+"""The plan of an experiment: finished cells, missing cells, and the cost of missing cells."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ AROUND = {"small": 1.5, "125m": 2.0, "350m": 3.0}
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A cell, its state, and the GPU minutes that it took or will take (None: unknown)."""
+    """A cell, its state, and its GPU minutes, spent or estimated (None if unknown)."""
 
     cell: Cell
     state: State
@@ -56,8 +56,8 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
 def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
     """Return the cells to run, the longest first: of the arms `only`, if any are named.
 
-    With `retry` that includes cells that diverged or ran out of memory. A finished cell is run
-    again if another begins with its model and the model is not here.
+    With `retry`, cells that diverged or ran out of memory run again. A finished cell runs again if
+    a second cell needs its model and the model is missing.
     """
     chosen = [
         each
@@ -74,7 +74,7 @@ def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = F
 
 
 def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Return the cells that cannot be trained here, by the folder where their corpus is not."""
+    """Return the cells without a corpus on this machine, by the missing folder."""
     here, found = record.checksums(cells), dict[str, list[Cell]]()
     for cell in cells:
         if cell.training and cell.training.data not in here:
@@ -98,7 +98,7 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
 
 
 def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
-    """Return the minutes that a cell will take: as others of its arm and size did, or the table."""
+    """Return the estimated minutes of a cell, from finished cells like it or from a table."""
     setting = cell.setting
     if setting is None:
         return cell.minutes

@@ -1,20 +1,21 @@
-"""What is kept of a cell when its weights are gone, and whether it is finished.
+"""The record of a cell without weights, and whether the cell is finished.
 
-The record is laid out as a run folder: recipe, run.json, metrics, evaluations. Beside them lie the
-output of the commands and `cell.json`, which says how the cell ended.
+The record has the layout of a run folder: recipe, run.json, metrics, evaluations. The output of the
+commands and `cell.json`, the end of the cell, are files of the record too.
 """
 
 import math
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import read_json, remove, write_json
+from dape.files import locked, read_json, remove, write_json
 from dape.paper.cells import Cell, Step
 from dape.train import recipe as recipes
 
@@ -23,13 +24,15 @@ State = Literal["finished", "failed", "missing", "changed"]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a cell ended.
+    """The end of a cell.
 
-    commands: the command that left each file, by its place in the record.
-    seconds: of each command.
-    error: why the cell ended before its last command, if the reason lies in the model: it diverged,
-        or memory did not suffice. Such a cell is a result and is not run again.
-    checksum, train_tokens: of the corpus; None and 0 without a training.
+    Attributes:
+        commands: the command of each file, by the path in the record.
+        seconds: seconds of each command.
+        error: divergence or lack of memory, which ended the cell early. A cell with an error is a
+            result and does not run again.
+        checksum: checksum of the corpus; None without a training.
+        train_tokens: tokens of the corpus; 0 without a training.
     """
 
     commands: dict[str, str]
@@ -50,24 +53,24 @@ def log(cell: Cell) -> Path:
 
 
 def read(cell: Cell) -> End:
-    """Return how a cell ended.
+    """Return the end of a cell.
 
     Raises:
-        UserError: if it has not.
+        UserError: for an unfinished cell.
     """
     return read_json(_file(cell), lambda content: End(**content), "run the cell again")
 
 
 def minutes(cells: Iterable[Cell]) -> float:
-    """Return the minutes of one device that cells took, which have ended."""
+    """Return the minutes of a device that ended cells took."""
     return math.fsum(read(cell).minutes for cell in cells)
 
 
 def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     """Return whether a cell is finished.
 
-    `checksums` holds those of the corpora that are here, by folder. A record of another recipe,
-    other data or another measurement makes the cell `changed`: it is to be run again.
+    `checksums` holds the checksums of the corpora on this machine, by folder. A cell whose record
+    differs in recipe, data or measurement is `changed`, and must run again.
     """
     if not _file(cell).is_file():
         return "missing"
@@ -79,15 +82,30 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     return "finished" if _measured(cell, end) else "changed"
 
 
+def claimed(cell: Cell) -> AbstractContextManager[None]:
+    """Return the lock on a cell, among processes that share results.
+
+    Raises:
+        UserError: on entry, if a second process has the lock.
+    """
+    return locked(cell.home / ".claims" / cell.name, f"another process runs {cell.name}")
+
+
+def ended(cell: Cell) -> int | None:
+    """Return the time at which a cell ended last, in nanoseconds, or None."""
+    file = _file(cell)
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
 def prepare(cell: Cell) -> None:
-    """Make the folder of the record, without what another recipe left in it."""
+    """Make the folder of the record, without files of a different recipe."""
     if _other_recipe(cell):
         remove(cell.record.path)
     cell.record.path.mkdir(parents=True, exist_ok=True)
 
 
 def collect(cell: Cell, step: Step) -> None:
-    """Copy what a step keeps, as far as it is there, from the run folder to the record."""
+    """Copy existing files of a step from the run folder to the record."""
     for kept, place in step.keeps.items():
         if (cell.run.path / place).is_file():
             target = cell.record.path / kept
@@ -96,9 +114,9 @@ def collect(cell: Cell, step: Step) -> None:
 
 
 def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
-    """Write how a cell ended, beside what was measured of it before.
+    """Write the end of a cell, together with earlier measurements.
 
-    A training that was interrupted took the seconds that its own record says.
+    For an interrupted training, the run's own record gives the seconds.
     """
     before = read(cell) if _file(cell).is_file() else None
     commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
@@ -121,18 +139,18 @@ def write(cell: Cell, end: End) -> None:
 
 
 def discard(cell: Cell) -> None:
-    """Delete the weights of a cell: its checkpoints and its model."""
+    """Delete checkpoints and model of a cell."""
     remove(cell.run.checkpoints)
     remove(cell.run.model)
 
 
 def command(step: Step) -> str:
-    """Return the command of a step as a reader types it."""
+    """Return the command of a step as words for a shell."""
     return shlex.join(["dape", *step.words])
 
 
 def checksums(cells: Sequence[Cell]) -> dict[str, str]:
-    """Return the checksums of the cells' corpora that are here, by folder."""
+    """Return the checksums of the cells' corpora on this machine, by folder."""
     found = {}
     for folder in dict.fromkeys(cell.training.data for cell in cells if cell.training):
         try:
@@ -160,7 +178,7 @@ def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
 
 
 def _measured(cell: Cell, end: End) -> bool:
-    """Return whether the record holds what the commands leave, those after a training as given."""
+    """Return whether the record holds the files of all commands, measured as asked."""
     measures = cell.steps[1:] if cell.training else cell.steps
     kept = [cell.record.path / path for step in cell.steps for path in step.keeps]
     return all(path.is_file() for path in kept) and all(

@@ -1,4 +1,4 @@
-"""What is known of an experiment: sections with figures and tables, and verdicts."""
+"""The results of an experiment: sections with figures and tables, and verdicts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ from typing import Any
 from dape.figures.style import save
 from dape.figures.tables import Table, p_value
 from dape.files import write_json, write_text
-from dape.paper import record
+from dape.paper import chomsky, record, sections
 from dape.paper.cells import Cell
-from dape.paper.claims import Verdict, judge
+from dape.paper.claims import Evidence, Verdict, judge
 from dape.paper.experiment import Experiment
 from dape.paper.panel import Panel, panels
-from dape.paper.sections import SECTIONS, Section
+from dape.paper.sections import Section
 
+SECTIONS = sections.SECTIONS | chomsky.SECTIONS
 TABLE, VERDICTS = "table.md", "verdicts.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What is known of an experiment: finished or failed cells, sections and verdicts."""
+    """The results of an experiment: finished or failed cells, sections and verdicts."""
 
     experiment: Experiment
     cells: tuple[Cell, ...]
@@ -86,12 +87,13 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
     here = record.checksums(cells)
     ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
     found = tuple(panels(ended))
+    evidence: Evidence = (*found, *chomsky.grids(ended))
     return Results(
         experiment,
         ended,
         found,
         tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
-        tuple(judge(claim, found) for claim in experiment.claims),
+        tuple(judge(claim, evidence) for claim in experiment.claims),
     )
 
 

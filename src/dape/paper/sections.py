@@ -31,7 +31,7 @@ OURS = "published"  # ends the label of a row that is not ours
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Tables that belong together, their figure, and what both show."""
+    """Related tables, their figure and its caption."""
 
     name: str
     tables: tuple[Table, ...]
@@ -144,7 +144,7 @@ def perplexities(panel: Panel) -> Table:
 
 
 def trainings(panel: Panel) -> Table:
-    """Return what the trainings of each arm reached and took, and which of them failed."""
+    """Return loss, cost and failures of the trainings of each arm."""
     rows = []
     for arm in panel.arms:
         cells = [cell for cell in panel.cells if cell.arm == arm]
@@ -169,7 +169,7 @@ def _published(panel: Panel, arm: str) -> list[Published]:
 
 
 def _places(panel: Panel) -> str:
-    """Return where the published numbers stand and how sure they are."""
+    """Return source and reliability of the published numbers."""
     known = [each for arm in panel.arms for each in _published(panel, arm)]
     if not known:
         return ""

@@ -1,12 +1,13 @@
-"""Cells on devices: each runs its commands on a device of its own, the others go on if it fails."""
+"""Cells on devices: a cell runs its commands on a device, and a failure stops no further cell."""
 
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -23,7 +24,7 @@ ERROR = "dape: error: "
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a cell ended here: `error` is None if all its commands did what they should."""
+    """The end of a cell; `error` is None if all commands succeeded."""
 
     cell: Cell
     device: str
@@ -33,9 +34,10 @@ class Outcome:
 
 @dataclass(slots=True)
 class Workers:
-    """The processes that run now, so that an interruption can end them.
+    """The running processes, which an interruption must end.
 
-    `program` is what runs a command: its words are put after it.
+    Args:
+        program: words of the program, before the words of a command.
     """
 
     program: Sequence[str] = (sys.executable, "-m", "dape")
@@ -63,7 +65,7 @@ class Workers:
             self.running.discard(process)
 
     def stop(self) -> None:
-        """End what runs, and start nothing more."""
+        """End all processes, and start no more."""
         with self.lock:
             self.stopped = True
             for process in list(self.running):
@@ -71,7 +73,7 @@ class Workers:
 
 
 def devices() -> list[str]:
-    """Return the GPUs there are, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
+    """Return the visible GPUs, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
     import torch
 
     count = torch.cuda.device_count()
@@ -87,12 +89,14 @@ def spread(
     minutes: float | None = None,
     weights: bool = True,
 ) -> list[Outcome]:
-    """Run the cells in their order, one at a time on each device, and return how each ended.
+    """Run the cells in order, one at a time on each device, and return their ends.
 
-    After `minutes` no further cell starts. Without `weights` those of a finished cell are deleted.
-    An interruption ends the processes; what they had saved is there for the next time.
+    After `minutes` no cell starts. Without `weights`, the weights of a finished cell are deleted.
+    An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells
+    that run or ended in a second process are left out.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    before = {cell.name: record.ended(cell) for cell in cells}
     waiting, free = list(cells), list(devices)
     needed = {cell.needs for cell in cells}
     running: dict[Future[Outcome], Cell] = {}
@@ -101,13 +105,13 @@ def spread(
         try:
             while True:
                 while free and time.monotonic() < deadline:
-                    cell = _ready(waiting, running.values())
-                    if cell is None:
+                    claimed = _claim(waiting, running.values(), before)
+                    if claimed is None:
                         break
-                    waiting.remove(cell)
+                    cell, claim = claimed
                     say(f"{cell.name} starts on {free[0]}")
                     keep = weights or cell.name in needed
-                    running[pool.submit(_run, cell, free.pop(0), workers, keep)] = cell
+                    running[pool.submit(_run, cell, free.pop(0), workers, keep, claim)] = cell
                 if not running:
                     return ends
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -120,10 +124,24 @@ def spread(
             raise
 
 
-def _ready(waiting: Sequence[Cell], running: Collection[Cell]) -> Cell | None:
-    """Return the first cell whose model to begin with, if any, is not still to be trained."""
+def _claim(
+    waiting: list[Cell], running: Collection[Cell], before: Mapping[str, int | None]
+) -> tuple[Cell, ExitStack] | None:
+    """Take the first cell that can start off the list, with its lock.
+
+    A cell can start if its base model is trained, and no second process runs the cell. Cells that
+    ended in a second process leave the list too.
+    """
     pending = {cell.name for cell in (*waiting, *running)}
-    return next((cell for cell in waiting if cell.needs not in pending), None)
+    for cell in [each for each in waiting if each.needs not in pending]:
+        claim = ExitStack()
+        with suppress(UserError):
+            claim.enter_context(record.claimed(cell))
+            waiting.remove(cell)
+            if record.ended(cell) == before[cell.name]:
+                return cell, claim
+            claim.close()
+    return None
 
 
 def describe(end: Outcome) -> str:
@@ -132,20 +150,21 @@ def describe(end: Outcome) -> str:
     return f"{end.cell.name} {how} ({end.seconds / 60:.1f} min on {end.device})"
 
 
-def _run(cell: Cell, device: str, workers: Workers, weights: bool) -> Outcome:
-    """Run a cell; a disk or a record that fails is an outcome like any other."""
+def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitStack) -> Outcome:
+    """Run a cell and release its lock; a failing disk is an error of the cell."""
     begun = time.monotonic()
-    try:
-        error = _steps(cell, device, workers)
-        if not weights and _tells(error):
-            record.discard(cell)
-    except (OSError, UserError) as failure:
-        error = str(failure)
+    with claim:
+        try:
+            error = _steps(cell, device, workers)
+            if not weights and _tells(error):
+                record.discard(cell)
+        except (OSError, UserError) as failure:
+            error = str(failure)
     return Outcome(cell, device, time.monotonic() - begun, error)
 
 
 def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
-    """Run the commands one after the other, keep what they leave, and return their error."""
+    """Run the commands in order, keep their files, and return their error."""
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
@@ -161,12 +180,12 @@ def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
 
 
 def _tells(error: str | None) -> bool:
-    """Return whether a cell ended for a reason of its own, so that its end is a result."""
+    """Return whether the model is the reason of the error, so that the error is a result."""
     return error is None or bool(TELLING.search(error))
 
 
 def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
-    """Run one command, keep what it leaves, and return its error if it fails."""
+    """Run a command, keep its files, and return its error if it fails."""
     log = record.log(cell)
     with log.open("ab") as output:
         status = workers.call(step.words, device, output)
@@ -175,7 +194,7 @@ def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
 
 
 def _last_line(log: Path, status: int) -> str:
-    """Return the error that a command ended with: its line, or the last of a traceback."""
+    """Return the error of a command: its line, or the last line of a traceback."""
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix(ERROR) if lines else ""
     return f"{last} (status {status})" if last else f"status {status}"

@@ -236,9 +236,6 @@ class Bench:
         return replace(self, words=self.small)
 
 
-Part = Sweep | Tuning | Bench
-
-
 def data_folder(corpus: str, data: Mapping[str, str]) -> str:
     """Return the folder of a corpus."""
     return data.get(corpus, f"data/{corpus}")

@@ -1,1 +1,1 @@
-"""Where position enters a Transformer: one file per place, and the schemes that combine them."""
+"""Position encodings: a file for each of the four places, and schemes that combine them."""

@@ -1,8 +1,8 @@
-r"""Embeddings: what the position of a token adds to its vector, once, below all layers.
+r"""Embeddings: a vector of the position, added to the vector of a token below all layers.
 
-An embedding maps `x, positions -> x`; positions are `[T]`, or `[B, T]` where padding shifts them.
-Tables and sums are float32 or wider whatever the dtype of the model. None is `relative`: the
-logits depend on where a sequence starts to count.
+An embedding maps `x` `[B, T, C]` and positions `[T]` or `[B, T]` to `[B, T, C]`. Tables and sums
+are float32 or wider whatever the dtype of the model. No embedding is `relative`, because the logits
+depend on the first position of a sequence.
 """
 
 import math
@@ -20,7 +20,7 @@ def frequencies(
 ) -> Float[Tensor, "... pairs"]:
     r"""Return `base^(-2 i / width)` for the pairs i = 0 .. (width - 1) // 2, in radians a token.
 
-    The geometric progression of Vaswani et al. and of RoPE; `base` broadcasts against the pairs.
+    The geometric progression of Vaswani et al. and of RoPE. `base` broadcasts against the pairs.
     """
     return 1 / base ** (torch.arange(0, width, 2, dtype=dtype, device=device) / width)
 
@@ -28,11 +28,16 @@ def frequencies(
 class Sinusoidal(nn.Module):
     r"""Sinusoids: `s x + P(p)`, with `P_2i = sin(p w_i)`, `P_2i+1 = cos(p w_i)`.
 
-    w_i = 10000^(-2 i / C) of width C, at any position p (Vaswani et al., 2017, section 3.5). The
-    scale s of the vectors is `sqrt(C)` as in their section 3.4: with it vectors drawn with a
-    standard deviation of about `1 / sqrt(C)` are as large as the sinusoids; GPT-NeoX leaves it out,
-    and its tokens start 30 times smaller than their positions. It can be set where vectors come
-    scaled. Some codes put all sines before all cosines, which only renames the dimensions.
+    w_i = 10000^(-2 i / C) for width C, at any position p (Vaswani et al., 2017, section 3.5). The
+    scale s of the tokens is `sqrt(C)`, as in section 3.4 of the paper. Vectors drawn with a
+    standard deviation of about `1 / sqrt(C)` are then as large as the sinusoids. GPT-NeoX has no
+    scale, and tokens start 30 times smaller than positions. Other codes put all sines before all
+    cosines, which renames the dimensions.
+
+    Args:
+        hidden_size: width C of the model.
+        base: base of the frequencies.
+        token_scale: scale s of the tokens, `sqrt(hidden_size)` by default.
     """
 
     relative = False
@@ -47,7 +52,7 @@ class Sinusoidal(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch length width"], positions: Int[Tensor, "... length"]
     ) -> Float[Tensor, "batch length width"]:
-        """Return `s x + P(positions)`."""
+        """Return `s x + P(positions)` `[B, T, C]`."""
         width, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
         angles = positions[..., None] * frequencies(width, self.base, wide, x.device)
         waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
@@ -57,12 +62,16 @@ class Sinusoidal(nn.Module):
 class Learned(Wide):
     r"""Learned embeddings: `x + W_p`, a row for each position below `train_length`.
 
-    As in GPT-2 (Radford et al., 2019) and Gehring et al. (2017); there is nothing past the table.
-    W starts as the token embedding of GPT-NeoX does, N(0, 2 / (5 C)).
+    As in GPT-2 (Radford et al., 2019) and Gehring et al. (2017). W starts as the token embedding of
+    GPT-NeoX, N(0, 2 / (5 C)).
 
-    Reading positions makes the host wait for a GPU, and cannot be compiled. So in training on a GPU
-    and under `torch.compile` the length stands in for the largest position, which is exact unless
-    padding or `position_ids` shift them; the lookup itself then stops at what is outside.
+    A check of positions makes the host wait for a GPU, and cannot be compiled. In training on a GPU
+    and under `torch.compile`, the check takes the length for the largest position, which is exact
+    without padding and `position_ids`. The lookup itself fails at positions outside the table.
+
+    Args:
+        train_length: number of rows of the table, in tokens.
+        hidden_size: width C of the model.
 
     Raises:
         UserError: for a position outside the table.
@@ -82,7 +91,7 @@ class Learned(Wide):
     def forward(
         self, x: Float[Tensor, "batch length width"], positions: Int[Tensor, "... length"]
     ) -> Float[Tensor, "batch length width"]:
-        """Return `x + W[positions]`."""
+        """Return `x + W[positions]` `[B, T, C]`."""
         self.check(x.shape[1], positions)
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = nn.functional.embedding(positions, self.weight)

@@ -1,10 +1,10 @@
-r"""Adapters: what becomes of the scores A and the bias B before the softmax.
+r"""Adapters: maps from the scores A and the bias B to the logits of the softmax.
 
-An adapter maps `A = q k^T / sqrt(d)` and B to logits. It sees a block of query rows with whole rows
-of keys, in float32 or wider. Without one the logits are A + B. Any module `adapter(A, B) -> logits`
-will do; one that sets `needs_rows = True` is called with the `Rows` as a third argument. If it says
-by `reach` on how many keys on each side of its own a logit depends, keys can be attended to in
-parts.
+An adapter maps `A = q k^T / sqrt(d)` `[batch, heads, query, key]` and B `[heads, query, key]` to
+logits of the shape of A. An adapter sees a block of query rows with whole rows of keys, in float32
+or wider. Without an adapter the logits are A + B. Any module `adapter(A, B) -> logits` is an
+adapter. A module with `needs_rows = True` takes `Rows` as a third argument. `reach`, if given, is
+the number of keys on each side on which a logit depends. Then keys may be a part of all.
 """
 
 import math
@@ -23,10 +23,11 @@ INPUTS = ("concat", "sum", "bias", "scores")
 
 
 class Rows(NamedTuple):
-    """The block of query rows behind a block of scores, for adapters that ask for more than A, B.
+    """The query rows of a block of scores, for adapters with `needs_rows = True`.
 
-    `visible` is false where a query may not look: keys after it and padding. Where the keys are a
-    part of all, `begun` is true for rows that may have seen one before the first, if any was.
+    `visible` is true where a query may see a key, and false for later keys and padding. Positions
+    are in tokens, and `scale` is the factor of the scores. Where the keys are a part
+    of all, `begun` is true for rows that may have seen a key before the first.
     """
 
     query: Float[Tensor, "batch heads query head_dim"]
@@ -41,7 +42,7 @@ class Rows(NamedTuple):
 class DAPE(Wide):
     r"""Data-adaptive positional encoding (Zheng et al., NeurIPS 2024): A + B + f([A; B]).
 
-    f = W2 LeakyReLU_0.01(W1 x + b1) + b2 acts across heads at each (query, key), the same at all.
+    f = W2 LeakyReLU_0.01(W1 x + b1) + b2 acts across the heads, and all (query, key) share f.
 
     | inputs | f sees | with residual | without |
     |---|---|---|---|
@@ -50,17 +51,24 @@ class DAPE(Wide):
     | `bias` | B | A + B + f (ablation of Table 7) | A + f |
     | `scores` | A | A + B + f | A + f |
 
-    `kernel_size` k > 1 is DAPE V2 (Zheng et al., ACL 2025): both layers are 1 x k convolutions
-    along the keys, on inputs that are zero where the query may not look. A row is computed as if
-    further masked keys followed, and before its first visible key both layers see zeros: so neither
-    the length, nor padding, nor a cache changes a logit. The authors' code masks by `tril` alone,
-    which makes the last k // 2 logits of a row depend on whether keys follow.
+    `kernel_size` k > 1 is DAPE V2 (Zheng et al., ACL 2025). Both layers are 1 x k convolutions
+    along the keys, and invisible keys count as zeros. A row is computed as if masked keys followed,
+    and both layers see zeros before the first visible key. Therefore the length, padding and a
+    cache change no logit. The authors' code masks by `tril` alone, and the last k // 2 logits of a
+    row depend on whether keys follow.
 
-    `hidden` is the width D of f (32 in the paper's language models). The parameters start as those
-    of `nn.Linear` do.
+    The parameters start as the parameters of `nn.Linear`.
+
+    Args:
+        num_heads: number of query heads H.
+        hidden: width D of the hidden layer of f, 32 in the paper's language models.
+        kernel_size: keys in a convolution, odd; 1 is DAPE, 3 or more DAPE V2.
+        residual: whether B is added to the logits beside f.
+        inputs: input of f, a row of the table.
 
     Raises:
-        UserError: for unknown `inputs`, or an even or non-positive `kernel_size`.
+        UserError: for unknown `inputs`, a `hidden` below 1, or an even or non-positive
+            `kernel_size`.
     """
 
     def __init__(
@@ -91,7 +99,7 @@ class DAPE(Wide):
 
     @property
     def needs_rows(self) -> bool:
-        """Whether the mask matters: a 1 x 1 kernel looks at no other key."""
+        """Whether f looks along the keys and needs the mask."""
         return self.kernel_size > 1
 
     @property
@@ -112,7 +120,7 @@ class DAPE(Wide):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows | None = None,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the logits; without `rows` every key counts as visible."""
+        """Return logits `[batch, heads, query, key]`; without `rows` every key is visible."""
         base = scores + bias if self.residual else scores
         parts = {
             "concat": (scores, bias),
@@ -126,7 +134,7 @@ class DAPE(Wide):
             visible = (
                 torch.ones_like(scores[:, :1], dtype=torch.bool) if rows is None else rows.visible
             )
-            # Hidden units are needed `reach` columns past the last key: twice as many zeros.
+            # The second layer needs hidden units up to `reach` columns past the last key.
             parts = tuple(pad(torch.where(visible, part, 0), (reach, 2 * reach)) for part in parts)
         hidden = self.bias_in.to(scores.dtype)[:, None, None]
         for part, weight in zip(reversed(parts), reversed(weights), strict=True):
@@ -146,7 +154,7 @@ def mix(
 ) -> Float[Tensor, "*batch out query key"]:
     """Return the 1 x k convolution along the keys, `sum_t W_t x[j + t]`.
 
-    A product per tap instead of a convolution: those run in TF32 on a GPU unless told otherwise.
+    A product per tap instead of a convolution, which runs in TF32 on a GPU by default.
     """
     weight, taps = weight.to(x.dtype), weight.shape[-1]
     keys = x.shape[-1] - taps + 1
@@ -159,10 +167,14 @@ def mix(
 class TalkingHeads(Wide):
     r"""Talking heads before the softmax: S + P S for S = A + B, P an H x H matrix across heads.
 
-    Shazeer et al., 2020, whose projection of the logits is I + P here, with P = 0 at the start: the
-    model begins as its base, and without what DAPE adds (B apart from A, a hidden layer) this is
-    the plain baseline of head mixing. Their second projection, of the weights after the softmax, is
-    none of an adapter's. x-transformers' `pre_talking_heads` mixes A alone, starting at P = I.
+    Shazeer et al., 2020. The paper's projection of the logits is I + P here, and P starts at zero,
+    so a model begins as its base. Talking heads are the plain baseline of head mixing, without a
+    hidden layer and without B apart from A. An adapter cannot compute the paper's second
+    projection, of the weights after the softmax. `pre_talking_heads` of x-transformers mixes A
+    alone and starts at P = I.
+
+    Args:
+        num_heads: number of query heads H.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -188,14 +200,18 @@ class TalkingHeads(Wide):
 class CoPE(Wide):
     r"""Contextual position encoding: A + B + q_i . e[p_ij] (Golovneva et al., 2024, section 4).
 
-    A position is counted in gates: `p_ij = sum_k sigmoid(A_ik)` over the visible keys k from j to
-    the query, both included, at most `npos_max` - 1; e[p] interpolates between the two nearest of
-    `npos_max` learnable embeddings, shared by the heads and zero at the start. Scores are scaled
-    and q is not, as in the listing of their appendix.
+    The position `p_ij = sum_k sigmoid(A_ik)` sums gates over the visible keys k from j to the
+    query, j and query included, up to `npos_max` - 1. e[p] interpolates between the two nearest of
+    `npos_max` learnable embeddings. The heads share the embeddings, which start at zero. Scores are
+    scaled and q is not, as in the listing of the paper's appendix.
 
-    The paper is causal; in bidirectional use we count outwards from the query on both sides alike.
-    Keys must stand in the order of their positions. A bias, of which the paper has none, is added
-    and moves no gate.
+    The paper is causal. In bidirectional use, positions count outwards from the query on both
+    sides. Keys must be in the order of their positions. The paper has no bias. Here a bias is added
+    and does not enter the gates.
+
+    Args:
+        head_dim: width of a head.
+        npos_max: number of embeddings, 64 in DAPE's comparison.
 
     Raises:
         UserError: for an `npos_max` below 1.
@@ -221,7 +237,7 @@ class CoPE(Wide):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the sums and what the positions add."""
+        """Return logits `[batch, heads, query, key]`."""
         place = self.places(scores, rows)
         table = rows.query.to(scores.dtype) @ self.weight.to(scores.dtype).mT
         below, above = (table.gather(-1, x.long()) for x in (place.floor(), place.ceil()))
@@ -230,7 +246,7 @@ class CoPE(Wide):
     def places(
         self, scores: Float[Tensor, "batch heads query key"], rows: Rows
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return `p_ij`, summed from the query outwards: far gates cannot round away near ones."""
+        """Return `p_ij`, summed outwards from the query, so that near gates lose no digits."""
         gates = torch.where(rows.visible, scores.sigmoid(), 0)
         query = rows.query_positions[..., None, :, None]
         key = rows.key_positions[..., None, None, :]
@@ -242,13 +258,19 @@ class CoPE(Wide):
 class TransformerXL(Wide):
     r"""Transformer-XL's terms: A + B + scale (u . k_j + (q_i + v) . W r(i - j)), of each head.
 
-    Dai et al., 2019, section 3.3: W is [head_dim, hidden_size] for each head, r the sinusoidal
-    embedding of the signed offset with `hidden_size` entries, u and v vectors. All start from
-    N(0, 0.02), as the authors' and DAPE's code draws them, and are the layer's own.
+    Dai et al., 2019, section 3.3. For each head, W is [head_dim, hidden_size] and u and v are
+    vectors [head_dim]. r is the sinusoidal embedding of the signed distance, with `hidden_size`
+    entries. All parameters start from N(0, 0.02), as in the code of the authors and of DAPE. Each
+    layer has its own parameters.
 
-    r(i - j) is never formed: by the addition theorems `W^T (q_i + v)` is turned by i, and meets the
-    sines and cosines of j in one product. Any positions will do, at the price of `hidden_size`
-    products for each query and key where a table of offsets and a shift take `head_dim`.
+    r(i - j) is never formed. By the addition theorems, `W^T (q_i + v)` is turned by i and
+    multiplied with the sines and cosines of j. The form takes any positions and costs `hidden_size`
+    products for each query and key. A table of distances and a shift would cost `head_dim`.
+
+    Args:
+        num_heads: number of query heads H.
+        head_dim: width of a head.
+        hidden_size: width of the sinusoids, the model's width in the paper.
 
     Raises:
         UserError: for an odd or non-positive `hidden_size`.
@@ -278,7 +300,7 @@ class TransformerXL(Wide):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the sums and the two terms."""
+        """Return logits `[batch, heads, query, key]`."""
         return scores + bias + rows.scale * (self.content(rows, scores) + self.offset(rows, scores))
 
     def content(self, rows: Rows, scores: Tensor) -> Float[Tensor, "batch heads 1 key"]:

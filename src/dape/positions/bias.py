@@ -1,9 +1,9 @@
-r"""Biases: functions of the positions of a query and a key, added to their attention score.
+r"""Biases: matrices B from the positions of queries and keys, added to the attention scores.
 
-A bias maps positions to `B` with one matrix per head. Position is an argument, so that caches,
-padding, chunks and sequence parallelism need nothing of their own. Distances and parameters are
-taken in float32 or wider whatever the dtype of the model: bfloat16 cannot tell 256 from 257.
-In bidirectional use the distance is `|i - j|` for every bias alike.
+A bias maps positions `[query]` and `[key]` to B `[heads, query, key]`; batch axes may lead.
+Position is an argument, so caches, padding, chunks and sequence parallelism need no code in a bias.
+Distances and parameters are float32 or wider whatever the dtype of the model, because bfloat16
+rounds 257 to 256. In bidirectional use, the distance of every bias is `|i - j|`.
 """
 
 import math
@@ -19,10 +19,13 @@ from dape.positions.wide import Wide, parameter, widen
 
 
 class Bias(Wide):
-    """The interface of a bias: `bias(query_positions, key_positions) -> B`.
+    """The interface of a bias, `bias(query_positions, key_positions) -> B`.
 
-    A class whose B depends on the distance `|i - j|` alone says so by `relative = True`, which lets
-    a kernel keep it as a table; without, it is computed for every query and key.
+    `relative = True` says that B depends on the distance `|i - j|` alone. A kernel may then keep B
+    as a table over the distance. Otherwise B is computed for every query and key.
+
+    Args:
+        num_heads: number of query heads H.
     """
 
     relative = False
@@ -34,7 +37,7 @@ class Bias(Wide):
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
-        """Return B for every query and key position."""
+        """Return B `[*batch, heads, query, key]`."""
         raise NotImplementedError
 
 
@@ -53,15 +56,15 @@ def sinusoids(
 ) -> Float[Tensor, "*batch length size"]:
     """Return `sin(i w_f)` for each frequency `w_f = 10000^(-2 f / size)`, then the cosines.
 
-    The angles are taken in float64: in float32, those of the first frequencies would be off by a
-    thousandth at position 16,384.
+    The angles are float64. In float32 the first angles would be off by a thousandth at position
+    16,384.
     """
     angles = positions[..., None] * frequencies(size, 10000.0, torch.float64, positions.device)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
 
 
 def per_head(parameter: Float[Tensor, "heads"]) -> Float[Tensor, "heads 1 1"]:
-    """Return a parameter of each head in at least float32, ready to meet `distance`."""
+    """Return a parameter of each head in at least float32, with axes for query and key."""
     return widen(parameter)[:, None, None]
 
 
@@ -71,7 +74,11 @@ def inverse_softplus(value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class NoBias(Bias):
-    """No bias: B = 0 (NoPE of Kazemnejad et al., 2023, when nothing else carries position)."""
+    """No bias, B = 0; NoPE of Kazemnejad et al., 2023, if no other place carries position.
+
+    Args:
+        num_heads: number of query heads H.
+    """
 
     relative = True
 
@@ -91,15 +98,18 @@ class NoBias(Bias):
 class ALiBi(Bias):
     r"""ALiBi: `B_h = -s_h |i - j|` with fixed slopes (Press et al., 2022, section 3).
 
-    For a power of two of heads the slopes are `2^(-8 h / H)`, h = 1..H. Otherwise those of the
-    next smaller power of two M come first, then every second one of the sequence for 2 M, as the
-    authors' code does; the paper names only powers of two.
+    If H is a power of two, the slopes are `2^(-8 h / H)`, h = 1..H. Otherwise the slopes of the
+    next smaller power of two M come first, then every second slope for 2 M, as in the authors'
+    code. The paper has only powers of two.
+
+    Args:
+        num_heads: number of query heads H.
     """
 
     relative = True
 
     def slopes(self, device: torch.device | None = None) -> Float[Tensor, "heads"]:
-        """Return `s_h`; computed when asked, so that casting a model cannot round them."""
+        """Return `s_h`, computed at each call, so that a cast of the model cannot round slopes."""
         even = 2 ** math.floor(math.log2(self.num_heads))
         index = torch.arange(1, even + 1, dtype=torch.float32, device=device)
         whole, halves = index * (8 / even), (2 * index - 1) * (4 / even)
@@ -116,9 +126,12 @@ class ALiBi(Bias):
 class Kerple(Bias):
     r"""Kerple, logarithmic: `B_h = -p_h log(1 + a_h |i - j|)` (Chi et al., 2022, section 4).
 
-    Learnable p, a > 0 for each head, starting at p ~ U(0, 2) and a ~ U(0, 1). Positivity is by
-    softplus; the authors' and DAPE's code clamp `.data` at 0.01 in every forward instead, which
-    sharding and compilation forbid. The start keeps their floor of 0.01.
+    p, a > 0 are learned for each head and start at p ~ U(0, 2), a ~ U(0, 1), at least 0.01. `a` has
+    the unit 1 / token. Softplus keeps p and a positive. The code of the authors and of DAPE clamps
+    `.data` at 0.01 in every forward, which sharding and compilation forbid.
+
+    Args:
+        num_heads: number of query heads H.
     """
 
     relative = True
@@ -143,7 +156,7 @@ class Kerple(Bias):
 
     @property
     def a(self) -> Float[Tensor, "heads"]:
-        """The inverse length scale of each head, per token."""
+        """The inverse length scale of each head, in 1 / token."""
         return softplus(widen(self.raw_a))
 
     def forward(
@@ -157,9 +170,12 @@ class Kerple(Bias):
 class KerplePower(Bias):
     r"""Kerple, power: `B_h = -a_h |i - j|^{p_h}` (Chi et al., 2022, section 4).
 
-    Learnable a > 0 and 0 < p <= 2 for each head, starting at a ~ U(0, 1) and p ~ U(0, 2). The
-    bounds are by softplus and by twice a sigmoid; the authors' code clamps `.data` in every forward
-    instead, as for `Kerple`. The start keeps their floor of 0.01, and stays as far below 2.
+    a > 0 and 0 < p <= 2 are learned for each head and start at a ~ U(0, 1), at least 0.01, and
+    p ~ U(0, 2), from 0.01 to 1.99. Softplus bounds a, and twice a sigmoid bounds p. The authors'
+    code clamps `.data` in every forward, as for `Kerple`.
+
+    Args:
+        num_heads: number of query heads H.
     """
 
     relative = True
@@ -199,17 +215,22 @@ class KerplePower(Bias):
 class T5(Bias):
     r"""T5: `B_h = W[bucket(|i - j|), h]`, W learnable (Raffel et al., 2020, section 2.1).
 
-    With n buckets and e = n // 2, distances below e have a bucket each; the others share
+    With n buckets and e = n // 2, each distance below e has a bucket. Greater distances fall into
     `e + floor((n - e) log(|i - j| / e) / log(max_distance / e))`, at most n - 1.
 
-    - In bidirectional use both sides share the n buckets, as all biases here see `|i - j|`; T5's
-      encoder gives n / 2 to each. In causal use the buckets are those of T5's decoder.
-    - Each layer has its own W; T5 shares that of the first.
-    - The start is Glorot's, N(0, 2 / (n + H)), as in GPT-NeoX, which then multiplies by
-      `sqrt(head_dim)`; transformers draws N(0, 1 / hidden_size).
+    - In causal use the buckets are those of T5's decoder. In bidirectional use both sides share the
+      n buckets, where T5's encoder gives n / 2 to each side.
+    - Each layer has its own W, where T5 shares the W of the first layer.
+    - W starts as N(0, 2 / (n + H)), as in GPT-NeoX, which then multiplies by `sqrt(head_dim)`.
+      transformers draws N(0, 1 / hidden_size).
+
+    Args:
+        num_heads: number of query heads H.
+        num_buckets: number of buckets n.
+        max_distance: distance in tokens from which all keys share the last bucket.
 
     Raises:
-        UserError: for fewer than two buckets, or a `max_distance` within the exact ones.
+        UserError: for fewer than two buckets, or a `max_distance` of at most `num_buckets // 2`.
     """
 
     relative = True
@@ -235,7 +256,7 @@ class T5(Bias):
         """Return the first distance of each bucket but that of 0."""
         exact = self.num_buckets // 2
         shared = self.num_buckets - exact
-        # In floats a power that is whole may come out just above it.
+        # In floats a whole power may come out just above the integer.
         powers = (exact * (self.max_distance / exact) ** (n / shared) for n in range(1, shared))
         return [*range(1, exact + 1), *(math.ceil(round(power, 9)) for power in powers)]
 
@@ -252,10 +273,13 @@ class T5(Bias):
 class Sandwich(Bias):
     r"""Sandwich: `B_h = (H / 8h) sum_f cos((i - j) 10000^(-2 f / d_bar))` (Chi et al., 2023).
 
-    What remains of a score between sinusoidal embeddings when only the product of position with
-    position is kept, compressed by 8 h / H for head h = 1..H; f = 0 .. d_bar / 2 - 1, and d_bar is
-    128 whatever the width of the model. No parameters. It is computed as that inner product. NeMo
-    counts f from 1 and subtracts d_bar / 2: a softmax cannot see the constant, an adapter could.
+    B is the product of two sinusoidal embeddings of width `d_bar`, divided by 8 h / H for head
+    h = 1..H, with f = 0 .. d_bar / 2 - 1. Sandwich has no parameters. NeMo counts f from 1 and
+    subtracts d_bar / 2. A softmax cannot see the constant, and an adapter can.
+
+    Args:
+        num_heads: number of query heads H.
+        d_bar: width of the sinusoids, 128 in the paper whatever the width of the model.
 
     Raises:
         UserError: for an odd or non-positive `d_bar`.
@@ -273,7 +297,7 @@ class Sandwich(Bias):
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
         """Return the compressed inner products."""
-        # Counted from the first key and in float64: a shift of all positions changes nothing.
+        # Counted from the first key, in float64, so that a shift of all positions changes nothing.
         query, key = (
             sinusoids(x - key_positions[..., :1], self.d_bar, torch.float64)
             for x in (query_positions, key_positions)
@@ -286,18 +310,22 @@ class Sandwich(Bias):
 class FIRE(Bias):
     r"""FIRE: `B_h = f_h(psi(|i - j|) / psi(max(i, L)))`, psi(x) = log(1 + c x).
 
-    Li et al., 2024, section 3: f = W2 relu(w1 x + b1) + b2 with `hidden` units, L a learnable
-    threshold that starts at `train_length`, and c > 0, which starts at 0.1. The parameters of f
-    start as those of `nn.Linear` do.
+    Li et al., 2024, section 3. f = W2 relu(w1 x + b1) + b2 has `hidden` units and starts as
+    `nn.Linear` does. The threshold L and c > 0 are learned and start at `train_length` and 0.1.
 
-    - The normaliser is psi(max(i, j, L)): in causal use the same, as j <= i, and in bidirectional
-      use it keeps the argument of f within [0, 1] on both sides.
-    - c and L are kept as logarithms, so a step changes them by a factor. The authors' listing takes
-      absolute values, and multiplies a fixed L by a learnable factor.
-    - f has the same activation alone and under DAPE, whose code has ReLU and LeakyReLU. That code
-      also halves the length it starts L at, 128 in its settings for training at 512.
+    - The normaliser is psi(max(i, j, L)), equal to the paper's in causal use, where j <= i. In
+      bidirectional use, the argument of f stays within [0, 1] on both sides.
+    - c and L are stored as logarithms, so a step changes c and L by a factor. The authors' listing
+      takes absolute values, and multiplies a fixed L by a learnable factor.
+    - f has a ReLU with and without DAPE. DAPE's code has a ReLU or a LeakyReLU. DAPE's
+      code also halves the length at which L starts, 128 in its settings for training at 512.
 
-    B depends on i too: it is not `relative`.
+    FIRE is not `relative`, because B also depends on i.
+
+    Args:
+        num_heads: number of query heads H.
+        train_length: start of the threshold L, in tokens.
+        hidden: number of hidden units of f.
 
     Raises:
         UserError: for a `train_length` or `hidden` below 1.
@@ -309,7 +337,7 @@ class FIRE(Bias):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         self.train_length = train_length
-        # One element each, not none: sharding takes no scalars.
+        # Tensors of one element, because sharding takes no scalars.
         self.log_c = parameter(1)
         self.log_threshold = parameter(1)
         self.weight_in = parameter(hidden, 1)
@@ -329,12 +357,12 @@ class FIRE(Bias):
 
     @property
     def c(self) -> Float[Tensor, "1"]:
-        """The inverse length scale of psi, per token."""
+        """The inverse length scale of psi, in 1 / token."""
         return widen(self.log_c).exp()
 
     @property
     def threshold(self) -> Float[Tensor, "1"]:
-        """L, in tokens: up to it all queries share a normaliser."""
+        """The threshold L in tokens; queries up to L share a normaliser."""
         return widen(self.log_threshold).exp()
 
     def forward(

@@ -1,16 +1,16 @@
-r"""Rotations: queries and keys turned by their positions, so that scores see the difference.
+r"""Rotations: queries and keys turned by their positions, so that scores depend on the distance.
 
-A rotation maps `q, k, positions -> q, k`; positions are `[T]`, or `[B, T]` where padding shifts
-them. It turns pairs of the first w dimensions of a head, (x_i, y_i) = (x_i, x_{i + w/2}), as Llama
-and GPT-NeoX do (RoFormer and x-transformers pair neighbours, which only renames dimensions):
+A rotation maps queries `[B, H, T, d]`, keys `[B, Hkv, T, d]` and positions `[T]` or `[B, T]` to
+queries and keys. A rotation turns pairs of the first w dimensions of a head,
+(x_i, y_i) = (x_i, x_{i + w/2}), as in Llama and GPT-NeoX. RoFormer and x-transformers pair
+neighbours, which renames dimensions. Pair i at position p becomes
 
     x_i <- x_i cos(p w_i) - y_i sin(p w_i)
     y_i <- y_i cos(p w_i) + x_i sin(p w_i)
 
-Angles and products are float32 or wider whatever the dtype of the model; the codes of Llama and
-GPT-NeoX round cosines and sines to that dtype first. Nothing here has parameters: a model trained
-as `rope` can be loaded as `pi`, `ntk`, `dynamic-ntk` or `yarn` to read further, which is what those
-are for; trained as such from the start, it only has other frequencies.
+Angles and products are float32 or wider whatever the dtype of the model, where Llama and GPT-NeoX
+round cosines and sines to the dtype of the model. Rotations have no parameters. A model trained as
+`rope` can be loaded as `pi`, `ntk`, `dynamic-ntk` or `yarn`, to read longer sequences.
 """
 
 import math
@@ -50,8 +50,11 @@ def require(name: str, value: int | float, least: int) -> None:
 class RoPE(nn.Module):
     r"""Rotary position embedding: w_i = base^(-2 i / w) (Su et al., 2021, section 3.2.2).
 
-    `fraction` is the part of `head_dim` that turns, w / d: 1 in the paper, 1/4 in GPT-NeoX (Black
-    et al., 2022, section 2.1.1), which leaves the other dimensions blind to position.
+    Args:
+        head_dim: width d of a head.
+        base: base of the frequencies.
+        fraction: turned fraction w / d of a head, 1 in the paper and 1/4 in GPT-NeoX (Black et al.,
+            2022, section 2.1.1); the remaining dimensions carry no position.
 
     Raises:
         UserError: if `fraction` leaves no whole pairs, or for a `base` of 1 or less.
@@ -80,7 +83,7 @@ class RoPE(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
-        """Return queries and keys turned by their positions."""
+        """Return queries and keys turned by their positions, in their shapes and dtypes."""
         cos, sin = self.waves(positions, torch.promote_types(query.dtype, torch.float32))
         return turn(query, cos, sin), turn(key, cos, sin)
 
@@ -88,7 +91,13 @@ class RoPE(nn.Module):
 class PositionInterpolation(RoPE):
     r"""Position interpolation: `w_i / factor` (Chen et al., 2023, section 2.3).
 
-    A model trained at length L meets no angle below `factor * L` that is outside its range.
+    A model trained at length L meets no new angle up to `factor * L` tokens.
+
+    Args:
+        head_dim: width d of a head.
+        factor: length to read, as a multiple of the training length.
+        base: base of the frequencies.
+        fraction: turned fraction of a head.
 
     Raises:
         UserError: for a `factor` below 1.
@@ -109,11 +118,17 @@ class PositionInterpolation(RoPE):
 class NTK(RoPE):
     r"""NTK-aware interpolation: RoPE of base `base * factor^(w / (w - 2))`.
 
-    The slowest pair turns `factor` times slower, the fastest as before (bloc97, 2023; Peng et al.,
-    2024, section 3.1).
+    The slowest pair turns `factor` times slower, and the fastest pair as before (bloc97, 2023; Peng
+    et al., 2024, section 3.1).
+
+    Args:
+        head_dim: width d of a head.
+        factor: length to read, as a multiple of the training length.
+        base: base of the frequencies of RoPE.
+        fraction: turned fraction of a head.
 
     Raises:
-        UserError: for a `factor` below 1, or a single pair, which would be both.
+        UserError: for a `factor` below 1, or a single pair, which would be slowest and fastest.
     """
 
     def __init__(
@@ -126,16 +141,23 @@ class NTK(RoPE):
 
 
 class DynamicNTK(RoPE):
-    r"""Dynamic NTK: NTK-aware by as much as the length so far asks for, RoPE up to L.
+    r"""Dynamic NTK: NTK-aware interpolation with a factor that grows with the length, RoPE up to L.
 
     The token at position p turns with base `base * (1 + factor (l / L - 1))^(w / (w - 2))`, where
-    l = max(p + 1, L) is the length at which it was the newest and L = `train_length` (emozilla,
-    2023; Peng et al., 2024, section 3.3, where the factor is 1).
+    l = max(p + 1, L) and L = `train_length` (emozilla, 2023; Peng et al., 2024, section 3.3, where
+    the factor is 1).
 
-    That is what `transformers` computes when it generates token by token with a cache, where
-    earlier keys keep the base of their time. Given a whole sequence it turns every token with the
-    base for its end instead, and of a padded batch for the end of the longest: so there a logit
-    changes with the length, the cache and the neighbours, and here it does not.
+    `transformers` computes the same when it generates token by token with a cache, because earlier
+    keys keep their base. For a whole sequence, `transformers` turns every token with the base of
+    the last token, and of the longest sequence in a padded batch. Logits of `transformers`
+    therefore change with length, cache and batch, and logits of this class do not.
+
+    Args:
+        head_dim: width d of a head.
+        train_length: training length L in tokens.
+        factor: growth of the base past L.
+        base: base of the frequencies up to L.
+        fraction: turned fraction of a head.
 
     Raises:
         UserError: for a negative `factor`, or a single pair.
@@ -167,12 +189,20 @@ class YaRN(RoPE):
     r"""YaRN: `w_i (1 - r_i + r_i / factor)`, and scores times `attention_factor^2`.
 
     The ramp r rises from 0 to 1 between the pairs that turn `beta_fast` and `beta_slow` times in
-    L = `train_length` tokens (Peng et al., 2024, section 3.2): fast pairs stay, slow ones are
-    interpolated. In the paper it is linear in the number of turns; here, as in the authors' code,
-    in `transformers` and so in every published model, it is linear in i between whole pairs.
+    L = `train_length` tokens (Peng et al., 2024, section 3.2). Fast pairs stay, and slow pairs are
+    interpolated. In the paper the ramp is linear in the number of turns. Here the ramp is linear in
+    i between whole pairs, as in the authors' code, in `transformers` and in every published model.
 
-    Cosines and sines carry `attention_factor`, the sqrt(1 / t) of section 3.4 for a softmax at
-    temperature t: by default `0.1 ln(factor) + 1`.
+    Args:
+        head_dim: width d of a head.
+        train_length: training length L in tokens.
+        factor: length to read, as a multiple of the training length.
+        beta_fast: turns in L tokens from which a pair stays unchanged.
+        beta_slow: turns in L tokens up to which a pair is interpolated in full.
+        attention_factor: factor of cosines and sines, the sqrt(1 / t) of section 3.4 for a softmax
+            at temperature t; `0.1 ln(factor) + 1` by default.
+        base: base of the frequencies of RoPE.
+        fraction: turned fraction of a head.
 
     Raises:
         UserError: for a `factor` below 1, or unless `beta_fast > beta_slow > 0`.
@@ -202,14 +232,14 @@ class YaRN(RoPE):
         self.first, self.last = max(first, 0), min(last, self.width - 1)
 
     def pair(self, wavelength: float) -> float:
-        """Return the i, not whole, of the pair that turns once in so many tokens."""
+        """Return the index, as a fraction, of the pair that turns once in `wavelength` tokens."""
         return self.width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.base))
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
         """Return the frequencies of RoPE where they are fast, interpolated where they are slow."""
         plain = super().frequencies(positions, dtype)
         index = torch.arange(len(plain), dtype=dtype, device=plain.device)
-        # A ramp between a pair and itself is a step after it.
+        # A ramp of no width is a step.
         ramp = ((index - self.first) / max(self.last - self.first, 0.001)).clamp(0, 1)
         return plain * (1 - ramp) + plain / self.factor * ramp
 
@@ -222,14 +252,21 @@ class YaRN(RoPE):
 class XPos(RoPE):
     r"""xPos: RoPE whose pairs count less with distance (Sun et al., 2022, section 3).
 
-    Queries carry `z_i^(p / scale_base)` and keys its inverse, z_i = (2 i / w + 0.4) / 1.4, so that
-    a pair counts `z_i^(distance / scale_base)`: made for causal attention, as keys after the query
-    would count more. The blockwise attention of the paper's longest evaluations is not part of it.
+    Queries carry `z_i^(p / scale_base)` and keys the inverse, z_i = (2 i / w + 0.4) / 1.4. The
+    weight of a pair is then `z_i^(distance / scale_base)`. xPos is made for causal attention,
+    because later keys would have weights above 1. The class has no blockwise attention, which the
+    paper uses for the longest evaluations.
 
-    The scale of keys grows as e^(1.25 p / scale_base): at the default 512 it is e^40 at position
-    16,384, and leaves the range of float32 and bfloat16 near 35,000, where scores become NaN. The
-    authors' code and x-transformers put the origin in the middle of the sequence to reach twice as
-    far: that cancels in the scores, but makes keys depend on the length, so that no cache can hold.
+    The scale of keys grows as e^(1.25 p / scale_base). At the default 512 the scale is e^40 at
+    position 16,384, and overflows float32 and bfloat16 near 35,000, where scores become NaN. The
+    authors' code and x-transformers put the origin in the middle of the sequence and reach twice as
+    far. Keys then depend on the length, and a cache is impossible.
+
+    Args:
+        head_dim: width d of a head.
+        scale_base: distance in tokens over which a pair fades by z_i.
+        base: base of the frequencies.
+        fraction: turned fraction of a head.
 
     Raises:
         UserError: for float16, whose range ends near position 4,000, or a `scale_base` below 1.
@@ -260,13 +297,20 @@ class XPos(RoPE):
 class RandomizedRoPE(RoPE):
     r"""RoPE at randomised positions (Ruoss et al., 2023, section 3).
 
-    In training mode the T tokens take T of the positions 0 .. `pool` - 1, drawn without replacement
-    and sorted, anew in every layer and step and shared by the batch, so that distances beyond the
-    training length are met. `pool` is four times `train_length` by default, as for language models
-    in the DAPE paper; Ruoss et al. take 2,048 for a training length of 40.
+    In training mode, T tokens take T of the positions 0 .. `pool` - 1, drawn without replacement
+    and sorted. Every layer and step draws anew, and the batch shares the draw. Training thus meets
+    distances beyond the training length.
 
-    In evaluation mode the positions are used as they are. The authors' code draws there too: its
-    results are random, and a draw is for a whole sequence, so that no cache can hold.
+    In evaluation mode the positions stay as given. The authors' code draws in evaluation too. Its
+    results are random, and a cache is impossible, because a draw covers a whole sequence.
+
+    Args:
+        head_dim: width d of a head.
+        train_length: training length in tokens.
+        pool: number of positions to draw from, 4 `train_length` by default, as in the language
+            models of the DAPE paper; Ruoss et al. take 2,048 for a training length of 40.
+        base: base of the frequencies.
+        fraction: turned fraction of a head.
 
     Raises:
         UserError: in training, for more tokens than the pool has positions.

@@ -1,4 +1,4 @@
-"""Schemes: the names of what is chosen for the four places, such as `dape-kerple`.
+"""Schemes: named choices for the four places, such as `dape-kerple`.
 
 A name is that of a base, with an adapter before it if any: `kerple`, `dape-kerple`, `dape3-nope`.
 """
@@ -26,13 +26,13 @@ from dape.positions.rotary import (
 )
 
 PLACES = ("embedding", "rotation", "bias", "adapter")
-# What a model tells the module of a place, if its constructor asks: no option may set these.
+# Dimensions of the model, which a constructor takes by name and no option may set.
 DIMENSIONS = frozenset({"num_heads", "head_dim", "hidden_size", "train_length"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What stands at one place: a module class and the options it is built with."""
+    """A choice for a place: a module class and the options to build it."""
 
     module: type[nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -42,13 +42,17 @@ class Part:
         return frozenset(inspect.signature(self.module).parameters) - DIMENSIONS
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise a `UserError` for an option the constructor does not take, or the model decides."""
+        """Check the names of options.
+
+        Raises:
+            UserError: for an option that the constructor does not take, or the model sets.
+        """
         for name in options:
             if name not in self.accepts():
                 raise unknown(f"option of {self.module.__name__}", name, self.accepts())
 
     def build(self, dimensions: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
-        """Return the module; it takes of the model's `dimensions` those its constructor names."""
+        """Return the module; its constructor takes the `dimensions` of the model by name."""
         accepted = inspect.signature(self.module).parameters
         given = {name: value for name, value in dimensions.items() if name in accepted}
         return self.module(**given, **{**self.options, **options})
@@ -56,10 +60,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A choice for each of the four places; `None` where position does not enter.
+    """A choice for each of the four places, `None` where position does not enter.
 
-    `paper` and `year` say where it comes from, and `extrapolates` in a few words whether a model
-    reads further than it was trained. Those of an adapter go before those of the base it adapts.
+    `paper`, `year` and `extrapolates` of an adapter before a base are those of the adapter.
+
+    Args:
+        name: name of the scheme.
+        paper: authors of the paper.
+        year: year of the paper.
+        extrapolates: in a few words, whether a model reads beyond its training length.
+        embedding: module added to the token vectors.
+        rotation: module that turns queries and keys.
+        bias: module that adds B to the scores.
+        adapter: module that maps scores and bias to logits.
     """
 
     name: str
@@ -112,7 +125,7 @@ DAPE_FORMS: dict[str, dict[str, Any]] = {
     "concat": {"residual": False},
     "bias": {"inputs": "bias"},
 }
-# What may stand before a base; each is a scheme of the adapter alone.
+# Adapters before a base; each is a scheme of the adapter alone.
 ADAPTERS = {
     adapter.name: adapter
     for adapter in (
@@ -137,28 +150,23 @@ ADAPTERS = {
             )
             for form, options in DAPE_FORMS.items()
         ),
-        Scheme(
-            "talking-heads",
-            "Shazeer et al.",
-            2020,
-            "as its base",
-            adapter=Part(TalkingHeads),
-        ),
+        Scheme("talking-heads", "Shazeer et al.", 2020, "as its base", adapter=Part(TalkingHeads)),
     )
 }
 
 
 def fits(adapter: Scheme, base: Scheme) -> bool:
-    """Return whether an adapter may stand before a base.
+    """Return whether an adapter may precede a base.
 
-    Not if the base has an adapter of its own. And without a bias the forms of DAPE are all one.
+    A base with its own adapter takes no second one. Without a bias the forms of DAPE are equal, and
+    only `dape` precedes the base.
     """
     forms = adapter.adapter is not None and adapter.adapter.options.keys() & {"inputs", "residual"}
     return base.adapter is None and not (forms and base.bias is None)
 
 
 def compose(adapter: Scheme, base: Scheme) -> Scheme:
-    """Return an adapter before a base; DAPE sees the scores alone where that has no bias."""
+    """Return an adapter before a base; without a bias DAPE sees the scores alone."""
     part = adapter.adapter
     if part is not None and base.bias is None and "inputs" in part.accepts():
         part = replace(part, options={**part.options, "inputs": "scores"})
@@ -185,7 +193,11 @@ def names() -> list[str]:
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Raise a `UserError` unless the name is known and each option is one its module takes."""
+    """Check the name of a scheme and the options of its parts.
+
+    Raises:
+        UserError: for an unknown name, place or option.
+    """
     found = resolve(name)
     for place, chosen in options.items():
         if place not in PLACES:

@@ -1,7 +1,7 @@
 """From a recipe to a trained model, on Lightning Fabric.
 
-`train` and `finetune` make a run, `sweep` makes many recipes of one. They are imported when first
-used: what reads recipes alone needs no PyTorch.
+`train` and `finetune` make a run, and `sweep` makes many recipes from one. Each name is imported at
+its first use, so reading a recipe does not import PyTorch.
 """
 
 from importlib import import_module

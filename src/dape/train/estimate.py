@@ -1,4 +1,4 @@
-"""What a recipe costs: parameters, arithmetic and memory, from its numbers alone."""
+"""The cost of a recipe: parameters, arithmetic and memory, from its numbers alone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -80,15 +80,19 @@ def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict
     """
     width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers
     wide = 2 if recipe.training.precision == "fp32" else 1
-    sequences = recipe.hardware.micro_batch_size or recipe.training.batch_size // ranks
-    tokens = sequences * recipe.training.length
+    context = recipe.hardware.context_parallel
+    share = recipe.training.batch_size * context // ranks
+    tokens = (recipe.hardware.micro_batch_size or share) * recipe.training.length // context
     block = 34 * wide * width
-    kept = (
-        block + layers * 4 * width if recipe.hardware.activation_checkpointing else layers * block
-    )
+    kept = {
+        "none": layers * block,
+        "selective": block + layers * (4 + 6 * 2 * wide) * width,
+        "blocks": block + layers * 4 * width,
+    }[recipe.hardware.activation_checkpointing]
     shards = ranks if recipe.hardware.strategy == "fsdp" else 1
+    whole = 6 if shards > 1 and recipe.hardware.gather == "step" else 0
     return {
-        "weights, gradients, moments": 16 * parameters / shards / GIB,
+        "weights, gradients, moments": (16 / shards + whole) * parameters / GIB,
         "activations": tokens * kept / GIB,
         "logits": tokens * vocab_size * (12 + 2 * wide) / GIB,
     }

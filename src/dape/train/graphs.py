@@ -1,7 +1,7 @@
 """The forward and backward pass of a micro-batch as a CUDA graph, recorded once and replayed.
 
-The host starts hundreds of kernels for a micro-batch, one by one, and needs longer for them than a
-small model needs to compute. A graph starts all of them at once.
+The host starts hundreds of kernels for a micro-batch, and for a small model the starts take longer
+than the computation. A graph starts all kernels at once.
 """
 
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ WARM_UP = 3
 
 
 class Unrecordable(RuntimeError):
-    """A pass that cannot be a graph, for it copies from the host or asks the device for a value."""
+    """A pass that cannot be recorded, because it copies from the host or waits for the device."""
 
 
 class Recording:
-    """Forward and backward pass of a batch, micro-batch by micro-batch, by replays of one graph.
+    """Forward and backward pass of a batch, by a replay of a graph for each micro-batch.
 
-    A graph reads and adds to fixed addresses. Micro-batches are copied to where the first one lay.
-    Gradients are there from the start, in one buffer, which one call averages over the devices.
+    A graph reads and adds to fixed addresses. Micro-batches are copied to the address of the first.
+    Gradients exist from the start in a single buffer, and a call averages the buffer over devices.
 
     Args:
-        fabric: the devices; each records a graph of its own.
-        loss: the map from a micro-batch to its mean loss, as `fabric` has set it up.
-        part: a micro-batch of this rank; all others have its shapes.
-        parts: micro-batches of a batch.
+        fabric: the devices; each device records a graph.
+        loss: the map from a micro-batch to its mean loss, set up by `fabric`.
+        part: a micro-batch of this rank; all micro-batches have equal shapes.
+        parts: number of micro-batches in a batch.
 
     Raises:
-        Unrecordable: if the pass cannot be recorded. Gradients are zero then, as they were.
+        Unrecordable: if the pass cannot be recorded; gradients are then zero.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class Recording:
             self._gradients.zero_()
 
     def accumulate(self, parts: Sequence[Sequence[Tensor]]) -> Float[Tensor, ""]:
-        """Add the gradient of the mean loss over all ranks' micro-batches; return that loss."""
+        """Add the gradient of the mean loss over all ranks' micro-batches; return the loss."""
         total = torch.zeros((), device=self._fabric.device)
         for part in parts:
             for place, tensor in zip(self._part, part, strict=True):
-                place.copy_(tensor)
+                place.copy_(tensor, non_blocking=True)
             self._graph.replay()
             total += self._part_loss
         if self._fabric.world_size > 1:
@@ -71,14 +71,14 @@ class Recording:
         return mean
 
     def _pass(self) -> Float[Tensor, ""]:
-        """Add the gradient of a micro-batch, kept on this rank, and return its part of the loss."""
+        """Add the gradient of a micro-batch on this rank, and return its part of the loss."""
         with self._fabric.no_backward_sync(self._loss):
             loss = self._loss(*self._part) / self._parts
             self._fabric.backward(loss)
         return loss.detach()
 
     def _warm_up(self) -> None:
-        """Run the pass on a stream of its own, as recording will; it must not wait for the GPU."""
+        """Run the pass on a separate stream, as for recording, without a wait for the GPU."""
         side, main = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
@@ -90,7 +90,7 @@ class Recording:
 
 
 def _flat_gradients(module: nn.Module) -> Float[Tensor, " parameters"]:
-    """Give each trained parameter a gradient of zeros; return the one buffer that holds them."""
+    """Give each trained parameter a gradient of zeros; return the buffer of all gradients."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sizes = [parameter.numel() for parameter in trained]
     buffer = torch.zeros(sum(sizes), device=trained[0].device)

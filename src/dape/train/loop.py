@@ -3,9 +3,9 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from dape.train.checkpoint import Progress
 from dape.train.estimate import peak_flops
 from dape.train.optimize import learning_rate
 from dape.train.recipe import Settings
+from dape.train.sharding import gather_once
 from dape.train.task import Batch, Task
 from dape.train.track import Metrics, Reporter
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a run works with; `loss` is the task's loss as the devices compute it, of a batch."""
+    """The objects of a run; `loss` is the loss of a batch as the devices compute it."""
 
     task: Task
     fabric: "Fabric"
@@ -44,7 +45,9 @@ class Session:
 
     def batch(self, split: str, step: int) -> Batch:
         """Return this rank's examples of batch `step` = 0, 1, ... of a split."""
-        return self.task.batch(split, step, self.fabric.global_rank, self.fabric.world_size)
+        context = self.recipe.hardware.context_parallel
+        group, groups = (n // context for n in (self.fabric.global_rank, self.fabric.world_size))
+        return self.task.batch(split, step, group, groups)
 
 
 def fit(session: Session) -> None:
@@ -135,18 +138,27 @@ def record(session: Session, parts: list[Batch]) -> graphs.Recording | None:
 def accumulate(session: Session, parts: list[Batch]) -> Float[Tensor, ""]:
     """Add the gradient of the mean loss over all ranks' micro-batches, and return that loss.
 
-    DDP exchanges gradients at the last micro-batch; FSDP at each, to keep no whole gradient.
+    DDP exchanges gradients at the last micro-batch, FSDP as `hardware.gather` says.
     """
-    fabric, hardware = session.fabric, session.recipe.hardware
+    fabric = session.fabric
     total = torch.zeros((), device=fabric.device)
     for number, part in enumerate(parts, start=1):
-        wait = number < len(parts) and hardware.strategy == "ddp"
-        with fabric.no_backward_sync(session.loss, enabled=wait):
-            loss = session.loss(*(tensor.to(fabric.device) for tensor in part)) / len(parts)
+        with exchange(session, last=number == len(parts)):
+            loss = session.loss(*part) / len(parts)
             fabric.backward(loss)
         total += loss.detach()
     mean: Tensor = fabric.all_reduce(total, reduce_op="mean")
     return mean
+
+
+def exchange(session: Session, last: bool) -> AbstractContextManager[Any]:
+    """Return the context of a micro-batch's passes: when gradients are exchanged."""
+    hardware = session.recipe.hardware
+    if hardware.strategy == "ddp":
+        return session.fabric.no_backward_sync(session.loss, enabled=not last)
+    if hardware.gather == "step":
+        gather_once(session.loss, last)
+    return nullcontext()
 
 
 @torch.no_grad()
@@ -158,14 +170,20 @@ def validate(session: Session) -> float:
     for step in range(batches):
         parts = micro_batches(session, session.batch("validation", step))
         for part in parts:
-            total += session.loss(*(tensor.to(fabric.device) for tensor in part)) / len(parts)
+            total += session.loss(*part) / len(parts)
     session.loss.train()
     mean = fabric.all_reduce(total, reduce_op="mean")
     return float(mean) / batches
 
 
 def micro_batches(session: Session, batch: Batch) -> list[Batch]:
-    """Return a rank's batch in equal parts that its device computes at once."""
+    """Return a rank's batch on its device, in equal parts that it computes at once.
+
+    The copy does not wait for what the device computes.
+    """
+    device = session.fabric.device
+    if device.type == "cuda":
+        batch = tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
     rows = session.recipe.hardware.micro_batch_size or len(batch[0])
     return list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
 

@@ -1,4 +1,4 @@
-"""What the optimizer does with which parameter, and at what rate."""
+"""The optimizer: parameter groups and the schedule of the learning rate."""
 
 import math
 
@@ -32,9 +32,10 @@ def is_positional(name: str) -> bool:
 
 
 def adamw(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices, and neither biases, norms nor parameters of positions.
+    """Return AdamW with weight decay for matrices.
 
-    Frozen parameters it leaves alone.
+    Biases, norms and parameters of the position scheme have no decay. Frozen parameters are left
+    out.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []

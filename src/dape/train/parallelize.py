@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
+from dape.train.drawing import Drawing, put
 from dape.train.recipe import Settings
+from dape.train.recompute import recomputed
 from dape.train.sections import Hardware
+from dape.train.sharding import shard
 from dape.train.task import Task
 
 if TYPE_CHECKING:
@@ -50,7 +56,7 @@ def device(hardware: Hardware) -> torch.device:
 
 
 def launch(recipe: Settings) -> "Fabric":
-    """Return Lightning's Fabric, started: a single device, DDP, or FSDP2 by `shard`."""
+    """Return Lightning's Fabric, started: a single device, DDP, or FSDP2."""
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -61,7 +67,9 @@ def launch(recipe: Settings) -> "Fabric":
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Fabric's doing
         strategy = DDPStrategy()
     elif ranks() > 1:
-        strategy = ModelParallelStrategy(shard, data_parallel_size=ranks(), tensor_parallel_size=1)
+        strategy = ModelParallelStrategy(
+            sharded, data_parallel_size=ranks(), tensor_parallel_size=1
+        )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fabric = Fabric(
         accelerator=device(recipe.hardware).type,
@@ -75,46 +83,95 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module of the model, so that calling it exchanges gradients."""
+    """The loss of a task as a module of the model, so that calling it exchanges gradients.
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    `drawn` are this rank's rows of the parameters that have no memory until they are sharded.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.model = model
-        self._task = task
+        self.task = task
+        self.drawn = drawn
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of the examples of a batch."""
-        return self._task.loss(self.model, *batch)
+        return self.task.loss(self.model, *batch)
 
 
-def parallelize(fabric: "Fabric", model: nn.Module, task: Task) -> nn.Module:
+def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return the model of a task as its seed draws it: whole, or where it is sharded in parts.
+
+    In parts, large parameters are on the meta device, and this rank's rows of them come second.
+    """
+    if fabric.world_size == 1 or task.recipe.hardware.strategy == "ddp":
+        return task.build(fabric.device), {}
+    with Drawing(fabric.device, fabric.global_rank, fabric.world_size) as drawing:
+        model = task.build(fabric.device)
+    return model, drawing.of(model)
+
+
+def parallelize(
+    fabric: "Fabric", model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]
+) -> nn.Module:
     """Return the loss of `model` as the devices compute it: checkpoint, compile, shard or copy."""
     hardware = task.recipe.hardware
-    if hardware.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     graphs = hardware.compile == "graphs" and fabric.device.type == "cuda"
-    if graphs or hardware.compile == "blocks":
+    compiled, kept = graphs or hardware.compile == "blocks", hardware.activation_checkpointing
+    for block in blocks(model) if compiled or kept != "none" else ():
+        if kept != "none":
+            block.forward = recomputed(block.forward, kept)
+        if compiled:
+            block.forward = torch.compile(block.forward)
+    if compiled:
         # Float32 products stay exact, whatever the compiler advises.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
-        for layer in model.model.layers:  # type: ignore[union-attr]
-            layer.forward = torch.compile(layer.forward)
         # Uncompiled, logits in float32, their softmax and their gradient take a tenth of a step.
         model.loss_function = torch.compile(model.loss_function)  # type: ignore
-    return fabric.setup_module(Loss(model, task))
+    if hardware.strategy == "ddp" and fabric.world_size > 1:
+        for parameter in model.parameters():
+            if 1 in parameter.shape and parameter.requires_grad:
+                parameter.register_hook(_with_plain_strides)
+    return fabric.setup_module(Loss(model, task, drawn))
 
 
-def shard(loss: Loss, mesh: "DeviceMesh") -> Loss:
-    """Shard each block, then the rest, over the data-parallel ranks (FSDP2).
+def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient whose axes of one entry have the stride of a new tensor, as DDP expects."""
+    return gradient.flatten().view_as(gradient)
 
-    Weights travel in float32, and autocast alone decides the arithmetic, as on one device. A bias
-    and an adapter belong to their block's group: attention reads their parameters many times, in
-    blocks of rows or in a kernel, which a group of their own, opened and closed by each call of the
-    module, would not survive.
+
+def context_parallel(fabric: "Fabric", hardware: Hardware) -> ContextParallel | None:
+    """Return the devices over which this one's sequences are spread, None if it is one.
+
+    They are neighbours: with several machines, mostly of one.
     """
-    from torch.distributed.fsdp import fully_shard
+    size = hardware.context_parallel
+    if size == 1:
+        return None
+    shape, names = (fabric.world_size // size, size), ("data_parallel", "context_parallel")
+    mesh = init_device_mesh(fabric.device.type, shape, mesh_dim_names=names)["context_parallel"]
+    return ContextParallel(mesh.get_group().group_name, mesh.get_local_rank(), size)
 
-    data_parallel = mesh["data_parallel"]
-    for layer in loss.model.model.layers:  # type: ignore[union-attr]
-        fully_shard(layer, mesh=data_parallel)
-    fully_shard(loss.model, mesh=data_parallel)
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model of this package or of transformers.
+
+    Raises:
+        UserError: if it marks none.
+    """
+    found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
+    if not found:
+        raise UserError(
+            f"{type(model).__name__} does not say what its blocks are; leave out hardware.compile,"
+            " hardware.activation_checkpointing and hardware.strategy=fsdp"
+        )
+    return found
+
+
+def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
+    """Shard a model over all ranks (FSDP2); Fabric calls it with its mesh."""
+    low = loss.task.recipe.training.precision == "bf16-mixed"
+    shard(loss, blocks(loss.model), mesh["data_parallel"], low)
+    put(loss, {f"model.{name}": rows for name, rows in loss.drawn.items()})
+    loss.drawn.clear()
     return loss

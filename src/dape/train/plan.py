@@ -1,4 +1,4 @@
-"""Before training: many recipes from one, whether this machine can follow them, what they cost."""
+"""Before training: many recipes from one, checks for the machine, and the cost of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,10 +21,14 @@ from dape.train.task import draw, vocabulary
 def sweep(
     recipe: str | PathLike[str] | Recipe, settings: Mapping[str, Sequence[Any]]
 ) -> list[Recipe]:
-    """Return a recipe for each combination of values, of which the last varies fastest.
+    """Return a recipe for each combination of values; the last key varies fastest.
 
-    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` are
-    four. Keys are those of `dape.train.train`'s overrides.
+    `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` returns
+    four recipes.
+
+    Args:
+        recipe: a recipe or a YAML file.
+        settings: values for each key; keys are the overrides of `dape.train.train`.
 
     Raises:
         UserError: for a key or value that the recipe refuses, and as `check_all`.
@@ -68,9 +72,15 @@ def check(recipe: Recipe | Retrofit) -> None:
     if isinstance(recipe, Recipe):
         scheme.check(recipe.model.scheme, recipe.model.scheme_options)
     check_backend(recipe.model.backend)
-    recipe.micro_batches(parallelize.ranks())
+    recipe.micro_batches(recipe.groups(parallelize.ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
+    chunks = 2 * recipe.hardware.context_parallel
+    if chunks > 2 and recipe.training.length % chunks:
+        raise UserError(
+            f"training.length={recipe.training.length} is not a multiple of {chunks}, twice"
+            f" hardware.context_parallel: each device takes two chunks of a sequence"
+        )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
 
@@ -81,6 +91,10 @@ def _check_layout(recipe: Retrofit) -> None:
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
             "hardware.activation_checkpointing if memory is short"
         )
+    if recipe.hardware.context_parallel > 1:
+        raise UserError(
+            "hardware.context_parallel: sequences of pretrained models are not spread; leave it out"
+        )
     if recipe.hardware.compile != "none":
         raise UserError(
             f"hardware.compile={recipe.hardware.compile!r}: the blocks of pretrained models have no"
@@ -89,20 +103,24 @@ def _check_layout(recipe: Retrofit) -> None:
 
 
 def cost(recipe: Recipe, ranks: int) -> str:
-    """Return what the recipe amounts to, from the model on the meta device; needs no GPU.
+    """Return parameters, tokens, FLOP and estimated memory of a recipe, as lines of text.
 
-    Data that is not prepared yet is needed only to know the vocabulary.
+    The model is on the meta device, so a GPU is not needed. Prepared data is needed only for the
+    size of the vocabulary.
+
+    Args:
+        recipe: the recipe.
+        ranks: number of devices.
 
     Raises:
         UserError: if neither the recipe nor the data say how large the vocabulary is.
     """
-    entries = recipe.model.vocab_size
-    if entries is None or (Path(recipe.data) / MANIFEST).exists():
-        entries = vocabulary(recipe, Corpus(recipe.data))
+    entries = entries_of(recipe)
     with torch.device("meta"):
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
-    sequences, accumulated = training.batch_size, recipe.micro_batches(ranks)
+    sequences, groups = training.batch_size, recipe.groups(ranks)
+    accumulated = recipe.micro_batches(groups)
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -112,7 +130,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
             f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
-            f" {sequences // (ranks * accumulated)} sequences x {training.length},"
+            f" {sequences // (groups * accumulated)} sequences x {training.length},"
             f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",
@@ -120,6 +138,14 @@ def cost(recipe: Recipe, ranks: int) -> str:
             + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
         ]
     )
+
+
+def entries_of(recipe: Recipe) -> int:
+    """Return the entries of the embedding; data need be there only where the recipe lacks them."""
+    entries = recipe.model.vocab_size
+    if entries is None or (Path(recipe.data) / MANIFEST).exists():
+        entries = vocabulary(recipe, Corpus(recipe.data))
+    return entries
 
 
 def _swept(recipes: Sequence[Recipe]) -> str:

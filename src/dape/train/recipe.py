@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 from dape.errors import UserError
-from dape.files import read_yaml
+from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training, at_least
@@ -25,11 +25,11 @@ class Settings(ABC):
     """Everything that a run depends on, whatever it trains; a kind of run adds its model."""
 
     name: str = "{scheme}"
-    """of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     out: str | None = None
-    """folder of the run (runs/NAME by default)"""
+    """folder of the run; default runs/NAME"""
     seed: int = 0
-    """of the weights and of the order of the data"""
+    """seed of the weights and of the order of the data"""
     training: Training = field(default_factory=Training)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Hardware = field(default_factory=Hardware)
@@ -38,7 +38,7 @@ class Settings(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """Where position enters, in a word: what {scheme} in the name stands for."""
+        """The scheme, or a word for it, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
         """Refuse a name that is no folder's, and a batch its parts do not make up."""
@@ -46,7 +46,7 @@ class Settings(ABC):
         at_least(0, "", self, "seed")
         if self.seed >= 2**63:
             raise UserError(f"seed={self.seed} must be less than 2**63")
-        self.micro_batches(ranks=1)
+        self.micro_batches(groups=1)
 
     @property
     def folder(self) -> Path:
@@ -58,23 +58,38 @@ class Settings(ABC):
         """Return the run folder."""
         return RunFolder(self.folder)
 
-    def micro_batches(self, ranks: int) -> int:
-        """Return how many micro-batches each of the `ranks` computes for a step.
+    def groups(self, ranks: int) -> int:
+        """Return how many groups of devices share the sequences of a batch, of `ranks` devices.
+
+        Raises:
+            UserError: if the devices are no whole number of groups.
+        """
+        context = self.hardware.context_parallel
+        if ranks % context:
+            raise UserError(
+                f"hardware.context_parallel={context} does not divide {ranks} devices; start"
+                f" {context} or a multiple with `torchrun --nproc_per_node=...`"
+            )
+        return ranks // context
+
+    def micro_batches(self, groups: int) -> int:
+        """Return how many micro-batches each of the `groups` of devices computes for a step.
 
         Raises:
             UserError: if the batch is no whole number of them.
         """
         batch, size = self.training.batch_size, self.hardware.micro_batch_size
-        if size and batch % (ranks * size):
+        devices = "devices" if self.hardware.context_parallel == 1 else "groups of devices"
+        if size and batch % (groups * size):
             raise UserError(
                 f"training.batch_size={batch} is not a multiple of hardware.micro_batch_size={size}"
-                f" x {ranks} devices; change one of them"
+                f" x {groups} {devices}; change one of them"
             )
-        if batch % ranks:
+        if batch % groups:
             raise UserError(
-                f"training.batch_size={batch} cannot be shared evenly by {ranks} devices"
+                f"training.batch_size={batch} cannot be shared evenly by {groups} {devices}"
             )
-        return batch // (ranks * size) if size else 1
+        return batch // (groups * size) if size else 1
 
     def _filled(self) -> str:
         """Return the name with its blanks filled in, as far as there are such values."""
@@ -92,7 +107,7 @@ class Recipe(Settings):
 
     @property
     def scheme(self) -> str:
-        """Where position enters, in a word."""
+        """The scheme."""
         return self.model.scheme
 
 
@@ -101,8 +116,7 @@ class Retrofit(Settings):
     """Everything that a fine-tuning run depends on; its length is the one to learn to read."""
 
     name: str = "retrofit-{scheme}"
-    """of the run; {scheme} (adapter-bias), {seed} and keys such as {training.length} are filled
-    in"""
+    """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
     training: Training = field(
         default_factory=lambda: Training(length=2048, batch_size=32, steps=1000)
     )
@@ -118,7 +132,7 @@ class Retrofit(Settings):
 
     @property
     def scheme(self) -> str:
-        """What is mounted, in a word."""
+        """The mounted adapter and bias, such as `dape-kerple`."""
         mounted = filter(None, (self.model.adapter, self.model.bias))
         return "-".join(mounted) if self.model.adapter else "plain"
 
@@ -131,7 +145,7 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
             a value of the wrong type, or an impossible combination.
     """
     path = Path(path)
-    data = read_yaml(path)
+    data = read_yaml(shipped(path))
     try:
         recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:

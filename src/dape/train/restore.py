@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A model and its tokenizer, as a run has them after `step` updates."""
+    """The model and the tokenizer of a run after `step` updates."""
 
     run: Path
     recipe: Recipe
@@ -31,18 +31,17 @@ class Trained:
 
     @property
     def finished(self) -> bool:
-        """Return whether that is all that the recipe asks for."""
+        """Return whether `step` is the last step of the recipe."""
         return self.step == self.recipe.training.steps
 
 
 def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
-    """Return the model that a finished run left, or else that of its latest checkpoint.
+    """Return the model of a finished run, or of the latest checkpoint.
 
-    `say` is told of checkpoints that cannot be read.
+    `say` gets a line for each checkpoint that cannot be read.
 
     Raises:
-        UserError: if there is no run, no checkpoint yet, or not the corpus any more that tells the
-            tokenizer of a checkpoint.
+        UserError: without a run, a checkpoint, or the corpus with the tokenizer of a checkpoint.
     """
     folder = RunFolder(run)
     if not folder.exists:

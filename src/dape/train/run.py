@@ -1,6 +1,7 @@
-"""From a recipe to a finished run: `train`, `finetune`, and the same for any other task."""
+"""From a recipe to a finished run: `train` and `finetune`, and `follow` for any task."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
@@ -15,6 +16,7 @@ from dape.provenance import device_name, provenance
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
+from dape.train.faults import explained
 from dape.train.loop import Session, fit
 from dape.train.optimize import adamw
 from dape.train.plan import check
@@ -27,16 +29,19 @@ Source = str | PathLike[str]
 def train(
     recipe: Source | Recipe, *, scheme: str | None = None, seed: int | None = None, **overrides: Any
 ) -> RunFolder:
-    """Train a language model by a recipe, and return its run folder.
+    """Train a language model by a recipe, and return the run folder.
 
-    A finished run is returned at once, and an interrupted one goes on from its latest checkpoint.
+    A finished run returns at once. An interrupted run resumes from the latest checkpoint.
 
     Args:
-        recipe: a recipe, or the YAML file of one.
-        scheme: short for `model={"scheme": scheme}`.
-        seed: of the weights and of the order of the data.
-        overrides: other keys of the recipe; a section takes a mapping of the keys to change, and
-            `**{"training.steps": 10}` is `training={"steps": 10}`.
+        recipe: a recipe or a YAML file.
+        scheme: the scheme, short for `model={"scheme": scheme}`.
+        seed: seed of the weights and of the order of the data.
+        overrides: further keys of the recipe; a section takes a mapping of changed keys, and
+            `**{"training.steps": 10}` equals `training={"steps": 10}`.
+
+    Returns:
+        The run folder, with recipe, record, metrics, checkpoints and model.
 
     Raises:
         UserError: for a recipe that cannot be followed here, a folder that holds another run, a
@@ -58,13 +63,16 @@ def finetune(
     seed: int | None = None,
     **overrides: Any,
 ) -> RunFolder:
-    """Train adapters in a pretrained model, or parts of it, and return the run folder.
+    """Train adapters in a pretrained model, or parts of the model, and return the run folder.
 
     Args:
-        base: the pretrained model: a folder, a run folder or a name on the hub.
-        recipe: a recipe, or the YAML file of one; the defaults of `Retrofit` without it.
-        seed: of the adapters and of the order of the data.
-        overrides: as for `train`.
+        base: the pretrained model, as a folder, a run folder or a name on the hub.
+        recipe: a recipe or a YAML file; the defaults of `Retrofit` without a recipe.
+        seed: seed of the adapters and of the order of the data.
+        overrides: further keys, as in `train`.
+
+    Returns:
+        The run folder, with adapters in place of a model.
 
     Raises:
         UserError: for a model that cannot be served, and as `train`.
@@ -78,7 +86,7 @@ def finetune(
 
 
 def follow(task: Task) -> RunFolder:
-    """Train a task until the last step of its recipe, save what it learned, and note the end.
+    """Train a task to the last step of its recipe, save the result, and record the end.
 
     Raises:
         UserError: as `train`.
@@ -90,9 +98,11 @@ def follow(task: Task) -> RunFolder:
     busy = f"another process is training in {run}; wait for its end, or give another --name"
     with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
         session = begin(task)
-        _fit(session)
-        task.save(session.fabric, session.model)
-        if session.fabric.is_global_zero:
+        fabric = session.fabric
+        with explained(run, task.recipe.hardware, fabric.global_rank, fabric.world_size):
+            fit(session)
+            task.save(fabric, session.model)
+        if fabric.is_global_zero:
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 
@@ -122,29 +132,36 @@ def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
 def begin(task: Task) -> Session:
     """Return the session of a task, as the run left it if it was interrupted."""
     recipe, run = task.recipe, task.recipe.run
-    fabric = parallelize.launch(recipe)
-    torch.manual_seed(recipe.seed)
-    model = task.build(fabric.device)
-    parameters = sum(each.numel() for each in model.parameters())
-    facts = {"ranks": fabric.world_size, **task.facts(model)}
-    loss = parallelize.parallelize(fabric, model, task)
-    optimizer = adamw(model, recipe.optimizer)
+    session = lay_out(task)
+    fabric, model = session.fabric, session.model
     if fabric.is_global_zero:
+        facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
     fabric.barrier()
-    load = partial(checkpoint.load, model=model, optimizer=optimizer)
+    load = partial(checkpoint.load, model=model, optimizer=session.optimizer)
     progress = checkpoint.newest(run, load, fabric.print) or Progress()
     if progress.step > recipe.training.steps:
         raise UserError(
             f"{run} has a checkpoint of step {progress.step}, beyond training.steps="
             f"{recipe.training.steps}; delete it"
         )
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
     fabric.print(
-        f"{run}: {recipe.scheme}, {trained:,} of {parameters:,} parameters train, on"
+        f"{run}: {recipe.scheme}, {sum(size for size, trains in sizes if trains):,} of"
+        f" {sum(size for size, _ in sizes):,} parameters train, on"
         f" {fabric.world_size} x {device_name(fabric.device)}, from step {progress.step}"
     )
-    return Session(task, fabric, model, loss, optimizer, progress)
+    return replace(session, progress=progress)
+
+
+def lay_out(task: Task) -> Session:
+    """Return the session of a task at its first step, with the model over the devices."""
+    fabric = parallelize.launch(task.recipe)
+    torch.manual_seed(task.recipe.seed)
+    model, drawn = parallelize.start(fabric, task)
+    task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
+    loss = parallelize.parallelize(fabric, model, task, drawn)
+    return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 
 def _note_start(task: Task, facts: dict[str, Any]) -> None:
@@ -161,19 +178,6 @@ def _note_start(task: Task, facts: dict[str, Any]) -> None:
             "ended": None,
         }
     )
-
-
-def _fit(session: Session) -> None:
-    """Make the updates that are left; memory that does not suffice is a user's error."""
-    try:
-        fit(session)
-    except torch.OutOfMemoryError:
-        size = session.recipe.hardware.micro_batch_size or "the whole batch"
-        raise UserError(
-            f"out of memory on {session.fabric.device}: lower hardware.micro_batch_size (now"
-            f" {size}), turn on hardware.activation_checkpointing, or shard with"
-            " hardware.strategy=fsdp"
-        ) from None
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""The sections of a recipe: what is learned, how much, how, on what, and what is written down."""
+"""The sections of a recipe: model, training, optimizer, hardware, tracking, pretrained base."""
 
 import math
 from dataclasses import dataclass, field
@@ -38,30 +38,30 @@ Options = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The language model; what is not here follows from the corpus and the training length."""
+    """The language model. The corpus and the training length decide all further sizes."""
 
     scheme: str = "dape-kerple"
-    """where position enters, such as kerple or dape-alibi; `dape info` lists them"""
+    """scheme, such as kerple or dape-alibi; `dape info schemes` lists all"""
     scheme_options: Options = field(default_factory=dict)
-    """options of its parts by place, such as {adapter: {hidden: 32}}"""
+    """options of the scheme by place, such as {adapter: {hidden: 32}}"""
     hidden_size: int = 768
     """width of the residual stream"""
     num_hidden_layers: int = 12
-    """blocks"""
+    """number of blocks"""
     num_attention_heads: int = 12
-    """query heads; must divide hidden_size"""
+    """number of query heads; must divide hidden_size"""
     num_key_value_heads: int | None = None
-    """key and value heads; must divide the query heads (as many by default)"""
+    """number of key and value heads; must divide the query heads; default as many"""
     block: Literal["paper", "modern"] = "paper"
-    """layer norm, GELU and biases, or RMS norm, SwiGLU and no biases"""
+    """paper (layer norm, GELU, biases) or modern (RMS norm, SwiGLU, no biases)"""
     intermediate_size: int | None = None
-    """width of the feed-forward layer (4 x hidden_size by default, modern 8/3 x)"""
+    """width of the feed-forward layer; default 4 x hidden_size, modern 8/3 x"""
     vocab_size: int | None = None
-    """entries of the embedding, if more than the tokenizer has: 50304 suits tensor cores"""
+    """entries of the embedding; default those of the tokenizer; 50304 suits tensor cores"""
     tie_word_embeddings: bool = False
-    """whether input and output embedding are one matrix"""
+    """use one matrix as input and output embedding"""
     backend: str = "auto"
-    """how attention is computed; `dape info` says which backends work here"""
+    """backend of attention; `dape info` lists those that work here"""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be."""
@@ -75,16 +75,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How much is learned, and in which numbers."""
+    """Length and precision of the training."""
 
     length: int = 512
-    """tokens per sequence"""
+    """tokens of a sequence"""
     batch_size: int = 256
-    """sequences per step, over all devices and accumulated gradients"""
+    """sequences of a step, over all devices and accumulated gradients"""
     steps: int = 50_000
-    """updates of the weights"""
+    """number of updates of the weights"""
     precision: Literal["bf16-mixed", "fp32"] = "bf16-mixed"
-    """arithmetic of the layers; weights, gradients, positions and softmax are float32 in both"""
+    """precision of the layers; weights, gradients, positions and softmax stay float32"""
 
     def __post_init__(self) -> None:
         """Refuse an empty training."""
@@ -96,21 +96,21 @@ class Optimizer:
     """AdamW with linear warm-up and then a schedule."""
 
     learning_rate: float = 6e-4
-    """peak"""
+    """peak of the learning rate"""
     warmup: float = 0.01
-    """fraction of the steps that rise to the peak"""
+    """fraction of the steps in which the learning rate rises to the peak"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up: half a cosine down to `final`, or the peak"""
+    """learning rate after the warm-up: half a cosine down to `final`, or constant"""
     final: float = 0.1
-    """fraction of the peak at the last step of the cosine"""
+    """learning rate at the last step of the cosine, as a fraction of the peak"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """decay of the two moments"""
+    """decay rates of the first and second moment of AdamW"""
     eps: float = 1e-8
-    """added to the root of the second moment"""
+    """number added to the root of the second moment"""
     weight_decay: float = 0.1
-    """of matrices; not of biases, norms and positions"""
+    """weight decay of matrices; biases, norms and positions have none"""
     clip_norm: float | None = 1.0
-    """largest norm of the whole gradient (None: as it comes)"""
+    """largest norm of the whole gradient; None does not clip"""
 
     def __post_init__(self) -> None:
         """Refuse rates and fractions outside their range."""
@@ -130,46 +130,57 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """How the work is laid out; none of it changes what is learned."""
+    """The layout of the computation, which does not change the result of the training."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA if there is a GPU"""
+    """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """with several devices (`torchrun`): a copy of the weights on each, or a shard (FSDP2)"""
+    """with several devices: ddp copies the weights, fsdp shards them (FSDP2)"""
+    gather: Literal["pass", "step"] = "pass"
+    """fsdp: exchange weights and gradients at each pass of a block, or once a step"""
+    context_parallel: int = 1
+    """devices that share each sequence; must divide the number of devices"""
     micro_batch_size: int | None = None
-    """sequences a device computes at once (its whole share of the batch by default)"""
+    """sequences that a device computes at a time; default all of its batch"""
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )
-    """blocks: torch.compile each block; graphs: and replay both passes as a CUDA graph"""
-    activation_checkpointing: bool = False
-    """keep only what enters a block, and compute the rest again in the backward pass"""
+    """blocks: torch.compile each block; graphs: also replay both passes as a CUDA graph"""
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "blocks"], Switch(on="blocks", off="none")
+    ] = "none"
+    """blocks: store only the input of a block; selective: also attention and most products"""
 
     def __post_init__(self) -> None:
         """Refuse an empty micro-batch, and graphs of gradients that no rank has whole."""
-        at_least(1, "hardware", self, "micro_batch_size")
+        at_least(1, "hardware", self, "micro_batch_size", "context_parallel")
         if self.compile == "graphs" and self.strategy == "fsdp":
             raise UserError(
                 "hardware.compile='graphs' needs hardware.strategy='ddp'; with 'fsdp' take 'blocks'"
+            )
+        if self.compile == "graphs" and self.context_parallel > 1:
+            raise UserError(
+                "hardware.compile='graphs' records no exchange within a pass; with"
+                " hardware.context_parallel take 'blocks'"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """What is written down, and how often in steps."""
+    """Records of the training, and steps between them."""
 
     log_every: int = 10
-    """a line of metrics.jsonl and TensorBoard"""
+    """steps between lines of metrics.jsonl and TensorBoard"""
     validate_every: int = 1000
-    """the loss of the same validation batches"""
+    """steps between validations, on equal batches each time"""
     validation_batches: int = 8
-    """batches of training.batch_size sequences"""
+    """batches of a validation, of training.batch_size sequences"""
     checkpoint_every: int = 1000
-    """a checkpoint to resume from"""
+    """steps between checkpoints"""
     keep_checkpoints: int = 2
-    """how many of the latest stay"""
+    """number of checkpoints to keep"""
     service: Literal["none", "trackio", "wandb"] = "none"
-    """where else metrics go"""
+    """tracking service that also receives the metrics"""
 
     def __post_init__(self) -> None:
         """Refuse intervals below one step."""
@@ -179,23 +190,22 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The pretrained model, what is mounted in it, and what of it trains."""
+    """The pretrained model, its adapters and its trainable parts."""
 
     base: Annotated[str, Suppress] = ""
     """folder or hub name of the model: the first argument of the command"""
     adapter: str | None = "dape"
-    """mounted in each attention: dape, dape3, talking-heads, ... (None: the model as it is)"""
+    """adapter in each attention: dape, dape3, talking-heads, ...; None mounts nothing"""
     bias: str | None = "kerple"
-    """what the adapter sees beside the scores: kerple, alibi, fire, ...; None for scores alone, and
-    for models that have ALiBi themselves"""
+    """bias for the adapter: kerple, alibi, fire, ...; None for models with ALiBi"""
     options: Options = field(default_factory=dict)
-    """options of both, such as {adapter: {hidden: 64}}"""
+    """options of adapter and bias, such as {adapter: {hidden: 64}}"""
     train: str = "adapters"
-    """what trains, commas between: adapters, components of parameter names (o_proj), or all"""
+    """trainable parts, as adapters,o_proj: adapters, components of names, or all"""
     config: Options = field(default_factory=dict)
     """keys of the model's configuration to change, such as {scheme: yarn}"""
     backend: str = "auto"
-    """how attention is computed; `dape info` says which backends work here"""
+    """backend of attention; `dape info` lists those that work here"""
 
 
 def at_least(minimum: int, section: str, instance: Any, *names: str) -> None:

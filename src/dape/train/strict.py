@@ -23,7 +23,7 @@ _short.maxstring = _short.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Marks a choice that `true` and `false` name too."""
+    """Marks a choice that also accepts `true` and `false`."""
 
     on: str
     off: str
@@ -33,8 +33,8 @@ def build(cls: type, data: Any, where: str = "") -> Any:
     """Return the dataclass `cls` from a mapping; nested dataclasses are sections of it.
 
     Raises:
-        UserError: for an unknown key, with the nearest known one, or a value that does not have its
-            field's type; `where` is put before their names.
+        UserError: for an unknown key, with the nearest known key, or a value of a wrong type; the
+            message begins with `where`.
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where.rstrip('.')}={_short.repr(data)} must be a section of keys")

@@ -1,4 +1,4 @@
-"""What the training loop trains: a model, its batches and their loss, and what is saved."""
+"""Tasks of the training loop: a model, its batches, their loss, and the saved result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.utils.checkpoint import checkpoint
 
 from dape.data.hub import fetch
 from dape.data.shards import Corpus, Windows
@@ -24,21 +25,26 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
     from transformers import PreTrainedModel
 
+    from dape.attention.context_parallel import ContextParallel
     from dape.model.retrofit import Mounted
 
 Batch = tuple[Tensor, ...]  # tensors whose first axis is that of the examples
+# Tokens whose logits are there at once: with their gradients 10 GB at 50,000 entries.
+TOKENS_AT_ONCE = 2**14
 
 
 class Task(ABC):
     """Something to train, as a recipe says.
 
     `data` is the record's entry on the data, with its checksum, None where batches are made up;
-    `tokens` is how many tokens a step learns from, None where that differs from step to step.
+    `tokens` is how many tokens a step learns from, None where that differs from step to step;
+    `context_parallel` are the devices over which each sequence is spread, None for one.
     """
 
     recipe: Settings
     data: dict[str, str] | None = None
     tokens: int | None = None
+    context_parallel: "ContextParallel | None" = None
 
     @abstractmethod
     def build(self, device: torch.device) -> nn.Module:
@@ -148,6 +154,30 @@ class LanguageModelling(NextToken):
 
     recipe: Recipe
 
+    def loss(self, model: nn.Module, *batch: Int[Tensor, "rows window"]) -> Float[Tensor, ""]:
+        """Return the same, where a sequence is spread of this device's part of each.
+
+        Logits of many tokens are computed in parts, and again in the backward pass.
+        """
+        (tokens,) = batch
+        if self.context_parallel is None and tokens.numel() <= TOKENS_AT_ONCE:
+            return super().loss(model, tokens)
+        inputs, targets, where = tokens[:, :-1], tokens[:, 1:], {}
+        if self.context_parallel is not None:
+            inputs, targets = (self.context_parallel.part(each) for each in (inputs, targets))
+            where = {"context_parallel": self.context_parallel}
+        hidden = model.model(input_ids=inputs, use_cache=False, **where)  # type: ignore[operator]
+        parts = (
+            each.split(TOKENS_AT_ONCE)
+            for each in (hidden.last_hidden_state.flatten(0, 1), targets.flatten())
+        )
+        sums = [
+            checkpoint(_loss_of_part, model, *part, use_reentrant=False)
+            for part in zip(*parts, strict=True)
+        ]
+        found: Tensor = torch.stack(sums).sum() / targets.numel()
+        return found
+
     def build(self, device: torch.device) -> nn.Module:
         """Draw the whole model: its weights are the same for any number of ranks."""
         entries = vocabulary(self.recipe, self.corpus)
@@ -191,6 +221,17 @@ class Retrofitting(NextToken):
             with whole(self.recipe.run.adapters) as partial:
                 self._mounted.save(partial)
         fabric.barrier()
+
+
+def _loss_of_part(
+    model: nn.Module, hidden: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, ""]:
+    """Return the summed loss of tokens, from what enters the head."""
+    logits = model.lm_head(hidden)  # type: ignore[operator]
+    mean: Tensor = model.loss_function(  # type: ignore[operator]
+        logits, None, logits.shape[-1], shift_labels=targets
+    )
+    return mean * len(targets)
 
 
 def vocabulary(recipe: Recipe, corpus: Corpus) -> int:

@@ -1,4 +1,4 @@
-"""What a run tells of itself: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
+"""Outputs of a run: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
 
 import json
 import math
@@ -33,10 +33,10 @@ def check(recipe: Settings) -> None:
 
 
 class Tracker:
-    """Writes the metrics of each logged step to every place that keeps them.
+    """Writes the metrics of each logged step to all outputs.
 
-    A run that resumes at `step` continues its files there: what they hold of later steps, which are
-    computed again, is dropped from the metrics and hidden by TensorBoard.
+    A run that resumes at `step` continues its files at `step`. Later steps are computed again, so
+    the metrics drop their lines, and TensorBoard hides their points.
     """
 
     def __init__(self, recipe: Settings, step: int) -> None:
@@ -52,7 +52,7 @@ class Tracker:
             )
 
     def log(self, metrics: Metrics) -> None:
-        """Write one line, of `step` and what was measured there."""
+        """Write a line with `step` and its measurements."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         values = {name: value for name, value in metrics.items() if name != "step"}
@@ -78,11 +78,11 @@ def _reopen(run: RunFolder, step: int) -> TextIO:
 
 
 class Reporter:
-    """Tells how a run goes: metrics to the tracker, a bar on a terminal, elsewhere lines.
+    """Reports the progress of a run: metrics for the tracker, a bar on a terminal, else lines.
 
-    `tokens` is how many a step learns from, None where that differs from step to step. `ceiling` is
-    how many tokens a second the devices would train on at their peak, if known: the model FLOPs
-    utilisation, `mfu`, is the fraction of it that is reached.
+    `tokens` is the number of tokens in a step, or None if steps differ. `ceiling` is the number of
+    tokens a second at the peak of the devices, if known. The model FLOPs utilisation, `mfu`, is the
+    reached fraction of `ceiling`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Reporter:
         self._tracker.close()
 
     def step(self, metrics: Metrics, due: bool) -> None:
-        """Count an update, and if it is `due` log it with the speed since the last that was."""
+        """Count an update, and log a `due` update with the speed since the last logged update."""
         self._updates += 1
         self._seconds += metrics.pop("update_seconds")
         step = int(metrics["step"])

@@ -111,9 +111,11 @@ def mix_kernel(
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + W2 (phi(W1 X + U) - phi(U)), -inf if unseen; grid (diagonals, B, segments)."""
+    if unwanted(gate, GATED):
+        return
     compute = x.dtype.element_ty
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)

@@ -41,7 +41,7 @@ def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         x, mixing.weight_in, mixing.weight_out, mixing.hidden, mask,
         rows, keys, mixing.hidden.shape[0],
         where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-        **sizes(problem, mixing), num_warps=4,
+        **sizes(problem, mixing), **problem.gated(), num_warps=4,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Which adapter and which bias go into each attention, and that they start by changing nothing."""
+"""The adapter and the bias of each attention, and the check that logits start unchanged."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -38,7 +38,11 @@ class Choice:
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise a `UserError` for what is no name, no factory, or no option of one."""
+        """Check names, factories and options.
+
+        Raises:
+            UserError: for an unknown name or option.
+        """
         for place in self.options:
             if place not in PARTS:
                 raise unknown("place in options", place, PARTS)
@@ -50,12 +54,12 @@ class Choice:
                 part.check(self.options.get(place, {}))
 
     def part(self, place: str) -> Part | None:
-        """Return what stands at a place."""
+        """Return the part at a place."""
         given: Factory | None = getattr(self, place)
         return None if given is None else part_of(place, given)
 
     def names(self) -> dict[str, Any]:
-        """Return the choice for a file; a factory of the user's own by its class alone."""
+        """Return the choice for a file; a factory of the user is written as its class name."""
         found: dict[str, Any] = {"adapter": None, "bias": None, "options": {}}
         for place in PARTS:
             part = self.part(place)
@@ -70,11 +74,11 @@ class Choice:
     ) -> tuple[nn.Module, nn.Module | None]:
         """Return adapter and bias for an attention; `own` is the bias that the model has.
 
-        A new bias enters through DAPE's f alone, `A + f([A; B])`; the model's own stays with the
-        scores, `A + B + f([A; B])`; and without any it is `A + f(A)`.
+        A new bias enters only f, as `A + f([A; B])`. A bias of the model stays with the scores, as
+        `A + B + f([A; B])`. Without a bias the logits are `A + f(A)`.
 
         Raises:
-            UserError: for two biases, and an adapter that does not start by changing nothing.
+            UserError: for two biases, and for a new adapter that changes the logits.
         """
         new = self.part("bias")
         if own is not None and new is not None:
@@ -95,7 +99,7 @@ class Choice:
 
 
 def part_of(place: str, given: Factory) -> Part:
-    """Return the part of a name, or of a factory with the options that `functools.partial` holds.
+    """Return the part of a name, or of a factory with the options of a `functools.partial`.
 
     Raises:
         UserError: for an unknown name, and a module that is built already.
@@ -120,7 +124,7 @@ def part_of(place: str, given: Factory) -> Part:
 
 
 def name_of(place: str, part: Part) -> str:
-    """Return the plainest name of a part's module, or else that of its class."""
+    """Return the shortest name of a part's module, or else the name of its class."""
     known = (name for name, other in PARTS[place].items() if other.module is part.module)
     return next(known, part.module.__name__)
 
@@ -135,7 +139,11 @@ def silence(adapter: nn.Module) -> None:
 def check_silent(
     adapter: nn.Module, biased: bool, added: bool, dimensions: Mapping[str, Any]
 ) -> None:
-    """Raise a `UserError` unless the logits are A, or A + B where the model adds a bias itself."""
+    """Check that a new adapter leaves the logits at A, or at A + B for a model with a bias.
+
+    Raises:
+        UserError: for an adapter that changes the logits.
+    """
     heads, width = dimensions["num_heads"], dimensions["head_dim"]
 
     def wave(*shape: int) -> Tensor:

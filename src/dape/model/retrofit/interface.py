@@ -1,8 +1,8 @@
-"""`dape.attention` as an attention of transformers: the function, and the mask that goes with it.
+"""`dape.attention` as an attention of transformers: the attention function and its mask function.
 
-A model asks the mask function once, hands what it returns to each layer, and the layer hands it to
-the attention function. Ours returns a `Sight` instead of a whole mask tensor, so that padding stays
-`[batch, keys]` and causality an argument: what the fused kernels serve.
+A model calls the mask function once and gives the result to each layer. The layer gives it to the
+attention function. Our mask function returns a `LayerMask` instead of a mask tensor. Padding then
+stays `[batch, keys]` and causality stays an argument, and the fused kernels serve the call.
 """
 
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ NAME = "dape"
 logger = logging.get_logger(__name__)
 
 
-class Sight(NamedTuple):
-    """Which keys the queries of a layer may see, and where both stand.
+class LayerMask(NamedTuple):
+    """The keys that the queries of a layer may see, and the offsets of queries and keys.
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
-    before the first key, which a sliding cache has dropped. `tokens` is true for each of these and
-    of the keys that is no padding; None where all are tokens.
+    dropped by a sliding cache before the first key. `tokens` is false for padding, among the
+    dropped tokens and the keys, and None without padding.
     """
 
     mask: Tensor | None
@@ -43,26 +43,26 @@ class Sight(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Return zero: Falcon asks whether its mask has four axes, and then puts ALiBi into it."""
+        """Return zero, because Falcon adds ALiBi to masks of four axes."""
         return 0
 
-    def to(self, *_: Any) -> "Sight":
-        """Return this: MPT casts its mask to booleans, and these are."""
+    def to(self, *_: Any) -> "LayerMask":
+        """Return the mask unchanged, because MPT casts its mask to booleans."""
         return self
 
     def positions(
         self, rows: int, keys: int, device: torch.device
     ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
-        """Return the positions of queries and keys, which count tokens and no padding."""
-        slots = torch.arange(keys, device=device) + self.key_offset
-        query_slots = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
+        """Return the positions of queries and keys, without padding."""
+        index = torch.arange(keys, device=device) + self.key_offset
+        query_index = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
         if self.tokens is None:
-            return query_slots, slots
+            return query_index, index
         counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
-        return counted[:, query_slots], counted[:, slots]
+        return counted[:, query_index], counted[:, index]
 
 
-def sight(
+def layer_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -73,11 +73,11 @@ def sight(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> Sight:
-    """Return what the queries may see; the arguments are those of transformers' mask functions.
+) -> LayerMask:
+    """Return the mask of a layer, from the arguments of a mask function of transformers.
 
-    Windows that end before the keys do, packed sequences and other patterns become a whole mask
-    `[B, 1, Tq, Tk]`; all else is causality and padding.
+    Sliding windows shorter than the keys, packed sequences and further patterns become a whole mask
+    `[B, 1, Tq, Tk]`. Causality and padding need no whole mask.
     """
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
@@ -93,30 +93,30 @@ def sight(
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
     # A static cache counts on in the tensor it gives; the difference is one of our own.
-    return Sight(mask, causal, q_offset - kv_offset, kv_offset, tokens)
+    return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens)
 
 
-def sight_of(
-    attention_mask: Sight | Tensor | None,
+def layer_mask_of(
+    attention_mask: LayerMask | Tensor | None,
     query: Float[Tensor, "batch heads query head_dim"],
     key: Float[Tensor, "batch kv_heads key head_dim"],
-) -> Sight:
-    """Return the sight that a layer was given; a mask tensor is the caller's own.
+) -> LayerMask:
+    """Return the mask of a layer; a tensor is the mask of the caller.
 
     Raises:
         UserError: for a tensor that is not boolean.
     """
-    if isinstance(attention_mask, Sight):
+    if isinstance(attention_mask, LayerMask):
         return attention_mask
     offset = key.shape[2] - query.shape[2]
     if attention_mask is None:
-        return Sight(None, True, offset)
+        return LayerMask(None, True, offset)
     if attention_mask.dtype != torch.bool:
         raise UserError(
             f"attention_mask {list(attention_mask.shape)} of {attention_mask.dtype}: with adapters "
             "mounted a mask of four axes must be torch.bool, true where a key may be seen"
         )
-    return Sight(attention_mask, False, offset)
+    return LayerMask(attention_mask, False, offset)
 
 
 def attend(
@@ -135,12 +135,12 @@ def attend(
 ]:
     """Return the output of `dape.attention` with the bias and adapter that `module` holds.
 
-    And the weights, if they are asked for or the backend is `reference`. Attention dropout is not
-    applied: the fused kernels have none.
+    The weights are returned with `output_attentions`, and with the backend `reference`. Attention
+    dropout is not applied, because the fused kernels have no dropout.
 
     Raises:
-        UserError: for a bias that is not relative where positions are not known, for attention that
-            is not causal, and for packed documents that the mask does not tell apart.
+        UserError: for a bias without `relative` at unknown positions, for attention that is not
+            causal, and for packed documents without a mask between them.
     """
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied while adapters are there")
@@ -152,7 +152,7 @@ def attend(
     backend: str = getattr(module, "attention_backend", "auto")
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
-    seen = sight_of(attention_mask, query, key)
+    seen = layer_mask_of(attention_mask, query, key)
     refuse_unused(seen, **more)
     positions: tuple[Tensor | None, Tensor | None] = None, None
     if bias is not None and not getattr(bias, "relative", False):
@@ -169,13 +169,17 @@ def attend(
 
 
 def refuse_unused(
-    seen: Sight,
+    seen: LayerMask,
     is_causal: bool | None = None,
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Raise a `UserError` for arguments of a model's forward that its mask does not reflect."""
+    """Refuse arguments of a model's forward that the mask does not reflect.
+
+    Raises:
+        UserError: for `is_causal=False`, and for packed documents without a mask between them.
+    """
     if is_causal is False:
         raise UserError("is_causal=False: with adapters mounted attention is causal; unmount them")
     packed = cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2
@@ -187,7 +191,7 @@ def refuse_unused(
 
 
 def known_positions(
-    seen: Sight, bias: nn.Module, rows: int, keys: int, device: torch.device
+    seen: LayerMask, bias: nn.Module, rows: int, keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the positions of queries and keys, if causality and padding alone decide them."""
     if rows > 1 and not seen.causal:
@@ -219,4 +223,4 @@ class SoftCapped(nn.Module):
 
 # An attention without its mask function silently loses causality.
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sight)
+AttentionMaskInterface.register(NAME, layer_mask)

@@ -1,4 +1,4 @@
-"""Adapters from a folder, mounted on the model that they were made for."""
+"""Adapters from a folder, mounted on their base model."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,19 @@ def load_adapters(
     bias: Factory | None = None,
     backend: str = "auto",
 ) -> Mounted:
-    """Mount what `Mounted.save` wrote on the base model that it was made for.
+    """Mount adapters written by `Mounted.save` on their base model.
 
-    `adapter` and `bias` are needed, and used, only where `retrofit` was given factories of the
-    user's own. Parts that trained with the adapters get the values that they learned.
+    Parts of the model that trained with the adapters get the trained values.
+
+    Args:
+        model: the base model.
+        folder: folder with `adapters.safetensors` and `adapters.json`.
+        adapter: the factory given to `retrofit`, needed only for a class of your own.
+        bias: the factory given to `retrofit`, needed only for a class of your own.
+        backend: backend of attention, as in `dape.attention`.
+
+    Returns:
+        A handle that saves and unmounts the adapters.
 
     Raises:
         UserError: for a folder without adapters, or adapters of another model.

@@ -23,20 +23,20 @@ from dape.model.retrofit.survey import Attention, attentions
 from dape.model.retrofit.unchanged import check_unchanged, own_states
 
 ADAPTERS, ALL = "adapters", "all"
-# What configurations call the length a model was trained at.
+# Names of the training length in configurations.
 TRAIN_LENGTH = ("train_length", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mounted:
-    """What `retrofit` put into a model.
+    """A pretrained model with mounted adapters.
 
     Attributes:
-        model: the model itself, which is used as before.
-        attentions: the modules that attend, in order.
-        choice: which adapter and bias they hold.
-        train: the names of what trains.
-        parts: the parameters of the model that train too, by name.
+        model: the pretrained model, used as before.
+        attentions: the attention modules, in order.
+        choice: adapter and bias of the attention modules.
+        train: names of the trainable parts.
+        parts: trainable parameters of the model, by name.
     """
 
     model: PreTrainedModel
@@ -52,16 +52,20 @@ class Mounted:
         return mounted_in(self.attentions, self.choice)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the base model lacks, by name: the adapters, and the parts that train."""
+        """Return the tensors of the adapters and of the trainable parts, by name."""
         parts = {f"part.{name}": part.detach() for name, part in self.parts.items()}
         return {**self.adapters.state_dict(), **parts}
 
     def save(self, folder: str | Path) -> None:
-        """Write `adapters.safetensors` and `adapters.json` for `dape.load_adapters`."""
+        """Write `adapters.safetensors` and `adapters.json` for `dape.load_adapters`.
+
+        Args:
+            folder: folder to write.
+        """
         write(Path(folder), self.model.config, self.choice, self.train, self.state())
 
     def unmount(self) -> None:
-        """Give the model back as it was before, to the bit: parts that trained are put back too."""
+        """Restore the model to the bit, trained parts included."""
         self._undo.close()
 
 
@@ -74,30 +78,30 @@ def retrofit(
     train: str | Sequence[str] = ADAPTERS,
     backend: str = "auto",
 ) -> Mounted:
-    r"""Mount an adapter in every attention of a pretrained model, which at first changes nothing.
+    r"""Mount an adapter in every attention of a pretrained model, without a change of the logits.
 
-    The logits of each layer become those of Zheng et al., 2024, on the scores A = scale q k^T that
-    the model has, after its rotations and norms. f's last layer starts at zero:
+    Training then changes the logits. A = scale q k^T are the scores of the model, after rotations
+    and norms, and f is the MLP of Zheng et al., 2024. The last layer of f starts at zero.
 
-    | the model has | `bias` | logits |
+    | model | `bias` | logits |
     |---|---|---|
-    | no bias (GPT-2, OPT; RoPE: Llama, Mistral, Qwen, Gemma, GPT-NeoX) | none | A + f(A) |
-    | no bias | one, B | A + f([A; B]) |
-    | ALiBi, B (BLOOM, MPT, Falcon-RW) | none | A + B + f([A; B]) |
+    | without bias (GPT-2, OPT, Llama, Mistral, Qwen, Gemma, GPT-NeoX) | none | A + f(A) |
+    | without bias | given, B | A + f([A; B]) |
+    | with ALiBi, B (BLOOM, MPT, Falcon-RW) | none | A + B + f([A; B]) |
 
-    The model's code is as it was: `transformers` calls `dape.attention` through its attention
-    interface, with caches, padding, windows and `generate`.
+    `transformers` calls `dape.attention` through its attention interface, with caches, padding,
+    windows and `generate`. The code of the model stays unchanged.
 
     Args:
-        model: a causal language model of transformers; it is changed in place, until `unmount`.
+        model: a causal language model of transformers, changed in place until `unmount`.
         adapter: `dape`, `dape3`, `talking-heads`, `cope`, ..., or a factory such as `dape.DAPE`. A
-            factory is called for each layer with those of `num_heads`, `head_dim`, `hidden_size`,
-            `train_length` that it names.
+            factory is called for each layer, with the arguments among `num_heads`, `head_dim`,
+            `hidden_size` and `train_length` that the factory names.
         bias: `kerple`, `alibi`, `fire`, `t5`, ..., or a factory.
-        options: of the constructors: `{"adapter": {"hidden": 64}, "bias": {...}}`.
-        train: what trains, all else is frozen: `adapters` (with their biases), and components of
-            parameter names, such as `o_proj`, or `all`.
-        backend: how attention is computed, as in `dape.attention`.
+        options: options of the constructors, as `{"adapter": {"hidden": 64}, "bias": {...}}`.
+        train: trainable parts, as `adapters` (with new biases), components of parameter names such
+            as `o_proj`, or `all`; all other parameters are frozen.
+        backend: backend of attention, as in `dape.attention`.
 
     Returns:
         A handle that saves and unmounts the adapters.

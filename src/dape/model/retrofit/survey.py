@@ -1,4 +1,4 @@
-"""Where a pretrained model attends, found by a short forward, and whether that can be served."""
+"""The attention modules of a pretrained model, found by a short forward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,20 +14,26 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from dape.errors import UserError
 from dape.model.modeling import DapeAttention
-from dape.model.retrofit.interface import sight
-from dape.model.retrofit.routes import route_of
+from dape.model.retrofit.architectures import architecture_of
+from dape.model.retrofit.interface import layer_mask
 
 SURVEY = "dape_survey"
-# What an attention may ask for beyond softmax(scale q k^T + mask) v, and Gemma 2's cap of it.
+# Arguments of an attention beyond softmax(scale q k^T + mask) v and Gemma 2's cap.
 BEYOND = {"s_aux": "attention sinks", "position_bias": "a bias of its own"}
 TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """A module that attends: its heads, its own bias, and the `forward` it needs to be served.
+    """An attention module of a pretrained model.
 
-    `device` is where it computes, which of weights on disk is not where they are.
+    Attributes:
+        module: the module.
+        num_heads: number of query heads.
+        head_dim: width of a head.
+        device: device of the computation, also for weights offloaded to disk.
+        bias: bias of the model, such as ALiBi.
+        forward: replacement of the module's `forward`, if the attention interface is not enough.
     """
 
     module: nn.Module
@@ -42,10 +48,10 @@ _found: ContextVar[dict[nn.Module, Attention]] = ContextVar("found")
 
 
 def attentions(model: PreTrainedModel) -> list[Attention]:
-    """Return the attentions of a model, in the order in which it calls them.
+    """Return the attention modules of a model, in the order of the calls.
 
     Raises:
-        UserError: if there are none that can be served, saying why.
+        UserError: if no attention can be served, with the reason.
     """
     ours = [module for module in model.modules() if isinstance(module, DapeAttention)]
     if ours:
@@ -54,18 +60,18 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
             Attention(each, heads, each.head_dim, device_of(each), each.position_bias)
             for each in ours
         ]
-    routed = [(each, route) for each in model.modules() if (route := route_of(each))]
-    if routed:
+    known = [(each, own) for each in model.modules() if (own := architecture_of(each))]
+    if known:
         return [
             Attention(
                 module,
-                getattr(module, route.heads),
+                getattr(module, own.heads),
                 module.head_dim,
                 device_of(module),
-                route.bias(module),
-                route.forward,
+                own.bias(module),
+                own.forward,
             )
-            for module, route in routed
+            for module, own in known
         ]
     return surveyed(model)
 
@@ -95,7 +101,7 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
 def record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
 ) -> tuple[Tensor, None]:
-    """Note an attention, and return zeros in place of its output.
+    """Record an attention, and return zeros in place of its output.
 
     Raises:
         UserError: for an attention that cannot be served.
@@ -122,7 +128,7 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return where a module computes: the device of its weights, or of Accelerate's for them."""
+    """Return the device of a module's computation, from its weights or from Accelerate."""
     for tensor in chain(module.parameters(), module.buffers()):
         if not tensor.is_meta:
             return tensor.device
@@ -135,7 +141,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def call(model: PreTrainedModel) -> Tensor:
-    """Return what the model says of a few tokens: logits, or what else comes first."""
+    """Return the first output of the model for a few tokens, usually the logits."""
     training = [module for module in model.modules() if module.training]
     embeddings = model.get_input_embeddings()
     places = torch.arange(1, TOKENS + 1, device=device_of(embeddings))[None]
@@ -148,4 +154,4 @@ def call(model: PreTrainedModel) -> Tensor:
 
 
 AttentionInterface.register(SURVEY, record)
-AttentionMaskInterface.register(SURVEY, sight)
+AttentionMaskInterface.register(SURVEY, layer_mask)

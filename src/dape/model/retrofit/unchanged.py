@@ -1,7 +1,7 @@
-"""Whether adapters that are silent leave a model as it is: each attention against its own code.
+"""The check that new adapters leave a model unchanged: each attention against its own code.
 
-A model in 16 bits may be so sensitive that two ways to round give other logits. So each attention
-is compared by itself, with the hidden states that it got when the model's own code ran.
+A model in 16 bits may be sensitive, and two ways to round give different logits. Therefore the
+check compares each attention alone, on the hidden states from a run of the model's own code.
 """
 
 import inspect
@@ -26,7 +26,7 @@ States = Mapping[nn.Module, Tensor]
 def own(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend by the eager code of a module, in float32 where that would round its scores."""
+    """Attend by the eager code of a module, in float32 if the code would round scores."""
     names = inspect.unwrap(type(module).forward).__globals__
     eager = names.get("eager_attention_forward", sdpa_attention_forward)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -37,10 +37,10 @@ def own(
 
 
 def own_states(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[States, States]:
-    """Return what goes into each attention and what comes out, by the model's own code.
+    """Return inputs and outputs of each attention, by the model's own code.
 
-    Its eager code leaves nothing out: PyTorch's own attention knows no cap of the scores. But that
-    of Falcon adds ALiBi twice, and its other once, as Falcon was trained.
+    Eager code is complete, where PyTorch's attention has no cap of the scores. Falcon is the
+    exception. Its eager code adds ALiBi twice, and its SDPA code once, as in training.
     """
     with implementation(model, "sdpa" if model.config.model_type == "falcon" else OWN):
         return states(model, modules)
@@ -49,7 +49,7 @@ def own_states(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[St
 def states(
     model: PreTrainedModel, modules: Sequence[nn.Module], given: States | None = None
 ) -> tuple[States, States]:
-    """Return what goes into each attention, which is what is `given` if any, and what comes out."""
+    """Return inputs and outputs of each attention; inputs are `given`, if any."""
     into: dict[nn.Module, Tensor] = {}
     out: dict[nn.Module, Tensor] = {}
 
@@ -72,7 +72,11 @@ def states(
 
 
 def check_unchanged(model: PreTrainedModel, own: tuple[States, States]) -> None:
-    """Raise a `UserError` unless each attention gives what the model's own gave, up to rounding."""
+    """Compare the outputs of each attention with the model's own, up to rounding.
+
+    Raises:
+        UserError: for an attention whose outputs differ.
+    """
     into, expected = own
     _, found = states(model, list(into), into)
     for module, value in expected.items():

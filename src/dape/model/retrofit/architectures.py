@@ -1,7 +1,7 @@
 """BLOOM, MPT and Falcon, whose own code computes attention without transformers' interface.
 
-Their attention modules get a `forward` that projects as their own does and then attends as every
-other model: the models' code stays as it is. Their ALiBi becomes a bias, which an adapter sees.
+Their attention modules get a `forward` that projects as the original does and then calls `attend`.
+The code of the models stays unchanged. Their ALiBi becomes a bias, and adapters see it.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dape.model.retrofit.interface import Sight, attend
+from dape.model.retrofit.interface import LayerMask, attend
 from dape.positions.bias import ALiBi, Bias
 
 
@@ -44,7 +44,7 @@ def bloom(
     hidden_states: Tensor,
     residual: Tensor,
     alibi: Tensor,
-    attention_mask: Sight,
+    attention_mask: LayerMask,
     layer_past: Any = None,
     use_cache: bool = False,
     output_attentions: bool = False,
@@ -70,7 +70,7 @@ def mpt(
     hidden_states: Tensor,
     position_bias: Tensor,
     past_key_values: Any = None,
-    attention_mask: Sight | None = None,
+    attention_mask: LayerMask | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `MptAttention.forward` does."""
@@ -92,7 +92,7 @@ def falcon(
     self: Any,
     hidden_states: Tensor,
     alibi: Tensor | None,
-    attention_mask: Sight,
+    attention_mask: LayerMask,
     position_ids: Tensor | None = None,
     layer_past: Any = None,
     use_cache: bool = False,
@@ -118,8 +118,8 @@ def falcon(
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """How an attention class is served: its `forward`, where it says its heads, its own bias."""
+class Architecture:
+    """An attention class: a `forward`, the name of its number of heads, its own bias."""
 
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     heads: str
@@ -131,13 +131,13 @@ def falcon_bias(module: Any) -> Bias | None:
     return FalconALiBi(module.num_heads, module.head_dim) if module.config.alibi else None
 
 
-ROUTES = {
-    "BloomAttention": Route(bloom, "num_heads", lambda module: ALiBi(module.num_heads)),
-    "MptAttention": Route(mpt, "n_heads", lambda module: ALiBi(module.n_heads)),
-    "FalconAttention": Route(falcon, "num_heads", falcon_bias),
+ARCHITECTURES = {
+    "BloomAttention": Architecture(bloom, "num_heads", lambda module: ALiBi(module.num_heads)),
+    "MptAttention": Architecture(mpt, "n_heads", lambda module: ALiBi(module.n_heads)),
+    "FalconAttention": Architecture(falcon, "num_heads", falcon_bias),
 }
 
 
-def route_of(module: nn.Module) -> Route | None:
-    """Return the route of an attention module, if it needs one."""
-    return ROUTES.get(type(module).__name__)
+def architecture_of(module: nn.Module) -> Architecture | None:
+    """Return how an attention module is served, or None if the attention interface serves it."""
+    return ARCHITECTURES.get(type(module).__name__)

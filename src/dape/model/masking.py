@@ -1,4 +1,4 @@
-"""Where the queries and keys of a forward pass stand: mask, positions and offset."""
+"""Mask, positions and offset of the queries and keys of a forward pass."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache
 from transformers.utils import is_tracing
 
+from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 
 
-def whereabouts(
+def masking(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -21,12 +22,12 @@ def whereabouts(
 ) -> dict[str, Any]:
     """Return mask, causality, positions and offset of the queries, as `dape.attention` takes them.
 
-    `documents` `[B, T]` numbers the documents packed in each row; without it and without a mask
-    they are told apart as transformers does, by `position_ids` that do not count on by one.
+    `documents` `[B, T]` numbers the documents packed in each row. Without `documents` and without a
+    mask, a document begins where `position_ids` do not count on by one, as in transformers.
 
-    Positions stay None, meaning slots, where padding and documents cannot move them: a scheme that
-    is `relative` throughout keeps its biases unbatched. Cached keys, unless `position_ids` cover
-    them too, count back from the first query.
+    Positions stay None where padding and documents cannot move them, and the index of a token is
+    its position. A scheme whose parts are all `relative` then keeps its biases unbatched. Cached
+    keys without `position_ids` count back from the first query.
 
     Raises:
         UserError: for arguments that do not fit each other.
@@ -38,9 +39,9 @@ def whereabouts(
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on
         keys = past_key_values.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
-    causal = mask is None or mask.ndim == 2  # a mask of every query is the whole truth
+    causal = mask is None or mask.ndim == 2  # a mask of every query decides alone
     padding = mask if mask is not None and mask.ndim == 2 else None
-    slots = torch.arange(rows, device=hidden_states.device) + past
+    index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)
         if position_ids is None and not relative:
@@ -51,11 +52,11 @@ def whereabouts(
             check_positions(position_ids, hidden_states.shape[0], rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
         key_positions = positions_of_keys(tokens, position_ids, rows, past)
-        query_positions = key_positions[:, slots]
+        query_positions = key_positions[:, index]
         if position_ids is not None and mask is None and documents is None:
             documents = documents_of_positions(key_positions, past)
     if documents is not None:
-        same = (documents[:, slots, None] == documents[:, None, :])[:, None]
+        same = (documents[:, index, None] == documents[:, None, :])[:, None]
         mask = same if mask is None else same & (mask if padding is None else mask[:, None, None])
     return {
         "mask": mask,
@@ -66,8 +67,29 @@ def whereabouts(
     }
 
 
+def part_of_sequence(
+    hidden_states: Tensor, context_parallel: ContextParallel, *given: object
+) -> dict[str, Any]:
+    """Return what `masking` does for one device's part of a sequence.
+
+    Raises:
+        UserError: for anything `given` of masks, positions, a cache or documents.
+    """
+    if any(each is not None for each in given):
+        raise UserError(
+            "context_parallel spreads whole sequences over devices, without attention_mask,"
+            " position_ids, past_key_values or packed documents"
+        )
+    length, device = hidden_states.shape[1], hidden_states.device
+    return {
+        "query_positions": context_parallel.positions(length, device),
+        "query_offset": 0,
+        "context_parallel": context_parallel,
+    }
+
+
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
-    """Return the mask as booleans, padded to the slots of a static cache."""
+    """Return the mask as booleans, padded to the length of a static cache."""
     if not isinstance(attention_mask, Tensor):
         name = type(attention_mask).__name__
         raise UserError(f"attention_mask is a {name}; it must be a tensor [batch, keys]")
@@ -101,15 +123,15 @@ def positions_of_keys(
 ) -> Tensor:
     """Return the position of each key: `tokens` counted, but the last as `position_ids` say.
 
-    Those before the given ones count back from the first of them.
+    Earlier keys count back from the first given position.
     """
     counted = (tokens.cumsum(-1) - 1).clamp(min=0)
     if position_ids is None:
         return counted
     given = position_ids.shape[1]
-    slots = torch.arange(given, device=tokens.device) + (past + rows - given)
-    shifted = counted + (position_ids - counted[:, slots])[:, :1]
-    return shifted.index_copy(1, slots, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
+    index = torch.arange(given, device=tokens.device) + (past + rows - given)
+    shifted = counted + (position_ids - counted[:, index])[:, :1]
+    return shifted.index_copy(1, index, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
 
 
 def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:
@@ -133,7 +155,7 @@ def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor 
 
 
 def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tensor:
-    """Return the numbers of documents, padded to the slots of a static cache.
+    """Return the numbers of documents, padded to the length of a static cache.
 
     Raises:
         UserError: for cached keys, whose documents nobody gave.
@@ -148,6 +170,6 @@ def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tenso
 
 def count_within(documents: Tensor) -> Tensor:
     """Return the position of each token in its document, from 0."""
-    slots = torch.arange(documents.shape[1], device=documents.device)
+    index = torch.arange(documents.shape[1], device=documents.device)
     begins = documents.diff(prepend=documents[:, :1] - 1) != 0
-    return slots - torch.where(begins, slots, 0).cummax(-1).values
+    return index - torch.where(begins, index, 0).cummax(-1).values

@@ -1,0 +1,134 @@
+"""One sequence over several devices: each has queries of its own, and gathers all keys and values.
+
+Of n devices, device r holds chunks r and 2n - 1 - r of 2n chunks of the sequence: in causal
+attention, where a query costs as many keys as stand before it, all devices then compute equally
+much. Keys and values are gathered in their order, and each chunk of queries is a call of the
+operator with whole rows: any scheme is exact in it, and every backend serves it as on one device.
+
+To gather takes memory for the keys and values of the whole sequence in one layer at a time. To pass
+them around a ring, and merge by the log-sum-exp, would take an n-th, and would hide the exchange
+behind the products; both are small beside the products, which grow with the square of the length.
+"""
+
+import os
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+
+from dape.attention.operator import attention
+
+
+class ContextParallel(NamedTuple):
+    """The devices over which a sequence is spread, by the name of their process group."""
+
+    group: str
+    rank: int
+    ranks: int
+
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Return this device's two chunks of a tensor of the whole sequence.
+
+        Its length along `dim` is a multiple of twice the number of devices.
+        """
+        chunks = x.chunk(2 * self.ranks, dim)
+        return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
+
+    def positions(self, length: int, device: torch.device) -> Int[Tensor, " length"]:
+        """Return where the `length` tokens of this device stand in the sequence."""
+        return self.part(torch.arange(length * self.ranks, device=device), dim=0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of all devices' tensors, in place."""
+        dist.all_reduce(x, group=_group(self.group))
+        return x
+
+    def attention(
+        self,
+        query: Float[Tensor, "batch heads part head_dim"],
+        key: Float[Tensor, "batch kv_heads part head_dim"],
+        value: Float[Tensor, "batch kv_heads part value_dim"],
+        bias: nn.Module | None = None,
+        adapter: nn.Module | None = None,
+        causal: bool = True,
+        query_offset: int = 0,
+        **options: Any,
+    ) -> Float[Tensor, "batch heads part value_dim"]:
+        """Return `dape.attention` of the queries of this device over the keys of all."""
+        keys, values = (gather(x, self.group, self.ranks) for x in (key, value))
+        rows, outs = query.shape[2] // 2, list[Tensor]()
+        for chunk, queries in zip(
+            (self.rank, 2 * self.ranks - 1 - self.rank), query.split(rows, dim=2), strict=True
+        ):
+            start = query_offset + chunk * rows
+            seen = slice(0, start + rows if causal else None)
+            out = attention(
+                queries, keys[:, :, seen], values[:, :, seen], bias, adapter, causal,
+                query_offset=start, **options,
+            )  # fmt: skip
+            outs.append(cast(Tensor, out))
+        return torch.cat(outs, dim=2)
+
+
+def over_all_processes(device: torch.device) -> tuple[ContextParallel | None, torch.device]:
+    """Return the devices of all processes that `torchrun` started, and that of this process.
+
+    A single process keeps the device that it asks for, and is spread over none.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    world = cast(dist.ProcessGroup, dist.group.WORLD)
+    return ContextParallel(world.group_name, world.rank(), world.size()), device
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    found: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore
+    return found
+
+
+@torch.library.custom_op("dape::gather", mutates_args=())
+def gather(part: Tensor, group: str, ranks: int) -> Tensor:
+    """Return the whole sequence, along axis 2, from the parts of all devices."""
+    part = part.contiguous()
+    parts = [torch.empty_like(part) for _ in range(ranks)]
+    dist.all_gather(parts, part, _group(group))
+    first, second = zip(*(each.chunk(2, dim=2) for each in parts), strict=True)
+    return torch.cat((*first, *reversed(second)), dim=2)
+
+
+@gather.register_fake
+def _(part: Tensor, group: str, ranks: int) -> Tensor:
+    return part.new_empty(*part.shape[:2], part.shape[2] * ranks, *part.shape[3:])
+
+
+@torch.library.custom_op("dape::scatter_sum", mutates_args=())
+def scatter_sum(whole: Tensor, group: str, ranks: int) -> Tensor:
+    """Return this device's part of the sum of all devices' `whole`, summed in float32."""
+    chunks = whole.to(torch.promote_types(whole.dtype, torch.float32)).chunk(2 * ranks, dim=2)
+    parts = [torch.cat((chunks[r], chunks[-1 - r]), dim=2) for r in range(ranks)]
+    part = torch.empty_like(parts[0])
+    dist.reduce_scatter(part, parts, group=_group(group))
+    return part.to(whole.dtype)
+
+
+@scatter_sum.register_fake
+def _(whole: Tensor, group: str, ranks: int) -> Tensor:
+    return whole.new_empty(*whole.shape[:2], whole.shape[2] // ranks, *whole.shape[3:])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.where = inputs
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return scatter_sum(grad, *ctx.where), None, None
+
+
+gather.register_autograd(_gradient, setup_context=_setup)

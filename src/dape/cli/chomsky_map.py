@@ -1,0 +1,73 @@
+"""`dape chomsky map`: A, B and f(A, B) of a trained encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dape.cli.arguments import parse
+from dape.cli.options import at_least_one, check_format
+from dape.errors import UserError
+
+FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """Show what a trained encoder adds to the scores of its middle placeholder, over all tokens.
+
+    The record (.json) holds the lines of all heads, the figure draws them, and the table (.md) has
+    the correlation of f(A, B) with A and with B.
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """folder of a benchmark, as `dape chomsky train` leaves it"""
+    task: str
+    """name of a task; `dape chomsky tasks` lists them"""
+    scheme: str
+    """where position enters"""
+    out: tuple[Path, ...]
+    """files to write: a figure (.png, .pdf, .svg), the table (.md), the record (.json)"""
+    seed: int = 0
+    """of the model"""
+    length: int = 60
+    """symbols of the input"""
+    examples: int = 16
+    """inputs to take the mean over"""
+
+    def __post_init__(self) -> None:
+        """Refuse no file, formats nobody writes, and counts below one."""
+        at_least_one(self, "length", "examples")
+        if not self.out:
+            raise UserError("no file given: dape chomsky map FOLDER ... --out FILE")
+        for file in self.out:
+            check_format(file, FORMATS)
+
+
+def main(argv: list[str]) -> None:
+    """Write the files and say where they are."""
+    arguments = parse(Arguments, argv, prog="dape chomsky map")
+    from dape.chomsky.maps import make
+    from dape.figures.chomsky_map import draw, table
+    from dape.figures.style import save
+    from dape.files import write_text
+    from dape.provenance import provenance
+
+    made = make(
+        arguments.folder,
+        arguments.task,
+        arguments.scheme,
+        arguments.seed,
+        length=arguments.length,
+        examples=arguments.examples,
+        provenance=provenance("cpu", ["chomsky", "map", *argv]),
+    )
+    for file in arguments.out:
+        if file.suffix == ".json":
+            made.save(file)
+        elif file.suffix == ".md":
+            write_text(file, table(made).markdown() + "\n")
+        else:
+            save(draw(made), file)
+        print(f"wrote {file}")

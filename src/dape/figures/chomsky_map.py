@@ -1,0 +1,88 @@
+"""A, B and f(A, B) of an encoder of the Chomsky benchmark, as a figure and a table."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dape.chomsky.maps import Layer, Map
+from dape.figures.bias_maps import value_axis
+from dape.figures.style import ACCENT, theme
+from dape.figures.tables import NOTHING, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANEL = (2.5, 1.5)  # inches
+
+
+def draw(made: Map) -> "Figure":
+    """Draw A, B, f(A, B) and the weights over the tokens: a row for each layer, a line a head.
+
+    Placeholders are shaded; the dotted line is the query.
+    """
+    import seaborn
+    from matplotlib.figure import Figure
+
+    width, height = PANEL
+    with theme():
+        figure = Figure(figsize=(4 * width + 0.8, height * len(made.layers) + 0.9))
+        grid = figure.subplots(len(made.layers), 4, squeeze=False, sharex=True)
+        for number, (axes, layer) in enumerate(zip(grid, made.layers, strict=True)):
+            for panel, (name, lines) in zip(axes, _panels(layer).items(), strict=True):
+                colours = seaborn.color_palette("crest", len(lines))
+                for line, colour in zip(lines, colours, strict=True):
+                    panel.plot(line, color=colour, linewidth=1)
+                panel.axvspan(made.inputs, len(lines[0]) - 1, color=ACCENT, alpha=0.12, linewidth=0)
+                panel.axvline(made.query, color=ACCENT, linewidth=1, linestyle=":")
+                panel.set_title(name if number == 0 else "")
+                value_axis(panel, [np.array(line) for line in lines])
+            axes[0].set_ylabel(f"layer {number}")
+        for panel in grid[-1]:
+            panel.set_xlabel("token")
+            panel.set_xlim(0, len(made.layers[0].scores[0]) - 1)
+        figure.suptitle(title(made), x=0.01, ha="left", weight="bold")
+    return figure
+
+
+def title(made: Map) -> str:
+    """Return which model reads what."""
+    return f"{made.task}, {made.scheme}, seed {made.seed}: {made.length} symbols"
+
+
+def _panels(layer: Layer) -> dict[str, list[list[float]]]:
+    change = "f(A, B)" if layer.residual else "f(A, B), instead of B"
+    return {
+        "scores A": layer.scores,
+        "bias B": layer.bias,
+        f"adapter {change}": layer.change,
+        "attention": layer.weights,
+    }
+
+
+def table(made: Map) -> Table:
+    """Return how much A, B and f vary over the input in each layer, and what f follows."""
+    rows = [
+        [
+            str(number),
+            *(f"{layer.spread[name]:.3g}" for name in ("scores", "bias", "change")),
+            *(NOTHING if x is None else f"{x:+.2f}" for x in (layer.with_scores, layer.with_bias)),
+            f"{np.array(layer.weights)[:, : made.inputs].sum(1).mean():.0%}",
+        ]
+        for number, layer in enumerate(made.layers)
+    ]
+    return Table(
+        title(made),
+        [
+            "layer",
+            "sd of A",
+            "sd of B",
+            "sd of f",
+            "corr(f, A)",
+            "corr(f, B)",
+            "attention on input",
+        ],
+        rows,
+        note=f"Of the middle placeholder, means over heads and {made.examples} inputs of"
+        f" {made.length} symbols; trained on up to {made.trained}. sd: standard deviation over the"
+        " tokens of the input.",
+    )

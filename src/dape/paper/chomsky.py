@@ -1,0 +1,257 @@
+"""What the Chomsky benchmark shows: its grid of cells, sections of results, and checks of claims.
+
+| check | number | reproduced, with p < 0.05 |
+|---|---|---|
+| `Above` | tasks on which one scheme has a higher mean score than another | on more than half |
+| `BestOf` | tasks on which a DAPE has the highest mean score | on more than by an equal chance |
+| `Near` | difference of a mean score and a published one | within 2 points |
+
+Tasks are those in which the order of the input matters. p is that of the two-sided sign test over
+tasks for `Above`, of the binomial test against an equal chance for every scheme for `BestOf`, and
+of two one-sided t-tests over seeds for `Near`. On a task a difference is clear with p < 0.05 by
+Welch's test over seeds.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dape.chomsky import cell as cells
+from dape.chomsky import maps
+from dape.chomsky.benchmark import differences
+from dape.chomsky.grid import Grid, arrange, p_value
+from dape.chomsky.tasks import TASKS
+from dape.errors import UserError
+from dape.evaluate.significance import PairedTest
+from dape.figures import chomsky as figures
+from dape.figures import chomsky_map
+from dape.paper.cells import Cell, Setting
+from dape.paper.claims import SIGNIFICANT, Evidence, Finding, Outcome
+from dape.paper.sections import Section
+
+NEAR = 2.0  # points of a score
+
+
+def grids(ended: Sequence[Cell]) -> list[Grid]:
+    """Return the grid of the encoders among the cells, if there are any.
+
+    Raises:
+        UserError: if some were trained or tested in another way than the first.
+    """
+    found = [cells.load(file) for file in _kept(ended, "cells")]
+    for each in found:
+        changed = differences(found[0].settings, each.settings)
+        if changed:
+            raise UserError(
+                f"{each.task}, {each.scheme}, seed {each.seed} was made with {', '.join(changed)}; "
+                "remove its record and run the cell again"
+            )
+    schemes = tuple(dict.fromkeys(each.scheme for each in found))
+    tasks = tuple(task for task in TASKS if any(each.task == task for each in found))
+    return [arrange(tasks, schemes, found)] if found else []
+
+
+def _kept(ended: Sequence[Cell], folder: str) -> list[Path]:
+    files = [
+        cell.record.path / kept
+        for cell in ended
+        for step in cell.steps
+        for kept in step.keeps
+        if kept.parts[0] == folder
+    ]
+    return [file for file in files if file.is_file()]
+
+
+def scores(ended: Sequence[Cell]) -> list[Section]:
+    """Return the scores of each task and scheme."""
+    return [
+        Section(
+            "scores",
+            (figures.scores(grid), figures.best(grid), figures.published()),
+            figures.heat_map(grid),
+            "Mean scores, tasks by schemes. The colour is the part of what a predictor blind to the"
+            f" input leaves to gain: 0 at its score, 1 at 100. {figures.made(grid)}",
+        )
+        for grid in grids(ended)
+    ]
+
+
+def lengths(ended: Sequence[Cell]) -> list[Section]:
+    """Return the accuracies over length."""
+    return [
+        Section(
+            "lengths",
+            (),
+            figures.over_length(grid),
+            "Percent of scored symbols right against the length of the input, means over seeds. The"
+            " lengths of training are shaded. Grey: the scores without reading the input, dotted"
+            " for a constant answer, dashed for the blind predictor.",
+        )
+        for grid in grids(ended)
+    ]
+
+
+def training(ended: Sequence[Cell]) -> list[Section]:
+    """Return the losses of the trainings."""
+    caption = "Training loss against steps, means over seeds: has it converged?"
+    return [
+        Section("training", (figures.learned(grid),), figures.over_training(grid), caption)
+        for grid in grids(ended)
+    ]
+
+
+def learned(ended: Sequence[Cell]) -> list[Section]:
+    """Return what encoders add to the scores of one placeholder."""
+    made = [maps.load(file) for file in _kept(ended, "maps")]
+    return [
+        Section(
+            f"map-{each.task}-{each.scheme}",
+            (chomsky_map.table(each),),
+            chomsky_map.draw(each),
+            "Scores A, bias B, adapter f(A, B) and attention of the middle placeholder over all"
+            f" tokens, a line a head, means over {each.examples} inputs. Placeholders are shaded,"
+            " the dotted line is the query.",
+        )
+        for each in made
+    ]
+
+
+SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
+    "scores": scores,
+    "lengths": lengths,
+    "training": training,
+    "maps": learned,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """A scheme is above another on most tasks; `paper` is what the paper says."""
+
+    candidate: str
+    baseline: str
+    paper: str
+
+    def find(self, evidence: Evidence) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        from scipy.stats import binomtest
+
+        grid = _grid(evidence)
+        pair = self.candidate, self.baseline
+        tasks = grid.common(*pair) if grid else []
+        if grid is None or not tasks:
+            return None
+        gains = [grid.mean(task, pair[0]) - grid.mean(task, pair[1]) for task in tasks]
+        higher, differ = sum(gain > 0 for gain in gains), sum(gain != 0 for gain in gains)
+        clear = [gain for task, gain in zip(tasks, gains, strict=True) if _clear(grid, task, *pair)]
+        above = sum(gain > 0 for gain in clear)
+        test = PairedTest(
+            name="sign test over tasks (scipy.stats.binomtest)",
+            pairs=len(tasks),
+            difference=float(np.mean(gains)),
+            p_value=float(binomtest(higher, differ).pvalue) if differ else 1.0,
+        )
+        return Finding(
+            outcome=_outcome(test.p_value, higher > differ / 2),
+            number=f"{self.candidate} above {self.baseline} on {higher} of {len(tasks)} tasks,"
+            f" clearly on {above}, clearly below on {len(clear) - above} (paper: {self.paper})",
+            seeds=min(len(grid.scores(task, scheme)) for task in tasks for scheme in pair),
+            test=test,
+        )
+
+    def moved(self, move: Callable[[Setting], Setting]) -> "Above":
+        """Return the check itself, which speaks of no setting."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class BestOf:
+    """A DAPE is the best of all schemes on most tasks; `paper` is what the paper says."""
+
+    paper: str
+
+    def find(self, evidence: Evidence) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        from scipy.stats import binomtest
+
+        grid = _grid(evidence)
+        adapted = [scheme for scheme in grid.schemes if scheme.startswith("dape")] if grid else []
+        tasks = grid.common(*grid.schemes) if grid else []
+        if grid is None or not tasks or not adapted or len(adapted) == len(grid.schemes):
+            return None
+        wins = sum(grid.best(task) in adapted for task in tasks)
+        share = len(adapted) / len(grid.schemes)
+        p = float(binomtest(wins, len(tasks), share).pvalue)
+        return Finding(
+            outcome=_outcome(p, wins > share * len(tasks)),
+            number=f"a DAPE best on {wins} of {len(tasks)} tasks, {len(adapted)} of"
+            f" {len(grid.schemes)} schemes being one (paper: {self.paper})",
+            seeds=min(len(grid.scores(task, each)) for task in tasks for each in grid.schemes),
+            test=PairedTest(
+                "binomial test over tasks (scipy.stats.binomtest)", len(tasks), wins, p
+            ),
+        )
+
+    def moved(self, move: Callable[[Setting], Setting]) -> "BestOf":
+        """Return the check itself, which speaks of no setting."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """The mean score of a scheme on a task is the published one, to 2 points."""
+
+    task: str
+    scheme: str
+    published: float
+
+    def find(self, evidence: Evidence) -> Finding | None:
+        """Return what the records say, None if they do not."""
+        from scipy.stats import ttest_1samp
+
+        grid = _grid(evidence)
+        found = grid.scores(self.task, self.scheme) if grid else np.array([])
+        if not len(found):
+            return None
+        off = float(found.mean()) - self.published
+        within = abs(off) < NEAR
+        p = 1.0
+        if np.ptp(found) > 0:
+            sides = [
+                float(ttest_1samp(found, self.published + edge, alternative=side).pvalue)
+                for edge, side in (
+                    ((-NEAR, "greater"), (NEAR, "less"))
+                    if within
+                    else ((NEAR * np.sign(off), "greater" if off > 0 else "less"),)
+                )
+            ]
+            p = max(sides)
+        return Finding(
+            outcome=_outcome(p, within),
+            number=f"{self.scheme} {found.mean():.2f} on {self.task} (paper: {self.published:.2f};"
+            f" blind to the input: {TASKS[self.task].blind:.1f})",
+            seeds=len(found),
+            test=PairedTest(
+                "two one-sided t over seeds (scipy.stats.ttest_1samp)", len(found), off, p
+            ),
+        )
+
+    def moved(self, move: Callable[[Setting], Setting]) -> "Near":
+        """Return the check itself, which speaks of no setting."""
+        return self
+
+
+def _grid(evidence: Evidence) -> Grid | None:
+    return next((each for each in evidence if isinstance(each, Grid)), None)
+
+
+def _clear(grid: Grid, task: str, first: str, second: str) -> bool:
+    return p_value(grid, task, first, second) < SIGNIFICANT
+
+
+def _outcome(p: float, holds: bool) -> Outcome:
+    if not p < SIGNIFICANT:
+        return "not decidable at this scale"
+    return "reproduced" if holds else "not reproduced"

@@ -1,0 +1,138 @@
+"""The Chomsky benchmark as a part of an experiment: cells of encoders that train side by side."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from dape.chomsky import cell as cells
+from dape.chomsky.benchmark import SCHEMES
+from dape.chomsky.tasks import TASKS
+from dape.files import read_json
+from dape.paper.cells import INSIDE, Cell, Setting, Step, run_folder
+
+RECIPE = "recipes/chomsky.yaml"
+STEPS = 50_000
+LONGEST_TRAINED = 40
+# Encoders of short sequences leave a GPU idle: those of several tasks train side by side.
+GROUPS = {
+    "regular": ("even-pairs", "modular-arithmetic-simple", "parity-check", "cycle-navigation"),
+    "one-symbol": ("modular-arithmetic", "solve-equation", "missing-duplicate"),
+    **{
+        name: (name,)
+        for name in (
+            *("stack-manipulation", "reverse-string", "duplicate-string", "odds-first"),
+            *("binary-addition", "binary-multiplication", "compute-sqrt", "bucket-sort"),
+        )
+    },
+}
+MAPPED = ("reverse-string", "missing-duplicate", "parity-check", "bucket-sort")
+SPEED = "speed.json"
+SMALL = (
+    *("--model.hidden-size", "16", "--model.num-hidden-layers", "1"),
+    *("--model.num-attention-heads", "2", "--model.adapter-hidden", "4"),
+    *("--training.batch-size", "4", "--training.length", "4"),
+    *("--evaluation.longest", "8", "--evaluation.samples", "4", "--device", "cpu"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """A cell for each scheme and group of tasks: all seeds of all its tasks, side by side.
+
+    mapped: tasks whose encoder of the first seed is looked into, with a scheme of `map_schemes`.
+    options: further words of `dape chomsky train`.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    schemes: tuple[str, ...] = SCHEMES
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = STEPS
+    mapped: tuple[str, ...] = MAPPED
+    map_schemes: tuple[str, ...] = ("kerple", "dape-kerple")
+    options: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Return no settings: there is no language model."""
+        return ()
+
+    def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
+        """Return the cells."""
+        for (group, tasks), scheme in product(self.groups.items(), self.schemes):
+            name = f"{group}/{scheme}"
+            steps = (self._train(home, name, tasks, scheme), *self._maps(home, name, tasks, scheme))
+            minutes = self._minutes(home, tasks, scheme)
+            yield Cell(home, name, scheme, steps, minutes=minutes)
+
+    def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Step:
+        kept = [cells.path(Path(), task, scheme, seed) for task, seed in product(tasks, self.seeds)]
+        words = (
+            *("chomsky", "train", RECIPE, "--out", str(run_folder(home, name))),
+            *("--tasks", *tasks, "--schemes", scheme, "--seeds", *map(str, self.seeds)),
+            *("--training.steps", str(self.steps), "--together", str(len(tasks)), *self.options),
+        )
+        return Step(words, {path: path for path in (*kept, INSIDE.record)})
+
+    def _maps(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Iterator[Step]:
+        run = run_folder(home, name)
+        for task in tasks if scheme in self.map_schemes else ():
+            if task in self.mapped:
+                kept = map_file(task, scheme)
+                words = (
+                    *("chomsky", "map", str(run), "--task", task, "--scheme", scheme),
+                    *("--seed", str(self.seeds[0]), "--out", str(run.path / kept)),
+                )
+                yield Step(words, {kept: kept})
+
+    def _minutes(self, home: Path, tasks: tuple[str, ...], scheme: str) -> float | None:
+        """Return the minutes on one GPU by the record of `benchmarks/chomsky_speed.py`, if any."""
+        file = home / SPEED
+        if not file.is_file():
+            return None
+        speeds = read_json(file, _speeds, "measure it again")
+        costs = [_cost(speeds, scheme, len(self.seeds), task, self.steps) for task in tasks]
+        known = [cost for cost in costs if cost is not None]
+        return sum(known) / 60 if len(known) == len(costs) else None
+
+    def tiny(self) -> "Encoders":
+        """Return each scheme once, of a size for a CPU."""
+        return replace(
+            *(self,), groups={"parity": ("parity-check",)}, seeds=(0,), steps=2, options=SMALL
+        )
+
+
+def map_file(task: str, scheme: str) -> Path:
+    """Return where a record keeps the map of a task and a scheme."""
+    return Path("maps") / task / f"{scheme}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class _Speed:
+    """Seconds a step of a stack takes, and a test of one of its models at all lengths."""
+
+    task: str
+    scheme: str
+    models: int
+    step: float
+    test: float
+
+
+def _speeds(content: Mapping[str, Any]) -> list[_Speed]:
+    return [_Speed(**each) for each in content["prices"]]
+
+
+def _cost(speeds: list[_Speed], scheme: str, models: int, task: str, steps: int) -> float | None:
+    """Return the seconds of a task: those of the measured one with the next longer output."""
+    longest = TASKS[task].output_length(LONGEST_TRAINED)
+    known = {
+        TASKS[each.task].output_length(LONGEST_TRAINED): each
+        for each in speeds
+        if (each.scheme, each.models) == (scheme, models)
+    }
+    if not known:
+        return None
+    longer = [length for length in known if length >= longest]
+    like = known[min(longer) if longer else max(known)]
+    return steps * like.step + models * like.test

@@ -1,0 +1,87 @@
+"""Faults that end a process of a run, each with a message of one line."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.distributed import DistError
+
+from dape.errors import RankError
+from dape.runs import RunFolder
+from dape.train.sections import Hardware
+
+_PEERS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+
+
+@contextmanager
+def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iterator[None]:
+    """Turn a fault of a process among several into a line, and end the process at a SIGTERM.
+
+    Raises:
+        RankError: if memory runs out, or a second process has ended.
+    """
+    name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
+    with _ended_by_sigterm(run, name) if ranks > 1 else nullcontext():
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            size = hardware.micro_batch_size or "the whole batch"
+            raise RankError(
+                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), turn on"
+                " hardware.activation_checkpointing, or shard with hardware.strategy=fsdp"
+            ) from None
+        except RuntimeError as error:
+            if ranks == 1 or not _of_a_peer(error):
+                raise
+            raise RankError(f"{name}another process has ended; {_resumption(run)}") from None
+
+
+@contextmanager
+def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
+    """End the process with a line at a SIGTERM, also while the process waits for a GPU.
+
+    `torchrun` sends a SIGTERM after the end of any process. Python's handlers run between two lines
+    of Python, and a process that waits for an exchange reaches no line. Therefore a thread handles
+    the signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    inside, outside = socket.socketpair()
+    outside.setblocking(False)
+
+    def watch() -> None:
+        while number := inside.recv(1):  # nothing once the other end is closed
+            if number == bytes([signal.SIGTERM]):
+                message = f"{name}stopped by SIGTERM, as when another process has ended"
+                print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    descriptor = signal.set_wakeup_fd(outside.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, handler)
+        outside.close()
+        watcher.join()
+        inside.close()
+
+
+def _of_a_peer(error: RuntimeError) -> bool:
+    """Return whether an error of an exchange says that a process has gone."""
+    return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
+
+
+def _resumption(run: RunFolder) -> str:
+    saved = run.latest_checkpoint
+    start = f"on from {saved.name}" if saved else "from its first step"
+    return f"the same command trains {run} {start}, on as many devices as it is given"

@@ -1,0 +1,61 @@
+"""`benchmarks/scaling.py`: its plan, what it keeps, its table."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    spec = importlib.util.spec_from_file_location("scaling", FILE)
+    module = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def entry(seconds, tokens, micro=8):
+    return {
+        "micro_batch_size": micro, "seconds": seconds, "tokens_per_second": tokens, "gib": 10.0,
+        "mfu": 0.4,
+    }  # fmt: skip
+
+
+def test_the_plan_names_every_case_and_runs_none(scaling, tmp_path, capsys):
+    scaling.main(["models", "--plan", "--out", str(tmp_path / "none.json")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 * 2 * 4, "numbers of GPUs, schemes, sizes"
+    assert all(line.startswith("planned models") for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_case_is_a_recipe_that_its_devices_can_share(scaling):
+    arguments = scaling.parser().parse_args([])
+    from dape.train.recipe import Recipe, override, read
+
+    for case in scaling.cases(arguments):
+        if case.part != "attention":
+            recipe = read(scaling.ROOT / f"recipes/{case.size}.yaml", Recipe)
+            micro = {"hardware.micro_batch_size": case.micro_batches[-1]}
+            chosen = override(recipe, {**case.changes, **micro})
+            assert chosen.micro_batches(chosen.groups(case.gpus)) >= 1
+
+
+def test_the_table_compares_with_one_gpu_and_with_nope(scaling, tmp_path):
+    out = tmp_path / "scaling.json"
+    for scheme, gpus, tokens in (("nope", 1, 100.0), ("nope", 4, 380.0), ("dape-kerple", 4, 323.0)):
+        case = scaling.Case("models", "2.7b", scheme, gpus)
+        scaling.keep(out, case, {"failed": "not done after 9 s"})
+        scaling.keep(out, case, entry(2.0, tokens / 2, micro=4))
+        scaling.keep(out, case, entry(1.0, tokens))
+        scaling.keep(out, case, entry(1.0, tokens))
+    found = scaling.results(out)
+    assert len(found) == 6, "one for each micro-batch, and no failure beside a result"
+    rows = [line.split(" | ") for line in scaling.table(found).splitlines()[2:]]
+    cells = {(row[2], row[3]): [each.strip(" |") for each in row[5:]] for row in rows}
+    assert cells["nope", "4"] == ["8", "10.0", "1.000", "380", "40%", "95%", "100%"]
+    assert cells["dape-kerple", "4"][-2:] == ["", "85%"]
+    assert cells["nope", "1"][-2:] == ["100%", "100%"]

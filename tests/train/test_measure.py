@@ -1,0 +1,65 @@
+"""`dape train --measure`: what a recipe takes, without data."""
+
+import re
+
+import pytest
+import torch
+from small import recipe
+
+from dape.cli import main
+from dape.train import measure
+from dape.train.measure import GIB, Reading
+from dape.train.recipe import write
+
+VOCABULARY = {"model": {"vocab_size": 64}}
+
+
+def settings(tmp_path):
+    return recipe(str(tmp_path / "nowhere"), tmp_path / "run", **VOCABULARY)
+
+
+def test_every_size_of_micro_batch_is_measured(tmp_path):
+    found = list(measure.measure(settings(tmp_path), steps=1))
+    assert [each.micro_batch_size for each in found] == [1, 2, 4, 8]
+    for each in found:
+        assert each.tokens_per_second == pytest.approx(8 * 16 / each.seconds, rel=1e-4)
+        assert each.gib is None and each.mfu is None
+    assert not list(tmp_path.iterdir()), "a measurement leaves nothing"
+
+
+def test_the_command_names_the_fastest(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(write(settings(tmp_path)))
+    assert main(["train", str(file), "--measure"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    speeds = {}
+    for line in lines:
+        size, speed = re.match(
+            r"micro_batch_size (\d+)  ([\d,]+) tokens/s  .* s a step", line
+        ).groups()
+        speeds[size] = int(speed.replace(",", ""))
+    assert speeds[last.removeprefix("the fastest: --hardware.micro-batch-size ")] == max(
+        speeds.values()
+    )
+
+
+def test_a_size_that_memory_cannot_hold_is_not_tried(monkeypatch):
+    """10 and 16 GiB with 1 and 2 sequences: 4 take 28 GiB, and 8 take 52."""
+    total = type("Properties", (), {"total_memory": 40 * GIB})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: total)
+    gpu = torch.device("cuda")
+    found = [Reading(1, 1.0, 1.0, 10.0, None), Reading(2, 1.0, 1.0, 16.0, None)]
+    assert [measure._fits(found, size, gpu) for size in (4, 5, 6, 8)] == [True, True, False, False]
+    assert measure._fits(found[:1], 8, gpu) and measure._fits(found, 8, torch.device("cpu"))
+
+
+def test_where_memory_ends_on_one_device_the_sizes_before_stand(tmp_path, monkeypatch):
+    def updates(session):
+        if session.recipe.hardware.micro_batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield {"update_seconds": 1.0}
+        yield {"update_seconds": 0.5}
+
+    monkeypatch.setattr(measure, "updates", updates)
+    found = list(measure.measure(settings(tmp_path)))
+    assert [(each.micro_batch_size, each.seconds) for each in found] == [(1, 0.5), (2, 0.5)]
