@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dape.attention.fused.forms import Form
 
 # Entries of a tile, and programs of the way back, of which each sums a part of a gradient.
-ENTRIES, PROGRAMS = 32, 64
+ENTRIES, PROGRAMS = 32, 128
 
 
 class How(NamedTuple):
@@ -254,8 +254,8 @@ def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tupl
 
     psi, scale = _fire_fake(log_c, log_threshold, count, offset)
     with torch.cuda.device_of(psi):
-        kernels.fire_kernel[(cdiv(count, 256),)](
-            log_c, log_threshold, psi, scale, count, offset, N=256, num_warps=4
+        kernels.fire_kernel[(cdiv(count, 1024),)](
+            log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
         )
     return psi, scale
 
