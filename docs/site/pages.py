@@ -30,8 +30,6 @@ REPORT = "paper/report.html"  # below results
 BUTTON = "\n[Open the explorer](explorer.html){ .md-button .md-button--primary target=_blank }\n"
 PLACED = {
     "README.md": "index.md",
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
     "docs/index.md": "overview.md",
     "docs/quickstart.ipynb": "quickstart.md",
     "results": "results/index.md",
@@ -77,7 +75,7 @@ def pages(view: View) -> dict[str, Content]:
 def _sources() -> dict[str, str]:
     """Return every document, and its place on the site."""
     paths = [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("*.md"),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("docs/*.ipynb"),
         *ROOT.glob("results/**/*.md"),
@@ -87,7 +85,8 @@ def _sources() -> dict[str, str]:
 
 
 def _place(name: str) -> str:
-    return PLACED.get(name, name.removeprefix("docs/"))
+    inner = name.removeprefix("docs/")
+    return PLACED.get(name, inner.lower() if inner.endswith(".md") else inner)
 
 
 def _text(source: str, found: dict[str, Content]) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from dape import cli
 
+SECOND = [name.split()[1] for name in cli.COMMANDS if name.startswith("bench ")]
 COMPLETE = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
