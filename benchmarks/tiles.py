@@ -62,7 +62,7 @@ def run(given: Problem, mixer: ModuleType) -> Callable[[], object]:
 
     def both() -> None:
         banded.forward(given, mix_triton, False)
-        banded.backward(given, mixer, *out, grad_out)
+        banded.backward(given, mixer, mix_triton, *out, grad_out, None)
 
     return both
 
