@@ -16,7 +16,7 @@ from stage import RECIPE, copied
 from trial import dape, run
 
 import dape as package
-from dape.cli.arguments import _options
+from dape.cli.arguments import options_of
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
 from dape.positions import bias, rotary
@@ -187,7 +187,7 @@ def _options_of_commands() -> Trials:
     }
     for words, cls in commands.items():
         hints = get_type_hints(cls)
-        for option in _options(cls):
+        for option in options_of(cls):
             hint = hints[option.removeprefix("--").replace("-", "_")]
             if {int, float} & {hint, *get_args(hint)}:
                 for value in _NUMBERS:

@@ -108,7 +108,7 @@ def test_the_help_explains_every_option(capsys):
         main(["train", "--help"])
     assert stop.value.code == 0
     page = capsys.readouterr().out
-    assert "--optimizer.warmup FLOAT" in page and "fraction of the steps that rise" in page
+    assert "--optimizer.warmup FLOAT" in page and "fraction of the steps" in page
     assert "the same command again resumes" in page
 
 
