@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -12,6 +12,7 @@ from dape.attention.call import Attended, Call
 from dape.errors import UserError, unknown
 
 
+@runtime_checkable
 class Module(Protocol):
     """A module that computes calls."""
 
