@@ -37,7 +37,7 @@ def check_whole(least: int = 1, **values: object) -> None:
             raise UserError(f"{name}={value} must be {bound}")
 
 
-def check_finite(least: float = -math.inf, **values: object) -> None:
+def check_finite(least: int | float = -math.inf, **values: object) -> None:
     """Raise a `UserError` for a value that is no finite number, or less than `least`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
