@@ -87,7 +87,7 @@ def commands() -> list[tuple[Path, list[str]]]:
                 str(STEPS),
             ),
             *("--training.batch_size", str(BATCH), "--hardware.micro_batch_size", "1"),
-            *("--hardware.activation_checkpointing", "--lengths", LENGTHS, *words),
+            *("--hardware.activation_checkpointing", "blocks", "--lengths", LENGTHS, *words),
         ]
         written = RUNS / name / "evaluation" / "last.json"
         planned.append((written, ["dape", "retrofit", str(base), *options]))

@@ -40,7 +40,7 @@ def test_the_fastest_without_an_obstacle_is_taken(
             asked.append(name)
             return "this call" if name in hindered.split() else None
 
-        return SimpleNamespace(obstacle=obstacle)
+        return SimpleNamespace(obstacle=obstacle, attend=obstacle)
 
     for name, backend in select.BACKENDS.items():
         modules[name] = module(name)

@@ -394,7 +394,7 @@ def test_a_file_of_two_sources_is_refused(tmp_path):
 def test_what_another_process_prepared_meanwhile_is_not_done_again(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     options = Options(
-        sources=(str(tmp_path / "a.txt"),), out=tmp_path / "out", validation=0, test=0
+        sources=(str(tmp_path / "a.txt"),), out=tmp_path / "out", validation=0.0, test=0.0
     )
     slow, fast = Preparation(options), Preparation(options)
     for _ in fast.run():

@@ -234,7 +234,7 @@ def test_a_killed_retrieval_goes_on(run, killed):
         "tasks": ["passkey", "needle"],
         "lengths": [300, 400],
         "trials": 1,
-        "depths": [0, 0.5, 0],
+        "depths": [0.0, 0.5, 0.0],
     }
     (expected, other) = evaluate_retrieval(run, **asked, out=run / "else")
     with pytest.raises(KeyboardInterrupt):

@@ -127,7 +127,10 @@ def test_a_training_that_repeats_its_text_too_often_is_named():
     chosen = experiment("kerple")
     run(chosen)
     (cell,) = chosen.cells()
-    lines = [{"validation_loss": loss, "tokens_per_second": 1000} for loss in (3.0, 2.0, 2.02)]
+    lines = [
+        {"step": step, "validation_loss": loss, "tokens_per_second": 1000}
+        for step, loss in enumerate((3.0, 2.0, 2.02))
+    ]
     cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "kerple-0 from 2.000 to 2.020" in results(chosen).sections[0].tables[1].note
     lines[-1]["validation_loss"] = 2.009

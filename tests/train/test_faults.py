@@ -110,6 +110,6 @@ def test_other_errors_stay_what_they_are(tmp_path):
 def test_a_folder_that_is_slow_is_waited_for(tmp_path):
     late = tmp_path / "late"
     threading.Timer(0.2, late.mkdir).start()
-    faults.wait_for(late, seconds=30)
+    faults.wait_for(late, seconds=30.0)
     with pytest.raises(RankError, match="never is there for the first process, and not for this"):
         faults.wait_for(tmp_path / "never", seconds=0.1)

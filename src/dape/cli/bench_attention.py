@@ -29,6 +29,9 @@ class Arguments:
 
     Every method is first checked against float64, output and gradients; if one is wrong, nothing is
     timed. Writes results.json, table.md and figure.png, after every measurement anew.
+
+    Methods: sdpa, sdpa-cudnn, sdpa-flash, textbook, textbook-compiled, chunked, chunked-compiled,
+    flex, flex-table, triton, cuda. Ratios are to sdpa.
     """
 
     scheme: str = "dape-kerple"
@@ -40,7 +43,7 @@ class Arguments:
     tokens: int = 16384
     """tokens of a call; the batch is TOKENS / LENGTH, and at least 1"""
     methods: Names = ()
-    """methods to compare, as cuda,textbook; default all (docs/benchmarks.md); sdpa always runs"""
+    """methods to compare, as cuda,textbook; default all; sdpa always runs"""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """dtype of query, key and value"""
     device: str = "auto"

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dape.data.hub import fetch
@@ -14,8 +14,10 @@ from dape.errors import UserError
 _NAMED = 3  # weights that an error names
 
 
-def load_config(source: str, **changes: Any) -> PreTrainedConfig:
+def load_config(source: str, **changes: Any) -> Any:
     """Return the configuration of a model, with other values of some keys.
+
+    With `return_unused_kwargs=True` the unknown keys stand beside it, as in transformers.
 
     Code that lies beside it is never run.
 

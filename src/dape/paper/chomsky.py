@@ -190,7 +190,7 @@ class BestOf:
             f" {len(grid.schemes)} schemes being one (paper: {self.paper})",
             seeds=min(len(grid.scores(task, each)) for task in tasks for each in grid.schemes),
             test=PairedTest(
-                "binomial test over tasks (scipy.stats.binomtest)", len(tasks), wins, p
+                "binomial test over tasks (scipy.stats.binomtest)", len(tasks), float(wins), p
             ),
         )
 

@@ -24,7 +24,7 @@ measured.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -176,6 +176,7 @@ def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Doc
     return tokens, losses[0], losses[-1]
 
 
+@runtime_checkable
 class Check(Protocol):
     """A rule that decides a claim, or a part of one."""
 
