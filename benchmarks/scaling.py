@@ -9,7 +9,8 @@ the cases and needs no GPU; `--table` prints the table of the file.
 
 - models: the recipes of the paper's sizes, 64 sequences of 512 tokens a GPU and step, random
   tokens; micro-batches in ascending order until memory ends.
-- attention: one sequence over the GPUs, forward and backward, 12 heads of 64.
+- attention: one sequence over the GPUs, forward and backward, 12 heads of 64; `difference` in the
+  file is how far float32 outputs and gradients are from those of one GPU, over the largest.
 - lengths: a step of the 125M model on one sequence over the GPUs.
 """
 
@@ -159,17 +160,18 @@ def attention(case: Case) -> Iterator[dict[str, Any]]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     spread = ContextParallel(dist.group.WORLD.group_name, dist.get_rank(), ranks)
-    torch.manual_seed(dist.get_rank())
-    parts = [
-        torch.randn(1, 12, case.length // ranks, 64, device=device).bfloat16().requires_grad_()
-        for _ in range(3)
-    ]
+    torch.manual_seed(0)  # all ranks have one bias and one adapter
     scheme = resolve(case.scheme)
     sizes = {"num_heads": 12, "head_dim": 64, "train_length": 512}
     bias, adapter = (
         module and module.to(device)
         for module in (scheme.build(place, sizes, {}) for place in ("bias", "adapter"))
     )
+    exact = difference(spread, alone, bias, adapter, device) if ranks > 1 else 0.0
+    parts = [
+        torch.randn(1, 12, case.length // ranks, 64, device=device).bfloat16().requires_grad_()
+        for _ in range(3)
+    ]
     attend = spread.attention if ranks > 1 else alone
     times = []
     for _ in range(3):
@@ -182,8 +184,22 @@ def attention(case: Case) -> Iterator[dict[str, Any]]:
     seconds = torch.tensor(min(times[1:]), device=device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    yield {"seconds": float(seconds), "gib": peak}
+    yield {"seconds": float(seconds), "gib": peak, "difference": exact}
     dist.destroy_process_group()
+
+
+def difference(
+    spread: Any, alone: Any, bias: Any, adapter: Any, device: torch.device, length: int = 2048
+) -> float:
+    """Return how far output and gradients are from one GPU's, in float32, over the largest."""
+    whole = [torch.randn(1, 12, length, 64, device=device).requires_grad_() for _ in range(3)]
+    parts = [spread.part(x.detach(), dim=2).requires_grad_() for x in whole]
+    found = []
+    for attend, tensors in ((alone, whole), (spread.attention, parts)):
+        out = attend(*tensors, bias, adapter)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+    pairs = [(spread.part(right, dim=2), ours) for right, ours in zip(*found, strict=True)]
+    return max(float((right - ours).abs().max() / right.abs().max()) for right, ours in pairs)
 
 
 def _synchronize(device: torch.device) -> None:

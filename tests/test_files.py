@@ -75,6 +75,13 @@ def test_files_have_the_mode_of_the_umask_whoever_created_them(tmp_path):
         assert file.stat().st_mode & 0o777 == 0o640
 
 
+def test_a_full_disk_is_an_error_of_the_system_whoever_reports_it(tmp_path):
+    full = RuntimeError("while serializing: No space left on device (os error 28)")
+    with pytest.raises(OSError, match="No space left") as caught, whole(tmp_path / "weights"):
+        raise full
+    assert caught.value.filename == str(tmp_path / "weights") and not list(tmp_path.iterdir())
+
+
 def test_json_comes_back(tmp_path):
     content = {"a": [1, 2.5, None], "b": {"c": "ä"}}
     write_json(tmp_path / "record.json", content)

@@ -118,8 +118,8 @@ def _undamaged(stage: Path, room: Path, words: str, target: str) -> dict[str, An
 
 def _differences(expected: dict[str, Any], folder: Path, file: str, target: str) -> list[str]:
     """Return the files that differ, but for the damaged one itself and copies of it."""
-    # A card shows what the record and the metrics of a run say, whatever that is.
-    told = ("README.md",) if file.endswith(("run.json", "metrics.jsonl")) else ()
+    # Pages show what the record and the metrics of a run say, whatever that is.
+    told = ("README.md", "a.md") if file.endswith(("run.json", "metrics.jsonl")) else ()
     # Settings beside the weights are copied as they are.
     if Path(file).parent.name in ("model", "tokenizer"):
         told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

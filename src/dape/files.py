@@ -42,9 +42,13 @@ def whole(path: Path) -> Iterator[Path]:
             remove(path)
         os.replace(partial, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             remove(partial)
+        # How libraries in Rust report a full disk, in exceptions of their own.
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
         raise
 
 

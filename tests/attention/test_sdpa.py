@@ -113,3 +113,38 @@ def test_on_a_gpu_what_it_serves_needs_no_whole_matrix(dtype, kv_heads, head_dim
     expected = dape.attention(*(x.double() for x in (query, key, value)), backend="reference")
     error = torch.linalg.norm(out.double() - expected) / torch.linalg.norm(expected)
     assert error < 8 * torch.finfo(torch.float16 if dtype is torch.float32 else dtype).eps
+
+
+ENDING = replace(PLAIN, batch=1, rows=70, keys=130, query_offset=60, head_dim=16, value_dim=16)
+
+
+def ends_together(dtype, device):
+    """Return the output of the textbook in float64, and of PyTorch's kernels, with gradients."""
+    tensors = [x.to(device, dtype).requires_grad_() for x in ENDING.tensors(torch.float64)]
+    call = Call(*tensors, causal=True, scale=0.25, query_offset=60)
+    outs = (
+        sdpa.attend(call).out,
+        dape.attention(
+            *(x.double() for x in tensors), scale=0.25, query_offset=60, backend="reference"
+        ),
+    )
+    weights = torch.randn_like(outs[1])
+    return call, [
+        (out.double(), *torch.autograd.grad((out.double() * weights).sum(), tensors))
+        for out in outs
+    ]
+
+
+def test_queries_that_end_with_the_keys_are_causal_from_there():
+    call, (found, expected) = ends_together(torch.float64, "cpu")
+    for ours, right in zip(found, expected, strict=True):
+        assert_close(ours, right, rtol=1e-10, atol=1e-10)
+    assert "query_offset" in sdpa.obstacle(call), "on a CPU by a whole matrix"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_they_have_a_fast_kernel():
+    call, (found, expected) = ends_together(torch.bfloat16, "cuda")
+    assert sdpa.obstacle(call) is None
+    for ours, right in zip(found, expected, strict=True):
+        assert_close(ours.double(), right.double(), rtol=2e-2, atol=2e-2)

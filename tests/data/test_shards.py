@@ -216,3 +216,14 @@ def test_tokens_are_verified_once(corpus, monkeypatch):
     corpus.split("train")
     monkeypatch.setattr("dape.data.shards.scan", None)
     corpus.split("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("checksum", None), ("checksum", 3), ("tokenizer", {}), ("splits", 3)]
+)
+def test_a_manifest_of_other_fields_is_damaged(corpus, tmp_path, name, value):
+    folder = shutil.copytree(corpus.folder, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {name: value}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json has not the expected fields"):
+        Corpus(folder)

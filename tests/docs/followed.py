@@ -8,6 +8,8 @@ import torch
 from transformers import XGLMConfig, XGLMForCausalLM
 
 import dape
+from dape.attention.fused import table_operators
+from dape.attention.fused.tables import tables
 from dape.cli import main
 from dape.evaluate.protocols import choose_blocks, protocol
 from dape.figures.tables import describe_targets
@@ -23,6 +25,21 @@ def test_square_root():
     roots = torch.tensor([[2, 0], [3, 5**0.5]], dtype=torch.float64)
     expected = torch.stack([-roots / h for h in (1, 2, 3)])
     torch.testing.assert_close(module(i, j), expected, rtol=1e-6, atol=0)
+
+
+def test_the_table_of_square_root_by_its_form():
+    found = []
+    for formed in (True, False):
+        module = SquareRoot(num_heads=3)
+        if formed:
+            assert table_operators.form_of(module)[0].endswith("SquareRoot")
+            (values,) = tables(module, None, 3, 40, torch.device("cpu"))
+        else:
+            values = module(torch.arange(40), torch.arange(1))[..., 0]
+        (values * torch.linspace(-1, 2, 40)).sum().backward()
+        found.append((values, module.strength.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_temperature():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from small import losses, recipe
 
 from dape.cli import main
+from dape.errors import RankError
 from dape.runs import RunFolder
 from dape.train import faults
 from dape.train.recipe import write
@@ -103,3 +105,11 @@ def test_other_errors_stay_what_they_are(tmp_path):
     explained = faults.explained(RunFolder(tmp_path), Hardware(), rank=0, ranks=2)
     with pytest.raises(RuntimeError, match="a fault of the program"), explained:
         raise RuntimeError("a fault of the program")
+
+
+def test_a_folder_that_is_slow_is_waited_for(tmp_path):
+    late = tmp_path / "late"
+    threading.Timer(0.2, late.mkdir).start()
+    faults.wait_for(late, seconds=30)
+    with pytest.raises(RankError, match="never is there for the first process, and not for this"):
+        faults.wait_for(tmp_path / "never", seconds=0.1)

@@ -11,7 +11,7 @@ from small import losses, metrics, recipe, validation_loss
 from spread import CALLS, arguments
 from two_ranks import MEASURING, ROPE
 
-from dape import DapeForCausalLM, attention
+from dape import DapeConfig, DapeForCausalLM, attention
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.errors import UserError
@@ -19,6 +19,7 @@ from dape.evaluate import evaluate
 from dape.evaluate.record import load
 from dape.runs import RunFolder
 from dape.train import parallelize
+from dape.train.plan import check
 from dape.train.run import train
 from dape.train.sections import Hardware
 
@@ -145,3 +146,48 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"PyTorch sees no GPU; take .*device cpu"):
         parallelize.device(Hardware(device="cuda"))
     assert parallelize.device(Hardware()).type == "cpu"
+
+
+def test_a_gradient_has_the_strides_that_ddp_expects():
+    """An axis of one entry may have any stride, and DDP compares it with the parameter's."""
+    odd = torch.arange(6.0).as_strided((2, 3, 1), (3, 1, 3))
+    plain = parallelize._with_plain_strides(odd)
+    assert plain.stride() == torch.empty(2, 3, 1).stride() != odd.stride()
+    assert torch.equal(plain, odd) and plain.data_ptr() == odd.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("hardware", "ranks", "message"),
+    [
+        ({"context_parallel": 2}, 3, "hardware.context_parallel=2 does not divide 3 devices"),
+        ({"context_parallel": 3}, 3, "training.length=16 is not a multiple of 6"),
+        ({"context_parallel": 2, "micro_batch_size": 4}, 6, "micro_batch_size=4 x 3 groups of"),
+    ],
+)
+def test_a_sequence_that_cannot_be_spread_is_refused(monkeypatch, data, hardware, ranks, message):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(UserError, match=message):
+        check(recipe(data, "out", hardware=hardware))
+
+
+def test_graphs_of_a_spread_sequence_are_refused():
+    with pytest.raises(UserError, match=r"with hardware.context_parallel take 'blocks'"):
+        Hardware(compile="graphs", context_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "given", "message"),
+    [
+        ("randomized-rope", {}, "randomised positions are drawn for whole sequences"),
+        ("nope", {"attention_mask": torch.ones(1, 4)}, "spreads whole sequences over devices"),
+    ],
+)
+def test_what_a_part_of_a_sequence_cannot_be_is_refused(scheme, given, message):
+    model = DapeForCausalLM(
+        DapeConfig(
+            scheme=scheme, vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    devices = ContextParallel("none", 0, 2)
+    with pytest.raises(UserError, match=message):
+        model(input_ids=torch.zeros(1, 4).long(), context_parallel=devices, **given)

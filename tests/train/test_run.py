@@ -1,5 +1,6 @@
 """Training as a function, and what becomes of a run that is disturbed."""
 
+import errno
 import os
 import shutil
 
@@ -267,3 +268,15 @@ def test_metrics_that_were_lost_are_told(interrupted, tmp_path, capsys):
     assert losses(copy.path) == [whole[0], *whole[4:]]
     train(override(again, {"out": shutil.copytree(run.path, tmp_path / "other")}))
     assert "has no metrics" not in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_is_an_error_of_the_system(
+    file, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(file, out=tmp_path / "run", training={"steps": 2})
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())

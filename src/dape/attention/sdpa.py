@@ -1,6 +1,7 @@
 """PyTorch's own attention, for calls that add nothing to the scores."""
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from dape.attention.call import Attended, Call
@@ -12,21 +13,25 @@ WIDEST_HEAD = 256
 def obstacle(call: Call) -> str | None:
     """Return why PyTorch's attention cannot serve a call in linear memory, or None if it can.
 
-    Its causality begins with the first key at the first query. What its kernels do not take, it
-    computes with a whole score matrix.
+    Its causality begins with the first key at the first query, or on a GPU in half precision ends
+    with the last key at the last query. What its kernels do not take, it computes with a whole
+    score matrix.
     """
     query, value = call.query, call.value
     head_dim, grouped = query.shape[3], query.shape[1] != value.shape[1]
     on_gpu = query.device.type == "cuda"
     moved = not (isinstance(call.shift, int) and call.shift == 0)
-    hiding = call.causal and not sees_all(call)
+    hiding, half = call.causal and not sees_all(call), query.dtype in HALF
     reasons = [
         (
             call.bias is not None or call.adapter is not None,
             "it knows neither a bias nor an adapter",
         ),
         (call.mask is not None, "a mask would keep it from its fast kernels"),
-        (hiding and moved, "its causality knows no query_offset"),
+        (
+            hiding and moved and not (ends_together(call) and on_gpu and not grouped and half),
+            "its causality knows no query_offset",
+        ),
         (call.result != value.dtype, f"its output is {value.dtype}, as the value"),
         (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
         (head_dim != value.shape[3], "its kernels want values as wide as queries"),
@@ -48,13 +53,21 @@ def sees_all(call: Call) -> bool:
     return isinstance(call.shift, int) and call.shift >= call.key.shape[2] - 1
 
 
+def ends_together(call: Call) -> bool:
+    """Return whether the last query sees the last key, and the one before it one key less."""
+    return isinstance(call.shift, int) and call.shift == call.key.shape[2] - call.query.shape[2]
+
+
 def attend(call: Call, lse: bool = False) -> Attended:
     """Return the output; it has no log-sum-exp."""
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    causal = call.causal and not sees_all(call)
+    mask = causal_lower_right(rows, keys) if causal and call.shift != 0 else None
     # As in every backend, the arguments say the dtype: autocast would take float32 to half.
     with torch.autocast(call.query.device.type, enabled=False):
         out = scaled_dot_product_attention(
             call.query, call.key, call.value,
-            is_causal=call.causal and not sees_all(call), scale=call.scale,
+            attn_mask=mask, is_causal=causal and mask is None, scale=call.scale,
             enable_gqa=call.query.shape[1] != call.key.shape[1],
         )  # fmt: skip
     return Attended(out)

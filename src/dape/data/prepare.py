@@ -103,7 +103,8 @@ class Preparation:
         self.finished = manifest.is_file() and not options.overwrite
         self.resumed = journal.is_file() and not options.overwrite and not self.finished
         if self.finished:
-            there = _arguments(Corpus(self._folder).manifest)
+            Corpus(self._folder)  # refuses one that is damaged
+            there = read_json(manifest, _arguments, AGAIN)
             _refuse_other(self._folder, there, self._header)
             with suppress(OSError):  # left if the run was killed at its very end
                 journal.unlink()

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dape.data import tokenizer as tokenizers
-from dape.errors import UserError, unknown
+from dape.errors import UserError, check_whole, unknown
 from dape.files import read_json
 
 if TYPE_CHECKING:
@@ -276,6 +276,10 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of each shard; a `UserError` for a manifest of another format."""
     if manifest["format"] != FORMAT:
         raise UserError(f"it has format {manifest['format']}, not {FORMAT}")
+    for value in (manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["end_of_text"]):
+        check_whole(0, token=value)
+    if not isinstance(manifest["checksum"], str):
+        raise TypeError(f"checksum is {manifest['checksum']!r}")
     width = np.dtype(manifest["dtype"]).itemsize
     return {
         shard["file"]: shard["tokens"] * width

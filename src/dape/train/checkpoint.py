@@ -82,13 +82,21 @@ def save(
     state = {"model": weights, "optimizer": {"state": moments["state"]}}
     with whole(path) if fabric.is_global_zero else nullcontext():
         fabric.barrier()
-        with _alone_or_not():
-            save_shards(state, checkpoint_id=partial_of(path))
+        _write(state, partial_of(path))
         if fabric.is_global_zero:
             write_json(partial_of(path) / _PROGRESS, asdict(progress))
     if fabric.is_global_zero:
         prune(run, keep)
     fabric.barrier()
+
+
+def _write(state: dict[str, Any], folder: Path) -> None:
+    """Write this rank's shards of a checkpoint; raise the error that hindered one of the ranks."""
+    try:
+        with _alone_or_not():
+            save_shards(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def prune(run: RunFolder, keep: int) -> None:
@@ -99,14 +107,13 @@ def prune(run: RunFolder, keep: int) -> None:
 
 
 def newest(
-    run: RunFolder, read: Callable[[Path], Progress], say: Callable[[str], object]
+    saved: list[Path], read: Callable[[Path], Progress], say: Callable[[str], object]
 ) -> Progress | None:
-    """Return what `read` makes of the newest checkpoint that it can read; None if there is none.
+    """Return what `read` makes of the first checkpoint that it can read; None if there is none.
 
     Raises:
         UserError: if there are checkpoints, and none can be read.
     """
-    saved = run.saved_checkpoints()
     for path in saved:
         try:
             return read(path)
@@ -114,7 +121,7 @@ def newest(
             say(f"{error}; looking for the checkpoint before it")
     if saved:
         raise UserError(
-            f"no checkpoint in {run.checkpoints} can be read; delete that folder to start the run"
+            f"no checkpoint in {saved[0].parent} can be read; delete that folder to start the run"
             " again"
         )
     return None

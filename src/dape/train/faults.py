@@ -5,8 +5,10 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch.distributed import DistError
@@ -74,6 +76,22 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
         outside.close()
         watcher.join()
         inside.close()
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    """Wait until a file or folder that the first process sees is there for this one too.
+
+    Raises:
+        RankError: if it is not, as in a folder that machines do not share.
+    """
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            raise RankError(
+                f"{path} is there for the first process, and not for this one after"
+                f" {seconds:.0f} s; give an --out in a folder that all machines share"
+            )
+        time.sleep(0.05)
 
 
 def _of_a_peer(error: RuntimeError) -> bool:

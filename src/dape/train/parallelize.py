@@ -126,6 +126,8 @@ def parallelize(
     if compiled:
         # Float32 products stay exact, whatever the compiler advises.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
+        # The compiler has no operations in place by then, of which it warns with checkpoints.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         # Uncompiled, logits in float32, their softmax and their gradient take a tenth of a step.
         model.loss_function = torch.compile(model.loss_function)  # type: ignore
     if hardware.strategy == "ddp" and fabric.world_size > 1:

@@ -57,7 +57,7 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
         raise UserError(f"{run} has no checkpoint yet; let `dape train` go on")
     corpus = _corpus(folder, recipe)
     model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
-    progress = newest(folder, partial(load_weights, model=model), say)
+    progress = newest(folder.saved_checkpoints(), partial(load_weights, model=model), say)
     return Trained(run, recipe, model, corpus.tokenizer(), progress.step if progress else 0)
 
 

@@ -16,7 +16,7 @@ from dape.provenance import device_name, provenance
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
-from dape.train.faults import explained
+from dape.train.faults import explained, wait_for
 from dape.train.loop import Session, fit
 from dape.train.optimize import adamw
 from dape.train.plan import check, check_memory
@@ -142,9 +142,12 @@ def begin(task: Task) -> Session:
     if fabric.is_global_zero:
         facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
-    fabric.barrier()
+    # A slow folder may show a process less than the first one sees.
+    saved = fabric.broadcast(run.saved_checkpoints())
+    for path in (run.recipe, *saved):
+        wait_for(path)
     load = partial(checkpoint.load, model=model, optimizer=session.optimizer)
-    progress = checkpoint.newest(run, load, fabric.print) or Progress()
+    progress = checkpoint.newest(saved, load, fabric.print) or Progress()
     if progress.step > recipe.training.steps:
         raise UserError(
             f"{run} has a checkpoint of step {progress.step}, beyond training.steps="

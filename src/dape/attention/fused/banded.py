@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dape.attention.fused import geometry, kernels
 from dape.attention.fused.geometry import (
@@ -166,7 +165,7 @@ def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
 def softmax_value(
     x: Tensor,
     value: Tensor,
-    table: tuple[Tensor, int] | None,
+    table: Tensor | None,
     band: Band,
     problem: Problem,
     out: Tensor,
@@ -176,8 +175,8 @@ def softmax_value(
 ) -> None:
     """Fill what `forward` returns of a band, over spans of keys where rows alone are too few.
 
-    `table` is C, as `static.padded_table` returns it, if the logits are without. A log-sum-exp that
-    is too large for 16 bits sets the `flag`, if given.
+    `table` is C if the logits are without. A log-sum-exp that is too large for 16 bits sets the
+    `flag`, if given.
     """
     batch, heads, rows, value_dim = out.shape
     tile = tile_of("softmax_value", problem, rows)
@@ -186,10 +185,10 @@ def softmax_value(
     if spans > 1:
         parts = out.new_empty(spans, *out.shape, dtype=torch.float32)
         parts_lse = lse.new_empty(spans, *lse.shape)
-    entries, low = (lse, 0) if table is None else table
+    entries = lse if table is None else table
     kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         x, value, entries, parts, parts_lse, rest, rows, value.shape[2], band.shift, length,
-        entries.shape[1], low, *x.stride()[:2], *strides(value),
+        entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, **switches(problem), V=value_dim, WIDE_V=wide(value_dim),
         TABLED=table is not None, EXACT=exact, RESTED=exact and spans == 1,
@@ -287,11 +286,9 @@ def forward_by_bands(
         softmax_value(x, part.value, table, band, problem, out[at], lse[at], kept, flag)
 
 
-def table_of(problem: Problem, mixing: Mixing) -> tuple[Tensor, int] | None:
-    """Return C as `static.padded_table` does, if logits in the scratch are without."""
-    from dape.attention.fused import static
-
-    return static.padded_table(mixing.static, problem.causal, 1.0) if problem.tabled else None
+def table_of(problem: Problem, mixing: Mixing) -> Tensor | None:
+    """Return C if logits in the scratch are without."""
+    return mixing.static if problem.tabled else None
 
 
 def out_of_range(problem: Problem, mixing: Mixing) -> Tensor:
@@ -306,15 +303,20 @@ def out_of_range(problem: Problem, mixing: Mixing) -> Tensor:
         flag, mixing.weight_in, mixing.weight_out, most / problem.taps**2, H=heads, D=units,
         HEADS=next_power_of_2(heads), UNITS=max(1, next_power_of_2(units)), num_warps=4,
     )  # fmt: skip
-    if problem.tabled:
-        return flag
-    hidden, static = mixing.hidden.abs(), mixing.static.abs()
+    limit, hidden, static = geometry.LARGEST_SCORE, mixing.hidden, mixing.static
     if problem.features is not None:
-        weight, bias = problem.features.weight, problem.features.bias
-        most_of_each = pad(torch.relu(torch.maximum(bias, weight + bias)), (1, 0), value=1.0)
-        hidden, static = most_of_each @ hidden, static @ most_of_each
-    tables = [table.amax() for table in (hidden, static) if table.numel()]
-    return flag.maximum((torch.stack(tables) > geometry.LARGEST_SCORE).any())
+        kernels.feature_range_kernel[(1,)](
+            flag, hidden, static, problem.features.weight, problem.features.bias, limit,
+            H=heads, D=units, F=len(problem.features.weight), HEADS=next_power_of_2(heads),
+            UNITS=max(1, next_power_of_2(units)),
+            FEATURES=next_power_of_2(1 + len(problem.features.weight)), num_warps=4,
+        )  # fmt: skip
+    elif not problem.tabled:
+        sizes = hidden.numel(), static.numel()
+        kernels.range_kernel[(cdiv(max(sizes), 2048),)](
+            flag, hidden, static, *sizes, limit, N=2048, num_warps=4
+        )
+    return flag
 
 
 def outputs(problem: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,7 +351,7 @@ def backward(
     if dtype == torch.float32:
         unit = lse.new_ones(())
     else:
-        unit = power_above(largest(grad_out, grad_lse))
+        unit = power_above(grad_out, grad_lse)
         problem = in_half(problem)
     scaled, lse, delta = prepared(problem, out, rest, lse, grad_out, grad_lse, unit)
     given, ways = (problem.query, problem.key, problem.value), [(problem, mixer)]
@@ -367,30 +369,23 @@ def backward(
     if problem.mixing is None:
         tables = static.backward(problem, lse, delta, grad_lse, scaled, sums)
     else:
+        tables = [torch.empty_like(table) for table in problem.tables()]
         rows = lse, delta, grad_lse, grad_out, scaled
-        found = [mixed_backward(way, its, problem.mixing, *rows, sums) for way, its in ways]
-        tables = found[0]
-        if flag.numel():
-            tables = [
-                torch.where(flag > 0, wide, narrow) for narrow, wide in zip(*found, strict=True)
-            ]
+        for way, its in ways:  # one of them runs, and fills all
+            mixed_backward(way, its, problem.mixing, *rows, sums, tables)
     return [*(gradient.to(dtype) for gradient in sums[:3]), *tables]
 
 
-def largest(*tensors: Tensor | None) -> Float[Tensor, ""]:
-    """Return the largest absolute number in some tensors, in float32."""
+def power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
+    """Return the least power of two that is no less than any number in some tensors."""
     norms = [
         torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
         for tensor in tensors
         if tensor is not None
     ]
-    return norms[0] if len(norms) == 1 else torch.stack(norms).amax()
-
-
-def power_above(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Return the least power of two that is no less than `x`, by the exponent in its bits."""
-    bits = x.clamp(min=torch.finfo(torch.float32).tiny).view(torch.int32)
-    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    unit = torch.empty_like(norms[0])
+    kernels.unit_kernel[(1,)](norms[0], norms[-1], unit, num_warps=1)
+    return unit
 
 
 def in_half(problem: Problem) -> Problem:
@@ -464,8 +459,9 @@ def mixed_backward(
     grad_out: Tensor,
     scaled: Tensor,
     sums: Sums,
-) -> list[Tensor]:
-    """Fill dQ, dK and dV band by band, and return the gradients of tables and weights."""
+    tables: list[Tensor],
+) -> None:
+    """Fill dQ, dK and dV band by band, and the gradients of tables and weights."""
     all_bands = blocks(problem)
     scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
     slots, table = mixer.Slots.of(problem, mixing, mixer), table_of(problem, mixing)
@@ -481,13 +477,13 @@ def mixed_backward(
             scores(query, part.key, x, band, problem, problem.scale)
         x, y = mixer.mix_backward(x, y, band, problem, mixing, lse[at], delta[at], slots)
         one_head(x, y, band, problem, scaled[at], sums)
-    return slots.gradients(problem, mixing, mixer, sums.unit)
+    slots.gradients(problem, mixing, mixer, sums.unit, tables)
 
 
 def balance(
     x: Tensor,
     y: Tensor,
-    table: tuple[Tensor, int] | None,
+    table: Tensor | None,
     band: Band,
     problem: Problem,
     lse: Tensor,
@@ -501,12 +497,12 @@ def balance(
     The band has whole rows.
     """
     batch, heads, rows, value_dim = scaled.shape
-    entries, low = (lse, 0) if table is None else table
+    entries = lse if table is None else table
     wanted = lse if grad_lse is None else grad_lse
     tile = tile_of("softmax_value", problem, rows)
     kernels.balance_kernel[(cdiv(rows, tile.rows), batch * heads)](
         x, y, entries, lse, delta, scaled, wanted, unit,
-        rows, band.sizes[2], band.shift, entries.shape[1], low,
+        rows, band.sizes[2], band.shift, entries.shape[1],
         *x.stride()[:2], *delta.stride(), *strides(scaled), *wanted.stride()[:2],
         heads, V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal,
         TABLED=table is not None, SUMMED=grad_lse is not None, **problem.gated(),

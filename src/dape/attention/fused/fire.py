@@ -218,3 +218,35 @@ def fire_mix_backward_kernel(
     at_l = slot * LINES + lines
     summed = tl.sum(tl.where(on_line, sum_psi[None, :], 0.0), 1)
     tl.store(grad_psi + at_l, tl.load(grad_psi + at_l) + summed)
+
+
+@triton.jit
+def add_pairs_kernel(
+    pairs, total, batch, num_rows, num_keys, shift, pair_b, pair_t,
+    CAUSAL: tl.constexpr, K: tl.constexpr, gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Add what pairs have to `total`, by the later of their indices; grid (indices).
+
+    Indices are counted from the first key, and `shift` is that of the first row.
+    """
+    if unwanted(gate, GATED):
+        return
+    index, line = tl.program_id(0), tl.arange(0, K)
+    row = index - shift
+    total += index
+    added = tl.zeros((K,), tl.float32)
+    in_row = (row >= 0) & (row < num_rows)
+    last_key = tl.where(in_row, tl.minimum(num_keys, index + 1), 0)
+    last_row = tl.where(index < num_keys, tl.minimum(num_rows, row), 0)
+    at_row, at_key = pairs + row.to(tl.int64) * pair_t, pairs + index
+    for _element in range(batch):
+        for first in range(0, last_key, K):
+            keys = first + line
+            added += tl.load(at_row + keys, keys < last_key, 0.0)
+        if not CAUSAL:
+            for first in range(0, last_row, K):
+                rows = first + line
+                added += tl.load(at_key + rows.to(tl.int64) * pair_t, rows < last_row, 0.0)
+        at_row += pair_b
+        at_key += pair_b
+    tl.store(total, tl.load(total) + tl.sum(added, 0))

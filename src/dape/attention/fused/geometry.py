@@ -105,6 +105,12 @@ class Problem(NamedTuple):
             return {"gate": self.query, "GATED": -1}
         return {"gate": self.gate.flag, "GATED": int(self.gate.wide)}
 
+    def tables(self) -> tuple[Tensor, ...]:
+        """Return tables and weights in the order of the operator."""
+        found = self.mixing or (() if self.static is None else (self.static,))
+        hidden_bias = () if self.hidden_bias is None else (self.hidden_bias,)
+        return *found, *(self.features or ()), *hidden_bias
+
     @property
     def tabled(self) -> bool:
         """Return whether heads are mixed at each key alone, by tables over the distance."""

@@ -54,19 +54,27 @@ def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def toeplitz(table, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Return the entries `table[row - key]` of a tile `[A, B]`: `[rows, keys]`, or KEYS_FIRST.
+def toeplitz(
+    table, size, distance, factor,
+    A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Return the entries of a table, times `factor`, of a tile `[rows, keys]`, or KEYS_FIRST.
 
+    They are over the distance |i - j| < `size`, and `distance` is i - j of the first row and key.
+    If CAUSAL, keys that come later have -inf. No table has `size` 0.
     The entries of its diagonals are loaded once and spread by a gather, which takes place where the
     product of queries and keys lies: a load for every element would cost more than that product.
     """
     DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    LAST: tl.constexpr = (A if KEYS_FIRST else B) - 1
+    d = distance - LAST + tl.arange(0, DIAGONALS)
+    entries = tl.load(table + tl.abs(d), tl.abs(d) < size, 0.0) * factor
+    if CAUSAL:
+        entries = tl.where(d < 0, float("-inf"), entries)
     n = tl.arange(0, A * B)
     if KEYS_FIRST:
-        entries = tl.load(table - (A - 1) + tl.arange(0, DIAGONALS))
-        return tl.reshape(tl.gather(entries, n % B - n // B + (A - 1), 0), (A, B))
-    entries = tl.load(table - (B - 1) + tl.arange(0, DIAGONALS))
-    return tl.reshape(tl.gather(entries, n // B - n % B + (B - 1), 0), (A, B))
+        return tl.reshape(tl.gather(entries, n % B - n // B + LAST, 0), (A, B))
+    return tl.reshape(tl.gather(entries, n // B - n % B + LAST, 0), (A, B))
 
 
 @triton.jit
@@ -153,6 +161,43 @@ def weights_kernel(
 
 
 @triton.jit
+def range_kernel(
+    gate, first, second, first_size, second_size, LIMIT: tl.constexpr, N: tl.constexpr
+):
+    """Set `gate` if a number of two tables is beyond a limit; grid (entries)."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    x = tl.maximum(
+        tl.abs(tl.load(first + n, n < first_size, 0.0)),
+        tl.abs(tl.load(second + n, n < second_size, 0.0)),
+    )
+    tl.store(gate, 1, tl.max(x, 0) > LIMIT)
+
+
+@triton.jit
+def feature_range_kernel(
+    gate, hidden, static, weight, bias, LIMIT: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Set `gate` if FIRE's features may make a number beyond a limit of U `[1 + F, D]` or C.
+
+    A feature relu(v x + c) of an x in [0, 1] is no larger than max(c, v + c, 0); the first is 1.
+    """
+    f, heads, units = tl.arange(0, FEATURES), tl.arange(0, HEADS), tl.arange(0, UNITS)
+    inside = (f > 0) & (f <= F)
+    v = tl.load(weight + f - 1, inside, 0.0)
+    c = tl.load(bias + f - 1, inside, 0.0)
+    most_F = tl.where(f == 0, 1.0, tl.maximum(tl.maximum(c, v + c), 0.0))
+    live = (f <= F)[:, None]
+    u_FD = tl.load(hidden + f[:, None] * D + units[None, :], live & (units < D)[None, :], 0.0)
+    at = static + heads[None, :] * (F + 1) + f[:, None]
+    c_FH = tl.load(at, live & (heads < H)[None, :], 0.0)
+    of_units = tl.max(tl.sum(tl.abs(u_FD) * most_F[:, None], 0), 0)
+    of_heads = tl.max(tl.sum(tl.abs(c_FH) * most_F[:, None], 0), 0)
+    tl.store(gate, 1, tl.maximum(of_units, of_heads) > LIMIT)
+
+
+@triton.jit
 def beyond(log_sum, LIMIT: tl.constexpr):
     """Return 1 where a log-sum-exp is beyond a limit; rows that see nothing have none."""
     return ((tl.abs(log_sum) > LIMIT) & (log_sum != float("-inf"))).to(tl.int32)
@@ -170,7 +215,7 @@ def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
 @triton.jit
 def softmax_value_kernel(
     x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
-    table_size, table_low, x_b, x_t, value_b, value_h, value_t,
+    table_size, x_b, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
     TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
@@ -179,9 +224,8 @@ def softmax_value_kernel(
 ):  # fmt: skip
     """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
 
-    If TABLED, C is added to X, from a table where the first of its rows has the distance `shift` to
-    the first key. If EXACT, what rounding took from P meets V too. A log-sum-exp beyond a LIMIT
-    sets `gate`.
+    If TABLED, C is added to X. If EXACT, what rounding took from P meets V too. A log-sum-exp
+    beyond a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
@@ -191,7 +235,7 @@ def softmax_value_kernel(
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    table += h.to(tl.int64) * table_size
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, WIDE_V), tl.float32)
@@ -205,7 +249,8 @@ def softmax_value_kernel(
         s = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
         s = s.to(tl.float32)
         if TABLED:
-            s += toeplitz(table - first_key, M, K, False)
+            distance = first_row + shift - first_key
+            s += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
         s = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -260,6 +305,14 @@ def combine_kernel(
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
     if LIMIT is not None:
         tl.store(gate, 1, beyond(log_sum, LIMIT) > 0)
+
+
+@triton.jit
+def unit_kernel(largest, other, unit):
+    """Store the least power of two that is no less than two numbers, by the exponent's bits."""
+    x = tl.maximum(tl.load(largest), tl.load(other))
+    bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+    tl.store(unit, ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -343,7 +396,7 @@ def row_products_kernel(
 @triton.jit
 def balance_kernel(
     x, y, table, lse, delta, scaled, grad_lse, unit,
-    num_rows, num_keys, shift, table_size, table_low,
+    num_rows, num_keys, shift, table_size,
     x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
@@ -364,7 +417,7 @@ def balance_kernel(
     rows = line[:, None]
     x += b64 * x_b + h * BLOCK
     y += b64 * x_b + h * BLOCK
-    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    table += h.to(tl.int64) * table_size
     stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
     log_sum = tl.load(lse + stat, line < num_rows, 0.0)
     log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
@@ -379,7 +432,8 @@ def balance_kernel(
         at = places(rows, first_key, x_t, HEADS, K)
         s = tl.load(x + at, inside, float("-inf")).to(tl.float32)
         if TABLED:
-            s += toeplitz(table - first_key, M, K, False)
+            distance = first_row + shift - first_key
+            s += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
         weight = tl.exp2((s - log_sum[:, None]) * LOG2E)
         dp = tl.load(y + at, inside & (weight > 0), 0.0)
         total += tl.sum(weight, 1)

@@ -1,5 +1,6 @@
 """The kernels across heads for DAPE V2, in Triton: layers that are convolutions along the keys."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from dape.attention.fused.geometry import (
     next_power_of_2,
 )
 from dape.attention.fused.mix_triton import share, whole
-from dape.attention.fused.slots import fold, lowest, padded_size
+from dape.attention.fused.slots import add_up, fold, lowest, padded_size, zeros
 
 __all__ = ["Slots", "mix", "mix_backward", "whole"]
 
@@ -185,37 +186,33 @@ class Slots(NamedTuple):
         count, group = max(where.slot + where.number for where in found), all_bands[0].batch.stop
         segments = share(group, count, max(band.sizes[1] for band in all_bands))[1]
 
-        def zeros(*size: int) -> Tensor:
-            return problem.query.new_zeros(group * segments, count, *size, dtype=torch.float32)
-
-        return cls(
-            zeros(lines, heads),
-            zeros(lines, taps, units),
-            zeros(taps, units, heads),
-            zeros(taps, units, heads),
-            zeros(units),
-            segments,
-        )
+        lead = group * segments, count
+        shapes = (lines, heads), (lines, taps, units), (taps, units, heads), (taps, units, heads)
+        made = zeros(problem.query, *((*lead, *x) for x in (*shapes, (units,))))
+        static, hidden, weight_in, weight_out, hidden_bias = made
+        return cls(static, hidden, weight_in, weight_out, hidden_bias, segments)
 
     def gradients(
-        self, problem: Problem, mixing: Mixing, mixer: Mixer, unit: Float[Tensor, ""]
-    ) -> list[Tensor]:
-        """Return the gradients of C, U, W1, W2 and b1, times `unit`."""
-        compiled = sizes(problem, mixing)
-        heads, units, taps = (compiled[x] for x in ("H", "D", "T"))
-        static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
+        self,
+        problem: Problem,
+        mixing: Mixing,
+        mixer: Mixer,
+        unit: Float[Tensor, ""],
+        tables: Sequence[Tensor],
+    ) -> None:
+        """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
+        static, hidden, weight_in, weight_out, bias = tables
+        units, taps = len(bias), problem.taps
         tile = tile_of(problem)
         fold(problem, self.static, lowest(problem, *tile[:2]), tile.keys, unit, static.t())
         # A line of columns is r further than the distance to them, and t less to the key of tap t.
         first = lowest(problem, *tile[:2], taps // 2)
         for tap, table in enumerate(hidden.split(units, dim=1)):
             fold(problem, self.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
-        weight_in, weight_out = (
-            weight.sum((0, 1))[:taps, :units, :heads].flatten(0, 1) * unit
-            for weight in (self.weight_in, self.weight_out)
-        )
-        bias = self.hidden_bias.sum((0, 1))[:units] * unit
-        return [static, hidden, weight_in, weight_out.t().contiguous(), bias]
+        padded = self.weight_in.shape[3:]
+        add_up(problem, self.weight_in, padded, unit, weight_in, groups=taps)
+        add_up(problem, self.weight_out, padded, unit, weight_out.t(), groups=taps)
+        add_up(problem, self.hidden_bias, (self.hidden_bias.shape[2], 1), unit, bias[:, None])
 
 
 def sizes(problem: Problem, mixing: Mixing) -> dict[str, Any]:

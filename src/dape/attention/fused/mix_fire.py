@@ -1,5 +1,6 @@
 """The kernels across heads for FIRE, in Triton: `Features`, and `Mixing` over them."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from dape.attention.fused.geometry import (
     next_power_of_2,
 )
 from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, whole
-from dape.attention.fused.slots import Walker, fold, lowest, slots_of
+from dape.attention.fused.slots import Walker, add_up, fold, lowest, padded, slots_of, zeros
 
 __all__ = [
     "Slots",
@@ -74,27 +75,26 @@ def mix_backward(
         *x.stride()[:2], *lse.stride(), mask.stride(0), *pairs.stride()[:2],
         LINES=lines, **sizes(problem, mixing), **problem.gated(), num_warps=8, num_stages=1,
     )  # fmt: skip
-    add_pairs(slots.scale[band.keys.start :], pairs, band, problem.causal)
+    add_pairs(slots.scale[band.keys.start :], pairs, band, problem)
     return x, y
 
 
 def add_pairs(
-    total: Float[Tensor, "slots"],
+    total: Float[Tensor, "indices"],
     pairs: Float[Tensor, "batch rows keys"],
     band: Band,
-    causal: bool,
+    problem: Problem,
 ) -> None:
-    """Add what each query and key of a band have for the later of their slots, from its first key.
+    """Add what each query and key of a band have for the later of their indices.
 
-    In causal use that is the query's, and what stands at later keys is nothing.
+    Indices are counted from the first key of the band. In causal use the later is the query's, and
+    what stands at later keys is nothing.
     """
-    rows, keys = (torch.arange(size, device=pairs.device) for size in pairs.shape[1:])
-    later = keys > rows[:, None] + band.shift
-    first, end = max(0, band.shift), max(0, band.shift + len(rows))
-    by_row = pairs.masked_fill(later, 0).sum((0, 2))
-    total[first:end] += by_row[first - band.shift :]
-    if not causal:
-        total[: len(keys)] += pairs.masked_fill(~later, 0).sum((0, 1))
+    batch, rows, keys = band.sizes
+    fire.add_pairs_kernel[(max(keys, band.shift + rows),)](
+        pairs, total, batch, rows, keys, band.shift, *pairs.stride()[:2],
+        CAUSAL=problem.causal, K=128, **problem.gated(), num_warps=4,
+    )  # fmt: skip
 
 
 class Slots(NamedTuple):
@@ -115,42 +115,36 @@ class Slots(NamedTuple):
         group, count = slots_of(problem, mixer)
         units, heads, features = (sizes(problem, mixing)[x] for x in ("UNITS", "HEADS", "FEATURES"))
 
-        def zeros(*size: int) -> Tensor:
-            return problem.query.new_zeros(group, count, *size, dtype=torch.float32)
-
-        return cls(
-            weight_in=zeros(units, heads),
-            weight_out=zeros(heads, units),
-            hidden=zeros(1 + features, units),
-            static=zeros(1 + features, heads),
-            psi=zeros(lines),
-            weight=zeros(features),
-            bias=zeros(features),
-            scale=torch.zeros_like(features_of(problem).scale),
+        shapes = (
+            *((units, heads), (heads, units), (1 + features, units), (1 + features, heads)),
+            *((lines,), (features,), (features,)),
         )
+        lead = group, count
+        scale = features_of(problem).scale
+        found = zeros(problem.query, *((*lead, *x) for x in shapes), tuple(scale.shape))
+        return cls(*found)
 
     def gradients(
-        self, problem: Problem, mixing: Mixing, mixer: Walker, unit: Float[Tensor, ""]
-    ) -> list[Tensor]:
-        """Return the gradients of C, U, W1, W2, and of the features, times `unit`."""
-        entries, units = mixing.hidden.shape
-        heads, features = mixing.static.shape[0], features_of(problem)
-        psi = torch.empty_like(features.psi)
-        fold(
-            problem, self.psi[..., None], lowest(problem, tile_rows, tile_keys), tile_keys, unit,
-            psi[:, None],
-        )  # fmt: skip
-        tables = (
-            self.static.sum((0, 1))[:entries, :heads].t(),
-            self.hidden.sum((0, 1))[:entries, :units],
-            self.weight_in.sum((0, 1))[:units, :heads],
-            self.weight_out.sum((0, 1))[:heads, :units],
-            self.scale,
-            self.weight.sum((0, 1))[: entries - 1],
-            self.bias.sum((0, 1))[: entries - 1],
-        )
-        gradients = [table.contiguous() * unit for table in tables]
-        return [*gradients[:4], psi, *gradients[4:]]
+        self,
+        problem: Problem,
+        mixing: Mixing,
+        mixer: Walker,
+        unit: Float[Tensor, ""],
+        tables: Sequence[Tensor],
+    ) -> None:
+        """Fill the gradients of C, U, W1, W2, and of the features, times `unit`."""
+        static, hidden, weight_in, weight_out, psi, scale, weight, bias = tables
+        units, heads = padded(mixing)
+        place = lowest(problem, tile_rows, tile_keys), tile_keys
+        fold(problem, self.psi[..., None], *place, unit, psi[:, None])
+        add_up(problem, self.static, self.static.shape[2:], unit, static.t())
+        add_up(problem, self.scale[None, None], (len(scale), 1), unit, scale[:, None])
+        for slots, table in ((self.weight, weight), (self.bias, bias)):
+            add_up(problem, slots, (slots.shape[2], 1), unit, table[:, None])
+        if len(weight_in):
+            add_up(problem, self.hidden, self.hidden.shape[2:], unit, hidden)
+            add_up(problem, self.weight_in, (units, heads), unit, weight_in)
+            add_up(problem, self.weight_out, (heads, units), unit, weight_out)
 
 
 def features_of(problem: Problem, band: Band | None = None) -> Features:

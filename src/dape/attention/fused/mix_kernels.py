@@ -10,6 +10,8 @@ import triton.language as tl
 
 from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
 
+SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
+
 
 @triton.jit
 def load_hidden(hidden, delta, units, size, D: tl.constexpr):
@@ -219,6 +221,37 @@ def add_or_store(at, share, ADD: tl.constexpr):
     if ADD:
         share += tl.load(at)
     tl.store(at, share)
+
+
+# Of any sizes: one kernel for all that share what is compiled.
+@triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
+def sum_kernel(
+    slots, unit, table, second, count, slot_size, rows, columns, groups,
+    table_r, table_c, second_r, second_c,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, SLOTS: tl.constexpr,
+    OUT: tl.constexpr, gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Sum matrices `[groups, ROWS, WIDTH]` over slots, times `unit`, into a table; grid (entries).
+
+    A table has the rows of all groups. If SECOND, as many groups follow for a second table.
+    """
+    if unwanted(gate, GATED):
+        return
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    total = tl.zeros((OUT,), tl.float32)
+    for start in range(0, count, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        at = slot.to(tl.int64)[:, None] * slot_size + n[None, :]
+        inside = (slot < count)[:, None] & (n < slot_size)[None, :]
+        total += tl.sum(tl.load(slots + at, inside, 0.0), 0)
+    group, r, c = n // (ROWS * WIDTH), n // WIDTH % ROWS, n % WIDTH
+    total *= tl.load(unit)
+    inside = (r < rows) & (c < columns)
+    tl.store(table + (group * rows + r) * table_r + c * table_c, total, inside & (group < groups))
+    if SECOND:
+        group -= groups
+        at = second + (group * rows + r) * second_r + c * second_c
+        tl.store(at, total, inside & (group >= 0) & (group < groups))
 
 
 @triton.jit

@@ -1,8 +1,4 @@
-"""The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back.
-
-Inductor keeps compiled graphs on disk, and they hold the schema of each operator. A change of a
-schema takes a new number in the name: graphs of an older version would call with old arguments.
-"""
+"""The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back."""
 
 from collections.abc import Sequence
 from types import ModuleType
@@ -13,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused.registered import below_autograd, register
 from dape.attention.fused.tables import tables
 
 if TYPE_CHECKING:
@@ -95,21 +92,6 @@ def problem_of(
         halo=(halo[0], halo[1]),
         begun=begun,
     )
-
-
-LIBRARY = torch.library.Library("dape", "FRAGMENT")
-_PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor[] tables, Tensor? mask, Tensor? begun"
-_HOW = "float scale, bool causal, SymInt offset, SymInt[] halo, str backend"
-_SCHEMAS = (
-    f"attend_2({_PROBLEM}, {_HOW}, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"attend_backward_2({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
-    f"Tensor grad_out, Tensor? grad_lse, {_HOW}) -> Tensor[]",
-)
-for _schema in _SCHEMAS:
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-# What custom_op puts around an operator costs several times as much host time as these.
-forward_operator = torch.ops.dape.attend_2.default
-backward_operator = torch.ops.dape.attend_backward_2.default
 
 
 def _forward(
@@ -200,7 +182,8 @@ class _Attend(torch.autograd.Function):
         exact: bool,
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
-        found = _below(query, key, value, tables, mask, begun, *how, exact)
+        given = query, key, value, tables, mask, begun
+        found = below_autograd(forward_operator, *given, *how, exact)
         ctx.how = how
         ctx.save_for_backward(query, key, value, mask, begun, *found, *tables)
         ctx.mark_non_differentiable(*found[2:])
@@ -221,11 +204,6 @@ class _Attend(torch.autograd.Function):
         return *found[:3], None, None, None, None, *found[3:]
 
 
-def _below(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        return forward_operator(*given)
-
-
 def _with_gradients(
     query: Tensor,
     key: Tensor,
@@ -238,11 +216,18 @@ def _with_gradients(
     tracked = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *tables))
     if tracked:
         return _Attend.apply(query, key, value, mask, begun, how[:-1], how[-1], *tables)
-    return _below(query, key, value, tables, mask, begun, *how)
+    return below_autograd(forward_operator, query, key, value, tables, mask, begun, *how)
 
 
-LIBRARY.impl("attend_2", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("attend_2", _with_gradients, "Autograd")
-LIBRARY.impl("attend_backward_2", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("dape::attend_2", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("dape::attend_backward_2", _backward_fake, lib=LIBRARY)
+_PROBLEM = "Tensor query, Tensor key, Tensor value, Tensor[] tables, Tensor? mask, Tensor? begun"
+_HOW = "float scale, bool causal, SymInt offset, SymInt[] halo, str backend"
+forward_operator = register(
+    f"attend_2({_PROBLEM}, {_HOW}, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _forward_fake, _with_gradients,
+)  # fmt: skip
+backward_operator = register(
+    f"attend_backward_2({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
+    f"Tensor grad_out, Tensor? grad_lse, {_HOW}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)

@@ -4,6 +4,8 @@ A program writes to a slot of its own, along the lines of its tile; `fold` puts 
 together by the distance they stand for, in one order.
 """
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -65,23 +67,22 @@ class Slots(NamedTuple):
         return cls(make(shape, dtype=torch.float32), elements, segments, add)
 
     def gradients(
-        self, problem: Problem, mixing: Mixing, mixer: Walker, unit: Float[Tensor, ""]
-    ) -> list[Tensor]:
-        """Return the gradients of C, U, W1 and W2, times `unit`."""
-        (hidden_units, heads), (units, padded_heads) = mixing.weight_in.shape, padded(mixing)
-        sums = self.sums.sum(0) if len(self.sums) > 1 else self.sums[0]
-        hidden_sums, static_sums, *weight_sums = sums.split(sizes(mixing, mixer), dim=1)
-        weight_in, weight_out = (
-            weight.sum(0).view(padded_heads, units)[:heads, :hidden_units] * unit
-            for weight in weight_sums
-        )
+        self,
+        problem: Problem,
+        mixing: Mixing,
+        mixer: Walker,
+        unit: Float[Tensor, ""],
+        tables: Sequence[Tensor],
+    ) -> None:
+        """Fill the gradients of C, U, W1 and W2, times `unit`."""
+        static, hidden, weight_in, weight_out = tables
+        units, heads = padded(mixing)
+        of_hidden, of_static, of_weights, _ = self.sums.split(sizes(mixing, mixer), dim=2)
         place = lowest(problem, mixer.tile_rows, mixer.tile_keys), mixer.tile_keys // mixer.shares
-        static, hidden = torch.empty_like(mixing.static), torch.empty_like(mixing.hidden)
-        lines = static_sums.unflatten(1, (padded_heads, mixer.lines)).transpose(1, 2)
-        fold(problem, lines[None], *place, unit, static.t())
-        lines = hidden_sums.unflatten(1, (mixer.lines, units))
-        fold(problem, lines[None], *place, unit, hidden)
-        return [static, hidden, weight_in.t().contiguous(), weight_out]
+        lines = of_static.unflatten(2, (heads, mixer.lines)).transpose(2, 3)
+        fold(problem, lines, *place, unit, static.t())
+        fold(problem, of_hidden.unflatten(2, (mixer.lines, units)), *place, unit, hidden)
+        add_up(problem, of_weights, (heads, units), unit, weight_in.t(), weight_out)
 
 
 def sizes(mixing: Mixing, mixer: Walker) -> list[int]:
@@ -114,6 +115,30 @@ def lowest(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> 
     return first * tile_keys + (problem.offset + reach) % tile_keys - (tile_keys - 1)
 
 
+def add_up(
+    problem: Problem,
+    slots: Float[Tensor, "terms slots size"],
+    padded: Sequence[int],
+    unit: Float[Tensor, ""],
+    table: Float[Tensor, "rows columns"],
+    second: Float[Tensor, "rows columns"] | None = None,
+    groups: int = 1,
+) -> None:
+    """Fill a table, times `unit`, from matrices of `padded` sizes, of which each slot has one.
+
+    Of a table of several groups each slot has as many matrices, and then those of a second table.
+    """
+    entries, (rows, width) = 16, padded
+    size = rows * width * groups * (1 if second is None else 2)
+    also = table if second is None else second
+    kernels.sum_kernel[(cdiv(size, entries),)](
+        slots, unit, table, also, slots.shape[0] * slots.shape[1], slots.stride(1),
+        len(table) // groups, table.shape[1], groups, *table.stride(), *also.stride(),
+        WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=128, OUT=entries,
+        **problem.gated(), num_warps=4,
+    )  # fmt: skip
+
+
 def fold(
     problem: Problem,
     lines: Float[Tensor, "terms slots lines COLUMNS"],
@@ -140,3 +165,10 @@ def fold(
         TERMS=min(next_power_of_2(terms), 2048 // (distances * width)), **problem.gated(),
         num_warps=4,
     )  # fmt: skip
+
+
+def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Return zeros of several shapes, in one piece of memory that one operation fills."""
+    sizes = [prod(shape) for shape in shapes]
+    whole = like.new_zeros(sum(sizes), dtype=torch.float32)
+    return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -19,49 +18,33 @@ TILES = {
     "grad_key_value": Tile(64, 64, 4, 3),
     "grad_table": Tile(64, 64, 8, 3),
 }
-# No tile is wider; the table is padded by as much as two tiles reach.
+# No tile is wider; the line is padded by as much as two tiles reach.
 WIDEST_TILE = 128
 LOG2E = 1.4426950408889634
 
 
 class Bias(NamedTuple):
-    """The table in base 2 from distance `-low` on, and a line of 0 or -inf over keys if needed."""
+    """The table of a bias, its size, and a line of 0 or -inf over keys if needed."""
 
     table: Tensor
-    low: int
+    size: int
     line: Tensor | None
 
     @classmethod
     def of(cls, problem: Problem) -> "Bias":
         """Return the bias of a problem, with what nobody may see at -inf."""
-        batch, heads, rows, _ = problem.query.shape
-        keys, reach, given = problem.key.shape[2], 2 * WIDEST_TILE, problem.static
-        if given is None:
-            size = max(keys, rows + problem.offset, 1)
-            given = problem.query.new_zeros(heads, size, dtype=torch.float32)
-        table, low = padded_table(given, problem.causal, LOG2E)
+        (batch, _, rows, _), keys = problem.query.shape, problem.key.shape[2]
+        table, size = problem.query, 0
+        if problem.static is not None:
+            table, size = problem.static, problem.static.shape[1]
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
-            return cls(table, low, None)
+            return cls(table, size, None)
         line = problem.query.new_zeros(batch, keys, dtype=torch.float32)
         if problem.mask is not None:
             line.masked_fill_(~problem.mask, float("-inf"))
-        return cls(table, low, pad(line, (0, reach), value=float("-inf")))
-
-
-def padded_table(
-    given: Float[Tensor, "heads distances"], causal: bool, factor: float
-) -> tuple[Tensor, int]:
-    """Return `factor` times a table over distances of both signs, and where distance 0 stands."""
-    reach, unseen = 2 * WIDEST_TILE, float("-inf") if causal else 0.0
-    low = reach if causal else given.shape[1] - 1 + reach
-    table = given.new_full((len(given), low + given.shape[1] + reach), unseen)
-    at_zero = table[:, low:-reach]
-    torch.mul(given, factor, out=at_zero)
-    if not causal:
-        table[:, reach:low] = at_zero[:, 1:].flip(1)
-    return table, low
+        return cls(table, size, pad(line, (0, 2 * WIDEST_TILE), value=float("-inf")))
 
 
 def tile_of(kernel: str, problem: Problem) -> Tile:
@@ -103,7 +86,7 @@ def forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         query, key, value, bias.table, line, parts, parts_lse, rest,
-        rows, band.sizes[2], bias.table.shape[1], bias.low, problem.offset,
+        rows, band.sizes[2], bias.size, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
@@ -131,14 +114,13 @@ def backward(
     shape = shared(problem, bias)
     line = query if bias.line is None else bias.line
     tensors = (query, key, value, grad_out, bias.table, line, lse, delta)
-    table = (bias.table.shape[1], bias.low)
     places = (
         *strides(query), *strides(key), *strides(value), *strides(grad_out), *lse.stride()[:2],
     )  # fmt: skip
     tile = tile_of("grad_query", problem)
     kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
         *tensors, lse if grad_lse is None else grad_lse, sums.unit, sums.query,
-        rows, keys, *table, problem.offset, problem.scale,
+        rows, keys, bias.size, problem.offset, problem.scale,
         *places, *strides(sums.query), line.stride(0),
         heads, **shape, CAUSAL=problem.causal, SUMMED=grad_lse is not None,
         M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -146,7 +128,7 @@ def backward(
     tile = tile_of("grad_key_value", problem)
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
         *tensors, sums.unit, sums.key, sums.value,
-        rows, keys, *table, problem.offset, problem.scale,
+        rows, keys, bias.size, problem.offset, problem.scale,
         *places, *strides(sums.key), *strides(sums.value), line.stride(0),
         kv_heads, **shape, CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -158,10 +140,11 @@ def backward(
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
     kernels.grad_table_kernel[(heads, where.number)](
-        *tensors, cells, rows, keys, *table,
+        *tensors, cells, rows, keys, bias.size,
         where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0),
-        heads, **shape, M=size, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads, **shape, CAUSAL=problem.causal, M=size, num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     # A row lies reversed, so that one line further is one column further in all of them.
     steps = size - 1, size * size, 1, where.number * size * size

@@ -1,8 +1,8 @@
 """Triton kernels of attention with a static bias: one head a program, nothing in memory between.
 
-The bias is a table over the distance, in base 2, padded on both sides, with -inf where causality
-hides a key, so that no tile needs a mask. Where keys alone are hidden (padding, an end within a
-tile), a line over the keys holds 0 or -inf: `LINED`.
+The bias is a table over the distance. A tile has -inf where causality hides a key, and needs no
+mask. Where keys alone are hidden (padding, an end within a tile), a line over the keys holds 0 or
+-inf: `LINED`.
 
 Shapes: B batch, H query and Hkv key heads, R rows, T keys, E and V head dims, tiles of M rows and
 K keys. Strides of batch, head and row come as `_b, _h, _t`.
@@ -17,12 +17,12 @@ from dape.attention.fused.mix_kernels import diagonal_tiles
 
 @triton.jit
 def logits(
-    left, right, table, line, keys, scale, A: tl.constexpr, B: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, LINED: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, table, size, distance, line, keys, scale, A: tl.constexpr, B: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, CAUSAL: tl.constexpr, LINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return base-2 logits of a tile `[A, B]`; `scale` is in base 2 too."""
     s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
-    s += toeplitz(table, A, B, KEYS_FIRST)
+    s += toeplitz(table, size, distance, LOG2E, A, B, KEYS_FIRST, CAUSAL)
     if LINED:
         s += tl.load(line + keys)
     return s
@@ -43,7 +43,7 @@ def row_statistics(lse, delta, rows, num_rows):
 @triton.jit
 def forward_kernel(
     query, key, value, table, line, out, lse, rest,
-    num_rows, num_keys, table_size, table_low, shift, scale, keys_per_span,
+    num_rows, num_keys, table_size, shift, scale, keys_per_span,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
@@ -58,7 +58,7 @@ def forward_kernel(
     query += b64 * query_b + h * query_h
     key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    table += h.to(tl.int64) * table_size
     line += b64 * line_b
     q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     top = tl.full((M,), float("-inf"), tl.float32)
@@ -71,7 +71,10 @@ def forward_kernel(
     for first_key in range(low, high, K):
         k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         keys = first_key + tl.arange(0, K)[None, :]
-        s = logits(q, k, table - first_key, line, keys, scale, M, K, False, LINED, PRECISION)
+        s = logits(
+            q, k, table, table_size, first_row + shift - first_key, line, keys, scale,
+            M, K, False, CAUSAL, LINED, PRECISION,
+        )  # fmt: skip
         new_top = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(s - safe[:, None])
@@ -93,7 +96,7 @@ def forward_kernel(
 @triton.jit
 def grad_query_kernel(
     query, key, value, grad_out, table, line, lse, delta, grad_lse, unit, grad_query,
-    num_rows, num_keys, table_size, table_low, shift, scale,
+    num_rows, num_keys, table_size, shift, scale,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
@@ -114,7 +117,7 @@ def grad_query_kernel(
     grad_out += b64 * out_b + h * out_h
     key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size + table_low + shift + first_row
+    table += h.to(tl.int64) * table_size
     line += b64 * line_b
     q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
@@ -130,7 +133,8 @@ def grad_query_kernel(
         v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
         keys = first_key + tl.arange(0, K)[None, :]
         s = logits(
-            q, k, table - first_key, line, keys, scale * LOG2E, M, K, False, LINED, PRECISION
+            q, k, table, table_size, first_row + shift - first_key, line, keys, scale * LOG2E,
+            M, K, False, CAUSAL, LINED, PRECISION,
         )  # fmt: skip
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
@@ -149,7 +153,7 @@ def grad_query_kernel(
 @triton.jit
 def grad_key_value_kernel(
     query, key, value, grad_out, table, line, lse, delta, unit, grad_key, grad_value,
-    num_rows, num_keys, table_size, table_low, shift, scale,
+    num_rows, num_keys, table_size, shift, scale,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, line_b,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
@@ -173,7 +177,7 @@ def grad_key_value_kernel(
         h = kv * GROUP + member
         q_base = query + b64 * query_b + h * query_h
         do_base = grad_out + b64 * out_b + h * out_h
-        entries = table + h.to(tl.int64) * table_size + table_low + shift - first_key
+        entries = table + h.to(tl.int64) * table_size
         stat = b64 * stat_b + h * stat_h
         for first_row in range(low, num_rows, M):
             q = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
@@ -181,8 +185,8 @@ def grad_key_value_kernel(
             rows = first_row + tl.arange(0, M)
             log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
             s = logits(
-                k, q, entries + first_row, line, keys[:, None], scale * LOG2E, K, M, True, LINED,
-                PRECISION,
+                k, q, entries, table_size, first_row + shift - first_key, line, keys[:, None],
+                scale * LOG2E, K, M, True, CAUSAL, LINED, PRECISION,
             )  # fmt: skip
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             weight = tl.exp2(s - log_sum[None, :])
@@ -202,11 +206,11 @@ def grad_key_value_kernel(
 @triton.jit
 def grad_table_kernel(
     query, key, value, grad_out, table, line, lse, delta, sums,
-    num_rows, num_keys, table_size, table_low, first_diagonal, band_tile, offset, scale, batch,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, scale, batch,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_b, out_h, out_t, stat_b, stat_h, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sum dS of one head over the tiles of one diagonal and the batch; grid (H, diagonals).
 
@@ -216,8 +220,8 @@ def grad_table_kernel(
     q = tl.program_id(1) + first_diagonal
     positions = tl.arange(0, M)
     # On a diagonal every tile has the same distances, so its entries are loaded once.
-    entries = table + h.to(tl.int64) * table_size + table_low + q * M + offset
-    bias = toeplitz(entries, M, M, False)
+    entries = table + h.to(tl.int64) * table_size
+    bias = toeplitz(entries, table_size, q * M + offset, LOG2E, M, M, False, CAUSAL)
     acc = tl.zeros((M, M), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
     query += h * query_h

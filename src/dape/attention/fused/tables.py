@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
+from dape.attention.fused import table_operators as operators
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
 
@@ -63,80 +64,123 @@ def tables(
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
-            return fire_tables(bias, adapter, count, device, key_offset)
-        values = None
-        if bias is not None:
-            distances = torch.arange(count, device=device)
-            values = bias(distances, distances[:1])[..., 0].float()
-        if not isinstance(adapter, DAPE | TalkingHeads):
-            return () if values is None else (values,)
-        if values is None:
-            values = torch.zeros(num_heads, count, dtype=torch.float32, device=device)
-        found = mixed_tables(adapter, values, values.new_ones(1))
-        if isinstance(adapter, TalkingHeads) or adapter.kernel_size > 1:
-            return found
-        static, hidden, weight_in, weight_out = found
-        alone = adapter.inputs == "bias"
-        at_zero = leaky_relu(hidden if alone else hidden.detach(), SLOPE)
-        static = static + weight_out @ at_zero.t()
-        return (static,) if alone else (static, hidden, weight_in, weight_out)
+            return fire_tables(bias, adapter, count, key_offset)
+        if bias is None and adapter is None:
+            return ()
+        form = operators.form_of(bias)
+        mixes_scores = isinstance(adapter, DAPE) and adapter.inputs != "bias"
+        if form is not None and (adapter is None or mixes_scores):
+            return fast_tables(adapter, form, None, num_heads, count, device)
+        values = values_of(bias, num_heads, count, device)
+        if isinstance(adapter, TalkingHeads):
+            return talking_tables(adapter, values)
+        if mixes_scores:
+            return fast_tables(adapter, ("", []), values, num_heads, count, device)
+        return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
+
+
+def values_of(
+    bias: nn.Module | None, num_heads: int, count: int, device: torch.device
+) -> Float[Tensor, "heads distances"]:
+    """Return B over the distances, by the module itself."""
+    if bias is None:
+        return torch.zeros(num_heads, count, dtype=torch.float32, device=device)
+    distances = torch.arange(count, device=device)
+    return bias(distances, distances[:1])[..., 0].float().contiguous()
+
+
+def fast_tables(
+    adapter: nn.Module | None,
+    form: tuple[str, list[Tensor]],
+    values: Float[Tensor, "heads entries"] | None,
+    num_heads: int,
+    count: int,
+    device: torch.device,
+    features: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return C, and U, W1a, W2 and b1 where they are, by one kernel.
+
+    B has a form, or its values are given. With `features` entries are FIRE's.
+    """
+    name, parameters = form
+    p0, p1 = (*parameters, None, None)[:2]
+    if not isinstance(adapter, DAPE):
+        if p0 is None:  # an operator knows the device by a tensor
+            p0 = torch.empty(num_heads, device=device)
+        how = operators.How(name, count, num_heads)
+        return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
+    on_bias = {"concat": num_heads, "sum": 0, "scores": -1}[adapter.inputs]
+    taps = adapter.kernel_size
+    linear = features or taps > 1
+    how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features)
+    layers = adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out
+    if taps > 1:
+        found = operators.forward_operator(values, p0, p1, *with_free_bias(layers), *how)
+        return *found, adapter.bias_in.float()
+    return tuple(operators.forward_operator(values, p0, p1, *layers, *how))
+
+
+def with_free_bias(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return both layers with a b1 that has no gradient here: behind taps it is no table."""
+    weight_in, bias_in, weight_out, bias_out = layers
+    return weight_in, bias_in.detach(), weight_out, bias_out
 
 
 def fire_tables(
-    bias: FIRE, adapter: nn.Module | None, count: int, device: torch.device, key_offset: int
+    bias: FIRE, adapter: nn.Module | None, count: int, key_offset: int
 ) -> tuple[Tensor, ...]:
     """Return C `[H, 1 + F]`, U `[1 + F, D]`, W1a and W2 over features, psi, 1 / psi, v and c.
 
     psi `[N]` is over distances, 1 / psi(max(i, L)) `[N]` over the indices i from that of the first
     key on, v and c are `[F]`. Without an adapter D = 0.
     """
-    distances = torch.arange(count, dtype=bias.c.dtype, device=device)
-    psi = torch.log1p(bias.c * distances).float()
-    scale = 1 / torch.log1p(bias.c * torch.maximum(distances + key_offset, bias.threshold)).float()
+    psi, scale = operators.fire_operator(bias.log_c, bias.log_threshold, count, key_offset)
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
+    heads, entries = values.shape
     mixing: tuple[Tensor, ...]
-    if isinstance(adapter, DAPE | TalkingHeads):
-        # Not by assignment, which copies from the host and so cannot be part of a CUDA graph.
-        constant = (torch.arange(values.shape[1], device=device) == 0).to(values)
-        mixing = mixed_tables(adapter, values, constant)
+    if isinstance(adapter, TalkingHeads):
+        mixing = talking_tables(adapter, values)
+    elif isinstance(adapter, DAPE) and adapter.inputs != "bias":
+        mixing = fast_tables(adapter, ("", []), values, heads, entries, values.device, True)
+    elif isinstance(adapter, DAPE):
+        mixing = feature_tables_alone(adapter, values)
     else:
-        shapes = (values.shape[1], 0), (0, len(values)), (len(values), 0)
-        mixing = (values, *(values.new_zeros(shape) for shape in shapes))
+        shapes = (entries, 0), (0, heads), (heads, 0)
+        mixing = (values, *(values.new_empty(shape) for shape in shapes))
     return *mixing, psi, scale, bias.weight_in[:, 0].float(), bias.bias_in.float()
 
 
-def mixed_tables(
-    adapter: DAPE | TalkingHeads,
-    values: Float[Tensor, "heads entries"],
-    constant: Float[Tensor, "#entries"],
-) -> tuple[Tensor, ...]:
-    """Return C, U, W1a and W2 from the table of B; `constant` is the number one as a table.
+def alone_tables(adapter: DAPE, values: Float[Tensor, "heads distances"]) -> tuple[Tensor, ...]:
+    """Return C of `A + B + f(B)`, where no scores are mixed; with taps all tables."""
+    if adapter.kernel_size > 1:
+        return dape_tables(adapter, values, values.new_ones(1))
+    static, hidden, _, weight_out = dape_tables(adapter, values, values.new_ones(1))
+    return (static + weight_out @ leaky_relu(hidden, SLOPE).t(),)
 
-    It has one entry if all are alike. Few and simple operations: in decoding, each takes as long
-    as a part of the cache.
-    """
-    if isinstance(adapter, TalkingHeads):
-        return talking_tables(adapter, values)
+
+def feature_tables_alone(
+    adapter: DAPE, values: Float[Tensor, "heads features"]
+) -> tuple[Tensor, ...]:
+    """Return the tables of `A + B + f(B)` over FIRE's features."""
+    # Not by assignment, which copies from the host and so cannot be part of a CUDA graph.
+    constant = (torch.arange(values.shape[1], device=values.device) == 0).to(values)
     return dape_tables(adapter, values, constant)
 
 
 def dape_tables(
     adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "#entries"]
 ) -> tuple[Tensor, ...]:
-    """Return C, U, W1a and W2 of `A + B + f([A; B])`; with taps, b1 too, and U without it."""
+    """Return C, U, W1a and W2 of `A + B + f(B)`; with taps, b1 too, and U without it.
+
+    `constant` is the number one as a table, of one entry if all are alike.
+    """
     # Taps and units on one axis.
-    weight_in = adapter.weight_in.float().permute(2, 0, 1).flatten(0, 1)
+    on_bias = adapter.weight_in.float().permute(2, 0, 1).flatten(0, 1)
     weight_out = adapter.weight_out.float().transpose(1, 2).flatten(1)
     bias_in, bias_out = adapter.bias_in.float(), adapter.bias_out.float()
     static = values if adapter.residual else torch.zeros_like(values)
     static = static + bias_out[:, None] * constant
-    on_scores = on_bias = weight_in
-    if adapter.inputs == "concat":
-        on_scores, on_bias = weight_in.split(adapter.num_heads, dim=1)
-    elif adapter.inputs == "scores":
-        on_bias = torch.zeros_like(weight_in)
-    elif adapter.inputs == "bias":
-        on_scores = torch.zeros_like(weight_in)
+    on_scores = torch.zeros_like(on_bias)
     if adapter.kernel_size > 1:
         return static, values.t() @ on_bias.t(), on_scores, weight_out, bias_in
     hidden = torch.addmm(constant[:, None] * bias_in, values.t(), on_bias.t())

@@ -1,0 +1,265 @@
+"""Triton kernels of the tables U and C of a bias and an adapter, and of their way back.
+
+Entries n are distances, or FIRE's features. B is a form of few parameters, or given. For the parts
+V of W1 on the bias and A on the scores:
+
+    U = V B + b1        C = [B] + b2 + W2 phi(U)        W1 = A
+
+With LINEAR tables (DAPE V2, FIRE) C has no W2 phi(U). DAPE V2 has U for each tap, without b1; for
+FIRE only the first entry is the constant that b1 and b2 meet (ONE_CONSTANT).
+
+Shapes: N entries of a tile, H heads, D hidden units, T taps; HEADS and UNITS are padded. Suffixes
+name the axes of a tile: `b_NH` is `[N, HEADS]`.
+"""
+
+# mypy: ignore-errors
+# Triton's language, whose types are not Python's.
+
+import triton
+import triton.language as tl
+
+# These change with every token of decoding: no kernel of its own for those that 16 divides.
+GROWING = ("count", "offset")
+
+
+@triton.jit
+def bias_values(
+    values, p0, p1, n, heads, count,
+    H: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Return B `[N, HEADS]` and its derivatives by both parameters, zeros outside."""
+    inside = (n < count)[:, None] & (heads < H)[None, :]
+    if GIVEN:
+        b_NH = tl.load(values + heads[None, :].to(tl.int64) * count + n[:, None], inside, 0.0)
+        b_NH = b_NH.to(tl.float32)
+        return b_NH, b_NH, b_NH
+    x_H = tl.load(p0 + heads, heads < H, 0.0).to(tl.float64)[None, :]
+    y_H = tl.load(p1 + heads, heads < H, 0.0).to(tl.float64)[None, :]
+    delta_NH = n[:, None].to(tl.float64) + 0.0 * heads[None, :].to(tl.float64)
+    head_H = heads[None, :].to(tl.float64)
+    number = head_H * 0.0 + H
+    value, by_x, by_y = FORM(delta_NH, head_H, number, x_H, y_H)
+    value = tl.where(inside, value, 0.0).to(tl.float32)
+    by_x = tl.where(inside, by_x, 0.0).to(tl.float32)
+    return value, by_x, tl.where(inside, by_y, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tap(
+    weight, tap, start, heads, units, channels,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Return a tap of W1 `[D, channels, T]` from column `start` on, `[HEADS, UNITS]`."""
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    at = units[None, :] * (channels * T) + (start + heads[:, None]) * T + tap
+    return tl.load(weight + at, inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
+    """Return W2 `[HEADS, UNITS]`."""
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    return tl.load(weight + heads[:, None] * D + units[None, :], inside, 0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=GROWING)
+def static_table_kernel(
+    values, p0, p1, static, count,
+    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
+    N: tl.constexpr,
+):  # fmt: skip
+    """C = B; grid (entries)."""
+    n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
+    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+    inside = (n < count)[:, None] & (heads < H)[None, :]
+    tl.store(static + heads[None, :].to(tl.int64) * count + n[:, None], b_NH, inside)
+
+
+@triton.jit(do_not_specialize=GROWING)
+def tables_kernel(
+    values, p0, p1, w1, b1, w2, b2, static, hidden, w_in, w_out, count, channels,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """C `[H, N]`, U `[N, T D]`, W1 `[T D, H]` and W2 `[H, T D]`; grid (entries).
+
+    ON_BIAS is the first column of W1 that meets B, or -1.
+    """
+    n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
+    units = tl.arange(0, UNITS)
+    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+    constant_N = (n == 0).to(tl.float32) if ONE_CONSTANT else (n < count).to(tl.float32)
+    b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
+    b2_H = tl.load(b2 + heads, heads < H, 0.0).to(tl.float32)
+    c_NH = constant_N[:, None] * b2_H[None, :]
+    if RESIDUAL:
+        c_NH += b_NH
+    for tap in tl.static_range(T):
+        u_ND = tl.zeros((N, UNITS), tl.float32)
+        if T == 1:
+            u_ND += constant_N[:, None] * b1_D[None, :]
+        if ON_BIAS >= 0:
+            v_HD = load_tap(w1, tap, ON_BIAS, heads, units, channels, H, D, T)
+            u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
+        at = hidden + n[:, None].to(tl.int64) * (T * D) + tap * D + units[None, :]
+        tl.store(at, u_ND, (n < count)[:, None] & (units < D)[None, :])
+        if not LINEAR:
+            phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
+            w2_HD = load_out(w2, heads, units, H, D)
+            c_NH = tl.dot(phi_ND, tl.trans(w2_HD), c_NH, input_precision="ieee")
+    at = static + heads[None, :].to(tl.int64) * count + n[:, None]
+    tl.store(at, c_NH, (n < count)[:, None] & (heads < H)[None, :])
+    if tl.program_id(0) == 0:
+        inside = (heads[:, None] < H) & (units[None, :] < D)
+        for tap in tl.static_range(T):
+            a_HD = load_tap(w1, tap, 0, heads, units, channels, H, D, T)
+            tl.store(w_in + (tap * D + units[None, :]) * H + heads[:, None], a_HD, inside)
+            line = w2 + heads[:, None] * (D * T) + units[None, :] * T + tap
+            o_HD = tl.load(line, inside, 0.0).to(tl.float32)
+            tl.store(w_out + heads[:, None] * (T * D) + tap * D + units[None, :], o_HD, inside)
+
+
+@triton.jit
+def tables_backward_kernel(
+    values, p0, p1, w1, b1, w2, grad_static, grad_hidden, grad_values, parts,
+    count, channels, per_program, size,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program's part of the gradients by p, b2, b1, V and W2, of some entries; grid (parts).
+
+    A part holds them one after the other, padded. Without MIXED there is C = B alone. A B that is
+    given has its gradient stored.
+    """
+    heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
+    sum_x = tl.zeros((HEADS,), tl.float32)
+    sum_y = tl.zeros((HEADS,), tl.float32)
+    sum_b2 = tl.zeros((HEADS,), tl.float32)
+    sum_b1 = tl.zeros((UNITS,), tl.float32)
+    sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
+    first = tl.program_id(0) * per_program
+    last = tl.minimum(first + per_program, count)
+    of_taps = parts + tl.program_id(0).to(tl.int64) * size + 3 * HEADS + UNITS
+    if MIXED:
+        b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
+        for tap in tl.static_range(T):
+            begin = of_taps + tap * HEADS * UNITS + heads[:, None] * UNITS + units[None, :]
+            tl.store(begin, tl.zeros((HEADS, UNITS), tl.float32))
+    for start in range(first, last, N):
+        n = start + tl.arange(0, N)
+        inside = (n < last)[:, None] & (heads < H)[None, :]
+        b_NH, x_NH, y_NH = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+        at = heads[None, :].to(tl.int64) * count + n[:, None]
+        gc_NH = tl.load(grad_static + at, inside, 0.0)
+        gb_NH = gc_NH if RESIDUAL else gc_NH * 0.0
+        if MIXED:
+            constant_N = (n == 0).to(tl.float32) if ONE_CONSTANT else (n < last).to(tl.float32)
+            sum_b2 += tl.sum(gc_NH * constant_N[:, None], 0)
+            for tap in tl.static_range(T):
+                live = (n < last)[:, None] & (units < D)[None, :]
+                line = n[:, None].to(tl.int64) * (T * D) + tap * D + units[None, :]
+                gu_ND = tl.load(grad_hidden + line, live, 0.0)
+                u_ND = tl.zeros((N, UNITS), tl.float32) + constant_N[:, None] * b1_D[None, :]
+                if T == 1:
+                    sum_b1 += tl.sum(gu_ND * constant_N[:, None], 0)
+                if ON_BIAS >= 0:
+                    v_HD = load_tap(w1, tap, ON_BIAS, heads, units, channels, H, D, T)
+                    gb_NH = tl.dot(gu_ND, tl.trans(v_HD), gb_NH, input_precision="ieee")
+                    at_tap = of_taps + tap * HEADS * UNITS
+                    at_tap += heads[:, None] * UNITS + units[None, :]
+                    seen_NH = tl.where(inside, b_NH, 0.0)
+                    added = tl.dot(tl.trans(seen_NH), gu_ND, input_precision="ieee")
+                    tl.store(at_tap, tl.load(at_tap) + added)
+                    u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
+                if not LINEAR:
+                    phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
+                    sum_w2 = tl.dot(tl.trans(gc_NH), phi_ND, sum_w2, input_precision="ieee")
+        if GIVEN:
+            tl.store(grad_values + at, gb_NH, inside)
+        else:
+            sum_x += tl.sum(gb_NH * x_NH, 0)
+            sum_y += tl.sum(gb_NH * y_NH, 0)
+    parts += tl.program_id(0).to(tl.int64) * size
+    tl.store(parts + heads, sum_x)
+    tl.store(parts + HEADS + heads, sum_y)
+    if MIXED:
+        tl.store(parts + 2 * HEADS + heads, sum_b2)
+        tl.store(parts + 3 * HEADS + units, sum_b1)
+        at = heads[:, None] * UNITS + units[None, :]
+        tl.store(of_taps + T * HEADS * UNITS + at, sum_w2)
+
+
+@triton.jit
+def table_sums_kernel(
+    parts, grad_w_in, grad_w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
+    programs, size, channels,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    ON_BIAS: tl.constexpr, LINEAR: tl.constexpr, MIXED: tl.constexpr,
+    PROGRAMS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """Sum all parts, and store them and what meets the scores as gradients; grid (entries)."""
+    n, p = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, PROGRAMS)
+    at = p[:, None].to(tl.int64) * size + n[None, :]
+    total = tl.sum(tl.load(parts + at, (p < programs)[:, None] & (n < size)[None, :], 0.0), 0)
+    h = n % HEADS
+    tl.store(grad_p0 + h, total, (n < HEADS) & (h < H))
+    tl.store(grad_p1 + h, total, (n >= HEADS) & (n < 2 * HEADS) & (h < H))
+    if MIXED:
+        tl.store(grad_b2 + h, total, (n >= 2 * HEADS) & (n < 3 * HEADS) & (h < H))
+        d = n - 3 * HEADS
+        if T == 1:
+            tl.store(grad_b1 + d, total, (d >= 0) & (d < D))
+        m = d - UNITS
+        tap, h, d = m // (HEADS * UNITS), m // UNITS % HEADS, m % UNITS
+        inside = (m >= 0) & (h < H) & (d < D)
+        of_w1 = inside & (tap < T)
+        on_scores = tl.load(grad_w_in + (tap * D + d) * H + h, of_w1, 0.0)
+        at = d * (channels * T) + h * T + tap
+        if ON_BIAS > 0:
+            tl.store(grad_w1 + at + ON_BIAS * T, total, of_w1)
+        if ON_BIAS == 0:
+            on_scores += total
+        tl.store(grad_w1 + at, on_scores, of_w1)
+        if LINEAR:
+            through = tl.load(grad_w_out + h * (T * D) + tap * D + d, of_w1, 0.0)
+            tl.store(grad_w2 + h * (D * T) + d * T + tap, through, of_w1)
+        else:
+            of_w2 = inside & (tap == T)
+            through = tl.load(grad_w_out + h * D + d, of_w2, 0.0)
+            tl.store(grad_w2 + h * D + d, total + through, of_w2)
+
+
+@triton.jit(do_not_specialize=GROWING)
+def fire_kernel(log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr):
+    """psi(n) = log(1 + c n) over distances, 1 / psi(max(offset + n, L)) over indices; grid (n)."""
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    c = tl.exp(tl.load(log_c).to(tl.float64))
+    threshold = tl.exp(tl.load(log_threshold).to(tl.float64))
+    far = tl.maximum((n + offset).to(tl.float64), threshold)
+    tl.store(psi + n, tl.log(1.0 + c * n.to(tl.float64)).to(tl.float32), n < count)
+    tl.store(scale + n, (1.0 / tl.log(1.0 + c * far)).to(tl.float32), n < count)
+
+
+@triton.jit
+def fire_backward_kernel(
+    log_c, log_threshold, grad_psi, grad_scale, grad_c, grad_threshold, count, offset,
+    N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of log c and log L from those of both tables; one program."""
+    c = tl.exp(tl.load(log_c).to(tl.float64))
+    threshold = tl.exp(tl.load(log_threshold).to(tl.float64))
+    by_c, by_threshold = tl.zeros((N,), tl.float64), tl.zeros((N,), tl.float64)
+    for start in range(0, count, N):
+        n = start + tl.arange(0, N)
+        g_psi = tl.load(grad_psi + n, n < count, 0.0).to(tl.float64)
+        g_scale = tl.load(grad_scale + n, n < count, 0.0).to(tl.float64)
+        delta, index = n.to(tl.float64), (n + offset).to(tl.float64)
+        far = tl.maximum(index, threshold)
+        log = tl.log(1.0 + c * far)
+        slope = -g_scale / (log * log * (1.0 + c * far))
+        by_c += g_psi * delta / (1.0 + c * delta) + slope * far
+        by_threshold += tl.where(index < threshold, slope * c, 0.0)
+    tl.store(grad_c, tl.sum(by_c, 0) * c)
+    tl.store(grad_threshold, tl.sum(by_threshold, 0) * threshold)

@@ -1,0 +1,320 @@
+"""The tables of a bias and an adapter as operators of PyTorch: a kernel there, and two back.
+
+`registered` says what the numbers in the names of operators are for.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dape.attention.fused.registered import below_autograd, register
+
+if TYPE_CHECKING:
+    from dape.attention.fused.forms import Form
+
+# Entries of a tile, and programs of the way back, of which each sums a part of a gradient.
+ENTRIES, PROGRAMS = 32, 128
+
+
+class How(NamedTuple):
+    """What is made of the inputs.
+
+    Args:
+        form: the name of the bias's form; empty where B is given, or there is none.
+        entries: how many entries the tables have.
+        heads: how many heads.
+        on_bias: the first column of W1 that meets B, or -1.
+        residual: whether C holds B.
+        linear: whether C is without `W2 phi(U)`.
+        one_constant: whether b1 and b2 meet the first entry alone.
+    """
+
+    form: str
+    entries: int
+    heads: int
+    on_bias: int = -1
+    residual: bool = True
+    linear: bool = False
+    one_constant: bool = False
+
+
+_TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
+_HOW = (
+    "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
+    "bool one_constant"
+)
+
+
+def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
+    """Return the name of a bias's form and its parameters, or None if it has no form.
+
+    That of no bias has no name.
+    """
+    from dape.attention.fused.forms import FORMS
+
+    if bias is None:
+        return "", []
+    found = FORMS.get(type(bias))
+    if found is None:
+        return None
+    return name_of(type(bias)), [getattr(bias, name) for name in found.parameters]
+
+
+def name_of(kind: type) -> str:
+    """Return the whole name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@cache
+def form_named(name: str) -> "Form":
+    """Return the form of the class of that name; of none, B = 0."""
+    from dape.attention.fused.forms import FORMS, Form, nothing
+
+    named = {name_of(kind): form for kind, form in FORMS.items()}
+    return named.get(name, Form(nothing))
+
+
+def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
+    """Return the numbers of hidden units and taps."""
+    return (0, 1) if w1 is None else (w1.shape[0], w1.shape[2])
+
+
+def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
+    """Return the compile-time sizes."""
+    from dape.attention.fused.slots import padded_size
+
+    units, taps = _sizes(w1, how)
+    return {
+        "H": how.heads, "D": units, "T": taps,
+        "HEADS": padded_size(how.heads), "UNITS": padded_size(units),
+    }  # fmt: skip
+
+
+def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
+    """Return the other compile-time arguments."""
+    return {
+        "FORM": form_named(how.form).function, "GIVEN": values is not None,
+        "ON_BIAS": how.on_bias, "RESIDUAL": how.residual, "LINEAR": how.linear,
+        "ONE_CONSTANT": how.one_constant,
+    }  # fmt: skip
+
+
+def _forward(
+    values: Tensor | None,
+    p0: Tensor | None,
+    p1: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    from dape.attention.fused import table_kernels as kernels
+    from dape.attention.fused.geometry import cdiv
+
+    how = How(*rest)
+    found = _forward_fake(values, p0, p1, w1, b1, w2, b2, *rest)
+    static, grid = found[0], (cdiv(how.entries, ENTRIES),)
+    given = tuple(static if x is None else x for x in (values, p0, p1))
+    compiled, switches = _compiled(w1, how), _switches(values, how)
+    with torch.cuda.device_of(static):
+        if w1 is None:
+            names = ("H", "HEADS"), ("FORM", "GIVEN")
+            kernels.static_table_kernel[grid](
+                *given, static, how.entries, **{name: compiled[name] for name in names[0]},
+                **{name: switches[name] for name in names[1]}, N=ENTRIES, num_warps=4,
+            )  # fmt: skip
+            return found
+        kernels.tables_kernel[grid](
+            *given, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
+            N=ENTRIES, num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def _forward_fake(
+    values: Tensor | None,
+    p0: Tensor | None,
+    p1: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    how = How(*rest)
+    like = next(x for x in (w1, values, p0) if x is not None)
+    units, taps = _sizes(w1, how)
+    shapes = [(how.heads, how.entries)]
+    if w1 is not None:
+        width = taps * units
+        shapes += [(how.entries, width), (width, how.heads), (how.heads, width)]
+    return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _backward(
+    values: Tensor | None,
+    p0: Tensor | None,
+    p1: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    grads: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    """Return the gradients of the tensors that are given; that of b1 counts without taps alone."""
+    from dape.attention.fused import table_kernels as kernels
+    from dape.attention.fused.geometry import cdiv, next_power_of_2
+
+    how = How(*rest)
+    found = _backward_fake(values, p0, p1, w1, b1, w2, b2, grads, *rest)
+    compiled, switches = _compiled(w1, how), _switches(values, how)
+    heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
+    size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
+    per_program = cdiv(cdiv(how.entries, PROGRAMS), ENTRIES) * ENTRIES
+    programs = cdiv(how.entries, per_program)
+    static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
+    parts = static.new_empty(programs, size)
+    given = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
+    into = iter(found)
+    unused = static.new_empty(how.heads)
+    grad_values, grad_p0, grad_p1, grad_w1, grad_b1, grad_w2, grad_b2 = (
+        unused if x is None else next(into) for x in (values, p0, p1, w1, b1, w2, b2)
+    )
+    channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
+    with torch.cuda.device_of(static):
+        kernels.tables_backward_kernel[(programs,)](
+            *given, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
+            **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+        )  # fmt: skip
+        kernels.table_sums_kernel[(cdiv(size, 32),)](
+            parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
+            programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
+            MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def _backward_fake(
+    values: Tensor | None,
+    p0: Tensor | None,
+    p1: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    grads: list[Tensor],
+    *rest: Any,
+) -> list[Tensor]:
+    given = (values, p0, p1, w1, b1, w2, b2)
+    return [x.new_empty(x.shape) for x in given if x is not None]
+
+
+class _Tables(torch.autograd.Function):
+    """The tables with their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.how = how
+        ctx.save_for_backward(*tensors)
+        return tuple(below_autograd(forward_operator, *tensors, *how))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        found = iter(backward_operator(*tensors, [x.contiguous() for x in grads], *ctx.how))
+        return None, *(None if x is None else next(found) for x in tensors)
+
+
+def _with_gradients(*given: Any) -> list[Tensor]:
+    tensors, how = given[:7], given[7:]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return list(_Tables.apply(How(*how), *tensors))
+    return below_autograd(forward_operator, *given)
+
+
+forward_operator = register(
+    f"tables_2({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
+)
+backward_operator = register(
+    f"tables_backward_2({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
+)
+
+
+def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Return psi over the distances, and 1 / psi over the indices from `offset` on, for FIRE."""
+    from dape.attention.fused import table_kernels as kernels
+    from dape.attention.fused.geometry import cdiv
+
+    psi, scale = _fire_fake(log_c, log_threshold, count, offset)
+    with torch.cuda.device_of(psi):
+        kernels.fire_kernel[(cdiv(count, 1024),)](
+            log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
+        )
+    return psi, scale
+
+
+def _fire_fake(
+    log_c: Tensor, log_threshold: Tensor, count: int, offset: int
+) -> tuple[Tensor, Tensor]:
+    return (
+        log_c.new_empty(count, dtype=torch.float32),
+        log_c.new_empty(count, dtype=torch.float32),
+    )
+
+
+def _fire_backward(
+    log_c: Tensor, log_threshold: Tensor, grad_psi: Tensor, grad_scale: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of log c and log L."""
+    from dape.attention.fused import table_kernels as kernels
+
+    found = torch.empty_like(log_c), torch.empty_like(log_threshold)
+    with torch.cuda.device_of(grad_psi):
+        kernels.fire_backward_kernel[(1,)](
+            log_c, log_threshold, grad_psi, grad_scale, *found, len(grad_psi), offset,
+            N=1024, num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+class _Fire(torch.autograd.Function):
+    """FIRE's tables with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_c: Tensor, log_threshold: Tensor, count: int, offset: int
+    ) -> tuple[Tensor, Tensor]:
+        ctx.offset = offset
+        ctx.save_for_backward(log_c, log_threshold)
+        return below_autograd(fire_operator, log_c, log_threshold, count, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        given = (*ctx.saved_tensors, *(x.contiguous() for x in grads), ctx.offset)
+        return *fire_backward_operator(*given), None, None
+
+
+def _fire_with_gradients(log_c: Tensor, log_threshold: Tensor, *how: int) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (log_c.requires_grad or log_threshold.requires_grad):
+        return _Fire.apply(log_c, log_threshold, *how)
+    return below_autograd(fire_operator, log_c, log_threshold, *how)
+
+
+fire_operator = register(
+    "fire_1(Tensor log_c, Tensor log_threshold, SymInt count, SymInt offset) -> (Tensor, Tensor)",
+    _fire, _fire_fake, _fire_with_gradients,
+)  # fmt: skip
+fire_backward_operator = register(
+    "fire_backward_1(Tensor log_c, Tensor log_threshold, Tensor grad_psi, Tensor grad_scale, "
+    "SymInt offset) -> (Tensor, Tensor)",
+    _fire_backward,
+    lambda log_c, log_threshold, *rest: (torch.empty_like(log_c), torch.empty_like(log_threshold)),
+)

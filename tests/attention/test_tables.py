@@ -1,0 +1,159 @@
+"""Tables U and C of biases and adapters against float64 formulas, and their operators."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import dape
+from dape.attention.fused import table_operators as operators
+from dape.attention.fused.tables import tables
+
+pytestmark = [
+    pytest.mark.unhooked,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+CPU, HEADS, COUNT = torch.device("cpu"), 5, 75
+BIASES = {
+    "none": lambda: None,
+    "nope": lambda: dape.NoBias(HEADS),
+    "alibi": lambda: dape.ALiBi(HEADS),
+    "kerple": lambda: dape.Kerple(HEADS),
+    "power": lambda: dape.KerplePower(HEADS),
+    "t5": lambda: dape.T5(HEADS),
+    "sandwich": lambda: dape.Sandwich(HEADS),
+}
+ADAPTERS = {
+    "none": None,
+    "dape": (7,),
+    "without residual": (7, 1, False, "concat"),
+    "sum": (7, 1, True, "sum"),
+    "scores": (7, 1, True, "scores"),
+    "v2": (7, 3),
+    "v2 on sums": (7, 3, False, "sum"),
+}
+
+
+def by_formula(bias, adapter):
+    """The same tables in float64, with the gradient of U as the kernels define it."""
+    distances = torch.arange(COUNT)
+    values = torch.zeros(HEADS, COUNT, dtype=torch.float64)
+    if bias is not None:
+        values = bias(distances, distances[:1])[..., 0].double()
+    if adapter is None:
+        return [values]
+    a = b = adapter.weight_in
+    if adapter.inputs == "concat":
+        a, b = adapter.weight_in.split(HEADS, dim=1)
+    if adapter.inputs == "scores":
+        b = torch.zeros_like(b)
+    hidden = torch.einsum("dht,hn->ntd", b, values)
+    static = (values if adapter.residual else 0 * values) + adapter.bias_out[:, None]
+    flat = [a.permute(2, 0, 1).flatten(0, 1), adapter.weight_out.transpose(1, 2).flatten(1)]
+    if adapter.kernel_size > 1:
+        return [static, hidden.flatten(1), *flat, adapter.bias_in]
+    hidden = hidden[:, 0] + adapter.bias_in
+    at_zero = torch.nn.functional.leaky_relu(hidden.detach(), 0.01)
+    return [static + adapter.weight_out[:, :, 0] @ at_zero.T, hidden, *flat]
+
+
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
+    bias, sizes = BIASES[bias](), ADAPTERS[adapter]
+    modules = [bias, sizes and dape.DAPE(HEADS, *sizes)]
+    if modules == [None, None]:
+        assert tables(None, None, HEADS, COUNT, CPU) == ()
+        return
+    exact = [m and copy.deepcopy(m).double() for m in modules]
+    found, true = tables(*modules, HEADS, COUNT, CPU), by_formula(*exact)
+    assert [x.shape for x in found] == [x.shape for x in true]
+    for ours, theirs in zip(found, true, strict=True):
+        assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
+    gradients = []
+    for outputs, parts in ((found, modules), (true, exact)):
+        torch.manual_seed(1)
+        total = sum((x * torch.randn(x.shape).to(x.dtype)).sum() for x in outputs)
+        parameters = [p for m in parts if m is not None for p in m.parameters()]
+        if parameters:
+            gradients.append(torch.autograd.grad(total, parameters, materialize_grads=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        scale = max(1.0, theirs.abs().max().item())
+        assert_close(ours.double(), theirs, rtol=0, atol=5e-6 * scale)
+
+
+def test_a_table_of_large_distances_is_as_exact_as_float32():
+    bias = dape.KerplePower(HEADS)
+    torch.nn.init.constant_(bias.raw_p, 3.0)
+    (found,) = tables(bias, None, HEADS, 1 << 13, CPU)
+    distances = torch.arange(1 << 13)
+    true = copy.deepcopy(bias).double()(distances, distances[:1])[..., 0]
+    assert_close(found.double(), true, rtol=2e-7, atol=0)
+
+
+def test_two_passes_agree_bit_for_bit():
+    modules = dape.Kerple(HEADS), dape.DAPE(HEADS, 7)
+    parameters = [p for m in modules for p in m.parameters()]
+    runs = []
+    for _ in range(2):
+        found = tables(*modules, HEADS, 3000, CPU)
+        runs.append(torch.autograd.grad([x.square().sum() for x in found], parameters))
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
+
+
+def given(form, values, mixed):
+    """Arguments of the operator: parameters of a form or values, and layers if heads are mixed."""
+    p = [None, None] if values else [torch.randn(3, requires_grad=True) for _ in range(2)]
+    layers = [(4, 6, 1), (4,), (3, 4, 1), (3,)] if mixed else []
+    weights = [torch.randn(x, requires_grad=True) for x in layers] or [None] * 4
+    first = torch.randn(3, 5, requires_grad=True) if values else None
+    return first, *p, *weights, form, 5, 3, 3 if mixed else -1, True, False, False
+
+
+KERPLE = operators.name_of(dape.Kerple)
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "mixed"), [(KERPLE, False, False), (KERPLE, False, True), ("", True, True)]
+)
+def test_the_operator_passes_every_check_of_pytorch(form, values, mixed):
+    torch.library.opcheck(operators.forward_operator, given(form, values, mixed))
+
+
+def test_the_operator_of_fire_passes_every_check_of_pytorch():
+    log_c, log_threshold = (torch.randn(1, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(operators.fire_operator, (log_c, log_threshold, 7, 2))
+
+
+class Devices(TorchDispatchMode):
+    """Notes every operation with a result or an argument on the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.on_cpu = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, found))
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in leaves):
+            self.on_cpu.append(str(function))
+        return found
+
+
+@pytest.mark.parametrize("adapter", [None, (7,), (7, 1, True, "bias"), (7, 3), "talking"])
+@pytest.mark.parametrize("bias", [*BIASES, "fire"])
+def test_nothing_comes_from_the_cpu_so_that_a_cuda_graph_holds_it(monkeypatch, bias, adapter):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no "meta"
+    with torch.device("meta"):  # which, as a GPU, is not the host
+        module = dape.FIRE(HEADS) if bias == "fire" else BIASES[bias]()
+        mixer = dape.TalkingHeads(HEADS) if adapter == "talking" else None
+        if isinstance(adapter, tuple):
+            mixer = dape.DAPE(HEADS, *adapter)
+    with Devices() as seen:
+        tables(module, mixer, HEADS, COUNT, torch.device("meta"), 3)
+    assert seen.on_cpu == []
