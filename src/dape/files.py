@@ -4,6 +4,7 @@ A writer works on `NAME.partial` beside its target, brings it onto the disk and 
 process that dies meanwhile leaves the target as it was. The next writer removes the leftover.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -45,11 +46,17 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to report
             remove(partial)
-        # How libraries in Rust report a full disk, in exceptions of their own.
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            code = int(number[1])
+        if code := _code_of_disk(error):
             raise OSError(code, os.strerror(code), str(path)) from None
         raise
+
+
+def _code_of_disk(error: BaseException) -> int | None:
+    """Return the number of a disk's error that a library reports in an exception of its own."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # in Rust
+        return int(number[1])
+    # The writer of PyTorch's archives notices only that bytes are missing.
+    return errno.ENOSPC if "unexpected pos" in str(error) else None
 
 
 def partial_of(path: Path) -> Path:
