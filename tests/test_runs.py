@@ -54,6 +54,14 @@ def test_a_run_says_how_far_it_is(tmp_path):
     assert run.has_model
 
 
+def test_a_recipe_that_cannot_be_read_is_no_absent_run(tmp_path):
+    run = RunFolder(tmp_path)
+    run.recipe.symlink_to(run.recipe)
+    assert run.exists
+    with pytest.raises(UserError, match=r"cannot read .*config\.yaml"):
+        run.read_recipe()
+
+
 def test_a_cut_last_line_of_the_metrics_is_left_out(tmp_path):
     run = RunFolder(tmp_path)
     write(run.metrics, '{"step": 1}\n{"step": 2}\n{"st')

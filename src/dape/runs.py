@@ -94,8 +94,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run."""
-        return self.recipe.is_file()
+        """Whether there is a run, whose recipe may be damaged."""
+        return lexists(self.recipe)
 
     @property
     def finished(self) -> bool:

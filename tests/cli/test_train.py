@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from dape.cli import main
-from dape.cli.train import combinations, parsed
+from dape.cli.train import combinations, ending, parsed
 from dape.errors import UserError
+from dape.runs import RunFolder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -130,3 +131,12 @@ def test_a_dry_run_without_data_needs_the_vocabulary(capsys, tmp_path, monkeypat
     assert "no finished corpus in data/python-stdlib" in fails(
         capsys, RECIPES / "demo.yaml", "--dry-run", "--hardware.device", "cpu"
     )
+
+
+def test_the_end_of_a_run_is_a_line_and_so_is_a_record_without_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.update_record({"step": 6, "tokens": 1024, "validation_loss": 2.5, "ended": "then"})
+    assert ending(run).startswith(f"{run} is finished: 6 steps, 1,024 tokens, validation loss 2.50")
+    run.update_record({"validation_loss": None})
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        ending(run)

@@ -3,13 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.train.recipe import Recipe, read
+
+if TYPE_CHECKING:
+    from dape.runs import RunFolder
 
 PROG = "dape train RECIPE.yaml"
 BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
@@ -86,12 +89,27 @@ def run(arguments: Arguments, speaks: bool) -> None:
         measured(arguments.recipe, speaks)
         return
     folder = train(arguments.recipe)
-    done = folder.read_record()
     if speaks:
-        print(
+        print(ending(folder))
+
+
+def ending(folder: "RunFolder") -> str:
+    """Return in a line how a training ended.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    done = folder.read_record()
+    try:
+        return (
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; measure it: dape eval {folder}"
         )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder.record} is damaged ({error}); give the command that made the run again, under"
+            " another --name"
+        ) from None
 
 
 def measured(recipe: Recipe, speaks: bool) -> None:
