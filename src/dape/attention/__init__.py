@@ -19,7 +19,16 @@ __all__ = ["attention"]
 
 # `dape.attention` is the operator, so `import dape.attention.chunked as c` asks it for its parts.
 for part in (
-    *(call, chunked, context_parallel, cuda, fused, operator, parallel, reference, sdpa),
-    *(select, triton),
+    call,
+    chunked,
+    context_parallel,
+    cuda,
+    fused,
+    operator,
+    parallel,
+    reference,
+    sdpa,
+    select,
+    triton,
 ):
     setattr(attention, part.__name__.rpartition(".")[2], part)

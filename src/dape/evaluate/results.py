@@ -28,8 +28,8 @@ def results_folders(
 ) -> Iterator[list[RunFolder | None]]:
     """Yield where the results of each model go; None for one in memory without `out`.
 
-    `files` tells what is written into a folder: no other process of this kind may meanwhile. One of
-    several processes `writes` the results of all.
+    `files` names the files that a measurement writes into a folder, and a lock keeps other
+    measurements out of them. Of several processes the first alone `writes`, and takes the lock.
 
     Raises:
         UserError: if a folder cannot be written, another process measures the same, or two models
@@ -63,9 +63,9 @@ def _keep_out_others(stack: ExitStack, folder: RunFolder, file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kept(Generic[Record]):
-    """The file of a record, and another that keeps what was measured until all is; or none.
+    """The file of a record, and the file of finished measurements until the record is whole.
 
-    One of several processes `writes` it.
+    Without a `file` nothing is kept. Of several processes the first alone `writes`.
     """
 
     file: Path | None

@@ -17,7 +17,8 @@ _NAMED = 3  # weights that an error names
 def load_config(source: str, **changes: Any) -> Any:
     """Return the configuration of a model, with other values of some keys.
 
-    With `return_unused_kwargs=True` the unknown keys stand beside it, as in transformers.
+    With `return_unused_kwargs=True` the result is the configuration and the unknown keys, as in
+    transformers.
 
     Code that lies beside it is never run.
 
