@@ -105,7 +105,7 @@ def test_sliding_has_a_file_of_its_own(runs):
 
 def test_lengths_reach_sixteen_times_the_training_length_by_default(runs, capsys):
     message = refused(capsys, "eval", runs[0])
-    assert "length 256: no document has the 257 tokens it needs" in message
+    assert "length 256: no document has the required 257 tokens" in message
 
 
 def test_the_end_of_text_is_not_text_to_score(runs, corpus, capsys):

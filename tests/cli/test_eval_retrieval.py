@@ -77,7 +77,9 @@ def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
 
 def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):
     dape("eval", "retrieval", *runs, "--tasks", "passkey", *ASKED)
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("draw it: dape ").split()
+    command = (
+        capsys.readouterr().out.splitlines()[-1].removeprefix("to draw the results: dape ").split()
+    )
     out = tmp_path / "figures" / "map.png"
     assert not dape(*command[:-1], out)
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -108,7 +110,7 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     assert not dape("eval", "retrieval", tmp_path, "--tasks", "passkey", *words)
     reasons = {
         "100": "the prompt alone has 252 tokens",
-        "301": "its learned positions end: row 300 is asked of a table of 300",
+        "301": "no learned position for row 300: the table has 300 rows",
     }
     assert record(tmp_path, "passkey")["refused"] == reasons
     told = " ".join(capsys.readouterr().out.split())

@@ -133,7 +133,7 @@ def test_learned_positions_end_and_the_table_says_so(made, corpus, capsys, name,
     assert not dape("eval", folder, "--lengths", "8,16,32", "--data", corpus, "--blocks", 1)
     content = evaluation(folder)
     assert [each["length"] for each in content["measurements"]] == [8, 16]
-    reason = f"its learned positions end: row {31 + rows - ENDS} is asked of a table of {rows}"
+    reason = f"no learned position for row {31 + rows - ENDS}: the table has {rows} rows"
     assert content["refused"] == {"32": reason}
     told = " ".join(capsys.readouterr().out.split())
     assert f"— {name} refused 32 tokens: {reason}." in told

@@ -218,7 +218,7 @@ def test_mistakes_are_one_line_with_the_remedy(run, tmp_path, capsys):
     (run / "run.json").write_text(json.dumps({**record, "data": data}))
     assert "was trained on other data" in refused(capsys, "export", run, "--out", out)
     message = refused(capsys, "eval", run, "--lengths", 16)
-    assert f"`dape export {run} --out DIR` makes one of its latest checkpoint" in message
+    assert f"`dape export {run} --out DIR` makes a model of the latest checkpoint" in message
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoint yet" in refused(capsys, "export", run, "--out", out)
     assert not out.exists()

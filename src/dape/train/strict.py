@@ -1,4 +1,4 @@
-"""Mappings into dataclasses, strictly: no unknown key, no value of another type."""
+"""Mappings into dataclasses, without unknown keys and without values of a wrong type."""
 
 import types
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ _short.maxstring = _short.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Marks a choice that also accepts `true` and `false`."""
+    """Marker of a choice with the further values `true` and `false`."""
 
     on: str
     off: str
 
 
 def build(cls: type, data: Any, where: str = "") -> Any:
-    """Return the dataclass `cls` from a mapping; nested dataclasses are sections of it.
+    """Return the dataclass `cls` from a mapping; nested dataclasses are sections.
 
     Raises:
         UserError: for an unknown key, with the nearest known key, or a value of a wrong type; the
@@ -52,7 +52,7 @@ def build(cls: type, data: Any, where: str = "") -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as a `hint`: an int as a float, a list as a tuple, all else as it is."""
+    """Return `value` as a `hint`, an int as a float and a list as a tuple."""
     if get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
         for note in notes:
@@ -76,11 +76,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _mismatch(value: Any, options: tuple[Any, ...], where: str) -> str:
-    """Return what is wrong with a value that is of none of the types."""
+    """Return the error text for a value of none of the types."""
     remedy = ""
     if isinstance(value, str) and not {int, float}.isdisjoint(options) and _is_number(value):
         number = f"{float(value):.1e}" if float in options else f"{float(value):.0f}"
-        remedy = f"; YAML takes it for text, write {number}"
+        remedy = f"; YAML reads text, write {number}"
     expected = " or ".join(map(_describe, options))
     return f"{where}={_short.repr(value)}: expected {expected}{remedy}"
 
