@@ -147,7 +147,7 @@ def test_lengths_that_mean_nothing_are_refused(text, capsys, runs):
         (["--lengths", "16", "--stride", "4"], "protocol last has no stride"),
         (["--lengths", "16", "--protocol", "lats"], "--protocol"),
         (["--lengths", "16", "--lenghts", "32"], "did you mean '--lengths'"),
-        (["--lengths", "16", "--documents", "0"], "--documents 0: at least 1"),
+        (["--lengths", "16", "--documents", "0"], "--documents 0: must be at least 1"),
         (["--lengths", "16", "--device", "cdua"], "--device cdua"),
         (["--lengths", "16", "--split", "dev"], "--split"),
     ],
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_with_the_remedy(runs, capsys, words, message):
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
-    assert "name at least one run or model" in refused(capsys, "eval")
+    assert "no model given; name a run or a model" in refused(capsys, "eval")
     assert f"no model in {tmp_path}" in refused(capsys, "eval", tmp_path)
 
 

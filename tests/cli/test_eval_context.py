@@ -85,8 +85,11 @@ def test_runs_that_scored_other_tokens_are_not_drawn_together(measured, tmp_path
     ("words", "message"),
     [
         (("eval", "context"), "no run given"),
-        (("eval", "context", "runs/a", "--lengths", "16"), "--lengths 16: two or more"),
-        (("eval", "context", "runs/a", "--blocks", "0"), "--blocks 0: at least 1"),
+        (
+            ("eval", "context", "runs/a", "--lengths", "16"),
+            "--lengths 16: give two lengths or more",
+        ),
+        (("eval", "context", "runs/a", "--blocks", "0"), "--blocks 0: must be at least 1"),
         (("plot", "context", "--out", "a.png"), "no run given"),
         (("plot", "context", "runs/a", "--out", "a.jpg"), "must end in .png"),
         (("plot", "context", "runs/a", "--out", "a.md"), "run `dape eval context` on the model"),

@@ -210,7 +210,7 @@ def test_mistakes_are_one_line_with_the_remedy(run, tmp_path, capsys):
     message = refused(capsys, "export", tmp_path, "--out", out)
     assert f"no run in {tmp_path}: it has no config.yaml" in message
     message = refused(capsys, "export", run, "--out", run)
-    assert "is there and not empty; give another" in message
+    assert "exists and is not empty; give another" in message
     assert "--out" in refused(capsys, "export", run)
     interrupt(run)
     record = json.loads((run / "run.json").read_text())

@@ -104,9 +104,13 @@ def test_a_run_killed_at_its_first_write_starts(file, tmp_path):
 def test_a_corpus_without_its_tokenizer_is_refused_at_the_start(data, file, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "tokenizer")
-    with pytest.raises(UserError, match=r"tokenizer has no tokenizer.json; prepare it again"):
+    with pytest.raises(
+        UserError, match=r"tokenizer has no tokenizer.json; prepare the corpus again"
+    ):
         Corpus(tmp_path / "data")
-    with pytest.raises(UserError, match=r"tokenizer has no tokenizer.json; prepare it again"):
+    with pytest.raises(
+        UserError, match=r"tokenizer has no tokenizer.json; prepare the corpus again"
+    ):
         train(file, data=tmp_path / "data", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -18,7 +18,7 @@ class Arguments(Measuring):
     """
 
     lengths: Lengths = ()
-    """tokens kept of a request, the last; default the training length"""
+    """number of last tokens kept of a request; default: the training length"""
     tasks: Names = ()
     """tasks of lm-eval, such as lambada_openai,wikitext (all: `lm-eval ls tasks`)"""
     include_path: Path | None = None
@@ -26,10 +26,10 @@ class Arguments(Measuring):
     limit: int | None = None
     """largest number of documents of a task"""
     again: bool = False
-    """measure anew what was measured before"""
+    """measure finished tasks again, instead of skipping finished tasks"""
 
     def __post_init__(self) -> None:
-        """Refuse no tasks and no documents."""
+        """Refuse empty tasks and counts below 1."""
         super().__post_init__()
         if not self.tasks:
             raise UserError("no task given: --tasks NAME,... (all: `lm-eval ls tasks`)")
@@ -37,7 +37,7 @@ class Arguments(Measuring):
 
 
 def main(argv: list[str]) -> None:
-    """Measure each model at each length, and print the table."""
+    """Measure every model at every length, and print the table."""
     arguments = parse(Arguments, argv, prog="dape eval harness")
     from transformers.utils import logging
 

@@ -15,9 +15,9 @@ FORMATS = (".png", ".pdf", ".svg", ".md")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw what `dape eval retrieval` measured over depth and length, a panel for each scheme.
+    """Draw results of `dape eval retrieval` over depth and length, a panel per scheme.
 
-    The runs that differ in nothing but their seed share a panel, which shows their mean.
+    Runs that differ only in the seed share a panel with the mean.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -30,14 +30,14 @@ class Arguments:
     """whole numbers, tokens, mean rank of a token, or log-probability of a number"""
 
     def __post_init__(self) -> None:
-        """Refuse formats nobody draws, and no runs."""
+        """Refuse unknown formats, and an empty list of runs."""
         if not self.runs:
             raise UserError("no run given: dape plot retrieval RUN... --out FILE")
         check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot retrieval")
     from dape.cli.progress import note_repeats
     from dape.evaluate.retrieval import load
