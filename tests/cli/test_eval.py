@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_with_the_remedy(runs, capsys, words, message):
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
-    assert "no model given; name a run or a model" in refused(capsys, "eval")
+    assert "no model given: name a run or a model" in refused(capsys, "eval")
     assert f"no model in {tmp_path}" in refused(capsys, "eval", tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path, runs, capsys):
     config = json.loads((runs[0] / "model" / "config.json").read_text())
     (runs[0] / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     message = refused(capsys, "eval", runs[0], "--lengths", 16, "--data", corpus)
-    assert "another tokenizer" in message and "--tokenizer" in message
+    assert "not prepared with the tokenizer of" in message and "--tokenizer" in message
 
 
 def test_a_length_that_a_model_refuses_stops_neither_its_others_nor_the_next_run(

@@ -199,7 +199,7 @@ def test_an_answer_that_does_not_fit_in_one_task_refuses_no_other(run, tasks, tm
 def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, monkeypatch):
     words = ("eval", "harness", run, "--tasks")
     missing = tmp_path / "nothing"
-    assert "no such folder" in refused(capsys, *words, "a", "--include-path", missing)
+    assert "the folder does not exist" in refused(capsys, *words, "a", "--include-path", missing)
     assert "unknown option '--documents'" in refused(capsys, *words, "a", "--documents", 3)
     # lm-eval's own tasks, which take it 15 seconds to list, are those of this folder here
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tasks / "manager.py"))

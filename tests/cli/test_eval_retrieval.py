@@ -147,10 +147,13 @@ def test_a_model_without_a_tokenizer_is_one_line(runs, capsys):
 def test_plots_of_nothing_or_of_other_questions_are_one_line(runs, tmp_path, capsys):
     out = tmp_path / "map.png"
     message = refused(capsys, "plot", "retrieval", *runs, "--out", out)
-    assert "no such retrieval; run `dape eval retrieval --tasks passkey` on it" in message
+    assert (
+        "the retrieval is missing; run `dape eval retrieval --tasks passkey` on the model"
+        in message
+    )
     dape("eval", "retrieval", runs[0], "--tasks", "passkey", *ASKED)
     dape("eval", "retrieval", runs[1], "--tasks", "passkey", *ASKED[:-1], "6")
     capsys.readouterr()
-    assert "were not asked the same" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
+    assert "had different prompts" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
     assert "must end in" in refused(capsys, "plot", "retrieval", *runs, "--out", tmp_path / "a.gif")
     assert "dape plot retrieval RUN..." in refused(capsys, "plot", "retrieval", "--out", out)

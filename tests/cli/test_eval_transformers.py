@@ -142,7 +142,7 @@ def test_learned_positions_end_and_the_table_says_so(made, corpus, capsys, name,
 def test_a_corpus_of_another_tokenizer_is_refused_and_the_remedy_works(tmp_path, made, capsys):
     other = prepare(tmp_path / "bytes", sizes=[400])
     message = refused(capsys, "eval", made / "llama", "--lengths", 16, "--data", other)
-    assert "another tokenizer" in message
+    assert "not prepared with the tokenizer of" in message
     tokenizer = message.rpartition("--tokenizer ")[2]
     mended = prepare(tmp_path / "mended", tokenizer=tokenizer, sizes=[400])
     assert not dape("eval", made / "llama", "--lengths", 16, "--data", mended)

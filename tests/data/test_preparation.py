@@ -152,9 +152,9 @@ def test_text_may_stand_under_another_key(tmp_path):
     ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
-        (b"[1, 2]", 'not an object with a string "text"; --text-key'),
-        (b'{"meta": {}}', 'not an object with a string "text"; --text-key'),
-        (b'{"text": 5}', 'not an object with a string "text"; --text-key'),
+        (b"[1, 2]", 'not an object with a string "text"; give another --text-key'),
+        (b'{"meta": {}}', 'not an object with a string "text"; give another --text-key'),
+        (b'{"text": 5}', 'not an object with a string "text"; give another --text-key'),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
         (b'{"text": "\xe9"}', "can't decode byte"),
         (b"[" * 100_000, "recursion"),

@@ -172,8 +172,8 @@ def test_a_folder_that_is_no_corpus_is_refused_with_the_remedy(corpus, tmp_path)
             lambda f: (f / "manifest.json").write_text('{"format": 1}'),
             "manifest.json has not the expected fields",
         ),
-        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or not the"),
-        (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or not the"),
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or has not"),
+        (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or has not"),
         (lambda f: (f / "train-00000.bin").write_bytes(b"ab"), "train-00000.bin is missing, or"),
     ],
 )

@@ -18,9 +18,9 @@ from dape.device import waiting_forbidden
 
 Call = Callable[[], object]
 
-BUDGET = 1000.0  # measured milliseconds, and the least number of runs
-FEWEST, MOST = 3, 100
-# A call below this many milliseconds is captured, repeated up to this length of a graph.
+BUDGET = 1000.0  # milliseconds of all measured runs
+FEWEST, MOST = 3, 100  # runs
+# Milliseconds of a call below which the call is captured, of a graph, and calls in a graph.
 CAPTURED_BELOW, GRAPH, MOST_CALLS = 20.0, 5.0, 32
 GRAPHED, EVENTS, WALL = "CUDA graph", "CUDA events", "wall clock"
 

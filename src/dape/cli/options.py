@@ -72,7 +72,7 @@ class Measuring:
     def __post_init__(self) -> None:
         """Refuse an empty list of runs, and batches without tokens."""
         if not self.runs:
-            raise UserError("no run given: name a run or a model, RUN...")
+            raise UserError("no model given: name a run or a model, RUN...")
         at_least_one(self, "batch_tokens")
 
 

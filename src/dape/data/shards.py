@@ -243,7 +243,7 @@ def _verify(
     """Raise a `UserError` for a shard changed since the preparation; cached until a change."""
     found, bounds = scan(path, dtype, end_of_text)
     if found != checksum:
-        raise UserError(f"{path} changed: the checksum is not the checksum in {MANIFEST}; {_AGAIN}")
+        raise UserError(f"{path} has not the checksum in {MANIFEST}; {_AGAIN}")
     try:
         same = np.array_equal(np.load(index_file(path), mmap_mode="r"), bounds)
     except (EOFError, OSError, ValueError):

@@ -33,7 +33,7 @@ def open_models(
     """
     each = [given] if isinstance(given, Given) else list(given)
     if not each:
-        raise UserError("no model given; name a run or a model")
+        raise UserError("no model given: name a run or a model")
     models = [
         _in_memory(one, f"models[{place}]", tokenizer)
         if isinstance(one, nn.Module)
