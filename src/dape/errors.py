@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
 
-_LARGEST = 2**63 - 1  # of the whole numbers that PyTorch takes
+_LARGEST = 2**63 - 1  # of PyTorch's whole numbers
 
 
 class UserError(ValueError):

@@ -56,7 +56,7 @@ def _code_of_disk(error: BaseException) -> int | None:
     """Return the errno of a disk error, also from an exception of a library."""
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # in Rust
         return int(number[1])
-    # The writer of PyTorch's archives notices only that bytes are missing.
+    # The writer of PyTorch's archives reports missing bytes, without the cause.
     return errno.ENOSPC if "unexpected pos" in str(error) else None
 
 
@@ -275,7 +275,7 @@ _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float",
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2 (and `50_000`), exact merges and no repeated keys."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (so it is in the parent)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the parent)
         first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

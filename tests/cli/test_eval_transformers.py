@@ -240,7 +240,7 @@ def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
     without(tmp_path / name, *endings, **more)
     words = ("eval", tmp_path / name, "--lengths", 16, "--data", corpus)
     line = refused(capsys, *words)
-    assert f"the weights in {tmp_path / name} are not those of its configuration" in line
+    assert f"the weights in {tmp_path / name} do not fit the configuration" in line
     assert message in line and "--partial-weights" in line
     assert not dape(*words, "--partial-weights")
     assert evaluation(tmp_path / name)["measurements"]

@@ -117,6 +117,6 @@ def test_a_folder_that_is_slow_is_waited_for(tmp_path):
     threading.Timer(0.2, late.mkdir).start()
     faults.wait_for(late, seconds=30.0)
     with pytest.raises(
-        RankError, match="the first process sees .*never, and this process does not"
+        RankError, match=r"the first process sees .*never, and this process does not"
     ):
         faults.wait_for(tmp_path / "never", seconds=0.1)

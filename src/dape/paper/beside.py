@@ -30,7 +30,7 @@ def beside(panels: Iterable[Panel]) -> Table:
         "Published numbers and ours",
         ["scheme, size, corpus", "trained at", "read at", "theirs", "ours", "place", "how sure"],
         rows,
-        note="Perplexity by the protocol last. Ours are of other texts and of fewer tokens: the"
+        note="Perplexity by the protocol last. Ours are of other texts and of fewer tokens. The"
         " orders and the ratios can be compared, the levels cannot.",
     )
 

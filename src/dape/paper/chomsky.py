@@ -71,8 +71,8 @@ def scores(ended: Sequence[Cell]) -> list[Section]:
             "scores",
             (figures.scores(grid), figures.best(grid), figures.published()),
             figures.heat_map(grid),
-            "Mean scores, tasks by schemes. The colour is the part of what a predictor blind to the"
-            f" input leaves to gain: 0 at its score, 1 at 100. {figures.made(grid)}",
+            "Mean scores, tasks by schemes. The colour is the gain over a predictor blind to the"
+            f" input: 0 at the predictor's score, 1 at 100. {figures.made(grid)}",
         )
         for grid in grids(ended)
     ]
@@ -95,7 +95,7 @@ def lengths(ended: Sequence[Cell]) -> list[Section]:
 
 def training(ended: Sequence[Cell]) -> list[Section]:
     """Return the section of training losses."""
-    caption = "Training loss against steps, means over seeds: has it converged?"
+    caption = "Training loss against steps, means over seeds."
     return [
         Section("training", (figures.learned(grid),), figures.over_training(grid), caption)
         for grid in grids(ended)
@@ -187,7 +187,7 @@ class BestOf:
         return Finding(
             outcome=_outcome(p, wins > share * len(tasks)),
             number=f"a DAPE best on {wins} of {len(tasks)} tasks, {len(adapted)} of"
-            f" {len(grid.schemes)} schemes being one (paper: {self.paper})",
+            f" {len(grid.schemes)} schemes with DAPE (paper: {self.paper})",
             seeds=min(len(grid.scores(task, each)) for task in tasks for each in grid.schemes),
             test=PairedTest(
                 "binomial test over tasks (scipy.stats.binomtest)", len(tasks), float(wins), p

@@ -89,7 +89,7 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
         name = each.cell.setting.name if each.cell.setting else each.cell.name
         groups.setdefault(name, []).append(each)
     rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
-    note = "Changed: other settings, data or measurements than now; runs again."
+    note = "Changed: settings, data or measurements differ now; runs again."
     left = [each.minutes for each in planned if each.due and each.minutes is not None]
     if left:
         hours = max(sum(left) / devices, *left) / 60

@@ -62,7 +62,7 @@ class Results:
         parts = [
             f"# {self.experiment.title}",
             f"Reproduces {self.experiment.shows}: `{self.command}`,"
-            f" {self.minutes:.0f} minutes of one device.",
+            f" {self.minutes:.0f} minutes of a device.",
             verdicts_table(self.verdicts).markdown() if self.verdicts else "",
         ]
         for section in self.sections:
