@@ -55,8 +55,7 @@ class Stack:
     Model k starts, draws and learns as in a separate training. Parameters, examples and noise
     follow from `seeds[k]`. The examples are equal for all schemes.
 
-    Attributes: flat: the parameters, `[models, parameters]`. losses: sums of the models' losses
-    over the updates since `read_losses`.
+    Attributes:
 
     """
 

@@ -65,11 +65,15 @@ class Task:
 
     A docstring shows examples as `input -> output`, in the symbols of `inputs` and `outputs`.
 
-    Attributes: name: name on the command line. level: `regular`, `context-free` or
-    `context-sensitive`. inputs: the symbols by input id. outputs: the symbols by output id. chance:
-    percent of scored symbols right, for the best constant answer. blind: percent right for the most
-    frequent symbol by output position and length. `chance` and `blind` are means over the lengths
-    41 to 500. permutable: whether the order of the input does not matter.
+    Attributes:
+        name: name on the command line.
+        level: `regular`, `context-free` or `context-sensitive`.
+        inputs: the symbols by input id.
+        outputs: the symbols by output id.
+        chance: percent of scored symbols right, for the best constant answer.
+        blind: percent right for the most frequent symbol by output position and length. `chance`
+            and `blind` are means over the lengths 41 to 500.
+        permutable: whether the order of the input does not matter.
 
     """
 

@@ -1,6 +1,9 @@
 """A frozen dataclass as a command line, with attribute docstrings as help and one-line errors."""
 
+import inspect
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -35,7 +38,17 @@ def parse(
         raise _error(mistake, cls, prog)
 
     with mistakes.on_parse_error(refuse):
-        return tyro.cli(cls, prog=prog, args=argv, **defaults)
+        return tyro.cli(cls, prog=prog, args=argv, description=_description(cls), **defaults)
+
+
+def _description(cls: type) -> str:
+    """Return the docstring, wrapped at the width of the terminal.
+
+    Lines are indented, because tyro joins lines that begin with a letter.
+    """
+    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, "  ", "  ")
+    paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    return "\n".join(wrapper.fill(" ".join(each.split())) for each in paragraphs)
 
 
 def _error(mistake: mistakes.ParseErrorEvent, cls: type, prog: str) -> UserError:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -12,6 +12,7 @@ from dape.cli.arguments import parse
 from dape.cli.info import installed
 from dape.cli.options import Lengths, Names, at_least_one
 from dape.errors import UserError
+from dape.train.strict import default
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,12 @@ class Arguments:
     """scheme with the bias and adapter to time, such as kerple (`dape info schemes`)"""
     shape: str = "125m"
     """heads and width of a head, from a recipe (125m, 350m, 2.7b, 6.7b) or as 12x64"""
-    lengths: Lengths = ()
-    """tokens of a sequence, as 512,...,8192; default 512 to 131,072, on a CPU 256 to 1,024"""
+    lengths: Annotated[Lengths, default("512 to 131,072, on a CPU 256 to 1,024")] = ()
+    """tokens of a sequence, as 512,...,8192"""
     tokens: int = 16384
     """tokens of a call; the batch is TOKENS / LENGTH, and at least 1"""
-    methods: Names = ()
-    """methods to compare, as cuda,textbook; default all; sdpa always runs"""
+    methods: Annotated[Names, default("all")] = ()
+    """methods to compare, as cuda,textbook; sdpa always runs"""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """dtype of query, key and value"""
     device: str = "auto"

@@ -1,6 +1,7 @@
 """`dape chomsky sample`: examples of a task."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +13,7 @@ from dape.errors import UserError
 class Arguments:
     """Print examples of a task as `input -> output`, with the scored output symbols."""
 
-    task: tyro.conf.Positional[str]
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
     """name of a task (`dape chomsky tasks`)"""
     length: int = 11
     """number of symbols of the input"""

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Measuring, at_least_one
+from dape.train.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.record import Evaluation
@@ -26,16 +27,16 @@ class Arguments(Measuring):
 
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """scored tokens of a window: the last 256, the last STRIDE, or all"""
-    stride: int | None = None
-    """tokens between windows of the sliding protocol"""
+    stride: Annotated[int | None, default("required by sliding", "INT")] = None
+    """tokens between windows, for the protocol sliding alone"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     documents: int = 100
     """largest number of documents, drawn among documents longer than the longest window"""
     blocks: int = 4
     """largest number of scored blocks in a document, evenly spread"""
-    data: Path | None = None
-    """prepared corpus; default: the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     bos: bool = False
     """put the beginning-of-text token in place of a window's first token, as Gemma needs"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"

@@ -3,11 +3,12 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Lengths, Measuring, at_least_one
 from dape.errors import UserError
+from dape.train.strict import default
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,16 @@ class Arguments(Measuring):
     occurrence of the token. Writes RUN/evaluation/context.json, for `dape plot context`.
     """
 
-    lengths: Lengths = ()
-    """tokens in a window, two lengths or more; default: the training length, doubled up to 16 times
-    """
+    lengths: Annotated[Lengths, default("the training length, doubled up to 16 times")] = ()
+    """tokens in a window, two lengths or more"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     documents: int = 100
     """largest number of documents, drawn among documents longer than the longest window"""
     blocks: int = 4
     """largest number of scored blocks in a document, evenly spread"""
-    data: Path | None = None
-    """prepared corpus; default: the corpus of the first run's training"""
+    data: Annotated[Path | None, default("the corpus of the first run's training", "PATH")] = None
+    """prepared corpus"""
     seed: int = 0
     """seed of the choice of documents"""
 

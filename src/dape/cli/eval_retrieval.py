@@ -3,11 +3,12 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Fractions, Measuring, Names, at_least_one
 from dape.errors import UserError
+from dape.train.strict import default
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Arguments(Measuring):
     """fraction of the text before the number"""
     trials: int = 10
     """numbers to find per length and depth"""
-    data: Path | None = None
-    """prepared corpus around a needle; default: the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus around a needle"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     seed: int = 0

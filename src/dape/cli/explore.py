@@ -9,6 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_format
 from dape.errors import UserError
+from dape.train.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.passage import Passage
@@ -22,22 +23,24 @@ class Arguments:
     text, for every layer, head and query. The page needs no network.
     """
 
-    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
-    """run folder or DAPE model; default: encodings without a model"""
+    run: Annotated[
+        tyro.conf.Positional[Path | None], default("encodings without a model", "[RUN]")
+    ] = None
+    """run folder or DAPE model"""
     out: Path = Path("explore.html")
     """page to write"""
-    layers: Layers = ()
-    """layers of the model, as 0,5,11, counted from 0; default: all"""
+    layers: Annotated[Layers, default("all")] = ()
+    """layers of the model, as 0,5,11, counted from 0"""
     length: int = 128
     """tokens for the model to read; the page grows with the square"""
-    text: str | None = None
-    """text for the model to read; default: a document of the corpus"""
-    document: int | None = None
-    """number of the document in the split; default: the first long enough"""
+    text: Annotated[str | None, default("a document of the corpus", "STR")] = None
+    """text for the model to read"""
+    document: Annotated[int | None, default("the first long enough", "INT")] = None
+    """number of the document in the split"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
-    data: Path | None = None
-    """prepared corpus; default: the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     heads: int = 12
     """number of heads of the encodings"""
     train_length: int = 512

@@ -11,6 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.train.strict import default
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -50,22 +51,26 @@ Layers = Annotated[
     tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
 ]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
+Runs = Annotated[
+    tyro.conf.Positional[tuple[Path, ...]],
+    tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)"),
+]
 
 
 @dataclass(frozen=True)
 class Measuring:
     """Options of every command with measurements of models."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders, model folders, or names on the hub (results then go to runs/NAME)"""
-    lengths: Lengths = ()
-    """tokens in a window, as 128,...,16384; default: the training length, doubled up to 16 times"""
+    lengths: Annotated[Lengths, default("the training length, doubled up to 16 times")] = ()
+    """tokens in a window, as 128,...,16384"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     batch_tokens: int = 16384
     """most tokens in a forward pass; a longer window goes alone"""
-    out: Path | None = None
-    """folder for the results of all models; default: the folder of each model"""
+    out: Annotated[Path | None, default("the folder of each model", "PATH")] = None
+    """folder for the results of all models"""
     partial_weights: bool = False
     """accept model files with missing weights, drawn at random, or with unused weights"""
 

@@ -10,6 +10,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Names, commas
 from dape.errors import UserError, unknown
+from dape.train.strict import default
 
 if TYPE_CHECKING:
     from dape.paper.cells import Cell
@@ -34,19 +35,21 @@ class Arguments:
     The same command again resumes after an interruption, and skips finished cells.
     """
 
-    names: tyro.conf.Positional[tuple[str, ...]]
+    names: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="NAME...", help_behavior_hint="(required)"),
+    ]
     """names of experiments (`dape paper list`)"""
     plan: bool = False
     """print the plan with the cost, and stop"""
-    only: Names = ()
-    """arms to run, as dape-kerple,kerple; default: all"""
-    minutes: float | None = None
-    """minutes after which no cell starts; default: no limit"""
+    only: Annotated[Names, default("all")] = ()
+    """arms to run, as dape-kerple,kerple"""
+    minutes: Annotated[float | None, default("no limit", "FLOAT")] = None
+    """minutes after which no cell starts"""
     scale: Literal["full", "smoke"] = "full"
-    """full, or smoke for miniatures on a CPU with the source of Python's library, into runs/smoke
-    """
-    data: Folders = ()
-    """folders of prepared corpora, as arxiv=FOLDER; default: data/NAME"""
+    """full, or smoke for miniatures on a CPU and the source of Python's library in runs/smoke"""
+    data: Annotated[Folders, default("data/NAME")] = ()
+    """folders of prepared corpora, as arxiv=FOLDER"""
     retry: bool = False
     """run diverged cells again, and cells that ran out of memory"""
     discard: bool = False

@@ -1,10 +1,11 @@
 """`dape paper report`: a page on all experiments of the paper."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.paper import Folders
+from dape.train.strict import default
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +18,8 @@ class Arguments:
 
     scale: Literal["full", "smoke"] = "full"
     """full, or smoke for the miniatures, into runs/smoke/report.html"""
-    data: Folders = ()
-    """folders of prepared corpora, as arxiv=FOLDER; default: data/NAME"""
+    data: Annotated[Folders, default("data/NAME")] = ()
+    """folders of prepared corpora, as arxiv=FOLDER"""
 
 
 def main(argv: list[str]) -> None:

@@ -3,13 +3,12 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import Runs, check_format
 from dape.errors import UserError
+from dape.train.strict import default
 
 FORMATS = (".png", ".pdf", ".svg", ".html", ".md")
 
@@ -22,7 +21,7 @@ class Arguments:
     Dashed lines are schemes without an adapter.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders measured by `dape eval`"""
     out: Path
     """file to write: figure (.png, .pdf, .svg), report (.html) or tables (.md)"""
@@ -30,8 +29,8 @@ class Arguments:
     """number to draw"""
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """protocol of the evaluation"""
-    stride: int | None = None
-    """stride of the sliding protocol"""
+    stride: Annotated[int | None, default("required by sliding", "INT")] = None
+    """stride of the protocol sliding, in tokens"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the evaluation"""
 

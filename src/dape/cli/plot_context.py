@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import Runs, check_format
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md")
@@ -21,7 +19,7 @@ class Arguments:
     same encoding without an adapter.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders measured by `dape eval context`"""
     out: Path
     """file to write: a figure (.png, .pdf, .svg) or the tables (.md)"""

@@ -9,6 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import check_format
 from dape.figures.view import View
+from dape.train.strict import default
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -24,8 +25,8 @@ class Arguments:
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     """scheme, such as kerple, dape-bias-kerple or yarn (`dape info schemes`)"""
     view: Annotated[View, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """file to write (.png, .pdf, .svg); default: NAME.png"""
+    out: Annotated[Path | None, default("NAME.png", "PATH")] = None
+    """file to write (.png, .pdf, .svg)"""
 
     @property
     def file(self) -> Path:

@@ -9,6 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_format
 from dape.errors import UserError
+from dape.train.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.learned import Learned
@@ -28,18 +29,18 @@ class Arguments:
     """run folder, DAPE model, or record (.json) of `dape plot learned`"""
     out: tuple[Path, ...]
     """files to write: figure (.png, .pdf, .svg), table (.md), record (.json)"""
-    layers: Layers = ()
-    """layers, as 0,5,11, counted from 0; default: the first, the middle and the last"""
+    layers: Annotated[Layers, default("the first, the middle and the last")] = ()
+    """layers, as 0,5,11, counted from 0"""
     length: int = 2048
     """tokens to read, from the beginning of the document"""
-    query: int | None = None
-    """query to draw, a token counted from 0; default: the last"""
-    document: int | None = None
-    """number of the document in the split; default: the first long enough"""
+    query: Annotated[int | None, default("the last", "INT")] = None
+    """query to draw, a token counted from 0"""
+    document: Annotated[int | None, default("the first long enough", "INT")] = None
+    """number of the document in the split"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
-    data: Path | None = None
-    """prepared corpus; default: the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
 

@@ -17,6 +17,7 @@ from dape.errors import UserError
 from dape.evaluate.lengths import doubled
 from dape.train.recipe import Retrofit
 from dape.train.recipe import read as read_recipe
+from dape.train.strict import default
 
 PROG = "dape retrofit MODEL"
 BEYOND = 4  # default longest window, as a multiple of the longer training length
@@ -32,8 +33,8 @@ class Arguments:
     """
 
     recipe: Annotated[Retrofit, tyro.conf.arg(name="")]
-    lengths: Lengths = ()
-    """tokens in a measured window; default: both training lengths, doubled up to 4 times"""
+    lengths: Annotated[Lengths, default("both training lengths, doubled up to 4 times")] = ()
+    """tokens in a measured window"""
     protocol: Literal["last", "non_overlapping"] = "last"
     """scored tokens of a window: the last 256, or all"""
     documents: int = 100

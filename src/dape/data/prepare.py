@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from dape.data import tokenizer as tokenizers
 from dape.data.corpora import STANDARD_LIBRARY, TEXT, Part, Source, resolve
@@ -29,7 +29,7 @@ BATCH = 2**20  # bytes of source for a worker at a time
 class Options:
     """Turn text into tokens: memory-mapped shards with document boundaries, and a manifest."""
 
-    sources: Positional[tuple[str, ...]] = (STANDARD_LIBRARY,)
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE...")] = (STANDARD_LIBRARY,)
     """files, folders, Hugging Face datasets (NAME or NAME:CONFIGURATION), or python-stdlib"""
     out: Path
     """folder to write; an interrupted preparation resumes"""

@@ -54,11 +54,15 @@ class Tally:
 class ContextUse:
     """The losses of a model by position and by last occurrence.
 
-    Attributes: subject: the model. targets: the scored tokens. lengths: measured window lengths in
-    tokens, ascending. positions: the first and last number of earlier tokens, and the mean loss in
-    nats, for each bin of positions in the longest window. tallies: a `Tally` for each key of
-    `OCCURRENCES`. provenance: command, commit, versions and device. format: version of the file
-    format.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        lengths: measured window lengths in tokens, ascending.
+        positions: the first and last number of earlier tokens, and the mean loss in nats, for each
+            bin of positions in the longest window.
+        tallies: a `Tally` for each key of `OCCURRENCES`.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -133,7 +137,7 @@ def evaluate_context(
 ) -> list[ContextUse]:
     """Return the use of the context by each model: losses by position and by last occurrence.
 
-    The arguments are the arguments of `dape.evaluate.evaluate`.
+    `dape.evaluate.evaluate` explains the arguments.
 
     Raises:
         UserError: as `evaluate`, and for models trained on different corpora.

@@ -47,12 +47,18 @@ class Score:
 class Harnessed:
     """The scores of a model on a task, with requests cut to the last `max_length` tokens.
 
-    Attributes: subject: the model. task: name of the task in lm-eval. max_length: tokens kept of a
-    request. provenance: command, commit, versions and device. version: version of the task.
-    samples: number of documents. scores: a `Score` for each metric. cut: number of requests cut by
-    lm-eval, over the whole group of tasks. parts: results of all tasks of a group; a single result
-    for a plain task. refused: the reason of a refusal, without scores. format: version of the file
-    format.
+    Attributes:
+        subject: the model.
+        task: name of the task in lm-eval.
+        max_length: tokens kept of a request.
+        provenance: command, commit, versions and device.
+        version: version of the task.
+        samples: number of documents.
+        scores: a `Score` for each metric.
+        cut: number of requests cut by lm-eval, over the whole group of tasks.
+        parts: results of all tasks of a group; a single result for a plain task.
+        refused: the reason of a refusal, without scores.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -132,7 +138,7 @@ def evaluate_harness(
 ) -> list[Harnessed]:
     """Return the scores of lm-eval for each model, task and part of a group of tasks.
 
-    Further arguments are the arguments of `dape.evaluate.evaluate`.
+    `dape.evaluate.evaluate` explains the further arguments.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.

@@ -20,11 +20,16 @@ Record = TypeVar("Record")
 class Targets:
     """The scored tokens of an evaluation; evaluations with equal targets are comparable.
 
-    Attributes: data: checksum of the corpus. split: split of the corpus. protocol: name of the
-    protocol. block: tokens of a block. longest: tokens of the longest window. documents: numbers of
-    the scored documents in the split. tokens: number of scored tokens by document. bytes: scored
-    bytes by document, or None if tokens have no fixed number of bytes. bos: whether a window begins
-    with the model's token for the beginning of a text.
+    Attributes:
+        data: checksum of the corpus.
+        split: split of the corpus.
+        protocol: name of the protocol.
+        block: tokens of a block.
+        longest: tokens of the longest window.
+        documents: numbers of the scored documents in the split.
+        tokens: number of scored tokens by document.
+        bytes: scored bytes by document, or None if tokens have no fixed number of bytes.
+        bos: whether a window begins with the model's token for the beginning of a text.
     """
 
     data: str
@@ -42,9 +47,13 @@ class Targets:
 class Evaluation:
     """The perplexity of a model over length, under a protocol.
 
-    Attributes: subject: the model. targets: the scored tokens. measurements: a measurement per
-    length. provenance: command, commit, versions and device. refused: the reason for each refused
-    length. format: version of the file format.
+    Attributes:
+        subject: the model.
+        targets: the scored tokens.
+        measurements: a measurement per length.
+        provenance: command, commit, versions and device.
+        refused: the reason for each refused length.
+        format: version of the file format.
     """
 
     subject: Subject

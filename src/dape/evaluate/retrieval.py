@@ -77,10 +77,15 @@ class Plan:
 class Retrieval:
     """The results of a model on a task.
 
-    Attributes: subject: the model. task: `passkey` or `needle`. data: checksum of the corpus around
-    a needle. plan: lengths, depths, trials and seed. cells: scores by length and depth. refused:
-    the reason for each length refused by the model or the prompt. provenance: command, commit,
-    versions and device. format: version of the file format.
+    Attributes:
+        subject: the model.
+        task: `passkey` or `needle`.
+        data: checksum of the corpus around a needle.
+        plan: lengths, depths, trials and seed.
+        cells: scores by length and depth.
+        refused: the reason for each length refused by the model or the prompt.
+        provenance: command, commit, versions and device.
+        format: version of the file format.
     """
 
     subject: Subject
@@ -158,7 +163,7 @@ def evaluate_retrieval(
 ) -> list[Retrieval]:
     """Return the success of each model at finding a number hidden in a long text.
 
-    Further arguments are the arguments of `dape.evaluate.evaluate`.
+    `dape.evaluate.evaluate` explains the further arguments.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.

@@ -33,12 +33,15 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 class Subject:
     """The measured model, as described in records.
 
-    Attributes: run: the folder of the results, or the name of a model in memory. scheme: the
-    position scheme, or the architecture of a foreign model. train_length: the training length in
-    tokens, None if unknown. seed: seed of the training; None for a model without a run. settings:
-    checksum of the recipe without the seed, equal for runs that differ only in the seed; None for a
-    model without a run. parameters: number of parameters. weights: checksum of names, sizes and
-    times of the model's files; None without files.
+    Attributes:
+        run: the folder of the results, or the name of a model in memory.
+        scheme: the position scheme, or the architecture of a foreign model.
+        train_length: the training length in tokens, None if unknown.
+        seed: seed of the training; None for a model without a run.
+        settings: checksum of the recipe without the seed, equal for runs that differ only in the
+            seed; None for a model without a run.
+        parameters: number of parameters.
+        weights: checksum of names, sizes and times of the model's files; None without files.
     """
 
     run: str

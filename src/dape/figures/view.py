@@ -1,8 +1,10 @@
 """The sizes of a model for the drawing of an encoding."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from dape.errors import UserError
+from dape.train.strict import default
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,8 @@ class View:
     """training length L in tokens, for encodings that depend on L"""
     length: int = 512
     """number of positions to draw"""
-    matrices: tuple[int, ...] = ()
-    """heads, from 1, drawn as a matrix; default: the first, a middle head and the last"""
+    matrices: Annotated[tuple[int, ...], default("the first, a middle head and the last")] = ()
+    """heads, from 1, drawn as a matrix"""
     seed: int = 0
     """seed of learnable parameters, drawn before training"""
 

@@ -60,9 +60,10 @@ class Training:
 class Cell:
     """The commands of a cell; a training is the first command.
 
-    Attributes: home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
-    needs: name of the cell with the training of the base model. minutes: estimated minutes on an
-    H100, for a cell without a training.
+    Attributes:
+        home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
+        needs: name of the cell with the training of the base model.
+        minutes: estimated minutes on an H100, for a cell without a training.
     """
 
     home: Path

@@ -26,10 +26,13 @@ State = Literal["finished", "failed", "missing", "changed"]
 class End:
     """The end of a cell.
 
-    Attributes: commands: the commands behind the files, by path in the record. seconds: seconds of
-    the commands. error: divergence or lack of memory, the reason of an early end. A cell with an
-    error is a result and does not run again. checksum: checksum of the corpus; None without a
-    training. train_tokens: tokens of the corpus; 0 without a training.
+    Attributes:
+        commands: the commands behind the files, by path in the record.
+        seconds: seconds of the commands.
+        error: divergence or lack of memory, the reason of an early end. A cell with an error is a
+            result and does not run again.
+        checksum: checksum of the corpus; None without a training.
+        train_tokens: tokens of the corpus; 0 without a training.
     """
 
     commands: dict[str, str]

@@ -207,7 +207,7 @@ class CoPE(Wide):
     zero. Scores are scaled and q is not, as in the listing of the paper's appendix.
 
     The paper is causal. In bidirectional use, positions count outwards from the query on both
-    sides. Keys must be in the order of positions. The paper has no bias. This class adds the bias
+    sides. Keys must be in the order of positions. The paper has no bias. CoPE adds the bias
     B, outside the gates.
 
     Args:

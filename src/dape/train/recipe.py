@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
@@ -15,6 +15,7 @@ from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
 from dape.train import strict
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
+from dape.train.strict import default
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on the trained weights
 _Settings = TypeVar("_Settings", bound="Settings")
@@ -26,8 +27,8 @@ class Settings(ABC):
 
     name: str = "{scheme}"
     """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
-    out: str | None = None
-    """folder of the run; default runs/NAME"""
+    out: Annotated[str | None, default("runs/NAME", "STR")] = None
+    """folder of the run"""
     seed: int = 0
     """seed of the weights and of the order of the data"""
     training: Training = field(default_factory=Training)

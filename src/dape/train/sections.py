@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
-from dape.train.strict import Switch
+from dape.train.strict import Switch, default
 
 DEEPEST = 10_000  # layers
 
@@ -52,14 +52,16 @@ class Model:
     """number of blocks"""
     num_attention_heads: int = 12
     """number of query heads; must divide hidden_size"""
-    num_key_value_heads: int | None = None
-    """number of key and value heads; must divide the query heads; default as many"""
+    num_key_value_heads: Annotated[int | None, default("as many as query heads", "INT")] = None
+    """number of key and value heads; must divide the number of query heads"""
     block: Literal["paper", "modern"] = "paper"
     """paper (layer norm, GELU, biases) or modern (RMS norm, SwiGLU, no biases)"""
-    intermediate_size: int | None = None
-    """width of the feed-forward layer; default 4 x hidden_size, modern 8/3 x"""
-    vocab_size: int | None = None
-    """entries of the embedding; default: size of the tokenizer; 50304 suits tensor cores"""
+    intermediate_size: Annotated[
+        int | None, default("4 x hidden_size, in the modern block 8/3 x", "INT")
+    ] = None
+    """width of the feed-forward layer"""
+    vocab_size: Annotated[int | None, default("size of the tokenizer", "INT")] = None
+    """entries of the embedding; 50304 suits tensor cores and the GPT-2 tokenizer"""
     tie_word_embeddings: bool = False
     """share a matrix between input and output embedding"""
     backend: str = "auto"
@@ -146,8 +148,8 @@ class Hardware:
     """fsdp: exchange weights and gradients at each pass of a block, or once a step"""
     context_parallel: int = 1
     """devices that share a sequence; must divide the number of devices"""
-    micro_batch_size: int | None = None
-    """sequences that a device computes at a time; default: the device's whole batch"""
+    micro_batch_size: Annotated[int | None, default("the device's whole batch", "INT")] = None
+    """sequences that a device computes at a time"""
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )

@@ -6,6 +6,8 @@ from dataclasses import dataclass, is_dataclass
 from reprlib import Repr
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro.conf import arg
+
 from dape.errors import UserError, unknown
 
 NAMES = {
@@ -27,6 +29,15 @@ class Switch:
 
     on: str
     off: str
+
+
+def default(meaning: str, metavar: str | None = None) -> Any:
+    """Return the annotation of an option whose empty default stands for `meaning`."""
+    empty = ("None", "", "''")
+    return arg(
+        metavar=metavar,
+        help_behavior_hint=lambda shown: f"(default: {meaning if shown in empty else shown})",
+    )
 
 
 def build(cls: type, data: Any, where: str = "") -> Any:
