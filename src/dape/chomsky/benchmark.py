@@ -26,7 +26,7 @@ SCHEMES = (
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A table of tasks by schemes, with the models of some seeds in a cell."""
+    """A table of tasks by schemes, with a cell per task, scheme and seed."""
 
     out: str = "runs/chomsky"
     """folder of the cells, the table and the figures"""
@@ -35,7 +35,7 @@ class Benchmark:
     schemes: tuple[str, ...] = SCHEMES
     """schemes to train (`dape info schemes`)"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of parameters, examples and dropout; the models of a cell train together"""
+    """seeds of parameters, examples and dropout; the models of all seeds train together"""
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)

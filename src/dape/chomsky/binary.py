@@ -11,8 +11,8 @@ Bits = Int[Tensor, "*batch bits"]
 def add(x: Bits, y: Bits, carry: int = 0) -> Int[Tensor, "*batch more"]:
     """Return the bits of x + y + carry, with a bit more than x and y.
 
-    The carry into a place is the bit of x at the nearest lower place with equal bits of x and y.
-    Two ones make a carry, and two zeros end a carry. Without a lower place of equal bits the carry
+    The carry into a digit is the bit of x at the nearest lower digit with equal bits of x and y.
+    Two ones make a carry, and two zeros end a carry. Without a lower digit of equal bits the carry
     is `carry`.
     """
     index = torch.arange(1, x.shape[-1] + 1, device=x.device)

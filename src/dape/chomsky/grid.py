@@ -16,14 +16,14 @@ from dape.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Finished cells by task and scheme; a cell holds the models of all seeds."""
+    """Finished cells by task and scheme, with a cell per seed."""
 
     tasks: tuple[str, ...]
     schemes: tuple[str, ...]
     cells: Mapping[tuple[str, str], Sequence[Cell]]
 
     def scores(self, task: str, scheme: str) -> Float[np.ndarray, " seeds"]:
-        """Return the scores of the models of a cell."""
+        """Return the scores of a task and a scheme, by seed."""
         return np.array([each.score for each in self.cells.get((task, scheme), ())])
 
     def mean(self, task: str, scheme: str) -> float:

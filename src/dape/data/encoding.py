@@ -32,7 +32,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The tokens of a record, with the end of text at the end of a document; empty for empty text.
+    """The tokens of a source record, with the end of text after a document.
 
     `num_bytes` is the length of the text in UTF-8. `problem` explains an absent text.
     """

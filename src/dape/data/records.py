@@ -20,7 +20,7 @@ WORD = 2**14  # bytes at the end of a piece searched for a place to cut
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document before decoding, or a piece of a long document.
+    """A source record: a document before decoding, or a piece of a long document.
 
     `line` counts from 1. `ends` is true at the end of a document. `source_bytes` counts the bytes
     of the part read so far. `problem` explains an unreadable record.

@@ -1,9 +1,10 @@
 """Evaluation protocols: the scored tokens of a window, and their context.
 
-A *block* is a run of consecutive target tokens of a document. The blocks depend only on the longest
-length. Therefore every length, and every model on a corpus, scores equal tokens, and lengths differ
-only in context. A *window* of length L that ends before token e feeds the L tokens [e - 1 - L,
-e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(block, L)` count.
+A *block* is a sequence of consecutive target tokens of a document. The blocks depend only on the
+longest length. Therefore every length, and every model on a corpus, scores equal tokens, and
+lengths differ only in context. A *window* of length L that ends before token e feeds the L tokens
+[e - 1 - L, e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(block, L)`
+count.
 
 | protocol | block | between blocks | windows a block |
 |---|---|---|---|

@@ -148,7 +148,7 @@ def drawings(
 ) -> dict[str, Drawing]:
     """Return the figures: over length, over context and, with histories, training."""
     several = any(len(group.evaluations) > 1 for group in groups)
-    band = " Bands: one standard deviation over seeds." if several else ""
+    band = " Shaded: one standard deviation over seeds." if several else ""
     drawn = {
         "length": Drawing(
             f"{METRICS[metric].capitalize()} against the length of the window."

@@ -189,7 +189,7 @@ class Check(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A sentence of the paper, with its place and the deciding checks."""
+    """A sentence of the paper, with its section and the deciding checks."""
 
     text: str
     place: str

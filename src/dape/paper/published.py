@@ -1,4 +1,4 @@
-"""Published perplexities, with their place in a paper and their reliability."""
+"""Published perplexities, with their source and reliability."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def _stated(
     size: str = "125m",
     corpus: str = "arxiv",
 ) -> list[Published]:
-    """Return the perplexities stated at a place, by scheme and length."""
+    """Return the perplexities stated by a source, by scheme and length."""
     return [
         Published(scheme, size, corpus, trained, length, perplexity, place, sure)
         for scheme, row in values.items()

@@ -118,8 +118,8 @@ BASES = {
         Scheme("transformer-xl", "Dai et al.", 2019, "in part", adapter=Part(TransformerXL)),
     )
 }
-# Further forms in the DAPE paper (section 4.3 and Table 7): A + B + f(A + B), A + f([A; B]) and A +
-# B + f(B).
+# Further variants in the DAPE paper (section 4.3 and Table 7): A + B + f(A + B), A + f([A; B]) and
+# A + B + f(B).
 DAPE_FORMS: dict[str, dict[str, Any]] = {
     "add": {"inputs": "sum"},
     "concat": {"residual": False},
@@ -158,8 +158,8 @@ ADAPTERS = {
 def fits(adapter: Scheme, base: Scheme) -> bool:
     """Return whether an adapter may precede a base.
 
-    A base with an adapter takes no second adapter. Without a bias the forms of DAPE are equal, and
-    only `dape` precedes the base.
+    A base with an adapter takes no second adapter. Without a bias the variants of DAPE are equal,
+    and only `dape` precedes the base.
     """
     forms = adapter.adapter is not None and adapter.adapter.options.keys() & {"inputs", "residual"}
     return base.adapter is None and not (forms and base.bias is None)
