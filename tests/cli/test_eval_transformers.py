@@ -229,7 +229,7 @@ def without(folder, *endings, **more):
     [
         ("llama", ("lm_head.weight",), {}, "it misses lm_head.weight;"),
         ("llama", ("q_proj.weight",), {}, "it misses model.layers.0.self_attn.q_proj.weight;"),
-        ("gpt2", (), {"strange": torch.zeros(2)}, "it has strange without a place;"),
+        ("gpt2", (), {"strange": torch.zeros(2)}, "the file has strange without a place;"),
         ("gpt_neox", ("mlp.dense_h_to_4h.weight", "bias"), {}, "and "),
     ],
 )

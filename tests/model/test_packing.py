@@ -240,7 +240,7 @@ def test_a_token_of_a_prefix_sees_those_after_it(name):
         ({"encoder_hidden_states": torch.ones(1)}, "'encoder_hidden_states'"),
         pytest.param(
             {"attention_mask": {"full_attention": None}},
-            "attention_mask is a dict; it must be a",
+            "attention_mask is a dict; give a",
             marks=pytest.mark.unhooked,
         ),
     ],

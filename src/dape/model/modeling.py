@@ -201,8 +201,8 @@ class DapePreTrainedModel(PreTrainedModel):
         """Return "eager", transformers' name for a model's own code; refuse other names."""
         if requested_attention not in (None, "eager"):
             raise UserError(
-                f"attn_implementation={requested_attention!r}: DAPE models compute attention with "
-                f"backend={self.config.backend!r} of the configuration; leave it out, or "
+                f"attn_implementation={requested_attention!r}: DAPE models compute attention "
+                f"by backend={self.config.backend!r} of the configuration; leave it out, or "
                 "say 'eager'"
             )
         return "eager"
