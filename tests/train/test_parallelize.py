@@ -178,7 +178,7 @@ def test_graphs_of_a_spread_sequence_are_refused():
 @pytest.mark.parametrize(
     ("scheme", "given", "message"),
     [
-        ("randomized-rope", {}, "randomised positions are drawn for whole sequences"),
+        ("randomized-rope", {}, "randomised positions need whole sequences"),
         ("nope", {"attention_mask": torch.ones(1, 4)}, "spreads whole sequences over devices"),
     ],
 )
