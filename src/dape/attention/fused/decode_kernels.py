@@ -12,8 +12,8 @@ their padded sizes. Strides of span, batch, head and row come as `_s, _b, _h, _t
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows, store_output, unwanted
-from dape.attention.fused.mix_kernels import load_hidden, load_static, load_weights, rise
+from dape.attention.fused.across_heads import load_hidden, load_static, load_weights, rise
+from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
 
 # These change with every token: no kernel of its own for those that 16 divides.
 GROWING = ("num_keys", "table_size", "shift")

@@ -11,8 +11,7 @@ K keys. Strides of batch, head and row come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows, store_output, toeplitz
-from dape.attention.fused.mix_kernels import diagonal_tiles
+from dape.attention.fused.tiles import LOG2E, diagonal_tiles, load_rows, store_output, toeplitz
 
 
 @triton.jit

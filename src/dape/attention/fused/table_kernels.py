@@ -12,9 +12,6 @@ Shapes: N entries of a tile, H heads, D hidden units, T taps; HEADS and UNITS ar
 name the axes of a tile: `b_NH` is `[N, HEADS]`.
 """
 
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
-
 import triton
 import triton.language as tl
 

@@ -17,20 +17,11 @@ Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, 
 `[N, T D]` over the distance of the key that a tap meets.
 """
 
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
-
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
-from dape.attention.fused.mix_kernels import (
-    add_or_store,
-    diagonal_tiles,
-    lies,
-    load_static,
-    places_of_heads,
-)
+from dape.attention.fused.across_heads import add_or_store, lies, load_static, places_of_heads
+from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, unwanted
 
 
 @triton.jit

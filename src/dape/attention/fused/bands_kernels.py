@@ -1,80 +1,29 @@
-"""Triton kernels of the banded design: attention that mixes heads, without a square in memory.
+"""Triton kernels of one head that pass over the scores of a band; those across heads are mixers'.
 
-Those across heads are in `mix_kernels`, or in CUDA in `mix.cu`; those of one head are here.
+    scores           X = scale Q K^T                tiles of rows and keys
+    softmax_value    O = softmax(X + C) V           rows against a span of keys
+    balance          dP, dO and delta in float32    rows
+    grad_query       dQ = scale dA K                rows
+    grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
 
-The queries are taken in bands of rows, cut between keys in the backward pass where they are wide;
-for one band the scores of all heads stand in a scratch buffer, and every kernel is a simple pass
-over it:
-
-    scores           X = scale Q K^T                      one head, tiles of rows and keys
-    mix              X <- X + W2 (phi(W1 X + U) - phi(U))   all heads, tiles along a diagonal
-    softmax_value    O = softmax(X + C) V                  one head, rows against a span of keys
-    mix_backward     X <- P, Y <- dA from Y = dO V^T       all heads, tiles along a diagonal
-    grad_query       dQ = scale dA K                       one head
-    grad_key_value   dK += scale dA^T Q, dV += P^T dO      one key head
-
-In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours: what
-the kernels across heads want is one piece, and a kernel of one head still finds whole sectors.
-
-Shapes: B batch, H query heads, G query heads a key head, R rows of the band, T keys, E head dim,
-D hidden units, N positions of a tile (M rows x K keys). A capital suffix is a compile-time size.
+In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours: a tile
+across heads is one piece, and a kernel of one head still finds whole sectors. `tiles` has the
+legend.
 """
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# Keys of one head that lie side by side in the scratch.
-BLOCK = tl.constexpr(64)
-
-
-@triton.jit
-def unwanted(gate, GATED: tl.constexpr):
-    """Return whether a kernel has nothing to do: whether `gate` is not GATED, if that is 0 or 1."""
-    if GATED < 0:
-        return False
-    return tl.load(gate) != GATED
-
-
-@triton.jit
-def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
-    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)
-    inside = (rows[:, None] >= 0) & (rows[:, None] < count) & (columns[None, :] < E)
-    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
-
-
-@triton.jit
-def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
-    """Return which of `keys` each of `rows` may see; `shift` is the slot of the first row."""
-    seen = (rows < num_rows) & (keys < num_keys)
-    if CAUSAL:
-        seen &= keys <= rows + shift
-    return seen
-
-
-@triton.jit
-def toeplitz(
-    table, size, distance, factor,
-    A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return the entries of a table, times `factor`, of a tile `[rows, keys]`, or KEYS_FIRST.
-
-    They are over the distance |i - j| < `size`, and `distance` is i - j of the first row and key.
-    If CAUSAL, keys that come later have -inf. No table has `size` 0.
-    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
-    product of queries and keys lies: a load for every element would cost more than that product.
-    """
-    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
-    LAST: tl.constexpr = (A if KEYS_FIRST else B) - 1
-    d = distance - LAST + tl.arange(0, DIAGONALS)
-    entries = tl.load(table + tl.abs(d), tl.abs(d) < size, 0.0) * factor
-    if CAUSAL:
-        entries = tl.where(d < 0, float("-inf"), entries)
-    n = tl.arange(0, A * B)
-    if KEYS_FIRST:
-        return tl.reshape(tl.gather(entries, n % B - n // B + LAST, 0), (A, B))
-    return tl.reshape(tl.gather(entries, n // B - n % B + LAST, 0), (A, B))
+from dape.attention.fused.tiles import (
+    BLOCK,
+    LOG2E,
+    beyond,
+    load_rows,
+    sees,
+    store_output,
+    toeplitz,
+    unwanted,
+)
 
 
 @triton.jit
@@ -147,72 +96,6 @@ def scores_kernel(
 
 
 @triton.jit
-def weights_kernel(
-    gate, w1, w2, limit, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr
-):
-    """Set `gate` to whether |W1| or |W2| |W1| may make more than `limit` of ones, else to 0."""
-    heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
-    inside = (units[:, None] < D) & (heads[None, :] < H)
-    w1_DH = tl.load(w1 + units[:, None] * H + heads[None, :], inside, 0.0)
-    w2_DH = tl.load(w2 + heads[None, :] * D + units[:, None], inside, 0.0)
-    hidden = tl.sum(tl.abs(w1_DH), 1)
-    most = tl.maximum(tl.max(hidden, 0), tl.max(tl.sum(tl.abs(w2_DH) * hidden[:, None], 0), 0))
-    tl.store(gate, (most > limit).to(tl.int32))
-
-
-@triton.jit
-def range_kernel(
-    gate, first, second, first_size, second_size, LIMIT: tl.constexpr, N: tl.constexpr
-):
-    """Set `gate` if a number of two tables is beyond a limit; grid (entries)."""
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    x = tl.maximum(
-        tl.abs(tl.load(first + n, n < first_size, 0.0)),
-        tl.abs(tl.load(second + n, n < second_size, 0.0)),
-    )
-    tl.store(gate, 1, tl.max(x, 0) > LIMIT)
-
-
-@triton.jit
-def feature_range_kernel(
-    gate, hidden, static, weight, bias, LIMIT: tl.constexpr,
-    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """Set `gate` if FIRE's features may make a number beyond a limit of U `[1 + F, D]` or C.
-
-    A feature relu(v x + c) of an x in [0, 1] is no larger than max(c, v + c, 0); the first is 1.
-    """
-    f, heads, units = tl.arange(0, FEATURES), tl.arange(0, HEADS), tl.arange(0, UNITS)
-    inside = (f > 0) & (f <= F)
-    v = tl.load(weight + f - 1, inside, 0.0)
-    c = tl.load(bias + f - 1, inside, 0.0)
-    most_F = tl.where(f == 0, 1.0, tl.maximum(tl.maximum(c, v + c), 0.0))
-    live = (f <= F)[:, None]
-    u_FD = tl.load(hidden + f[:, None] * D + units[None, :], live & (units < D)[None, :], 0.0)
-    at = static + heads[None, :] * (F + 1) + f[:, None]
-    c_FH = tl.load(at, live & (heads < H)[None, :], 0.0)
-    of_units = tl.max(tl.sum(tl.abs(u_FD) * most_F[:, None], 0), 0)
-    of_heads = tl.max(tl.sum(tl.abs(c_FH) * most_F[:, None], 0), 0)
-    tl.store(gate, 1, tl.maximum(of_units, of_heads) > LIMIT)
-
-
-@triton.jit
-def beyond(log_sum, LIMIT: tl.constexpr):
-    """Return 1 where a log-sum-exp is beyond a limit; rows that see nothing have none."""
-    return ((tl.abs(log_sum) > LIMIT) & (log_sum != float("-inf"))).to(tl.int32)
-
-
-@triton.jit
-def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
-    """Store O in the dtype of `out`, and what rounding left of it, as a tensor of the same kind."""
-    rounded = o.to(out.dtype.element_ty)
-    tl.store(out + at, rounded, inside)
-    if RESTED:
-        tl.store(rest + at, (o - rounded.to(tl.float32)).to(rest.dtype.element_ty), inside)
-
-
-@triton.jit
 def softmax_value_kernel(
     x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
     table_size, x_b, x_t, value_b, value_h, value_t,
@@ -274,123 +157,6 @@ def softmax_value_kernel(
     tl.store(lse + at, log_sum, line < num_rows)
     if LIMIT is not None:
         tl.store(gate, 1, tl.max(beyond(log_sum, LIMIT), 0) > 0)
-
-
-@triton.jit
-def combine_kernel(
-    part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,
-    out_b, out_h, out_t, lse_b, lse_h,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
-    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
-):  # fmt: skip
-    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H).
-
-    A log-sum-exp beyond a LIMIT sets `gate`.
-    """
-    if unwanted(gate, GATED):
-        return
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    row = tl.program_id(1) * num_rows + tl.program_id(0)
-    spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
-    mass = tl.load(part_lse + spans * lse_s + row)
-    top = tl.max(mass, 0)
-    weight = tl.exp(mass - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
-    at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
-    parts = tl.load(part + at, (columns < V)[None, :], 0.0)
-    o = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
-    at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
-    store_output(out, rest, at, o, columns < V, RESTED)
-    log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
-    tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
-    if LIMIT is not None:
-        tl.store(gate, 1, beyond(log_sum, LIMIT) > 0)
-
-
-@triton.jit
-def unit_kernel(largest, other, unit):
-    """Store the least power of two that is no less than two numbers, by the exponent's bits."""
-    x = tl.maximum(tl.load(largest), tl.load(other))
-    bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
-    tl.store(unit, ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def store_half(
-    x, half, num_rows, heads, x_b, x_h, x_t, half_b, half_h, half_t,
-    E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Store some rows of X in fp16, no larger than the largest number that bf16 has too."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
-    first_row = tl.program_id(0) * M
-    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
-    values = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
-    values = tl.clamp(values.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
-    at = half + b * half_b + h * half_h + rows.to(tl.int64) * half_t + columns
-    tl.store(at, values, (rows < num_rows) & (columns < E))
-
-
-@triton.jit
-def half_kernel(
-    query, key, value, half_query, half_key, half_value, num_rows, num_keys, BATCH, HEADS, KV_HEADS,
-    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
-    hq_b, hq_h, hq_t, hk_b, hk_h, hk_t, hv_b, hv_h, hv_t,
-    E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Store Q, K and, if asked, V in fp16; grid (rows, B H, 2 or 3), of rows and heads the most."""
-    which, line = tl.program_id(2), tl.program_id(1)
-    if which == 0:
-        if line < BATCH * HEADS:
-            store_half(
-                query, half_query, num_rows, HEADS, q_b, q_h, q_t, hq_b, hq_h, hq_t, E, WIDE, M
-            )
-    elif line < BATCH * KV_HEADS:
-        if which == 1:
-            store_half(
-                key, half_key, num_keys, KV_HEADS, k_b, k_h, k_t, hk_b, hk_h, hk_t, E, WIDE, M
-            )
-        else:
-            store_half(
-                value, half_value, num_keys, KV_HEADS, v_b, v_h, v_t, hv_b, hv_h, hv_t,
-                V, WIDE_V, M,
-            )  # fmt: skip
-
-
-@triton.jit
-def row_products_kernel(
-    out, rest, grad_out, lse, grad_lse, unit, scaled, copied, delta, num_rows,
-    out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
-    scaled_b, scaled_h, scaled_t, delta_b, delta_h, delta_t,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
-    SUMMED: tl.constexpr, M: tl.constexpr,
-):  # fmt: skip
-    """Store dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
-
-    g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). If COPIED, the log-sum-exp
-    goes beside delta.
-    """
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    first_row = tl.program_id(0) * M
-    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
-    at = b64 * out_b + h * out_h
-    o = load_rows(out + at, out_t, first_row, num_rows, V, M, WIDE_V).to(tl.float32)
-    if RESTED:
-        o += load_rows(rest + at, out_t, first_row, num_rows, V, M, WIDE_V)
-    do = load_rows(grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V)
-    do = do.to(tl.float32) / tl.load(unit)
-    columns = tl.arange(0, WIDE_V)[None, :]
-    at = scaled + b64 * scaled_b + h * scaled_h + line[:, None].to(tl.int64) * scaled_t + columns
-    inside = (line < num_rows)[:, None] & (columns < V)
-    tl.store(at, do.to(scaled.dtype.element_ty), inside)
-    products = tl.sum(o * do, 1)
-    if SUMMED:
-        wanted = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
-        products -= wanted / tl.load(unit)
-    at = b64 * delta_b + h * delta_h + line * delta_t
-    tl.store(delta + at, products, line < num_rows)
-    if COPIED:
-        log_sum = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
-        tl.store(copied + at, log_sum, line < num_rows)
 
 
 @triton.jit

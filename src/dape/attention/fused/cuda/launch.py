@@ -54,7 +54,7 @@ def word(argument: Tensor | int | float) -> int:
 
 def source_of(file: str, defines: dict[str, int]) -> str:
     """Return the source in a file beside this one behind some macros and `ptx.cuh`."""
-    folder = files("dape.attention.fused")
+    folder = files("dape.attention.fused.cuda")
     texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", file))
     return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 

@@ -9,19 +9,11 @@ what remains. Shapes as in `kernels`, and F features, of which the one that is 1
 tables and stays apart here.
 """
 
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
-
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, unwanted
-from dape.attention.fused.mix_kernels import (
-    diagonal_tiles,
-    load_weights,
-    places_of_heads,
-    tile_positions,
-)
+from dape.attention.fused.across_heads import load_weights, places_of_heads, tile_positions
+from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 
 
 @triton.jit
