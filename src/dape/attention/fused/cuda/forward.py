@@ -143,7 +143,8 @@ def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    return source_of("forward.cu", dict(zip(NAMES, values, strict=True)) | {name.upper(): 1})
+    warps = ("forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
+    return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *warps, f"{name}.cu")
 
 
 @cache

@@ -116,7 +116,7 @@ def source(name: str, *values: int) -> str:
     defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
     if name == "mix_backward":
         defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
-    return source_of("mix.cu", defines)
+    return source_of(defines, "mix.cuh", f"{name}.cu")
 
 
 @cache
