@@ -34,12 +34,12 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def rise(w, u):
+def rise(w_ND, u_ND):
     """Return phi(w + u) - phi(u), exact however large u is.
 
     For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at each sign of u.
     """
-    return 0.01 * w + 0.99 * (tl.maximum(w, -u) + tl.minimum(u, 0.0))
+    return 0.01 * w_ND + 0.99 * (tl.maximum(w_ND, -u_ND) + tl.minimum(u_ND, 0.0))
 
 
 @triton.jit

@@ -48,17 +48,17 @@ def score_tile(
     across = tl.cdiv(num_keys, K)
     first_row, first_key = tile // across * M, tile % across * K
     if not CAUSAL or first_key <= first_row + M - 1 + shift:
-        a = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
-        k = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
-        out = tl.dot(a, tl.trans(k), input_precision=PRECISION) * scale
+        a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+        b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
+        s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
-            tl.store(gate, 1, tl.max(tl.max(tl.abs(out), 1), 0) > LIMIT)
+            tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
         if x.dtype.element_ty == tl.float16:
-            out = tl.clamp(out, -65504.0, 65504.0)
+            s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
         rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
         at = x + places(rows, first_key, x_t, heads, K)
-        tl.store(at, out.to(x.dtype.element_ty), inside)
+        tl.store(at, s_MK.to(x.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -119,9 +119,9 @@ def softmax_value_kernel(
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
     table += h.to(tl.int64) * table_size
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, WIDE_V), tl.float32)
+    top_M = tl.full((M,), float("-inf"), tl.float32)
+    total_M = tl.zeros((M,), tl.float32)
+    acc_MV = tl.zeros((M, WIDE_V), tl.float32)
     low = tl.program_id(2) * keys_per_split
     high = tl.minimum(num_keys, low + keys_per_split)
     if CAUSAL:
@@ -129,34 +129,36 @@ def softmax_value_kernel(
     for first_key in range(low, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        s = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-        s = s.to(tl.float32)
+        s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
+        s_MK = s_MK.to(tl.float32)
         if TABLED:
             distance = first_row + shift - first_key
-            s += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        s = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2((s - safe[:, None]) * LOG2E)
-        shrink = tl.exp2((top - safe) * LOG2E)
-        total = total * shrink + tl.sum(weight, 1)
-        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-        rounded = weight.to(v.dtype)
-        acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=PRECISION)
+            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+        s_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+        p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
+        shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
+        total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        rounded_MK = p_MK.to(v_KV.dtype)
+        acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
         if EXACT:
-            left = (weight - rounded.to(tl.float32)).to(v.dtype)
-            acc = tl.dot(left, v, acc, input_precision=PRECISION)
-        top = new_top
-    acc /= tl.where(total > 0, total, 1.0)[:, None]
+            left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
+            acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
+        top_M = new_top_M
+    acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
     at = tl.program_id(2) * out_s + b64 * out_b + h * out_h + rows.to(tl.int64) * out_t + columns
-    store_output(out, rest, at, acc, (rows < num_rows) & (columns < V), RESTED)
+    store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
     line = first_row + tl.arange(0, M)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
-    log_sum = top + tl.log(tl.where(total > 0, total, 1.0))  # top is -inf where nothing is seen
-    tl.store(lse + at, log_sum, line < num_rows)
+    log_sum_M = top_M + tl.log(
+        tl.where(total_M > 0, total_M, 1.0)
+    )  # top is -inf where nothing is seen
+    tl.store(lse + at, log_sum_M, line < num_rows)
     if LIMIT is not None:
-        tl.store(gate, 1, tl.max(beyond(log_sum, LIMIT), 0) > 0)
+        tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
 
 
 @triton.jit
@@ -185,10 +187,10 @@ def balance_kernel(
     y += b64 * x_b + h * BLOCK
     table += h.to(tl.int64) * table_size
     stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
-    log_sum = tl.load(lse + stat, line < num_rows, 0.0)
-    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum)
-    shared = tl.load(delta + stat, line < num_rows, 0.0)
-    total, excess = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
+    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
+    shared_M = tl.load(delta + stat, line < num_rows, 0.0)
+    total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
@@ -196,30 +198,30 @@ def balance_kernel(
         keys = first_key + tl.arange(0, K)[None, :]
         inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
         at = places(rows, first_key, x_t, HEADS, K)
-        s = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+        s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
         if TABLED:
             distance = first_row + shift - first_key
-            s += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        weight = tl.exp2((s - log_sum[:, None]) * LOG2E)
-        dp = tl.load(y + at, inside & (weight > 0), 0.0)
-        total += tl.sum(weight, 1)
-        excess += tl.sum(weight * (dp - shared[:, None]), 1)
-    part = 1 / tl.where(total > 0, total, 1.0)
-    shared += excess * part
+            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+        p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
+        dp_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
+        total_M += tl.sum(p_MK, 1)
+        excess_M += tl.sum(p_MK * (dp_MK - shared_M[:, None]), 1)
+    part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
+    shared_M += excess_M * part_M
     if SUMMED:
-        wanted = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
-        shared -= wanted / tl.load(unit)
-    tl.store(delta + stat, shared * part, line < num_rows)
+        wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+        shared_M -= wanted_M / tl.load(unit)
+    tl.store(delta + stat, shared_M * part_M, line < num_rows)
     for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
         at = y + places(rows, first_key, x_t, HEADS, K)
-        tl.store(at, tl.load(at, inside, 0.0) * part[:, None], inside)
+        tl.store(at, tl.load(at, inside, 0.0) * part_M[:, None], inside)
     scaled += b64 * out_b + h * out_h
-    do = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part[:, None]
+    do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
     at = scaled + rows.to(tl.int64) * out_t + columns
-    tl.store(at, do.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+    tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
 
 
 @triton.jit
@@ -240,29 +242,29 @@ def grad_query_kernel(
     b64 = b.to(tl.int64)
     y += b64 * y_b + h * BLOCK
     key += b64 * key_b + (h // GROUP) * key_h
-    acc = tl.zeros((M, WIDE), tl.float32)
+    dq_ME = tl.zeros((M, WIDE), tl.float32)
     high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
-        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        ds = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
-        ds = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), ds, 0.0)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        da_MK = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
+        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+        dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
     inside = (rows < num_rows) & (columns < E)
-    acc *= scale * tl.load(unit)
+    dq_ME *= scale * tl.load(unit)
     if ADD:
-        acc += tl.load(at, inside, 0.0)
-    tl.store(at, acc.to(grad_query.dtype.element_ty), inside)
+        dq_ME += tl.load(at, inside, 0.0)
+    tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
 
 
 @triton.jit
 def add_rows(
-    acc_k, acc_v, x, y, query, grad_out, first_row, first_key, num_rows, num_keys, shift,
+    dk_KE, dv_KV, x, y, query, grad_out, first_row, first_key, num_rows, num_keys, shift,
     heads, x_t, query_t, out_t,
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     BORDER: tl.constexpr, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
@@ -270,16 +272,16 @@ def add_rows(
 ):  # fmt: skip
     """Return dA^T Q and P^T dO with some rows added; a tile on the BORDER has keys none wrote."""
     rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
-    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
-    do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
+    q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    do_MV = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
     at = places(rows, first_key, x_t, heads, K)
     inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-    weight, ds = tl.load(x + at, inside, 0.0), tl.load(y + at, inside, 0.0)
+    p_MK, da_MK = tl.load(x + at, inside, 0.0), tl.load(y + at, inside, 0.0)
     if BORDER:
         seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        weight, ds = tl.where(seen, weight, 0.0), tl.where(seen, ds, 0.0)
-    acc_v = tl.dot(tl.trans(weight.to(do.dtype)), do, acc_v, input_precision=PRECISION)
-    return tl.dot(tl.trans(ds.to(q.dtype)), q, acc_k, input_precision=PRECISION), acc_v
+        p_MK, da_MK = tl.where(seen, p_MK, 0.0), tl.where(seen, da_MK, 0.0)
+    dv_KV = tl.dot(tl.trans(p_MK.to(do_MV.dtype)), do_MV, dv_KV, input_precision=PRECISION)
+    return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
 @triton.jit
@@ -299,8 +301,8 @@ def grad_key_value_kernel(
     b, kv = tl.program_id(1), tl.program_id(0) % KV_HEADS
     first_key = tl.program_id(0) // KV_HEADS * K
     b64 = b.to(tl.int64)
-    acc_k = tl.zeros((K, WIDE), tl.float32)
-    acc_v = tl.zeros((K, WIDE_V), tl.float32)
+    dk_KE = tl.zeros((K, WIDE), tl.float32)
+    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
     low, whole = 0, 0  # the first rows that see any, and all, of these keys
     if CAUSAL:
         low = tl.maximum(0, first_key - shift) // M * M
@@ -311,20 +313,20 @@ def grad_key_value_kernel(
         do_base = grad_out + b64 * out_b + h * out_h
         at = b64 * x_b + h * BLOCK
         for first_row in range(low, tl.minimum(whole, num_rows), M):
-            acc_k, acc_v = add_rows(
-                acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
                 num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
                 E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
         for first_row in range(whole, num_rows, M):
-            acc_k, acc_v = add_rows(
-                acc_k, acc_v, x + at, y + at, q_base, do_base, first_row, first_key,
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
                 num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
                 E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
     factor = tl.load(unit)
-    acc_k *= scale * factor
-    acc_v *= factor
+    dk_KE *= scale * factor
+    dv_KV *= factor
     keys = first_key + tl.arange(0, K)[:, None]
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
     at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
@@ -334,7 +336,7 @@ def grad_key_value_kernel(
         (keys < keys_stored) & (columns_v < V),
     )
     if ADD:
-        acc_k += tl.load(at_k, inside_k, 0.0)
-        acc_v += tl.load(at_v, inside_v, 0.0)
-    tl.store(at_k, acc_k.to(grad_key.dtype.element_ty), inside_k)
-    tl.store(at_v, acc_v.to(grad_value.dtype.element_ty), inside_v)
+        dk_KE += tl.load(at_k, inside_k, 0.0)
+        dv_KV += tl.load(at_v, inside_v, 0.0)
+    tl.store(at_k, dk_KE.to(grad_key.dtype.element_ty), inside_k)
+    tl.store(at_v, dv_KV.to(grad_value.dtype.element_ty), inside_v)

@@ -23,10 +23,10 @@ def store_half(
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     first_row = tl.program_id(0) * M
     rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
-    values = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
-    values = tl.clamp(values.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
+    values_ME = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
+    values_ME = tl.clamp(values_ME.to(tl.float32), -65280.0, 65280.0).to(tl.float16)
     at = half + b * half_b + h * half_h + rows.to(tl.int64) * half_t + columns
-    tl.store(at, values, (rows < num_rows) & (columns < E))
+    tl.store(at, values_ME, (rows < num_rows) & (columns < E))
 
 
 @triton.jit
@@ -72,21 +72,23 @@ def row_products_kernel(
     first_row = tl.program_id(0) * M
     line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
     at = b64 * out_b + h * out_h
-    o = load_rows(out + at, out_t, first_row, num_rows, V, M, WIDE_V).to(tl.float32)
+    o_MV = load_rows(out + at, out_t, first_row, num_rows, V, M, WIDE_V).to(tl.float32)
     if RESTED:
-        o += load_rows(rest + at, out_t, first_row, num_rows, V, M, WIDE_V)
-    do = load_rows(grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V)
-    do = do.to(tl.float32) / tl.load(unit)
+        o_MV += load_rows(rest + at, out_t, first_row, num_rows, V, M, WIDE_V)
+    do_MV = load_rows(
+        grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V
+    )
+    do_MV = do_MV.to(tl.float32) / tl.load(unit)
     columns = tl.arange(0, WIDE_V)[None, :]
     at = scaled + b64 * scaled_b + h * scaled_h + line[:, None].to(tl.int64) * scaled_t + columns
     inside = (line < num_rows)[:, None] & (columns < V)
-    tl.store(at, do.to(scaled.dtype.element_ty), inside)
-    products = tl.sum(o * do, 1)
+    tl.store(at, do_MV.to(scaled.dtype.element_ty), inside)
+    products_M = tl.sum(o_MV * do_MV, 1)
     if SUMMED:
-        wanted = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
-        products -= wanted / tl.load(unit)
+        wanted_M = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
+        products_M -= wanted_M / tl.load(unit)
     at = b64 * delta_b + h * delta_h + line * delta_t
-    tl.store(delta + at, products, line < num_rows)
+    tl.store(delta + at, products_M, line < num_rows)
     if COPIED:
-        log_sum = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
-        tl.store(copied + at, log_sum, line < num_rows)
+        log_sum_M = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
+        tl.store(copied + at, log_sum_M, line < num_rows)

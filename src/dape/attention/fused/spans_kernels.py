@@ -22,15 +22,15 @@ def combine_kernel(
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     row = tl.program_id(1) * num_rows + tl.program_id(0)
     spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
-    mass = tl.load(part_lse + spans * lse_s + row)
-    top = tl.max(mass, 0)
-    weight = tl.exp(mass - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(weight, 0)
+    mass_S = tl.load(part_lse + spans * lse_s + row)
+    top = tl.max(mass_S, 0)
+    weight_S = tl.exp(mass_S - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight_S, 0)
     at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
-    parts = tl.load(part + at, (columns < V)[None, :], 0.0)
-    o = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    parts_SV = tl.load(part + at, (columns < V)[None, :], 0.0)
+    o_V = tl.sum(parts_SV * weight_S[:, None], 0) / tl.where(total > 0, total, 1.0)
     at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
-    store_output(out, rest, at, o, columns < V, RESTED)
+    store_output(out, rest, at, o_V, columns < V, RESTED)
     log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
     if LIMIT is not None:

@@ -1,14 +1,15 @@
 """What several kernels do with a tile: functions in Triton, and the legend of all kernels.
 
-A suffix names the axes of a tile, a capital letter the size, which is fixed when a kernel is
-compiled:
+A suffix names the axes of what a variable holds, a letter for each:
 
-    M rows     K keys     N positions, M x K of them, row by row
-    H heads    D hidden units    F features of FIRE    T taps of DAPE V2
-    E head_dim of queries and keys    V head_dim of values
+    M rows    K keys    N positions, M x K of them, row by row    S spans of keys
+    H heads   D hidden units   F features of FIRE   T taps of DAPE V2
+    E head_dim of queries and keys   V head_dim of values
+    L lines, which are the diagonals of a tile   C columns or channels   A, B any
 
-`u_ND` is `[N, D]`. HEADS, UNITS, FEATURES, TAPS, WIDE and WIDE_V are the padded sizes of H, D, F,
-T, E and V. Strides of span, batch, head and row come as `_s, _b, _h, _t`.
+`u_ND` is `[N, D]`. Sizes in capitals are fixed when a kernel is compiled. HEADS, UNITS, FEATURES,
+TAPS, WIDE and WIDE_V are those of H, D, F, T, E and V with padding. Strides of span, batch, head
+and row come as `_s, _b, _h, _t`.
 """
 
 import triton
@@ -37,7 +38,7 @@ def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, W
 
 @triton.jit
 def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
-    """Return which of `keys` each of `rows` may see; `shift` is the slot of the first row."""
+    """Return which of `keys` each of `rows` may see; `shift` is the index of the first row."""
     seen = (rows < num_rows) & (keys < num_keys)
     if CAUSAL:
         seen &= keys <= rows + shift

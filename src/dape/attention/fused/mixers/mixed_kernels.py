@@ -20,15 +20,15 @@ from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 
 
 @triton.jit
-def mlp(x, w_in, w_out, one, u, PRECISION: tl.constexpr):
+def mlp(x_NH, w1_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
     """Return z = W1 x + u, r = phi(z) - phi(u) and y = x + W2 r of `[N, H]` scores.
 
     The residual is a product with the identity `one`: x already lies where a product reads it.
     """
-    w = tl.dot(x, w_in, input_precision=PRECISION)
-    r = rise(w, u).to(x.dtype)
-    y = tl.dot(x, one, input_precision=PRECISION)
-    return w + u, r, tl.dot(r, w_out, y, input_precision=PRECISION)
+    w_ND = tl.dot(x_NH, w1_HD, input_precision=PRECISION)
+    r_ND = rise(w_ND, u_ND).to(x_NH.dtype)
+    y_NH = tl.dot(x_NH, one_HH, input_precision=PRECISION)
+    return w_ND + u_ND, r_ND, tl.dot(r_ND, w2_DH, y_NH, input_precision=PRECISION)
 
 
 @triton.jit
@@ -46,10 +46,10 @@ def mix_kernel(
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
-    u = load_hidden(hidden_table, delta_ij, units, table_size, D)
+    u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w_in, w_out = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
-    one = (heads[:, None] == heads[None, :]).to(compute)
+    w_in_HD, w_out_DH = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
+    one_HH = (heads[:, None] == heads[None, :]).to(compute)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
@@ -58,10 +58,10 @@ def mix_kernel(
         )  # fmt: skip
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
-        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
-        _z, _rise, y = mlp(a, w_in, w_out, one, u, PRECISION)
-        s = tl.where(seen[:, None], y, float("-inf"))
-        tl.store(x + at, s.to(compute), inside)
+        a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
+        _z, _rise, y_NH = mlp(a_NH, w_in_HD, w_out_DH, one_HH, u_ND, PRECISION)
+        s_NH = tl.where(seen[:, None], y_NH, float("-inf"))
+        tl.store(x + at, s_NH.to(compute), inside)
 
 
 @triton.jit
@@ -87,15 +87,15 @@ def mix_backward_kernel(
     q, b = tl.program_id(0) + first_diagonal, tl.program_id(1)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, M * K)
     delta_ij = q * K + offset + n // K - n % K
-    u = load_hidden(hidden_table, delta_ij, units, table_size, D)
-    c = load_static(static_table, delta_ij, heads, table_size, H)
+    u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
+    c_NH = load_static(static_table, delta_ij, heads, table_size, H)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
     w1_HD, w2_HD = w1_HD.to(compute), w2_HD.to(compute)
-    one = (heads[:, None] == heads[None, :]).to(compute)
-    sum_u = tl.zeros((M * K, UNITS), tl.float32)
-    sum_c = tl.zeros((M * K, HEADS), tl.float32)
-    sum_w1 = tl.zeros((UNITS, HEADS), tl.float32)
-    sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
+    one_HH = (heads[:, None] == heads[None, :]).to(compute)
+    sum_u_ND = tl.zeros((M * K, UNITS), tl.float32)
+    sum_c_NH = tl.zeros((M * K, HEADS), tl.float32)
+    sum_w1_DH = tl.zeros((UNITS, HEADS), tl.float32)
+    sum_w2_HD = tl.zeros((HEADS, UNITS), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys, there, seen = tile_positions(
@@ -107,35 +107,35 @@ def mix_backward_kernel(
             seen[:, None] & (heads[None, :] < H),
         )
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
-        a = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
-        dp = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
-        z, r, logit = mlp(a, w1_HD, tl.trans(w2_HD), one, u, PRECISION)
-        logit = logit.to(compute).to(tl.float32) + c  # as the forward pass had it
+        a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
+        dp_NH = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
+        z_ND, r_ND, s_NH = mlp(a_NH, w1_HD, tl.trans(w2_HD), one_HH, u_ND, PRECISION)
+        s_NH = s_NH.to(compute).to(tl.float32) + c_NH  # as the forward pass had it
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
-        log_sum = tl.load(lse + stat, seen_heads, 0.0)
-        shared = tl.load(delta + stat, seen_heads, 0.0)
-        weight = tl.where(seen_heads, tl.exp2((logit - log_sum) * LOG2E), 0.0)
-        ds = weight * (dp - shared)
-        dh = tl.dot(ds.to(compute), w2_HD, input_precision=PRECISION)
-        dz = tl.where(z > 0, dh, 0.01 * dh)
-        da = tl.dot(dz.to(compute), tl.trans(w1_HD), ds, input_precision=PRECISION)
-        tl.store(x + at, weight.to(compute), inside)
-        tl.store(y + at, da.to(compute), inside)
-        sum_w2 = tl.dot(tl.trans(ds.to(compute)), r, sum_w2, input_precision=PRECISION)
-        sum_w1 = tl.dot(tl.trans(dz.to(compute)), a, sum_w1, input_precision=PRECISION)
-        sum_u += dz
-        sum_c += ds
+        log_sum_NH = tl.load(lse + stat, seen_heads, 0.0)
+        shared_NH = tl.load(delta + stat, seen_heads, 0.0)
+        p_NH = tl.where(seen_heads, tl.exp2((s_NH - log_sum_NH) * LOG2E), 0.0)
+        ds_NH = p_NH * (dp_NH - shared_NH)
+        dh_ND = tl.dot(ds_NH.to(compute), w2_HD, input_precision=PRECISION)
+        dz_ND = tl.where(z_ND > 0, dh_ND, 0.01 * dh_ND)
+        da_NH = tl.dot(dz_ND.to(compute), tl.trans(w1_HD), ds_NH, input_precision=PRECISION)
+        tl.store(x + at, p_NH.to(compute), inside)
+        tl.store(y + at, da_NH.to(compute), inside)
+        sum_w2_HD = tl.dot(tl.trans(ds_NH.to(compute)), r_ND, sum_w2_HD, input_precision=PRECISION)
+        sum_w1_DH = tl.dot(tl.trans(dz_ND.to(compute)), a_NH, sum_w1_DH, input_precision=PRECISION)
+        sum_u_ND += dz_ND
+        sum_c_NH += ds_NH
     slot = (b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)
     sums += slot.to(tl.int64) * slot_size
     # Summing a tile along its diagonals is a product with zeros and ones.
     lines = tl.arange(0, LINES)
-    pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
+    pick_LN = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
     at_u = lines[:, None] * UNITS + units[None, :]
-    add_or_store(sums + at_u, tl.dot(pick, sum_u, input_precision="tf32x3"), ADD)
+    add_or_store(sums + at_u, tl.dot(pick_LN, sum_u_ND, input_precision="tf32x3"), ADD)
     sums += LINES * UNITS
     at_c = heads[None, :] * LINES + lines[:, None]
-    add_or_store(sums + at_c, tl.dot(pick, sum_c, input_precision="tf32x3"), ADD)
+    add_or_store(sums + at_c, tl.dot(pick_LN, sum_c_NH, input_precision="tf32x3"), ADD)
     sums += LINES * HEADS
-    add_or_store(sums + heads[None, :] * UNITS + units[:, None], sum_w1, ADD)
+    add_or_store(sums + heads[None, :] * UNITS + units[:, None], sum_w1_DH, ADD)
     sums += UNITS * HEADS
-    add_or_store(sums + heads[:, None] * UNITS + units[None, :], sum_w2, ADD)
+    add_or_store(sums + heads[:, None] * UNITS + units[None, :], sum_w2_HD, ADD)
