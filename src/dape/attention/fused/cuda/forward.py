@@ -143,8 +143,8 @@ def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    warps = ("forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
-    return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *warps, f"{name}.cu")
+    parts = ("lines.cuh", "forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
+    return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 
 @cache
