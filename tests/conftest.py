@@ -1,6 +1,7 @@
 """What every test shares: one thread, one seed, few and always the same hypothesis examples."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,6 +12,10 @@ from hypothesis import settings
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
+    if find_spec("triton"):
+        import interpreter
+
+        interpreter.quicken()
 settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )
