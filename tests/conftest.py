@@ -20,6 +20,12 @@ settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )
 settings.load_profile("dape")
+# Files of half a minute. They begin first, so that no process waits for another at the end.
+LONG = (
+    "test_parallelize.py", "test_campaign.py", "test_quickstart.py", "test_contributing.py",
+    "test_many_gpus.py", "test_auto.py", "test_cuda_emulated.py", "test_fused.py",
+    "test_fused_range.py", "test_model_compile.py",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +34,7 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)  # keeps the order otherwise
     if torch.cuda.is_available():
         return
     for item in items:
