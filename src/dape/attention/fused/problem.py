@@ -132,3 +132,13 @@ class Gradients(NamedTuple):
     key: Float[Tensor, "batch kv_heads keys head_dim"]
     value: Float[Tensor, "batch kv_heads keys value_dim"]
     add: bool
+
+    def at(self, band: Band) -> "Gradients":
+        """Return those of a band, where it alone fills them with those of the keys nobody sees."""
+        keys = band.keys if self.add else slice(None)
+        return Gradients(
+            self.query[band.batch, :, band.rows],
+            self.key[band.batch, :, keys],
+            self.value[band.batch, :, keys],
+            self.add,
+        )
