@@ -74,7 +74,7 @@ class Problem(NamedTuple):
         """Return the problem of a band alone, whose first row has the index `band.shift`."""
         terms = self.terms
         if isinstance(terms, Features):
-            terms = terms._replace(scale=terms.scale[band.keys.start :])
+            terms = terms.part(band.keys)
         return self._replace(
             query=self.query[band.batch, :, band.rows],
             key=self.key[band.batch, :, band.keys],
