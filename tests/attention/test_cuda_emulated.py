@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import emulator
+import one_band
 import pytest
 import torch
 from problems import Problem
@@ -12,9 +13,10 @@ from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import geometry, operator, overflow
+from dape.attention.fused import geometry, operator, overflow, passes
 from dape.attention.fused.cuda import forward, mix
 from dape.attention.fused.problem import Result
+from dape.attention.fused.terms import Mixed
 from dape.positions.bias import Bias
 
 pytestmark = [
@@ -169,6 +171,17 @@ def test_two_backward_passes_agree_bit_for_bit(emulated):
     torch.manual_seed(0)
     for x, y in zip(first, solve(PROBLEMS["padding"])[0], strict=True):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_mixer_is_what_its_terms_say(emulated, masked):
+    shapes = (4, 60), (60, 16), (16, 4), (4, 16)
+    terms = Mixed(*(torch.randn(shape) / 4 for shape in shapes))
+    given = one_band.problem_of(terms, 4, 40, 60, 20, True, masked, torch.float16)
+    mixer = passes.mixer_of(given, "cuda")
+    assert isinstance(mixer, mix.CudaMixer)
+    for found, true in zip(*one_band.solutions(mixer), strict=True):
+        assert relative(found, true.double()) < 3e-3
 
 
 def with_flag(given):
