@@ -1,14 +1,20 @@
 """Arguments that transformers' callers pass beyond those of our models: used, or refused."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_tracing
 
 from dape.errors import UserError, unknown
 
+# Releases of transformers name the cache of keys and values by either.
+CACHE_NAMES = ("past_key_values", "cache")
+# The name in outputs of the release at hand.
+CACHE = fields(BaseModelOutputWithPast)[1].name
 # The loss takes the first three, transformers' decorators the others.
 _TAKEN = frozenset(
     {
@@ -25,6 +31,7 @@ _TAKEN = frozenset(
 _IMPLIED = frozenset({"max_length_k", "max_length_q"})
 _KNOWN = (
     "attention_mask",
+    "cache",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
     "input_ids",
