@@ -371,6 +371,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits `[B, T, V]`, and with `labels` the mean loss in nats a token.
@@ -385,6 +386,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
                 and -100 is not scored.
             use_cache: whether to return a cache.
             logits_to_keep: number of last tokens with logits, or their indices; 0 keeps all.
+            cache: newer name of `past_key_values`.
             kwargs: further arguments of `DapeModel.forward`.
 
         Raises:
@@ -397,6 +399,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
