@@ -1,7 +1,7 @@
 import re
 
 import torch
-from pages import ROOT, execute, text
+from pages import execute, text
 
 
 def test_its_python_runs_and_gives_the_shapes_it_says():

@@ -17,9 +17,10 @@ def reachable(seconds: float = 10.0) -> bool:
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import HfHubHTTPError
 
+    failures: Any = HfHubHTTPError.__bases__  # OSError, and that of the HTTP library of the release
     try:
         get_session().head(ENDPOINT, timeout=seconds)
-    except HfHubHTTPError.__bases__:  # errors of the library below, another one in each release
+    except failures:
         return False
     return True
 
