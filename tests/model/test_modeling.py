@@ -238,6 +238,8 @@ def test_a_cache_is_taken_and_returned_by_the_name_of_any_release(name):
     assert first.to_tuple()[1] is kept
     rest = model(ids[:, 4:], **{name: kept}).logits
     assert_close(rest, model(ids).logits[:, 4:], rtol=1e-9, atol=1e-9)
+    with pytest.raises(UserError, match="past_key_values and cache are two names of one argument"):
+        model(ids, **{"past_key_values": DynamicCache(), "cache": DynamicCache(), name: kept})
 
 
 def test_backends_agree_in_the_model():

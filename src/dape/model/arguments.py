@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_tracing
 
@@ -62,6 +63,13 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
                 raise UserError("token_type_ids: this model knows no types of tokens but 0")
         elif name not in _TAKEN | _IMPLIED:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
+
+
+def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """Return the cache; raise a `UserError` for two of them."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise UserError("past_key_values and cache are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def packed_documents(

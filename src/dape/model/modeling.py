@@ -26,7 +26,13 @@ from transformers.utils.output_capturing import capture_outputs
 from dape.attention import attention
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
-from dape.model.arguments import CACHE, CACHE_NAMES, packed_documents, refuse_unused
+from dape.model.arguments import (
+    CACHE,
+    CACHE_NAMES,
+    by_either_name,
+    packed_documents,
+    refuse_unused,
+)
 from dape.model.configuration import DapeConfig
 from dape.model.masking import mask_of_generation, masking, part_of_sequence
 from dape.positions import scheme
@@ -290,7 +296,7 @@ class DapeModel(DapePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        cache = past_key_values if cache is None else cache
+        cache = by_either_name(past_key_values, cache)
         if cache is not None and self.recomputes:
             raise UserError(
                 "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
