@@ -22,18 +22,20 @@ check: $(BIN)/.test
 	$(BIN)/mypy
 
 # The import hook that checks shapes breaks torch.compile and Triton's interpreter: they run without it.
-# A process for each core, with one thread: few tests can use more. Tests of a file share their set-up.
+# A process for each core, with one thread: few tests can use more. Tests of a file share their set-up,
+# and files keep the order of tests/conftest.py.
+SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
 test: $(BIN)/.test
-	$(BIN)/pytest -n auto --dist loadfile -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
-	$(BIN)/pytest -n auto --dist loadfile -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
+	$(BIN)/pytest $(SPREAD) -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
+	$(BIN)/pytest $(SPREAD) -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
 
 # The tests of what transformers, PEFT, TRL and the hub meet, with the newest of their releases. The
 # environment lies over .venv, which has the oldest, and holds only what differs.
 NEWEST := build/newest
 newest: export OMP_NUM_THREADS := 1
 newest: $(NEWEST)/.done
-	$(NEWEST)/bin/python -m pytest -n auto --dist loadfile -m "not unhooked" \
+	$(NEWEST)/bin/python -m pytest $(SPREAD) -m "not unhooked" \
 		tests/data/test_hub.py tests/docs/test_readme.py tests/docs/test_longer_contexts.py \
 		$$(ls tests/model/test_*.py | grep -v -e schemes -e compile -e exporting -e blocks -e leak)
 
