@@ -17,6 +17,7 @@ from tyro import _errors as mistakes
 from dape.errors import UserError, unknown
 
 Arguments = TypeVar("Arguments")
+_TIE = "\x1f"  # a space at which no line is broken
 
 
 def parse(
@@ -44,11 +45,13 @@ def parse(
 def _description(cls: type) -> str:
     """Return the docstring, wrapped at the width of the terminal.
 
-    Lines are indented, because tyro joins lines that begin with a letter.
+    Lines are indented, because tyro joins lines that begin with a letter. Code is not broken.
     """
-    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, "  ", "  ")
-    paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
-    return "\n".join(wrapper.fill(" ".join(each.split())) for each in paragraphs)
+    width = shutil.get_terminal_size().columns
+    wrapper = textwrap.TextWrapper(width, "  ", "  ", break_on_hyphens=False)
+    text = inspect.cleandoc(cls.__doc__ or "")
+    text = re.sub("`[^`]*`", lambda code: re.sub(r"\s+", _TIE, code.group()), text)
+    return "\n".join(map(wrapper.fill, text.split("\n\n"))).replace(_TIE, " ")
 
 
 def _error(mistake: mistakes.ParseErrorEvent, cls: type, prog: str) -> UserError:
