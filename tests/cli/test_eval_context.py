@@ -84,7 +84,7 @@ def test_runs_that_scored_other_tokens_are_not_drawn_together(measured, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("eval", "context"), "no run given"),
+        (("eval", "context"), "no model given"),
         (
             ("eval", "context", "runs/a", "--lengths", "16"),
             "--lengths 16: give two lengths or more",
