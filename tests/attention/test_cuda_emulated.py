@@ -12,7 +12,7 @@ from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded, forward_cuda, geometry, mix_cuda, operator
+from dape.attention.fused import backward_cuda, banded, forward_cuda, geometry, mix_cuda, operator
 from dape.positions.bias import Bias
 
 pytestmark = [
@@ -77,8 +77,9 @@ def emulated(monkeypatch, folder, change):
 
         return found
 
-    monkeypatch.setattr(forward_cuda, "layout_of", lambda problem, mixing: None)
-    for module in (forward_cuda, mix_cuda):
+    for module in (forward_cuda, backward_cuda):
+        monkeypatch.setattr(module, "layout_of", lambda problem, mixing: None)
+    for module in (forward_cuda, backward_cuda, mix_cuda):
         monkeypatch.setattr(module, "compiled", compiled(module))
 
 
@@ -253,9 +254,85 @@ def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):
     check(PROBLEMS["many units"])
 
 
+@pytest.fixture
+def in_one_kernel(emulated, monkeypatch):
+    """Let the backward pass across heads be one kernel; return how often it runs."""
+    runs = []
+
+    def layout_of(problem, mixing):
+        if problem.scratch != torch.float16:
+            return None
+        runs.append(mixing)
+        units = forward_cuda.padded_units(mixing)
+        return backward_cuda.layout(*problem.query.shape[1:4:2], units)
+
+    monkeypatch.setattr(backward_cuda, "layout_of", layout_of)
+    return runs
+
+
+WIDER = {
+    "16 rows of a head of 128": problem_of(batch=1, heads=3, kv_heads=3, head_dim=128),
+    "64 units, 12 heads": problem_of(
+        batch=1, heads=12, kv_heads=4, hidden=64, rows=20, keys=36, query_offset=16
+    ),
+    "one head": problem_of(heads=1, kv_heads=1, head_dim=16, rows=34, keys=34),
+    "no row sees the last keys": problem_of(rows=5, keys=70),
+}
+WIDER = {name: replace(x, value_dim=x.head_dim) for name, x in WIDER.items()}
+SERVED = {name: x for name, x in (PROBLEMS | WIDER).items() if x.heads <= 16}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_backward_pass_in_one_kernel(in_one_kernel, name):
+    check(SERVED[name])
+    assert in_one_kernel
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_spans_and_bands_of_the_backward_pass_in_one_kernel(in_one_kernel, monkeypatch, causal):
+    monkeypatch.setattr(backward_cuda, "LEAST", 1)
+    problem = problem_of(batch=2, rows=100, keys=170, causal=causal, query_offset=70)
+    check(problem)
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 64 * 64)
+    check(replace(problem, batch=1, head_dim=16, value_dim=16))
+
+
+def test_two_backward_passes_in_one_kernel_agree_bit_for_bit(in_one_kernel):
+    solutions = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        solutions.append(solve(PROBLEMS["padding"])[0])
+    assert all(torch.equal(*pair) for pair in zip(*solutions, strict=True))
+    assert len(in_one_kernel) == 2
+
+
+@pytest.mark.parametrize("size", [30, 1e4])
+def test_large_scores_and_values_in_one_kernel(in_one_kernel, size):
+    """Scores and dO V^T that 16 bits do not hold: the flag is set, or the largest number stands."""
+    problem = PROBLEMS["odd sizes"]
+    query, key, value, *others = drawn(problem)
+    check(problem, (size * query, key, value, *others))
+
+
 @pytest.mark.parametrize(
     "change", [{"    wait<STAGES - 1>();\n": ""}, {"turn(dz[n].x)": "dz[n].x"}]
 )
 def test_a_wrong_kernel_is_noticed(emulated):
     with pytest.raises(AssertionError):
         check(PROBLEMS["causal"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"wait<ONE_STAGE ? 0 : 1>();": ""},
+        {"await_scores(buffer);": ""},
+        {"await_gradients(n - a.first & 1);": ""},
+        {"turn(r[q][m][0])": "r[q][m][0]"},
+        {"end_diagonal(steps, sums);": ""},
+        {"s + 1 == row": "s + 2 == row"},
+    ],
+)
+def test_a_wrong_backward_pass_in_one_kernel_is_noticed(in_one_kernel):
+    with pytest.raises(AssertionError):
+        check(problem_of(batch=1, causal=False, rows=40, keys=70))

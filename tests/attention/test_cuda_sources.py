@@ -12,7 +12,7 @@ import torch
 from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
-from dape.attention.fused import forward_cuda, mix_cuda, operator
+from dape.attention.fused import backward_cuda, forward_cuda, mix_cuda, operator
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -74,6 +74,19 @@ def test_the_whole_forward_pass_compiles(kind, name, exact):
         assert kind in ("wide", "many heads")
         return
     source = forward_cuda.source(name, *forward_cuda.macros(given, given.mixing, where, exact))
+    assert refusal(source, "90a") == ""
+
+
+@pytest.mark.parametrize("name", ["pack", "backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_in_one_kernel_compiles(kind, name):
+    given = problem(**KINDS[kind])
+    units = forward_cuda.padded_units(given.mixing)
+    where = backward_cuda.layout(*given.query.shape[1:4:2], units)
+    if where is None:
+        assert kind in ("wide", "many heads", "many units")
+        return
+    source = backward_cuda.source(name, *backward_cuda.macros(given, given.mixing, where))
     assert refusal(source, "90a") == ""
 
 

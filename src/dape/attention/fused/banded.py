@@ -70,6 +70,9 @@ class Mixer(Protocol):
     ) -> bool:
         """Fill what `forward` returns by one kernel; return whether there is one for a problem."""
 
+    def walk(self, problem: Problem, mixing: Mixing) -> Any:
+        """Return the backward pass as one kernel, where there is one for a problem, or None."""
+
     def mix(self, x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:
         """Turn the scores X of a band into logits, in place; -inf where unseen.
 
@@ -464,6 +467,14 @@ def mixed_backward(
     """Fill dQ, dK and dV band by band, and the gradients of tables and weights."""
     all_bands = blocks(problem)
     scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
+    walk = mixer.walk(problem, mixing)
+    if walk is not None:
+        for band in all_bands:
+            at, x, y = (band.batch, slice(None), band.rows), scratch.view(band), other.view(band)
+            rows = lse[at], delta[at], grad_out[at]
+            walk.band(x, y, band, problem, mixing, *rows, sums.unit, tables)
+            one_head(x, y, band, problem, scaled[at], sums)
+        return walk.gradients(problem, sums.unit, tables)
     slots, table = mixer.Slots.of(problem, mixing, mixer), table_of(problem, mixing)
     for band in all_bands:
         at, part = (band.batch, slice(None), band.rows), problem.part(band)

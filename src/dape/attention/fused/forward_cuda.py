@@ -150,7 +150,8 @@ def macros(problem: Problem, mixing: Mixing, where: Layout, rested: bool) -> tup
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    return source_of("forward.cu", dict(zip(NAMES, values, strict=True)) | {name.upper(): 1})
+    defines = dict(zip(NAMES, values, strict=True)) | {name.upper(): 1}
+    return source_of("forward.cu", defines, "lines.cuh")
 
 
 @cache

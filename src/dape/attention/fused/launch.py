@@ -52,10 +52,10 @@ def word(argument: Tensor | int | float) -> int:
     return argument if isinstance(argument, int) else int.from_bytes(pack("=d", argument), "little")
 
 
-def source_of(file: str, defines: dict[str, int]) -> str:
-    """Return the source in a file beside this one behind some macros and `ptx.cuh`."""
+def source_of(file: str, defines: dict[str, int], *before: str) -> str:
+    """Return the source in a file beside this one behind macros, `ptx.cuh` and other files."""
     folder = files("dape.attention.fused")
-    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", file))
+    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", *before, file))
     return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 
 

@@ -18,10 +18,10 @@ from dape.attention.fused.geometry import (
     diagonals,
     next_power_of_2,
 )
-from dape.attention.fused.mix_triton import share, whole
+from dape.attention.fused.mix_triton import share, walk, whole
 from dape.attention.fused.slots import add_up, fold, lowest, padded_size, zeros
 
-__all__ = ["Slots", "mix", "mix_backward", "whole"]
+__all__ = ["Slots", "mix", "mix_backward", "walk", "whole"]
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)

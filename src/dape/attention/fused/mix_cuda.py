@@ -4,7 +4,7 @@ from functools import cache
 
 from torch import Tensor
 
-from dape.attention.fused import forward_cuda
+from dape.attention.fused import backward_cuda, forward_cuda
 from dape.attention.fused.geometry import ALIGNMENT, Band, Mixing, Problem, diagonals
 from dape.attention.fused.launch import Kernel, kernel, source_of
 from dape.attention.fused.slots import Slots, padded, padded_size
@@ -42,6 +42,12 @@ def whole(problem: Problem, mixing: Mixing, *found: Tensor) -> bool:
     if where is not None:
         forward_cuda.forward(problem, mixing, where, *found)
     return where is not None
+
+
+def walk(problem: Problem, mixing: Mixing) -> backward_cuda.Walk | None:
+    """Return the backward pass as one kernel, where there is one for a problem."""
+    where = backward_cuda.layout_of(problem, mixing)
+    return None if where is None else backward_cuda.Walk.of(problem, mixing, where)
 
 
 def mix(x: Tensor, band: Band, problem: Problem, mixing: Mixing) -> None:

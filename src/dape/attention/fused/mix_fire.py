@@ -16,7 +16,7 @@ from dape.attention.fused.geometry import (
     diagonals,
     next_power_of_2,
 )
-from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, whole
+from dape.attention.fused.mix_triton import lines, shares, tile_keys, tile_rows, walk, whole
 from dape.attention.fused.slots import Walker, add_up, fold, lowest, padded, slots_of, zeros
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "shares",
     "tile_keys",
     "tile_rows",
+    "walk",
     "whole",
 ]
 

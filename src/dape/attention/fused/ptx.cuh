@@ -23,6 +23,7 @@ template <int N> DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sy
 DEVICE void load4(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
 DEVICE void load4_turned(uint32 (&r)[4], uint32 a) { asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory"); }
 DEVICE void store4_turned(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory"); }
+DEVICE void store4(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory"); }
 // One such matrix that lies in registers, turned.
 DEVICE uint32 turn(uint32 block) {
   uint32 turned;
@@ -46,3 +47,5 @@ DEVICE uint2 mma_half(uint4 a, uint32 b0, uint32 b1, uint32 c0, uint32 c1) {
   return d;
 }
 DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+// Two numbers in fp16, the largest where they are larger.
+DEVICE uint32 pack_finite(float low, float high) { uint32 r; asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
