@@ -80,6 +80,7 @@ template <class F> __half2 each(F f, __half2 a, __half2 b, __half2 c) {
   return {to_half(f((double)to_float(a.x), (double)to_float(b.x), (double)to_float(c.x))), to_half(f((double)to_float(a.y), (double)to_float(b.y), (double)to_float(c.y)))};
 }
 inline __half2 __hmax2(__half2 a, __half2 b) { return each([](double x, double y, double) { return std::fmax(x, y); }, a, b, b); }
+inline __half2 __hgt2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x > y ? 1.0 : 0.0; }, a, b, b); }
 inline __half2 __hsub2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x - y; }, a, b, b); }
 inline __half2 __hmul2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x * y; }, a, b, b); }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return each([](double x, double y, double z) { return x * y + z; }, a, b, c); }

@@ -306,12 +306,53 @@ def test_two_backward_passes_in_one_kernel_agree_bit_for_bit(in_one_kernel):
     assert len(in_one_kernel) == 2
 
 
-@pytest.mark.parametrize("size", [30, 1e4])
-def test_large_scores_and_values_in_one_kernel(in_one_kernel, size):
-    """Scores and dO V^T that 16 bits do not hold: the flag is set, or the largest number stands."""
+def test_large_scores_leave_the_backward_pass_to_the_wide_range(in_one_kernel):
     problem = PROBLEMS["odd sizes"]
-    query, key, value, *others = drawn(problem)
-    check(problem, (size * query, key, value, *others))
+    query, *others = drawn(problem)
+    check(problem, (30 * query, *others))
+
+
+def gradients_of_scores(problem, query, key, value, grad, bias, adapter):
+    """Return P, dA, the log-sum-exp and delta in float64, by autograd."""
+    rows, keys = torch.arange(problem.rows) + problem.query_offset, torch.arange(problem.keys)
+    scores = (query @ key.mT * problem.head_dim**-0.5).requires_grad_()
+    logits = adapter.double()(scores, bias.double()(rows, keys)[None])
+    logits = logits.masked_fill(keys > rows[:, None], -torch.inf)
+    p, dp = logits.softmax(-1), grad @ value.mT
+    (da,) = torch.autograd.grad((p * dp).sum(), scores)
+    return p.detach(), da, logits.logsumexp(-1).detach(), (p * dp).sum(-1).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("room", [backward_cuda.SHARED_MEMORY, 60_000])
+def test_p_and_da_in_one_kernel(emulated, monkeypatch, dtype, room):
+    """Both types of V and dO, and K and V in turn where there is less shared memory."""
+    monkeypatch.setattr(backward_cuda, "SHARED_MEMORY", room)
+    problem = problem_of(heads=5, kv_heads=5, rows=40, keys=70, query_offset=30)
+    tensors = [x.to(dtype) for x in (*problem.tensors(), problem.tensors()[0])]
+    tensors[2][:, :, 5] *= 1e6 if dtype == torch.bfloat16 else 1  # dO V^T beyond 16 bits
+    bias, adapter = problem.modules()
+    tables = [x.detach() for x in tables_of(problem, bias, adapter)]
+    doubles = (x.double() for x in tensors)
+    p, da, lse, delta = gradients_of_scores(problem, *doubles, bias, adapter)
+    how = (None, problem.head_dim**-0.5, True, problem.query_offset)
+    given = banded.in_half(operator.problem_of(*tensors[:3], tables, *how))
+    where = backward_cuda.layout(5, 32, 16)
+    assert where.one_stage == (room < 100_000)
+    walk = backward_cuda.Walk.of(given, given.mixing, where)
+    (band,) = geometry.blocks(given)
+    x, y = (geometry.Scratch.of(given, (band,)).view(band).fill_(torch.nan) for _ in range(2))
+    rows = lse.float(), delta.float(), tensors[3]
+    walk.band(
+        x, y, band, given, given.mixing, *rows, torch.ones(()), [*map(torch.empty_like, tables)]
+    )
+    for found, exact in ((x, p), (y, da)):
+        found = found.permute(0, 3, 1, 2, 4).flatten(3)[..., : problem.keys].double()
+        found = torch.where(p > 0, found, 0)
+        assert found.isfinite().all()
+        if dtype == torch.float16:
+            assert relative(found, exact) < 2e-3
+    assert relative(torch.where(p > 0, x.permute(0, 3, 1, 2, 4).flatten(3)[..., :70], 0), p) < 2e-3
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ struct Shared {
   float c[2][SPAN * HEADS];
   float lse[ROWS * HEADS];
   float parts[MIXERS + 1][PART];
-  __half zero[8], sink[64];  // what heads that are padding read, and where they write
+  float never[2 * PAIRS * HEADS];  // log-sum-exps of rows for keys that may not be seen: infinite
+  __half zero[8], sink[64];        // what heads that are padding read, and where they write
 };
 constexpr int TO_Y = 2 * H * LINE * 2, TO_OTHER = H * LINE * 2;  // bytes from X to Y, and to the other buffer
 
@@ -227,16 +228,11 @@ DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2],
   d[0] = sum.x;
   d[1] = sum.y;
 }
-// leaky(w + U) - leaky(U), and in `z` w + U, for a pair of -U.
-DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& z) {
+// leaky(w + U) - leaky(U), and in `slope` leaky'(w + U), for a pair of -U.
+DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& slope) {
   const __half2 x = half2_of(w), y = half2_of(minus_u), risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
-  z = bits(__hsub2(x, y));
+  slope = bits(__hfma2(__hgt2(x, y), __float2half2_rn(1.f - SLOPE), __float2half2_rn(SLOPE)));
   return bits(__hfma2(risen, __float2half2_rn(1.f - SLOPE), __hmul2(x, __float2half2_rn(SLOPE))));
-}
-// d leaky'(z): half of d (1 + slope) and half of d (1 - slope) with the sign of z.
-DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
-  const __half2 signed_d = half2_of(d ^ (z & 0x80008000u));
-  return bits(__hfma2(half2_of(d), __float2half2_rn((1.f + SLOPE) / 2), __hmul2(signed_d, __float2half2_rn((1.f - SLOPE) / 2))));
 }
 // Of the matrix of zeros and ones: row g, slots 2 t and 2 t + 1, for `s` = g + 2 t - 7 and a row of a block. Slot k of the row belongs to
 // distance row - k, which is line row - k + 7.
@@ -268,7 +264,7 @@ struct Weights {
         }
   }
 };
-// Sums over pairs: of dz and dS by distance, and of the gradients of W1 and W2, [head, unit].
+// Sums over pairs: of dz [distance, unit] and dS [head, distance], and the gradients of W1 and W2, [head, unit].
 struct Sums {
   float u[UT][4], c[2][4], w1[UT][4], w2[UT][4];
 };
@@ -279,95 +275,96 @@ template <int N> DEVICE void clear(float (&c)[N][4]) {
     for (int j = 0; j < 4; j++) c[i][j] = 0.f;
 }
 // start + W v for the heads of a fragment and units v.
-DEVICE void across_units(uint32 (&out)[4], const uint32 (&start)[4], const uint32 (&v)[UT][2], const uint32 (&w)[2][UT / 2][2]) {
+DEVICE void across_units(uint32 (&out)[PAIRS][4], const uint32 (&start)[PAIRS][4], const uint32 (&v)[PAIRS][UT][2], const uint32 (&w)[2][UT / 2][2]) {
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-    uint32 sum[2] = {start[2 * n], start[2 * n + 1]};
+  for (int k = 0; k < UT / 2; k++)
 #pragma unroll
-    for (int k = 0; k < UT / 2; k++) {
-      const uint32 pair[4] = {v[2 * k][0], v[2 * k][1], v[2 * k + 1][0], v[2 * k + 1][1]};
-      mma_half(sum, pair, w[n][k], sum[0], sum[1]);
-    }
-    out[2 * n] = sum[0];
-    out[2 * n + 1] = sum[1];
-  }
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int q = 0; q < PAIRS; q++) {
+        const uint32 units[4] = {v[q][2 * k][0], v[q][2 * k][1], v[q][2 * k + 1][0], v[q][2 * k + 1][1]};
+        uint32 sum[2];
+        mma_half(sum, units, w[n][k], k ? out[q][2 * n] : start[q][2 * n], k ? out[q][2 * n + 1] : start[q][2 * n + 1]);
+        out[q][2 * n] = sum[0];
+        out[q][2 * n + 1] = sum[1];
+      }
 }
-// Where a lane finds its heads' pieces in shared memory: X of the first buffer, for padding the zeros and the sink.
+// Where a lane finds its heads' pieces in shared memory: X of the first buffer, for padding the zeros and the sink. `flat` is for
+// fragments [head, slot].
 struct Place {
-  uint32 from, to, real;
+  uint32 from, to, flat, real, flat_real;
   DEVICE Place(Shared& s, int lane) {
-    const int head = (lane & 7) + 8 * (lane >> 4);
+    const int low = lane >> 3 & 1, high = lane >> 4, head = (lane & 7) + 8 * high, flat_head = (lane & 7) + 8 * low;
     real = head < H ? ~0u : 0u;
-    from = to = address(s.x[0][head < H ? head : 0]) + (lane >> 3 & 1) * KB * 16;
-    if (head >= H) { from = address(s.zero); to = address(s.sink) + (lane & 7) * 16; }
+    flat_real = flat_head < H ? ~0u : 0u;
+    from = head < H ? address(s.x[0][head]) + low * KB * 16 : address(s.zero);
+    to = head < H ? from : address(s.sink) + (lane & 7) * 16;
+    flat = flat_head < H ? address(s.x[0][flat_head]) + high * KB * 16 : address(s.zero);
   }
 };
 
 // 16 slots for each of PAIRS: two rows of a block, from row 2 u of the block on, whose first piece is `at` bytes into X. -U of the rows is
 // in `minus_u`; C and the log-sum-exp of a lane's heads are at `c` and `lse`, a line for each row.
 DEVICE void mix_slots(
-    const Place& place, const uint32 (&at)[PAIRS], const uint32 (&minus_u)[PAIRS][2][UT], const float* c, const float* lse, bool seen,
+    const Place& place, const uint32 (&at)[PAIRS], const uint32 (&minus_u)[PAIRS][2][UT], const float* c, const float* lse,
     const uint32 (&picked)[PAIRS][4], const Weights& w, Sums& sums) {
-  uint32 from[PAIRS], to[PAIRS], x[PAIRS][4], y[PAIRS][4], p[PAIRS][4], z[PAIRS][UT][2], r[PAIRS][UT][2];
+  uint32 x[PAIRS][4], y[PAIRS][4], p[PAIRS][4], slope[PAIRS][UT][2], r[PAIRS][UT][2], d[PAIRS][UT][2], turned[PAIRS][4];
 #pragma unroll
-  for (int q = 0; q < PAIRS; q++) {
-    from[q] = place.from + (at[q] & place.real);
-    to[q] = place.to + (at[q] & place.real);
-    load4_turned(x[q], from[q]);
-  }
+  for (int q = 0; q < PAIRS; q++) load4_turned(x[q], place.from + (at[q] & place.real));
 #pragma unroll
-  for (int q = 0; q < PAIRS; q++) load4_turned(y[q], from[q] + (TO_Y & place.real));
+  for (int q = 0; q < PAIRS; q++) load4_turned(y[q], place.from + (at[q] + TO_Y & place.real));
 #pragma unroll
-  for (int q = 0; q < PAIRS; q++) {
+  for (int m = 0; m < UT; m++)
 #pragma unroll
-    for (int m = 0; m < UT; m++) {
+    for (int q = 0; q < PAIRS; q++) {
       mma_half(r[q][m], x[q], w.in[m], 0, 0);
 #pragma unroll
-      for (int i = 0; i < 2; i++) r[q][m][i] = rise(r[q][m][i], minus_u[q][i][m], z[q][m][i]);
+      for (int i = 0; i < 2; i++) r[q][m][i] = rise(r[q][m][i], minus_u[q][i][m], slope[q][m][i]);
     }
-    across_units(p[q], x[q], r[q], w.out);
-  }
+  across_units(p, x, r, w.out);
 #pragma unroll
-  for (int q = 0; q < PAIRS; q++)
+  for (int i = 0; i < 2; i++)
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int q = 0; q < PAIRS; q++) {
       const float4 fixed = *(const float4*)(c + (2 * q + i) * HEADS), log_sum = *(const float4*)(lse + (2 * q + i) * HEADS);
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         const float2 logits = __half22float2(half2_of(p[q][2 * n + i])), dp = __half22float2(half2_of(y[q][2 * n + i]));
-        float p0 = exp2_fast(fmaf(logits.x, LOG2E, n ? fixed.z - log_sum.z : fixed.x - log_sum.x));
-        float p1 = exp2_fast(fmaf(logits.y, LOG2E, n ? fixed.w - log_sum.w : fixed.y - log_sum.y));
-        if (!seen) p0 = p1 = 0.f;
+        const float p0 = exp2_fast(fmaf(logits.x, LOG2E, n ? fixed.z - log_sum.z : fixed.x - log_sum.x));
+        const float p1 = exp2_fast(fmaf(logits.y, LOG2E, n ? fixed.w - log_sum.w : fixed.y - log_sum.y));
         p[q][2 * n + i] = pack_half(p0, p1);
         y[q][2 * n + i] = pack_half(p0 * dp.x, p1 * dp.y);  // Y is dS from here on
       }
     }
 #pragma unroll
   for (int q = 0; q < PAIRS; q++) {
-    load4(x[q], from[q]);  // as [head, slot]
-    store4_turned(to[q], p[q][0], p[q][1], p[q][2], p[q][3]);
+    load4(x[q], place.flat + (at[q] & place.flat_real));
+    store4_turned(place.to + (at[q] & place.real), p[q][0], p[q][1], p[q][2], p[q][3]);
   }
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int q = 0; q < PAIRS; q++) turned[q][2 * (i & 1) + (i >> 1)] = turn(y[q][i]);  // [head, slot], too
 #pragma unroll
   for (int q = 0; q < PAIRS; q++) {
-    uint32 turned[4], d[UT][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) turned[i] = turn(y[q][i]);
-    mma(sums.c[0], picked[q][0], picked[q][1], picked[q][2], picked[q][3], turned[0], turned[1]);
-    mma(sums.c[1], picked[q][0], picked[q][1], picked[q][2], picked[q][3], turned[2], turned[3]);
-#pragma unroll
-    for (int m = 0; m < UT; m++) {
-      mma_half(d[m], y[q], w.out_turned[m], 0, 0);
-#pragma unroll
-      for (int i = 0; i < 2; i++) d[m][i] = leaky_backward(d[m][i], z[q][m][i]);
-      const uint32 low = turn(d[m][0]), high = turn(d[m][1]);
-      mma(sums.w2[m], turned[0], turned[2], turned[1], turned[3], turn(r[q][m][0]), turn(r[q][m][1]));
-      mma(sums.w1[m], x[q][0], x[q][2], x[q][1], x[q][3], low, high);
-      mma(sums.u[m], picked[q][0], picked[q][1], picked[q][2], picked[q][3], low, high);
-    }
-    across_units(p[q], y[q], d, w.in_turned);
+    multiply<false>(sums.c[0], turned[q], picked[q][0], picked[q][2]);
+    multiply<false>(sums.c[1], turned[q], picked[q][1], picked[q][3]);
   }
 #pragma unroll
-  for (int q = 0; q < PAIRS; q++) store4_turned(to[q] + (TO_Y & place.real), p[q][0], p[q][1], p[q][2], p[q][3]);
+  for (int m = 0; m < UT; m++)
+#pragma unroll
+    for (int q = 0; q < PAIRS; q++) {
+      multiply<false>(sums.w2[m], turned[q], turn(r[q][m][0]), turn(r[q][m][1]));
+      mma_half(d[q][m], y[q], w.out_turned[m], 0, 0);
+#pragma unroll
+      for (int i = 0; i < 2; i++) d[q][m][i] = bits(__hmul2(half2_of(d[q][m][i]), half2_of(slope[q][m][i])));
+      const uint32 low = turn(d[q][m][0]), high = turn(d[q][m][1]);
+      multiply<false>(sums.w1[m], x[q], low, high);
+      multiply<false>(sums.u[m], picked[q], low, high);
+    }
+  across_units(p, y, d, w.in_turned);
+#pragma unroll
+  for (int q = 0; q < PAIRS; q++) store4_turned(place.to + (at[q] + TO_Y & place.real), p[q][0], p[q][1], p[q][2], p[q][3]);
 }
 
 struct Mixer {
@@ -419,8 +416,8 @@ struct Mixer {
 #pragma unroll
         for (int q = 0; q < PAIRS; q++) at[q] = buffer * TO_OTHER + piece_at(8 * row + 2 * (u + q), column);
         mix_slots(
-            place, at, minus_u, s.c[buffer] + line * HEADS + 4 * t, s.lse + (8 * row + 2 * u) * HEADS + 4 * t, seen >> (8 * column + g) & 1,
-            picked, w, sums);
+            place, at, minus_u, s.c[buffer] + line * HEADS + 4 * t,
+            (seen >> (8 * column + g) & 1 ? s.lse + (8 * row + 2 * u) * HEADS : s.never) + 4 * t, picked, w, sums);
       }
     }
   }
@@ -435,7 +432,9 @@ struct Mixer {
 #pragma unroll
     for (int m = 0; m < UT; m++) put(to, sums.u[m], COLUMNS, 8 * m);
 #pragma unroll
-    for (int n = 0; n < 2; n++) put(to, sums.c[n], COLUMNS, UNITS + 8 * n);
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) to[(8 * n + 2 * t + (i & 1)) * COLUMNS + UNITS + g + 8 * (i >> 1)] = sums.c[n][i];
     clear(sums.u);
     clear(sums.c);
   }
@@ -533,6 +532,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) backward(
     const float sum = row < rows && head < H ? lse[b * stat_b + (long long)head * stat_h + (long long)row * stat_t] * LOG2E : NEVER;
     s.lse[i] = sum == NEVER ? -sum : sum;  // rows that see nothing have no weight
   }
+  if (threadIdx.x < 2 * PAIRS * HEADS) s.never[threadIdx.x] = -NEVER;
   if (threadIdx.x < 8) s.zero[threadIdx.x] = __float2half_rn(0.f);
   __syncthreads();
   if (warp < HEAD_WARPS) {

@@ -73,7 +73,8 @@ def shared_memory(heads: int, head_dim: int, units: int, rows: int, one_stage: i
     lines = heads * KEYS * head_dim * 2 * (1 if one_stage else 2)
     scores = 4 * heads * (rows * KEYS + 8) * 2
     tables = 2 * (rows + KEYS) * (2 * units + 4 * HEADS) + 4 * rows * HEADS
-    size = lines + scores + tables + 4 * (MIXERS + 1) * 16 * (units + HEADS) + 144
+    parts, never = 16 * (MIXERS + 1) * (units + HEADS), 2 * HEADS * (2 if units <= 32 else 1)
+    size = lines + scores + tables + 4 * (parts + never) + 144
     return cdiv(size, 16) * 16
 
 
@@ -87,7 +88,7 @@ def layout_of(problem: Problem, mixing: Mixing) -> Layout | None:
         and value.element_size() == 2
         and query.shape[3] == value.shape[3]
     )
-    return layout(*query.shape[1:4:2], padded_units(mixing)) if served else None
+    return layout(query.shape[1], query.shape[3], padded_units(mixing)) if served else None
 
 
 class Walk(NamedTuple):
