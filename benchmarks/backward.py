@@ -1,11 +1,12 @@
 """The backward pass across heads as one kernel, beside the kernels it stands for, on one GPU.
 
-    timeout 150 python benchmarks/backward.py [check time spans]
+    timeout 150 python benchmarks/backward.py [check time others spans variants]
 
 `check` compares the gradients of both ways with float64 and says whether two passes of the kernel
-agree bit for bit. `time` has DAPE-Kerple, forward and backward, inside CUDA graphs and kernel by
-kernel, bf16, causal, 12 heads of 64, 32 hidden units. `spans` tries how many tiles of keys a block
-has. Prints a line as soon as it is known, and first what is about to start.
+agree bit for bit; `others` does so for other kinds of calls. `time` has DAPE-Kerple, forward and
+backward, inside CUDA graphs and kernel by kernel, bf16, causal, 12 heads of 64, 32 hidden units.
+`spans` tries how many tiles of keys a block has, `variants` other layouts of the kernel. Prints a
+line as soon as it is known, and first what is about to start.
 """
 
 import copy
@@ -28,6 +29,20 @@ from dape.bench.case import TRAINING, Parts, build, draw, step
 SHAPES = ((1, 8192), (4, 2048), (32, 512))
 WAYS = {"one kernel": True, "several": False}
 SPANS = [(5, 16), (5, 8), (3, 16), (8, 16), (2, 32)]  # blocks a multiprocessor, tiles at least
+SMALLER = {"rows": 16, "shared_memory": backward_cuda.shared_memory(12, 64, 32, 16, 0)}
+TURNS = {"one_stage": 1, "shared_memory": backward_cuda.shared_memory(12, 64, 32, 32, 1)}
+SINGLE = {
+    "constexpr int PAIRS = UNITS <= 32 ? 2 : 1;": "constexpr int PAIRS = 1;",
+    "never[2 * PAIRS * HEADS]": "never[4 * HEADS]",
+}
+VARIANTS = {
+    "as it is": ({}, {}),
+    "two rows of slots at a time": ({}, SINGLE),
+    "112 and 176 registers": ({"head_registers": 112, "mixer_registers": 176}, {}),
+    "96 and 224 registers": ({"head_registers": 96, "mixer_registers": 224}, {}),
+    "16 rows": (SMALLER | {"head_registers": 72, "mixer_registers": 240}, {}),
+    "K and V in turn": (TURNS, {}),
+}
 BEGUN = perf_counter()
 
 
@@ -51,6 +66,8 @@ class Call:
 CALLS = {
     "12 heads of 64": Call(),
     "the same, in several bands": Call(rows=1030, keys=1030),
+}
+OTHERS = {
     "bidirectional, padding": Call(causal=False, masked=True, rows=333, keys=517),
     "5 heads on 1, offset, fp16": Call(5, 1, 64, 7, 3, 201, 333, True, 132, dtype=torch.float16),
     "16 heads of 64": Call(heads=16, kv_heads=4, rows=700, keys=700, masked=True),
@@ -113,8 +130,18 @@ def drawn(call: Call) -> tuple[list[Tensor], Parts]:
 
 
 def check() -> None:
+    """Compare both ways with float64 where heads and widths are those of `time`."""
+    compare(CALLS)
+
+
+def others() -> None:
+    """Compare both ways with float64 for other kinds of calls."""
+    compare(OTHERS)
+
+
+def compare(calls: dict[str, Call]) -> None:
     """Compare both ways with float64, and two passes of the kernel with each other."""
-    for name, call in CALLS.items():
+    for name, call in calls.items():
         given, parts = drawn(call)
         solve = partial(gradients, call, given, parts, call.dtype, "cuda")
         exact = gradients(call, given, parts, torch.float64, "reference")
@@ -176,7 +203,38 @@ def spans() -> None:
             say(f"{shape} {tried}: backward {found['backward']:.3f} ms, distances {sums:.3f}")
 
 
-PARTS = {f.__name__: f for f in (check, time, spans)}
+@contextmanager
+def variant(layout: dict[str, int], texts: dict[str, str]) -> Iterator[None]:
+    """Let the kernel have another layout, and some texts of its source be others."""
+    layout_of, source = backward_cuda.layout_of, backward_cuda.source
+
+    def changed(name: str, *values: int) -> str:
+        text = source(name, *values)
+        for old, new in texts.items():
+            assert old in text
+            text = text.replace(old, new)
+        return text
+
+    backward_cuda.layout_of = lambda *given: layout_of(*given)._replace(**layout)
+    backward_cuda.source = changed
+    backward_cuda.compiled.cache_clear()
+    try:
+        yield
+    finally:
+        backward_cuda.layout_of, backward_cuda.source = layout_of, source
+        backward_cuda.compiled.cache_clear()
+
+
+def variants() -> None:
+    """Time the kernel in other layouts at 1 x 8192."""
+    given = problem(1, 8192, dape.DAPE(12).cuda())
+    for name, changes in VARIANTS.items():
+        say(f"{name} starts")
+        with variant(*changes):
+            say(f"{name}: backward {milliseconds(run(given, mix_cuda))['backward']:.3f} ms")
+
+
+PARTS = {f.__name__: f for f in (check, time, others, spans, variants)}
 
 
 def main() -> None:
