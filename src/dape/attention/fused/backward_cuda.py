@@ -163,14 +163,14 @@ class Walk(NamedTuple):
         )  # fmt: skip
         static, hidden = tables[:2]
         (count, units), heads = hidden.shape, len(static)
-        padded, distances = padded_units(mixing), 4
+        padded = padded_units(mixing)
         columns = padded + HEADS
-        kernels.distances_kernel[(cdiv(count, distances),)](
+        kernels.distances_kernel[(count,)](
             self.sums, unit, static, hidden, batch, cut.row_tiles, cut.parts, cut.span,
             rows, keys, band.shift, count,
             H=heads, D=units, UNITS=padded, COLUMNS=columns, WIDE=next_power_of_2(columns),
             CAUSAL=problem.causal, ADD=band != blocks(problem)[0], M=where.rows, K=KEYS,
-            DISTANCES=distances, TERMS=32, **problem.gated(), num_warps=8,
+            TERMS=16, **problem.gated(), num_warps=4,
         )  # fmt: skip
 
     def gradients(self, problem: Problem, unit: Tensor, tables: list[Tensor]) -> None:

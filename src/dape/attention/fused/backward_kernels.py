@@ -1,8 +1,5 @@
 """The sums by distance that the blocks of `backward.cu` leave behind, put together."""
 
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
-
 import triton
 import triton.language as tl
 
@@ -17,8 +14,7 @@ def distances_kernel(
     slots, unit, static, hidden, batch, row_tiles, parts, span, rows, keys, shift, count,
     H: tl.constexpr, D: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
     WIDE: tl.constexpr, CAUSAL: tl.constexpr, ADD: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, DISTANCES: tl.constexpr, TERMS: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, TERMS: tl.constexpr, gate, GATED: tl.constexpr,
 ):  # fmt: skip
     """Store, or ADD, the gradients of C `[H, N]` and U `[N, D]` of a band; grid (distances).
 
@@ -28,39 +24,43 @@ def distances_kernel(
     """
     if unwanted(gate, GATED):
         return
-    d, c = tl.program_id(0) * DISTANCES + tl.arange(0, DISTANCES), tl.arange(0, WIDE)
-    total = tl.zeros((DISTANCES, WIDE), tl.float32)
+    d, c = tl.program_id(0), tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
     for negative in tl.static_range(1 if CAUSAL else 2):
         from_first = (-d if negative else d) - (M - K + shift)
-        real = (d > 0) & (d < count) if negative else d < count
-        for start in range(0, batch * row_tiles, TERMS):
+        first = (
+            tl.maximum(0, from_first - K + M) // M
+        )  # earlier tiles have no row so far from a key
+        live = row_tiles - first
+        for start in range(0, batch * live, TERMS):
             n = start + tl.arange(0, TERMS)
-            first_row = n % row_tiles * M
+            tile = first + n % live
+            first_row = tile * M
             end = tl.full((TERMS,), 0, tl.int32) + keys
             if CAUSAL:
                 end = tl.minimum(end, tl.minimum(rows, first_row + M) + shift)
             tiles = (tl.maximum(end, 0) + K - 1) // K
-            place = from_first[None, :] - first_row[:, None]
-            line = place & (K - 1)
-            step = (line - place) // K
-            inside = (n < batch * row_tiles)[:, None] & real[None, :] & (step >= 0)
+            line = (from_first - first_row) & (K - 1)
+            step = (line + first_row - from_first) // K
+            inside = (n < batch * live) & (step >= 0)
+            if negative:
+                inside &= d > 0
             for behind in tl.static_range(2):
                 part = tl.maximum(step - behind, 0) // span
                 local = step - part * span
                 if behind:
-                    last = (local == span) | (step == tiles[:, None])
-                    good = inside & (step > 0) & (step <= tiles[:, None]) & last
+                    last = (local == span) | (step == tiles)
+                    good = inside & (step > 0) & (step <= tiles) & last
                 else:
-                    good = inside & (step < tiles[:, None])
-                at = (n.to(tl.int64)[:, None] * parts + part) * (span + 1) + local
-                at = (at * K + line) * COLUMNS
-                wanted = good[:, :, None] & (c < COLUMNS)[None, None, :]
-                total += tl.sum(tl.load(slots + at[:, :, None] + c[None, None, :], wanted, 0.0), 0)
+                    good = inside & (step < tiles)
+                block = ((n // live).to(tl.int64) * row_tiles + tile) * parts + part
+                at = (block * (span + 1) + local) * K + line
+                wanted = good[:, None] & (c < COLUMNS)[None, :]
+                found = tl.load(slots + at[:, None] * COLUMNS + c[None, :], wanted, 0.0)
+                total += tl.sum(found, 0)
     total *= tl.load(unit)
-    at_u = hidden + d[:, None] * D + c[None, :]
-    at_c = static + (c - UNITS)[None, :] * count + d[:, None]
-    of_u = (d < count)[:, None] & (c < D)[None, :]
-    of_c = (d < count)[:, None] & ((c >= UNITS) & (c < UNITS + H))[None, :]
+    at_u, at_c = hidden + d * D + c, static + (c - UNITS) * count + d
+    of_u, of_c = c < D, (c >= UNITS) & (c < UNITS + H)
     if ADD:
         total += tl.load(at_u, of_u, 0.0) + tl.load(at_c, of_c, 0.0)
     tl.store(at_u, total, of_u)
