@@ -23,14 +23,15 @@ from tiles import milliseconds, problem, run
 from torch import Tensor
 
 import dape
-from dape.attention.fused import backward_cuda, geometry, mix_cuda
+from dape.attention.fused import geometry
+from dape.attention.fused.cuda import backward
 from dape.bench.case import TRAINING, Parts, build, draw, step
 
 SHAPES = ((1, 8192), (4, 2048), (32, 512))
 WAYS = {"one kernel": True, "several": False}
 SPANS = [(5, 16), (5, 8), (3, 16), (8, 16), (2, 32)]  # blocks a multiprocessor, tiles at least
-SMALLER = {"rows": 16, "shared_memory": backward_cuda.shared_memory(12, 64, 32, 16, 0)}
-TURNS = {"one_stage": 1, "shared_memory": backward_cuda.shared_memory(12, 64, 32, 32, 1)}
+SMALLER = {"rows": 16, "shared_memory": backward.shared_memory(12, 64, 32, 16, 0)}
+TURNS = {"one_stage": 1, "shared_memory": backward.shared_memory(12, 64, 32, 32, 1)}
 SINGLE = {
     "constexpr int PAIRS = UNITS <= 32 ? 2 : 1;": "constexpr int PAIRS = 1;",
     "never[2 * PAIRS * HEADS]": "never[4 * HEADS]",
@@ -84,15 +85,15 @@ def say(text: str) -> None:
 @contextmanager
 def way(whole: bool, bands: bool = False) -> Iterator[None]:
     """Let the backward pass be one kernel, or several; with small bands, if asked."""
-    layout_of, scores = backward_cuda.layout_of, geometry.SCORES_PER_BAND
+    layout_of, scores = backward.layout_of, geometry.SCORES_PER_BAND
     if not whole:
-        backward_cuda.layout_of = lambda problem, mixing: None
+        backward.layout_of = lambda problem, terms: None
     if bands:
         geometry.SCORES_PER_BAND = 12 * 2**17
     try:
         yield
     finally:
-        backward_cuda.layout_of, geometry.SCORES_PER_BAND = layout_of, scores
+        backward.layout_of, geometry.SCORES_PER_BAND = layout_of, scores
 
 
 def gradients(call: Call, given: list[Tensor], parts: Parts, dtype: torch.dtype, backend: str):
@@ -197,8 +198,8 @@ def spans() -> None:
     for shape in SHAPES:
         given = problem(*shape, dape.DAPE(12).cuda())
         for tried in SPANS:
-            backward_cuda.SHARE, backward_cuda.LEAST = tried
-            found = milliseconds(run(given, mix_cuda))
+            backward.SHARE, backward.LEAST = tried
+            found = milliseconds(run(given))
             sums = next(value for name, value in found.items() if "distances_kernel" in name)
             say(f"{shape} {tried}: backward {found['backward']:.3f} ms, distances {sums:.3f}")
 
@@ -206,7 +207,7 @@ def spans() -> None:
 @contextmanager
 def variant(layout: dict[str, int], texts: dict[str, str]) -> Iterator[None]:
     """Let the kernel have another layout, and some texts of its source be others."""
-    layout_of, source = backward_cuda.layout_of, backward_cuda.source
+    layout_of, source = backward.layout_of, backward.source
 
     def changed(name: str, *values: int) -> str:
         text = source(name, *values)
@@ -215,14 +216,14 @@ def variant(layout: dict[str, int], texts: dict[str, str]) -> Iterator[None]:
             text = text.replace(old, new)
         return text
 
-    backward_cuda.layout_of = lambda *given: layout_of(*given)._replace(**layout)
-    backward_cuda.source = changed
-    backward_cuda.compiled.cache_clear()
+    backward.layout_of = lambda *given: layout_of(*given)._replace(**layout)
+    backward.source = changed
+    backward.compiled.cache_clear()
     try:
         yield
     finally:
-        backward_cuda.layout_of, backward_cuda.source = layout_of, source
-        backward_cuda.compiled.cache_clear()
+        backward.layout_of, backward.source = layout_of, source
+        backward.compiled.cache_clear()
 
 
 def variants() -> None:
@@ -231,7 +232,7 @@ def variants() -> None:
     for name, changes in VARIANTS.items():
         say(f"{name} starts")
         with variant(*changes):
-            say(f"{name}: backward {milliseconds(run(given, mix_cuda))['backward']:.3f} ms")
+            say(f"{name}: backward {milliseconds(run(given))['backward']:.3f} ms")
 
 
 PARTS = {f.__name__: f for f in (check, time, others, spans, variants)}

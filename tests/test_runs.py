@@ -74,7 +74,7 @@ def test_a_cut_last_line_of_the_metrics_is_left_out(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     run = RunFolder(tmp_path)
     write(run.record, '{"ended": ')
-    with pytest.raises(UserError, match=r"run.json is not JSON .*; give the command"):
+    with pytest.raises(UserError, match=r"run.json is not JSON .*; run the command"):
         run.finished  # noqa: B018
 
 

@@ -12,7 +12,10 @@ from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import backward_cuda, banded, forward_cuda, geometry, mix_cuda, operator
+from dape.attention.fused import geometry, operator, overflow, passes
+from dape.attention.fused.cuda import backward, forward, mix
+from dape.attention.fused.problem import Result
+from dape.attention.fused.rows import Rows, in_half
 from dape.positions.bias import Bias
 
 pytestmark = [
@@ -59,9 +62,9 @@ def change():
     return {}
 
 
-def layout(problem, mixing):
+def layout(problem, terms):
     heads, head_dim = problem.query.shape[1], problem.query.shape[3]
-    return forward_cuda.layout(heads, head_dim, forward_cuda.padded_units(mixing))
+    return forward.layout(heads, head_dim, forward.padded_units(terms))
 
 
 @pytest.fixture
@@ -77,9 +80,8 @@ def emulated(monkeypatch, folder, change):
 
         return found
 
-    for module in (forward_cuda, backward_cuda):
-        monkeypatch.setattr(module, "layout_of", lambda problem, mixing: None)
-    for module in (forward_cuda, backward_cuda, mix_cuda):
+    monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
+    for module in (backward, forward, mix):
         monkeypatch.setattr(module, "compiled", compiled(module))
 
 
@@ -150,10 +152,10 @@ def test_every_kind_of_call_equals_the_textbook(emulated, name):
 @pytest.mark.parametrize("causal", [True, False])
 def test_bands_segments_and_elements_change_nothing(emulated, causal, monkeypatch):
     problem = problem_of(batch=5, rows=75, keys=90, causal=causal, query_offset=15)
-    monkeypatch.setattr(mix_cuda, "ROWS", 32)
-    assert mix_cuda.share(1, 3, 96) == (1, 3)
-    monkeypatch.setattr(mix_cuda, "BLOCKS", 32)
-    assert mix_cuda.share(5, 3, 96) == (3, 1)
+    monkeypatch.setattr(mix, "ROWS", 32)
+    assert mix.CudaMixer.share(1, 3, 96) == (1, 3)
+    monkeypatch.setattr(mix, "BLOCKS", 32)
+    assert mix.CudaMixer.share(5, 3, 96) == (3, 1)
     check(problem)
     check(replace(problem, batch=1))
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 96 * 32 * 2)
@@ -170,6 +172,11 @@ def test_two_backward_passes_agree_bit_for_bit(emulated):
         assert torch.equal(x, y)
 
 
+def with_flag(given):
+    """Return room for a result with a flag that nobody has set."""
+    return Result.of(given, True)._replace(flag=torch.zeros(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "name", [x for x in PROBLEMS if PROBLEMS[x].query_offset >= 0 and PROBLEMS[x].heads <= 16]
@@ -181,23 +188,15 @@ def test_the_whole_forward_pass(emulated, name, dtype):
     with torch.no_grad():
         how = (seen, problem.head_dim**-0.5, problem.causal, problem.query_offset)
         given = operator.problem_of(*tensors, tables_of(problem, bias, adapter), *how)
-        where = layout(given, given.mixing)
-        out, lse, rest = found = banded.outputs(given, True)
-        flag = torch.zeros(1, dtype=torch.int32)
-        forward_cuda.forward(given, given.mixing, where, *found, flag)
+        found = with_flag(given)
+        forward.forward(given, given.terms, layout(given, given.terms), found)
+        out, lse, rest, flag = found
         assert not flag.any()
         doubles = [x.double() for x in (*tensors, bias, adapter)]
         exact, exact_lse = textbook(problem, *doubles[:3], seen, *doubles[3:])
     assert relative(out, exact) < {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert relative(out.double() + rest, exact) < 1e-3
     assert_close(lse.double(), exact_lse, rtol=1e-3, atol=2e-3)
-
-
-def fused_flag(given, where, found):
-    """Return the flag of the forward pass across heads as one kernel."""
-    flag = torch.zeros(1, dtype=torch.int32)
-    forward_cuda.forward(given, given.mixing, where, *found, flag)
-    return flag.item()
 
 
 @pytest.mark.parametrize(("size", "level", "asks"), [(1, 0, 0), (30, 0, 1), (1, -200, 1)])
@@ -209,15 +208,17 @@ def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, le
         static, *others = tables_of(problem, bias, adapter)
         tables = (static + level, *others)
         given = operator.problem_of(*tensors, tables, None, 32**-0.5, True, 0)
-        assert fused_flag(given, layout(given, given.mixing), banded.outputs(given, True)) == asks
+        found = with_flag(given)
+        forward.forward(given, given.terms, layout(given, given.terms), found)
+        assert found.flag.item() == asks
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_large_scores_and_biases_go_over_to_the_wide_range(emulated, monkeypatch, whole):
     """Tables of 3e5 on the way, and what the narrow kernels leave is not taken."""
     if whole:
-        monkeypatch.setattr(forward_cuda, "layout_of", layout)
-    monkeypatch.setattr(geometry, "LARGEST_SCORE", -1.0)
+        monkeypatch.setattr(forward, "layout_of", layout)
+    monkeypatch.setattr(overflow, "LARGEST_SCORE", -1.0)
     check(PROBLEMS["causal"])
 
 
@@ -250,7 +251,7 @@ def test_a_bias_of_1e5_stays_in_16_bits_where_it_has_no_weight(emulated):
 
 
 def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):
-    monkeypatch.setattr(forward_cuda, "layout_of", layout)
+    monkeypatch.setattr(forward, "layout_of", layout)
     check(PROBLEMS["many units"])
 
 
@@ -259,14 +260,11 @@ def in_one_kernel(emulated, monkeypatch):
     """Let the backward pass across heads be one kernel; return how often it runs."""
     runs = []
 
-    def layout_of(problem, mixing):
-        if problem.scratch != torch.float16:
-            return None
-        runs.append(mixing)
-        units = forward_cuda.padded_units(mixing)
-        return backward_cuda.layout(*problem.query.shape[1:4:2], units)
+    def layout_of(problem, terms):
+        runs.append(terms)
+        return backward.layout(*problem.query.shape[1:4:2], forward.padded_units(terms))
 
-    monkeypatch.setattr(backward_cuda, "layout_of", layout_of)
+    monkeypatch.setattr(backward, "layout_of", layout_of)
     return runs
 
 
@@ -290,7 +288,7 @@ def test_the_backward_pass_in_one_kernel(in_one_kernel, name):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_spans_and_bands_of_the_backward_pass_in_one_kernel(in_one_kernel, monkeypatch, causal):
-    monkeypatch.setattr(backward_cuda, "LEAST", 1)
+    monkeypatch.setattr(backward, "LEAST", 1)
     sizes = {"rows": 75, "keys": 140, "query_offset": 65, "head_dim": 16, "value_dim": 16}
     problem = problem_of(causal=causal, **sizes)
     check(problem)
@@ -304,7 +302,7 @@ def test_two_backward_passes_in_one_kernel_agree_bit_for_bit(in_one_kernel):
         torch.manual_seed(0)
         solutions.append(solve(PROBLEMS["padding"])[0])
     assert all(torch.equal(*pair) for pair in zip(*solutions, strict=True))
-    assert len(in_one_kernel) == 2
+    assert in_one_kernel
 
 
 def test_large_scores_leave_the_backward_pass_to_the_wide_range(in_one_kernel):
@@ -328,25 +326,21 @@ def p_and_da(problem, tensors, tables, lse, delta):
     """Return P and dA by the backward pass in one kernel, NaN where it writes nothing."""
     *qkv, grad = tensors
     how = (None, problem.head_dim**-0.5, problem.causal, problem.query_offset)
-    given = banded.in_half(operator.problem_of(*qkv, tables, *how))
-    units = forward_cuda.padded_units(given.mixing)
-    where = backward_cuda.layout(problem.heads, problem.head_dim, units)
-    walk = backward_cuda.Walk.of(given, given.mixing, where)
-    (band,) = geometry.blocks(given)
+    given = in_half(operator.problem_of(*qkv, tables, *how))
+    mixer, (band,) = passes.mixer_of(given, "cuda"), geometry.blocks(given)
     x, y = (geometry.Scratch.of(given, (band,)).view(band).fill_(torch.nan) for _ in range(2))
-    room = [torch.empty_like(table) for table in tables]
-    rows = lse.float(), delta.float(), grad
-    walk.band(x, y, band, given, given.mixing, *rows, torch.ones(()), room)
-    return where, [z.permute(0, 3, 1, 2, 4).flatten(3)[..., : problem.keys] for z in (x, y)]
+    rows = Rows(lse.float(), delta.float(), grad, grad, None, torch.ones(()))
+    mixer.mix_backward(x, y, band, rows, slots := mixer.slots())
+    return slots.where, [z.permute(0, 3, 1, 2, 4).flatten(3)[..., : problem.keys] for z in (x, y)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("size", [1, 1e6])
-def test_p_and_da_in_one_kernel(emulated, monkeypatch, dtype, in_turn, size):
+def test_p_and_da_in_one_kernel(in_one_kernel, monkeypatch, dtype, in_turn, size):
     """K and V take turns where there is less room; dO V^T beyond fp16 is its largest number."""
     if in_turn:
-        monkeypatch.setattr(backward_cuda, "SHARED_MEMORY", 60_000)
+        monkeypatch.setattr(backward, "SHARED_MEMORY", 60_000)
     problem = problem_of(batch=1, heads=5, kv_heads=5, rows=40, keys=70, query_offset=30)
     tensors = [x.to(dtype) for x in (*problem.tensors(), problem.tensors()[0])]
     bias, adapter = problem.modules()

@@ -85,3 +85,18 @@ def test_help_shows_text_and_defaults(capsys):
     assert "usage: dape thing" in page
     assert "Size of a step. (default: 0.5)" in page
     assert "What to do it to. (default: first)" in page
+
+
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Wordy:
+        """Do a thing with so many words that a terminal of fifty columns breaks the line.
+
+        A second paragraph begins a line.
+        """
+
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(SystemExit):
+        parse(Wordy, ["--help"], "dape thing")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 50 and "  A second paragraph begins a line." in lines

@@ -1,10 +1,12 @@
-"""Mappings into dataclasses, strictly: no unknown key, no value of another type."""
+"""Mappings into dataclasses, without unknown keys and without values of a wrong type."""
 
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from reprlib import Repr
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tyro.conf import arg
 
 from dape.errors import UserError, unknown
 
@@ -23,14 +25,23 @@ _short.maxstring = _short.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Marks a choice that also accepts `true` and `false`."""
+    """Marker of a choice with the further values `true` and `false`."""
 
     on: str
     off: str
 
 
+def default(meaning: str, metavar: str | None = None) -> Any:
+    """Return the annotation of an option whose empty default stands for `meaning`."""
+    empty = ("None", "", "''")
+    return arg(
+        metavar=metavar,
+        help_behavior_hint=lambda shown: f"(default: {meaning if shown in empty else shown})",
+    )
+
+
 def build(cls: type, data: Any, where: str = "") -> Any:
-    """Return the dataclass `cls` from a mapping; nested dataclasses are sections of it.
+    """Return the dataclass `cls` from a mapping; nested dataclasses are sections.
 
     Raises:
         UserError: for an unknown key, with the nearest known key, or a value of a wrong type; the
@@ -52,7 +63,7 @@ def build(cls: type, data: Any, where: str = "") -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """Return `value` as a `hint`: an int as a float, a list as a tuple, all else as it is."""
+    """Return `value` as a `hint`, an int as a float and a list as a tuple."""
     if get_origin(hint) is Annotated:
         hint, *notes = get_args(hint)
         for note in notes:
@@ -76,11 +87,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 
 
 def _mismatch(value: Any, options: tuple[Any, ...], where: str) -> str:
-    """Return what is wrong with a value that is of none of the types."""
+    """Return the error text for a value of none of the types."""
     remedy = ""
     if isinstance(value, str) and not {int, float}.isdisjoint(options) and _is_number(value):
         number = f"{float(value):.1e}" if float in options else f"{float(value):.0f}"
-        remedy = f"; YAML takes it for text, write {number}"
+        remedy = f"; YAML reads text, write {number}"
     expected = " or ".join(map(_describe, options))
     return f"{where}={_short.repr(value)}: expected {expected}{remedy}"
 

@@ -8,12 +8,8 @@ V of W1 on the bias and A on the scores:
 With LINEAR tables (DAPE V2, FIRE) C has no W2 phi(U). DAPE V2 has U for each tap, without b1; for
 FIRE only the first entry is the constant that b1 and b2 meet (ONE_CONSTANT).
 
-Shapes: N entries of a tile, H heads, D hidden units, T taps; HEADS and UNITS are padded. Suffixes
-name the axes of a tile: `b_NH` is `[N, HEADS]`.
+`tiles` has the legend; N are the entries of a tile.
 """
-
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
 
 import triton
 import triton.language as tl

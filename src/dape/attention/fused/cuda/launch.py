@@ -1,0 +1,67 @@
+"""CUDA kernels compiled when first used, by NVRTC, and started at little cost."""
+
+from collections.abc import Callable
+from ctypes import addressof, c_uint64, c_void_p
+from functools import cache
+from importlib.resources import files
+from struct import pack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
+
+
+class Kernel(NamedTuple):
+    """A kernel on the device that was current when it was compiled.
+
+    What `torch.cuda._compile_kernel` returns looks at every argument anew when it is called, which
+    takes longer than many a kernel runs: 0.2 ms. Here each is a word of eight bytes.
+    """
+
+    function: c_void_p
+    shared_memory: int
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        args: list[Tensor | int | float],
+    ) -> None:
+        """Start the kernel on the current stream; integers are `int` there, floats `double`."""
+        words = (c_uint64 * len(args))(*map(word, args))
+        first = addressof(words)
+        places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
+        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check_cuda(
+            launcher()(self.function, *grid, *block, self.shared_memory, stream, places, None)
+        )
+
+
+@cache
+def launcher() -> Callable[..., int]:
+    """Return the driver's function that starts a kernel."""
+    function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernel
+    return function
+
+
+def word(argument: Tensor | int | float) -> int:
+    """Return an argument as the low bytes of a word."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument if isinstance(argument, int) else int.from_bytes(pack("=d", argument), "little")
+
+
+def source_of(defines: dict[str, int], *names: str) -> str:
+    """Return the sources of these names in this folder, behind some macros and `ptx.cuh`."""
+    folder = files("dape.attention.fused.cuda")
+    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", *names))
+    return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
+
+
+def kernel(source: str, name: str, capability: str | None = None, shared_memory: int = 0) -> Kernel:
+    """Return a compiled kernel with so much dynamic shared memory, on the current device."""
+    found = torch.cuda._compile_kernel(source, name, compute_capability=capability)
+    if shared_memory:
+        found.set_shared_memory_config(shared_memory)
+    return Kernel(found.func, shared_memory)
