@@ -12,7 +12,8 @@ from dape.attention.fused.cuda.forward import CAPABILITY, aligned, padded_units
 from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import ALIGNMENT, blocks
-from dape.attention.fused.problem import Band, Problem
+from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.problem import Band, Problem, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, next_power_of_2, strides
 from dape.attention.fused.sums import add_up
@@ -104,11 +105,19 @@ class Walk(NamedTuple):
     weights: Float[Tensor, "1 blocks size"]
 
 
-class WholeMixer(CudaMixer):
+class WholeMixer(Mixer[Mixed]):
     """A mixer that makes scores and dO V^T itself in the backward pass."""
 
     __slots__ = ()
     makes_scores = True
+
+    def whole(self, found: Result) -> bool:
+        """Fill a result by one kernel; return whether there is one for the problem."""
+        return CudaMixer(self.problem, self.terms).whole(found)
+
+    def mix(self, x: Tensor, band: Band) -> None:
+        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+        CudaMixer(self.problem, self.terms).mix(x, band)
 
     def slots(self) -> Walk:
         """Return room for the bands of the problem, and the tables, packed."""
