@@ -52,10 +52,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x < 8) s.zero[threadIdx.x] = __float2half_rn(0.f);
   __syncthreads();
   if (warp < HEAD_WARPS) {
-    set_registers<HEAD_REGISTERS>();
+    set_registers<HEAD_REGISTERS, THREADS>();
     if (warp < H) attend(s, a, q_t, grad_t, warp, lane);
   } else {
-    set_registers<MIXER_REGISTERS>();
+    set_registers<MIXER_REGISTERS, THREADS>();
     Mixer(s, a, warp - HEAD_WARPS, lane).run();
   }
 }

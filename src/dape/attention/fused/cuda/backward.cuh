@@ -77,15 +77,6 @@ DEVICE void await_gradients(int b) {
   else
     meet<3>(MEMBERS);
 }
-constexpr int LAUNCHED =
-    65536 / THREADS / 8 * 8 < 255 ? 65536 / THREADS / 8 * 8 : 255;  // registers of a thread at the start
-template <int N>
-DEVICE void set_registers() {
-  if constexpr (N > LAUNCHED)
-    more_registers<N>();
-  else if constexpr (N > 0)
-    fewer_registers<N>();
-}
 // Where a piece of 8 keys of a row lies in a line of X or Y, in bytes.
 DEVICE constexpr int piece_at(int row, int block) { return (row * KB + (block ^ (row >> 1 & KB - 1))) * 16; }
 

@@ -238,7 +238,7 @@ def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
     phases = PHASES if name == "backward" else ()
     defines = dict(zip(NAMES, values, strict=True))
-    return source_of(defines, "backward.cuh", *phases, f"{name}.cu")
+    return source_of(defines, "warps.cuh", "backward.cuh", *phases, f"{name}.cu")
 
 
 @cache

@@ -1,9 +1,5 @@
 // A head's warp of `backward.cu`: X and Y of a tile, and P and dA to the scratch.
 
-DEVICE uint32 pack_half(float a, float b) {
-  __half2 h = __floats2half2_rn(a, b);
-  return *(uint32*)&h;
-}
 template <bool OF_VALUES>
 DEVICE void multiply(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
 #if BF16

@@ -2,11 +2,6 @@
 
 DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
-DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
-  const uint2 sum = mma_half(make_uint4(a[0], a[1], a[2], a[3]), b[0], b[1], c0, c1);
-  d[0] = sum.x;
-  d[1] = sum.y;
-}
 // leaky(w + U) - leaky(U), and in `slope` leaky'(w + U), for a pair of -U.
 DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& slope) {
   const __half2 x = half2_of(w), y = half2_of(minus_u),
