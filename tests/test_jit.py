@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dape.jit import Started, jit, kind
+from dape.jit import Started, kind, started
 
 
 class Recorded:
@@ -104,10 +104,11 @@ def test_integers_of_one_kind_are_of_one_kind_to_triton():
 
 def test_the_interpreter_keeps_its_own():
     if not torch.cuda.is_available():
-        assert type(jit(lambda x: None)).__name__ == "InterpretedFunction"
+        assert type(add_kernel).__name__ == "InterpretedFunction"
 
 
-@jit
+@started
+@triton.jit
 def add_kernel(x, out, size, step, BLOCK: tl.constexpr):
     """Write x plus a step."""
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

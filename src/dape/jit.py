@@ -1,4 +1,4 @@
-"""`triton.jit` for kernels that the host starts: a compiled kernel is found by a short key.
+"""Kernels of Triton that the host starts: a compiled kernel is found by a short key.
 
 Triton looks at all arguments, options, globals and environment variables whenever it starts a
 kernel, and so takes longer than many a kernel runs. Here the arguments alone make a key. Triton
@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -71,7 +70,6 @@ def kind(argument: Any, runtime: bool) -> Hashable:
     return type(argument), None if runtime and type(argument) is float else argument
 
 
-def jit(function: Callable[..., None]) -> Any:
-    """Return a kernel that the host starts; the interpreter of Triton has its own."""
-    kernel = triton.jit(function)
+def started(kernel: Any) -> Any:
+    """Return a kernel of `triton.jit` with quick starts; the interpreter's stays as it is."""
     return Started(kernel) if isinstance(kernel, JITFunction) else kernel

@@ -22,7 +22,7 @@ from dape.positions.bias import T5
 
 ALIGNED = 4  # parameters begin at multiples of this number of elements, 16 bytes of float32
 NOISE = 2**32  # added to a seed for dropout and randomised positions
-PART = 16  # examples of a product of weights; see `Stack.forward`
+PART = 8  # examples of a product of weights; see `Stack.forward`
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,9 @@ class Stack:
 
         Every `PART` examples have a copy of their model's weights. The gradient of a weight is then
         a sum of many short products. A single product over the batch has few outputs and a long
-        sum, and keeps few processors of a GPU busy. Such products took 78 % of a step of DAPE.
+        sum, and keeps few processors of a GPU busy. On an H200 a step of three DAPE-Kerple models
+        takes 55.6 ms with a part of 128 examples, 14.9 with 16, 12.2 with 8 and 11.9 with 4. Three
+        RoPE models take 8.6, 5.2, 5.0 and 5.1 (reverse-string, inputs of 20 symbols).
         """
         batch = inputs.shape[1]
         parts = batch // PART if batch % PART == 0 else 1

@@ -154,14 +154,26 @@ def mix(
 ) -> Float[Tensor, "*batch out query key"]:
     """Return the 1 x k convolution along the keys, `sum_t W_t x[j + t]`.
 
-    A product per tap replaces `conv1d`, because convolutions run in TF32 on a GPU by default.
+    A product replaces `conv1d`, because convolutions run in TF32 on a GPU by default. Taps become
+    channels on the side that has fewer of them.
     """
-    weight, taps = weight.to(x.dtype), weight.shape[-1]
+    weight, (out, channels, taps) = weight.to(x.dtype), weight.shape
     keys = x.shape[-1] - taps + 1
-    out = torch.einsum("oc,...cqk->...oqk", weight[:, :, 0], x[..., :keys])
-    for tap in range(1, taps):
-        out = out + torch.einsum("oc,...cqk->...oqk", weight[:, :, tap], x[..., tap : tap + keys])
-    return out
+    if taps == 1:
+        return across(weight[:, :, 0], x)
+    if channels < out:
+        shifted = torch.cat([x[..., tap : tap + keys] for tap in range(taps)], dim=-3)
+        return across(weight.mT.flatten(1), shifted)
+    parts = across(weight.permute(2, 0, 1).flatten(0, 1), x).unflatten(-3, (taps, out))
+    moved = [parts[..., tap, :, :, tap : tap + keys] for tap in range(taps)]
+    return sum(moved[1:], moved[0])
+
+
+def across(
+    weight: Float[Tensor, "out channels"], x: Float[Tensor, "*batch channels query key"]
+) -> Float[Tensor, "*batch out query key"]:
+    """Return a product with the channels at each query and key."""
+    return torch.einsum("oc,...cqk->...oqk", weight, x)
 
 
 class TalkingHeads(Wide):

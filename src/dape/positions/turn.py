@@ -78,7 +78,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """Return x turned by the angles times the sign, computed by the kernel."""
     import triton
 
-    from dape.positions.turn_kernels import turn_rows
+    from dape.positions.turn_kernels import turn_kernel
 
     x = x if x.stride(3) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -88,7 +88,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     rest = width - 2 * pairs
     if rows:
         with torch.cuda.device_of(x):
-            turn_rows[(triton.cdiv(rows, ROWS),)](
+            turn_kernel[(triton.cdiv(rows, ROWS),)](
                 x, cos, sin, out, rows, heads, length, *x.stride()[:3], *out.stride()[:3],
                 length * pairs if cos.numel() > length * pairs else 0, sign,
                 width, pairs, triton.next_power_of_2(pairs),

@@ -83,9 +83,9 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
         if extent.numbers is not None:
             room = scores // extent.numbers
             height = min(height, highest(extent, start, room))
-            widest = max(ALIGNMENT, whole_blocks(isqrt(ASPECT * room)))
+            widest = max(ALIGNMENT, _whole_blocks(isqrt(ASPECT * room)))
             if cut and start + height < rows and extent.visible(start + height) > widest:
-                height = min(rows - start, max(ALIGNMENT, whole_blocks(room // widest)))
+                height = min(rows - start, max(ALIGNMENT, _whole_blocks(room // widest)))
                 pieces = cdiv(extent.visible(start + height), widest)
         keys = extent.visible(start + height)
         width = cdiv(cdiv(keys, pieces), ALIGNMENT) * ALIGNMENT
@@ -105,7 +105,7 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
     )
 
 
-def whole_blocks(size: int) -> int:
+def _whole_blocks(size: int) -> int:
     """Return the largest multiple of `ALIGNMENT` that is no more than a size."""
     return size // ALIGNMENT * ALIGNMENT
 
@@ -117,7 +117,7 @@ def highest(extent: Extent, start: int, room: int) -> int:
         # Of h rows the last sees c + h keys, and the scratch is padded by less than a block.
         c = max(0, extent.offset + start) + ALIGNMENT
         height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
-    return max(ALIGNMENT, whole_blocks(height))
+    return max(ALIGNMENT, _whole_blocks(height))
 
 
 class Scratch(NamedTuple):
@@ -166,7 +166,7 @@ def diagonals(
     With a `reach` rows see so many keys more, and past the last: the hidden units of convolutions.
     """
     _, rows, keys = band.sizes
-    lowest = lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    lowest = _lowest_diagonal(problem, tile_rows, tile_keys, reach)
     band_tile = (band.shift + reach) // tile_keys
     first = max(lowest, band_tile + 1 - cdiv(keys + reach, tile_keys))
     last_row = (cdiv(rows, tile_rows) - 1) * tile_rows
@@ -175,7 +175,7 @@ def diagonals(
     return Diagonals(first, number, first - lowest, band_tile, (problem.offset + reach) % tile_keys)
 
 
-def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
+def _lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
     """Return the first diagonal of a whole problem."""
     extent, offset = Extent.of(problem), problem.offset + reach
     first = offset // tile_keys + 1 - cdiv(extent.visible(extent.rows) + reach, tile_keys)
@@ -196,5 +196,5 @@ def count_diagonals(
 
 def lowest_distance(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
     """Return the distance i + reach - j of the first line of the first diagonal of a problem."""
-    first = lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    first = _lowest_diagonal(problem, tile_rows, tile_keys, reach)
     return first * tile_keys + (problem.offset + reach) % tile_keys - (tile_keys - 1)

@@ -27,19 +27,21 @@ def logits(
         case Mixed():
             u = terms.hidden[distances]
             risen = phi(across(terms.weight_in, scores) + u) - phi(u)
-            scores = scores + terms.static[:, distances] + heads_of(risen @ terms.weight_out.t())
+            scores = scores + terms.static[:, distances] + _heads_of(risen @ terms.weight_out.t())
         case Features():
             x = terms.psi[distances] * terms.scale[torch.maximum(rows[:, None], keys)]
             f = relu(x[..., None] * terms.weight + terms.bias)
             f = torch.cat((torch.ones_like(x)[..., None], f), dim=-1)
             hidden = phi(across(terms.weight_in, scores) + f @ terms.hidden)
-            scores = scores + heads_of(hidden @ terms.weight_out.t() + f @ terms.static.t())
+            scores = scores + _heads_of(hidden @ terms.weight_out.t() + f @ terms.static.t())
         case Taps():
-            scores = scores + terms.static[:, distances] + convolved(terms, scores, distances, seen)
+            scores = (
+                scores + terms.static[:, distances] + _convolved(terms, scores, distances, seen)
+            )
     return scores.masked_fill(~seen, -torch.inf)
 
 
-def convolved(
+def _convolved(
     terms: Taps,
     scores: Float[Tensor, "batch heads rows keys"],
     distances: Int[Tensor, "rows keys"],
@@ -75,6 +77,6 @@ def across(
     return torch.einsum("uh,bhrk->brku", layer, x)
 
 
-def heads_of(x: Float[Tensor, "batch rows keys heads"]) -> Float[Tensor, "batch heads rows keys"]:
+def _heads_of(x: Float[Tensor, "batch rows keys heads"]) -> Float[Tensor, "batch heads rows keys"]:
     """Return heads on the second axis."""
     return x.movedim(-1, 1)

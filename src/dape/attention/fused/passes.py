@@ -80,9 +80,9 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     scratch = Scratch.of(problem, all_bands)
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
-        scores(part.query, part.key, x, band, problem, problem.scale, flag=found.flag)
+        scores(part.query, part.key, x, part, part.scale, flag=found.flag)
         mixer.mix(x, band)
-        softmax_value(x, part.value, band, problem, found.at(band))
+        softmax_value(x, part, found.at(band))
 
 
 def backward(
@@ -130,15 +130,15 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     slots = mixer.slots()
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
-        part, its = problem.part(band), rows.at(band)
+        part, its, gradients = problem.part(band), rows.at(band), into.at(band)
         if not mixer.makes_scores:
-            scores(its.grad_out, part.value, y, band, problem, 1.0, rows.unit)
-            scores(part.query, part.key, x, band, problem, problem.scale)
+            scores(its.grad_out, part.value, y, part, 1.0, rows.unit)
+            scores(part.query, part.key, x, part, part.scale)
         if problem.scratch == torch.float32:
             mixer.mix(x, band)
-            balance(x, y, band, problem, its)
-            scores(part.query, part.key, x, band, problem, problem.scale)
+            balance(x, y, part, its)
+            scores(part.query, part.key, x, part, part.scale)
         x, y = mixer.mix_backward(x, y, band, its, slots)
-        grad_query(y, band, problem, its, into)
-        grad_key_value(x, y, band, problem, its, into)
+        grad_query(y, part, its, gradients)
+        grad_key_value(x, y, part, its, gradients)
     mixer.gradients(slots, rows.unit, tables)

@@ -74,7 +74,7 @@ class Problem(NamedTuple):
         """Return the problem of a band alone, whose first row has the index `band.shift`."""
         terms = self.terms
         if isinstance(terms, Features):
-            terms = terms._replace(scale=terms.scale[band.keys.start :])
+            terms = terms.part(band.keys)
         return self._replace(
             query=self.query[band.batch, :, band.rows],
             key=self.key[band.batch, :, band.keys],
@@ -132,3 +132,13 @@ class Gradients(NamedTuple):
     key: Float[Tensor, "batch kv_heads keys head_dim"]
     value: Float[Tensor, "batch kv_heads keys value_dim"]
     add: bool
+
+    def at(self, band: Band) -> "Gradients":
+        """Return those of a band, where it alone fills them with those of the keys nobody sees."""
+        keys = band.keys if self.add else slice(None)
+        return Gradients(
+            self.query[band.batch, :, band.rows],
+            self.key[band.batch, :, keys],
+            self.value[band.batch, :, keys],
+            self.add,
+        )

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     ) -> "Rows":
         """Return the rows of a problem in fp16, or float32, from its result and gradients."""
         exact = problem.query.dtype == torch.float32
-        unit = found.lse.new_ones(()) if exact else power_above(grad_out, grad_lse)
+        unit = found.lse.new_ones(()) if exact else _power_above(grad_out, grad_lse)
         batch, heads, rows, value_dim = found.out.shape
         lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
         scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
         )
 
 
-def power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
+def _power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
     """Return the least power of two that is no less than any number in some tensors."""
     norms = [
         torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)

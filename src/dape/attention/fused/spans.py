@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import spans_kernels as kernels
-from dape.attention.fused.problem import Band, Problem, Result
+from dape.attention.fused.problem import Result
 from dape.attention.fused.sizes import Tile, cdiv, next_power_of_2, strides
 
 # Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
 PROGRAMS = 256
 
 
-def key_spans(problem: Problem, band: Band, tile: Tile) -> tuple[int, int]:
-    """Return over how many spans the keys of a band are split, a power of two, and their length."""
-    batch, rows, keys = band.sizes
-    programs = cdiv(rows, tile.rows) * batch * problem.query.shape[1]
-    wanted = max(1, min(PROGRAMS // programs, keys // 256, 64))
+def key_spans(heads: int, rows: int, keys: int, tile: Tile) -> tuple[int, int]:
+    """Return over how many spans keys are split, a power of two, and their length.
+
+    The heads are those of all elements.
+    """
+    wanted = max(1, min(PROGRAMS // (cdiv(rows, tile.rows) * heads), keys // 256, 64))
     spans = 1 << (wanted.bit_length() - 1)
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dape.attention.fused import static_kernels as kernels
-from dape.attention.fused.geometry import bands, diagonals, lowest_distance
+from dape.attention.fused.geometry import Extent, bands, diagonals, lowest_distance
 from dape.attention.fused.overflow import asking
 from dape.attention.fused.problem import Gradients, Problem, Result
 from dape.attention.fused.rows import Rows
@@ -83,13 +83,14 @@ def forward(problem: Problem, found: Result) -> None:
     """Fill a result, over spans of keys where rows are too few programs."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
-    bias, tile, band = Bias.of(problem), tile_of("forward", problem), bands(problem)[0]
-    spans, length = key_spans(problem, band, tile)
+    bias, tile = Bias.of(problem), tile_of("forward", problem)
+    visible = Extent.of(problem).visible(rows)
+    spans, length = key_spans(batch * heads, rows, visible, tile)
     parts, parts_lse = parts_of(found, spans)
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
         query, key, value, bias.table, line, parts, parts_lse, found.rest,
-        rows, band.sizes[2], bias.size, problem.offset,
+        rows, visible, bias.size, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),

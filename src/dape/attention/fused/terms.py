@@ -52,6 +52,10 @@ class Features(NamedTuple):
     weight: Float[Tensor, "features"]
     bias: Float[Tensor, "features"]
 
+    def part(self, keys: slice) -> "Features":
+        """Return the features with indices counted from the first of some keys."""
+        return self._replace(scale=self.scale[keys.start :])
+
 
 class Taps(NamedTuple):
     """Heads are mixed by convolutions along the keys, by tables over the distance: DAPE V2.

@@ -50,14 +50,9 @@ class FeaturesMixer(Mixer[Features]):
         return Slots(*zeros(self.problem.query, *((*lead, *x) for x in shapes), scale))
 
     def tables(self, band: Band) -> list[Tensor]:
-        """Return weights, tables and what makes the features, as the kernels take them of a band.
-
-        Indices are counted from the first key of the band.
-        """
-        terms = self.terms
-        scale = terms.scale[band.keys.start :]
-        layers = terms.weight_in, terms.weight_out, terms.hidden, terms.static
-        return [*layers, terms.psi, scale, terms.weight, terms.bias]
+        """Return the terms of a band in the order of the kernels."""
+        static, hidden, weight_in, weight_out, *features = self.terms.part(band.keys)
+        return [weight_in, weight_out, hidden, static, *features]
 
     def mix(self, x: Tensor, band: Band) -> None:
         """Turn the scores X of a band into logits, in place; -inf where unseen."""

@@ -64,7 +64,7 @@ def tile_of(problem: Problem, terms: Taps) -> Tile:
     return SMALL_TILE if size > MOST_BYTES else TILE
 
 
-def lines_of(tile: Tile) -> int:
+def _lines_of(tile: Tile) -> int:
     """Return how many diagonals of a tile there are, and one."""
     return next_power_of_2(tile.rows + tile.keys - 1)
 
@@ -130,7 +130,7 @@ class TapsMixer(Mixer[Taps]):
         )
         at_key, at_column = (slice(where.slot, None) for where in (given.keys, given.columns))
         strides = (*x.stride()[:2], *z.stride()[:2])
-        lines, compiled = lines_of(self.tile), {**self.compiled(), "num_stages": 1}
+        lines, compiled = _lines_of(self.tile), {**self.compiled(), "num_stages": 1}
         kernels.convolution_backward_kernel[(given.keys.number, batch, slots.segments)](
             x, p, y, z, terms.weight_out, terms.static, rows.lse, rows.delta, given.mask,
             slots.static[:, at_key], slots.weight_out[:, at_key], *self.counted(),
@@ -159,7 +159,7 @@ class TapsMixer(Mixer[Taps]):
         """Return zeros for the bands of the problem."""
         compiled, tile = self.compiled(), self.tile
         taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
-        reach, lines = self.terms.taps // 2, lines_of(tile)
+        reach, lines = self.terms.taps // 2, _lines_of(tile)
         group, rows, count = count_diagonals(self.problem, *tile[:2], 0, reach)
         _, segments = MixedMixer.share(group, count, rows)
         lead = group * segments, count
