@@ -89,6 +89,7 @@ SPAN_SIZES = ("batch", "row_tiles", "parts", "span", "rows", "keys", "shift", "c
 
 
 # Of any sizes: one kernel for all bands.
+@started
 @triton.jit(do_not_specialize=SPAN_SIZES)
 def distances_kernel(
     slots, static, hidden, batch, row_tiles, parts, span, rows, keys, shift, count,
