@@ -133,11 +133,12 @@ def distances_kernel(
                     good = inside & (step > 0) & (step <= tiles) & last
                 else:
                     good = inside & (step < tiles)
-                block = ((n // live).to(tl.int64) * row_tiles + tile) * parts + part
-                at = (block * (span + 1) + local) * K + line
-                wanted = good[:, None] & (c < COLUMNS)[None, :]
-                found = tl.load(slots + at[:, None] * COLUMNS + c[None, :], wanted, 0.0)
-                total += tl.sum(found, 0)
+                if tl.max(good.to(tl.int32), 0) > 0:
+                    block = ((n // live).to(tl.int64) * row_tiles + tile) * parts + part
+                    at = (block * (span + 1) + local) * K + line
+                    wanted = good[:, None] & (c < COLUMNS)[None, :]
+                    found = tl.load(slots + at[:, None] * COLUMNS + c[None, :], wanted, 0.0)
+                    total += tl.sum(found, 0)
     at_u, at_c = hidden + d * D + c, static + (c - UNITS) * count + d
     of_u, of_c = c < D, (c >= UNITS) & (c < UNITS + H)
     if ADD:

@@ -21,20 +21,21 @@
 //
 // Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, K_T and V_T strides of rows,
 // CAUSAL, MASKED, BF16 (dO and V; Q and K are fp16), ROWS of a tile, ONE_STAGE: K and V of a head take turns in one
-// place, BLOCK keys of a head side by side in the scratch, HEAD_REGISTERS and MIXER_REGISTERS (0: as launched), SHARED
-// bytes of shared memory.
+// place, MIXERS warps, BLOCK keys of a head side by side in the scratch, HEAD_REGISTERS and MIXER_REGISTERS (0: as
+// launched), SHARED bytes of shared memory.
 typedef __half Element;  // of Q and K, and in lines of shared memory
 #if BF16
 typedef __nv_bfloat16 Value;
 #else
 typedef __half Value;
 #endif
-constexpr int KEYS = 32, HEADS = 16, MIXERS = 4;
+constexpr int KEYS = 32, HEADS = 16;
 constexpr int HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS), THREADS = 32 * (HEAD_WARPS + MIXERS);
 constexpr int MT = ROWS / 16, RB = ROWS / 8, KB = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int LINE = ROWS * KEYS + 8, SPAN = ROWS + KEYS, COLUMNS = UNITS + HEADS, PART = 16 * COLUMNS;
-constexpr int PAIRS = UNITS <= 32 ? 2 : 1;  // of rows that a mixer warp has in work
-static_assert(KB == MIXERS, "a mixer warp has a diagonal of each tile that ends, and one that begins");
+constexpr int SHARERS = MIXERS / KB;  // of a diagonal, each with some of the rows of its blocks
+constexpr int PAIRS = UNITS <= 32 && SHARERS == 1 ? 2 : 1;  // of rows that a mixer warp has in work
+static_assert(MIXERS % KB == 0, "a diagonal of each tile that ends, and one that begins, is for so many mixer warps");
 constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LARGEST = 65504.f;
 #define NEVER (-1.f / 0.f)
 struct Shared {
@@ -46,7 +47,7 @@ struct Shared {
   __half u[2][SPAN * UNITS];
   float c[2][SPAN * HEADS];
   float lse[ROWS * HEADS];
-  float parts[MIXERS + 1][PART];
+  float parts[SHARERS][KB + 1][PART];
   float never[2 * PAIRS * HEADS];  // log-sum-exps of rows for keys that may not be seen: infinite
   __half zero[8], sink[64];  // what heads that are padding read, and where they write
 };

@@ -19,7 +19,7 @@ from dape.attention.fused.sizes import cdiv, next_power_of_2, strides
 from dape.attention.fused.sums import add_up
 from dape.attention.fused.terms import Mixed
 
-HEADS, MOST_UNITS, WIDEST_HEAD, KEYS, MIXERS = 16, 64, 128, 32, 4
+HEADS, MOST_UNITS, WIDEST_HEAD, KEYS = 16, 64, 128, 32
 # What a block may have on a GPU of this capability.
 REGISTERS, SHARED_MEMORY = 65536, 227 * 1024
 # Blocks for each multiprocessor, and the tiles of keys that are worth the start of one.
@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     """What the source is compiled for: rows of a tile, what a head's warp and a mixer have."""
 
     rows: int
+    mixers: int
     one_stage: int
     head_registers: int
     mixer_registers: int
@@ -40,23 +41,26 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     """Return the layout for a block that holds all heads, or None where none fits."""
     if heads > HEADS or units > MOST_UNITS or head_dim > WIDEST_HEAD or head_dim % 16:
         return None
-    for rows in (32, 16) if head_dim <= 64 else (16,):
-        registers = registers_of(heads, rows * head_dim, units)
+    kinds = [(16, 8), (32, 4), (16, 4)]
+    for rows, mixers in kinds if head_dim <= 64 else kinds[2:]:
+        registers = registers_of(heads, rows * head_dim, units, mixers)
         for one_stage in (0, 1):
-            size = shared_memory(heads, head_dim, units, rows, one_stage)
+            size = shared_memory(heads, head_dim, units, rows, mixers, one_stage)
             if registers is not None and size <= SHARED_MEMORY:
-                return Layout(rows, one_stage, *registers, size)
+                return Layout(rows, mixers, one_stage, *registers, size)
     return None
 
 
-def registers_of(heads: int, numbers: int, units: int) -> tuple[int, int] | None:
+def registers_of(heads: int, numbers: int, units: int, mixers: int) -> tuple[int, int] | None:
     """Return the registers of a head's thread and a mixer's; (0, 0) if a block may start with them.
 
     A head holds so many `numbers` of Q, and as many of dO.
     """
-    head_threads, mixer_threads = 32 * 4 * cdiv(heads, 4), 32 * MIXERS
+    head_threads, mixer_threads = 32 * 4 * cdiv(heads, 4), 32 * mixers
     launched = min(255, REGISTERS // (head_threads + mixer_threads) // 8 * 8)
     head, mixer = 40 + numbers // 32, 192 if units <= 32 else 232
+    if mixers == 8:
+        head, mixer = 24 + numbers // 32, 152 if units <= 32 else 232
     if launched >= max(head, mixer):
         return 0, 0
     # A block's threads share what it started with; one that waits for more would wait for ever.
@@ -65,14 +69,16 @@ def registers_of(heads: int, numbers: int, units: int) -> tuple[int, int] | None
     return (head, min(left, 240)) if left >= mixer and head <= launched else None
 
 
-def shared_memory(heads: int, head_dim: int, units: int, rows: int, one_stage: int) -> int:
+def shared_memory(
+    heads: int, head_dim: int, units: int, rows: int, mixers: int, one_stage: int
+) -> int:
     """Return the bytes of shared memory of a block."""
     lines = heads * KEYS * head_dim * 2 * (1 if one_stage else 2)
     scores = 4 * heads * (rows * KEYS + 8) * 2
     tables = 2 * (rows + KEYS) * (2 * units + 4 * HEADS) + 4 * rows * HEADS
-    parts, never = 16 * (MIXERS + 1) * (units + HEADS), 2 * HEADS * (2 if units <= 32 else 1)
-    size = lines + scores + tables + 4 * (parts + never) + 144
-    return cdiv(size, 16) * 16
+    parts = 16 * mixers // 4 * 5 * (units + HEADS)
+    never = 2 * HEADS * (2 if units <= 32 and mixers == 4 else 1)
+    return cdiv(lines + scores + tables + 4 * (parts + never) + 144, 16) * 16
 
 
 def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
@@ -152,7 +158,7 @@ class WholeMixer(Mixer[Mixed]):
         batch, count, keys = band.sizes
         compiled(x.device.index, "backward", *macros(given, terms, slots.where))(
             grid=(cut.row_tiles * cut.parts, batch, 1),
-            block=(32 * (cdiv(query.shape[1], 4) * 4 + MIXERS), 1, 1),
+            block=(32 * (cdiv(query.shape[1], 4) * 4 + slots.where.mixers), 1, 1),
             args=[
                 query, key, grad, value, x, y, rows.lse, rows.delta,
                 terms.weight_in, terms.weight_out, slots.packed_hidden, slots.packed_static,
@@ -216,7 +222,7 @@ class Cut(NamedTuple):
 PROCESSORS = 132  # of an H100
 NAMES = (
     *("H", "D", "UNITS", "E", "GROUP", "K_T", "V_T", "CAUSAL", "MASKED", "BF16", "BLOCK"),
-    *("ROWS", "ONE_STAGE", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
+    *("ROWS", "MIXERS", "ONE_STAGE", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
 )
 
 

@@ -149,9 +149,9 @@ DEVICE void mix_slots(const Place& place, const uint32 (&at)[PAIRS], const uint3
 struct Mixer {
   Shared& s;
   const Arguments& a;
-  const int mixer, lane, g, t;
+  const int mixer, diagonal, sharer, lane, g, t;
   DEVICE Mixer(Shared& s, const Arguments& a, int mixer, int lane)
-      : s(s), a(a), mixer(mixer), lane(lane), g(lane >> 2), t(lane & 3) {}
+      : s(s), a(a), mixer(mixer), diagonal(mixer % KB), sharer(mixer / KB), lane(lane), g(lane >> 2), t(lane & 3) {}
 
   // U and C of a tile, from its last key and first row on.
   DEVICE void load_tables(int step) const {
@@ -177,7 +177,8 @@ struct Mixer {
     const int begin = max(0, diagonal), end = min(RB, diagonal + KB);
     if (begin >= end) return;
 #pragma unroll
-    for (int u = 0; u < 4; u += PAIRS) {
+    for (int v = 0; v < 4 / SHARERS; v += PAIRS) {
+      const int u = 4 / SHARERS * sharer + v;
       const int line = 8 * diagonal + 2 * u - g + KEYS - 1;
       uint32 minus_u[PAIRS][2][UT], picked[PAIRS][4];
 #pragma unroll
@@ -206,14 +207,16 @@ struct Mixer {
       }
     }
   }
-  // Where the sums of the diagonal go that a warp ends in a step. Those of the first warp meet the next step's, too.
-  DEVICE float* part(int warp, int step) const { return s.parts[warp == 0 && (step & 1) ? MIXERS : warp]; }
+  // Where a warp's sums go of the diagonal that ends in a step. Those of the first meet the next step's, too.
+  DEVICE float* part(int sharer, int diagonal, int step) const {
+    return s.parts[sharer][diagonal == 0 && (step & 1) ? KB : diagonal];
+  }
   DEVICE void put(float* to, const float (&c)[4], int width, int column) const {
     *(float2*)(to + g * width + column + 2 * t) = make_float2(c[0], c[1]);
     *(float2*)(to + (g + 8) * width + column + 2 * t) = make_float2(c[2], c[3]);
   }
   DEVICE void end_diagonal(int step, Sums& sums) const {
-    float* to = part(mixer, step);
+    float* to = part(sharer, diagonal, step);
 #pragma unroll
     for (int m = 0; m < UT; m++) put(to, sums.u[m], COLUMNS, 8 * m);
 #pragma unroll
@@ -227,19 +230,24 @@ struct Mixer {
   DEVICE void store_distances(int step) const {
     float* slot = a.sums + (long long)step * KEYS * COLUMNS;
     for (int i = 32 * mixer + lane; i < KEYS * COLUMNS / 4; i += 32 * MIXERS) {
-      const int line = i / (COLUMNS / 4), column = i % (COLUMNS / 4) * 4, warp = line / 8, row = line % 8;
-      float4 sum = *(const float4*)(part(warp, step) + (7 + row) * COLUMNS + column);
-      if (row > 0 && (warp + 1 < MIXERS || step > 0)) {
-        const float* above = warp + 1 < MIXERS ? part(warp + 1, step) : part(0, step + 1);
-        const float4 other = *(const float4*)(above + (row - 1) * COLUMNS + column);
+      const int line = i / (COLUMNS / 4), column = i % (COLUMNS / 4) * 4, own = line / 8, row = line % 8;
+      float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+      auto add = [&](const float* from) {
+        const float4 other = *(const float4*)from;
         sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+      };
+#pragma unroll
+      for (int k = 0; k < SHARERS; k++) {
+        add(part(k, own, step) + (7 + row) * COLUMNS + column);
+        if (row > 0 && (own + 1 < KB || step > 0))
+          add((own + 1 < KB ? part(k, own + 1, step) : part(k, 0, step + 1)) + (row - 1) * COLUMNS + column);
       }
       *(float4*)(slot + i * 4) = sum;
     }
   }
   // The gradient of a matrix of weights: those of the warps, in their order, are added to the block's.
   DEVICE void add_weights(float* slot, const float (&sums)[UT][4]) const {
-    float* const all = s.parts[0];
+    float* const all = s.parts[0][0];
     meet<5>(32 * MIXERS);
 #pragma unroll
     for (int m = 0; m < UT; m++) put(all + mixer * HEADS * UNITS, sums[m], UNITS, 8 * m);
@@ -252,11 +260,11 @@ struct Mixer {
     }
   }
   DEVICE void run() const {
-    static_assert(MIXERS * HEADS * UNITS <= (MIXERS + 1) * PART, "gradients of weights fit");
+    static_assert(MIXERS * HEADS * UNITS <= SHARERS * (KB + 1) * PART, "gradients of weights fit");
     load_tables(0);
     const Weights w(a.w1, a.w2, g, t);
     const Place place(s, lane);
-    const int ends = RB - KB + mixer;
+    const int ends = RB - KB + diagonal;
     Sums sums;
     clear(sums.u);
     clear(sums.c);
