@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Threads that wait by spinning make a small model many times slower when another program wants a core.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo check test site clean
+.PHONY: demo check test newest site clean
 
 # Two models that differ only in their scheme, from text to a report on how far each one reads.
 # `dape paper demo` is the same with three seeds each, `dape paper list` lists the larger experiments.
@@ -29,6 +29,22 @@ test: export OMP_NUM_THREADS := 1
 test: $(BIN)/.test
 	$(BIN)/pytest $(SPREAD) -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
 	$(BIN)/pytest $(SPREAD) -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
+
+# The tests of what transformers, PEFT, TRL and the hub meet, with the newest of their releases. The
+# environment lies over .venv, which has the oldest, and holds only what differs.
+NEWEST := build/newest
+newest: export OMP_NUM_THREADS := 1
+newest: $(NEWEST)/.done
+	$(NEWEST)/bin/python -m pytest $(SPREAD) -m "not unhooked" \
+		tests/data/test_hub.py tests/docs/test_readme.py tests/docs/test_longer_contexts.py \
+		$$(ls tests/model/test_*.py | grep -v -e schemes -e compile -e exporting -e blocks -e leak)
+
+$(NEWEST)/.done: $(BIN)/.test newest.txt
+	$(BIN)/python -m venv --clear $(NEWEST)
+	echo "import site; site.addsitedir('$$(realpath $(BIN)/../lib/python3*/site-packages)')" \
+		> $$(echo $(NEWEST)/lib/python3*/site-packages)/oldest.pth
+	$(NEWEST)/bin/pip install --quiet --upgrade --requirement newest.txt
+	touch $@
 
 # The documents as a site, in build/site. `python3 -m http.server -d build/site` shows it.
 site: export NO_MKDOCS_2_WARNING := 1

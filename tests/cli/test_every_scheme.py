@@ -29,7 +29,7 @@ def test_a_run_is_evaluated_drawn_and_exported(tmp_path, corpus, name, capsys):
     adapter, base = split(name)
     for part in (BASES[base], *([ADAPTERS[adapter]] if adapter else [])):
         assert f"{part.name}: {part.paper}, {part.year}" in card.text
-    assert f"by the scheme `{name}`" in card.text
+    assert f"position scheme is `{name}`" in card.text
 
 
 def test_all_schemes_are_drawn_side_by_side_in_one_report(tmp_path, corpus):

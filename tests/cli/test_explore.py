@@ -37,7 +37,7 @@ def test_with_a_run_the_page_has_its_parameters_and_its_text(run, tmp_path):
     found, page = content(file)
     assert found["passage"]["tokens"] == list("a <b> & c")
     (kerple,) = (each for each in found["encodings"] if each["name"] == "kerple")
-    assert [each["label"] for each in kerple["sets"]] == ["as it starts", "layer 0 of the model"]
+    assert [each["label"] for each in kerple["sets"]] == ["before training", "layer 0 of the model"]
     assert 'id="tokens"' in page and "dape explore" in page
     assert not dape("explore", run, "--length", 40, "--layers", 0, "--out", file)
     assert len(content(file)[0]["passage"]["tokens"]) == 40

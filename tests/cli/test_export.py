@@ -196,7 +196,7 @@ def test_the_card_of_a_checkpoint_says_so_and_knows_no_later_number(run, tmp_pat
     interrupt(run)
     dape("export", run, "--out", tmp_path / "out")
     text = card(tmp_path / "out").text
-    assert "The run has not finished: these are its weights after 4 of 6 steps." in text
+    assert "The run is not finished. The weights are from step 4 of 6." in text
     assert "Measured" not in text
     (fourth,) = (step for step in steps if step["step"] == 4)
     table = rows(text)

@@ -1,9 +1,13 @@
 """Generation: the same tokens with every cache, padded or not, greedy or by beams."""
 
+import copy
+
 import pytest
 import torch
 from models import grown, tokens
 from torch.testing import assert_close
+
+from dape.errors import UserError
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
 CACHES = {
@@ -73,6 +77,50 @@ def test_positions_that_the_caller_gives_are_honoured(model, cache, beams):
         assert torch.equal(out, generate(model, ids, **{**given, **CACHES["none"]}))
     plain = generate(model, ids, num_beams=beams, **CACHES[cache])
     assert torch.equal(out[0], plain[0]) == (model.config.scheme == "dape3-nope")
+
+
+WAYS = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "an assistant": {"assistant_model": None},
+    "a prompt in pieces": {"prefill_chunk_size": 2},
+    "checkpointed layers": {},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_generate_gives_the_greedy_tokens(model, way):
+    ids, mask = tokens(1, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1]])
+    expected, options = generate(model, ids, mask), dict(WAYS[way])
+    if "assistant_model" in options:
+        options["assistant_model"] = copy.deepcopy(model)
+        options["assistant_model"].lm_head.weight.add_(torch.randn_like(model.lm_head.weight))
+    if way == "checkpointed layers":
+        model.train().gradient_checkpointing_enable()
+    assert torch.equal(generate(model, ids, mask, **options), expected)
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_generation_goes_on_from_a_cache(model, padding):
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    ids[0, :padding], mask[0, :padding] = 0, 0
+    expected = generate(model, ids, mask)
+    given = {"suppress_tokens": [0], **OPTIONS}
+    first = model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, **{**given, "max_new_tokens": 4}
+    )
+    seen = torch.cat([mask, torch.ones(2, 4, dtype=torch.long)], 1)
+    rest = model.generate(
+        first.sequences, attention_mask=seen, past_key_values=first.past_key_values,
+        **{**given, "max_new_tokens": 5},
+    )  # fmt: skip
+    assert torch.equal(rest[:, 6:], expected)
+
+
+def test_a_prompt_in_pieces_needs_positions_of_all_keys(model):
+    positions = torch.tensor([[0, 3, 4, 8, 9]])
+    with pytest.raises(UserError, match=r"position_ids \[1, 2\] must be those of all 4") as error:
+        generate(model, tokens(1, 5), position_ids=positions, prefill_chunk_size=2)
+    assert "\n" not in str(error.value)
 
 
 def test_beams_are_the_same_in_every_cache(model):

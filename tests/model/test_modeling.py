@@ -222,6 +222,26 @@ def test_checkpointing_layers_changes_no_gradient(scheme, block):
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_layers_that_are_computed_twice_keep_no_cache():
+    model, ids = grown().train(), tokens(2, 9)
+    model.gradient_checkpointing_enable()
+    assert model(ids).past_key_values is None
+    with pytest.raises(UserError, match="gradient checkpointing computes each layer twice, and a"):
+        model(ids, past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_taken_and_returned_by_the_name_of_any_release(name):
+    model, ids, kept = grown(), tokens(2, 7), DynamicCache()
+    first = model(ids[:, :4], **{name: kept})
+    assert first.past_key_values is kept and kept.get_seq_length() == 4
+    assert first.to_tuple()[1] is kept
+    rest = model(ids[:, 4:], **{name: kept}).logits
+    assert_close(rest, model(ids).logits[:, 4:], rtol=1e-9, atol=1e-9)
+    with pytest.raises(UserError, match="past_key_values and cache are two names of one argument"):
+        model(ids, **{"past_key_values": DynamicCache(), "cache": DynamicCache(), name: kept})
+
+
 def test_backends_agree_in_the_model():
     model, ids = grown(scheme="dape3-kerple"), tokens(2, 9)
     logits = []

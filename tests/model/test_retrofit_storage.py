@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertLMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -133,8 +133,14 @@ SMALL = {**GROUPED, "head_dim": 8}
 MODELS = {
     "t5": lambda: T5ForConditionalGeneration(T5Config(d_model=24, num_heads=4, num_layers=1)),
     "bert": lambda: BertLMHeadModel(BertConfig(**SIZES, intermediate_size=20)),
-    "gptj": lambda: GPTJForCausalLM(
-        GPTJConfig(vocab_size=61, n_embd=24, n_layer=1, n_head=4, rotary_dim=2)
+    "gpt-neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=61,
+            hidden_size=24,
+            num_layers=1,
+            num_heads=4,
+            attention_types=[[["global"], 1]],
+        )
     ),
     "mamba": lambda: MambaForCausalLM(
         MambaConfig(vocab_size=61, hidden_size=24, num_hidden_layers=1)
@@ -152,8 +158,8 @@ MODELS = {
         ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder precedes"),
         ("bert", "BertSelfAttention cannot be retrofitted: attention is not causal"),
         (
-            "gptj",
-            "GPTJForCausalLM cannot be retrofitted: the model's code computes attention outside",
+            "gpt-neo",
+            "GPTNeoForCausalLM cannot be retrofitted: the model's code computes attention outside",
         ),
         ("mamba", "MambaForCausalLM cannot be retrofitted: attention does not go through"),
         (

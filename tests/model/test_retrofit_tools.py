@@ -33,7 +33,7 @@ def mounted_and_moved(name):
     return model, mounted
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt"])
 @pytest.mark.parametrize("by", ["method", "configuration"])
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
 def test_another_attention_never_leaves_the_adapters_out(name, by, other):

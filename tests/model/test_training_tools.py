@@ -1,14 +1,19 @@
-"""Others' training tools on the models: PEFT's LoRA and the Trainer of transformers."""
+"""Others' training tools on the models: PEFT's LoRA, TRL and the Trainer of transformers."""
 
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from models import fresh, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
+from pretrained import move
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+import dape
 from dape.model.modeling import DapeForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -77,6 +82,34 @@ def trainer(model, folder, **options):
     )  # fmt: skip
     data = [{"input_ids": ids, "labels": ids} for ids in rows]
     return Trainer(model, arguments, train_dataset=data)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("retrofitted", [False, True])
+def test_trl_packs_documents_that_are_computed_as_if_alone(retrofitted, tmp_path):
+    trl = pytest.importorskip("trl", reason="TRL is in the environment of `make newest`")
+    model = fresh(scheme="dape-kerple")
+    if retrofitted:
+        model = fresh(scheme="rope")
+        move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    texts = [tokens(length) for length in (4, 3, 5)]
+    options = trl.SFTConfig(
+        str(tmp_path), max_steps=1, packing=True, max_length=12, per_device_train_batch_size=1,
+        learning_rate=0.0, logging_steps=1, use_cpu=True, bf16=False, report_to="none",
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows = Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts])
+    trainer = trl.SFTTrainer(model, options, train_dataset=rows, processing_class=numbers())
+    trainer.train()
+    with torch.no_grad():
+        losses = [model(ids[None], labels=ids[None]).loss * (len(ids) - 1) for ids in texts]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(sum(losses) / 9), rel=1e-5)
+
+
+def numbers():
+    """Return a tokenizer whose words are the ids."""
+    words = WordLevel({str(each): each for each in range(37)}, unk_token="0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="1", pad_token="0")
 
 
 @pytest.mark.parametrize("block", ["paper", "modern"])

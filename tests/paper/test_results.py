@@ -166,7 +166,7 @@ def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
     monkeypatch.setattr(record.End, "minutes", 90.0)
     hours = f"{1.5 * len(found.cells):.1f} GPU hours"
     for several in ([found], [found, found]):
-        assert f"All of it took {hours}" in page(several, beside(found.panels))
+        assert f"experiments took {hours}" in page(several, beside(found.panels))
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():

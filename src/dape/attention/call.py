@@ -94,7 +94,7 @@ class Call(NamedTuple):
         )
 
     def widened(self) -> "Call":
-        """Return the call in float32, or float64 if a tensor is, with the dtype of its output kept.
+        """Return the call in float32, or float64 if a tensor is, with the dtype of output kept.
 
         A product of 16-bit numbers is exact in float32, and also in TF32, because TF32 holds 11
         bits. On a GPU the product takes no longer than a product in 16 bits with a pass to widen

@@ -13,13 +13,14 @@ def reachable(seconds: float = 10.0) -> bool:
     Its own library retries each file of a name for half a minute before it says that there is no
     network.
     """
-    from httpx import HTTPError
     from huggingface_hub import get_session
     from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError
 
+    failures: Any = HfHubHTTPError.__bases__  # OSError, and that of the HTTP library of the release
     try:
         get_session().head(ENDPOINT, timeout=seconds)
-    except (HTTPError, OSError):
+    except failures:
         return False
     return True
 

@@ -39,7 +39,7 @@ def card(trained: Trained, name: str) -> "ModelCard":
         *((perplexities(each), each.provenance) for each in evaluations),
         *((retrieval_table([each]), each.provenance) for each in retrievals),
     ]
-    recipe, steps = trained.recipe, f"{trained.step:,} of {trained.recipe.training.steps:,} steps"
+    recipe, steps = trained.recipe, f"{trained.step:,} of {trained.recipe.training.steps:,}"
     return ModelCard.from_template(
         ModelCardData(
             library_name="transformers",

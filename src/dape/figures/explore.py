@@ -129,7 +129,7 @@ def _encodings(view: View, passage: Passage | None) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(view.seed)
             module = _built(name, kind, view)
-            sets = [{"label": "as it starts", "heads": parameters(module)}]
+            sets = [{"label": "before training", "heads": parameters(module)}]
             sets += _trained(kind, passage)
         found.append(
             {

@@ -1,14 +1,21 @@
 """Further arguments of transformers' callers: used, or refused."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import is_tracing
 
 from dape.errors import UserError, unknown
 
+# Releases of transformers name the cache of keys and values by either.
+CACHE_NAMES = ("past_key_values", "cache")
+# The name in outputs of the release at hand.
+CACHE = fields(BaseModelOutputWithPast)[1].name
 # The loss takes the first three, and transformers' decorators take the last.
 _TAKEN = frozenset(
     {
@@ -25,6 +32,7 @@ _TAKEN = frozenset(
 _IMPLIED = frozenset({"max_length_k", "max_length_q"})
 _KNOWN = (
     "attention_mask",
+    "cache",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
     "input_ids",
@@ -57,6 +65,13 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
                 )
         elif name not in _TAKEN | _IMPLIED:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
+
+
+def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """Return the cache; raise a `UserError` for two of them."""
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise UserError("past_key_values and cache are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
 
 
 def packed_documents(

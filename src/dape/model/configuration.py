@@ -83,7 +83,7 @@ class DapeConfig(PreTrainedConfig):
     """
 
     model_type = "dape"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 50257
     hidden_size: int = 768

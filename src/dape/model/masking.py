@@ -1,5 +1,6 @@
 """Mask, positions and offset of the queries and keys of a forward pass."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from transformers.utils import is_tracing
 
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
+from dape.model.arguments import CACHE_NAMES
 
 
 def masking(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     relative: bool,
     documents: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -34,10 +36,10 @@ def masking(
     """
     rows = keys = hidden_states.shape[1]
     past: int | Tensor = 0
-    if past_key_values is not None:
-        past = past_key_values.get_seq_length()
+    if cache is not None:
+        past = cache.get_seq_length()
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
-        keys = past_key_values.get_mask_sizes(rows, 0)[0]
+        keys = cache.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
@@ -86,6 +88,27 @@ def part_of_sequence(
         "query_offset": 0,
         "context_parallel": context_parallel,
     }
+
+
+def mask_of_generation(inputs: Mapping[str, Any], position_ids: Tensor) -> Tensor:
+    """Return the mask of a step of `generate`, which drops a mask of ones, or that mask.
+
+    Without a mask, `position_ids` that do not count on by one would begin documents.
+
+    Raises:
+        UserError: for positions that are not those of all keys.
+    """
+    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    past = 0 if cache is None else int(cache.get_seq_length())
+    tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    keys = past + tokens.shape[1]
+    if position_ids.shape[1] != keys:
+        raise UserError(
+            f"position_ids {list(position_ids.shape)} must be those of all {keys} cached and new "
+            "keys; generate with prefill_chunk_size leaves out the cached ones"
+        )
+    mask: Tensor | None = inputs.get("attention_mask")
+    return position_ids.new_ones(position_ids.shape[0], keys) if mask is None else mask
 
 
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:

@@ -26,9 +26,15 @@ from transformers.utils.output_capturing import capture_outputs
 from dape.attention import attention
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
-from dape.model.arguments import packed_documents, refuse_unused
+from dape.model.arguments import (
+    CACHE,
+    CACHE_NAMES,
+    by_either_name,
+    packed_documents,
+    refuse_unused,
+)
 from dape.model.configuration import DapeConfig
-from dape.model.masking import masking, part_of_sequence
+from dape.model.masking import mask_of_generation, masking, part_of_sequence
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
 
@@ -85,7 +91,7 @@ class DapeAttention(nn.Module):
         key_positions: Tensor | None = None,
         query_offset: int | Tensor = 0,
         causal: bool = True,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_attentions: bool = False,
         context_parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -99,8 +105,8 @@ class DapeAttention(nn.Module):
             query, key = self.rotation(
                 query, key, index if query_positions is None else query_positions
             )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         operator: Any = attention
         if context_parallel is not None:  # with the positions of queries and keys
             operator, query_positions = context_parallel.attention, None
@@ -163,7 +169,7 @@ class DapePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DapeDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [*CACHE_NAMES]
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
         "position_embedding",
         "position_bias",
@@ -252,6 +258,7 @@ class DapeModel(DapePreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         context_parallel: ContextParallel | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states `[B, T, C]` and the cache.
@@ -269,6 +276,7 @@ class DapeModel(DapePreTrainedModel):
             seq_idx: document number of each token, `[B, T]`, for packed rows.
             cu_seq_lens_q: bounds of the documents in a packed row.
             cu_seq_lens_k: equal to `cu_seq_lens_q`.
+            cache: newer name of `past_key_values`.
             kwargs: refused, unless without effect.
 
         Documents packed in a row are computed as if alone, with bounds from `seq_idx` or
@@ -287,11 +295,17 @@ class DapeModel(DapePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = by_either_name(past_key_values, cache)
+        if cache is not None and self.recomputes:
+            raise UserError(
+                "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
+                "both: leave out past_key_values, or say gradient_checkpointing_disable()"
+            )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         batch, length = hidden_states.shape[:2]
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
-        given = (attention_mask, position_ids, past_key_values, documents)
+        given = (attention_mask, position_ids, cache, documents)
         if context_parallel is None:
             where = masking(hidden_states, *given[:3], self.relative, documents)
         else:
@@ -310,13 +324,16 @@ class DapeModel(DapePreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                past_key_values=past_key_values,
+                cache=cache,
                 output_attentions=bool(output_attentions),
                 **where,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether gradient checkpointing computes the layers of this forward pass again."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     @property
     def relative(self) -> bool:
@@ -361,6 +378,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits `[B, T, V]`, and with `labels` the mean loss in nats a token.
@@ -375,6 +393,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
                 and -100 is not scored.
             use_cache: whether to return a cache.
             logits_to_keep: number of last tokens with logits, or indices of tokens; 0 keeps all.
+            cache: newer name of `past_key_values`.
             kwargs: further arguments of `DapeModel.forward`.
 
         Raises:
@@ -387,6 +406,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -394,12 +414,9 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        cache = getattr(outputs, CACHE)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, cache, outputs.hidden_states, outputs.attentions
         )
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
@@ -416,9 +433,12 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        return inputs if position_ids is None else {**inputs, "position_ids": position_ids}
+        if position_ids is None:
+            return inputs
+        mask = mask_of_generation(inputs, position_ids)
+        return {**inputs, "position_ids": position_ids, "attention_mask": mask}
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Keep the padding mask; `dape.attention` adds causality, also for a static cache."""
         return attention_mask

@@ -71,6 +71,7 @@ def mpt(
     position_bias: Tensor,
     past_key_values: Any = None,
     attention_mask: LayerMask | None = None,
+    cache: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the result of `MptAttention.forward`."""
@@ -79,8 +80,9 @@ def mpt(
         projected = projected.clamp(min=-self.clip_qkv, max=self.clip_qkv)
     heads = projected.unflatten(2, (3, self.n_heads, self.head_dim))
     query, key, value = heads.transpose(1, 3).unbind(2)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    cache = past_key_values if cache is None else cache
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
     out, weights = attend(
         self, query, key, value, attention_mask, scaling=self.softmax_scale,
         dropout=self.attn_dropout_p if self.training else 0.0,

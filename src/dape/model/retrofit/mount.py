@@ -246,7 +246,7 @@ def warn_if_frozen(module: nn.Module, _: Any) -> None:
         )
 
 
-def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:
+def mask_as_given(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
     """Return the padding mask, because `generate` needs no mask of four axes."""
     return attention_mask
 
