@@ -33,8 +33,6 @@ struct dim3 { int x = 1, y = 1, z = 1; };
 struct float2 { float x, y; };
 struct alignas(8) uint2 { uint32 x, y; };
 struct alignas(16) uint4 { uint32 x, y, z, w; };
-struct alignas(16) float4 { float x, y, z, w; };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32 x, uint32 y) { return {x, y}; }
 inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, z, w}; }
@@ -80,7 +78,6 @@ template <class F> __half2 each(F f, __half2 a, __half2 b, __half2 c) {
   return {to_half(f((double)to_float(a.x), (double)to_float(b.x), (double)to_float(c.x))), to_half(f((double)to_float(a.y), (double)to_float(b.y), (double)to_float(c.y)))};
 }
 inline __half2 __hmax2(__half2 a, __half2 b) { return each([](double x, double y, double) { return std::fmax(x, y); }, a, b, b); }
-inline __half2 __hgt2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x > y ? 1.0 : 0.0; }, a, b, b); }
 inline __half2 __hsub2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x - y; }, a, b, b); }
 inline __half2 __hmul2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x * y; }, a, b, b); }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return each([](double x, double y, double z) { return x * y + z; }, a, b, c); }
@@ -168,10 +165,6 @@ template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-inline uint32 pack_finite(float low, float high) {
-  auto bits = [](float x) { return (uint32)to_half(std::isnan(x) ? x : max(min(x, 65504.f), -65504.f)).bits; };
-  return bits(low) | bits(high) << 16;
-}
 inline float low_of(uint32 pair) { return to_float(__half{(uint16_t)pair}); }
 inline uint16_t part(uint32 pair, int upper) { return (uint16_t)(upper ? pair >> 16 : pair); }
 // Number (row, column) of a matrix of 8 x 8 pairs of which lane (g, t) = (lane / 4, lane % 4) holds row g, columns 2 t and 2 t + 1.
@@ -201,19 +194,14 @@ template <bool TURNED> void load(uint32 (&r)[4], uint32 address) {
 }
 inline void load4(uint32 (&r)[4], uint32 address) { load<false>(r, address); }
 inline void load4_turned(uint32 (&r)[4], uint32 address) { load<true>(r, address); }
-template <bool TURNED> void store(const Matrices& given) {
-  Matrices own = given;
+inline void store4_turned(uint32 address, uint32 r0, uint32 r1, uint32 r2, uint32 r3) {
+  Matrices own{address, {r0, r1, r2, r3}};
   together(own, [](auto of) {
     for (int lane = 0; lane < 32; lane++)
       for (int i = 0; i < 4; i++)
-        for (int upper = 0; upper < 2; upper++) {
-          const int pair = lane % 4 * 2 + upper, row = TURNED ? pair : lane / 4, column = TURNED ? lane / 4 : pair;
-          line_of(of(8 * i + row).address)[column] = part(of(lane).r[i], upper);
-        }
+        for (int upper = 0; upper < 2; upper++) line_of(of(8 * i + lane % 4 * 2 + upper).address)[lane / 4] = part(of(lane).r[i], upper);
   });
 }
-inline void store4(uint32 address, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { store<false>({address, {r0, r1, r2, r3}}); }
-inline void store4_turned(uint32 address, uint32 r0, uint32 r1, uint32 r2, uint32 r3) { store<true>({address, {r0, r1, r2, r3}}); }
 
 // Fragments of a product: lane (g, t) has rows g and g + 8 of A and C, columns g of B, and pairs from 2 t and 2 t + 8 on.
 struct Product { uint32 a[4], b[2]; double c[4]; };

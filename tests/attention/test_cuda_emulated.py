@@ -14,9 +14,8 @@ from torch.testing import assert_close
 
 import dape
 from dape.attention.fused import geometry, operator, overflow, passes
-from dape.attention.fused.cuda import backward, forward, mix
+from dape.attention.fused.cuda import forward, mix
 from dape.attention.fused.problem import Result
-from dape.attention.fused.rows import Rows, in_half
 from dape.attention.fused.terms import Mixed
 from dape.positions.bias import Bias
 
@@ -83,7 +82,7 @@ def emulated(monkeypatch, folder, change):
         return found
 
     monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
-    for module in (backward, forward, mix):
+    for module in (forward, mix):
         monkeypatch.setattr(module, "compiled", compiled(module))
 
 
@@ -268,129 +267,9 @@ def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):
     check(PROBLEMS["many units"])
 
 
-@pytest.fixture
-def in_one_kernel(emulated, monkeypatch):
-    """Let the backward pass across heads be one kernel; return how often it runs."""
-    runs = []
-
-    def layout_of(problem, terms):
-        runs.append(terms)
-        return backward.layout(*problem.query.shape[1:4:2], forward.padded_units(terms))
-
-    monkeypatch.setattr(backward, "layout_of", layout_of)
-    return runs
-
-
-SERVED = {
-    name: PROBLEMS[name]
-    for name in (
-        *("many units", "odd sizes", "grouped heads, offset", "bidirectional padding"),
-        *("16 heads", "rows without keys"),
-    )
-} | {
-    "a head of 128": problem_of(batch=1, heads=3, kv_heads=3, head_dim=128, value_dim=128),
-    "12 heads, 64 units": problem_of(
-        batch=1, heads=12, kv_heads=4, hidden=64, rows=20, keys=36, query_offset=16
-    ),
-    "one head": problem_of(
-        batch=1, heads=1, kv_heads=1, head_dim=16, value_dim=16, rows=34, keys=34
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_the_backward_pass_in_one_kernel(in_one_kernel, name):
-    check(SERVED[name])
-    assert in_one_kernel
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_spans_and_bands_of_the_backward_pass_in_one_kernel(in_one_kernel, monkeypatch, causal):
-    monkeypatch.setattr(backward, "LEAST", 1)
-    sizes = {"rows": 75, "keys": 140, "query_offset": 65, "head_dim": 16, "value_dim": 16}
-    problem = problem_of(causal=causal, **sizes)
-    check(problem)
-    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 64 * 64)
-    check(replace(problem, batch=1))
-
-
-def test_two_backward_passes_in_one_kernel_agree_bit_for_bit(in_one_kernel):
-    solutions = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        solutions.append(solve(PROBLEMS["padding"])[0])
-    assert all(torch.equal(*pair) for pair in zip(*solutions, strict=True))
-    assert in_one_kernel
-
-
-def test_large_scores_leave_the_backward_pass_to_the_wide_range(in_one_kernel):
-    problem = PROBLEMS["odd sizes"]
-    query, *others = drawn(problem)
-    check(problem, (30 * query, *others))
-
-
-def gradients_of_scores(problem, query, key, value, grad, bias, adapter):
-    """Return P, dA, the log-sum-exp and delta in float64, by autograd."""
-    rows, keys = torch.arange(problem.rows) + problem.query_offset, torch.arange(problem.keys)
-    scores = (query @ key.mT * problem.head_dim**-0.5).requires_grad_()
-    logits = adapter.double()(scores, bias.double()(rows, keys)[None])
-    logits = logits.masked_fill(keys > rows[:, None], -torch.inf)
-    p, dp = logits.softmax(-1), grad @ value.mT
-    (da,) = torch.autograd.grad((p * dp).sum(), scores)
-    return p.detach(), da, logits.logsumexp(-1).detach(), (p * dp).sum(-1).detach()
-
-
-def p_and_da(problem, tensors, tables, lse, delta):
-    """Return P and dA by the backward pass in one kernel, NaN where it writes nothing."""
-    *qkv, grad = tensors
-    how = (None, problem.head_dim**-0.5, problem.causal, problem.query_offset)
-    given = in_half(operator.problem_of(*qkv, tables, *how))
-    mixer, (band,) = passes.mixer_of(given, "cuda"), geometry.blocks(given)
-    x, y = (geometry.Scratch.of(given, (band,)).view(band).fill_(torch.nan) for _ in range(2))
-    rows = Rows(lse.float(), delta.float(), grad, grad, None, torch.ones(()))
-    mixer.mix_backward(x, y, band, rows, slots := mixer.slots())
-    return slots.where, [z.permute(0, 3, 1, 2, 4).flatten(3)[..., : problem.keys] for z in (x, y)]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("in_turn", [False, True])
-@pytest.mark.parametrize("size", [1, 1e6])
-def test_p_and_da_in_one_kernel(in_one_kernel, monkeypatch, dtype, in_turn, size):
-    """K and V take turns where there is less room; dO V^T beyond fp16 is its largest number."""
-    if in_turn:
-        monkeypatch.setattr(backward, "SHARED_MEMORY", 65_000)
-    problem = problem_of(batch=1, heads=5, kv_heads=5, rows=40, keys=70, query_offset=30)
-    tensors = [x.to(dtype) for x in (*problem.tensors(), problem.tensors()[0])]
-    bias, adapter = problem.modules()
-    tables = [x.detach() for x in tables_of(problem, bias, adapter)]
-    doubles = (x.double() for x in tensors)
-    p, da, lse, delta = gradients_of_scores(problem, *doubles, bias, adapter)
-    tensors[2][:, :, 5] = (size * tensors[2][:, :, 5]).clamp(-6e4, 6e4)
-    where, (found_p, found_da) = p_and_da(problem, tensors, tables, lse, delta)
-    assert where.one_stage == in_turn
-    assert relative(torch.where(p > 0, found_p, 0), p) < 1e-3
-    assert found_da[p > 0].isfinite().all()
-    if size == 1:
-        assert relative(torch.where(p > 0, found_da, 0), da) < 2e-3
-
-
 @pytest.mark.parametrize(
     "change", [{"    wait<STAGES - 1>();\n": ""}, {"turn(dz[n].x)": "dz[n].x"}]
 )
 def test_a_wrong_kernel_is_noticed(emulated):
     with pytest.raises(AssertionError):
         check(PROBLEMS["causal"])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"wait<ONE_STAGE ? 0 : 1>();": ""},
-        {"await_gradients(n - a.first & 1);": ""},
-        {"end_diagonal(steps, sums);": ""},
-        {"s + 1 == row": "s + 2 == row"},
-    ],
-)
-def test_a_wrong_backward_pass_in_one_kernel_is_noticed(in_one_kernel):
-    with pytest.raises(AssertionError):
-        check(problem_of(batch=1, causal=False, rows=40, keys=40))

@@ -13,7 +13,7 @@ from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
 from dape.attention.fused import operator, passes
-from dape.attention.fused.cuda import backward, forward, mix
+from dape.attention.fused.cuda import forward, mix
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -75,18 +75,6 @@ def test_the_whole_forward_pass_compiles(kind, name, exact):
         assert kind in ("wide", "many heads")
         return
     source = forward.source(name, *forward.macros(given, given.terms, where, exact))
-    assert refusal(source, "90a") == ""
-
-
-@pytest.mark.parametrize("name", ["pack_backward", "backward"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_backward_pass_in_one_kernel_compiles(kind, name):
-    given = problem(**KINDS[kind])
-    where = backward.layout(*given.query.shape[1:4:2], forward.padded_units(given.terms))
-    if where is None:
-        assert kind in ("wide", "many heads", "many units")
-        return
-    source = backward.source(name, *backward.macros(given, given.terms, where))
     assert refusal(source, "90a") == ""
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dape.attention.fused import decode, overflow, static
 from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
-from dape.attention.fused.cuda import backward as backward_cuda
-from dape.attention.fused.cuda.backward import WholeMixer
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
 from dape.attention.fused.mixers.features import FeaturesMixer
@@ -28,7 +26,7 @@ from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, T
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     """Return the mixer of a problem that mixes heads.
 
-    CUDA has two for tables over the distance and a scratch of two bytes; all else is in Triton.
+    CUDA has one for tables over the distance and a scratch of two bytes; all else is in Triton.
     """
     terms = problem.terms
     if isinstance(terms, Features):
@@ -36,10 +34,8 @@ def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     if isinstance(terms, Taps):
         return TapsMixer(problem, terms)
     assert isinstance(terms, Mixed)
-    if backend != "cuda" or problem.scratch != torch.float16:
-        return MixedMixer(problem, terms)
-    whole = backward_cuda.layout_of(problem, terms) is not None
-    return WholeMixer(problem, terms) if whole else CudaMixer(problem, terms)
+    in_cuda = backend == "cuda" and problem.scratch == torch.float16
+    return CudaMixer(problem, terms) if in_cuda else MixedMixer(problem, terms)
 
 
 def forward(problem: Problem, backend: str, exact: bool) -> Result:
@@ -131,9 +127,8 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
         part, its, gradients = problem.part(band), rows.at(band), into.at(band)
-        if not mixer.makes_scores:
-            scores(its.grad_out, part.value, y, part, 1.0, rows.unit)
-            scores(part.query, part.key, x, part, part.scale)
+        scores(its.grad_out, part.value, y, part, 1.0, rows.unit)
+        scores(part.query, part.key, x, part, part.scale)
         if problem.scratch == torch.float32:
             mixer.mix(x, band)
             balance(x, y, part, its)

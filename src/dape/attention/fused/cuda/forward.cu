@@ -39,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);
   __syncthreads();
   if (warp < HEAD_WARPS) {
-    set_registers<HEAD_REGISTERS, THREADS>();
+    set_registers<HEAD_REGISTERS>();
     if (warp < H) attend(s, a, warp, lane);
   } else {
-    set_registers<MIXER_REGISTERS, THREADS>();
+    set_registers<MIXER_REGISTERS>();
     mix(s, a, warp - HEAD_WARPS, lane);
   }
 }

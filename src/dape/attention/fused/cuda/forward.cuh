@@ -78,6 +78,16 @@ DEVICE void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
   mma(c, a[0], a[1], a[2], a[3], b0, b1);
 #endif
 }
+// d = a b + c in fp16, whose accumulators are the next product's operand.
+DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
+  const uint2 sum = mma_half(make_uint4(a[0], a[1], a[2], a[3]), b[0], b[1], c0, c1);
+  d[0] = sum.x;
+  d[1] = sum.y;
+}
+DEVICE uint32 pack_half(float a, float b) {
+  __half2 h = __floats2half2_rn(a, b);
+  return *(uint32*)&h;
+}
 DEVICE uint32 pack(float a, float b) {
 #if BF16
   __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
@@ -98,6 +108,15 @@ DEVICE uint32 rise(uint32 w, uint32 minus_u) {
                 risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
   return *(uint32*)&risen;
 }
+constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
+template <int N>
+DEVICE void set_registers() {
+  if constexpr (N > LAUNCHED)
+    more_registers<N>();
+  else if constexpr (N > 0)
+    fewer_registers<N>();
+}
+
 struct Arguments {
   const Element *q, *k, *v;
   Element *out, *rest;

@@ -144,8 +144,7 @@ def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
     parts = ("lines.cuh", "forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
-    defines = dict(zip(NAMES, values, strict=True))
-    return source_of(defines, "warps.cuh", "forward.cuh", *parts, f"{name}.cu")
+    return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 
 @cache

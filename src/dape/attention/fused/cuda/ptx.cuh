@@ -57,11 +57,6 @@ DEVICE void store4_turned(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) 
                "r"(r2), "r"(r3)
                : "memory");
 }
-DEVICE void store4(uint32 a, uint32 r0, uint32 r1, uint32 r2, uint32 r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(a), "r"(r0), "r"(r1), "r"(r2),
-               "r"(r3)
-               : "memory");
-}
 // One such matrix that lies in registers, turned.
 DEVICE uint32 turn(uint32 block) {
   uint32 turned;
@@ -91,10 +86,4 @@ DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-// Two numbers in fp16, the largest where they are larger.
-DEVICE uint32 pack_finite(float low, float high) {
-  uint32 pair;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }

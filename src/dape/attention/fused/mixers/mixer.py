@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,8 +21,6 @@ class Mixer(ABC, Generic[Kind]):
 
     problem: Problem
     terms: Kind
-    # Whether `mix_backward` makes X and Y itself.
-    makes_scores: ClassVar[bool] = False
 
     def whole(self, found: Result) -> bool:
         """Fill a result by one kernel; return whether there is one for the problem."""
