@@ -100,7 +100,8 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
                     fault = f"{outcome.kind}: {outcome.last[:300]}"
                 elif outcome.kind == "accepted" and not _tells(outcome.text, file):
                     (folder / file).unlink() if (folder / file).is_symlink() else None
-                    found = _differences(expected[words], folder / target, str(file), target)
+                    place = folder / target
+                    found = _differences(expected[words], place, str(file), target, damage)
                     fault = f"differs: {', '.join(found[:3])}" if found else ""
                 yield Result("damaged", source, f"{file} {damage}, {words}", outcome.kind, fault)
 
@@ -116,10 +117,14 @@ def _undamaged(stage: Path, room: Path, words: str, target: str) -> dict[str, An
         return state(whole / target)
 
 
-def _differences(expected: dict[str, Any], folder: Path, file: str, target: str) -> list[str]:
+def _differences(
+    expected: dict[str, Any], folder: Path, file: str, target: str, damage: str
+) -> list[str]:
     """Return the files that differ, but for the damaged one itself and copies of it."""
-    # Pages show what the record and the metrics of a run say, whatever that is.
-    told = ("README.md", "a.md") if file.endswith(("run.json", "metrics.jsonl")) else ()
+    # Pages show what the record and the metrics of a run say, and an evaluation that is there.
+    pages = file.endswith(("run.json", "metrics.jsonl"))
+    pages |= "evaluation" in file and damage in ("gone", "text in run", "text in scheme")
+    told = ("README.md", "a.md") if pages else ()
     # Settings beside the weights are copied as they are.
     if Path(file).parent.name in ("model", "tokenizer"):
         told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

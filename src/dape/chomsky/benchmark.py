@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from dape import strict
 from dape.chomsky.encoder import Model, configure
 from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
@@ -16,7 +17,6 @@ from dape.files import read_yaml, shipped
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
-from dape.train import strict
 
 SCHEMES = (
     *("sinusoidal", "rope", "randomized-rope", "transformer-xl", "alibi", "kerple", "fire"),

@@ -3,18 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from dape import strict
 from dape.chomsky.benchmark import Benchmark, differences
 from dape.chomsky.encoder import Encoder, Model, build, configure
 from dape.chomsky.tasks import resolve
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
+from dape.provenance import Provenance
+from dape.strict import Holds
 
 FORMAT = 2
+_Training = Annotated[dict[str, Any], Holds({"length": int})]
+Settings = Annotated[
+    dict[str, Any],
+    Holds({"model": dict[str, Any], "training": _Training, "evaluation": dict[str, Any]}),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +39,13 @@ class Cell:
     task: str
     scheme: str
     seed: int
-    settings: dict[str, Any]
+    settings: Settings
     parameters: int
     loss: list[tuple[int, float]]
     accuracy: list[float]
     seconds: dict[str, float]
     models: int
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = field(default=FORMAT)
 
     @property
@@ -93,9 +101,10 @@ def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | 
 
 
 def _build(content: dict[str, Any]) -> Cell:
-    if content["format"] != FORMAT:
-        raise UserError(f"its format is {content['format']}, not {FORMAT}")
-    return Cell(**{**content, "loss": [(step, loss) for step, loss in content["loss"]]})
+    if content.get("format") != FORMAT:
+        raise UserError(f"it is no cell of format {FORMAT}")
+    cell: Cell = strict.build(Cell, content)
+    return cell
 
 
 def weights(folder: Path, task: str, scheme: str, seed: int) -> Path:

@@ -16,6 +16,7 @@ class Arguments(Measuring):
 
     Each of the last 256 tokens of a window is sorted by the shortest of the windows that holds an
     earlier occurrence of it. Writes RUN/evaluation/context.json, which `dape plot context` draws.
+    The same command again goes on where an interrupted one stopped.
     """
 
     lengths: Lengths = ()
@@ -30,6 +31,8 @@ class Arguments(Measuring):
     """prepared corpus; default the corpus of the first run's training"""
     seed: int = 0
     """seed of the choice of documents"""
+    again: bool = False
+    """measure finished lengths again; by default they are skipped"""
 
     def __post_init__(self) -> None:
         """Refuse counts below one, no runs, and a single length."""
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
+            again=arguments.again,
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", "context", *argv]),
             watch=watch,

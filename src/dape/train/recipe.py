@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from dape import strict
 from dape.errors import UserError, check_whole
 from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
-from dape.train import strict
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on what is learned

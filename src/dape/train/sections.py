@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
-from dape.train.strict import Switch
+from dape.strict import Switch
 
 DEEPEST = 10_000  # layers
 
