@@ -77,8 +77,10 @@ def load(file: Path) -> Cell:
     """Return the cell in a file.
 
     Raises:
-        UserError: if it is none, or of another format.
+        UserError: if it is not there, damaged or of another format.
     """
+    if not file.exists():
+        raise UserError(f"{file} is missing; train it by `dape chomsky train`")
     return read_json(file, _build, "remove it and train again")
 
 

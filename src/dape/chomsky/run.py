@@ -20,7 +20,8 @@ from dape.chomsky.encoder import build, configure
 from dape.chomsky.measure import accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
-from dape.files import remove, whole
+from dape.errors import UserError
+from dape.files import is_free, locked, remove, whole
 from dape.provenance import provenance
 from dape.runs import RunFolder
 
@@ -82,10 +83,23 @@ def run(
 
     Jobs at a time have a stream of the GPU each. SIGINT or SIGTERM makes them save and raises
     `KeyboardInterrupt`; the next run goes on from there.
+
+    Raises:
+        UserError: for a folder that holds something else, and while another process trains there.
     """
+    folder = RunFolder(benchmark.folder)
+    if not (is_free(folder.path) or folder.record.is_file()):
+        raise UserError(f"{folder} exists and is no benchmark; give another --out")
+    with locked(folder.path, f"another process trains in {folder}; wait for its end"):
+        folder.update_record(provenance(device, argv))
+        _run(benchmark, device, report, argv, together)
+
+
+def _run(
+    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int
+) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    RunFolder(benchmark.folder).update_record(provenance(device, argv))
     due = plan(benchmark)
     for first in range(0, len(due), together):
         jobs = due[first : first + together]
@@ -110,6 +124,8 @@ def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
     with suppress(EOFError, OSError, RuntimeError, UnpicklingError):
         file = _checkpoint(job, benchmark)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("step", 0) > training.steps:
+        state = {}
     same = (job.seeds, benchmark.settings(), device.type)
     if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
         course.stack.restore(state["stack"])
