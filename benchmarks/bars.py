@@ -38,6 +38,7 @@ class Result:
     """One measurement: ours and the yardstick in milliseconds, or another unit, and their ratio.
 
     `eager` is the wall clock of a call outside a graph in milliseconds, `launches` what it starts.
+    `clock` says how the time was taken, where that is known.
     """
 
     what: str
@@ -46,6 +47,7 @@ class Result:
     unit: str = "ms"
     eager: float | None = None
     launches: int | None = None
+    clock: str = ""
 
     @property
     def ratio(self) -> float | None:
@@ -86,7 +88,12 @@ def attention() -> Iterator[Result]:
                 found = timed(ours(parts, backend), given, parts, direction)
                 what = f"{name} {backend} {batch}x{length} {direction}"
                 yield Result(
-                    what, found.median, yardstick, eager=found.eager, launches=found.launches
+                    what,
+                    found.median,
+                    yardstick,
+                    eager=found.eager,
+                    launches=found.launches,
+                    clock=found.clock,
                 )
 
 
@@ -212,10 +219,14 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:
         for result in PARTS[name]():
-            ratio = "" if result.ratio is None else f"{result.ratio:8.2f} x"
-            eager = f"  eager {result.eager:.3f} ms, {result.launches} launches"
-            line = f"{result.what:68} {result.ours:11.4g} {result.unit:8}{ratio}"
-            print(line + (eager if result.eager else ""), flush=True)
+            line = f"{result.what:68} {result.ours:11.4g} {result.unit:8}"
+            if result.ratio is not None:
+                line += f"{result.ratio:8.2f} x"
+            if result.eager is not None:
+                line += f"  eager {result.eager:.3f} ms, {result.launches} launches"
+            elif result.clock:
+                line += f"  {result.clock}"
+            print(line, flush=True)
             record["results"].append(asdict(result) | {"ratio": result.ratio})
             given.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,6 +1,7 @@
 """Random calls of attention against float64: how many are off, not finite, crash or are refused.
 
     python benchmarks/random_calls.py [--calls 320] [--seed 0] [--device cuda] [--workers 8]
+        [--minutes 60]
 
 Kernels are compiled for each set of sizes, so a run draws a few sets (`Shape`), each of which many
 calls share. What a call draws beside it (lengths, offsets, padding, the bias and its size, the size
@@ -21,11 +22,11 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import TimeoutError, get_context
 from typing import Any
 
 import torch
@@ -339,13 +340,31 @@ def judge_long(call: Call, device: str) -> Verdict:
 
 
 def run_shape(
-    number: int, count: int, seed: int, device: str, backends: tuple[str, ...]
+    number: int, *, count: int, seed: int, device: str, backends: tuple[str, ...]
 ) -> list[Verdict]:
     """Return the verdicts on the calls of a shape, in a process of its own."""
     torch.set_num_threads(1)
     chance = random.Random(1000 * seed + number)
     shape = draw_shape(chance, device, number)
     return [judge(draw_call(chance, shape, device, backends), device) for _ in range(count)]
+
+
+def run_shapes(
+    task: Callable[[int], list[Verdict]], shapes: int, workers: int, minutes: float
+) -> Iterator[list[Verdict]]:
+    """Yield the verdicts on each shape as it is done, until the minutes are over."""
+    if not workers:
+        yield from map(task, range(shapes))
+        return
+    end = time.monotonic() + 60 * minutes
+    with get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        found = pool.imap_unordered(task, range(shapes))
+        for done in range(shapes):
+            try:
+                yield found.next(timeout=max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                print(f"{minutes:g} minutes are over: {shapes - done} shapes were not tried")
+                return
 
 
 def report(verdicts: list[Verdict], seed: int, seconds: float) -> bool:
@@ -378,18 +397,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=int, default=8 if cuda else 0, help="0: this process")
+    parser.add_argument("--minutes", type=float, default=60, help="limit of the random calls")
     parser.add_argument("--backends", nargs="+", default=None)
     parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=cuda)
     given = parser.parse_args(arguments)
     backends = tuple(given.backends or (GPU_BACKENDS if given.device == "cuda" else ("chunked",)))
     begun, each = time.perf_counter(), -(-given.calls // given.shapes)
-    tasks = [(n, each, given.seed, given.device, backends) for n in range(given.shapes)]
-    if given.workers:
-        with ProcessPoolExecutor(given.workers, get_context("spawn")) as pool:
-            lists = list(pool.map(run_shape, *zip(*tasks, strict=True)))
-    else:
-        lists = [run_shape(*task) for task in tasks]
-    right = report([v for those in lists for v in those], given.seed, time.perf_counter() - begun)
+    task = partial(run_shape, count=each, seed=given.seed, device=given.device, backends=backends)
+    verdicts: list[Verdict] = []
+    for done, found in enumerate(run_shapes(task, given.shapes, given.workers, given.minutes), 1):
+        verdicts += found
+        wrong = sum(verdict.outcome not in ("right", "refused") for verdict in found)
+        print(f"shape {done} of {given.shapes}: {len(found)} calls, {wrong} wrong", flush=True)
+    right = report(verdicts, given.seed, time.perf_counter() - begun)
     if given.long:
         print("\n512 queries against 524,288 and 1,048,576 keys")
         begun = time.perf_counter()

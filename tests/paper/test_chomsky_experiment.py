@@ -57,7 +57,8 @@ def test_a_command_trains_as_the_recipe_says(name):
     assert (chomsky, train) == ("chomsky", "train")
     arguments = chomsky_train.read_arguments(words, "", chomsky_train.Arguments)
     benchmark = arguments.benchmark
-    assert benchmark.settings() == SETTINGS and benchmark.training.steps == 50_000
+    expected = {**SETTINGS, "training": {**SETTINGS["training"], "steps": 10_000}}
+    assert benchmark.settings() == expected
     assert benchmark.folder == cell.run.path and benchmark.schemes == (cell.arm,)
     assert arguments.together == len(benchmark.tasks) == (4 if "regular" in name else 1)
     for step in cell.steps[1:]:
@@ -201,6 +202,6 @@ def test_the_price_is_that_of_the_measured_task_with_the_next_longer_output():
     (home / "speed.json").write_text(json.dumps({"prices": prices}))
     kerple, fire = part.cells(home, {})
     # Odds First is priced as the one symbol longer Binary Addition, the longest as that too.
-    assert kerple.minutes == pytest.approx((50_000 * 0.005 + 3 * 30) / 60) and fire.minutes is None
+    assert kerple.minutes == pytest.approx((10_000 * 0.005 + 3 * 30) / 60) and fire.minutes is None
     assert "no price was measured" in table(plan([fire]), 1).note
     assert "no price" not in table(plan([kerple]), 1).note

@@ -21,24 +21,15 @@ from torch import Tensor, nn
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
+from dape.positions.turn import Waves, turn
 
 Query = Float[Tensor, "batch heads length head_dim"]
 Key = Float[Tensor, "batch kv_heads length head_dim"]
 Positions = Int[Tensor, "... length"]
 Frequencies = Float[Tensor, "... pairs"]
-Waves = Float[Tensor, "... length pairs"]
 
 # Times the training length: from 512 tokens to the 8,192 at which the DAPE papers evaluate.
 FACTOR = 16.0
-
-
-def turn(x: Query, cos: Waves, sin: Waves) -> Query:
-    """Return x with its leading pairs turned, and scaled as cosine and sine are."""
-    pairs = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # all heads alike
-    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def _check_pairs(width: int) -> None:

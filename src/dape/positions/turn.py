@@ -1,0 +1,97 @@
+"""The turn of a rotation: as a formula, and on a GPU in one kernel, forward and backward.
+
+Without a compiler the formula takes eight kernels, which pass float32 numbers through memory.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Rows = Float[Tensor, "batch heads length head_dim"]
+Waves = Float[Tensor, "... length pairs"]
+
+ROWS = 32  # of a program
+SERVED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
+    """Return x with its leading pairs turned, and scaled as cosine and sine are."""
+    if x.is_cuda and x.dtype in SERVED and not cos.requires_grad and not captured():
+        turned: Tensor = Turn.apply(x, cos, sin, 1.0)
+        return turned
+    return formula(x, cos, sin)
+
+
+def captured() -> bool:
+    """Return whether a compiler or an exporter reads the formula."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
+    """Return the turned x, in float32 or wider before it is rounded to the dtype of x."""
+    pairs = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # all heads alike
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin, rest)
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class Turn(torch.autograd.Function):
+    """The turn by the angles times a sign. Its gradient is the turn by the opposite angles."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        """Return the turned x, of its shape, dtype and strides."""
+        return launch(x, cos, sin, sign)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Any) -> None:
+        """Keep the angles."""
+        _, cos, sin, ctx.sign = inputs
+        ctx.save_for_backward(cos, sin)
+        ctx.save_for_forward(cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of x."""
+        cos, sin = ctx.saved_tensors
+        return Turn.apply(*gradients, cos, sin, -ctx.sign), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *others: Any) -> Tensor:
+        """Return the change of the turned x along a change of x."""
+        cos, sin = ctx.saved_tensors
+        changed: Tensor = Turn.apply(tangent, cos, sin, ctx.sign)
+        return changed
+
+    @staticmethod
+    def vmap(info: Any, axes: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
+        """Return the turned x for every element of a further axis."""
+        *tensors, sign = given
+        each = torch.vmap(lambda x, cos, sin: formula(x, cos, sign * sin), axes[:3])
+        return each(*tensors), 0
+
+
+def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    """Return x turned by the angles times the sign, computed by the kernel."""
+    import triton
+
+    from dape.positions.turn_kernels import turn_rows
+
+    x = x if x.stride(3) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x)
+    batch, heads, length, width = x.shape
+    pairs, rows = cos.shape[-1], batch * heads * length
+    rest = width - 2 * pairs
+    if rows:
+        with torch.cuda.device_of(x):
+            turn_rows[(triton.cdiv(rows, ROWS),)](
+                x, cos, sin, out, rows, heads, length, *x.stride()[:3], *out.stride()[:3],
+                length * pairs if cos.numel() > length * pairs else 0, sign,
+                width, pairs, triton.next_power_of_2(pairs),
+                triton.next_power_of_2(rest) if rest else 0, ROWS,
+            )  # fmt: skip
+    return out
