@@ -1,9 +1,10 @@
 """Faults on purpose: what `dape` makes of kills, full disks, damaged and hostile files, nonsense.
 
-    python benchmarks/campaign [--parts kills,...] [--every 1]
+    python benchmarks/campaign [--parts kills,...] [--every 1] [--commands train,...]
 
 Prints what ended wrongly, and a table: how many trials of each part and kind there were, how they
-ended, how many wrongly. `--every N` takes each N-th trial. Mounts small disks, for which it must be
+ended, how many wrongly. `--every N` takes each N-th trial, `--commands` some of those that are
+killed, stopped or run on full disks. Mounts small disks, for which it must be
 root; without that the part `disks` is left out. Exits with 1 if a trial ended wrongly.
 """
 
@@ -60,7 +61,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--commands", default=",".join(kills.COMMANDS))
     arguments = parser.parse_args()
+    for name in kills.COMMANDS.keys() - set(arguments.commands.split(",")):
+        del kills.COMMANDS[name]
     warm()
     wrong = False
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:

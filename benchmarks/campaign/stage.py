@@ -29,6 +29,14 @@ RECIPE = {
         "checkpoint_every": 2,
     },
 }
+BENCHMARK = {
+    "tasks": ["parity-check"],
+    "schemes": ["dape-kerple"],
+    "seeds": [0, 1],
+    "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "training": {"steps": 4, "batch_size": 2, "length": 4, "precision": "fp32"},
+    "evaluation": {"longest": 6, "samples": 2},
+}
 TASK = {
     "task": "letters",
     "dataset_path": "json",
@@ -39,8 +47,8 @@ TASK = {
     "doc_to_target": "{{answer}}",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-# What differs between two runs of the same command.
-_TIMES = ("started", "ended", "time", "seconds", "tokens_per_second", "weights")
+# What differs between two runs of the same command; `models` counts those that ran side by side.
+_TIMES = ("started", "ended", "time", "seconds", "tokens_per_second", "weights", "models")
 
 
 def build(folder: Path) -> Path:
@@ -53,6 +61,7 @@ def build(folder: Path) -> Path:
             text = "".join(chosen.choice("abcd efg\n") for _ in range(300))
             (folder / "text" / split / f"{number}.txt").write_text(text)
     (folder / "r.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "c.yaml").write_text(yaml.safe_dump(BENCHMARK))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "letters.yaml").write_text(yaml.safe_dump(TASK))
     rows = [json.dumps({"question": "a b", "answer": letter}) for letter in "abcd"]
