@@ -13,7 +13,7 @@ from trial import dape, run
 
 _NOBODY = 65534
 # Commands that read a folder: words, and what they fill.
-_READERS = {
+READERS = {
     "part": (("train r.yaml --out part", "part"), ("export part --out new", "new")),
     "ref": (
         ("eval ref --lengths 16,32 --out new", "new"),
@@ -21,6 +21,12 @@ _READERS = {
         ("export ref --out new", "new"),
         ("plot ref --out new/a.md", "new"),
         ("train r.yaml --out ref", "ref"),
+    ),
+    "tuned": (("eval tuned --lengths 16,32 --out new", "new"),),
+    "encoders": (
+        ("chomsky map encoders --task parity-check --scheme dape-kerple --out new/a.md", "new"),
+        ("chomsky train c.yaml --device cpu --out encoders", "encoders"),
+        ("chomsky table c.yaml --out encoders", "encoders"),
     ),
     "data": (("train r.yaml --out new", "new"), ("eval ref --lengths 16,32 --out new", "new")),
 }
@@ -80,7 +86,7 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
 
     A command may say what is wrong, or do without the file: then its result is as without damage.
     """
-    for source, readers in _READERS.items():
+    for source, readers in READERS.items():
         expected = {words: _undamaged(stage, room, words, target) for words, target in readers}
         trials = [
             (file.relative_to(stage), damage, reader)
@@ -155,7 +161,7 @@ def _damage(file: Path, damage: str) -> None:
 
 def unreadable(stage: Path, room: Path, every: int) -> Iterator[Result]:
     """Yield what comes of files that another user may not read."""
-    for source, readers in _READERS.items():
+    for source, readers in READERS.items():
         files = [file for file in sorted((stage / source).rglob("*")) if file.is_file()]
         for file in files[:: 2 * every]:
             for words, _ in readers:

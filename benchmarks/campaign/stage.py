@@ -47,12 +47,19 @@ TASK = {
     "doc_to_target": "{{answer}}",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
+_TUNE = (
+    "retrofit base/model --data data --out tuned --training.length 16 --training.batch-size 4"
+    " --training.steps 1 --training.precision fp32 --hardware.device cpu --lengths 16,32"
+)
 # What differs between two runs of the same command; `models` counts those that ran side by side.
 _TIMES = ("started", "ended", "time", "seconds", "tokens_per_second", "weights", "models")
 
 
 def build(folder: Path) -> Path:
-    """Return a folder with a text, a corpus, a recipe and runs: `ref`, measured, `base`, `part`."""
+    """Return a folder with a text, a corpus, recipes and runs.
+
+    `ref` is measured, `tuned` the retrofit of `base`, `part` interrupted, `encoders` a benchmark.
+    """
     folder.mkdir()
     chosen = random.Random(0)
     for split in ("train", "validation", "test"):
@@ -71,6 +78,8 @@ def build(folder: Path) -> Path:
         ("train", "r.yaml", "--out", "ref"),
         ("train", "r.yaml", "--out", "base", "--model.scheme", "rope"),
         ("eval", "ref", "--lengths", "16,32"),
+        _TUNE.split(),
+        ("chomsky", "train", "c.yaml", "--device", "cpu", "--out", "encoders"),
     ):
         must(run(dape(*words), folder))
     _interrupt(folder)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dape import strict
 from dape.chomsky.benchmark import Benchmark, differences
 from dape.chomsky.encoder import Encoder, Model, build, configure
 from dape.chomsky.tasks import resolve
 from dape.errors import UserError
-from dape.files import read_json, whole, write_json
+from dape.files import read_json, read_tensors, whole, write_json
 from dape.provenance import Provenance
 from dape.strict import Holds
 
@@ -124,16 +124,21 @@ def load_model(folder: Path, task: str, scheme: str, seed: int) -> Encoder:
     """Return a trained encoder, to look into.
 
     Raises:
-        UserError: if it was not trained, or its parameters are not there.
+        UserError: if it was not trained, or its parameters are not there or damaged.
     """
     cell = load(path(folder, task, scheme, seed))
     file = weights(folder, task, scheme, seed)
     if not file.exists():
         raise UserError(f"{file} is missing; train the cell again to have its parameters")
     problem = resolve(task)
-    config = configure(Model(**cell.settings["model"]), scheme, problem, cell.trained)
+    config = configure(strict.build(Model, cell.settings["model"]), scheme, problem, cell.trained)
     encoder = build(config, len(problem.outputs), seed)
-    encoder.load_state_dict(load_file(file))
+    parameters = read_tensors(file, "train the cell again")
+    try:
+        encoder.load_state_dict(parameters)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} has other tensors ({reason}); train the cell again") from None
     return encoder.eval()
 
 
