@@ -239,3 +239,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_a_second_process_does_not_train_in_the_same_folder(tmp_path):
     with locked(tmp_path, "busy"), pytest.raises(UserError, match="another process trains in"):
         run_cpu(small(tmp_path))
+
+
+def test_a_checkpoint_that_a_kill_left_behind_the_last_cell_is_removed(tmp_path, monkeypatch):
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
+    monkeypatch.setattr(runs, "remove", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_cpu(benchmark)
+    monkeypatch.undo()
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    assert plan(benchmark) == []
+    run_cpu(benchmark)
+    assert not file.exists()
