@@ -22,11 +22,13 @@ check: $(BIN)/.test
 	$(BIN)/mypy
 
 # The import hook that checks shapes breaks torch.compile and Triton's interpreter: they run without it.
-# A process for each core, with one thread: few tests can use more. Tests of a file share their set-up.
+# A process for each core, with one thread: few tests can use more. Tests of a file share their set-up,
+# and files keep the order of tests/conftest.py.
+SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
 test: $(BIN)/.test
-	$(BIN)/pytest -n auto --dist loadfile -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
-	$(BIN)/pytest -n auto --dist loadfile -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
+	$(BIN)/pytest $(SPREAD) -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
+	$(BIN)/pytest $(SPREAD) -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
 
 # The documents as a site, in build/site. `python3 -m http.server -d build/site` shows it.
 site: export NO_MKDOCS_2_WARNING := 1

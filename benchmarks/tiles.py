@@ -1,10 +1,10 @@
-"""The time of each kernel of the banded and static designs, for candidates of its tile.
+"""The time of each kernel of bands and of the static design, for candidates of its tile.
 
-    python benchmarks/tiles.py [static banded mix bands]
+    python benchmarks/tiles.py [static bands mix scratch]
 
 On one GPU, at the paper's 125M shape (12 heads of 64, 32 hidden units), bf16, causal, forward and
 backward once with each candidate; milliseconds of the kernel by PyTorch's profiler. What `TILES` in
-`static.py` and `banded.py` say, and the constants of `mix_cuda.py`, are the fastest of these.
+`static.py` and `bands.py` say, and the constants of `cuda/mix.py`, are the fastest of these.
 """
 
 import sys
@@ -15,22 +15,23 @@ from types import ModuleType
 import torch
 
 import dape
-from dape.attention.fused import banded, geometry, mix_cuda, mix_triton, operator, static
-from dape.attention.fused.banded import Tile
-from dape.attention.fused.geometry import Problem
+from dape.attention.fused import bands, geometry, operator, passes, static
+from dape.attention.fused.cuda import mix
+from dape.attention.fused.problem import Problem
+from dape.attention.fused.sizes import Tile
 
 SHAPES = ((1, 8192), (32, 512))
 ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 4, 3)]
 STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD) | {
     "grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]
 }
-BANDED = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
+BANDS = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
     "scores": [(64, 128, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2)]
 }
 # Blocks of a launch, and blocks that a multiprocessor holds.
 MIX = [(512, 2), (1024, 2), (2048, 2), (4096, 2), (1024, 3)]
 # Scores that stand in the scratch.
-BANDS = [2**25, 2**26, 2**27, 2**28]
+SCRATCHES = [2**25, 2**26, 2**27, 2**28]
 
 
 def problem(batch: int, length: int, adapter: torch.nn.Module | None) -> Problem:
@@ -55,14 +56,14 @@ def milliseconds(run: Callable[[], object], calls: int = 4) -> dict[str, float]:
     return {event.key: event.device_time_total / calls / 1000 for event in found.key_averages()}
 
 
-def run(given: Problem, mixer: ModuleType) -> Callable[[], object]:
+def run(given: Problem) -> Callable[[], object]:
     """Return a forward and a backward pass; `softmax_value` runs in the forward of Triton."""
-    out = banded.forward(given, mixer, True)
-    grad_out = torch.randn_like(out[0])
+    found = passes.forward(given, "cuda", True)
+    grad_out = torch.randn_like(found.out)
 
     def both() -> None:
-        banded.forward(given, mix_triton, False)
-        banded.backward(given, mixer, mix_triton, *out, grad_out, None)
+        passes.forward(given, "triton", False)
+        passes.backward(given, "cuda", found, grad_out, None)
 
     return both
 
@@ -76,38 +77,38 @@ def tiles(module: ModuleType, candidates: dict[str, list[tuple[int, ...]]]) -> I
         for row in zip_longest(*candidates.values()):
             chosen = {k: Tile(*each) for k, each in zip(candidates, row, strict=True) if each}
             module.TILES.update(chosen)
-            found = milliseconds(run(given, mix_cuda))
+            found = milliseconds(run(given))
             for kernel, tile in chosen.items():
                 yield f"{kernel:16} {shape!s:12} {tuple(tile)!s:18} {found[f'{kernel}_kernel']:.3f}"
     module.TILES.update(kept)
 
 
-def mix() -> Iterator[str]:
+def blocks() -> Iterator[str]:
     """Yield a line for each shape and candidate of the backward kernel across heads."""
     for shape in SHAPES:
         given = problem(*shape, dape.DAPE(12).cuda())
         for tried in MIX:
-            mix_cuda.BLOCKS, mix_cuda.RESIDENT = tried
-            mix_cuda.compiled.cache_clear()
-            found = milliseconds(run(given, mix_cuda))
+            mix.BLOCKS, mix.RESIDENT = tried
+            mix.compiled.cache_clear()
+            found = milliseconds(run(given))
             yield f"mix_backward {shape!s:12} {tried!s:12} {found['mix_backward']:.3f}"
 
 
-def bands() -> Iterator[str]:
+def scratch() -> Iterator[str]:
     """Yield a line for each shape and size of the scratch: all kernels of both passes together."""
     for shape in (*SHAPES, (1, 32768)):
         given = problem(*shape, dape.DAPE(12).cuda())
-        for scores in BANDS:
+        for scores in SCRATCHES:
             geometry.SCORES_PER_BAND = scores
-            found = sum(milliseconds(run(given, mix_cuda)).values())
+            found = sum(milliseconds(run(given)).values())
             yield f"all kernels {shape!s:12} 2^{scores.bit_length() - 1} scores {found:.3f}"
 
 
 PARTS = {
     "static": lambda: tiles(static, STATIC),
-    "banded": lambda: tiles(banded, BANDED),
-    "mix": mix,
-    "bands": bands,
+    "bands": lambda: tiles(bands, BANDS),
+    "mix": blocks,
+    "scratch": scratch,
 }
 
 

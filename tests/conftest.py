@@ -1,6 +1,7 @@
 """What every test shares: one thread, one seed, few and always the same hypothesis examples."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,10 +12,20 @@ from hypothesis import settings
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
+    if find_spec("triton"):
+        import interpreter
+
+        interpreter.quicken()
 settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )
 settings.load_profile("dape")
+# Files of half a minute. They begin first, so that no process waits for another at the end.
+LONG = (
+    "test_parallelize.py", "test_campaign.py", "test_quickstart.py", "test_contributing.py",
+    "test_many_gpus.py", "test_auto.py", "test_cuda_emulated.py", "test_fused.py",
+    "test_fused_range.py", "test_model_compile.py",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +34,7 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)  # keeps the order otherwise
     if torch.cuda.is_available():
         return
     for item in items:

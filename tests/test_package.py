@@ -72,7 +72,7 @@ from dape.train import Recipe
 from dape.train.recipe import read
 assert read("recipes/demo.yaml", Recipe).training.length == 64
 from importlib.resources import files
-assert (files("dape.attention.fused") / "mix.cu").read_text()
+assert (files("dape.attention.fused.cuda") / "mix.cu").read_text()
 """
     printed = run(installed, tmp_path, "-c", code, str(installed))
     assert printed.startswith(f"dape {dape.__version__}\nwrote page.html")

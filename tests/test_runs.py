@@ -82,7 +82,7 @@ def test_a_cut_last_line_of_the_metrics_is_left_out(tmp_path):
 def test_a_damaged_record_is_named(tmp_path):
     run = RunFolder(tmp_path)
     write(run.record, '{"ended": ')
-    with pytest.raises(UserError, match=r"run.json is not JSON .*; give the command"):
+    with pytest.raises(UserError, match=r"run.json is not JSON .*; run the command"):
         run.finished  # noqa: B018
 
 
@@ -99,5 +99,5 @@ def test_a_part_of_a_record_that_is_null_is_none_and_other_kinds_are_damage(tmp_
     write(run.record, json.dumps({"data": None, "versions": {}, "commit": None}))
     assert run.read_record() == {"versions": {}, "commit": None}
     write(run.record, json.dumps({"data": "a"}))
-    with pytest.raises(UserError, match=r"run\.json: data='a': expected a mapping; give"):
+    with pytest.raises(UserError, match=r"run\.json: data='a': expected a mapping; run"):
         run.read_record()

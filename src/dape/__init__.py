@@ -1,6 +1,6 @@
 """Data-adaptive positional encoding: encodings, exact attention, models for transformers.
 
-Each public name is imported at its first use, so `import dape` imports neither PyTorch nor
+A public name is imported at the first use. `import dape` alone imports neither PyTorch nor
 transformers.
 """
 
@@ -99,7 +99,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Keeps `dape.attention` the operator, which importing its subpackage would rebind."""
+    """Keeps `dape.attention` the operator. An import of the subpackage would rebind the name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "attention":
@@ -111,7 +111,7 @@ announce()
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home, or a package of public functions (PEP 562)."""
+    """Import a public name from its module, or a package of public functions (PEP 562)."""
     if name in _PACKAGES:
         return import_module(f"dape.{name}")
     if name not in _HOME:

@@ -1,4 +1,4 @@
-"""The device to compute on, by name, and what a GPU must not be asked."""
+"""The device to compute on, by name, and a guard against waiting for a GPU."""
 
 import warnings
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from dape.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`, such as `cpu` or `cuda:1`; `auto` is a GPU if there is one.
+    """Return the device called `name`, such as `cpu` or `cuda:1`; `auto` prefers a GPU to the CPU.
 
     Raises:
-        UserError: for a device that is not here.
+        UserError: for a device that this machine lacks.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +27,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_of(network: nn.Module, default: torch.device) -> torch.device:
-    """Return where the first tensor of a model lies, which is where it takes tokens."""
+    """Return the device of the first tensor of a model, where the model takes tokens."""
     tensors = chain(network.parameters(), network.buffers())
     return next((tensor.device for tensor in tensors), default)
 
@@ -36,11 +36,11 @@ def device_of(network: nn.Module, default: torch.device) -> torch.device:
 def waiting_forbidden() -> Iterator[None]:
     """Let an operation that waits for the GPU raise a `RuntimeError`.
 
-    The recording of a CUDA graph breaks off at such an operation, and leaves the allocator and the
-    random generator in disorder: look for them before.
+    The recording of a CUDA graph breaks off at an operation that waits, and leaves the allocator
+    and the random generator in disorder. Look for waiting operations before the recording.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this is a prototype
+        warnings.simplefilter("ignore")  # a warning that the debug mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield

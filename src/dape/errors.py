@@ -1,11 +1,11 @@
-"""Mistakes of a user, as errors of one line."""
+"""Mistakes of a user, as one-line errors."""
 
 import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
 
-_LARGEST = 2**63 - 1  # of the whole numbers that PyTorch takes
+_LARGEST = 2**63 - 1  # of PyTorch's whole numbers
 
 
 class UserError(ValueError):
@@ -16,11 +16,11 @@ class UserError(ValueError):
 
 
 class RankError(UserError):
-    """A fault that one of several processes meets, and the others do not: it speaks for itself."""
+    """A fault that a single process of several meets; its message alone explains the fault."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """Return the error for a `name` that is not among the `known` ones, with the nearest first."""
+    """Return the error for a `name` outside the `known` names, with the nearest known name."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -28,7 +28,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
 
 
 def check_whole(least: int = 1, **values: object) -> None:
-    """Raise a `UserError` for a value that is no whole number from `least` to 2^63 - 1."""
+    """Raise a `UserError` unless the value is a whole number from `least` to 2^63 - 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise UserError(f"{name}={value!r} must be a whole number")
@@ -38,7 +38,7 @@ def check_whole(least: int = 1, **values: object) -> None:
 
 
 def check_finite(least: int | float = -math.inf, **values: object) -> None:
-    """Raise a `UserError` for a value that is no finite number, or less than `least`."""
+    """Raise a `UserError` unless the value is a finite number of at least `least`."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise UserError(f"{name}={value!r} must be a finite number")
@@ -47,19 +47,19 @@ def check_finite(least: int | float = -math.inf, **values: object) -> None:
 
 
 def check_switch(**values: object) -> None:
-    """Raise a `UserError` for a value that is neither True nor False."""
+    """Raise a `UserError` unless the value is True or False."""
     for name, value in values.items():
         if not isinstance(value, bool):
             raise UserError(f"{name}={value!r} must be True or False")
 
 
 def install(extra: str = "") -> str:
-    """Return the command that installs the package from a clone, with an extra."""
+    """Return the command to install the package from a clone, with an extra."""
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the memory of a GPU or of the machine is too small."""
+    """Return whether an error reports too little memory of a GPU or of the machine."""
     import torch
 
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -1,7 +1,8 @@
-"""Files and folders that are whole or absent, and one clear error for a file that cannot be read.
+"""Files and folders that are whole or absent, and a clear error for an unreadable file.
 
-A writer works on `NAME.partial` beside its target, brings it onto the disk and renames it. A
-process that dies meanwhile leaves the target as it was. The next writer removes the leftover.
+A writer fills `NAME.partial` beside the target, brings the content onto the disk and renames
+`NAME.partial` to the target. If the process dies meanwhile, the target is unchanged. The next
+writer removes the leftover.
 """
 
 import errno
@@ -30,10 +31,10 @@ Read = TypeVar("Read")
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Yield the path to write a file or a folder to, which takes the place of `path` at the end.
+    """Yield a temporary path for a file or folder, which replaces `path` at the end of the block.
 
-    A file or folder at `path` is replaced. An exception inside the block leaves `path` as it was.
-    Files get the mode that the umask gives, also from libraries that create private ones.
+    An exception inside the block leaves `path` unchanged. Files get the mode of the umask, also
+    from libraries that create private files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
@@ -47,7 +48,7 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
         _sync(path.parent)
     except BaseException as error:
-        with suppress(OSError):  # the first error is the one to report
+        with suppress(OSError):  # the first error is the error to report
             remove(partial)
         if code := _code_of_disk(error):
             raise OSError(code, os.strerror(code), str(path)) from None
@@ -55,15 +56,15 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def _code_of_disk(error: BaseException) -> int | None:
-    """Return the number of a disk's error that a library reports in an exception of its own."""
+    """Return the errno of a disk error, also from an exception of a library."""
     if number := re.search(r"\(os error (\d+)\)", str(error)):  # in Rust
         return int(number[1])
-    # The writer of PyTorch's archives notices only that bytes are missing.
+    # The writer of PyTorch's archives reports missing bytes, without the cause.
     return errno.ENOSPC if "unexpected pos" in str(error) else None
 
 
 def partial_of(path: Path) -> Path:
-    """Return where `path` is written until it is whole."""
+    """Return the temporary path from which `path` is renamed."""
     return path.with_name(path.name + PARTIAL)
 
 
@@ -82,7 +83,7 @@ def read_text(path: Path, remedy: str = "") -> str:
     """Return the text of a file.
 
     Raises:
-        UserError: naming the file and the remedy, if it is missing, unreadable or not text.
+        UserError: naming file and remedy, for a file that is missing, unreadable or not text.
     """
     try:
         check_ordinary(path, remedy=remedy)
@@ -94,18 +95,18 @@ def read_text(path: Path, remedy: str = "") -> str:
 
 
 def check_ordinary(*paths: Path, remedy: str = "") -> None:
-    """Raise a `UserError` for a folder, a pipe or a device, which may never end."""
+    """Raise a `UserError` for a folder, a pipe or a device, because reading may never end."""
     for path in paths:
         if path.exists() and not path.is_file():
             raise _unreadable(path, "it is no ordinary file", remedy)
 
 
 def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
-    """Return what `build` makes of the object in a JSON file.
+    """Return `build(object)` for the object in a JSON file.
 
     Raises:
-        UserError: naming the file and the remedy, if it is missing, is no JSON object, or has not
-            the fields that `build` needs.
+        UserError: naming file and remedy, for a file that is missing, holds no JSON object, or
+            lacks a field for `build`.
     """
     text = read_text(path, remedy)
     try:
@@ -142,19 +143,19 @@ def read_tensors(path: Path, remedy: str) -> "dict[str, Tensor]":
 
 
 def shipped(path: Path) -> Path:
-    """Return the path, or the file of that name in the installed package if it alone is there.
+    """Return the path, or the file of the installed package if the path does not exist.
 
-    An installed package has the recipes of the repository: `recipes/demo.yaml` is one.
+    An installed package has the recipes of the repository, such as `recipes/demo.yaml`.
     """
     packaged = Path(__file__).parent / path
     return packaged if packaged.is_file() and not path.exists() else path
 
 
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
-    """Return the mapping in a YAML file, as `parse_yaml` reads it.
+    """Return the mapping in a YAML file, by the rules of `parse_yaml`.
 
     Raises:
-        UserError: naming the file, the line if it is known, and the remedy.
+        UserError: naming the file, the line if known, and the remedy.
     """
     text = read_text(path, remedy)
     try:
@@ -170,14 +171,14 @@ def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what YAML text describes.
+    """Return the values in YAML text.
 
-    Unlike YAML 1.1, `1:30` and `010` are text rather than 90 and 8, and a key given twice is an
-    error. A key that overrides one of a merge (`<<: *base`) is none.
+    Unlike YAML 1.1, `1:30` and `010` are text rather than 90 and 8. A key given twice is an error,
+    but a key may override a key of a merge (`<<: *base`).
 
     Raises:
-        yaml.MarkedYAMLError: with the line, for text that is not YAML.
-        ValueError: for the same where the line is not known.
+        yaml.MarkedYAMLError: with the line, for text that is not YAML. ValueError: for text that is
+        not YAML, if the line is not known.
     """
     try:
         return yaml.load(text, _Loader)
@@ -190,7 +191,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if there is one."""
+    """Remove a file or a folder; an absent path is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -198,7 +199,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted writes left in a folder; not while another process writes there."""
+    """Remove leftovers of interrupted writes from a folder in which no other process writes."""
     for leftover in folder.glob(f"*{PARTIAL}"):
         remove(leftover)
 
@@ -211,17 +212,17 @@ def is_free(folder: Path) -> bool:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed processes left in a folder, unless another works there or none may."""
+    """Remove leftovers of killed processes, unless the folder is locked or read-only."""
     with suppress(OSError, UserError), locked(folder, ""):
         remove_leftovers(folder)
 
 
 @contextmanager
 def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
-    """Keep other processes out of a folder; the lock ends with its process.
+    """Keep other processes out of a folder; a lock ends with the process that took the lock.
 
-    A folder that is not there is created, and removed again if it is empty at the end. With a
-    `name` the lock is for what is called so in the folder.
+    An absent folder is created, and removed again if empty at the end. With a `name` the lock
+    covers the entry of the folder with this name.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
@@ -235,17 +236,17 @@ def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
         yield
     finally:
         file.unlink(missing_ok=True)
-        with suppress(OSError):  # something is in one of them
+        with suppress(OSError):  # a folder has content
             for each in absent:
                 each.rmdir()
         os.close(handle)
 
 
 def _lock(file: Path, busy: str) -> int:
-    """Return the handle of a file that is there and locked."""
+    """Return the handle of an existing, locked file."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # its owner removed it, or its folder, meanwhile
+        with suppress(FileNotFoundError):  # the owner removed the file or the folder meanwhile
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -259,14 +260,14 @@ def _lock(file: Path, busy: str) -> int:
 
 def _file_mode(absent: Path) -> int:
     """Return the mode of new files beside a path where nothing lies yet."""
-    absent.mkdir()  # asking for the umask would change it for all threads
+    absent.mkdir()  # os.umask would change the mode for all threads
     mode = absent.stat().st_mode & 0o666
     absent.rmdir()
     return mode
 
 
 def _settle(path: Path, mode: int) -> None:
-    """Give the files of a file or folder their mode, and bring all of it onto the disk."""
+    """Set the mode of a file, or of all files in a folder, and bring the content onto the disk."""
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if each.is_file() and not each.is_symlink():
             each.chmod(mode)
@@ -295,13 +296,13 @@ _INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("int", "float",
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of YAML 1.2 (and `50_000`), exact merges and no repeated keys."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (so it is in the parent)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the parent)
         first: [(tag, form) for tag, form in resolvers if tag not in (_INT, _FLOAT)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put the pairs of merges after the node's own, which override them."""
+        """Put the pairs of merges after the pairs of the node: the first pair of a key counts."""
         merges = [value for key, value in node.value if key.tag == _MERGE]
         pairs = [(key, value) for key, value in node.value if key.tag != _MERGE]
         keys = [key.value for key, _ in pairs]

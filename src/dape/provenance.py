@@ -33,9 +33,9 @@ Provenance = Annotated[
 
 
 def provenance(device: torch.device | str, argv: list[str] | None = None) -> Provenance:
-    """Return command, commit, versions, device and time of this process, ready for JSON.
+    """Return command, commit, versions, device and time of this process, for JSON.
 
-    `argv` stands for the words after `dape`; without it, those of this process.
+    `argv` gives the words after `dape`, by default the arguments of this process.
     """
     return {
         "command": shlex.join(["dape", *(sys.argv[1:] if argv is None else argv)]),
@@ -48,10 +48,10 @@ def provenance(device: torch.device | str, argv: list[str] | None = None) -> Pro
 
 
 def commit() -> str | None:
-    """Return the commit of this package's checkout; None if it is not in one.
+    """Return the commit of the checkout with this package, None for an installed package.
 
-    `-dirty` is put after it if the content of a tracked file is another. Files that git does not
-    track change nothing, nor do the results that a run writes into the checkout.
+    `-dirty` follows if the content of a tracked file differs from the commit. Untracked files do
+    not count, nor do the results that a run writes into the checkout.
     """
     source = Path(__file__)
     try:

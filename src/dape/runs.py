@@ -1,4 +1,4 @@
-"""The folder of a run: where everything in it lies, and how far the run is."""
+"""The folder of a run: the paths of the content, and the progress of the run."""
 
 import json
 from dataclasses import dataclass
@@ -25,26 +25,26 @@ _FACTS = {
 # Of a recipe, what a later command reads.
 _SETTINGS = {"data": str, "seed": int, "model": dict, "training": dict, "optimizer": dict}
 _UNFINISHED = ".unfinished"
-_REMEDY = "give the command that made the run again, under another --name"
+_REMEDY = "run the command of the run again, under another --name"
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder as `dape train` and `dape retrofit` leave it; it need not be there yet."""
+    """A folder written by `dape train` or `dape retrofit`; the folder need not exist yet."""
 
     path: Path
 
     def __str__(self) -> str:
-        """Return the path, as messages and records name the run."""
+        """Return the path, the name of the run in messages and records."""
         return str(self.path)
 
     def __fspath__(self) -> str:
-        """Return the path: a run folder can be given where a path can."""
+        """Return the path: a run folder is accepted wherever a path is."""
         return str(self.path)
 
     @property
     def recipe(self) -> Path:
-        """The recipe that the run follows."""
+        """The recipe of the run."""
         return self.path / "config.yaml"
 
     @property
@@ -54,12 +54,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The metrics, a line of JSON for each logged step."""
+        """The metrics, a line of JSON per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
-        """The same metrics for TensorBoard."""
+        """The metrics for TensorBoard."""
         return self.path / "tensorboard"
 
     @property
@@ -69,12 +69,12 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """The trained model and its tokenizer, as transformers loads them."""
+        """The trained model and the tokenizer, in the format of transformers."""
         return self.path / "model"
 
     @property
     def adapters(self) -> Path:
-        """The adapters that a retrofit trained."""
+        """The trained adapters of a retrofit."""
         return self.path / "adapters"
 
     def checkpoint(self, step: int) -> Path:
@@ -84,7 +84,7 @@ class RunFolder:
     def evaluation(self, protocol: str, stride: int | None = None, split: str = "test") -> Path:
         """Return the file of an evaluation: `evaluation/sliding-64-validation.json`.
 
-        The test split, being the usual one, is not named.
+        The name leaves out the test split, the default.
         """
         parts = [protocol, str(stride or ""), "" if split == "test" else split]
         return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
@@ -107,12 +107,12 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run, whose recipe may be damaged."""
+        """Whether the folder has a recipe, possibly a damaged recipe."""
         return lexists(self.recipe)
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run is finished."""
         return bool(self.read_record().get("ended"))
 
     @property
@@ -131,14 +131,14 @@ class RunFolder:
 
     @property
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none yet."""
+        """The newest complete checkpoint, or None."""
         return next(iter(self.saved_checkpoints()), None)
 
     def read_recipe(self) -> dict[str, Any]:
         """Return the recipe as a mapping.
 
         Raises:
-            UserError: if there is none, or it is damaged.
+            UserError: for a missing or damaged recipe.
         """
         recipe = read_yaml(self.recipe, _REMEDY)
         try:
@@ -148,26 +148,26 @@ class RunFolder:
         return recipe
 
     def read_record(self) -> dict[str, Any]:
-        """Return the record, empty if there is none yet.
+        """Return the record, empty before the first entry.
 
         Raises:
-            UserError: if it is damaged.
+            UserError: for a damaged record.
         """
         return read_json(self.record, _known, _REMEDY) if lexists(self.record) else {}
 
     def update_record(self, entries: dict[str, Any]) -> None:
-        """Put entries over those that the record holds."""
+        """Write entries into the record, over entries of the same name."""
         write_json(self.record, self.read_record() | entries)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return what was logged, a mapping for each line; a last line that is cut is left out.
+        """Return the logged metrics, a mapping per line, without an incomplete last line.
 
         Raises:
-            UserError: if another line is damaged.
+            UserError: for any other damaged line.
         """
         if not lexists(self.metrics):
             return []
-        lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the rest is no whole line
+        lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the last line is incomplete
         try:
             logged = [_known(json.loads(line)) for line in lines]
             for each in logged:
@@ -191,5 +191,5 @@ def _known(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def unfinished(file: Path) -> Path:
-    """Return the file that keeps what was measured until the record in `file` is finished."""
+    """Return the file of the measurements so far, kept until the record in `file` is finished."""
     return file.with_suffix(_UNFINISHED)

@@ -1,4 +1,4 @@
-"""Mappings into dataclasses, strictly: no unknown key, no value of another type.
+"""Mappings into dataclasses, without unknown keys and without values of a wrong type.
 
 A recipe is such a mapping in YAML, a record of a measurement one in JSON.
 """
@@ -29,15 +29,26 @@ _short.maxstring = _short.maxother = 200
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Marks a choice that also accepts `true` and `false`."""
+    """Marker of a choice with the further values `true` and `false`."""
 
     on: str
     off: str
 
 
+def default(meaning: str, metavar: str | None = None) -> Any:
+    """Return the annotation of an option whose empty default stands for `meaning`."""
+    from tyro.conf import arg
+
+    empty = ("None", "", "''")
+    return arg(
+        metavar=metavar,
+        help_behavior_hint=lambda shown: f"(default: {meaning if shown in empty else shown})",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Holds:
-    """Marks a mapping with values of certain types under certain keys, among others."""
+    """Marker of a mapping with certain keys, whose values have certain types."""
 
     types: Mapping[str, Any]
 
@@ -155,7 +166,7 @@ def _mismatch(value: Any, options: tuple[Any, ...], where: str) -> str:
     remedy = ""
     if isinstance(value, str) and not {int, float}.isdisjoint(options) and _is_number(value):
         number = f"{float(value):.1e}" if float in options else f"{float(value):.0f}"
-        remedy = f"; YAML takes it for text, write {number}"
+        remedy = f"; YAML reads text, write {number}"
     expected = " or ".join(map(_describe, options))
     return f"{where}={_short.repr(value)}: expected {expected}{remedy}"
 

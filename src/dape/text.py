@@ -1,26 +1,26 @@
-"""Names and reasons that others wrote, made safe to show."""
+"""Names and messages from foreign files, made safe to print."""
 
 import re
 
 
 def one_line(text: str) -> str:
-    """Return text on one line, each character that a terminal would obey replaced by a sign."""
+    """Return text on one line, with a sign in place of control characters of a terminal."""
     line = " ".join(filter(None, (each.strip() for each in text.replace("\t", " ").splitlines())))
     return printable(line)
 
 
 def printable(text: str) -> str:
-    """Return text with its lines, each character that a terminal would obey replaced by a sign."""
+    """Return text line by line, with a sign in place of control characters of a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def markdown(text: str) -> str:
-    r"""Return text that Markdown shows as it is, also in a cell of a table: `a|b` as `a\|b`."""
+    r"""Return text escaped for Markdown, also in a cell of a table: `a|b` as `a\|b`."""
     return re.sub(r"([\\`|$\[]|<(?=[\w/!?]))", r"\\\1", one_line(text))
 
 
 def code(text: str) -> str:
-    """Return text as code in Markdown, between more backticks than it has in a row."""
+    """Return text as code in Markdown, between more backticks than the text has in a row."""
     shown = one_line(text)
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence, pad = "`" * (longest + 1), " " if longest else ""
@@ -28,7 +28,7 @@ def code(text: str) -> str:
 
 
 def code_block(text: str, language: str = "") -> str:
-    """Return lines of code in Markdown, between fences that are longer than any in them."""
+    """Return lines of code in Markdown, between fences longer than any fence in the lines."""
     longest = max((len(run) for run in re.findall("`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"

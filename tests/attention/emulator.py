@@ -6,10 +6,10 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
-from dape.attention.fused.launch import word
+from dape.attention.fused.cuda.launch import word
 
 HEADER = Path(__file__).with_name("emulated.h")
-PTX = files("dape.attention.fused").joinpath("ptx.cuh").read_text()
+PTX = files("dape.attention.fused.cuda").joinpath("ptx.cuh").read_text()
 ENTRY = """
 extern "C" void entry(const uint64_t* words, const int* grid, int width) {{
   launch({name}, words, grid, width);

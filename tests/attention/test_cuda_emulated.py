@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import emulator
+import one_band
 import pytest
 import torch
 from problems import Problem
@@ -12,7 +13,10 @@ from problems import fused as operate
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import banded, forward_cuda, geometry, mix_cuda, operator
+from dape.attention.fused import geometry, operator, overflow, passes
+from dape.attention.fused.cuda import forward, mix
+from dape.attention.fused.problem import Result
+from dape.attention.fused.terms import Mixed
 from dape.positions.bias import Bias
 
 pytestmark = [
@@ -59,9 +63,9 @@ def change():
     return {}
 
 
-def layout(problem, mixing):
+def layout(problem, terms):
     heads, head_dim = problem.query.shape[1], problem.query.shape[3]
-    return forward_cuda.layout(heads, head_dim, forward_cuda.padded_units(mixing))
+    return forward.layout(heads, head_dim, forward.padded_units(terms))
 
 
 @pytest.fixture
@@ -77,8 +81,8 @@ def emulated(monkeypatch, folder, change):
 
         return found
 
-    monkeypatch.setattr(forward_cuda, "layout_of", lambda problem, mixing: None)
-    for module in (forward_cuda, mix_cuda):
+    monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
+    for module in (forward, mix):
         monkeypatch.setattr(module, "compiled", compiled(module))
 
 
@@ -149,10 +153,10 @@ def test_every_kind_of_call_equals_the_textbook(emulated, name):
 @pytest.mark.parametrize("causal", [True, False])
 def test_bands_segments_and_elements_change_nothing(emulated, causal, monkeypatch):
     problem = problem_of(batch=5, rows=75, keys=90, causal=causal, query_offset=15)
-    monkeypatch.setattr(mix_cuda, "ROWS", 32)
-    assert mix_cuda.share(1, 3, 96) == (1, 3)
-    monkeypatch.setattr(mix_cuda, "BLOCKS", 32)
-    assert mix_cuda.share(5, 3, 96) == (3, 1)
+    monkeypatch.setattr(mix, "ROWS", 32)
+    assert mix.CudaMixer.share(1, 3, 96) == (1, 3)
+    monkeypatch.setattr(mix, "BLOCKS", 32)
+    assert mix.CudaMixer.share(5, 3, 96) == (3, 1)
     check(problem)
     check(replace(problem, batch=1))
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 96 * 32 * 2)
@@ -169,6 +173,22 @@ def test_two_backward_passes_agree_bit_for_bit(emulated):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_mixer_is_what_its_terms_say(emulated, masked):
+    shapes = (4, 60), (60, 16), (16, 4), (4, 16)
+    terms = Mixed(*(torch.randn(shape) / 4 for shape in shapes))
+    given = one_band.problem_of(terms, 4, 40, 60, 20, True, masked, torch.float16)
+    mixer = passes.mixer_of(given, "cuda")
+    assert isinstance(mixer, mix.CudaMixer)
+    for found, true in zip(*one_band.solutions(mixer), strict=True):
+        assert relative(found, true.double()) < 3e-3
+
+
+def with_flag(given):
+    """Return room for a result with a flag that nobody has set."""
+    return Result.of(given, True)._replace(flag=torch.zeros(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "name", [x for x in PROBLEMS if PROBLEMS[x].query_offset >= 0 and PROBLEMS[x].heads <= 16]
@@ -180,23 +200,15 @@ def test_the_whole_forward_pass(emulated, name, dtype):
     with torch.no_grad():
         how = (seen, problem.head_dim**-0.5, problem.causal, problem.query_offset)
         given = operator.problem_of(*tensors, tables_of(problem, bias, adapter), *how)
-        where = layout(given, given.mixing)
-        out, lse, rest = found = banded.outputs(given, True)
-        flag = torch.zeros(1, dtype=torch.int32)
-        forward_cuda.forward(given, given.mixing, where, *found, flag)
+        found = with_flag(given)
+        forward.forward(given, given.terms, layout(given, given.terms), found)
+        out, lse, rest, flag = found
         assert not flag.any()
         doubles = [x.double() for x in (*tensors, bias, adapter)]
         exact, exact_lse = textbook(problem, *doubles[:3], seen, *doubles[3:])
     assert relative(out, exact) < {torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     assert relative(out.double() + rest, exact) < 1e-3
     assert_close(lse.double(), exact_lse, rtol=1e-3, atol=2e-3)
-
-
-def fused_flag(given, where, found):
-    """Return the flag of the forward pass across heads as one kernel."""
-    flag = torch.zeros(1, dtype=torch.int32)
-    forward_cuda.forward(given, given.mixing, where, *found, flag)
-    return flag.item()
 
 
 @pytest.mark.parametrize(("size", "level", "asks"), [(1, 0, 0), (30, 0, 1), (1, -200, 1)])
@@ -208,15 +220,17 @@ def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, le
         static, *others = tables_of(problem, bias, adapter)
         tables = (static + level, *others)
         given = operator.problem_of(*tensors, tables, None, 32**-0.5, True, 0)
-        assert fused_flag(given, layout(given, given.mixing), banded.outputs(given, True)) == asks
+        found = with_flag(given)
+        forward.forward(given, given.terms, layout(given, given.terms), found)
+        assert found.flag.item() == asks
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_large_scores_and_biases_go_over_to_the_wide_range(emulated, monkeypatch, whole):
     """Tables of 3e5 on the way, and what the narrow kernels leave is not taken."""
     if whole:
-        monkeypatch.setattr(forward_cuda, "layout_of", layout)
-    monkeypatch.setattr(geometry, "LARGEST_SCORE", -1.0)
+        monkeypatch.setattr(forward, "layout_of", layout)
+    monkeypatch.setattr(overflow, "LARGEST_SCORE", -1.0)
     check(PROBLEMS["causal"])
 
 
@@ -249,7 +263,7 @@ def test_a_bias_of_1e5_stays_in_16_bits_where_it_has_no_weight(emulated):
 
 
 def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):
-    monkeypatch.setattr(forward_cuda, "layout_of", layout)
+    monkeypatch.setattr(forward, "layout_of", layout)
     check(PROBLEMS["many units"])
 
 

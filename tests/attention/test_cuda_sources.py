@@ -12,7 +12,8 @@ import torch
 from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
-from dape.attention.fused import forward_cuda, mix_cuda, operator
+from dape.attention.fused import operator, passes
+from dape.attention.fused.cuda import forward, mix
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -54,7 +55,7 @@ def refusal(source, capability):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kernels_across_heads_compile(kind, name, capability):
     given = problem(**KINDS[kind])
-    source = mix_cuda.source(name, *mix_cuda.macros(given, given.mixing))
+    source = mix.source(name, *passes.mixer_of(given, "cuda").macros())
     assert refusal(source, capability) == ""
 
 
@@ -67,13 +68,13 @@ def test_the_whole_forward_pass_compiles(kind, name, exact):
     heads, head_dim, units = (
         given.query.shape[1],
         given.query.shape[3],
-        forward_cuda.padded_units(given.mixing),
+        forward.padded_units(given.terms),
     )
-    where = forward_cuda.layout(heads, head_dim, units)
+    where = forward.layout(heads, head_dim, units)
     if where is None:
         assert kind in ("wide", "many heads")
         return
-    source = forward_cuda.source(name, *forward_cuda.macros(given, given.mixing, where, exact))
+    source = forward.source(name, *forward.macros(given, given.terms, where, exact))
     assert refusal(source, "90a") == ""
 
 

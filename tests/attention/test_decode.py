@@ -8,7 +8,9 @@ from problems import Problem, close, fused
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import decode, geometry, operator
+from dape.attention.fused import decode, operator
+from dape.attention.fused.problem import Problem as FusedProblem
+from dape.attention.fused.terms import Mixed
 from dape.bench.case import Parts
 from dape.bench.parity import eager
 
@@ -127,13 +129,11 @@ def test_decoding_token_by_token_equals_one_pass(calls):
 def test_few_keys_or_many_queries_are_left_to_the_other_path():
     for rows, keys in ((17, 600), (2, 31)):
         tensors = replace(BASE, rows=rows, keys=keys).tensors(torch.float32)
-        assert not decode.serves(geometry.Problem(*tensors, None, mixing(), None, 1.0, True, 0))
+        assert not decode.serves(FusedProblem(*tensors, mixing(), None, 1.0, True, 0))
 
 
 def mixing():
-    return geometry.Mixing(
-        torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5)
-    )
+    return Mixed(torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5))
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (1, 3), (1, 16), (64, 1)])
@@ -141,7 +141,7 @@ def mixing():
 def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
     query, cache = torch.empty(batch, 12, rows, size), torch.empty(1, 1, 1, 1)
     cache = cache.expand(batch, 12, 32768, size)
-    problem = geometry.Problem(query, cache, cache, None, mixing(), None, 1.0, True, 32768 - rows)
+    problem = FusedProblem(query, cache, cache, mixing(), None, 1.0, True, 32768 - rows)
     tile = decode.tile_of(problem, 16)
     spans, length = decode.key_spans(problem, tile)
     assert spans * length >= 32768 and spans * size <= decode.MOST_PARTS

@@ -9,7 +9,10 @@ from problems import Problem, close, drawn, fused, leaves, solve
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import geometry, mix_triton, operator
+from dape.attention.fused import geometry, operator
+from dape.attention.fused.mixers import mixed
+from dape.attention.fused.problem import Problem as FusedProblem
+from dape.attention.fused.terms import Mixed
 from dape.bench import parity
 from dape.bench.case import DTYPES, TRAINING, Case, build, draw
 from dape.errors import UserError
@@ -51,7 +54,7 @@ PROBLEMS = {
 def narrow_bands(monkeypatch):
     """Let the scratch hold few scores, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 2 * 4 * 40 * 32)
-    monkeypatch.setattr(mix_triton, "ROWS", 16)
+    monkeypatch.setattr(mixed, "ROWS", 16)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -98,10 +101,10 @@ def test_bands_change_nothing(narrow_bands, causal, offset, monkeypatch):
         batch=2, rows=rows, keys=keys, causal=causal, query_offset=offset, adapter=DAPE, mask="left"
     )
     halves = problem.tensors(torch.float16)
-    whole = geometry.Problem(*halves, None, mixing(), None, 1.0, causal, offset)
+    whole = FusedProblem(*halves, mixing(), None, 1.0, causal, offset)
     assert len(geometry.bands(whole)) > 3
     assert any(band.keys.start > 0 for band in geometry.blocks(whole))
-    assert mix_triton.share(1, 10, 32) == (1, 2)
+    assert mixed.MixedMixer.share(1, 10, 32) == (1, 2)
     close(replace(problem, batch=1))
     given = drawn(problem, torch.float16)
     out, gradients = solve(problem, *given, "triton", torch.float16)
@@ -113,9 +116,7 @@ def test_bands_change_nothing(narrow_bands, causal, offset, monkeypatch):
 
 
 def mixing():
-    return geometry.Mixing(
-        torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5)
-    )
+    return Mixed(torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5))
 
 
 def test_many_heads_and_hidden_units():

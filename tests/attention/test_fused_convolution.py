@@ -9,7 +9,8 @@ from problems import Problem, close, drawn, solve
 import dape
 from dape.attention import cuda, triton
 from dape.attention.call import Call
-from dape.attention.fused import geometry, mix_convolution, mix_triton, operator
+from dape.attention.fused import geometry, operator
+from dape.attention.fused.mixers import mixed, taps
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -41,7 +42,7 @@ PROBLEMS = {
 def narrow_bands(monkeypatch):
     """Let the scratches hold few numbers, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 9 * 64 * 64)
-    monkeypatch.setattr(mix_triton, "ROWS", 16)
+    monkeypatch.setattr(mixed, "ROWS", 16)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -67,7 +68,7 @@ def test_many_hidden_units_take_another_tile():
     tensors, modules = problem.tensors(torch.float32), problem.modules()
     tables = operator.tables(*modules, 4, 18, tensors[0].device)
     given = operator.problem_of(*tensors, tables, None, 1.0, True, 0)
-    assert mix_convolution.tile_of(given) == mix_convolution.SMALL_TILE
+    assert taps.tile_of(given, given.terms) == taps.SMALL_TILE
     close(problem)
 
 

@@ -14,7 +14,9 @@ import textbook
 from dape.attention import cuda, triton
 from dape.attention.call import Call
 from dape.attention.fused import geometry, operator
+from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.serves import obstacle
+from dape.attention.fused.terms import Mixed
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -146,8 +148,8 @@ def test_bands_change_nothing(narrow_bands, causal, offset, monkeypatch):
         batch=1, rows=134, keys=140, causal=causal, query_offset=offset, mask="left", adapter=DAPE,
         threshold=30.5,
     )  # fmt: skip
-    tensors, mixing = problem.tensors(torch.float16), geometry.Mixing(*[torch.zeros(4, 4)] * 4)
-    whole = geometry.Problem(*tensors, None, mixing, None, 1.0, causal, offset)
+    tensors, mixing = problem.tensors(torch.float16), Mixed(*[torch.zeros(4, 4)] * 4)
+    whole = FusedProblem(*tensors, mixing, None, 1.0, causal, offset)
     assert len(geometry.bands(whole)) > 2
     assert any(band.keys.start > 0 for band in geometry.blocks(whole))
     close(problem)

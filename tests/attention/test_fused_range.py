@@ -9,7 +9,8 @@ from problems import Problem, close, drawn, fused, leaves
 from test_large_scores import beside_sdpa, silent
 
 import dape
-from dape.attention.fused import geometry, operator, table_operators
+from dape.attention.fused import geometry, operator, overflow, passes, table_operators
+from dape.attention.fused.problem import Gate
 from dape.positions.bias import Bias
 
 pytestmark = [
@@ -33,7 +34,7 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_wide_range_equals_the_textbook(name, monkeypatch):
-    monkeypatch.setattr(geometry, "LARGEST_SCORE", -1.0)
+    monkeypatch.setattr(overflow, "LARGEST_SCORE", -1.0)
     close(PROBLEMS[name], dtype=torch.float16, tolerance=5e-3, least=1.0)
 
 
@@ -44,11 +45,11 @@ def test_a_mixer_that_is_not_wanted_leaves_the_scratch_alone(bias, kernel_size):
     query, key, value = Problem(rows=20, keys=20).tensors(torch.float16)
     given = operator.tables(bias(4), dape.DAPE(4, 5, kernel_size=kernel_size), 4, 20, query.device)
     problem = operator.problem_of(query, key, value, given, None, 1.0, True, 0)
-    problem = problem._replace(gate=geometry.Gate(torch.zeros(1, dtype=torch.int32), True))
+    problem = problem._replace(gate=Gate(torch.zeros(1, dtype=torch.int32), True))
     (band,) = geometry.bands(problem)
     x = geometry.Scratch.of(problem, (band,)).view(band).normal_()
     before = x.clone()
-    operator.mixer("triton", problem).mix(x, band, problem, problem.mixing)
+    passes.mixer_of(problem, "triton").mix(x, band)
     assert torch.equal(x, before)
 
 

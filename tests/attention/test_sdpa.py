@@ -70,14 +70,14 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bias": dape.Kerple(4)}, "it knows neither a bias nor an adapter"),
-        ({"adapter": dape.DAPE(4)}, "it knows neither a bias nor an adapter"),
-        ({"mask": torch.ones(2, 7, dtype=torch.bool)}, "a mask would keep it from its fast"),
-        ({"query_offset": 1}, "its causality knows no query_offset"),
-        ({"query_offset": -3}, "its causality knows no query_offset"),
-        ({"query_offset": torch.tensor(0)}, "its causality knows no query_offset"),
+        ({"bias": dape.Kerple(4)}, "sdpa knows neither a bias nor an adapter"),
+        ({"adapter": dape.DAPE(4)}, "sdpa knows neither a bias nor an adapter"),
+        ({"mask": torch.ones(2, 7, dtype=torch.bool)}, "a mask would exclude the fast"),
+        ({"query_offset": 1}, "the causality of sdpa knows no query_offset"),
+        ({"query_offset": -3}, "the causality of sdpa knows no query_offset"),
+        ({"query_offset": torch.tensor(0)}, "the causality of sdpa knows no query_offset"),
         ({"return_lse": True}, "it returns no log-sum-exp"),
-        ({"value": torch.zeros(2, 4, 7, 5)}, "its kernels want values as wide as queries"),
+        ({"value": torch.zeros(2, 4, 7, 5)}, "the kernels of sdpa want values as wide as queries"),
         (
             {"value": torch.zeros(2, 4, 7, 3).half()},
             r"the query is torch\.float32, but the value torch\.float16",

@@ -151,16 +151,16 @@ def test_what_could_not_be_checked_is_not_timed(run, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "`dape bench` needs one of: attention"),
+        ((), "`dape bench` needs a further word: attention"),
         (("atention",), "unknown command after `dape bench`: 'atention'; did you mean 'attention'"),
         (("attention", "--scheme", "kerpel"), "did you mean 'kerple'?"),
         (("attention", "--shape", "124m"), "shape '124m' is neither one of 125m"),
         (("attention", "--methods", "cudda"), "unknown method 'cudda'; did you mean 'cuda'?"),
-        (("attention", "--lengths", "1,8"), "--lengths 1: at least 2"),
-        (("attention", "--lengths", "8,x"), "'8,x' is no list of lengths"),
-        (("attention", "--tokens", "0"), "--tokens 0: at least 1"),
+        (("attention", "--lengths", "1,8"), "--lengths 1: must be at least 2"),
+        (("attention", "--lengths", "8,x"), "'8,x' is not a list of lengths"),
+        (("attention", "--tokens", "0"), "--tokens 0: must be at least 1"),
         (("attention", "--dtype", "fp8"), "fp8"),
-        (("attention", "--device", "meta"), "--device meta: only cuda and cpu are timed"),
+        (("attention", "--device", "meta"), "--device meta: the clock needs cuda or cpu"),
         (("attention", "--lenghts", "8"), "did you mean '--lengths'?"),
     ],
 )

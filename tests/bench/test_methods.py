@@ -69,9 +69,9 @@ def test_the_mask_of_flexattention_is_the_one_it_makes_itself(length):
     [
         ("flex", {"scheme": "fire"}, "no score_mod is written for FIRE"),
         ("flex-table", {"scheme": "fire"}, "FIRE depends on more than the distance"),
-        ("flex-table", {"scheme": "nope"}, "there is no bias to make a table of"),
-        ("flex", {"scheme": "dape-kerple"}, "score of one head"),
-        ("flex", {"scheme": "kerple", "device": torch.device("cuda")}, "no multiple of 128"),
+        ("flex-table", {"scheme": "nope"}, "the scheme has no bias for a table"),
+        ("flex", {"scheme": "dape-kerple"}, "scores of a single head"),
+        ("flex", {"scheme": "kerple", "device": torch.device("cuda")}, "not a multiple of 128"),
         ("flex", {"scheme": "kerple"}, "no backward pass on a CPU"),
         ("sdpa-cudnn", {}, "cuDNN needs a CUDA GPU"),
     ],

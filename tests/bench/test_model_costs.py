@@ -82,7 +82,7 @@ def test_ratios_and_memory_of_the_tables():
         (("--sizes", "126m"), "unknown size '126m'; did you mean '125m'?"),
         (("--forms", "fast"), "unknown form 'fast'"),
         (("--schemes", "keple"), "unknown scheme 'keple'"),
-        (("--batch", "0"), "--batch 0: at least 1"),
+        (("--batch", "0"), "--batch 0: must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, message):

@@ -25,7 +25,7 @@ def test_what_is_saved_is_what_is_loaded_and_plain_json(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such results; measure again with `dape bench attention`"),
+        (None, "the results are missing; measure again with `dape bench attention`"),
         ("{", "not JSON"),
         ('{"format": 0}', "not results of format 1"),
         ("[]", "no JSON object"),

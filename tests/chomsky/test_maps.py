@@ -96,7 +96,7 @@ def test_models_that_are_not_there_are_one_line(folder, capsys):
     assert "even-pairs/kerple-0.json" in capsys.readouterr().err
     words[4:] = ["binary-addition", "--scheme", "randomized-rope"]
     assert cli.main([*words, "--out", str(folder / "x.json")]) == 2
-    assert "no one map" in capsys.readouterr().err
+    assert "positions are random" in capsys.readouterr().err
 
 
 def test_damaged_parameters_and_absent_models_are_one_line(folder, capsys):

@@ -112,3 +112,18 @@ def test_a_number_beyond_64_bits_and_a_seed_below_0_are_refused(words, message):
     assert parse(Numbers, ["--seed", "7", "--inner.steps", "-9"], "dape count").inner.steps == -9
     with pytest.raises(UserError, match=re.escape(message)):
         parse(Numbers, words, "dape count")
+
+
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Wordy:
+        """Do a thing with so many words that a terminal of fifty columns breaks the line.
+
+        A second paragraph begins a line.
+        """
+
+    monkeypatch.setenv("COLUMNS", "50")
+    with pytest.raises(SystemExit):
+        parse(Wordy, ["--help"], "dape thing")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 50 and "  A second paragraph begins a line." in lines

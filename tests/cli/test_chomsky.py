@@ -70,7 +70,7 @@ def test_cells_and_a_table_of_them(tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(SMALL)
-    assert "`dape chomsky` needs one of: tasks, sample, train, table" in refused(capsys)
+    assert "`dape chomsky` needs a further word: tasks, sample, train, table" in refused(capsys)
     assert "'tabel'; did you mean 'table'" in refused(capsys, "tabel")
     assert "name a recipe first" in refused(capsys, "train")
     assert "nothing.yaml" in refused(capsys, "train", tmp_path / "nothing.yaml")

@@ -105,7 +105,7 @@ def test_sliding_has_a_file_of_its_own(runs):
 
 def test_lengths_reach_sixteen_times_the_training_length_by_default(runs, capsys):
     message = refused(capsys, "eval", runs[0])
-    assert "length 256: no document has the 257 tokens it needs" in message
+    assert "length 256: no document has the required 257 tokens" in message
 
 
 def test_the_end_of_text_is_not_text_to_score(runs, corpus, capsys):
@@ -147,7 +147,7 @@ def test_lengths_that_mean_nothing_are_refused(text, capsys, runs):
         (["--lengths", "16", "--stride", "4"], "protocol last has no stride"),
         (["--lengths", "16", "--protocol", "lats"], "--protocol"),
         (["--lengths", "16", "--lenghts", "32"], "did you mean '--lengths'"),
-        (["--lengths", "16", "--documents", "0"], "--documents 0: at least 1"),
+        (["--lengths", "16", "--documents", "0"], "--documents 0: must be at least 1"),
         (["--lengths", "16", "--device", "cdua"], "--device cdua"),
         (["--lengths", "16", "--split", "dev"], "--split"),
     ],
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_with_the_remedy(runs, capsys, words, message):
 
 
 def test_no_run_and_no_model_are_refused(tmp_path, capsys):
-    assert "name at least one run or model" in refused(capsys, "eval")
+    assert "no model given: name a run or a model" in refused(capsys, "eval")
     assert f"no model in {tmp_path}" in refused(capsys, "eval", tmp_path)
 
 
@@ -185,7 +185,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path, runs, capsys):
     config = json.loads((runs[0] / "model" / "config.json").read_text())
     (runs[0] / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
     message = refused(capsys, "eval", runs[0], "--lengths", 16, "--data", corpus)
-    assert "another tokenizer" in message and "--tokenizer" in message
+    assert "not prepared with the tokenizer of" in message and "--tokenizer" in message
 
 
 def test_a_length_that_a_model_refuses_stops_neither_its_others_nor_the_next_run(

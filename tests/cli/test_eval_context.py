@@ -85,11 +85,14 @@ def test_runs_that_scored_other_tokens_are_not_drawn_together(measured, tmp_path
     ("words", "message"),
     [
         (("eval", "context"), "no run given"),
-        (("eval", "context", "runs/a", "--lengths", "16"), "--lengths 16: two or more"),
-        (("eval", "context", "runs/a", "--blocks", "0"), "--blocks 0: at least 1"),
+        (
+            ("eval", "context", "runs/a", "--lengths", "16"),
+            "--lengths 16: give two lengths or more",
+        ),
+        (("eval", "context", "runs/a", "--blocks", "0"), "--blocks 0: must be at least 1"),
         (("plot", "context", "--out", "a.png"), "no run given"),
         (("plot", "context", "runs/a", "--out", "a.jpg"), "must end in .png"),
-        (("plot", "context", "runs/a", "--out", "a.md"), "run `dape eval context` on it"),
+        (("plot", "context", "runs/a", "--out", "a.md"), "run `dape eval context` on the model"),
     ],
 )
 def test_mistakes_are_one_line(capsys, words, message):
@@ -100,4 +103,4 @@ def test_runs_of_two_corpora_need_one_for_both(measured, tmp_path, capsys):
     data = prepare(tmp_path, seed=5)
     other = make_run(tmp_path / "other", data, "kerple")
     line = refused(capsys, "eval", "context", measured[0], other, *ASKED)
-    assert "different corpora; give one --data" in line
+    assert "different corpora; give --data" in line

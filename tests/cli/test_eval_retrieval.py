@@ -77,7 +77,9 @@ def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
 
 def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):
     dape("eval", "retrieval", *runs, "--tasks", "passkey", *ASKED)
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("draw it: dape ").split()
+    command = (
+        capsys.readouterr().out.splitlines()[-1].removeprefix("to draw the results: dape ").split()
+    )
     out = tmp_path / "figures" / "map.png"
     assert not dape(*command[:-1], out)
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -108,7 +110,7 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     assert not dape("eval", "retrieval", tmp_path, "--tasks", "passkey", *words)
     reasons = {
         "100": "the prompt alone has 252 tokens",
-        "301": "its learned positions end: row 300 is asked of a table of 300",
+        "301": "no learned position for row 300: the table has 300 rows",
     }
     assert record(tmp_path, "passkey")["refused"] == reasons
     told = " ".join(capsys.readouterr().out.split())
@@ -121,9 +123,9 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     [
         (["--tasks", "paskey"], "unknown task 'paskey'; did you mean 'passkey'?"),
         (["--tasks", ""], "--tasks names no task: passkey, needle"),
-        (["--depths", "0,2"], "--depths 0.0,2.0: each from 0 to 1"),
+        (["--depths", "0,2"], "--depths 0.0,2.0: give depths from 0 to 1"),
         (["--depths", "a"], "--depths"),
-        (["--trials", "0"], "--trials 0: at least 1"),
+        (["--trials", "0"], "--trials 0: must be at least 1"),
         (["--protocol", "sliding"], "unknown option '--protocol'"),
         (["--limit", "3"], "unknown option '--limit'"),
     ],
@@ -145,10 +147,13 @@ def test_a_model_without_a_tokenizer_is_one_line(runs, capsys):
 def test_plots_of_nothing_or_of_other_questions_are_one_line(runs, tmp_path, capsys):
     out = tmp_path / "map.png"
     message = refused(capsys, "plot", "retrieval", *runs, "--out", out)
-    assert "no such retrieval; run `dape eval retrieval --tasks passkey` on it" in message
+    assert (
+        "the retrieval is missing; run `dape eval retrieval --tasks passkey` on the model"
+        in message
+    )
     dape("eval", "retrieval", runs[0], "--tasks", "passkey", *ASKED)
     dape("eval", "retrieval", runs[1], "--tasks", "passkey", *ASKED[:-1], "6")
     capsys.readouterr()
-    assert "were not asked the same" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
+    assert "had different prompts" in refused(capsys, "plot", "retrieval", *runs, "--out", out)
     assert "must end in" in refused(capsys, "plot", "retrieval", *runs, "--out", tmp_path / "a.gif")
     assert "dape plot retrieval RUN..." in refused(capsys, "plot", "retrieval", "--out", out)

@@ -133,7 +133,7 @@ def test_learned_positions_end_and_the_table_says_so(made, corpus, capsys, name,
     assert not dape("eval", folder, "--lengths", "8,16,32", "--data", corpus, "--blocks", 1)
     content = evaluation(folder)
     assert [each["length"] for each in content["measurements"]] == [8, 16]
-    reason = f"its learned positions end: row {31 + rows - ENDS} is asked of a table of {rows}"
+    reason = f"no learned position for row {31 + rows - ENDS}: the table has {rows} rows"
     assert content["refused"] == {"32": reason}
     told = " ".join(capsys.readouterr().out.split())
     assert f"— {name} refused 32 tokens: {reason}." in told
@@ -142,7 +142,7 @@ def test_learned_positions_end_and_the_table_says_so(made, corpus, capsys, name,
 def test_a_corpus_of_another_tokenizer_is_refused_and_the_remedy_works(tmp_path, made, capsys):
     other = prepare(tmp_path / "bytes", sizes=[400])
     message = refused(capsys, "eval", made / "llama", "--lengths", 16, "--data", other)
-    assert "another tokenizer" in message
+    assert "not prepared with the tokenizer of" in message
     tokenizer = message.rpartition("--tokenizer ")[2]
     mended = prepare(tmp_path / "mended", tokenizer=tokenizer, sizes=[400])
     assert not dape("eval", made / "llama", "--lengths", 16, "--data", mended)
@@ -229,7 +229,7 @@ def without(folder, *endings, **more):
     [
         ("llama", ("lm_head.weight",), {}, "it misses lm_head.weight;"),
         ("llama", ("q_proj.weight",), {}, "it misses model.layers.0.self_attn.q_proj.weight;"),
-        ("gpt2", (), {"strange": torch.zeros(2)}, "it has strange without a place;"),
+        ("gpt2", (), {"strange": torch.zeros(2)}, "the file has strange without a place;"),
         ("gpt_neox", ("mlp.dense_h_to_4h.weight", "bias"), {}, "and "),
     ],
 )
@@ -240,7 +240,7 @@ def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
     without(tmp_path / name, *endings, **more)
     words = ("eval", tmp_path / name, "--lengths", 16, "--data", corpus)
     line = refused(capsys, *words)
-    assert f"the weights in {tmp_path / name} are not those of its configuration" in line
+    assert f"the weights in {tmp_path / name} do not fit the configuration" in line
     assert message in line and "--partial-weights" in line
     assert not dape(*words, "--partial-weights")
     assert evaluation(tmp_path / name)["measurements"]

@@ -45,5 +45,5 @@ def test_a_run_whose_weights_are_those_of_another_scheme_is_not_exported(tmp_pat
     weights = (other / "model" / "model.safetensors").read_bytes()
     (run / "model" / "model.safetensors").write_bytes(weights)
     line = refused(capsys, "export", run, "--out", tmp_path / "shared")
-    assert "are not those of its configuration: it misses" in line and "adapter" in line
+    assert "do not fit the configuration: the file misses" in line and "adapter" in line
     assert not (tmp_path / "shared").exists()

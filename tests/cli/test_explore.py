@@ -46,8 +46,8 @@ def test_with_a_run_the_page_has_its_parameters_and_its_text(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--out", "a.png"), "--out a.png: its name must end in .html"),
-        (("--length", 1), "--length 1: at least 2"),
+        (("--out", "a.png"), "--out a.png: the name must end in .html"),
+        (("--length", 1), "--length 1: must be at least 2"),
         (("--text", "ab", "--document", 1), "--text and --document are both given"),
         (("--text", "a"), "--text has fewer than 2 tokens"),
         (("--text", "abc", "--layers", 1), "layer 1 is not one of 0 to 0"),

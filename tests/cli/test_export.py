@@ -170,7 +170,7 @@ def test_the_card_holds_what_was_trained_and_measured(run, tmp_path):
     assert table["validation loss"] == f"{record['validation_loss']:.4f} nats a token"
     model = DapeForCausalLM.from_pretrained(run / "model")
     parameters = sum(each.numel() for each in model.parameters())
-    assert table["parameters"].startswith(f"{parameters:,}, of which ")
+    assert table["parameters"].startswith(f"{parameters:,}, with ")
     assert f"model of {parameters:,} parameters, trained on sequences of 16 tokens" in made.text
     assert (run / "config.yaml").read_text().strip() in made.text
     assert "Passkey: whole number right" in made.text
@@ -208,9 +208,9 @@ def test_the_card_of_a_checkpoint_says_so_and_knows_no_later_number(run, tmp_pat
 def test_mistakes_are_one_line_with_the_remedy(run, tmp_path, capsys):
     out = tmp_path / "out"
     message = refused(capsys, "export", tmp_path, "--out", out)
-    assert f"no run in {tmp_path}: it has no config.yaml" in message
+    assert f"no run in {tmp_path}: no config.yaml" in message
     message = refused(capsys, "export", run, "--out", run)
-    assert "is there and not empty; give another" in message
+    assert "exists and is not empty; give another" in message
     assert "--out" in refused(capsys, "export", run)
     interrupt(run)
     record = json.loads((run / "run.json").read_text())
@@ -218,7 +218,7 @@ def test_mistakes_are_one_line_with_the_remedy(run, tmp_path, capsys):
     (run / "run.json").write_text(json.dumps({**record, "data": data}))
     assert "was trained on other data" in refused(capsys, "export", run, "--out", out)
     message = refused(capsys, "eval", run, "--lengths", 16)
-    assert f"`dape export {run} --out DIR` makes one of its latest checkpoint" in message
+    assert f"`dape export {run} --out DIR` makes a model of the latest checkpoint" in message
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoint yet" in refused(capsys, "export", run, "--out", out)
     assert not out.exists()

@@ -51,13 +51,15 @@ def test_it_says_why_fused_kernels_do_not_work_and_what_auto_takes(
     lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in run(capsys)}
     assert lines["backend triton"].startswith(fused) and lines["backend cuda"].startswith(fused)
     # chunked serves every call, so the backends after it are never taken
-    assert lines["backend auto"].startswith(f"takes the first of {auto}, ")
+    assert lines["backend auto"].startswith(
+        f"takes the first backend that serves a call, of {auto}, "
+    )
 
 
 def test_what_the_fused_kernels_do_not_serve_is_named(capsys):
     _, _, text = " ".join(" ".join(run(capsys)).split()).partition(" fused triton and cuda ")
-    names, _, rest = text.removeprefix("serve all of these but ").partition(": ")
-    assert rest == "those, and DAPE V2 behind FIRE, run in chunked"
+    names, _, rest = text.removeprefix("serve all schemes and adapters except ").partition(". ")
+    assert rest == "The exceptions, and DAPE V2 with FIRE, run in chunked."
     assert {"cope", "transformer-xl"} <= set(names.split(", "))
     served = {"alibi", "kerple", "t5", "sandwich", "fire", "rope", "dape-", "talking-heads-"}
     assert served.isdisjoint(names.split(", "))

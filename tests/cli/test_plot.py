@@ -83,7 +83,7 @@ def test_mistakes_are_one_line_with_the_remedy(runs, tmp_path, capsys):
     assert "--out" in refused(capsys, "plot", *runs)
     assert "dape plot RUN..." in refused(capsys, "plot", "--out", tmp_path / "a.png")
     unknown = refused(capsys, "plot", tmp_path / "nothing", "--out", tmp_path / "a.png")
-    assert "no such evaluation; run `dape eval`" in unknown
+    assert "the evaluation is missing; run `dape eval`" in unknown
 
 
 def test_runs_evaluated_on_other_tokens_are_not_drawn_together(runs, tmp_path, capsys):

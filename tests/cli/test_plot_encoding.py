@@ -38,7 +38,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path):
     ("words", "message"),
     [
         (("kerpel",), "did you mean 'kerple'?"),
-        (("cope",), "nothing to draw of 'cope'"),
+        (("cope",), "'cope' cannot be drawn without data"),
         (("kerple", "--out", "a.jpg"), "must end in .png, .pdf, .svg"),
         (("kerple", "--heads", "0"), "heads=0 must be at least 1"),
         (("kerple", "--head", "3"), "did you mean '--heads'?"),

@@ -54,7 +54,7 @@ def test_stopping_at_a_broken_line_then_going_on(capsys, sources, tmp_path):
     assert err.splitlines()[-1].startswith(f"dape: error: {sources}/train.jsonl:2: not JSON: ")
     status, out, _ = run(capsys, *command, "--on-error", "skip")
     assert status == 0
-    assert out.startswith(f"Going on with the interrupted preparation of {tmp_path}/out.")
+    assert out.startswith(f"Resuming the interrupted preparation of {tmp_path}/out.")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_the_hub_out_of_reach_is_one_line(tmp_path):
     """In a process of its own: the offline switch is read when the hub's library is imported."""
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     for argv, message in [
-        (["--tokenizer", "gpt2"], "pass a folder that holds its tokenizer.json: --tokenizer PATH"),
+        (["--tokenizer", "gpt2"], "give --tokenizer FOLDER, with tokenizer.json in the folder"),
         (["someone/corpus"], "the Hugging Face hub cannot be reached to look for a dataset"),
     ]:
         command = [sys.executable, "-m", "dape", "prepare", *argv, "--out", str(tmp_path / "out")]

@@ -143,13 +143,13 @@ def test_learned_positions_end_where_they_end_with_adapters_too(models, command,
     assert not command(models / "gpt2", "--lengths", "16,64", "--name", "g")
     content = evaluation(Path("runs/g"))
     assert [each["length"] for each in content["measurements"]] == [16]
-    assert "learned positions end" in content["refused"]["64"]
+    assert "no learned position for row" in content["refused"]["64"]
 
 
 def test_what_it_saved_is_shared_as_it_is(models, command, capsys):
     assert not command(models / "llama", "--name", "a")
     assert cli.main(["export", "runs/a", "--out", "shared"]) == 2
-    line = "dape: error: runs/a is of `dape retrofit`: share what it saved, adapters or a model\n"
+    line = "dape: error: runs/a is a run of `dape retrofit`; share the saved adapters or model\n"
     assert capsys.readouterr().err.endswith(line)
 
 
@@ -190,7 +190,7 @@ def test_an_unfinished_run_is_not_measured(models, command, capsys):
     Path("runs/part/adapters").rmdir()
     capsys.readouterr()
     assert cli.main(["eval", "runs/part", "--lengths", "16"]) == 2
-    assert "runs/part is not finished; give the same `dape retrofit` again" in (
+    assert "runs/part is not finished; run the same `dape retrofit` again" in (
         capsys.readouterr().err
     )
 
@@ -204,7 +204,7 @@ def test_an_unfinished_run_is_not_measured(models, command, capsys):
         (["--training.lenght", "3"], "did you mean '--training.length'"),
         (["--model.adapter", "dpae"], "did you mean 'dape'"),
         (["--model.backend", "trition"], "unknown backend 'trition'"),
-        (["--lengths", "4096"], "no document has the 4097 tokens it needs"),
+        (["--lengths", "4096"], "no document has the required 4097 tokens"),
         (["--protocol", "sliding"], "--protocol"),
         (["--hardware.compile", "blocks"], "hardware.compile='blocks'"),
     ],

@@ -33,7 +33,7 @@ def test_scheme_options_are_yaml():
     options = ["--model.scheme-options", "{adapter: {hidden: 8, inputs: sum}}"]
     recipe = parsed([str(RECIPES / "125m.yaml"), *options]).recipe
     assert recipe.model.scheme_options == {"adapter": {"hidden": 8, "inputs": "sum"}}
-    with pytest.raises(UserError, match=r"'hidden=8' is no YAML mapping such as"):
+    with pytest.raises(UserError, match=r"'hidden=8' is not a YAML mapping such as"):
         parsed([str(RECIPES / "125m.yaml"), "--model.scheme-options", "hidden=8"])
 
 
@@ -63,8 +63,8 @@ def test_a_sweep_is_a_run_for_each_scheme(capsys):
     folders = [words[1] for words in printed if words[0] == "run"]
     assert folders == ["runs/125m-kerple", "runs/125m-dape-kerple"]
     assert "did you mean 'alibi'" in fails(capsys, recipe, *options, "kerple,alib")
-    assert "in one folder" in fails(capsys, recipe, *options, "kerple,alibi", "--out", "runs/x")
-    assert "in one folder" in fails(capsys, recipe, *options, "kerple,kerple")
+    assert "share a folder" in fails(capsys, recipe, *options, "kerple,alibi", "--out", "runs/x")
+    assert "share a folder" in fails(capsys, recipe, *options, "kerple,kerple")
 
 
 def test_any_setting_can_be_swept(capsys):
@@ -80,7 +80,7 @@ def test_any_setting_can_be_swept(capsys):
     ]
     options = ["--hardware.device", "cpu", "--dry-run", "--model.scheme-options"]
     hidden = "{adapter: {hidden: 4}},{adapter: {hidden: 8}}"
-    assert "in one folder" in fails(capsys, RECIPES / "125m.yaml", *options, hidden)
+    assert "share a folder" in fails(capsys, RECIPES / "125m.yaml", *options, hidden)
     named = ["--name", "hidden-{model.scheme_options.adapter.hidden}"]
     assert main(["train", str(RECIPES / "125m.yaml"), *options, hidden, *named]) == 0
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]

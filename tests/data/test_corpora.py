@@ -136,7 +136,7 @@ def test_assignment_is_stable_and_in_proportion():
         ("./nowhere", "no file or folder './nowhere'"),
         ("missing.jsonl.zst", "no file or folder 'missing.jsonl.zst'"),
         ("FOLDER", "has no files of a known kind"),
-        ("FOLDER/x.pdf", "is of no known kind (.txt, .md, .tex, .jsonl, .jsonl.zst)"),
+        ("FOLDER/x.pdf", "is of an unknown kind (known: .txt, .md, .tex, .jsonl, .jsonl.zst)"),
     ],
 )
 def test_a_wrong_source_is_told(tmp_path, name, message):

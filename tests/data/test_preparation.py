@@ -152,9 +152,9 @@ def test_text_may_stand_under_another_key(tmp_path):
     ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
-        (b"[1, 2]", 'not an object with a string "text"; --text-key'),
-        (b'{"meta": {}}', 'not an object with a string "text"; --text-key'),
-        (b'{"text": 5}', 'not an object with a string "text"; --text-key'),
+        (b"[1, 2]", 'not an object with a string "text"; give another --text-key'),
+        (b'{"meta": {}}', 'not an object with a string "text"; give another --text-key'),
+        (b'{"text": 5}', 'not an object with a string "text"; give another --text-key'),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
         (b'{"text": "\xe9"}', "can't decode byte"),
         (b"[" * 100_000, "recursion"),
@@ -268,7 +268,7 @@ def test_a_killed_worker_is_told_with_the_remedy(sources):
     assert first.tokens.tolist() == [97, 256]
     for child in multiprocessing.active_children():
         child.kill()
-    with pytest.raises(UserError, match=r"one of 2 workers was killed.*fewer --workers"):
+    with pytest.raises(UserError, match=r"a worker of 2 was killed.*fewer --workers"):
         list(results)
 
 
@@ -347,7 +347,7 @@ def test_a_shard_that_lost_bytes_is_not_gone_on_with(sources, tmp_path, monkeypa
     options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1)
     interrupted(options, monkeypatch, 4)
     (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"train-00000\.bin has lost what was written"):
+    with pytest.raises(UserError, match=r"train-00000\.bin is shorter than the noted length"):
         next(Preparation(options).run())
 
 
@@ -370,8 +370,8 @@ def test_the_checksum_is_of_the_data(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"validation": 0.6, "test": 0.4}, "validation 0.6 and test 0.4 must be shares"),
-        ({"test": -0.1}, "must be shares from 0"),
+        ({"validation": 0.6, "test": 0.4}, "validation 0.6 and test 0.4 must be fractions"),
+        ({"test": -0.1}, "must be fractions of at least 0"),
         ({"sources": ("a", "b", "a")}, "source 'a' is given twice"),
         ({"workers": 0}, "workers 0 must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens 0 must be at least 1"),
@@ -387,7 +387,7 @@ def test_a_file_of_two_sources_is_refused(tmp_path):
     (tmp_path / "text" / "train" / "a.txt").write_text("a")
     text = tmp_path / "text"
     for other in (f"{text}/../text", text / "train", text / "train" / "a.txt"):
-        with pytest.raises(UserError, match=r"both have .*a\.txt; its documents would count twice"):
+        with pytest.raises(UserError, match=r"both have .*a\.txt; leave out one of the sources"):
             Preparation(Options(sources=(str(text), str(other)), out=tmp_path / "out"))
 
 

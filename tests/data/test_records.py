@@ -144,5 +144,5 @@ def test_a_dataset_is_read_row_by_row(tmp_path):
     good, bad = read(Part(f"{tmp_path}#test", "test", "dataset", None, "test"))
     assert (good.raw, good.problem) == (b"a", None)
     assert bad.problem == (
-        "no text in the column 'text' (columns: text, meta); --text-key names another"
+        "no text in the column 'text' (columns: text, meta); give another --text-key"
     )

@@ -122,7 +122,7 @@ def test_every_place_in_the_order_and_every_offset_is_equally_likely(split):
 
 
 def test_a_split_without_a_window_is_refused(split):
-    with pytest.raises(UserError, match=f"has {len(STREAM)} tokens, too few for one window"):
+    with pytest.raises(UserError, match=f"has {len(STREAM)} tokens, too few for a window"):
         Windows(split, len(STREAM), seed=0)
     with pytest.raises(UserError, match="window length 0"):
         Windows(split, 0, seed=0)
@@ -167,20 +167,20 @@ def test_a_folder_that_is_no_corpus_is_refused_with_the_remedy(corpus, tmp_path)
     ("damage", "message"),
     [
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is not JSON"),
-        (lambda f: (f / "manifest.json").write_text('{"format": 0}'), "has format 0, not 1"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 0}'), "the format is 0, not 1"),
         (
             lambda f: (f / "manifest.json").write_text('{"format": 1}'),
             "manifest.json has not the expected fields",
         ),
-        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or not the"),
-        (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or not the"),
+        (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or has not"),
+        (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or has not"),
         (lambda f: (f / "train-00000.bin").write_bytes(b"ab"), "train-00000.bin is missing, or"),
     ],
 )
 def test_damage_is_told_with_the_remedy(corpus, tmp_path, damage, message):
     told = damaged(corpus, tmp_path, damage)
     assert message in told
-    assert told.endswith("prepare it again with --overwrite")
+    assert told.endswith("prepare the corpus again with --overwrite")
 
 
 def test_the_manifest_adds_up(corpus):
@@ -197,9 +197,9 @@ def test_the_manifest_adds_up(corpus):
     ("name", "damage", "message"),
     [
         ("train-00000.bin", lambda old: old[:-1] + bytes([old[-1] ^ 1]), "has not the checksum"),
-        ("train-00001.idx.npy", lambda old: old[:-1] + b"\1", "is not the index of its shard"),
-        ("train-00001.idx.npy", lambda old: old[:40], "is not the index of its shard"),
-        ("train-00001.idx.npy", lambda old: b"", "is not the index of its shard"),
+        ("train-00001.idx.npy", lambda old: old[:-1] + b"\1", "does not belong to the shard"),
+        ("train-00001.idx.npy", lambda old: old[:40], "does not belong to the shard"),
+        ("train-00001.idx.npy", lambda old: b"", "does not belong to the shard"),
     ],
 )
 def test_tokens_that_changed_since_they_were_written_are_refused(

@@ -142,21 +142,21 @@ def test_a_tokenizer_is_refused_with_the_remedy(tmp_path, bpe_folder):
         load(str(tmp_path / "nowhere"))
 
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(UserError, match=r"broken\.json is no Hugging Face tokenizer"):
+    with pytest.raises(UserError, match=r"broken\.json is not a Hugging Face tokenizer"):
         load(str(tmp_path / "broken.json"))
 
     nameless = json.loads((bpe_folder / "tokenizer.json").read_text())
     nameless["added_tokens"] = []
     nameless["model"]["vocab"]["<end>"] = nameless["model"]["vocab"].pop("<|endoftext|>")
     (tmp_path / "nameless.json").write_text(json.dumps(nameless))
-    with pytest.raises(UserError, match='add "eos_token" to its tokenizer_config'):
+    with pytest.raises(UserError, match='add "eos_token" to tokenizer_config'):
         load(str(tmp_path / "nameless.json"))
 
 
 def test_a_tokenizer_whose_end_of_text_is_ordinary_text_is_refused(tmp_path):
     pieces = [("<unk>", 0.0), ("a", -1.0), ("b", -1.0), ("</s>", -1.0), ("<", -9.0)]
     Tokenizer(models.Unigram(pieces, unk_id=0)).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="reads its end of text '</s>' in ordinary text"):
+    with pytest.raises(UserError, match="reads the end of text '</s>' in ordinary text"):
         load(str(tmp_path))
 
 

@@ -29,7 +29,7 @@ def arguments(named):
 def test_every_argument_has_a_line(named):
     text = inspect.getdoc(named)
     listed = set(re.findall(r"^ +(\w+): ", text, flags=re.MULTILINE))
-    if "arguments are those of `dape.evaluate.evaluate`" in text:
+    if "`dape.evaluate.evaluate` explains" in text:
         listed |= arguments(dape.evaluate.evaluate)
     assert arguments(named) <= listed
 

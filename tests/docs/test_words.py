@@ -1,10 +1,15 @@
-"""Pages name what they speak of: few pointing words, few colons and semicolons.
+"""Pages and code name what they speak of: few pointing words, few colons and semicolons.
 
-Measured are sentences outside code, tables, pictures and addresses. An item of a list and a heading
-without a full stop are sentences too.
+Measured in pages are sentences outside code, tables, pictures and addresses. An item of a list and
+a heading without a full stop are sentences too. Measured in code are docstrings with the help of
+options, comments, and strings of four words or more, mostly messages.
 """
 
+import ast
+import functools
+import io
 import re
+import tokenize
 
 import pytest
 from pages import ROOT, markdown
@@ -84,3 +89,70 @@ def test_the_table_of_pages_is_printed(capsys):
     )
     with capsys.disabled():
         print("", *lines, sep="\n")
+
+
+SOURCE = ROOT / "src" / "dape"
+ROOMS = sorted({str(file.parent.relative_to(SOURCE)) for file in SOURCE.rglob("*.py")})
+KINDS = ("docstrings", "messages", "comments")
+UNMEASURED = "attention/fused"  # and below
+# Words of a string that is a sentence rather than a name, a key or a shape.
+SENTENCE = 4
+
+
+def written(file):
+    """Return docstrings, other strings of some words, and comments of a file of Python."""
+    text = file.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    strings = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return (
+        [node.value for node in strings if id(node) in alone],
+        [
+            node.value
+            for node in strings
+            if id(node) not in alone and len(node.value.split()) >= SENTENCE
+        ],
+        [token.string for token in tokens if token.type == tokenize.COMMENT],
+    )
+
+
+@functools.cache
+def measure_room(room):
+    """Return the number of words and the share of pointing ones, for each kind of text."""
+    found = []
+    for texts in zip(*map(written, (SOURCE / room).glob("*.py")), strict=True):
+        words = words_of(re.sub(r"`[^`]+`", "CODE", each) for part in texts for each in part)
+        found.append((len(words), sum(word in POINTING for word in words) / max(1, len(words))))
+    return found
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if not room.startswith(UNMEASURED)])
+def test_a_room_of_code_names_what_it_speaks_of(room):
+    shares = dict(zip(KINDS, (share for _, share in measure_room(room)), strict=True))
+    assert not {kind: share for kind, share in shares.items() if share > MOST_POINTING}
+
+
+def test_the_table_of_rooms_is_printed(capsys):
+    lines = (
+        f"{room:24}"
+        + "".join(
+            f" {words:6,} words in {kind} {share:6.1%} pointing "
+            for kind, (words, share) in zip(KINDS, measure_room(room), strict=True)
+        )
+        for room in ROOMS
+    )
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def test_a_pointing_word_is_counted_in_every_kind_of_text(tmp_path):
+    file = tmp_path / "a.py"
+    file.write_text('"""Such a one."""\nraise ValueError(f"{x} is what it is")  # which\n')
+    docstrings, messages, comments = written(file)
+    assert docstrings == ["Such a one."] and messages == [" is what it is"]
+    assert comments == ["# which"]

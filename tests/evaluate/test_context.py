@@ -230,7 +230,7 @@ def test_what_is_saved_is_what_is_loaded(run, monkeypatch, tmp_path):
     path = RunFolder(tmp_path).evaluation("context")
     record.save(path)
     assert path == tmp_path / "evaluation" / "context.json" and load(path) == record
-    with pytest.raises(UserError, match="run `dape eval context` on it"):
+    with pytest.raises(UserError, match="run `dape eval context` on the model"):
         load(RunFolder(tmp_path).evaluation("context", None, "validation"))
 
 

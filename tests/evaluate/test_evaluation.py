@@ -113,7 +113,7 @@ def test_two_models_in_memory_are_never_taken_for_one(llama, corpus):
 
 def test_a_tokenizer_given_with_a_model_in_memory_is_compared_with_the_corpus(llama, corpus):
     evaluate(llama, corpus, [16], tokenizer=byte())
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="not prepared with the tokenizer of"):
         evaluate(llama, corpus, [16], tokenizer=learned_tokenizer())
     with pytest.raises(UserError, match="token ids up to 256"):
         narrow = AutoModelForCausalLM.from_config(

@@ -149,7 +149,7 @@ def test_a_retrofitted_model_shows_its_own_weights(bias):
         num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager",
     )  # fmt: skip
     model, tokens = LlamaForCausalLM(config).eval(), torch.randint(37, (24,))
-    with pytest.raises(UserError, match="LlamaForCausalLM does not attend by this package"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM does not call dape\.attention"):
         capture(model, tokens)
     mounted = retrofit(model, bias=bias, train="all")
     with torch.no_grad():

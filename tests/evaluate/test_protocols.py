@@ -95,8 +95,8 @@ def test_documents_are_drawn_by_the_seed_among_those_long_enough():
     ("arguments", "message"),
     [
         (("lst", [4]), "unknown protocol 'lst'; did you mean 'last'"),
-        (("last", []), "at least 1 token"),
-        (("last", [0, 4]), "at least 1 token"),
+        (("last", []), "of 1 token or more"),
+        (("last", [0, 4]), "of 1 token or more"),
         (("last", [4], 2), "protocol last has no stride"),
         (("sliding", [4]), "protocol sliding needs a stride; .* --stride TOKENS"),
         (("sliding", [4, 8], 5), "stride 5: must be from 1 to the shortest length, 4"),

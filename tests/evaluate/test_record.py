@@ -58,7 +58,7 @@ def test_the_name_of_the_file_tells_protocol_stride_and_split(tmp_path, argument
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such evaluation; run `dape eval`"),
+        (None, "the evaluation is missing; run `dape eval`"),
         ("{", "not JSON"),
         (json.dumps({"format": 0}), "no evaluation of format 1"),
         ("[]", "no JSON object"),

@@ -196,6 +196,6 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     values = record.values("rank")
     assert values[:, 0].tolist() == [1, 9] and np.isnan(values[:, 1]).all()
     with pytest.raises(
-        UserError, match="no such retrieval; run `dape eval retrieval --tasks needle`"
+        UserError, match="the retrieval is missing; run `dape eval retrieval --tasks needle`"
     ):
         load(tmp_path / "retrieval" / "needle.json")

@@ -56,7 +56,7 @@ def test_no_difference_is_no_evidence():
 
 
 def test_a_single_pair_is_refused():
-    with pytest.raises(UserError, match="needs at least 2"):
+    with pytest.raises(UserError, match="give at least 2"):
         paired_t([1.0], [2.0])
-    with pytest.raises(UserError, match="needs at least 2"):
+    with pytest.raises(UserError, match="give at least 2"):
         paired_bootstrap(np.ones(1), np.ones(1), np.ones(1, dtype=int))

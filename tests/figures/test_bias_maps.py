@@ -114,7 +114,7 @@ def test_fire_of_the_last_query_and_of_all():
         )
     for i, j in ((3, 1), (TRAINED, 0), (20, 13)):
         assert matrix(maps[1])[i, j] == pytest.approx(expected(1, i, j), abs=1e-6)
-    assert "Lines are of the last query." in caption(figure)
+    assert "Lines show the last query." in caption(figure)
 
 
 def test_the_form_of_dape_that_sees_the_bias_alone_is_drawn_below_it():
@@ -135,7 +135,7 @@ def test_what_depends_on_the_scores_is_left_out_and_said():
     alone, adapted = draw("alibi", VIEW), draw("dape-alibi", VIEW)
     np.testing.assert_array_equal(by_head(adapted.axes[0]), by_head(alone.axes[0]))
     assert len(adapted.axes) == len(alone.axes)
-    assert "What dape adds depends on the scores: it is not drawn." in caption(adapted)
+    assert "The adapter dape depends on the scores and is not drawn." in caption(adapted)
     assert "not drawn" not in caption(alone)
     assert "last query" not in caption(alone)
 
@@ -190,7 +190,7 @@ def test_dynamic_ntk_depends_on_the_query_past_the_training_length():
     figure = draw("dynamic-ntk", VIEW)
     first, _, score = figure.axes
     assert lines(first)["dynamic-ntk"][-1] == pytest.approx(np.cos(own).mean())
-    assert "Lines are of the last query." in caption(figure)
+    assert "Lines show the last query." in caption(figure)
     assert matrix(score)[-1, 0] == pytest.approx(np.cos(own).mean())
     assert matrix(score)[7, 4] == pytest.approx(np.cos(3 * rope(8)).mean())
 
@@ -228,12 +228,14 @@ def test_a_learned_table_is_drawn_to_its_end():
 
 @pytest.mark.parametrize("name", ["cope", "dape-nope", "dape3-nope", "talking-heads-nope"])
 def test_adapters_of_scores_alone_have_no_picture(name):
-    with pytest.raises(UserError, match=rf"nothing to draw of '{name}'.* on the scores alone"):
+    with pytest.raises(
+        UserError, match=rf"'{name}' cannot be drawn without data.* on the scores alone"
+    ):
         draw(name, VIEW)
 
 
 def test_nope_has_no_picture():
-    with pytest.raises(UserError, match=r"'nope'.* nothing in it depends on position"):
+    with pytest.raises(UserError, match=r"'nope'.* no place depends on position"):
         draw("nope", VIEW)
 
 
@@ -242,11 +244,11 @@ def test_every_other_base_says_what_it_is_and_how_it_was_made(name):
     base = BASES[name]
     figure = draw(name, VIEW)
     assert figure.get_suptitle() == f"{name} [{base.paper}, {base.year}]"
-    assert caption(figure).endswith(f"Reads past its training length: {base.extrapolates}.")
+    assert caption(figure).endswith(f"Reads past the training length: {base.extrapolates}.")
     parts = (getattr(base, place) for place in PLACES)
     modules = [part.build(VIEW.dimensions, {}) for part in parts if part is not None]
     learnable = any(list(module.parameters()) for module in modules)
-    assert ("as they start, with seed 5" in caption(figure)) == learnable
+    assert ("drawn before training, with seed 5" in caption(figure)) == learnable
     knows = {"fire", "yarn", "dynamic-ntk", "randomized-rope"}
     marks = [text.get_text() for text in figure.axes[0].texts]
     assert marks == (["$L$ = 8"] if name in knows else [])

@@ -112,5 +112,5 @@ def test_a_model_that_refused_all_is_a_map_without_numbers(metric):
 
 @pytest.mark.parametrize("other", [{"task": "needle"}, {"trials": 20}])
 def test_what_was_asked_otherwise_is_not_drawn_together(other):
-    with pytest.raises(UserError, match="were not asked the same"):
+    with pytest.raises(UserError, match="had different prompts"):
         heat_map([KERPLE, make("alibi", [[0.0] * 2] * 3, **other)])

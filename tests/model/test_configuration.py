@@ -82,7 +82,7 @@ def test_keys_that_other_tools_write_are_left_out_with_a_warning(tmp_path):
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps({**written, "tool_version": "2.1", "pretraining_tp": 1}))
-    words = "DapeConfig does not know, and they change nothing: pretraining_tp, tool_version"
+    words = "unknown to DapeConfig, without effect: pretraining_tp, tool_version"
     for load in (
         lambda: DapeConfig.from_pretrained(tmp_path),
         lambda: AutoConfig.from_pretrained(tmp_path),

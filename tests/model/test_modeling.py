@@ -92,7 +92,7 @@ def test_embeddings_may_stand_for_ids():
     model, ids = grown(), tokens(2, 7)
     embedded = model(inputs_embeds=model.model.embed_tokens(ids))
     assert torch.equal(embedded.logits, model(ids).logits)
-    with pytest.raises(UserError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
         model()
 
 
@@ -188,7 +188,7 @@ def test_a_mask_of_every_query_keeps_packed_documents_apart():
     [
         (torch.ones(2, 8), "must cover 0 cached and 7 new keys"),
         (torch.ones(2, 6), "must cover 0 cached and 7 new keys"),
-        (torch.zeros(2, 1, 7, 7), "never additive"),
+        (torch.zeros(2, 1, 7, 7), "in place of an additive mask"),
         (torch.ones(2, 7, 7), r"attention_mask \[2, 7, 7\]"),
     ],
     ids=["long", "short", "additive", "three axes"],

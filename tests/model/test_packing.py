@@ -135,7 +135,7 @@ def test_documents_of_a_retrofitted_model_are_computed_as_if_alone():
         out = model(**packed("position_ids", texts), use_cache=False).logits[0]
         assert_close(out, expected, rtol=0, atol=1e-5)  # Llama's angles are float32
         for way in ("seq_idx", "cu_seq_lens"):
-            with pytest.raises(UserError, match="give position_ids that restart, no attention_m"):
+            with pytest.raises(UserError, match="give restarting position_ids, no attention_m"):
                 model(**packed(way, texts), use_cache=False)
         with pytest.raises(UserError, match="is_causal=False: with adapters mounted"):
             model(texts[0][None], is_causal=False)
@@ -173,7 +173,7 @@ def test_a_mask_of_ones_says_that_a_row_is_one_document():
         ),
         (
             dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), torch.tensor([0, 7])),
-            "bounds that ends with 14",
+            "bounds with 14 at the end",
         ),
         ({"position_ids": torch.arange(6)[None]}, r"position_ids \[1, 6\] must be \[1 or 2, 7\]"),
         ({"position_ids": torch.arange(7)}, r"position_ids \[7\] must be \[1 or 2, 7\]"),
@@ -191,7 +191,7 @@ def test_cached_keys_of_unknown_documents_are_refused():
     cache = model(ids[:, :6]).past_key_values
     with pytest.raises(UserError, match="begin below 6, the number of cached keys: give attention"):
         model(ids[:, 6:], position_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
-    with pytest.raises(UserError, match="seq_idx and cu_seq_lens_q say nothing of 6 cached keys"):
+    with pytest.raises(UserError, match="seq_idx and cu_seq_lens_q do not cover 6 cached keys"):
         model(ids[:, 6:], seq_idx=torch.zeros(1, 3).int(), past_key_values=cache)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
     cache = model(ids[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])).past_key_values
@@ -234,13 +234,13 @@ def test_a_token_of_a_prefix_sees_those_after_it(name):
     [
         ({"head_mask": torch.ones(4)}, "unknown argument of the model 'head_mask'"),
         ({"lables": torch.ones(1, 5)}, "'lables'; did you mean 'labels'"),
-        ({"token_type_ids": torch.ones(1, 5)}, "token_type_ids: this model knows no types"),
+        ({"token_type_ids": torch.ones(1, 5)}, "token_type_ids: the model knows only token type 0"),
         ({"is_causal": False}, "unknown argument of the model 'is_causal'"),
         ({"cache_position": torch.arange(5)}, "unknown argument of the model 'cache_position'"),
         ({"encoder_hidden_states": torch.ones(1)}, "'encoder_hidden_states'"),
         pytest.param(
             {"attention_mask": {"full_attention": None}},
-            "attention_mask is a dict; it must be a",
+            "attention_mask is a dict; give a",
             marks=pytest.mark.unhooked,
         ),
     ],

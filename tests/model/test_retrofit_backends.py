@@ -105,7 +105,7 @@ def test_attention_dropout_that_is_left_out_is_told_of(monkeypatch):
     model(ids, use_cache=False)
     assert told == []
     model.train()(ids, use_cache=False)
-    assert set(told) == {"attention dropout 0.1 is not applied while adapters are there"}
+    assert set(told) == {"attention dropout 0.1 is not applied with adapters mounted"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mpt"])

@@ -149,12 +149,18 @@ MODELS = {
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder stands before"),
-        ("bert", "BertSelfAttention cannot be retrofitted: its attention is not causal"),
-        ("gptj", "GPTJForCausalLM cannot be retrofitted: its code computes attention itself, not"),
-        ("mamba", "MambaForCausalLM cannot be retrofitted: its attention does not go through"),
-        ("gpt-oss", r"GptOssAttention cannot be retrofitted: it has attention sinks \(s_aux\)"),
-        ("linear", "Linear cannot be retrofitted: it is no PreTrainedModel"),
+        ("t5", "T5ForConditionalGeneration cannot be retrofitted: an encoder precedes"),
+        ("bert", "BertSelfAttention cannot be retrofitted: attention is not causal"),
+        (
+            "gptj",
+            "GPTJForCausalLM cannot be retrofitted: the model's code computes attention outside",
+        ),
+        ("mamba", "MambaForCausalLM cannot be retrofitted: attention does not go through"),
+        (
+            "gpt-oss",
+            r"GptOssAttention cannot be retrofitted: attention with attention sinks \(s_aux\)",
+        ),
+        ("linear", "Linear cannot be retrofitted: not a PreTrainedModel"),
     ],
 )
 def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
@@ -179,27 +185,27 @@ def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
             "adapter='dape3-kerple' is a whole scheme; give adapter='dape3', bias='kerple'",
         ),
         ("llama", {"adapter": "dape-rope"}, "is a whole scheme; give adapter='dape'$"),
-        ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is one module, and each layer"),
+        ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is a module, but layers"),
         ("llama", {"options": {"adapter": {"hiden": 3}}}, "'hiden'; did you mean 'hidden'"),
         ("llama", {"options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),
-        ("llama", {"options": {"bias": {}}}, "options.bias is set, but no bias is"),
+        ("llama", {"options": {"bias": {}}}, "options.bias is set without a bias"),
         ("llama", {"train": "o_porj"}, "unknown part to train 'o_porj'; did you mean 'o_proj'"),
         ("llama", {"backend": "trition"}, "unknown backend 'trition'"),
         (
             "llama",
             {"adapter": "talking-heads", "bias": "kerple"},
-            "TalkingHeads changes the logits before it .* or let bias be None",
+            "TalkingHeads changes the logits before any training, .* or let bias be None",
         ),
         (
             "llama",
             {"bias": "kerple", "options": {"adapter": {"residual": True}}},
             "DAPE changes the logits before .* it must start as A, whatever the bias",
         ),
-        ("llama", {"adapter": Loud}, "Loud changes the logits before it has learned"),
+        ("llama", {"adapter": Loud}, "Loud changes the logits before any training"),
         (
             "bloom",
             {"bias": "kerple"},
-            "bias='kerple': the model has ALiBi already, which the adapter sees",
+            "bias='kerple': the model has ALiBi already, visible to the adapter",
         ),
     ],
 )
@@ -217,7 +223,9 @@ def test_adapters_are_mounted_once():
     model = pretrained("llama")
     dape.retrofit(model)
     for once in (model, fresh(scheme="dape-kerple")):
-        with pytest.raises(UserError, match=f"{type(once).__name__} has adapters already: those"):
+        with pytest.raises(
+            UserError, match=f"{type(once).__name__} has adapters already, of the scheme or mounted"
+        ):
             dape.retrofit(once)
 
 
@@ -232,7 +240,7 @@ def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):
         lambda module, query, *rest, **more: own(module, 1.5 * query, *rest, **more),
     )
     with pytest.raises(
-        UserError, match="with an adapter that changes nothing the output of LlamaAttention"
+        UserError, match="with an adapter without effect the output of LlamaAttention"
     ):
         dape.retrofit(pretrained("llama"))
 
@@ -241,12 +249,14 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
     dape.retrofit(pretrained("llama"), bias="kerple").save(tmp_path)
     ids, other = tokens(1, 8), LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_hidden_layers": 3}))
     expected = logits(other, ids)
-    with pytest.raises(UserError, match=r"do not fit this model: 2.adapter.bias_in is missing"):
+    with pytest.raises(UserError, match=r"do not fit the model: 2.adapter.bias_in is missing"):
         dape.load_adapters(other, tmp_path)
     assert torch.equal(logits(other, ids), expected)
-    with pytest.raises(UserError, match=r"are for a model of type 'llama' .* this is 'gpt2'"):
+    with pytest.raises(
+        UserError, match=r"are for a model of type 'llama' .* the model is of type 'gpt2'"
+    ):
         dape.load_adapters(pretrained("gpt2"), tmp_path)
-    with pytest.raises(UserError, match=r"no adapters in .*: it has no adapters.json"):
+    with pytest.raises(UserError, match=r"no adapters in .*: adapters.json is missing"):
         dape.load_adapters(pretrained("llama"), tmp_path / "nowhere")
     settings = json.loads((tmp_path / "adapters.json").read_text())
     (tmp_path / "adapters.json").write_text(json.dumps({**settings, "format": 2}))

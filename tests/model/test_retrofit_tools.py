@@ -44,7 +44,7 @@ def test_another_attention_never_leaves_the_adapters_out(name, by, other):
         model.set_attn_implementation(other)
     else:
         model.config._attn_implementation = other
-    words = f"attn_implementation='{other}' would leave out the adapters that are mounted: say"
+    words = f"attn_implementation='{other}' would leave out the mounted adapters; call"
     with pytest.raises(UserError, match=words) as error:
         logits(model, ids)
     assert "\n" not in str(error.value)

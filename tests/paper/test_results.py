@@ -82,7 +82,7 @@ def test_evaluations_of_other_tokens_do_not_meet_in_a_table():
     changed = json.loads(file.read_text())
     changed["targets"]["data"] = "another corpus"
     file.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match="they score different tokens"):
+    with pytest.raises(UserError, match="the scored tokens differ"):
         results(chosen)
 
 

@@ -380,7 +380,10 @@ def test_more_tokens_than_the_pool_holds_are_refused_in_training_alone():
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: RoPE(15), "turns 15 of head_dim=15 dimensions; it must be an even number"),
+        (
+            lambda: RoPE(15),
+            "turns 15 of head_dim=15 dimensions; take a fraction that turns an even number",
+        ),
         (lambda: RoPE(16, fraction=0.0), "fraction=0.0 turns 0"),
         (lambda: RoPE(16, fraction=1.5), "fraction=1.5 turns 24 of head_dim=16"),
         (lambda: RoPE(16, base=1.0), "base=1.0 must be above 1"),

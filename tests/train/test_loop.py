@@ -206,7 +206,7 @@ def test_killed_before_the_export_a_run_still_ends(data, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"training": {"batch_size": 4}}, "other settings: training.batch_size=4 (was 8); give"),
-        ({"seed": 5}, "other settings: seed=5 (was 0); give this one another --name or --out"),
+        ({"seed": 5}, "other settings: seed=5 (was 0); give another --name or --out"),
     ],
 )
 def test_another_recipe_does_not_go_on_in_the_folder(finished, tmp_path, capsys, changes, message):
@@ -232,7 +232,7 @@ def test_other_data_do_not_go_on_in_the_folder(finished, tmp_path, capsys):
 def test_a_folder_of_other_things_is_left_alone(data, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("")
     assert main(command(recipe(data, tmp_path), tmp_path)) == 2
-    assert "exists and is no run" in capsys.readouterr().err
+    assert "exists and is not a run" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     step = int(message.split("step ")[1].split(":")[0])
     found = losses(tmp_path / "run")
     assert 2 <= step <= 6 and len(found) == step - 1 and all(map(math.isfinite, found))
-    assert f"the loss before was {found[-1]:.4f}" in message
+    assert f"the previous loss was {found[-1]:.4f}" in message
     assert f"windows {8 * (step - 1)} to {8 * step - 1} of split 'train' in {data}" in message
     assert "optimizer.learning_rate" in message
     assert not (tmp_path / "run/model").exists()

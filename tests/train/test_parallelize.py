@@ -34,11 +34,12 @@ def out(data, tmp_path_factory):
     train(recipe(data, out / "one-bf16", hardware=halves, training={"precision": "bf16-mixed"}))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = Path(__file__).with_name("two_ranks.py")
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*launch, script, data, out],
         capture_output=True,
         text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | paths | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stderr
     return out
@@ -178,7 +179,7 @@ def test_graphs_of_a_spread_sequence_are_refused():
 @pytest.mark.parametrize(
     ("scheme", "given", "message"),
     [
-        ("randomized-rope", {}, "randomised positions are drawn for whole sequences"),
+        ("randomized-rope", {}, "randomised positions need whole sequences"),
         ("nope", {"attention_mask": torch.ones(1, 4)}, "spreads whole sequences over devices"),
     ],
 )

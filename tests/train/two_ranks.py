@@ -9,6 +9,7 @@ from small import recipe
 from spread import CALLS, arguments
 from torch.distributed.tensor import DTensor
 
+import interpreter
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.evaluate import evaluate
@@ -61,6 +62,7 @@ def spread(devices: ContextParallel):
 
 
 def main(data, out):
+    interpreter.quicken()
     drawing.LARGE = 100  # numbers: sharded models start in parts
     held, fabric = sharded(recipe(data, out / "fsdp", hardware={"strategy": "fsdp"}))
     rank = fabric.global_rank

@@ -1,4 +1,4 @@
-"""One operator, several ways to compute it."""
+"""The operator `dape.attention`, and the backends that compute attention."""
 
 from dape.attention import (
     call,
@@ -17,7 +17,8 @@ from dape.attention.operator import attention
 
 __all__ = ["attention"]
 
-# `dape.attention` is the operator, so `import dape.attention.chunked as c` asks it for its parts.
+# `dape.attention` is the operator. `import dape.attention.chunked as c` looks up the submodule
+# there.
 for part in (
     call,
     chunked,

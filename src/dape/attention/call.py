@@ -1,4 +1,4 @@
-"""One checked call of attention, its parts over rows and keys, and its result."""
+"""A checked call of attention, parts over rows and keys, and the result."""
 
 import math
 from typing import NamedTuple
@@ -11,16 +11,16 @@ from dape.errors import UserError, check_finite, check_switch, check_whole
 
 
 class Call(NamedTuple):
-    """The arguments of `dape.attention`, as every backend takes them.
+    """The arguments of `dape.attention`, in the form for backends.
 
     Args:
         mask: true where a key may be seen, with four axes.
         query_offset: index of the first query; the query at index i sees keys at indices j <= i.
-        key_offset: index of the first key, which is 0 unless the keys are a part of all.
-        query_positions: the indices by default, and so are `key_positions`.
-        halo: how many of the first and of the last keys only the adapter sees: they have no weight.
-        begun: true for rows that may have seen a key before the first one. None where none was.
-        out_dtype: that of the output; that of the value by default.
+        key_offset: index of the first key, 0 unless the keys are a part of all.
+        query_positions: positions of the queries, by default the indices; `key_positions` likewise.
+        halo: numbers of first and of last keys without weight, visible to the adapter alone.
+        begun: true for rows that may see a key before the first; None without earlier keys.
+        out_dtype: dtype of the output, by default the dtype of the value.
     """
 
     query: Float[Tensor, "batch heads query head_dim"]
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     @property
     def positioned(self) -> bool:
-        """Return whether positions are given, which may then be any."""
+        """Return whether positions are given, and therefore arbitrary."""
         return self.query_positions is not None or self.key_positions is not None
 
     @property
@@ -64,12 +64,12 @@ class Call(NamedTuple):
         return query, key
 
     def visible(self) -> Bool[Tensor, "#batch 1 query key"]:
-        """Return which key each query may see."""
+        """Return the visible keys of each query."""
         rows, keys = self.query.shape[2], self.key.shape[2]
         return visibility(rows, keys, self.mask, self.causal, self.shift, self.query.device)
 
     def part(self, rows: slice, keys: slice) -> "Call":
-        """Return the call of some rows and keys, whose indices stay; each slice has both ends."""
+        """Return the call of some rows and keys, with their indices; slices have both ends."""
         query, key = self.query_positions, self.key_positions
         mask, begun = self.mask, self.begun
         if mask is not None:
@@ -94,19 +94,20 @@ class Call(NamedTuple):
         )
 
     def widened(self) -> "Call":
-        """Return the call in float32, or in float64 if a tensor is, with the same dtype of output.
+        """Return the call in float32, or float64 if a tensor is, with the dtype of its output kept.
 
-        A product of 16-bit numbers is exact in float32, and in TF32 too, which holds their 11 bits.
-        On a GPU it takes no longer than a product in 16 bits and the pass that widens the result.
+        A product of 16-bit numbers is exact in float32, and also in TF32, because TF32 holds 11
+        bits. On a GPU the product takes no longer than a product in 16 bits with a pass to widen
+        the result.
         """
         query, key, value = widened(self.query, self.key, self.value)
         return self._replace(query=query, key=key, value=value, out_dtype=self.result)
 
 
 class Attended(NamedTuple):
-    """The result of a call: its output, and what else was asked for.
+    """The result of a call: the output, and requested further results.
 
-    `lse` is the log-sum-exp of each row's logits, -inf where a query sees no key.
+    `lse` is the log-sum-exp of the logits of each row, -inf for a query without visible keys.
     """
 
     out: Float[Tensor, "batch heads query value_dim"]
@@ -128,10 +129,10 @@ def checked(
     query_offset: int | Tensor = 0,
     key_offset: int = 0,
 ) -> Call:
-    """Return the call of these arguments of `dape.attention`.
+    """Return the call with the arguments of `dape.attention`.
 
     Raises:
-        UserError: for shapes, dtypes and modules that do not fit each other.
+        UserError: for shapes, dtypes and modules that do not fit together.
     """
     check(query, key, value, bias, adapter)
     check_where(query, key, mask, query_positions, key_positions)
@@ -150,7 +151,7 @@ def widened(
     key: Float[Tensor, "batch kv_heads key head_dim"],
     value: Float[Tensor, "batch kv_heads key value_dim"],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the tensors in float32, or in float64 if one of them is."""
+    """Return the tensors in float32, or in float64 with a float64 tensor."""
     dtype = torch.promote_types(torch.promote_types(query.dtype, value.dtype), torch.float32)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
@@ -163,7 +164,7 @@ def visibility(
     shift: int | Int[Tensor, ""],
     device: torch.device,
 ) -> Bool[Tensor, "#batch 1 query key"]:
-    """Return which key each query may see: key j <= i + shift if causal, and the mask."""
+    """Return the visible keys of each query: key j <= i + shift if causal, and the mask."""
     visible = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=device)
     if causal:
         places = torch.arange(rows, device=device) + shift
@@ -174,7 +175,7 @@ def visibility(
 def check(
     query: Tensor, key: Tensor, value: Tensor, bias: nn.Module | None, adapter: nn.Module | None
 ) -> None:
-    """Raise a `UserError` for tensors and modules that do not fit each other."""
+    """Raise a `UserError` for tensors and modules that do not fit together."""
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.ndim == key.ndim == value.ndim == 4:
         raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
@@ -208,7 +209,7 @@ def check(
 def check_numbers(
     causal: bool, scale: float | None, query_offset: int | Tensor, key_offset: int
 ) -> None:
-    """Raise a `UserError` for numbers that are not finite, or not of their kind."""
+    """Raise a `UserError` for numbers that are not finite, or of a wrong type."""
     if torch.compiler.is_compiling():
         return
     check_switch(causal=causal)

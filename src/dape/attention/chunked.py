@@ -1,4 +1,4 @@
-"""Blocks of query rows, each recomputed in the backward pass: memory linear in the length."""
+"""Blocks of query rows, recomputed in the backward pass, with memory linear in the length."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from torch.utils.checkpoint import checkpoint
 from dape.attention import reference
 from dape.attention.call import Attended, Call
 
-# How many scores a block may hold: 16 MiB of float32 on a CPU, enough to fill a GPU on one.
+# Most scores in a block: 16 MiB of float32 on a CPU, enough to fill a GPU.
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
 
 
 def obstacle(call: Call) -> str | None:
-    """Return None: it serves every call."""
+    """Return None, because chunked serves every call."""
 
 
 def rows_per_block(call: Call) -> int:
-    """Return how many query rows one block takes: all where the length is not known yet."""
+    """Return the number of query rows in a block, all for an unknown length."""
     batch, heads, rows, _ = call.query.shape
     if torch.compiler.is_exporting():
         return rows
@@ -27,14 +27,14 @@ def rows_per_block(call: Call) -> int:
 
 
 def attend(call: Call, lse: bool = False) -> Attended:
-    """Return the output, and the log-sum-exp of the logits of each row if asked for.
+    """Return the output, and with `lse` the log-sum-exp of the logits of each row.
 
-    In blocks: keys after a block's last query are not read. Under a transform of `torch.func`,
-    which knows no recomputation, the backward pass keeps every block: memory is then that of
-    `reference`.
+    In causal use, a block reads no keys after the last query of the block. Transforms of
+    `torch.func` have no recomputation. Under a transform the backward pass keeps every block, with
+    the memory of `reference`.
     """
     dtype, (total, keys), shift = call.result, (call.query.shape[2], call.key.shape[2]), call.shift
-    # In float32 before it is cut: what the blocks add to the gradients of the keys is not rounded.
+    # In float32 before the cut, because gradients of keys are sums over blocks.
     whole = call.widened()._replace(out_dtype=None)
 
     def block(start: int, stop: int) -> tuple[Tensor, Any]:
@@ -45,11 +45,11 @@ def attend(call: Call, lse: bool = False) -> Attended:
         return found.out, found.lse
 
     size = rows_per_block(call)
-    if size >= total:  # no loop, which compilation would unroll for this one length
+    if size >= total:  # no loop, because compilation would unroll a loop for a single length
         out, log_sums = block(0, total)
         return Attended(out.to(dtype), log_sums)
     blocks = []
-    # The largest first: what it frees serves all others. As they grow, a heap would grow by each.
+    # The largest first, because the others fit into the freed memory.
     for start in reversed(range(0, total, size)):
         stop = min(start + size, total)
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():

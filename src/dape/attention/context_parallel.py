@@ -1,13 +1,14 @@
-"""One sequence over several devices: each has queries of its own, and gathers all keys and values.
+"""A sequence over several devices: a device has some queries, and gathers all keys and values.
 
-Of n devices, device r holds chunks r and 2n - 1 - r of 2n chunks of the sequence: in causal
-attention, where a query costs as many keys as stand before it, all devices then compute equally
-much. Keys and values are gathered in their order, and each chunk of queries is a call of the
-operator with whole rows: any scheme is exact in it, and every backend serves it as on one device.
+Of n devices, device r holds chunks r and 2n - 1 - r of 2n chunks of the sequence. In causal
+attention the cost of a query is the number of earlier keys. With two chunks, all devices therefore
+compute equally much. Keys and values are gathered in order, and a chunk of queries is a call of the
+operator with whole rows. Therefore every scheme is exact, and every backend serves the call.
 
-To gather takes memory for the keys and values of the whole sequence in one layer at a time. To pass
-them around a ring, and merge by the log-sum-exp, would take an n-th, and would hide the exchange
-behind the products; both are small beside the products, which grow with the square of the length.
+Gathering takes memory for the keys and values of the whole sequence, in a layer at a time. A ring
+of exchanges, merged by the log-sum-exp, would take an n-th, and would hide the exchange behind the
+products. Memory and exchange are small beside the products, because products grow with the square
+of the length.
 """
 
 import os
@@ -23,7 +24,7 @@ from dape.attention.operator import attention
 
 
 class ContextParallel(NamedTuple):
-    """The devices over which a sequence is spread, by the name of their process group."""
+    """The devices that share a sequence, by the name of the process group."""
 
     group: str
     rank: int
@@ -32,13 +33,13 @@ class ContextParallel(NamedTuple):
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return this device's two chunks of a tensor of the whole sequence.
 
-        Its length along `dim` is a multiple of twice the number of devices.
+        The length along `dim` is a multiple of twice the number of devices.
         """
         chunks = x.chunk(2 * self.ranks, dim)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
     def positions(self, length: int, device: torch.device) -> Int[Tensor, " length"]:
-        """Return where the `length` tokens of this device stand in the sequence."""
+        """Return the positions in the sequence of the `length` tokens of this device."""
         return self.part(torch.arange(length * self.ranks, device=device), dim=0)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -74,9 +75,9 @@ class ContextParallel(NamedTuple):
 
 
 def over_all_processes(device: torch.device) -> tuple[ContextParallel | None, torch.device]:
-    """Return the devices of all processes that `torchrun` started, and that of this process.
+    """Return the devices of all processes of `torchrun`, and the device of this process.
 
-    A single process keeps the device that it asks for, and is spread over none.
+    A single process keeps the requested device, and shares no sequence.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return None, device

@@ -1,11 +1,11 @@
-"""The fused kernels, those across the heads of DAPE V1 in CUDA, the others in Triton."""
+"""The fused kernels, with DAPE V1 across heads in CUDA, and the remaining kernels in Triton."""
 
 from dape.attention.call import Attended, Call
 from dape.attention.fused import operator, serves
 
 
 def obstacle(call: Call) -> str | None:
-    """Return why the kernels cannot serve a call, or None if they can."""
+    """Return the reason against serving a call, or None."""
     return serves.obstacle(call) or serves.cuda_obstacle(call)
 
 

@@ -1,4 +1,4 @@
-"""The public operator: arguments checked once, then handed to a backend."""
+"""The public operator, which checks the arguments and calls a backend."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -30,40 +30,46 @@ def attention(
     | tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query key"]]
     | tuple[Float[Tensor, "batch heads query value_dim"], Float[Tensor, "batch heads query"]]
 ):
-    r"""Attention whose logits are `adapter(q k^T * scale, bias(i, j))`, or their sum without one.
+    r"""Attention with logits `adapter(scale q k^T, bias(i, j))`, a sum without an adapter.
 
     Args:
-        query: `[B, H, Tq, d]`.
-        key: `[B, Hkv, Tk, d]`, where Hkv divides H; each serves H / Hkv neighbouring query heads.
-        value: `[B, Hkv, Tk, dv]`.
-        bias: maps positions to `[H, Tq, Tk]`, such as `dape.Kerple`; none adds nothing.
-        adapter: maps scores and bias to logits, such as `dape.DAPE`; any module of that form.
+        query: queries `[B, H, Tq, d]`.
+        key: keys `[B, Hkv, Tk, d]`; Hkv divides H, and H / Hkv neighbouring query heads share a key
+            head.
+        value: values `[B, Hkv, Tk, dv]`.
+        bias: module from positions to B `[H, Tq, Tk]`, such as `dape.Kerple`; no bias by default.
+        adapter: module from scores and bias to logits, such as `dape.DAPE`, or a user's module;
+            scores + bias by default.
         causal: whether the query at index i sees only the keys at indices j <= i.
         scale: factor of the scores, `1 / sqrt(d)` by default.
-        query_offset: index of the first query: in decoding, the cached length.
-        backend: `auto`, the fastest that serves the call, or `reference`, `chunked`, `sdpa`,
-            `triton`, `cuda`; `dape info` says which work here.
-        key_offset: index of the first key, where the keys are a part of all.
+        query_offset: index of the first query, in decoding the number of cached keys.
+        backend: `auto` for the fastest backend that serves the call, or `reference`, `chunked`,
+            `sdpa`, `triton` or `cuda`; `dape info` lists the state of the backends.
+        key_offset: index of the first key, if the keys are a part of all.
         mask: true where a key may be seen: `[B, Tk]` for padding, or `[B or 1, 1, Tq or 1, Tk]`.
-        query_positions: `query_offset + arange(Tq)` by default; a batch axis may lead.
-        key_positions: `key_offset + arange(Tk)` by default; a batch axis may lead.
-        return_weights: also return the softmax weights (backend `reference`).
-        return_lse: also return `lse_i = log sum_j exp(logits_ij)`, `[B, H, Tq]` in float32 (or
-            wider where the query is), -inf for a query that sees no key. Outputs over parts of
-            the keys merge to that over all: `sum_p exp(lse_p - lse) out_p`, where
-            `lse = logsumexp_p lse_p`. Gradients flow through both. `dape.attention.parallel`
-            does it.
+        query_positions: positions of the queries `[Tq]` or `[B, Tq]`, by default
+            `query_offset + arange(Tq)`.
+        key_positions: positions of the keys `[Tk]` or `[B, Tk]`, by default
+            `key_offset + arange(Tk)`.
+        return_weights: whether to return the softmax weights `[B, H, Tq, Tk]` too, by the backend
+            `reference`.
+        return_lse: whether to return `lse_i = log sum_j exp(logits_ij)` `[B, H, Tq]` too, in
+            float32 or wider, -inf for a query without visible keys. Outputs over parts p of the
+            keys merge to the output over all keys, `sum_p exp(lse_p - lse) out_p` with
+            `lse = logsumexp_p lse_p`, as in `dape.attention.parallel`. Output and lse are
+            differentiable.
 
     Returns:
-        The output `[B, H, Tq, dv]` in the dtype of the value; zeros for a query that sees no key.
+        The output `[B, H, Tq, dv]` in the dtype of the value, zeros for a query without visible
+        keys.
 
     Raises:
-        UserError: for shapes that do not fit each other, and for what the backend cannot do.
+        UserError: for shapes that do not fit together, or a backend that cannot serve the call.
     """
     if return_weights and return_lse:
         raise UserError(
-            "return_weights=True and return_lse=True: a call returns one of them; "
-            "the log-sum-exp needs a call of its own"
+            "return_weights=True and return_lse=True: a call returns weights or log-sum-exp; "
+            "make two calls"
         )
     call = checked(
         query, key, value, bias, adapter, mask, scale, query_positions, key_positions,

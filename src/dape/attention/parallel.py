@@ -1,10 +1,10 @@
-"""A call of attention over parts of its keys, put together by the log-sum-exp of each row.
+"""A call of attention over parts of the keys, merged by the log-sum-exp of each row.
 
     lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p - lse) out_p
 
-for the output and log-sum-exp of each part p. Both are differentiable, and so is what they merge
-to. A part keeps the indices of its rows and keys, so that a bias and causality know where it lies;
-an adapter that looks along the keys sees a few neighbours on each side, the halo.
+for the output and log-sum-exp of every part p. Outputs, log-sum-exps and merged results are
+differentiable. A part keeps the indices of rows and keys, for bias and causality. An adapter that
+looks along the keys sees a few neighbours on both sides, the halo.
 """
 
 from collections.abc import Sequence
@@ -25,18 +25,17 @@ def attend(
     backend: str = "auto",
     wide: bool = True,
 ) -> Attended:
-    """Return the result of a call, computed over parts of its keys one after the other.
+    """Return the result of a call, computed over parts of the keys in turn.
 
     Args:
         call: the whole.
-        parts: slices of the keys, each with both ends, which cover each key once.
+        parts: slices of the keys with both ends; together the slices cover every key once.
         lse: whether to return the log-sum-exp.
-        backend: as in `dape.attention`, chosen for each part.
-        wide: whether outputs of parts are kept in float32 until they are merged. In 16 bits each of
-            them would be rounded.
+        backend: as in `dape.attention`, chosen by part.
+        wide: whether outputs of parts stay in float32 until merged, without rounding to 16 bits.
 
     Raises:
-        UserError: for an adapter that looks along whole rows, and as `dape.attention` does.
+        UserError: for an adapter that looks along whole rows, and as `dape.attention`.
     """
     seen = [keys for keys in parts if reached(call, keys)] or parts[:1]
     merged = merge([attend_part(part_of(call, keys), backend, wide) for keys in seen])
@@ -52,9 +51,9 @@ def attend_part(part: Call, backend: str = "auto", wide: bool = True) -> Attende
 
 
 def part_of(call: Call, keys: slice) -> Call:
-    """Return the call over some of the keys, with as many more around them as the adapter sees.
+    """Return the call over some of the keys, with the neighbours visible to the adapter.
 
-    Those have no weight.
+    Neighbours have no weight.
     """
     reach = reach_of(call)
     left = min(reach, keys.start)
@@ -71,10 +70,10 @@ def part_of(call: Call, keys: slice) -> Call:
 
 
 def reach_of(call: Call) -> int:
-    """Return how many keys on each side of its own a logit depends on.
+    """Return the number of keys to each side on which a logit depends.
 
     Raises:
-        UserError: for an adapter that does not say.
+        UserError: for an adapter without `reach`.
     """
     adapter = call.adapter
     if not getattr(adapter, "needs_rows", False):
@@ -82,23 +81,23 @@ def reach_of(call: Call) -> int:
     reach = getattr(adapter, "reach", None)
     if reach is None:
         raise UserError(
-            f"adapter={type(adapter).__name__} looks along whole rows, so that the keys cannot be "
-            "attended to in parts; take dape.attention, or give it a `reach`"
+            f"adapter={type(adapter).__name__} looks along whole rows, and the keys cannot be "
+            "split into parts; take dape.attention, or give the adapter a `reach`"
         )
     return int(reach)
 
 
 def reached(call: Call, keys: slice) -> bool:
-    """Return whether a row may see one of the keys: by causality alone, as far as it is known."""
+    """Return whether a row may see any of the keys, by causality alone."""
     if not call.causal or not isinstance(call.shift, int):
         return True
     return keys.start < call.shift + call.query.shape[2]
 
 
 def merge(parts: Sequence[Attended]) -> Attended:
-    """Return the result over all keys from those over parts of them, which have a log-sum-exp.
+    """Return the result over all keys, merged from results over parts with a log-sum-exp.
 
-    A row that sees no key of a part has zeros and -inf there.
+    A row without visible keys in a part has zeros and -inf for the part.
     """
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,4 @@
-"""The textbook: whole score matrices in plain PyTorch, what every other backend must equal."""
+"""The textbook: whole score matrices in plain PyTorch, the truth for tests of all backends."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,13 +9,14 @@ from dape.positions.adapter import Rows
 
 
 def obstacle(call: Call) -> str | None:
-    """Return None: it serves every call."""
+    """Return None, because reference serves every call."""
 
 
 def attend(call: Call, lse: bool = False) -> Attended:
-    """Return output, log-sum-exp if asked for, and weights; a query that sees no key gets zeros.
+    """Return output, weights, and with `lse` the log-sum-exp; zeros without visible keys.
 
-    Computed in float32, or float64 if a tensor is. Grouped key-value heads are never repeated.
+    The computation is in float32, or in float64 with a float64 tensor. Grouped key-value heads are
+    never repeated.
     """
     dtype, call = call.result, call.widened()
     visible = call.visible()
@@ -33,7 +34,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
 def logits_of(
     call: Call, visible: Bool[Tensor, "#batch 1 query key"]
 ) -> Float[Tensor, "batch heads query key"]:
-    """Return the logits of a widened call, whatever they are where a key is not visible."""
+    """Return the logits of a widened call, arbitrary for invisible keys."""
     query, key, bias, adapter = call.query, call.key, call.bias, call.adapter
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores = torch.einsum("bkgqd,bkjd->bkgqj", grouped, key).flatten(1, 2) * call.scale
@@ -54,7 +55,7 @@ def logits_of(
 def within_halo(
     call: Call, visible: Bool[Tensor, "#batch 1 query key"]
 ) -> Bool[Tensor, "#batch 1 query key"]:
-    """Return which visible keys have a weight: all but those of the halo."""
+    """Return the visible keys with a weight, all outside the halo."""
     if call.halo == (0, 0):
         return visible
     places = torch.arange(visible.shape[3], device=visible.device)
@@ -64,5 +65,5 @@ def within_halo(
 def log_sum_exp(
     logits: Float[Tensor, "batch heads query key"], visible: Bool[Tensor, "#batch 1 query key"]
 ) -> Float[Tensor, "batch heads query"]:
-    """Return `log sum_j exp(logits_ij)` over the visible keys; -inf for a query that sees none."""
+    """Return `log sum_j exp(logits_ij)` over the visible keys; -inf without visible keys."""
     return logits.logsumexp(-1).masked_fill(~visible.any(-1), -torch.inf)

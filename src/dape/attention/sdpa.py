@@ -1,4 +1,4 @@
-"""PyTorch's own attention, for calls that add nothing to the scores."""
+"""PyTorch's own attention, for calls without bias and adapter."""
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -11,11 +11,11 @@ WIDEST_HEAD = 256
 
 
 def obstacle(call: Call) -> str | None:
-    """Return why PyTorch's attention cannot serve a call in linear memory, or None if it can.
+    """Return the reason against serving a call in linear memory, or None.
 
-    Its causality begins with the first key at the first query, or on a GPU in half precision ends
-    with the last key at the last query. What its kernels do not take, it computes with a whole
-    score matrix.
+    PyTorch's causality begins with the first key at the first query, or on a GPU in half precision
+    ends with the last key at the last query. Outside the kernels, PyTorch computes a whole score
+    matrix.
     """
     query, value = call.query, call.value
     head_dim, grouped = query.shape[3], query.shape[1] != value.shape[1]
@@ -25,24 +25,24 @@ def obstacle(call: Call) -> str | None:
     reasons = [
         (
             call.bias is not None or call.adapter is not None,
-            "it knows neither a bias nor an adapter",
+            "sdpa knows neither a bias nor an adapter",
         ),
-        (call.mask is not None, "a mask would keep it from its fast kernels"),
+        (call.mask is not None, "a mask would exclude the fast kernels of sdpa"),
         (
             hiding and moved and not (ends_together(call) and on_gpu and not grouped and half),
-            "its causality knows no query_offset",
+            "the causality of sdpa knows no query_offset",
         ),
-        (call.result != value.dtype, f"its output is {value.dtype}, as the value"),
+        (call.result != value.dtype, f"the output of sdpa is {value.dtype}, as the value"),
         (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
-        (head_dim != value.shape[3], "its kernels want values as wide as queries"),
+        (head_dim != value.shape[3], "the kernels of sdpa want values as wide as queries"),
         (
             on_gpu and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD),
             f"on a GPU head_dim={head_dim} is no multiple of 8 up to {WIDEST_HEAD}",
         ),
-        (on_gpu and query.dtype == torch.float64, "it has no kernel for torch.float64 on a GPU"),
+        (on_gpu and query.dtype == torch.float64, "sdpa has no kernel for torch.float64 on a GPU"),
         (
             on_gpu and grouped and query.dtype not in HALF,
-            f"it has no kernel for grouped heads in {query.dtype} on a GPU",
+            f"sdpa has no kernel for grouped heads in {query.dtype} on a GPU",
         ),
     ]
     return next((reason for holds, reason in reasons if holds), None)
@@ -54,12 +54,12 @@ def sees_all(call: Call) -> bool:
 
 
 def ends_together(call: Call) -> bool:
-    """Return whether the last query sees the last key, and the one before it one key less."""
+    """Return whether the last query sees the last key, and every earlier query a key less."""
     return isinstance(call.shift, int) and call.shift == call.key.shape[2] - call.query.shape[2]
 
 
 def attend(call: Call, lse: bool = False) -> Attended:
-    """Return the output; it has no log-sum-exp."""
+    """Return the output, without a log-sum-exp."""
     rows, keys = call.query.shape[2], call.key.shape[2]
     causal = call.causal and not sees_all(call)
     mask = causal_lower_right(rows, keys) if causal and call.shift != 0 else None

@@ -1,4 +1,4 @@
-"""Which backend computes a call, and why another cannot."""
+"""The choice of the backend for a call, and reasons against backends."""
 
 import os
 from collections.abc import Callable
@@ -17,21 +17,21 @@ class Module(Protocol):
     """A module that computes calls."""
 
     def obstacle(self, call: Call) -> str | None:
-        """Return why it cannot serve a call, or None if it can."""
+        """Return the reason against serving a call, or None."""
 
     def attend(self, call: Call, lse: bool = False) -> Attended:
-        """Return the result of a call that has no obstacle, with the log-sum-exp if asked for."""
+        """Return the result of a call without obstacle, with `lse` also the log-sum-exp."""
 
 
 class Backend(NamedTuple):
     """A way to compute attention.
 
     Args:
-        module: its two functions.
-        purpose: what it is for.
-        absent: says why it does not work on this machine, or None.
-        gives: what it returns beside the output.
-        gpu_only: whether `auto` takes it on a GPU alone.
+        module: the functions `obstacle` and `attend`.
+        purpose: the purpose, for `dape info`.
+        absent: function that returns the reason against use on this machine, or None.
+        gives: results beside the output, of `lse` and `weights`.
+        gpu_only: whether `auto` takes the backend on a GPU alone.
     """
 
     module: Module
@@ -42,32 +42,32 @@ class Backend(NamedTuple):
 
 
 def no_gpu() -> str | None:
-    """Return why PyTorch has no CUDA GPU here."""
+    """Return the reason why PyTorch has no CUDA GPU, or None."""
     if torch.cuda.is_available():
         return None
     return "no CUDA GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
 
 
 def no_triton() -> str | None:
-    """Return why Triton's kernels cannot run here; its interpreter runs them on a CPU, slowly."""
+    """Return the reason against Triton's kernels, or None, also under the interpreter."""
     if find_spec("triton") is None:
         return "triton is not installed"
     return None if os.environ.get("TRITON_INTERPRET") == "1" else no_gpu()
 
 
 def no_cuda() -> str | None:
-    """Return why kernels compiled at run time cannot run here."""
+    """Return the reason against kernels compiled at run time, or None."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return no_gpu() or no_triton()
 
 
-# The fastest first: of these, `auto` takes the first that serves a call.
+# The fastest first: `auto` takes the first backend that serves a call.
 BACKENDS = {
-    "sdpa": Backend(sdpa, "PyTorch's own, where nothing is added to the scores", gives=()),
+    "sdpa": Backend(sdpa, "PyTorch's own attention, without bias and adapter", gives=()),
     "cuda": Backend(
         cuda,
-        "the same as triton, heads of DAPE V1 mixed in CUDA: the fastest in half precision",
+        "as triton, with DAPE V1 in CUDA, the fastest in half precision",
         no_cuda,
         gpu_only=True,
     ),
@@ -77,9 +77,11 @@ BACKENDS = {
         no_triton,
         gpu_only=True,
     ),
-    "chunked": Backend(chunked, "pure PyTorch, memory linear in the length: serves every call"),
+    "chunked": Backend(chunked, "every call, in pure PyTorch, memory linear in the length"),
     "reference": Backend(
-        reference, "whole score matrices, any dtype: the oracle", gives=("lse", "weights")
+        reference,
+        "every call, whole score matrices, any dtype, for tests",
+        gives=("lse", "weights"),
     ),
 }
 NOT_GIVEN = {
@@ -89,12 +91,12 @@ NOT_GIVEN = {
 
 
 def select(call: Call, backend: str = "auto", wanted: str | None = None) -> Module:
-    """Return the backend of a call: the one of that name, or the fastest that serves it.
+    """Return the backend of a call, by name or the fastest that serves the call.
 
-    `wanted` is what is returned beside the output: `lse` or `weights`.
+    `wanted` is the result beside the output, `lse` or `weights`.
 
     Raises:
-        UserError: for an unknown backend, or one that cannot serve the call, saying why.
+        UserError: for an unknown backend, or a backend that cannot serve the call, with the reason.
     """
     if backend == "auto":
         names = order(call.query.device.type)
@@ -107,14 +109,14 @@ def select(call: Call, backend: str = "auto", wanted: str | None = None) -> Modu
 
 
 def obstacle(backend: str, call: Call, wanted: str | None) -> str | None:
-    """Return why a backend cannot serve a call, or None if it can."""
+    """Return the reason against a backend for a call, or None."""
     if wanted is not None and wanted not in BACKENDS[backend].gives:
         return NOT_GIVEN[wanted]
     return BACKENDS[backend].module.obstacle(call)
 
 
 def check_backend(backend: str) -> None:
-    """Raise a `UserError` for an unknown backend, or one that does not work on this machine."""
+    """Raise a `UserError` for a backend that is unknown or does not work on this machine."""
     if backend == "auto":
         return
     if backend not in BACKENDS:
@@ -126,14 +128,14 @@ def check_backend(backend: str) -> None:
 
 @torch.compiler.assume_constant_result
 def absent(backend: str) -> str | None:
-    """Return why a backend does not work here at all, or None."""
+    """Return the reason against a backend on this machine, or None."""
     return BACKENDS[backend].absent()
 
 
 def order(device: str) -> list[str]:
-    """Return the backends that `auto` asks on a device, `cpu` or `cuda`.
+    """Return the candidates of `auto` on a device, `cpu` or `cuda`.
 
-    The fused kernels serve a GPU; their interpreter on a CPU is for tests.
+    Fused kernels are for a GPU, and their interpreter on a CPU is for tests.
     """
     on_gpu = device == "cuda"
     names = [name for name, backend in BACKENDS.items() if on_gpu or not backend.gpu_only]
@@ -141,6 +143,6 @@ def order(device: str) -> list[str]:
 
 
 def devices() -> list[str]:
-    """Return the devices PyTorch sees, by name."""
+    """Return the devices of PyTorch, by name."""
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     return [f"cpu ({torch.get_num_threads()} threads)", *gpus]

@@ -1,11 +1,11 @@
-"""The fused kernels, all in Triton: any GPU, and a CPU by the interpreter."""
+"""The fused kernels in Triton, on any GPU, and on a CPU by the interpreter."""
 
 from dape.attention.call import Attended, Call
 from dape.attention.fused import operator, serves
 
 
 def obstacle(call: Call) -> str | None:
-    """Return why the kernels cannot serve a call, or None if they can."""
+    """Return the reason against serving a call, or None."""
     return serves.obstacle(call)
 
 

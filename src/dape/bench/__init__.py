@@ -1,1 +1,1 @@
-"""Speed and memory of attention against named peers; nothing is timed that is not right."""
+"""Speed and memory of attention against named peers; wrong methods are not timed."""

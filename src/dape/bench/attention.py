@@ -13,13 +13,13 @@ from dape.bench.methods import Method, chosen, each_direction, sdpa_default
 from dape.bench.parity import check_all
 from dape.bench.record import Check, Entry, Missing, Results
 
-# Why a method was not checked at a length in a direction, by its name and the direction.
+# Reasons of absent checks at a length, by method and direction.
 Unchecked = Mapping[tuple[str, str], Missing]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The measured calls: `tokens // length` sequences of each length, at least one."""
+    """The measured calls: `tokens // length` sequences per length, at least 1."""
 
     scheme: str
     shape: str
@@ -55,7 +55,7 @@ def run(
     announce: Callable[[Check | Entry], None],
     keep: Callable[[Results], None],
 ) -> Results:
-    """Return all results; each check and entry is announced, and what there is kept after each.
+    """Return all results; every check and entry is announced, and the results so far are kept.
 
     Raises:
         UserError: for an unknown scheme, method or shape, and for a wrong method.
@@ -88,7 +88,7 @@ def run(
 
 
 def entries_at(case: Case, methods: Sequence[Method], unchecked: Unchecked) -> Iterator[Entry]:
-    """Yield the entries of the methods at a length, in each direction."""
+    """Yield the entries of the methods at a length, in all directions."""
     parts, inputs = build(case), draw(case, sets(case))
     for method in methods:
         own = method.parts(parts)
@@ -106,7 +106,7 @@ def timed(
     attend: Attend,
     direction: str,
 ) -> Timing | Missing:
-    """Return the timing of a method; what could not be checked is not timed."""
+    """Return the timing of a method; unchecked methods are not timed."""
     if (method.name, direction) in unchecked:
         return unchecked[method.name, direction]
     calls = [partial(step, attend, each, parts, direction) for each in inputs]
@@ -114,12 +114,12 @@ def timed(
 
 
 def entry(method: Method, case: Case, direction: str, found: Timing | Missing) -> Entry:
-    """Return what is recorded of a method's timing."""
+    """Return the entry of a method's timing."""
     return entry_at((method.name, case.length, case.batch, direction), found)
 
 
 def entry_at(place: tuple[str, int, int, str], found: Timing | Missing) -> Entry:
-    """Return a record of method, length, batch and direction, and of their timing."""
+    """Return an entry of method, length, batch, direction and timing."""
     if isinstance(found, Missing):
         return Entry(*place, missing=found)
     return Entry(

@@ -21,12 +21,12 @@ TRAIN_LENGTH = 512
 Attend = Callable[..., Tensor]
 FORWARD, TRAINING = "forward", "forward + backward"
 DIRECTIONS = (FORWARD, TRAINING)
-YARDSTICK = "sdpa"  # the method that ratios are to
+YARDSTICK = "sdpa"  # the divisor of ratios
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One problem: causal attention of `batch` sequences of `length` tokens under a scheme."""
+    """A problem: causal attention over `batch` sequences of `length` tokens under a scheme."""
 
     scheme: str
     heads: int
@@ -39,13 +39,13 @@ class Case:
 
     @property
     def scores(self) -> int:
-        """Return how many entries the score matrices of all heads have."""
+        """Return the number of entries in the score matrices of all heads."""
         return self.batch * self.heads * self.length**2
 
     def at_most(self, scores: int) -> "Case":
-        """Return the case with so many scores at most: first the batch is halved, then the length.
+        """Return the case with a limited number of scores, by halving the batch, then the length.
 
-        At least one sequence of two tokens is left.
+        At least a sequence of two tokens remains.
         """
         case = self
         while case.batch > 1 and case.scores > scores:
@@ -72,7 +72,7 @@ def shape(name: str) -> tuple[int, int]:
 
 
 class Parts(NamedTuple):
-    """The modules of a scheme that attention itself knows; embeddings and rotations are outside."""
+    """Bias and adapter of a scheme; embeddings and rotations are outside attention."""
 
     bias: nn.Module | None = None
     adapter: nn.Module | None = None
@@ -110,7 +110,7 @@ def build(case: Case) -> Parts:
 
 
 class Inputs(NamedTuple):
-    """Query, key and value, which collect gradients, and the gradient of the output."""
+    """Query, key and value with gradients, and the gradient of the output."""
 
     query: Float[Tensor, "batch heads length head_dim"]
     key: Float[Tensor, "batch heads length head_dim"]
@@ -119,7 +119,7 @@ class Inputs(NamedTuple):
 
 
 def draw(case: Case, count: int) -> list[Inputs]:
-    """Return so many sets of inputs from N(0, 1)."""
+    """Return `count` sets of inputs from N(0, 1)."""
     generator = torch.Generator(case.device).manual_seed(case.seed)
     size = (case.batch, case.heads, case.length, case.head_dim)
 
@@ -145,7 +145,7 @@ def step(attend: Attend, inputs: Inputs, parts: Parts, direction: str) -> list[T
 
 
 def sets(case: Case) -> int:
-    """Return over how many sets of inputs to rotate: twice what the GPU's cache holds."""
+    """Return the number of input sets to rotate over, twice the size of the GPU's cache."""
     if case.device.type != "cuda":
         return 2
     entries = case.batch * case.heads * case.length * case.head_dim

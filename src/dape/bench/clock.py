@@ -1,6 +1,6 @@
-"""How long a call takes, and how much memory: medians, after warm-up, over rotating inputs.
+"""Time and memory of a call: medians, after warm-up, over rotating inputs.
 
-On a GPU short calls are timed inside a CUDA graph, for the host would limit them otherwise.
+On a GPU short calls are timed inside a CUDA graph, because the host would limit their speed.
 """
 
 import time
@@ -18,9 +18,9 @@ from dape.device import waiting_forbidden
 
 Call = Callable[[], object]
 
-BUDGET = 1000.0  # milliseconds that are measured, and at least so many runs
-FEWEST, MOST = 3, 100
-# Below so many milliseconds a call is captured; calls to fill a graph of so many, at most.
+BUDGET = 1000.0  # milliseconds of all measured runs
+FEWEST, MOST = 3, 100  # runs
+# Milliseconds of a call below which the call is captured, of a graph, and calls in a graph.
 CAPTURED_BELOW, GRAPH, MOST_CALLS = 20.0, 5.0, 32
 GRAPHED, EVENTS, WALL = "CUDA graph", "CUDA events", "wall clock"
 
@@ -28,8 +28,8 @@ GRAPHED, EVENTS, WALL = "CUDA graph", "CUDA events", "wall clock"
 class Timing(NamedTuple):
     """Milliseconds of a call in each run, calls of a run, the clock, and bytes at the peak.
 
-    Beside a time inside a CUDA graph, `eager` is that of a call outside, by the wall clock, and
-    `launches` how many kernels and copies it starts: what the host takes part in.
+    Beside a time inside a CUDA graph, `eager` is the time of a call outside, by the wall clock.
+    `launches` is the number of kernels and copies started by the host.
     """
 
     milliseconds: list[float]
@@ -46,7 +46,7 @@ class Timing(NamedTuple):
 
 
 def measure(calls: Sequence[Call], device: torch.device) -> Timing:
-    """Return the timing of calls that differ in their inputs alone."""
+    """Return the timing of calls that differ only in inputs."""
     calls[0]()  # compiles, tunes, loads libraries
     return on_gpu(calls) if device.type == "cuda" else on_cpu(calls)
 
@@ -64,7 +64,7 @@ def on_cpu(calls: Sequence[Call]) -> Timing:
 
 
 def on_gpu(calls: Sequence[Call]) -> Timing:
-    """Return the timing of a graph of calls, or of each call where those are long."""
+    """Return the timing of a graph of calls, or of separate calls if long."""
     peak, once = peak_and_time(calls[0])
     turns = cycle(calls)
 
@@ -102,7 +102,7 @@ def eager_time(run: Call, rounds: int = 5, calls: int = 10) -> float:
 
 
 def launches(run: Call) -> int:
-    """Return how many kernels and copies a run starts on the GPU."""
+    """Return the number of kernels and copies that a run starts on the GPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         run()
         torch.cuda.synchronize()
@@ -111,7 +111,7 @@ def launches(run: Call) -> int:
 
 
 def peak_and_time(call: Call) -> tuple[int, float]:
-    """Return the bytes that a call needs beyond what is there, results included, and its time."""
+    """Return the additional bytes of a call, results included, and the time of the call."""
     torch.cuda.synchronize()
     release()
     torch.cuda.reset_peak_memory_stats()
@@ -121,7 +121,7 @@ def peak_and_time(call: Call) -> tuple[int, float]:
 
 
 def event_times(run: Call, count: int) -> list[float]:
-    """Return the milliseconds between events around so many runs, one after the other."""
+    """Return the milliseconds between events around consecutive runs."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     events[0].record()
     for event in events[1:]:
@@ -132,21 +132,21 @@ def event_times(run: Call, count: int) -> list[float]:
 
 
 def repeated(run: Call) -> list[float]:
-    """Return the milliseconds of as many runs as the budget allows, after one that warms up."""
+    """Return the milliseconds of runs within the budget, after a warm-up run."""
     once = event_times(run, 2)[1]
     return event_times(run, max(FEWEST, min(MOST, int(BUDGET / once))))
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
-    """Return a graph of the calls, or the reason why there is none.
+    """Return a graph of the calls, or the reason against a graph.
 
-    A call that waits for the GPU is found out before.
+    A call that waits for the GPU is detected before the capture.
     """
     current, side = torch.cuda.current_stream(), side_stream()
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):
-            calls[0]()  # libraries make themselves at home on a stream
+            calls[0]()  # libraries allocate workspaces for a stream
             with waiting_forbidden():
                 calls[0]()
         current.wait_stream(side)
@@ -155,15 +155,15 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
         with torch.cuda.graph(graph, stream=side):
             for call in calls:
                 call()
-    except Exception as error:  # whatever a kernel does that a capture forbids
+    except Exception as error:  # a kernel may do anything that a capture forbids
         return first_line(error)
     finally:
-        torch.cuda.set_stream(current)  # a capture that breaks off stays on its own
+        torch.cuda.set_stream(current)  # a failed capture stays on the side stream
         torch.cuda.synchronize()
     return graph
 
 
 @cache
 def side_stream() -> torch.cuda.Stream:
-    """Return the stream of all captures: libraries never give back what they keep for one."""
+    """Return the stream of all captures, because libraries never free workspaces of a stream."""
     return torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""FlexAttention, as far as it goes: a bias of each head's own score, learnable if captured."""
+"""FlexAttention for biases, by formula or by table; adapters across heads do not fit."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def by_formula(case: Case, parts: Parts) -> Attend:
-    """Return attention whose bias is computed where the scores are."""
+    """Return attention with the bias computed by formula inside the kernel."""
     bias = parts.bias
     if bias is not None and type(bias) not in (ALiBi, Kerple):
         raise UserError(f"no score_mod is written for {type(bias).__name__}")
@@ -25,10 +25,10 @@ def by_formula(case: Case, parts: Parts) -> Attend:
 
 
 def by_table(case: Case, parts: Parts) -> Attend:
-    """Return attention whose bias is read from a table over the distance, made in every call."""
+    """Return attention with the bias read from a table over the distance, made in every call."""
     bias = parts.bias
     if bias is None:
-        raise UserError("there is no bias to make a table of")
+        raise UserError("the scheme has no bias for a table")
     if not getattr(bias, "relative", False):
         raise UserError(f"{type(bias).__name__} depends on more than the distance")
     distances = torch.arange(case.length, device=case.device)
@@ -38,7 +38,7 @@ def by_table(case: Case, parts: Parts) -> Attend:
 def attend(case: Case, parts: Parts, score_mod: Callable[[], ScoreMod | None]) -> Attend:
     """Return compiled causal attention, with a new `score_mod` in every call."""
     check(case, parts)
-    torch.compiler.reset()  # it would give up after a few lengths
+    torch.compiler.reset()  # the compiler would give up after a few lengths
     flexible = torch.compile(flex_attention, dynamic=False)
     mask = causal_mask(case.length, case.device)
 
@@ -49,17 +49,17 @@ def attend(case: Case, parts: Parts, score_mod: Callable[[], ScoreMod | None]) -
 
 
 def check(case: Case, parts: Parts) -> None:
-    """Raise a `UserError` for what FlexAttention cannot do."""
+    """Raise a `UserError` for a case that FlexAttention cannot compute."""
     if parts.adapter is not None:
-        raise UserError("score_mod sees the score of one head, and the adapter needs all of them")
+        raise UserError("score_mod sees the scores of a single head, the adapter needs all")
     if case.device.type == "cpu":
         raise UserError("FlexAttention has no backward pass on a CPU")
     if case.length % BLOCK:
-        raise UserError(f"the length is no multiple of {BLOCK}, a block of the mask")
+        raise UserError(f"the length is not a multiple of {BLOCK}, the block of the mask")
 
 
 def formula(bias: nn.Module | None, device: torch.device) -> ScoreMod | None:
-    """Return the score_mod of a bias's formula, or None where there is no bias."""
+    """Return the score_mod of a bias's formula, or None without a bias."""
     if isinstance(bias, ALiBi):
         slopes = bias.slopes(device)
         return lambda score, batch, head, i, j: score - slopes[head] * (i - j).abs()
@@ -73,7 +73,7 @@ def formula(bias: nn.Module | None, device: torch.device) -> ScoreMod | None:
 
 def table(values: Tensor) -> ScoreMod:
     """Return the score_mod of a table `[H, N]` over the distances 0..N-1."""
-    values = values.clone()  # of a captured view FlexAttention loses the gradient
+    values = values.clone()  # FlexAttention loses the gradient of a captured view
     return lambda score, batch, head, i, j: score + values[head, (i - j).abs()]
 
 

@@ -1,4 +1,4 @@
-"""The ways to compute attention that are compared, each under a name."""
+"""The compared ways to compute attention, by name."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ CHUNK = 512  # query rows of a block of `chunked-compiled`
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A way to compute attention; a `plain` one leaves bias and adapter out, as a yardstick.
+    """A way to compute attention; a `plain` method leaves out bias and adapter.
 
     `prepare` raises a `UserError` with the reason if the method cannot express a case.
     """
@@ -36,12 +36,12 @@ class Method:
     plain: bool = False
 
     def parts(self, parts: Parts) -> Parts:
-        """Return what the method computes of a scheme."""
+        """Return the computed part of a scheme, for tables."""
         return Parts() if self.plain else parts
 
 
 def chosen(names: Sequence[str]) -> list[Method]:
-    """Return the methods of some names, all of them if there is none; the yardstick is the first.
+    """Return methods by name, by default all; the divisor of ratios comes first.
 
     Raises:
         UserError: for an unknown name.
@@ -55,7 +55,7 @@ def chosen(names: Sequence[str]) -> list[Method]:
 def each_direction(
     method: Method, case: Case, parts: Parts, action: Callable[[Attend, str], Outcome]
 ) -> Iterator[tuple[str, Outcome | Missing]]:
-    """Yield what an action on a method gives, forward and in training, or why it gives nothing."""
+    """Yield the result of an action on a method, or the reason of a failure, by direction."""
     prepared = attempt(partial(method.prepare, case, parts))
     for direction in DIRECTIONS:
         if isinstance(prepared, Missing):
@@ -65,7 +65,7 @@ def each_direction(
 
 
 def sdpa(only: SDPBackend | None, case: Case, parts: Parts) -> Attend:
-    """Return PyTorch's attention, by one of its backends or by its own choice."""
+    """Return PyTorch's attention, by a given backend or by PyTorch's choice."""
     if only is SDPBackend.CUDNN_ATTENTION and case.device.type != "cuda":
         raise UserError("cuDNN needs a CUDA GPU")
 
@@ -77,7 +77,7 @@ def sdpa(only: SDPBackend | None, case: Case, parts: Parts) -> Attend:
 
 
 def sdpa_default(inputs: Inputs) -> str:
-    """Return the name of the backend that PyTorch chooses for some inputs."""
+    """Return the name of PyTorch's backend for some inputs."""
     return SDPBackend(torch._fused_sdp_choice(*inputs[:3], is_causal=True)).name
 
 
@@ -92,14 +92,14 @@ def ours(backend: str, case: Case, parts: Parts) -> Attend:
 
 def textbook_compiled(case: Case, parts: Parts) -> Attend:
     """Return the textbook under `torch.compile`."""
-    torch.compiler.reset()  # it would give up after a few lengths
+    torch.compiler.reset()  # the compiler would give up after a few lengths
     return torch.compile(ours("reference", case, parts), dynamic=False)
 
 
 def chunked_compiled(case: Case, parts: Parts) -> Attend:
-    """Return the textbook on blocks of query rows, one compiled graph for all, checkpointed.
+    """Return the textbook on blocks of query rows, with a compiled graph for all, checkpointed.
 
-    Every block sees whole rows of keys: fewer would take a graph for each block.
+    Every block sees whole rows of keys, because fewer keys would need a graph per block.
     """
     torch.compiler.reset()
     block = torch.compile(ours("reference", case, parts), dynamic=False)
@@ -118,7 +118,12 @@ def chunked_compiled(case: Case, parts: Parts) -> Attend:
 METHODS = {
     method.name: method
     for method in (
-        Method(YARDSTICK, "PyTorch's attention by its own choice", partial(sdpa, None), plain=True),
+        Method(
+            YARDSTICK,
+            "PyTorch's attention, PyTorch's choice",
+            partial(sdpa, None),
+            plain=True,
+        ),
         Method("sdpa-cudnn", "by cuDNN", partial(sdpa, SDPBackend.CUDNN_ATTENTION), plain=True),
         Method(
             "sdpa-flash", "by FlashAttention", partial(sdpa, SDPBackend.FLASH_ATTENTION), plain=True
@@ -127,7 +132,7 @@ METHODS = {
         Method("textbook-compiled", "the same under torch.compile", textbook_compiled),
         Method("chunked", "blocks of query rows", partial(ours, "chunked")),
         Method("chunked-compiled", f"blocks of {CHUNK} rows, compiled", chunked_compiled),
-        Method("flex", "FlexAttention, the bias by its formula", flex.by_formula),
+        Method("flex", "FlexAttention, the bias by formula", flex.by_formula),
         Method("flex-table", "FlexAttention, the bias by a table of distances", flex.by_table),
         Method("triton", "fused kernels in Triton", partial(ours, "triton")),
         Method("cuda", "fused kernels in CUDA", partial(ours, "cuda")),

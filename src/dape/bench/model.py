@@ -23,7 +23,7 @@ from dape.strict import build
 FORMAT = 1
 # Backends of `dape.attention` by the form of the computation.
 FORMS = {"fused": "auto", "textbook": "reference"}
-# Logits of a forward pass: those of the tokens that the protocol `last` scores.
+# Logits of a forward pass: the scored tokens of the protocol `last`.
 LOGITS = 256
 
 
@@ -47,7 +47,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Models to measure: each size, scheme and form at each length, `batch` sequences at once."""
+    """Models to measure: every size, scheme and form at every length, with `batch` sequences."""
 
     sizes: tuple[str, ...]
     schemes: tuple[str, ...]
@@ -60,7 +60,7 @@ class Plan:
     seed: int
 
     def check(self) -> None:
-        """Refuse names that nobody knows.
+        """Refuse unknown names.
 
         Raises:
             UserError: for an unknown size, scheme or form.
@@ -75,9 +75,9 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Time and memory of a model, as an `Entry` whose method is the scheme.
+    """Time and memory of a model, as an `Entry` with the scheme for a method.
 
-    `weights` are the bytes of its parameters, to which the entry's peak comes on top.
+    `weights` are the bytes of the parameters, and do not count in the entry's peak.
     """
 
     size: str
@@ -88,7 +88,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """All costs of a command, and where they come from."""
+    """All costs of a command, with provenance."""
 
     batch: int
     seed: int
@@ -97,7 +97,7 @@ class Costs:
     format: int = FORMAT
 
     def find(self, size: str, scheme: str, form: str, length: int, direction: str) -> Cost | None:
-        """Return one cost, if it was measured."""
+        """Return a cost, or None if not measured."""
         asked = (size, scheme, form, length, direction)
         return next((cost for cost in self.costs if _place(cost) == asked), None)
 
@@ -110,16 +110,16 @@ def load(path: Path) -> Costs:
     """Read the file of `Costs.save`.
 
     Raises:
-        UserError: if there is none, or it is damaged or of another format.
+        UserError: for a file that is missing, damaged or of another format.
     """
     return read_json(path, _costs, "measure again with `dape bench model`")
 
 
 def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], None]) -> Costs:
-    """Return the costs of all models; `keep` gets those so far, and the latest, after each.
+    """Return the costs of all models; `keep` gets the costs so far and the latest cost.
 
     A model is drawn once for a size, scheme and form. Weights are float32 under bfloat16 autocast
-    in training, and bfloat16 in a forward pass; on a CPU all is float32.
+    in training, and bfloat16 in a forward pass. On a CPU, weights and products are float32.
 
     Raises:
         UserError: for an unknown size, scheme or form.
@@ -136,7 +136,7 @@ def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], No
 
 
 def _costs_of(plan: Plan, size: str, scheme: str, form: str) -> Iterator[Cost]:
-    """Yield the costs of one model: in training first, while its weights are float32."""
+    """Yield the costs of a model: first in training, while the weights are float32."""
     model = attempt(partial(_build, plan, SIZES[size], scheme, form))
     for direction in (TRAINING, FORWARD):
         if direction not in plan.directions:

@@ -15,13 +15,13 @@ from dape.bench.record import Check, Missing
 from dape.errors import UserError
 from dape.positions.adapter import Rows
 
-# Scores of a check, and of a block of its float64: seconds, and a few GiB.
+# Most scores of a check, and of a block in float64, to limit time and memory.
 SCORES = {"cpu": 2**24, "cuda": 2**32}
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**25}
 # Allowed errors beside twice the error of the textbook in the same dtype.
 SLACK = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-4}
-# A gradient that is zero in exact arithmetic, as that of a constant of every key, is relative to
-# what is usual in its module, and must stay below a tenth of it.
+# A gradient that is zero in exact arithmetic, such as the gradient of a constant added to every
+# key, is measured relative to the usual gradient of the module, and must stay below a tenth.
 ZERO, ZERO_LIMIT = 1e-9, 0.1
 
 # `output`, and the gradients of `query`, `key`, `value`, `bias.raw_p`, ...
@@ -31,10 +31,10 @@ Named = Mapping[str, Tensor]
 def check_all(
     cases: Sequence[Case], methods: Sequence[Method], announce: Callable[[Check], None]
 ) -> list[Check]:
-    """Return the checks of all methods at all lengths, in each direction.
+    """Return the checks of all methods at all lengths, in all directions.
 
     Raises:
-        UserError: if one is wrong, after all are made.
+        UserError: for a wrong method, after all checks.
     """
     checks = []
     for case in cases:
@@ -47,20 +47,20 @@ def check_all(
 
 
 def refuse(check: Check, dtype: str) -> None:
-    """Raise a `UserError` for a wrong method, naming its worst tensor."""
+    """Raise a `UserError` for a wrong method, naming the worst tensor."""
     if check.missing or check.within(name := check.worst):
         return
     what = name if name == "output" else f"the gradient of {name}"
     raise UserError(
         f"{check.method} is wrong at length {check.length:,}, {check.direction}: {what} is "
         f"{check.errors[name]:.1e} from float64, more than {check.limits[name]:.1e}, twice the "
-        f"textbook's error in {dtype} and {SLACK[dtype]:g}; wrong numbers are not timed: mend it, "
-        "or leave it out of --methods"
+        f"textbook's error in {dtype} and {SLACK[dtype]:g}; wrong methods are not timed; "
+        f"mend {check.method}, or leave {check.method} out of --methods"
     )
 
 
 def checks_at(case: Case, methods: Sequence[Method]) -> Iterator[Check]:
-    """Yield the checks at a length, or on less of it where float64 would take too long."""
+    """Yield the checks at a length, or at a shorter length where float64 would take too long."""
     small = case.at_most(SCORES[case.device.type])
     parts, (inputs,) = build(small), draw(small, 1)
     truths: dict[bool, Truth] = {}
@@ -78,7 +78,7 @@ def checks_at(case: Case, methods: Sequence[Method]) -> Iterator[Check]:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """Output and gradients in float64 for some inputs, and how far from them one may be."""
+    """Output and gradients in float64 for some inputs, and the allowed errors."""
 
     parts: Parts
     inputs: Inputs
@@ -87,7 +87,7 @@ class Truth:
 
     @classmethod
     def of(cls, case: Case, parts: Parts, inputs: Inputs) -> "Truth":
-        """Return the truth of a case; its limits are those of the textbook in the case's dtype."""
+        """Return the truth of a case, with limits from the textbook in the case's dtype."""
         exact = by_rows(case, parts, inputs, torch.float64)
         textbook = errors(by_rows(case, parts, inputs, DTYPES[case.dtype]), exact)
         limits = {
@@ -97,7 +97,7 @@ class Truth:
         return cls(parts, inputs, exact, limits)
 
     def errors_of(self, attend: Attend, direction: str) -> dict[str, float]:
-        """Return the errors of a way to compute attention: of the output, or of gradients too."""
+        """Return the errors of a method: of the output, and in training of gradients."""
         found = step(attend, self.inputs, self.parts, direction)
         return errors(dict(zip(self.tensors, found, strict=False)), self.tensors)
 
@@ -105,7 +105,7 @@ class Truth:
 def by_rows(case: Case, parts: Parts, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return output and gradients by the textbook in a dtype, in blocks of query rows.
 
-    That needs memory for one block. What the blocks give is put together in float64.
+    Memory holds a single block. Results of blocks are summed in float64.
     """
     if dtype == torch.float64:
         parts = Parts(*(module and copy.deepcopy(module).double() for module in parts))
@@ -128,9 +128,9 @@ def by_rows(case: Case, parts: Parts, inputs: Inputs, dtype: torch.dtype) -> dic
 
 
 def eager(parts: Parts, query: Tensor, key: Tensor, value: Tensor, offset: int) -> Tensor:
-    """Return the output as the paper's code computes it: products are rounded to their dtype.
+    """Return the output by the arithmetic of the paper's code, with products rounded to the dtype.
 
-    So they are a yardstick of 16 bits; `dape.attention` keeps scores and weights in float32.
+    The result is a yardstick for 16 bits. `dape.attention` keeps scores and weights in float32.
     """
     rows, keys = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
     visible = visibility(len(rows), len(keys), None, True, offset, query.device)
@@ -148,7 +148,7 @@ def eager(parts: Parts, query: Tensor, key: Tensor, value: Tensor, offset: int) 
 
 
 def errors(found: Named, exact: Named) -> dict[str, float]:
-    """Return the relative Frobenius error of each tensor that was found."""
+    """Return the relative Frobenius error of every tensor."""
     return {
         name: ((x.double() - exact[name]).norm() / size(name, exact)).item()
         for name, x in found.items()
@@ -156,17 +156,17 @@ def errors(found: Named, exact: Named) -> dict[str, float]:
 
 
 def size(name: str, exact: Named) -> float:
-    """Return the norm that an error is relative to: the tensor's, or one usual in its module."""
+    """Return the norm for relative errors: of the tensor, or the usual norm in the module."""
     return usual(name, exact) if vanishes(name, exact) else exact[name].norm().item()
 
 
 def vanishes(name: str, exact: Named) -> bool:
-    """Return whether a tensor is zero but for rounding."""
+    """Return whether a tensor is zero up to rounding."""
     return exact[name].norm().item() <= ZERO * usual(name, exact)
 
 
 def usual(name: str, exact: Named) -> float:
-    """Return the norm of a tensor of this size with the mean square of its module's gradients."""
+    """Return the norm of a tensor of this size, with the mean square of the module's gradients."""
     place = name.partition(".")[0]
     module = [x for other, x in exact.items() if other.partition(".")[0] == place]
     square = sum(x.square().sum().item() for x in module) / sum(x.numel() for x in module)

@@ -10,13 +10,13 @@ from dape.provenance import Provenance
 from dape.strict import build
 
 FORMAT = 1
-# Why there is no number.
+# Reasons of a missing number.
 NOT_SERVED, OUT_OF_MEMORY, FAILED = "not served", "out of memory", "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """Why there is no number: `not served`, `out of memory` or `failed`, and the words for it."""
+    """The reason of a missing number: `not served`, `out of memory` or `failed`, with details."""
 
     kind: str
     reason: str
@@ -24,10 +24,10 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """How far a method is from float64, on `batch` sequences of `checked` tokens.
+    """The errors of a method against float64, on `batch` sequences of `checked` tokens.
 
-    `errors` are relative Frobenius norms of the output and each gradient, `limits` what they may
-    be. `missing` says why there are none.
+    `errors` are relative Frobenius norms of the errors of output and gradients, and `limits` the
+    allowed errors. `missing` gives the reason of absent errors.
     """
 
     method: str
@@ -41,25 +41,25 @@ class Check:
 
     @property
     def worst(self) -> str:
-        """Return the tensor that is nearest to its limit, or furthest above; NaN is above all."""
+        """Return the tensor with the largest ratio of error to limit; NaN is the largest."""
         return max(self.errors, key=lambda name: (not self.within(name), self.share(name)))
 
     def within(self, name: str) -> bool:
-        """Return whether a tensor is right."""
+        """Return whether the error of a tensor is within the limit."""
         return self.errors[name] <= self.limits[name]
 
     def share(self, name: str) -> float:
-        """Return the error of a tensor over its limit."""
+        """Return the error of a tensor divided by the limit."""
         return self.errors[name] / self.limits[name]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A method at a length: milliseconds of a call, and bytes at its peak beyond its inputs.
+    """A method at a length: milliseconds of a call, and bytes at the peak beyond the inputs.
 
-    `milliseconds` is the median of `runs`, each of so many `calls`; `fastest` and `slowest` are the
-    ends. `clock` says how they were taken. `peak` is None on a CPU. `eager` and `launches` stand
-    beside a time inside a CUDA graph. `missing` says why all are None.
+    `milliseconds` is the median over `runs` of `calls` calls, between `fastest` and `slowest`.
+    `clock` names the clock. `peak` is None on a CPU. `eager` and `launches` accompany a time inside
+    a CUDA graph. `missing` gives the reason if all numbers are None.
     """
 
     method: str
@@ -80,9 +80,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All entries of a command, the checks that let them be printed, and where they come from.
+    """All entries of a command, with checks and provenance.
 
-    `yardstick` is the backend that PyTorch's attention chose.
+    `yardstick` is the backend chosen by PyTorch's attention.
     """
 
     scheme: str
@@ -109,7 +109,7 @@ class Results:
         return list(dict.fromkeys(entry.method for entry in self.entries))
 
     def entry(self, method: str, length: int, direction: str) -> Entry | None:
-        """Return one entry, if there is one."""
+        """Return an entry, or None."""
         asked = (method, length, direction)
         found = (e for e in self.entries if (e.method, e.length, e.direction) == asked)
         return next(found, None)
@@ -120,14 +120,14 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """Read what `Results.save` wrote.
+    """Read a file of `Results.save`.
 
     Raises:
-        UserError: if there is no such file, or another version or program wrote it.
+        UserError: for a missing file, or a file of another version or program.
     """
     remedy = "measure again with `dape bench attention`"
     if not path.exists():
-        raise UserError(f"{path}: no such results; {remedy}")
+        raise UserError(f"{path}: the results are missing; {remedy}")
     return read_json(path, _results, remedy)
 
 

@@ -1,1 +1,1 @@
-"""The Chomsky-hierarchy benchmark: fifteen tasks in which position is everything."""
+"""The Chomsky-hierarchy benchmark: fifteen tasks on strings, for encodings."""

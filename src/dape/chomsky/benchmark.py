@@ -1,4 +1,4 @@
-"""The benchmark as data: which tasks, schemes and seeds, and how each model is built and scored."""
+"""The benchmark as data: tasks, schemes and seeds, and settings of models, training and scores."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,26 +26,26 @@ SCHEMES = (
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A table of tasks by schemes, each cell the models of some seeds."""
+    """A table of tasks by schemes, with a cell per task, scheme and seed."""
 
     out: str = "runs/chomsky"
     """folder of the cells, the table and the figures"""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """names of tasks; `dape chomsky tasks` lists them"""
+    """names of tasks (`dape chomsky tasks`)"""
     schemes: tuple[str, ...] = SCHEMES
-    """schemes to train, as `dape info schemes` names them"""
+    """schemes to train (`dape info schemes`)"""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """seeds of parameters, examples and dropout; the models of a cell train together"""
+    """seeds of parameters, examples and dropout; the models of all seeds train together"""
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained or scored, before anything is."""
+        """Refuse impossible values before any training."""
         for name in ("tasks", "schemes", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                raise UserError(f"{name}={','.join(map(str, values))}: name each once, and some")
+                raise UserError(f"{name}={','.join(map(str, values))}: give a value, each once")
         for seed in self.seeds:
             check_whole(0, seeds=seed)
         _check(self)
@@ -60,24 +60,24 @@ class Benchmark:
         return Path(self.out)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers of a cell, besides its task, scheme and seed."""
+        """Return the settings behind the numbers of a cell, besides task, scheme and seed."""
         return {name: asdict(getattr(self, name)) for name in ("model", "training", "evaluation")}
 
 
 def _check_reach(benchmark: Benchmark, scheme: str) -> None:
-    """Raise a `UserError` for a scheme that has no positions for the longest input."""
+    """Raise a `UserError` for a scheme without positions for the longest input."""
     parts, pool = schemes.resolve(scheme), benchmark.model.pool
     if parts.embedding is not None and parts.embedding.module is Learned:
         raise UserError(
-            f"schemes={scheme}: a learned embedding ends at the training length, so there is "
-            "nothing to score beyond"
+            f"schemes={scheme}: a learned embedding ends at the training length, and longer "
+            "inputs cannot be scored; leave the scheme out"
         )
     longest = benchmark.evaluation.longest
     most = max(longest + resolve(task).output_length(longest) for task in benchmark.tasks)
     if parts.rotation is not None and parts.rotation.module is RandomizedRoPE and pool < most:
         raise UserError(
             f"model.pool={pool} is less than the {most} tokens of the longest input and output; "
-            "raise it, or lower evaluation.longest"
+            "raise model.pool, or lower evaluation.longest"
         )
 
 
@@ -100,12 +100,12 @@ def _check(benchmark: Benchmark) -> None:
     if evaluation.longest <= training.length:
         raise UserError(
             f"evaluation.longest={evaluation.longest} must be above training.length="
-            f"{training.length}: the score is over the lengths between"
+            f"{training.length}, because the score covers the lengths between"
         )
 
 
 def read(path: Path) -> Benchmark:
-    """Return the benchmark in a YAML file; what is not given has its default.
+    """Return the benchmark in a YAML file, with defaults for absent keys.
 
     Raises:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
@@ -119,7 +119,7 @@ def read(path: Path) -> Benchmark:
 
 
 def write(benchmark: Benchmark) -> str:
-    """Return the YAML that `read` turns into this benchmark again."""
+    """Return the benchmark as YAML, the input of `read`."""
     plain = {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in asdict(benchmark).items()
@@ -128,7 +128,7 @@ def write(benchmark: Benchmark) -> str:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return `section.key=new (was old)` of each setting that is not the same."""
+    """Return `section.key=new (was old)` for changed settings."""
     return [
         f"{section}.{key}={value} (was {before.get(section, {}).get(key)})"
         for section, values in after.items()

@@ -9,10 +9,11 @@ Bits = Int[Tensor, "*batch bits"]
 
 
 def add(x: Bits, y: Bits, carry: int = 0) -> Int[Tensor, "*batch more"]:
-    """Return the bits of x + y + carry, one more than those of x and y.
+    """Return the bits of x + y + carry, with a bit more than x and y.
 
-    The carry into a place is the bit of x at the nearest lower place where x and y agree: both 1
-    make a carry, both 0 end one. Below the lowest such place it is `carry`.
+    The carry into a digit is the bit of x at the nearest lower digit with equal bits of x and y.
+    Two ones make a carry, and two zeros end a carry. Without a lower digit of equal bits the carry
+    is `carry`.
     """
     index = torch.arange(1, x.shape[-1] + 1, device=x.device)
     agree = torch.where(x == y, index, 0).cummax(-1).values
@@ -21,15 +22,15 @@ def add(x: Bits, y: Bits, carry: int = 0) -> Int[Tensor, "*batch more"]:
 
 
 def multiply(x: Bits, y: Bits) -> Bits:
-    """Return the bits of x y, which must fit as many as x and y have.
+    """Return the bits of x y, which must fit into the width of x and y.
 
-    The coefficients of the product of two polynomials are at most the number of bits. Their binary
-    digits are numbers to be added, each shifted by its weight.
+    The coefficients of the product of two polynomials are at most the number of bits. The binary
+    digits of the coefficients are numbers to add, shifted by their weights.
     """
     bits = x.shape[-1]
     windows = pad(y, (bits - 1, 0)).unfold(-1, bits, 1).float()  # exact: small integers
     coefficients = (windows @ x.flip(-1)[..., None].float()).squeeze(-1).long()
-    planes = 1 << (bits.bit_length() - 1).bit_length()  # a power of two that holds `bits`
+    planes = 1 << (bits.bit_length() - 1).bit_length()  # a power of two, at least `bits`
     numbers = torch.stack([pad(coefficients >> k & 1, (k, 0))[..., :bits] for k in range(planes)])
     while len(numbers) > 1:
         first, second = numbers.chunk(2)
@@ -38,10 +39,11 @@ def multiply(x: Bits, y: Bits) -> Bits:
 
 
 def square_root(x: Bits) -> Int[Tensor, "*batch half"]:
-    """Return the bits of floor(sqrt(x)), half as many as those of x, rounded up.
+    """Return the bits of floor(sqrt(x)), half the width of x, rounded up.
 
-    Digit by digit from the highest, as on paper: the root r of the bits so far and the remainder
-    R become 2 r + 1 and R - (4 r + 1) with the next two bits if that is not negative.
+    The digits come from the highest to the lowest, as on paper. With the next two bits in the
+    remainder R, the root r and R become 2 r + 1 and R - (4 r + 1), if not negative, and otherwise 2
+    r and R.
     """
     half = (x.shape[-1] + 1) // 2
     pairs = pad(x, (0, 2 * half - x.shape[-1])).unflatten(-1, (half, 2))
@@ -59,7 +61,7 @@ def square_root(x: Bits) -> Int[Tensor, "*batch half"]:
 
 
 def width(x: Bits) -> Int[Tensor, "*batch 1"]:
-    """Return how many bits a number has without leading zeros; 0 has none."""
+    """Return the number of bits without leading zeros; 0 for the number 0."""
     index = torch.arange(1, x.shape[-1] + 1, device=x.device)
     return torch.where(x == 1, index, 0).amax(-1, keepdim=True)
 
@@ -70,5 +72,5 @@ def number(bits: list[int]) -> int:
 
 
 def digits(value: int) -> list[int]:
-    """Return the bits of an integer, none for 0."""
+    """Return the bits of an integer, empty for 0."""
     return [value >> place & 1 for place in range(value.bit_length())]

@@ -1,7 +1,7 @@
 """Random bracketed expressions of an exact length, with their values modulo 5.
 
-E(L), of L symbols, is a digit, `-d`, `(d)` or `(-d)` for L = 1 .. 4. Beyond it is `(E(a) op E(b))`
-with a uniform on 1 .. L - 4 and b = L - 3 - a. Digits and operators are uniform.
+E(L), of L symbols, is a digit, `-d`, `(d)` or `(-d)` for L = 1 .. 4. Longer expressions are
+`(E(a) op E(b))`, with a uniform on 1 .. L - 4 and b = L - 3 - a. Digits and operators are uniform.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ MINUS = MODULUS + 1
 
 
 def symbols(operators: int) -> tuple[str, ...]:
-    """Return the symbol of each id, for the first so many operators."""
+    """Return the symbols by id, for a number of operators."""
     return (*"01234", *OPERATORS[:operators], "(", ")")
 
 
 class _Splits(NamedTuple):
-    """The binary operations of one depth, by the index of their opening bracket."""
+    """The binary operations of a depth, by the index of the opening bracket."""
 
     here: Bool[Tensor, "batch length"]
     second: Int[Tensor, "batch length"]
@@ -32,17 +32,17 @@ class _Splits(NamedTuple):
 
 
 def expressions(draw: Draw, length: int, operators: int) -> tuple[Strings, Int[Tensor, "batch 1"]]:
-    """Return a batch of E(length) over the first so many operators, and their values modulo 5.
+    """Return a batch of E(length) over the first `operators` operators, and the values modulo 5.
 
-    All expressions of one depth are split at once. A subexpression is known by the index of its
-    first symbol, which no other of its depth or below shares.
+    All expressions of a depth are split at once. The index of the first symbol identifies a
+    subexpression, among subexpressions at its depth or deeper.
     """
     index = torch.arange(length, device=draw.device).expand(draw.batch, length)
     size = torch.where(index == 0, length, 0)  # of the subexpression that starts at an index
     tokens = torch.zeros_like(index)
     opening, closing = MODULUS + operators, MODULUS + operators + 1
     splits = []
-    for _ in range(-(-(length - 4) // 4)):  # a part has at least four symbols less
+    for _ in range(-(-(length - 4) // 4)):  # an operand has at least four symbols less
         here = size > 4
         left = 1 + draw.below((size - 4).clamp(min=1))
         operator = draw.integers(operators, length)
@@ -66,7 +66,7 @@ def expressions(draw: Draw, length: int, operators: int) -> tuple[Strings, Int[T
 def _put(
     target: Strings, index: Strings, value: Strings | int, where: Bool[Tensor, "batch length"]
 ) -> None:
-    """Write values at indices of rows that hold zeros there, for the entries of `where`."""
+    """Write values at indices of zeros in rows, for the entries of `where`."""
     target.scatter_add_(1, index.clamp(0, target.shape[1] - 1), value * where)
 
 

@@ -1,4 +1,4 @@
-"""The results of a benchmark: a JSON file and a file of parameters for each model."""
+"""The results of a benchmark: a JSON file and a file of parameters per model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,13 +27,13 @@ Settings = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One trained and tested model.
+    """A trained and tested model.
 
     settings: sections `model`, `training` and `evaluation` of the benchmark.
-    loss: pairs of a step and the mean training loss since the one before, in nats a symbol.
+    loss: pairs of a step and the mean training loss since the previous pair, in nats a symbol.
     accuracy: percent of scored symbols right at the lengths 1, 2, ...
-    seconds: `training` and `evaluation`, the time of all models that ran side by side over them.
-    models: how many trained side by side.
+    seconds: `training` and `evaluation`, the time of models side by side, divided by their number.
+    models: number of models trained side by side.
     """
 
     task: str
@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def trained(self) -> int:
-        """Return the longest input trained on."""
+        """Return the longest training input."""
         return int(self.settings["training"]["length"])
 
     @property
@@ -69,7 +69,7 @@ class Cell:
 
 
 def path(folder: Path, task: str, scheme: str, seed: int) -> Path:
-    """Return where a cell lies in the folder of a benchmark."""
+    """Return the path of a cell in the folder of a benchmark."""
     return folder / "cells" / task / f"{scheme}-{seed}.json"
 
 
@@ -77,18 +77,18 @@ def load(file: Path) -> Cell:
     """Return the cell in a file.
 
     Raises:
-        UserError: if it is not there, damaged or of another format.
+        UserError: for a missing or damaged file, or another format.
     """
     if not file.exists():
         raise UserError(f"{file} is missing; train it by `dape chomsky train`")
-    return read_json(file, _build, "remove it and train again")
+    return read_json(file, _build, "remove the file and train again")
 
 
 def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | None:
-    """Return a cell of a benchmark if it is there.
+    """Return a cell of a benchmark, or None.
 
     Raises:
-        UserError: if it was made with other settings, naming them.
+        UserError: for a cell with other settings, naming the changed settings.
     """
     file = path(benchmark.folder, task, scheme, seed)
     if not file.exists():
@@ -104,13 +104,13 @@ def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | 
 
 def _build(content: dict[str, Any]) -> Cell:
     if content.get("format") != FORMAT:
-        raise UserError(f"it is no cell of format {FORMAT}")
+        raise UserError(f"the format is {content.get('format')!r}, not {FORMAT}")
     cell: Cell = strict.build(Cell, content)
     return cell
 
 
 def weights(folder: Path, task: str, scheme: str, seed: int) -> Path:
-    """Return where the parameters of a model lie in the folder of a benchmark."""
+    """Return the path of a model's parameters in the folder of a benchmark."""
     return folder / "models" / task / f"{scheme}-{seed}.safetensors"
 
 
@@ -121,15 +121,15 @@ def save_weights(file: Path, parameters: dict[str, torch.Tensor]) -> None:
 
 
 def load_model(folder: Path, task: str, scheme: str, seed: int) -> Encoder:
-    """Return a trained encoder, to look into.
+    """Return a trained encoder.
 
     Raises:
-        UserError: if it was not trained, or its parameters are not there or damaged.
+        UserError: for an untrained model, or absent or damaged parameters.
     """
     cell = load(path(folder, task, scheme, seed))
     file = weights(folder, task, scheme, seed)
     if not file.exists():
-        raise UserError(f"{file} is missing; train the cell again to have its parameters")
+        raise UserError(f"{file} is missing; train the cell again to get the parameters")
     problem = resolve(task)
     config = configure(strict.build(Model, cell.settings["model"]), scheme, problem, cell.trained)
     encoder = build(config, len(problem.outputs), seed)

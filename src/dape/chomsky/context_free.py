@@ -1,4 +1,4 @@
-"""The four deterministic context-free tasks: a stack solves them."""
+"""The four deterministic context-free tasks, solvable with a stack."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -17,7 +17,8 @@ class StackManipulation(Task):
     """Stack Manipulation: the final stack, top first, after a program of pushes and pops.
 
     The input is an initial stack of s bits, bottom first, and n - s uniform actions; s is uniform
-    on 1 .. n - 1. A pop of an empty stack does nothing. The stack and the `end` after it count.
+    on 1 .. n - 1. A pop of an empty stack does nothing. The stack and the `end` after the stack
+    count.
 
         1 0 push-0 push-0 pop -> 0 0 1 end
         1 0 pop push-0 pop pop push-0 pop -> end
@@ -30,7 +31,7 @@ class StackManipulation(Task):
     chance = blind = 49.6
 
     def output_length(self, length: int) -> int:
-        """Return room for a full stack and its end."""
+        """Return the length of a full stack and the end."""
         return length + 1
 
     def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
@@ -40,9 +41,10 @@ class StackManipulation(Task):
         inputs = torch.where(index < initial, bits, actions)
         pushes = inputs != 2
         steps = torch.where(pushes, 1, -1).cumsum(1)
-        # A walk that stays at 0 instead of going below: less its lowest point so far.
+        # A walk that stays at 0 instead of going below equals the free walk less its lowest point
+        # so far.
         height = steps - steps.cummin(1).values.clamp(max=0)
-        # What lies at a height in the end was pushed there last.
+        # The final symbol at a height is the last symbol pushed there.
         last = torch.zeros(draw.batch, length + 1, dtype=torch.long, device=draw.device)
         last = last.scatter_reduce(1, height, torch.where(pushes, index + 1, 0), "amax")
         bottom_first = inputs.gather(1, (last - 1).clamp(min=0)) % 3  # push-0 is 3, push-1 is 4
@@ -89,7 +91,7 @@ class ReverseString(BitTask):
 class ModularArithmetic(Task):
     """Modular Arithmetic: the value of a bracketed expression over +, - and x, modulo 5.
 
-    Every binary operation has brackets of its own. A constant answer of 0 is right for 31 percent.
+    Every binary operation has brackets. A constant answer of 0 is right for 31 percent.
 
         ( 2 - ( - 4 ) ) -> 1
         ( ( 2 x 3 ) x ( 4 ) ) -> 4
@@ -110,10 +112,11 @@ class ModularArithmetic(Task):
 
 
 class SolveEquation(Task):
-    """Solve Equation: the digit that `?` stands for in a bracketed expression over + and -.
+    """Solve Equation: the digit hidden by `?` in a bracketed expression over + and -.
 
-    A uniform index of the expression is drawn, and the first digit from there on, around the end,
-    is hidden. Inputs of one and two symbols have no room for an equation: zeros, answered by 0.
+    A uniform index of the expression is drawn, and the first digit from the index on, around the
+    end, is hidden. Inputs of one or two symbols are too short for an equation. Their symbols are
+    zeros, and the answer is 0.
 
         ( ? ) = 3 -> 3
         ( 1 + - ? ) = 4 -> 2

@@ -1,4 +1,4 @@
-"""The seven context-sensitive tasks: a tape solves them."""
+"""The seven context-sensitive tasks, solvable with a tape."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from dape.chomsky import binary
 from dape.chomsky.task import BitTask, Draw, Strings, Task
 
-# Beyond, a number whose low bits are all 0 is not drawn: one in 2^31.
+# Longer numbers never have 31 low bits of 0, a case of probability 2^-31.
 NONZERO_BITS = 31
 
 
@@ -39,7 +39,7 @@ class DuplicateString(BitTask):
 
 
 class MissingDuplicate(Task):
-    """Missing Duplicate: the bit that `?` hides in a string that was written twice.
+    """Missing Duplicate: the bit hidden by `?` in a string written twice.
 
     A uniform position is hidden. An odd length ends in `_`. The input of length 1 is 1, answered
     by 1.
@@ -63,7 +63,7 @@ class MissingDuplicate(Task):
         return pad(twice.scatter(1, hidden, 2), (0, length % 2), value=3), twice.gather(1, hidden)
 
     def solve(self, inputs: Sequence[int]) -> list[int]:
-        """Look at the other copy."""
+        """Return the bit of the second copy."""
         half = len(inputs) // 2
         return [inputs[(inputs.index(2) + half) % (2 * half)] if half else 1]
 
@@ -85,11 +85,11 @@ class OddsFirst(BitTask):
         return length
 
     def answer(self, bits: Strings) -> Int[Tensor, "batch out"]:
-        """Return the bits of odd index, then the others."""
+        """Return the bits of odd index, then of even index."""
         return torch.cat((bits[:, 1::2], bits[:, ::2]), 1)
 
     def solve(self, inputs: Sequence[int]) -> list[int]:
-        """Sort by the parity of the index, which keeps the order otherwise."""
+        """Sort by the parity of the index, with a stable sort."""
         order = sorted(range(len(inputs)), key=lambda index: index % 2 == 0)
         return [inputs[index] for index in order]
 
@@ -97,8 +97,8 @@ class OddsFirst(BitTask):
 class _Binary(Task):
     """An operation on two binary numbers, least significant bit first, of lengths p + q = n - 1.
 
-    p is uniform on 1 .. n - 2, and each number uniform on 1 .. 2^length - 1. The bits of the
-    result without leading zeros and the `end` after them count.
+    p is uniform on 1 .. n - 2, and the numbers are uniform on 1 .. 2^length - 1. The bits of the
+    result without leading zeros and the following `end` count.
     """
 
     level = "context-sensitive"
@@ -123,14 +123,14 @@ class _Binary(Task):
         return inputs, outputs.scatter(1, size, 2), size
 
     def _degenerate(self, draw: Draw, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs without room for two numbers, their results, and how many bits count."""
+        """Return inputs too short for two numbers, their results, and the number of scored bits."""
         value = draw.integers(3, 1) if length == 2 else draw.integers(1, 1)
         inputs = value >> torch.arange(length, device=draw.device) & 1
         result, least = self.lone(inputs)
         return inputs, result, binary.width(result).clamp(min=least)
 
     def lone(self, bits: Strings) -> tuple[Strings, int]:
-        """Return the result for a number alone, and the least number of bits that count."""
+        """Return the result for a number alone, and the least number of scored bits."""
         raise NotImplementedError
 
     def result(self, x: Strings, y: Strings) -> Strings:
@@ -157,7 +157,7 @@ class _Binary(Task):
 class BinaryAddition(_Binary):
     """Binary Addition: the sum of two numbers, least significant bit first.
 
-    Inputs of one and two symbols are one number, from 0 and from 0 .. 2, and are the answer.
+    Inputs of one or two symbols are a single number, 0 or uniform on 0 .. 2, and the answer.
 
         0 1 0 + 1 -> 1 1 end
         1 1 0 1 + 0 0 1 -> 1 1 1 1 end
@@ -167,7 +167,7 @@ class BinaryAddition(_Binary):
     sign = "+"
 
     def output_length(self, length: int) -> int:
-        """Return room for the sum and its end."""
+        """Return the length of the sum and the end."""
         return length + 1
 
     def result(self, x: Strings, y: Strings) -> Strings:
@@ -175,7 +175,7 @@ class BinaryAddition(_Binary):
         return binary.add(x, y)[:, :-1]
 
     def lone(self, bits: Strings) -> tuple[Strings, int]:
-        """Return the number itself, where 0 has one bit."""
+        """Return the number, where 0 has one bit."""
         return bits, 1
 
     def integer(self, x: int, y: int) -> int:
@@ -183,14 +183,14 @@ class BinaryAddition(_Binary):
         return x + y
 
     def solve_lone(self, inputs: list[int]) -> list[int]:
-        """Return the number itself."""
+        """Return the number."""
         return [*(binary.digits(binary.number(inputs)) or [0]), 2]
 
 
 class BinaryMultiplication(_Binary):
     """Binary Multiplication: the product of two numbers, least significant bit first.
 
-    Inputs of one and two symbols are one number, from 0 and from 0 .. 2. Their answers are nothing
+    Inputs of one or two symbols are a single number, 0 or uniform on 0 .. 2. The answers are empty
     and 0.
 
         1 1 x 1 0 -> 1 1 end
@@ -201,7 +201,7 @@ class BinaryMultiplication(_Binary):
     sign = "x"
 
     def output_length(self, length: int) -> int:
-        """Return room for the product, of at most n - 1 bits, and its end."""
+        """Return the length of the product, of at most n - 1 bits, and the end."""
         return length
 
     def result(self, x: Strings, y: Strings) -> Strings:
@@ -209,7 +209,7 @@ class BinaryMultiplication(_Binary):
         return binary.multiply(x, y)
 
     def lone(self, bits: Strings) -> tuple[Strings, int]:
-        """Return 0, which has one bit if the number has two."""
+        """Return 0, of one bit for a number of two bits."""
         return torch.zeros_like(bits), bits.shape[1] - 1
 
     def integer(self, x: int, y: int) -> int:
@@ -224,7 +224,7 @@ class BinaryMultiplication(_Binary):
 class ComputeSqrt(BitTask):
     """Compute Sqrt: the whole part of a square root, most significant bit first.
 
-    The number is uniform on 1 .. 2^n - 1. Its root has ceil(n / 2) bits, leading zeros included.
+    The number is uniform on 1 .. 2^n - 1. The root has ceil(n / 2) bits, leading zeros included.
 
         1 1 1 0 1 -> 1 0 1
         1 0 1 1 1 0 1 0 -> 1 1 0 1
@@ -255,8 +255,8 @@ class ComputeSqrt(BitTask):
 class BucketSort(Task):
     """Bucket Sort: the symbols in ascending order.
 
-    Whoever answers each position with its most frequent symbol, blind to the input, is right for
-    90 percent of them.
+    The most frequent symbol of each position, blind to the input, is right for 90 percent of the
+    positions.
 
         4 2 4 4 3 -> 2 3 4 4 4
         2 0 3 0 4 4 3 0 -> 0 0 0 2 3 3 4 4

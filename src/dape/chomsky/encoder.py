@@ -1,8 +1,7 @@
 """The encoder of the benchmark: the Transformer of Deletang et al. (2023), with any scheme.
 
 - post-norm blocks: attention without biases, a ReLU layer four times as wide, layer norms
-- the input, then a placeholder for each output symbol, in a single pass with answers at the
-  placeholders
+- the input, then a placeholder per output symbol, in a single pass with answers at the placeholders
 - every token sees all tokens; a bias depends on the distance |i - j| alone, equal on both sides
 - dropout where a block adds to the stream, and after an additive position embedding
 """
@@ -40,18 +39,18 @@ class Model:
     adapter_hidden: int = 64
     """number of hidden units of DAPE"""
     pool: int = 2048
-    """number of positions from which randomised positions are drawn"""
+    """number of positions to draw randomised positions from"""
 
 
 def configure(
     model: Model, scheme: str, task: Task, length: int, backend: str = "auto"
 ) -> DapeConfig:
-    """Return the configuration for a task whose training inputs have up to `length` symbols.
+    """Return the configuration for a task with training inputs of up to `length` symbols.
 
-    Models that train together need the backend `reference`.
+    Models trained together need the backend `reference`.
 
     Raises:
-        UserError: for an unknown scheme, or sizes that do not divide.
+        UserError: for an unknown scheme, or sizes not divisible by the number of heads.
     """
     parts = schemes.resolve(scheme)
     options: dict[str, dict[str, Any]] = {}
@@ -66,7 +65,7 @@ def configure(
         hidden_size=model.hidden_size,
         num_hidden_layers=model.num_hidden_layers,
         num_attention_heads=model.num_attention_heads,
-        block="modern",  # for its attention, which has no biases
+        block="modern",  # for attention without biases
         intermediate_size=4 * model.hidden_size,
         scheme=scheme,
         scheme_options=options,
@@ -78,9 +77,9 @@ def configure(
 
 
 class Noise(NamedTuple):
-    """The draws of a forward pass: factors of dropout, and randomised positions of each layer.
+    """The draws of a forward pass: factors of dropout, and randomised positions by layer.
 
-    Noise is an argument, so models that train together draw as in a training alone.
+    Noise is an argument, and models trained together draw as in separate trainings.
     """
 
     keep: Float[Tensor, "places batch length width"] | None = None
@@ -119,7 +118,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder, from the ids of an input to the logits of each output position."""
+    """The encoder, from the ids of an input to the logits of the output positions."""
 
     def __init__(self, config: DapeConfig, classes: int) -> None:
         super().__init__()
@@ -154,7 +153,7 @@ class Encoder(nn.Module):
         return self.head(hidden[:, -out:])
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Set the mode of all but rotations, whose random positions come as `Noise`."""
+        """Set the mode of all modules except rotations; random positions come as `Noise`."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, RandomizedRoPE):
@@ -170,7 +169,7 @@ class Encoder(nn.Module):
     ) -> Noise:
         """Return the noise of a pass over `length` tokens, with a leading axis of generators.
 
-        Randomised positions are drawn without replacement and sorted. Each layer draws anew, and
+        Randomised positions are drawn without replacement and sorted. Every layer draws anew, and
         the batch shares the draw. As in the authors' code, tests draw positions too.
 
         Raises:
@@ -191,7 +190,7 @@ class Encoder(nn.Module):
             if length > rotation.pool:
                 raise UserError(
                     f"model.pool={rotation.pool} has fewer positions than the {length} tokens of "
-                    "input and output; raise it"
+                    "input and output; raise model.pool"
                 )
             shape = (config.num_hidden_layers, rotation.pool)
             ranks = [torch.rand(shape, generator=each, device=device) for each in generators]
@@ -214,7 +213,7 @@ def truncated_normal(weight: Tensor, deviation: float) -> None:
 
 
 def _initialize(module: nn.Module) -> None:
-    """Draw matrices with deviation 1 / sqrt(fan in); biases are 0; a scheme's parts keep theirs."""
+    """Draw matrices with deviation 1 / sqrt(fan in), and set biases to 0, outside the scheme."""
     if isinstance(module, nn.Linear):
         truncated_normal(module.weight, 1 / math.sqrt(module.in_features))
         if module.bias is not None:
@@ -222,7 +221,7 @@ def _initialize(module: nn.Module) -> None:
 
 
 def build(config: DapeConfig, classes: int, seed: int) -> Encoder:
-    """Return a new encoder whose parameters depend on the seed alone."""
+    """Return a new encoder with parameters drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Encoder(config, classes)

@@ -16,14 +16,14 @@ from dape.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Cells by task and scheme, where there are any; each holds the models of its seeds."""
+    """Finished cells by task and scheme, with a cell per seed."""
 
     tasks: tuple[str, ...]
     schemes: tuple[str, ...]
     cells: Mapping[tuple[str, str], Sequence[Cell]]
 
     def scores(self, task: str, scheme: str) -> Float[np.ndarray, " seeds"]:
-        """Return the scores of the models of a cell."""
+        """Return the scores of a task and a scheme, by seed."""
         return np.array([each.score for each in self.cells.get((task, scheme), ())])
 
     def mean(self, task: str, scheme: str) -> float:
@@ -39,7 +39,7 @@ class Grid:
         )
 
     def common(self, *schemes: str) -> list[str]:
-        """Return the tasks in which the order matters and that have cells of all the schemes."""
+        """Return the tasks that depend on the order of the input and have cells of all schemes."""
         return [
             task
             for task in self.tasks
@@ -51,7 +51,7 @@ def gather(benchmark: Benchmark) -> Grid:
     """Return the finished cells of a benchmark.
 
     Raises:
-        UserError: if there is none, or one was made with other settings.
+        UserError: without finished cells, or for a cell with other settings.
     """
     found = (
         finished(benchmark, *place)
@@ -59,7 +59,7 @@ def gather(benchmark: Benchmark) -> Grid:
     )
     cells = [cell for cell in found if cell is not None]
     if not cells:
-        raise UserError(f"{benchmark.folder} has no finished cell; `dape chomsky train` makes them")
+        raise UserError(f"{benchmark.folder} has no finished cell; run `dape chomsky train`")
     return arrange(benchmark.tasks, benchmark.schemes, cells)
 
 
@@ -72,7 +72,7 @@ def arrange(tasks: tuple[str, ...], schemes: tuple[str, ...], cells: Iterable[Ce
 
 
 def p_value(grid: Grid, task: str, first: str, second: str) -> float:
-    """Return Welch's two-sided p-value over seeds; 1 with fewer than two of them or no spread."""
+    """Return Welch's two-sided p-value over seeds; 1 with fewer than two seeds or no spread."""
     a, b = grid.scores(task, first), grid.scores(task, second)
     if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) == 0:
         return 1.0

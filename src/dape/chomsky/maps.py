@@ -1,7 +1,8 @@
-"""A, B and f(A, B) of a trained encoder for one placeholder, over all tokens: to read a table by.
+"""A, B and f(A, B) of a trained encoder for a placeholder, over all tokens.
 
-A score says that a scheme answers; a map says by which tokens. It is the mean over examples, so
-that a line that is left follows the place of a key, and one that averages out followed its symbol.
+A score tells whether a scheme answers, and a map tells by the use of certain tokens. A map is the
+mean over examples. A line that follows the place of a key remains in the mean, and a line that
+follows the symbol of a key averages out.
 """
 
 from collections.abc import Sequence
@@ -26,17 +27,17 @@ from dape.provenance import Provenance
 from dape.strict import build
 
 FORMAT = 1
-DIGITS = 4  # that a map keeps of a number
+DIGITS = 4  # of a number in a map
 Lines = list[list[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: each line a head over the keys, and numbers that are means over the heads.
+    """A layer: lines over the keys by head, and numbers as means over the heads.
 
-    weights: of the attention. spread: the standard deviation of A, B and f over the tokens of the
-    input, for one example. with_scores, with_bias: the correlation of f with A and with B over
-    them; None where one of both does not vary.
+    `weights` are the weights of the attention. `spread` is the standard deviation of A, B and f
+    over the tokens of the input, for an example. `with_scores` and `with_bias` are the correlations
+    of f with A and with B over the tokens, and None for a constant line.
     """
 
     residual: bool
@@ -51,9 +52,9 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """What one model adds to the scores of token `query`; the first `inputs` tokens are the input.
+    """A, B and f(A, B) of a model for token `query`; the first `inputs` tokens are the input.
 
-    length: symbols of the input asked for. trained: the longest input trained on.
+    `length` is the requested number of symbols, and `trained` the longest training input.
     """
 
     task: str
@@ -74,15 +75,15 @@ class Map:
 
 
 def load(file: Path) -> Map:
-    """Read what `Map.save` wrote.
+    """Read a file of `Map.save`.
 
     Raises:
-        UserError: if it is damaged or not there.
+        UserError: for a damaged or missing file.
     """
     return read_json(
         file,
         partial(build, Map),
-        "make it again by `dape chomsky map`",
+        "make the file again by `dape chomsky map`",
     )
 
 
@@ -100,13 +101,12 @@ def make(
     """Return the map of the middle placeholder of a trained model of a benchmark's folder.
 
     Raises:
-        UserError: if the model was not trained, its parameters are not there, or its positions are
-            random.
+        UserError: for an untrained model, absent parameters, or random positions.
     """
     problem = resolve(task)
     encoder = cells.load_model(folder, task, scheme, seed)
     if any(isinstance(module, RandomizedRoPE) for module in encoder.modules()):
-        raise UserError(f"--scheme {scheme}: its positions are drawn anew, so it has no one map")
+        raise UserError(f"--scheme {scheme}: positions are random, take another scheme")
     trained = cells.load(cells.path(folder, task, scheme, seed)).trained
     sample = problem.sample(single(TEST + length, examples), length)
     inputs, out = sample.inputs.shape[1], sample.outputs.shape[1]
@@ -122,7 +122,7 @@ def make(
 
 
 def _layer(rows: Sequence[Row], inputs: int) -> Layer:
-    """Return the mean of one layer over examples, and the means of its numbers."""
+    """Return the mean of a layer over examples, and the means of the numbers."""
     parts = {
         "scores": np.stack([row.scores for row in rows]).astype(np.float64),
         "bias": np.stack([row.bias for row in rows]).astype(np.float64),
@@ -142,7 +142,7 @@ def _layer(rows: Sequence[Row], inputs: int) -> Layer:
 def _correlation(
     x: Float[np.ndarray, "examples heads keys"], y: Float[np.ndarray, "examples heads keys"]
 ) -> float | None:
-    """Return the mean of Pearson's correlation over examples and heads where both vary."""
+    """Return the mean of Pearson's correlation over examples and heads with variation."""
     x, y = (each - each.mean(-1, keepdims=True) for each in (x, y))
     norms = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
     varies = norms > 1e-9

@@ -1,4 +1,4 @@
-"""Scores that were published for these tasks, and how sure each is."""
+"""Published scores on the fifteen tasks, and their reliability."""
 
 from typing import NamedTuple
 
@@ -43,4 +43,4 @@ PUBLISHED = (
     Published(_DAPE, "best of all", "bucket-sort", 99.57, STATED),
 )
 # Ruoss et al. (2023) state 12.0 points for randomised positions over their base, the mean over the
-# tasks. No cell of their table, and no other cell of the DAPE paper's, was found in text.
+# tasks. Further cells of both papers' tables were not found in text.

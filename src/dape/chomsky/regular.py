@@ -1,4 +1,4 @@
-"""The four regular tasks: a finite automaton solves them."""
+"""The four regular tasks, solvable by a finite automaton."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -14,9 +14,9 @@ MODULUS = 5
 
 
 class EvenPairs(BitTask):
-    """Even Pairs: the parity of the number of adjacent pairs that differ.
+    """Even Pairs: the parity of the number of unequal adjacent pairs.
 
-    The pairs that differ are the changes of symbol, so the answer is whether the first symbol
+    Unequal pairs are changes of symbol. Therefore the answer is 1 if and only if the first symbol
     differs from the last.
 
         0 0 0 1 1 -> 1
@@ -38,8 +38,8 @@ class EvenPairs(BitTask):
 class ModularArithmeticSimple(Task):
     """Modular Arithmetic (Simple): the value of digits under +, - and x, modulo 5.
 
-    Products bind tighter. Digits and operators are uniform. An even length is lowered by one; the
-    paper's text raises it.
+    Products bind tighter. Digits and operators are uniform. An even length is lowered by 1, where
+    the paper's text raises even lengths.
 
         1 + 0 - 1 -> 0
         0 - 4 - 4 x 3 -> 4
@@ -52,7 +52,7 @@ class ModularArithmeticSimple(Task):
     chance = blind = 20.0
 
     def input_length(self, length: int) -> int:
-        """Return the length, or one less if it is even."""
+        """Return the length, less 1 if even."""
         return length - 1 + length % 2
 
     def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
@@ -62,9 +62,9 @@ class ModularArithmeticSimple(Task):
         inputs[:, ::2], inputs[:, 1::2] = digits, MODULUS + operators
         # A product of digits is a sum of logarithms to base 2 modulo 5, or 0 if a digit is 0.
         logarithms = (digits == 2) + 3 * (digits == 3) + 2 * (digits == 4)
-        signs = (operators == 0).long() - (operators == 1).long()  # 0 goes on multiplying
+        signs = (operators == 0).long() - (operators == 1).long()  # 0 continues a product
         signs = pad(signs, (1, 0), value=1)
-        product = signs.abs().cumsum(1) - 1  # the product to which a digit belongs
+        product = signs.abs().cumsum(1) - 1  # the product of a digit
         sign, exponent, zeros = (
             torch.zeros_like(digits).scatter_add(1, product, each)
             for each in (signs, logarithms, (digits == 0).long())

@@ -1,4 +1,4 @@
-"""Training and testing of the cells that are missing, several side by side on one device."""
+"""Training and testing of missing cells, several side by side on a device."""
 
 import signal
 import threading
@@ -34,7 +34,7 @@ Report = Callable[["Job", int, list[float]], None]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The seeds of one task and scheme, whose models are one stack."""
+    """The seeds of a task and scheme, with the models in a stack."""
 
     task: str
     scheme: str
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(slots=True)
 class Course:
-    """A job in training: its models, the steps made, the loss curve of each, and seconds so far."""
+    """A job in training: models, number of steps, loss curves, and seconds so far."""
 
     job: Job
     stack: Stack
@@ -58,10 +58,10 @@ class Course:
 
 
 def plan(benchmark: Benchmark) -> list[Job]:
-    """Return the jobs for the cells that are missing, those with the longest sequences first.
+    """Return the jobs for missing cells, the longest sequences first.
 
     Raises:
-        UserError: for a finished cell of other settings, naming them.
+        UserError: for a finished cell with other settings, naming the changed settings.
     """
     jobs = []
     for task in benchmark.tasks:
@@ -71,7 +71,7 @@ def plan(benchmark: Benchmark) -> list[Job]:
             )
             if seeds:
                 jobs.append(Job(task, scheme, seeds))
-    # A long job that starts last would keep one device busy alone.
+    # A long job at the end would keep a device busy alone.
     return sorted(
         jobs, key=lambda job: (-TASKS[job.task].output_length(1_000), "dape" not in job.scheme)
     )
@@ -80,13 +80,14 @@ def plan(benchmark: Benchmark) -> list[Job]:
 def run(
     benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int = 1
 ) -> None:
-    """Train and test the models that are missing, so many jobs at a time, and write their cells.
+    """Train and test missing models, `together` jobs at a time, and write their cells.
 
-    Jobs at a time have a stream of the GPU each. SIGINT or SIGTERM makes them save and raises
-    `KeyboardInterrupt`; the next run goes on from there.
+    Concurrent jobs have separate streams of the GPU. At SIGINT or SIGTERM all jobs save a
+    checkpoint, and the function raises `KeyboardInterrupt`. The next call resumes from the
+    checkpoints.
 
     Raises:
-        UserError: for a folder that holds something else, and while another process trains there.
+        UserError: for a folder with other content, and for a folder of another process.
     """
     folder = RunFolder(benchmark.folder)
     if not (is_free(folder.path) or folder.record.is_file()):
@@ -114,10 +115,9 @@ def _run(
 
 
 def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
-    """Return a job with new models, or with those of its checkpoint.
+    """Return a job with new models, or with the models of the checkpoint.
 
-    A checkpoint of other seeds, settings or another kind of device is left alone. A checkpoint that
-    cannot be read is none.
+    Unreadable checkpoints are ignored, and checkpoints of other seeds, settings or kinds of device.
     """
     task, training = TASKS[job.task], benchmark.training
     config = configure(benchmark.model, job.scheme, task, training.length, "reference")
@@ -132,10 +132,10 @@ def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
 
 
 def _train(courses: Sequence[Course], benchmark: Benchmark, report: Report) -> None:
-    """Make the updates that are left, step by step, with a checkpoint now and then and at the end.
+    """Make the remaining updates, with checkpoints in between and at the end.
 
     Raises:
-        KeyboardInterrupt: on a signal to end, once all is saved.
+        KeyboardInterrupt: on a signal to end, after saving.
     """
     lengths, steps = benchmark.training.lengths(), benchmark.training.steps
     every = max(1, steps // POINTS)
@@ -162,7 +162,7 @@ def _train(courses: Sequence[Course], benchmark: Benchmark, report: Report) -> N
 
 
 def _log(course: Course) -> list[float]:
-    """Put a point on the loss curves, and return it."""
+    """Add a point to the loss curves, and return the point."""
     last = course.curve[-1][0] if course.curve else 0
     losses = [total / (course.step - last) for total in course.stack.read_losses()]
     course.curve.append((course.step, losses))
@@ -240,7 +240,7 @@ def _save(course: Course, benchmark: Benchmark) -> None:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect signals to end in a list, in place of ending; the main thread alone can."""
+    """Collect signals to end in a list, in place of ending, in the main thread."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,4 @@
-"""The interface of a task: batches of examples drawn on any device, and a solver that checks them.
+"""The interface of a task: batches of examples drawn on any device, and a solver for checks.
 
 A task is a function of a string. Tasks and levels are from Deletang et al. (2023, section 4 and
 appendix A). Where text and released code of the paper differ, the tasks follow the code.
@@ -25,12 +25,12 @@ class Sample(NamedTuple):
 
 
 class Draw:
-    """Random integers for a batch in equal parts, with a generator for each part.
+    """Random integers for a batch in equal parts, with a generator per part.
 
-    Models that train together get the examples of a training alone.
+    Models trained together get the examples of separate trainings.
 
     Args:
-        generators: a generator for each part, on the device of the batch.
+        generators: a generator per part, on the device of the batch.
         rows: examples in a part.
     """
 
@@ -47,7 +47,7 @@ class Draw:
         )
 
     def below(self, counts: Int[Tensor, "batch ..."]) -> Int[Tensor, "batch ..."]:
-        """Return uniform integers from 0 to count - 1, for each of `counts` up to 2^31.
+        """Return uniform integers from 0 to count - 1, for every count in `counts`, up to 2^31.
 
         The integer is the remainder of 63 random bits, and probabilities are exact to a factor of
         1 + 2^-32.
@@ -68,11 +68,11 @@ class Task:
     Attributes:
         name: name on the command line.
         level: `regular`, `context-free` or `context-sensitive`.
-        inputs: the symbol of each input id.
-        outputs: the symbol of each output id.
+        inputs: the symbols by input id.
+        outputs: the symbols by output id.
         chance: percent of scored symbols right, for the best constant answer.
-        blind: percent right for the most frequent symbol of each output position at each length.
-            Both are means over the lengths 41 to 500.
+        blind: percent right for the most frequent symbol by output position and length. `chance`
+            and `blind` are means over the lengths 41 to 500.
         permutable: whether the order of the input does not matter.
 
     """
@@ -86,11 +86,11 @@ class Task:
     permutable: ClassVar[bool] = False
 
     def input_length(self, length: int) -> int:
-        """Return how many symbols an input of the requested length has."""
+        """Return the number of symbols of an input of the requested length."""
         return length
 
     def output_length(self, length: int) -> int:
-        """Return how many symbols the output has."""
+        """Return the number of symbols of the output."""
         return 1
 
     def sample(self, draw: Draw, length: int) -> Sample:
@@ -107,7 +107,7 @@ class Task:
         return Sample(inputs, outputs, scored)
 
     def _sample(self, draw: Draw, length: int) -> tuple[Tensor, ...]:
-        """Return inputs, outputs, and the index of the last scored position if not all are."""
+        """Return inputs, outputs and, if not all count, the index of the last scored position."""
         raise NotImplementedError
 
     def solve(self, inputs: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The fifteen tasks by name, and what can be scored without reading the input."""
+"""The fifteen tasks by name, and scores without reading the input."""
 
 from collections.abc import Iterable
 
@@ -54,7 +54,7 @@ def resolve(name: str) -> Task:
     """Return the task of a name.
 
     Raises:
-        UserError: for an unknown name, with the nearest known one.
+        UserError: for an unknown name, with the nearest known name.
     """
     if name not in TASKS:
         raise unknown("task", name, TASKS)
@@ -62,10 +62,11 @@ def resolve(name: str) -> Task:
 
 
 def baselines(task: Task, lengths: Iterable[int], samples: int, seed: int) -> tuple[float, float]:
-    """Return the percent right of a constant answer, and of one that ignores the input.
+    """Return the percent right of a constant answer, and of an answer without reading the input.
 
-    The first is the most frequent symbol of all scored positions. The second is that of each
-    position at each length, learned on as many other samples. Both are means over lengths.
+    The constant answer is the most frequent symbol of all scored positions. The second answer is
+    the most frequent symbol by position and length, learned on equally many different samples. Both
+    percentages are means over lengths.
     """
     symbols = torch.arange(len(task.outputs))
     counts, blind = [], []

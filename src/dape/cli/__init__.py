@@ -1,4 +1,4 @@
-"""The `dape` command: one module for each command, imported only when it is called."""
+"""The `dape` command, with a module per command, imported on demand."""
 
 import os
 import sys
@@ -8,36 +8,36 @@ from importlib import import_module
 from dape.errors import RankError, UserError, out_of_memory, unknown
 from dape.text import one_line
 
-# `dape eval retrieval` is in cli/eval_retrieval.py, whose `main` takes the words after it.
+# `dape eval retrieval` is `main` of cli/eval_retrieval.py, called with the words after the name.
 COMMANDS = {
     "prepare": "text to tokens: memory-mapped shards with a manifest",
     "train": "train a language model from a recipe",
     "retrofit": "adapters in a pretrained model, trained at a longer length",
-    "eval": "perplexity over length of one or more models",
+    "eval": "perplexity over length, for any number of models",
     "eval retrieval": "whether models find a number hidden in a long text",
     "eval harness": "tasks of lm-eval at several lengths",
     "eval context": "whether models use far text",
     "plot": "evaluated runs as a figure, a table or a report",
     "plot retrieval": "hidden numbers over depth and length",
     "plot encoding": "a position encoding as a picture",
-    "plot learned": "what a trained model adds to its scores",
-    "plot context": "the use of far text, over its distance",
+    "plot learned": "A, B and f(A, B) of a trained model",
+    "plot context": "the use of far text, over distance",
     "explore": "encodings with sliders, and a model on a text, in a browser",
-    "paper": "the paper's tables and figures, each by one command",
+    "paper": "the paper's tables and figures, by experiment",
     "paper list": "the experiments behind them",
-    "paper report": "one page on all of them",
+    "paper report": "a page on all experiments",
     "chomsky tasks": "the fifteen tasks of the Chomsky-hierarchy benchmark",
     "chomsky sample": "examples of a task, to check by hand",
-    "chomsky train": "train encoders on tasks, a cell for each task, scheme and seed",
+    "chomsky train": "train encoders on tasks, by task, scheme and seed",
     "chomsky table": "scores over length as a table and figures",
-    "chomsky map": "what a trained encoder adds to its scores",
+    "chomsky map": "A, B and f(A, B) of a trained encoder",
     "export": "a run as a Hugging Face folder with a model card",
     "bench attention": "speed and memory of attention, against named peers",
     "bench model": "time and memory of whole models, by scheme and length",
     "info": "versions, devices and attention backends",
-    "info schemes": "every scheme, its paper, its parameters",
+    "info schemes": "schemes, with paper and parameters",
 }
-# Options of earlier versions, and the commands that took their place.
+# Options of earlier versions, and the commands in their place.
 MOVED = {
     ("eval", "--retrieval"): "eval retrieval RUN... --tasks TASKS",
     ("eval", "--harness"): "eval harness RUN... --tasks TASKS",
@@ -48,25 +48,26 @@ HELP = ("-h", "--help", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a mistake becomes one line on stderr and status 2."""
+    """Run a command; a mistake becomes a line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
     try:
         return _run(words)
     except UserError as error:
-        # What all of several processes meet, the first of them says.
+        # The first of several processes reports an error of all processes.
         first = int(os.environ.get("RANK", 0)) == 0
         return _fail(str(error)) if first or isinstance(error, RankError) else 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader, such as `head`, has enough; the interpreter's last flush would complain.
+        # The reader, such as `head`, has closed the pipe; the interpreter's last flush would
+        # complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}; mend that and give the command again")
+        return _fail(f"{place}{error.strerror or error}; mend the cause and run the command again")
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -94,12 +95,12 @@ def _run(words: list[str]) -> int:
 
 
 def _command(words: list[str]) -> tuple[str, list[str]]:
-    """Return the command that words begin with, and the rest of the words.
+    """Return the command at the beginning of the words, and the remaining words.
 
-    It is the common first word of several commands, or nothing, where only help is asked for.
+    For a page of help, the command may be the common first word of several commands, or empty.
 
     Raises:
-        UserError: for an unknown command, and an option that is a command of its own now.
+        UserError: for an unknown command, or an option of an earlier version.
     """
     first, *rest = words
     for option in (word.partition("=")[0] for word in rest):
@@ -117,18 +118,17 @@ def _command(words: list[str]) -> tuple[str, list[str]]:
     if rest and rest[0] in HELP:
         return first, []
     if not rest:
-        raise UserError(f"`dape {first}` needs one of: {', '.join(family)}")
+        raise UserError(f"`dape {first}` needs a further word: {', '.join(family)}")
     raise unknown(f"command after `dape {first}`:", rest[0], family)
 
 
 def _usage(first: str = "") -> str:
-    """Return the page that lists the commands, or those that begin with a word."""
+    """Return the list of all commands, or of the commands with a common first word."""
     rows = "\n".join(
         f"  dape {name:<16} {text}" for name, text in COMMANDS.items() if name.startswith(first)
     )
-    return (
-        f"usage: dape COMMAND ...\n\n{rows}\n\n`dape COMMAND --help` explains one.\n{COMPLETION}\n"
-    )
+    explained = "`dape COMMAND --help` explains a command."
+    return f"usage: dape COMMAND ...\n\n{rows}\n\n{explained}\n{COMPLETION}\n"
 
 
 def _fail(message: str) -> int:

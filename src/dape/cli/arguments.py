@@ -1,14 +1,17 @@
-"""A frozen dataclass as a command line: attribute docstrings are the help, errors are one line."""
+"""A frozen dataclass as a command line, with attribute docstrings as help and one-line errors."""
 
+import inspect
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-# The only account of a mistake that is not drawn. It is no public part of tyro: pyproject.toml
-# names the versions that have it.
+# tyro's only description of a mistake as data. The name is not public, and pyproject.toml restricts
+# the version of tyro.
 from tyro import _errors as mistakes
 
 from dape.errors import UserError, unknown
@@ -19,11 +22,11 @@ Arguments = TypeVar("Arguments")
 def parse(
     cls: type[Arguments], argv: Sequence[str], prog: str, default: Arguments | None = None
 ) -> Arguments:
-    """Return the `cls` that `argv` describes; `--help` prints the page of `prog` and exits.
+    """Return a `cls` from `argv`; `--help` prints the page of `prog` and exits.
 
     Options are `--field value` and, in a nested dataclass, `--section.field value`; a field marked
-    `tyro.conf.Positional` is given without a name. `default` holds the values of what is not given,
-    instead of those that the class declares.
+    `tyro.conf.Positional` is given without a name. `default` replaces the default values of the
+    class.
 
     Raises:
         UserError: for an unknown option (with the near names), a value of the wrong type or outside
@@ -35,7 +38,7 @@ def parse(
         raise _error(mistake, cls, prog)
 
     with mistakes.on_parse_error(refuse):
-        arguments = tyro.cli(cls, prog=prog, args=argv, **defaults)
+        arguments = tyro.cli(cls, prog=prog, args=argv, description=_description(cls), **defaults)
     _check_numbers(arguments)
     return arguments
 
@@ -51,6 +54,16 @@ def _check_numbers(arguments: Any) -> None:
                 raise UserError(f"{option} {each}: between -2**63 and 2**63")
             if field.name in ("seed", "seeds") and each is not None and each < 0:
                 raise UserError(f"{option} {each}: at least 0")
+
+
+def _description(cls: type) -> str:
+    """Return the docstring, wrapped at the width of the terminal.
+
+    Lines are indented, because tyro joins lines that begin with a letter.
+    """
+    wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, "  ", "  ")
+    paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    return "\n".join(wrapper.fill(" ".join(each.split())) for each in paragraphs)
 
 
 def _error(mistake: mistakes.ParseErrorEvent, cls: type, prog: str) -> UserError:
@@ -69,19 +82,19 @@ def _summary(mistake: mistakes.ParseErrorEvent) -> str:
         return f"missing: {', '.join(_form(each) for each in absent)}"
     argument = getattr(mistake, "argument", None)
     if argument is None:
-        return "these words are no command of this form"
+        return "the words do not form a valid command"
     if isinstance(mistake, mistakes.InvalidChoice):
         allowed = ", ".join(map(repr, mistake.choices))
         return f"{argument.display_name()}: invalid choice {mistake.value!r}, not one of {allowed}"
     if isinstance(mistake, mistakes.InstantiationFailure):
-        # Of several types that a value may have, the last line says why it is not of the last.
+        # For a union of types, the last line explains the mismatch with the last type.
         reason = re.sub(r"^- <class '\w+'>: ", "", mistake.message.splitlines()[-1])
         return f"{argument.display_name()}: {reason}; expected {_form(argument)}"
     return f"Missing value: expected {_form(argument)}"
 
 
 def _form(argument: Any) -> str:
-    """Return how an argument is given, such as `--steps INT (default: 3)`."""
+    """Return the form of an argument, such as `--steps INT (default: 3)`."""
     shown = argument.field.default
     default = f" (default: {shown})" if isinstance(shown, str | int | float) else ""
     if argument.is_positional():
@@ -90,7 +103,7 @@ def _form(argument: Any) -> str:
 
 
 def options_of(cls: type, prefix: str = "") -> Iterator[str]:
-    """Yield the names of the options that the fields of a dataclass have."""
+    """Yield the names of the options for the fields of a dataclass."""
     hints = get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         hint = hints[field.name]

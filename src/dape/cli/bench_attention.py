@@ -1,10 +1,10 @@
-"""`dape bench attention`: speed and memory against named peers, in one process."""
+"""`dape bench attention`: speed and memory against named peers, in a single process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 
@@ -12,42 +12,44 @@ from dape.cli.arguments import parse
 from dape.cli.info import installed
 from dape.cli.options import Lengths, Names, at_least_one
 from dape.errors import UserError
+from dape.strict import default
 
 if TYPE_CHECKING:
     import torch
 
     from dape.bench.record import Check, Entry, Results
 
-# Of a GPU, and of a CPU, which has no time for more.
+# Default lengths on a GPU and on a CPU.
 LENGTHS = {"cuda": (512, 2048, 8192, 32768, 131072), "cpu": (256, 512, 1024)}
 RESULTS, TABLE, FIGURE = "results.json", "table.md", "figure.png"
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Time attention, forward and with backward, and its peak memory, over the length.
+    """Measure time and peak memory of attention over length, forward and with backward.
 
-    Every method is first checked against float64, output and gradients; if one is wrong, nothing is
-    timed. Writes results.json, table.md and figure.png, after every measurement anew.
+    First, output and gradients of every method are checked against float64. A wrong method ends the
+    command before any timing. Writes results.json, table.md and figure.png, updated after every
+    measurement.
 
     Methods: sdpa, sdpa-cudnn, sdpa-flash, textbook, textbook-compiled, chunked, chunked-compiled,
     flex, flex-table, triton, cuda. Ratios are to sdpa.
     """
 
     scheme: str = "dape-kerple"
-    """scheme whose bias and adapter are timed, such as kerple (`dape info schemes`)"""
+    """scheme with the bias and adapter to time, such as kerple (`dape info schemes`)"""
     shape: str = "125m"
     """heads and width of a head, from a recipe (125m, 350m, 2.7b, 6.7b) or as 12x64"""
-    lengths: Lengths = ()
-    """tokens of a sequence, as 512,...,8192; default 512 to 131,072, on a CPU 256 to 1,024"""
+    lengths: Annotated[Lengths, default("512 to 131,072, on a CPU 256 to 1,024")] = ()
+    """tokens of a sequence, as 512,...,8192"""
     tokens: int = 16384
     """tokens of a call; the batch is TOKENS / LENGTH, and at least 1"""
-    methods: Names = ()
-    """methods to compare, as cuda,textbook; default all; sdpa always runs"""
+    methods: Annotated[Names, default("all")] = ()
+    """methods to compare, as cuda,textbook; sdpa always runs"""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """dtype of query, key and value"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     seed: int = 0
     """seed of inputs and parameters"""
     out: Path = Path("runs/bench")
@@ -57,7 +59,7 @@ class Arguments:
         """Refuse empty problems."""
         at_least_one(self, "tokens")
         if self.lengths and min(self.lengths) < 2:
-            raise UserError(f"--lengths {min(self.lengths)}: at least 2, or nothing is attended to")
+            raise UserError(f"--lengths {min(self.lengths)}: must be at least 2 tokens")
 
 
 def main(argv: list[str]) -> None:
@@ -95,21 +97,21 @@ def main(argv: list[str]) -> None:
 
 
 def bench_device(name: str) -> "torch.device":
-    """Return a device with a clock, and make it the current one if it is a GPU."""
+    """Return a device with a clock, and make a GPU the current device."""
     import torch
 
     from dape.device import choose_device
 
     device = choose_device(name)
     if device.type not in LENGTHS:
-        raise UserError(f"--device {name}: only {' and '.join(LENGTHS)} are timed")
+        raise UserError(f"--device {name}: the clock needs {' or '.join(LENGTHS)}")
     if device.index is not None:
         torch.cuda.set_device(device)
     return device
 
 
 def origin(device: "torch.device", words: Sequence[str]) -> dict[str, Any]:
-    """Return where the results come from, with the versions that attention depends on."""
+    """Return the provenance of the results, with the versions of libraries behind attention."""
     import torch
 
     from dape.provenance import provenance
@@ -123,13 +125,13 @@ def origin(device: "torch.device", words: Sequence[str]) -> dict[str, Any]:
 
 
 def announce(console: Console, done: "Check | Entry") -> None:
-    """Print a line on what was just checked or measured."""
+    """Print a line on the latest check or measurement."""
     words = [f"length {done.length:,}", done.method, done.direction, outcome(done)]
     console.print("  ".join(words), highlight=False, soft_wrap=True, markup=False)
 
 
 def outcome(done: "Check | Entry") -> str:
-    """Return in a few words what came out."""
+    """Return the outcome in a few words."""
     from dape.bench.record import Check
 
     if done.missing is not None:

@@ -24,9 +24,9 @@ DIRECTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Time whole models with random weights, forward and in training, and measure their memory.
+    """Measure time and memory of whole models with random weights, forward and in training.
 
-    Writes results.json and table.md, after every measurement anew.
+    Writes results.json and table.md, updated after every measurement.
     """
 
     sizes: Names = ("125m",)
@@ -44,7 +44,7 @@ class Arguments:
     vocab_size: int = 50304
     """entries of the embedding"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     seed: int = 0
     """seed of weights and tokens"""
     out: Path = Path("runs/bench-model")
@@ -56,7 +56,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
-    """Measure every model, with a line for each cost, then print the tables."""
+    """Measure every model, with a line per measurement, then print the tables."""
     arguments = parse(Arguments, argv, prog="dape bench model")
     from dape.bench.model import Plan, run
     from dape.figures.costs import tables

@@ -15,7 +15,7 @@ FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Show what a trained encoder adds to the scores of its middle placeholder, over all tokens.
+    """Show A, B and f(A, B) of a trained encoder, for the middle placeholder over all tokens.
 
     The record (.json) holds the lines of all heads, the figure draws them, and the table (.md) has
     the correlation of f(A, B) with A and with B.
@@ -24,7 +24,7 @@ class Arguments:
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """folder of a benchmark, written by `dape chomsky train`"""
     task: str
-    """name of a task; `dape chomsky tasks` lists them"""
+    """name of a task (`dape chomsky tasks`)"""
     scheme: str
     """scheme of the model"""
     out: tuple[Path, ...]
@@ -37,7 +37,7 @@ class Arguments:
     """number of inputs in the mean"""
 
     def __post_init__(self) -> None:
-        """Refuse no file, formats nobody writes, and counts below one."""
+        """Refuse an absent file, unknown formats, and counts below 1."""
         at_least_one(self, "length", "examples")
         if not self.out:
             raise UserError("no file given: dape chomsky map FOLDER ... --out FILE")
@@ -46,7 +46,7 @@ class Arguments:
 
 
 def main(argv: list[str]) -> None:
-    """Write the files and say where they are."""
+    """Write the files and print their paths."""
     arguments = parse(Arguments, argv, prog="dape chomsky map")
     from dape.chomsky.maps import make
     from dape.figures.chomsky_map import draw, table

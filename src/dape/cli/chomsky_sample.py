@@ -1,6 +1,7 @@
 """`dape chomsky sample`: examples of a task."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -10,10 +11,10 @@ from dape.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Print examples of a task as `input -> output`, with the output symbols that are scored."""
+    """Print examples of a task as `input -> output`, with the scored output symbols."""
 
-    task: tyro.conf.Positional[str]
-    """name of a task; `dape chomsky tasks` lists them"""
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK")]
+    """name of a task (`dape chomsky tasks`)"""
     length: int = 11
     """number of symbols of the input"""
     count: int = 5
@@ -22,7 +23,7 @@ class Arguments:
     """seed of the examples"""
 
     def __post_init__(self) -> None:
-        """Refuse to print nothing."""
+        """Refuse a count below 1."""
         if self.count < 1:
             raise UserError(f"--count {self.count}: at least 1")
 

@@ -7,14 +7,14 @@ from dape.cli.chomsky_train import Recipe, read_arguments
 
 @dataclass(frozen=True, slots=True)
 class Arguments(Recipe):
-    """Write the table, the figures and the recipe beside the cells that are finished.
+    """Write the table, the figures and the recipe beside the finished cells.
 
     Lists are `--tasks even-pairs bucket-sort --schemes kerple dape-kerple --seeds 0 1`.
     """
 
 
 def main(argv: list[str]) -> None:
-    """Write, and say where."""
+    """Write the files and print their paths."""
     arguments = read_arguments(argv, "dape chomsky table RECIPE.yaml", Arguments)
     from dape.figures.chomsky import write
 

@@ -9,8 +9,9 @@ from dape.cli.arguments import parse
 class Arguments:
     """List the tasks: level, symbols, length of the output, and scores without reading the input.
 
-    `constant` is the best constant answer. `blind` answers each output position with its most
-    frequent symbol. Both are percent of scored symbols over lengths 41 to 500.
+    `constant` is the score of the best constant answer. `blind` is the score of the most frequent
+    symbol at every output position. Both scores are percentages of scored symbols over lengths 41
+    to 500.
     """
 
 

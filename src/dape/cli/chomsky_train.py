@@ -20,31 +20,31 @@ Given = TypeVar("Given", bound="Recipe")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A benchmark, as a recipe describes it."""
+    """A benchmark from a recipe."""
 
     benchmark: Annotated[Benchmark, tyro.conf.arg(name="")]
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments(Recipe):
-    """Train and test the models that are missing; the same command again continues.
+    """Train and test missing models; the same command again continues.
 
-    Lists are `--tasks even-pairs bucket-sort --schemes kerple dape-kerple --seeds 0 1`. The
-    experiment `dape paper chomsky` gives this command for each of its cells.
+    Lists are `--tasks even-pairs bucket-sort --schemes kerple dape-kerple --seeds 0 1`.
+    `dape paper chomsky` runs `dape chomsky train` for every cell of the experiment.
     """
 
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     together: int = 1
-    """pairs of a task and a scheme that train side by side, all seeds of each"""
+    """pairs of task and scheme to train side by side, with all seeds"""
 
     def __post_init__(self) -> None:
-        """Refuse to train none at a time."""
+        """Refuse a number of pairs below 1."""
         at_least_one(self, "together")
 
 
 def main(argv: list[str]) -> None:
-    """Train and test what is missing, with a line now and then."""
+    """Train and test missing models, with lines of progress."""
     arguments = read_arguments(argv, "dape chomsky train RECIPE.yaml", Arguments)
     from dape.chomsky.run import plan, run
     from dape.device import choose_device
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def read_arguments(argv: list[str], prog: str, kind: type[Given]) -> Given:
-    """Return the benchmark of the file that is named first, with the options put over it."""
+    """Return the benchmark of the file named first, changed by the options."""
     if argv and argv[0] in ("-h", "--help"):
         return parse(kind, argv, prog, kind(Benchmark()))
     if not argv or argv[0].startswith("-"):
@@ -66,7 +66,7 @@ def read_arguments(argv: list[str], prog: str, kind: type[Given]) -> Given:
 
 
 def show(steps: int, job: "Job", step: int, losses: list[float]) -> None:
-    """Print the losses of a job, ten times in its course."""
+    """Print the losses of a job, ten times in all."""
     if step % max(1, steps // 10) == 0:
         words = " ".join(f"{loss:.4f}" for loss in losses)
         print(f"  {job.name}  step {step:,}/{steps:,}  loss {words}", flush=True)

@@ -1,4 +1,4 @@
-"""`dape --completion`: a script for bash and zsh that completes commands and options."""
+"""`dape --completion`: a script to complete commands and options in bash and zsh."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -31,11 +31,11 @@ complete -o default -F _dape dape
 
 
 def script(commands: Iterable[str]) -> str:
-    """Return the script for commands of one or two words."""
+    """Return the script, for commands of up to two words."""
     pairs = [(first, rest) for first, _, rest in (name.partition(" ") for name in commands)]
     firsts = dict.fromkeys(first for first, _ in pairs)
     seconds = {first: [rest for one, rest in pairs if one == first and rest] for first in firsts}
-    # A command of two words stands before that of its first word alone, which is a prefix of it.
+    # A command of two words stands before the command of its first word, a prefix.
     ordered = sorted(pairs, key=lambda pair: not pair[1])
     return SCRIPT.format(
         first=" ".join([*firsts, "--help", "--version", "--completion"]),

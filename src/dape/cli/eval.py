@@ -1,14 +1,15 @@
-"""`dape eval`: perplexity over length of one or more models, on the same tokens."""
+"""`dape eval`: perplexity over length of models, on the same tokens."""
 
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Measuring, at_least_one
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.record import Evaluation
@@ -19,42 +20,42 @@ class Arguments(Measuring):
     """Measure perplexity over length: the same tokens for every length and model.
 
     A model is a run folder, or with --data a folder or a hub name of any causal language model of
-    transformers. Writes RUN/evaluation/PROTOCOL.json, which `dape plot` draws. The same command
-    again goes on where an interrupted one stopped.
-    On several devices: `torchrun ... -m dape eval RUN ...` spreads each window over all of them.
+    transformers. Writes RUN/evaluation/PROTOCOL.json, for `dape plot`. The same command again
+    resumes an interrupted evaluation. `torchrun ... -m dape eval RUN ...` spreads every window over
+    several devices.
     """
 
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """scored tokens of a window: the last 256, the last STRIDE, or all"""
-    stride: int | None = None
-    """tokens between windows of the sliding protocol"""
+    stride: Annotated[int | None, default("required by sliding", "INT")] = None
+    """tokens between windows, for the protocol sliding alone"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     documents: int = 100
-    """largest number of documents, drawn among those longer than the longest window"""
+    """largest number of documents, drawn among documents longer than the longest window"""
     blocks: int = 4
     """largest number of scored blocks in a document, evenly spread"""
-    data: Path | None = None
-    """prepared corpus; default the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     bos: bool = False
-    """put the model's beginning-of-text token in place of each window's first; Gemma needs it"""
+    """put the beginning-of-text token in place of a window's first token, as Gemma needs"""
     metric: Literal["perplexity", "bits_per_byte", "loss"] = "perplexity"
-    """number in the printed table; the file holds all"""
+    """number in the printed table; the file holds all metrics"""
     seed: int = 0
     """seed of the choice of documents"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """precision of products; auto is bf16 for a bf16 run on a GPU, else fp32"""
     again: bool = False
-    """measure finished lengths again; by default they are skipped"""
+    """measure finished lengths again, instead of skipping finished lengths"""
 
     def __post_init__(self) -> None:
-        """Refuse counts below one, and no runs."""
+        """Refuse counts below 1, and an empty list of models."""
         super().__post_init__()
         at_least_one(self, "documents", "blocks")
 
 
 def main(argv: list[str]) -> None:
-    """Measure the models one after the other, and print the table."""
+    """Measure the models in turn, and print the table."""
     arguments = parse(Arguments, argv, prog="dape eval")
     from transformers.utils import logging
 
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> None:
     from dape.evaluate.evaluation import evaluate
     from dape.evaluate.watch import SILENT
 
-    logging.disable_progress_bar()  # of the loading of weights
+    logging.disable_progress_bar()  # progress bars of loading
     spread, device = over_all_processes(choose_device(arguments.device))
     speaks = spread is None or spread.rank == 0
     with progress() if speaks else nullcontext(SILENT) as watch:
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> None:
 
 
 def show(evaluations: Sequence["Evaluation"], metric: str) -> None:
-    """Print the table of results and, for two groups or more, the tests between them."""
+    """Print the table of results and, for two groups or more, tests between groups."""
     from dape.evaluate.compare import compare, group
     from dape.figures.tables import results, significance
 

@@ -1,49 +1,50 @@
-"""`dape eval context`: whether models use far text, by where each token occurred last."""
+"""`dape eval context`: whether models use far text, by the last occurrence of tokens."""
 
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Lengths, Measuring, at_least_one
 from dape.errors import UserError
+from dape.strict import default
 
 
 @dataclass(frozen=True)
 class Arguments(Measuring):
-    """Measure what models gain from a longer context on tokens that occur only far back.
+    """Measure the gain of a longer context on tokens with their last occurrence far back.
 
-    Each of the last 256 tokens of a window is sorted by the shortest of the windows that holds an
-    earlier occurrence of it. Writes RUN/evaluation/context.json, which `dape plot context` draws.
-    The same command again goes on where an interrupted one stopped.
+    The last 256 tokens of a window are sorted into bins, by the shortest window with an earlier
+    occurrence of the token. Writes RUN/evaluation/context.json, for `dape plot context`.
+    A repeated command resumes behind the last finished length.
     """
 
-    lengths: Lengths = ()
-    """tokens in a window, two lengths or more; default the training length, doubled to 16 times"""
+    lengths: Annotated[Lengths, default("the training length, doubled up to 16 times")] = ()
+    """tokens in a window, two lengths or more"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     documents: int = 100
-    """largest number of documents, drawn among those longer than the longest window"""
+    """largest number of documents, drawn among documents longer than the longest window"""
     blocks: int = 4
     """largest number of scored blocks in a document, evenly spread"""
-    data: Path | None = None
-    """prepared corpus; default the corpus of the first run's training"""
+    data: Annotated[Path | None, default("the corpus of the first run's training", "PATH")] = None
+    """prepared corpus"""
     seed: int = 0
     """seed of the choice of documents"""
     again: bool = False
     """measure finished lengths again; by default they are skipped"""
 
     def __post_init__(self) -> None:
-        """Refuse counts below one, no runs, and a single length."""
+        """Refuse counts below 1, an empty list of runs, and a single length."""
         super().__post_init__()
         at_least_one(self, "documents", "blocks")
         if len(self.lengths) == 1:
-            raise UserError(f"--lengths {self.lengths[0]}: two or more, the gain is between them")
+            raise UserError(f"--lengths {self.lengths[0]}: give two lengths or more, to compare")
 
 
 def main(argv: list[str]) -> None:
-    """Measure the runs one after the other, write their files and print the tables."""
+    """Measure the runs in turn, write their files and print the tables."""
     arguments = parse(Arguments, argv, prog="dape eval context")
     from transformers.utils import logging
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     from dape.evaluate.results import drawing
     from dape.figures.context import tables
 
-    logging.disable_progress_bar()  # of the loading of weights
+    logging.disable_progress_bar()  # progress bars of loading
     with progress() as watch:
         records = evaluate_context(
             arguments.runs,

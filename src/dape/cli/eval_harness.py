@@ -3,10 +3,14 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import Lengths, Measuring, Names, at_least_one
 from dape.errors import UserError
+from dape.strict import default
 
 
 @dataclass(frozen=True)
@@ -17,19 +21,19 @@ class Arguments(Measuring):
     Writes RUN/harness/TASK-LENGTH.json.
     """
 
-    lengths: Lengths = ()
-    """tokens kept of a request, the last; default the training length"""
-    tasks: Names = ()
+    lengths: Annotated[Lengths, default("the training length")] = ()
+    """number of last tokens kept of a request"""
+    tasks: Annotated[Names, tyro.conf.arg(help_behavior_hint="(required)")] = ()
     """tasks of lm-eval, such as lambada_openai,wikitext (all: `lm-eval ls tasks`)"""
-    include_path: Path | None = None
-    """folder with tasks of your own (YAML)"""
-    limit: int | None = None
+    include_path: Annotated[Path | None, default("only tasks of lm-eval", "PATH")] = None
+    """folder with your own tasks (YAML)"""
+    limit: Annotated[int | None, default("all", "INT")] = None
     """largest number of documents of a task"""
     again: bool = False
-    """measure anew what was measured before"""
+    """measure finished tasks again, instead of skipping finished tasks"""
 
     def __post_init__(self) -> None:
-        """Refuse no tasks and no documents."""
+        """Refuse empty tasks and counts below 1."""
         super().__post_init__()
         if not self.tasks:
             raise UserError("no task given: --tasks NAME,... (all: `lm-eval ls tasks`)")
@@ -37,7 +41,7 @@ class Arguments(Measuring):
 
 
 def main(argv: list[str]) -> None:
-    """Measure each model at each length, and print the table."""
+    """Measure every model at every length, and print the table."""
     arguments = parse(Arguments, argv, prog="dape eval harness")
     from transformers.utils import logging
 

@@ -3,19 +3,20 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Fractions, Measuring, Names, at_least_one
 from dape.errors import UserError
+from dape.strict import default
 
 
 @dataclass(frozen=True)
 class Arguments(Measuring):
-    """Ask models at the end of a long text for the number that was hidden in it.
+    """Ask models at the end of a long text for a number hidden in the text.
 
     A model is a run folder, a folder or a hub name of any causal language model of transformers.
-    Writes RUN/retrieval/TASK.json, which `dape plot retrieval` draws.
+    Writes RUN/retrieval/TASK.json, for `dape plot retrieval`.
     """
 
     tasks: Names = ("passkey",)
@@ -23,28 +24,28 @@ class Arguments(Measuring):
     depths: Fractions = (0.0, 0.25, 0.5, 0.75, 1.0)
     """fraction of the text before the number"""
     trials: int = 10
-    """numbers to find at each length and depth"""
-    data: Path | None = None
-    """prepared corpus around a needle; default the corpus of the training"""
+    """numbers to find per length and depth"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus around a needle"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
     seed: int = 0
     """seed of the hidden numbers"""
     again: bool = False
-    """measure anew what was measured before"""
+    """measure finished lengths again, instead of skipping finished lengths"""
 
     def __post_init__(self) -> None:
-        """Refuse depths outside the text, no tasks and no trials."""
+        """Refuse depths outside the text, empty tasks and trials below 1."""
         super().__post_init__()
         if not all(0 <= depth <= 1 for depth in self.depths):
-            raise UserError(f"--depths {','.join(map(str, self.depths))}: each from 0 to 1")
+            raise UserError(f"--depths {','.join(map(str, self.depths))}: give depths from 0 to 1")
         if not self.tasks:
             raise UserError("--tasks names no task: passkey, needle, or passkey,needle")
         at_least_one(self, "trials")
 
 
 def main(argv: list[str]) -> None:
-    """Measure each model on each task, and print the tables."""
+    """Measure every model on every task, and print the tables."""
     arguments = parse(Arguments, argv, prog="dape eval retrieval")
     from transformers.utils import logging
 

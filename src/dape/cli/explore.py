@@ -1,4 +1,4 @@
-"""`dape explore`: encodings with sliders, and a model on a text, as one page for a browser."""
+"""`dape explore`: encodings with sliders, and a model on a text, as a page for a browser."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_format
 from dape.errors import UserError
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.passage import Passage
@@ -16,48 +17,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Write a page for a browser that shows every bias, with its parameters as sliders.
+    """Write a page for a browser with every bias, and sliders for parameters.
 
-    With a run or a model of this package, the page also shows its scores A, its bias B, f(A, B)
-    and the attention of each layer, head and query over a text. The page needs no network.
+    With a run or a DAPE model, the page also shows scores A, bias B, f(A, B) and attention over a
+    text, for every layer, head and query. The page needs no network.
     """
 
-    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
-    """run folder, or model of this package; without one, the page shows encodings alone"""
+    run: Annotated[
+        tyro.conf.Positional[Path | None], default("encodings without a model", "[RUN]")
+    ] = None
+    """run folder or DAPE model"""
     out: Path = Path("explore.html")
     """page to write"""
-    layers: Layers = ()
-    """layers of the model, as 0,5,11, counted from 0; by default all"""
+    layers: Annotated[Layers, default("all")] = ()
+    """layers of the model, as 0,5,11, counted from 0"""
     length: int = 128
-    """tokens that the model reads; the page grows with their square"""
-    text: str | None = None
-    """text that the model reads; by default a document of the corpus"""
-    document: int | None = None
-    """number of the document in its split; by default the first that is long enough"""
+    """tokens for the model to read; the page grows with the square"""
+    text: Annotated[str | None, default("a document of the corpus", "STR")] = None
+    """text for the model to read"""
+    document: Annotated[int | None, default("the first long enough", "INT")] = None
+    """number of the document in the split"""
     split: Literal["test", "validation", "train"] = "test"
-    """part of the corpus"""
-    data: Path | None = None
-    """prepared corpus; by default the one that the run was trained on"""
+    """split of the corpus"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     heads: int = 12
-    """number of heads of an encoding as it starts"""
+    """number of heads of the encodings"""
     train_length: int = 512
-    """training length of an encoding as it starts"""
+    """training length of the encodings, in tokens"""
     seed: int = 0
-    """seed of an encoding as it starts"""
+    """seed of the parameters at the start"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes the GPU if there is one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
 
     def __post_init__(self) -> None:
-        """Refuse other formats, a text without a key before its query, and a text twice."""
+        """Refuse unknown formats, a single token, and two sources of text."""
         check_format(self.out, (".html",))
         if self.length < 2:
-            raise UserError(f"--length {self.length}: at least 2, a query and a key before it")
+            raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.text is not None and self.document is not None:
-            raise UserError("--text and --document are both given; give one of them")
+            raise UserError("--text and --document are both given; leave out --text or --document")
 
 
 def main(argv: list[str]) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     arguments = parse(Arguments, argv, prog="dape explore")
     from dape.device import choose_device
     from dape.figures.explore import page
@@ -71,18 +74,18 @@ def main(argv: list[str]) -> None:
     origin = {name: made[name] for name in ("command", "commit", "device", "time")}
     write_text(arguments.out, page(view, passage, origin))
     size = arguments.out.stat().st_size / 1e6
-    print(f"wrote {arguments.out} ({size:.2f} MB); open it in a browser")
+    print(f"wrote {arguments.out} ({size:.2f} MB); open the page in a browser")
 
 
 def read(arguments: Arguments, run: Path) -> "Passage":
-    """Return what the model makes of the text."""
+    """Return the computation of the model on the text."""
     from transformers.utils import logging
 
     from dape.device import choose_device
     from dape.evaluate.opening import open_model
     from dape.evaluate.passage import Source, passage
 
-    logging.disable_progress_bar()  # of the loading of weights
+    logging.disable_progress_bar()  # progress bars of loading
     source = Source(arguments.length, arguments.split, arguments.document, arguments.text)
     return passage(
         open_model(run),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -14,23 +15,23 @@ from dape.files import locked, whole
 class Arguments:
     """Make a Hugging Face folder of a run: weights, configuration, tokenizer and model card.
 
-    The model is that of the finished run, or else of its latest checkpoint. The card holds the data
-    with its checksum, the recipe, and what `dape eval` measured before.
+    The model comes from the finished run, or from the latest checkpoint. The card has the data with
+    a checksum, the recipe, and results of `dape eval`.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """run folder, written by `dape train`"""
     out: Path
-    """folder to write; its name is the name of the model on the card"""
+    """folder to write, and name of the model on the card"""
 
 
 def main(argv: list[str]) -> None:
-    """Write the folder, whole or not at all, and say where it is."""
+    """Write the folder, whole or not at all, and print its path."""
     arguments = parse(Arguments, argv, prog="dape export")
     out = arguments.out
     with locked(out.absolute().parent, f"another process is writing {out}", out.name):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} is there and not empty; give another, or delete it")
+            raise UserError(f"--out {out} exists and is not empty; give another, or delete {out}")
         export(arguments.run, out)
 
 
@@ -48,4 +49,4 @@ def export(run: Path, out: Path) -> None:
         trained.model.save_pretrained(partial)
         trained.tokenizer.save_pretrained(partial)
         written.save(partial / "README.md")
-    print(f"wrote {out}, the model after {trained.step:,} steps; share it: hf upload NAME {out}")
+    print(f"wrote {out}, the model after {trained.step:,} steps; to share: hf upload NAME {out}")

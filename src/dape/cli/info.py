@@ -1,4 +1,4 @@
-"""`dape info`: what is installed, which backends work here and why others do not."""
+"""`dape info`: versions, devices, and backends of attention with reasons against their use."""
 
 import platform
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PACKAGES = ("dape", "torch", "triton", "transformers", "lightning", "numpy", "tokenizers")
-# To build the modules of a scheme; any do.
+# Any dimensions, to build the modules of a scheme.
 SIZES = {"num_heads": 2, "head_dim": 8, "hidden_size": 16, "train_length": 16}
-# Columns of output that is not a terminal: enough for no row to be folded.
+# Columns of output to a file, wide enough for every row.
 WIDTH = 130
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Versions, devices and attention backends of this installation."""
+    """Show versions, devices and attention backends of this installation."""
 
 
 def main(argv: list[str]) -> None:
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def console() -> "Console":
-    """Return the screen, wide enough for tables where it is no terminal."""
+    """Return the screen, wide enough for tables outside a terminal."""
     from rich.console import Console
 
     screen = Console()
@@ -58,19 +58,19 @@ def installation() -> "Table":
         state = "works here" if reason is None else f"not here: {reason}"
         table.add_row(f"backend {name}", f"{state} ({backend.purpose})")
     names = ", ".join(order("cuda" if torch.cuda.is_available() else "cpu"))
-    table.add_row("backend auto", f"takes the first of {names} that serves a call")
+    table.add_row("backend auto", f"takes the first backend that serves a call, of {names}")
     table.add_row("schemes", ", ".join(BASES))
     table.add_row("adapters", ", ".join(f"{name}-" for name in ADAPTERS) + " before a scheme")
     table.add_row(
         "fused",
-        f"triton and cuda serve all of these but {', '.join(unfused())}: "
-        "those, and DAPE V2 behind FIRE, run in chunked",
+        f"triton and cuda serve all schemes and adapters except {', '.join(unfused())}. "
+        "The exceptions, and DAPE V2 with FIRE, run in chunked.",
     )
     return table
 
 
 def unfused() -> list[str]:
-    """Return the schemes and adapters that the fused kernels do not serve."""
+    """Return the schemes and adapters not served by the fused kernels."""
     import torch
 
     from dape.attention.fused.tables import obstacle
@@ -86,7 +86,7 @@ def unfused() -> list[str]:
 
 
 def installed(name: str) -> str:
-    """Return the version of a package, or that it is missing."""
+    """Return the version of a package, or a note that the package is missing."""
     try:
         return version(name)
     except PackageNotFoundError:

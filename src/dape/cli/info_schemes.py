@@ -1,4 +1,4 @@
-"""`dape info schemes`: every scheme and adapter, its paper, its parameters."""
+"""`dape info schemes`: every scheme and adapter, with paper and parameters."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
     from dape.positions.scheme import Scheme
 
-# The 125M model of the paper, for which parameters are counted.
+# The 125M model of the paper, to count parameters.
 SIZES = {"num_heads": 12, "head_dim": 64, "hidden_size": 768, "train_length": 512}
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Position schemes: parts, paper, parameters of a layer, and whether they extrapolate."""
+    """List position schemes: places, paper, parameters of a layer, and extrapolation."""
 
 
 def main(argv: list[str]) -> None:
@@ -26,11 +26,11 @@ def main(argv: list[str]) -> None:
     screen = console()
     screen.print(bases(), "", adapters(), "")
     sizes = ", ".join(f"{name} {size}" for name, size in SIZES.items())
-    screen.print(f"Parameters are those of a layer, counted at {sizes}.", highlight=False)
+    screen.print(f"Parameters are counted in a layer, at {sizes}.", highlight=False)
 
 
 def bases() -> "Table":
-    """Return the table of schemes without an adapter before them."""
+    """Return the table of schemes without an adapter before a base."""
     from dape.positions.scheme import BASES
 
     table = describe("scheme", "parameters")
@@ -43,7 +43,7 @@ def bases() -> "Table":
 
 
 def adapters() -> "Table":
-    """Return the table of what may stand before a scheme, each once."""
+    """Return the table of adapters that may precede a base."""
     from dape.positions.scheme import ADAPTERS, BASES, compose, fits
 
     table = describe("adapter", "parameters", "without a bias")
@@ -57,7 +57,7 @@ def adapters() -> "Table":
 
 
 def describe(name: str, *costs: str) -> "Table":
-    """Return an empty table whose names are never cut."""
+    """Return an empty table with names never cut."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -71,7 +71,7 @@ def describe(name: str, *costs: str) -> "Table":
 
 
 def described(scheme: "Scheme") -> tuple[str, str]:
-    """Return what stands at each place, with its options, and the paper."""
+    """Return the module at each place, with options, and the paper."""
     from dape.positions.scheme import PLACES
 
     texts = []
@@ -84,7 +84,7 @@ def described(scheme: "Scheme") -> tuple[str, str]:
 
 
 def count(scheme: "Scheme", *places: str) -> int:
-    """Return how many parameters the modules of some places have together."""
+    """Return the number of parameters of the modules at some places."""
     import torch
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Options that several commands have, and values of several words in one."""
+"""Options shared by several commands, and options with several values in a word."""
 
 import re
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.strict import default
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -20,7 +21,7 @@ def lengths(text: str) -> tuple[int, ...]:
         ValueError: for anything else.
     """
     if not re.fullmatch(r"[1-9]\d*(,(\.\.\.,)?[1-9]\d*)*", text):
-        raise ValueError(f"{text!r} is no list of lengths")
+        raise ValueError(f"{text!r} is not a list of lengths")
     found: list[int] = []
     for dots, digits in re.findall(r"(\.\.\.,)?(\d+)", text):
         found += [*(doubled(found[-1], int(digits)) if dots else ()), int(digits)]
@@ -28,7 +29,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 
 def commas(metavar: str, read: Callable[[str], tuple[Any, ...]]) -> PrimitiveConstructorSpec[Any]:
-    """Return how an option is read whose one word holds several values."""
+    """Return the reader of an option with several values in a word."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -50,41 +51,45 @@ Layers = Annotated[
     tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
 ]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
+Runs = Annotated[
+    tyro.conf.Positional[tuple[Path, ...]],
+    tyro.conf.arg(metavar="RUN...", help_behavior_hint="(required)"),
+]
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """Options of every command that measures models."""
+    """Options of every command with measurements of models."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders, model folders, or names on the hub (results then go to runs/NAME)"""
-    lengths: Lengths = ()
-    """tokens in a window, as 128,...,16384; default the training length, doubled to 16 times"""
+    lengths: Annotated[Lengths, default("the training length, doubled up to 16 times")] = ()
+    """tokens in a window, as 128,...,16384"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     batch_tokens: int = 16384
     """most tokens in a forward pass; a longer window goes alone"""
-    out: Path | None = None
-    """folder for the results of all models; default the folder of each model"""
+    out: Annotated[Path | None, default("the folder of each model", "PATH")] = None
+    """folder for the results of all models"""
     partial_weights: bool = False
     """accept model files with missing weights, drawn at random, or with unused weights"""
 
     def __post_init__(self) -> None:
-        """Refuse no runs, and batches without tokens."""
+        """Refuse an empty list of runs, and batches without tokens."""
         if not self.runs:
-            raise UserError("no run given: name at least one run or model, RUN...")
+            raise UserError("no model given: name a run or a model, RUN...")
         at_least_one(self, "batch_tokens")
 
 
 def at_least_one(arguments: Any, *names: str) -> None:
-    """Raise a `UserError` for an option whose number is less than 1."""
+    """Raise a `UserError` for an option below 1."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def check_format(out: Path, formats: tuple[str, ...]) -> None:
-    """Raise a `UserError` for a file whose suffix is none of the formats."""
+    """Raise a `UserError` for a file with an unknown suffix."""
     if out.suffix not in formats:
-        raise UserError(f"--out {out}: its name must end in {', '.join(formats)}")
+        raise UserError(f"--out {out}: the name must end in {', '.join(formats)}")

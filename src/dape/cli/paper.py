@@ -1,4 +1,4 @@
-"""`dape paper`: the paper's tables and figures, each planned, run and reported by one command."""
+"""`dape paper`: plan, run and report the experiments behind the paper's tables and figures."""
 
 import signal
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Names, commas
 from dape.errors import UserError, unknown
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.paper.cells import Cell
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def folders(text: str) -> tuple[tuple[str, str], ...]:
-    """Return the pairs in `arxiv=data/pile-arxiv,books=data/pg19`; `ValueError` for others."""
+    """Return the pairs in `arxiv=data/pile-arxiv,books=data/pg19`, else a `ValueError`."""
     pairs = [each.partition("=") for each in text.split(",")]
     if not all(name and folder for name, _, folder in pairs):
         raise ValueError(f"{text!r} is not of the form NAME=FOLDER,...")
@@ -29,36 +30,41 @@ Folders = Annotated[tuple[tuple[str, str], ...], commas("NAME=FOLDER,...", folde
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Plan experiments, train and measure the cells that are missing, and write their tables.
+    """Plan experiments, train and measure missing cells, and write the tables.
 
-    The same command again goes on where it was interrupted. Finished cells are not run again.
+    The same command again resumes after an interruption, and skips finished cells.
     """
 
-    names: tyro.conf.Positional[tuple[str, ...]]
-    """experiments, as `dape paper list` names them"""
+    names: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="NAME...", help_behavior_hint="(required)"),
+    ]
+    """names of experiments (`dape paper list`)"""
     plan: bool = False
-    """print the plan with its price, and stop"""
-    only: Names = ()
-    """run only these arms"""
-    minutes: float | None = None
-    """start no cell after as many minutes"""
+    """print the plan with the cost, and stop"""
+    only: Annotated[Names, default("all")] = ()
+    """arms to run, as dape-kerple,kerple"""
+    minutes: Annotated[float | None, default("no limit", "FLOAT")] = None
+    """minutes after which no cell starts"""
     scale: Literal["full", "smoke"] = "full"
-    """full, or smoke for miniatures on a CPU and the text of this Python, into runs/smoke"""
-    data: Folders = ()
-    """folders of prepared corpora, as arxiv=FOLDER; default data/NAME"""
+    """full, or smoke for miniatures on a CPU and the source of Python's library in runs/smoke"""
+    data: Annotated[Folders, default("data/NAME")] = ()
+    """folders of prepared corpora, as arxiv=FOLDER"""
     retry: bool = False
-    """run cells again that diverged or ran out of memory"""
+    """run diverged cells again, and cells that ran out of memory"""
     discard: bool = False
-    """delete checkpoints and model of a finished cell; small results stay"""
+    """delete checkpoints and model of a finished cell, and keep small results"""
 
     def __post_init__(self) -> None:
-        """Refuse no experiment."""
+        """Refuse an empty list of experiments."""
         if not self.names:
-            raise UserError("name an experiment: dape paper NAME (`dape paper list` lists them)")
+            raise UserError(
+                "name an experiment: dape paper NAME (`dape paper list` lists all names)"
+            )
 
 
 def main(argv: list[str]) -> int | None:
-    """Plan, run what is due, and show what is known."""
+    """Plan, run cells that are due, and show the results so far."""
     arguments = parse(Arguments, argv, prog="dape paper")
     from dape.paper.cells import once
     from dape.paper.experiment import smoke
@@ -77,7 +83,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(cells: list["Cell"], arguments: Arguments) -> int:
-    """Print the plan, and run what is due unless the plan alone was asked for."""
+    """Print the plan, and run cells that are due unless `--plan` is set."""
     from dape.paper import plan, spread
 
     arms = {cell.arm for cell in cells}
@@ -89,7 +95,10 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     plan.table(planned, len(devices)).show()
     due = plan.choose(planned, arguments.only, arguments.retry)
     for folder, waiting in plan.without_corpus(due).items():
-        print(f"no corpus in {folder}: {len(waiting)} cells wait for it (docs/paper.md, --data)")
+        print(
+            f"no corpus in {folder}: {len(waiting)} cells wait; prepare the corpus"
+            " (docs/paper.md), or give --data"
+        )
         due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0
@@ -105,12 +114,15 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]
     done = len(ends) - len(failed)
-    print(f"{done} cells finished, {len(failed)} failed, {left} left to another process or time")
+    print(
+        f"{done} cells finished, {len(failed)} failed, {left} left (in another process,"
+        " or for lack of time)"
+    )
     return 1 if failed else 0
 
 
 def show(found: "Results") -> None:
-    """Write what is known of an experiment, and print its tables."""
+    """Write the results so far of an experiment, and print the tables."""
     from dape.paper.results import verdicts_table
 
     if not found.cells:
@@ -126,5 +138,5 @@ def show(found: "Results") -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Take the end that a time limit sets as the keyboard's."""
+    """Treat the signal of a time limit as an interrupt from the keyboard."""
     raise KeyboardInterrupt

@@ -7,11 +7,11 @@ from dape.cli.arguments import parse
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """List the experiments, with the tables and figures of the paper that they reproduce."""
+    """List the experiments, with the reproduced tables and figures of the paper."""
 
 
 def main(argv: list[str]) -> None:
-    """Print a line for each experiment."""
+    """Print a line per experiment."""
     parse(Arguments, argv, prog="dape paper list")
     from dape.paper.experiments import EXPERIMENTS
 

@@ -1,28 +1,29 @@
-"""`dape paper report`: one page on all experiments of the paper."""
+"""`dape paper report`: a page on all experiments of the paper."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.paper import Folders
+from dape.strict import default
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Write one page on all experiments of the paper, from what is finished of them.
+    """Write a page on all experiments of the paper, from finished cells.
 
-    It is results/paper/report.html, and needs no network. Beside it, published.md has every
-    published number with ours.
+    The page is results/paper/report.html, and needs no network. The file published.md in the same
+    folder has every published number with ours.
     """
 
     scale: Literal["full", "smoke"] = "full"
     """full, or smoke for the miniatures, into runs/smoke/report.html"""
-    data: Folders = ()
-    """folders of prepared corpora, as arxiv=FOLDER; default data/NAME"""
+    data: Annotated[Folders, default("data/NAME")] = ()
+    """folders of prepared corpora, as arxiv=FOLDER"""
 
 
 def main(argv: list[str]) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     arguments = parse(Arguments, argv, prog="dape paper report")
     from dape.files import write_text
     from dape.paper.beside import beside

@@ -3,26 +3,25 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import tyro
+from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import Runs, check_format
 from dape.errors import UserError
+from dape.strict import default
 
 FORMATS = (".png", ".pdf", ".svg", ".html", ".md")
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw a metric against the length of the window, from what `dape eval` measured.
+    """Draw a metric against the length of the window, from results of `dape eval`.
 
-    The runs that differ in nothing but their seed are one line, with a band of one standard
-    deviation. Dashed lines are schemes without an adapter.
+    Runs that differ only in the seed share a line, with the standard deviation as a shaded area.
+    Dashed lines are schemes without an adapter.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders measured by `dape eval`"""
     out: Path
     """file to write: figure (.png, .pdf, .svg), report (.html) or tables (.md)"""
@@ -30,20 +29,20 @@ class Arguments:
     """number to draw"""
     protocol: Literal["last", "sliding", "non_overlapping"] = "last"
     """protocol of the evaluation"""
-    stride: int | None = None
-    """stride of the sliding protocol"""
+    stride: Annotated[int | None, default("required by sliding", "INT")] = None
+    """stride of the protocol sliding, in tokens"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the evaluation"""
 
     def __post_init__(self) -> None:
-        """Refuse formats nobody draws, and no runs."""
+        """Refuse unknown formats, and an empty list of runs."""
         if not self.runs:
             raise UserError("no run given: dape plot RUN... --out FILE")
         check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot")
     from dape.cli.progress import note_repeats
     from dape.evaluate.compare import check_comparable, group

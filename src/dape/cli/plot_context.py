@@ -1,13 +1,11 @@
-"""`dape plot context`: what `dape eval context` measured, as a figure or as tables."""
+"""`dape plot context`: results of `dape eval context` as a figure or as tables."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import Runs, check_format
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md")
@@ -15,13 +13,13 @@ FORMATS = (".png", ".pdf", ".svg", ".md")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw what longer windows gain, and adapters, by where a token occurred last.
+    """Draw the gain of longer windows, and of adapters, by the last occurrence of tokens.
 
-    Runs that differ in nothing but their seed are averaged. A scheme with an adapter is compared
-    with the same encoding without.
+    Runs that differ only in the seed are averaged. A scheme with an adapter is compared with the
+    same encoding without an adapter.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders measured by `dape eval context`"""
     out: Path
     """file to write: a figure (.png, .pdf, .svg) or the tables (.md)"""
@@ -29,14 +27,14 @@ class Arguments:
     """split of the evaluation"""
 
     def __post_init__(self) -> None:
-        """Refuse formats nobody draws, and no runs."""
+        """Refuse unknown formats, and an empty list of runs."""
         if not self.runs:
             raise UserError("no run given: dape plot context RUN... --out FILE")
         check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot context")
     from dape.cli.progress import note_repeats
     from dape.evaluate.context import load

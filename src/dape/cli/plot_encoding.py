@@ -9,36 +9,37 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import check_format
 from dape.figures.view import View
+from dape.strict import default
 
 FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw a position encoding: what it adds over distance, and its matrix.
+    """Draw a position encoding over distance, and as a matrix.
 
-    A bias is drawn for each head. Of a rotation the scores of ones are drawn, of an embedding the
-    cosines between positions.
+    The picture shows a bias by head, a rotation by the scores of vectors of ones, and an embedding
+    by the cosines between positions.
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
     """scheme, such as kerple, dape-bias-kerple or yarn (`dape info schemes`)"""
     view: Annotated[View, tyro.conf.arg(name="")]
-    out: Path | None = None
-    """file to write (.png, .pdf, .svg); default NAME.png"""
+    out: Annotated[Path | None, default("NAME.png", "PATH")] = None
+    """file to write (.png, .pdf, .svg)"""
 
     @property
     def file(self) -> Path:
-        """Return where the picture goes."""
+        """Return the path of the picture."""
         return self.out or Path(f"{self.name}.png")
 
     def __post_init__(self) -> None:
-        """Refuse formats nobody draws."""
+        """Refuse unknown formats."""
         check_format(self.file, FORMATS)
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot encoding")
     from dape.figures.encodings import draw
     from dape.figures.style import save

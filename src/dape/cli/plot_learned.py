@@ -9,6 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_format
 from dape.errors import UserError
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.learned import Learned
@@ -18,45 +19,45 @@ FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw what a trained model adds to the scores of one query: A, B and f(A, B) of each head.
+    """Draw A, B and f(A, B) of a trained model for a query, by head.
 
-    Heads are named local or anti-local by a number, which the table (.md) shows. A record (.json)
-    holds all, and can be drawn again without the model.
+    The table (.md) names heads local or anti-local by a number. A record (.json) holds all values,
+    and can be drawn again without the model.
     """
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """run folder, model of dape, or record (.json) of this command"""
+    """run folder, DAPE model, or record (.json) of `dape plot learned`"""
     out: tuple[Path, ...]
     """files to write: figure (.png, .pdf, .svg), table (.md), record (.json)"""
-    layers: Layers = ()
-    """layers, as 0,5,11, counted from 0; default the first, the middle and the last"""
+    layers: Annotated[Layers, default("the first, the middle and the last")] = ()
+    """layers, as 0,5,11, counted from 0"""
     length: int = 2048
     """tokens to read, from the beginning of the document"""
-    query: int | None = None
-    """token whose row is drawn, counted from 0; default the last"""
-    document: int | None = None
-    """number of the document in its split; default the first long enough"""
+    query: Annotated[int | None, default("the last", "INT")] = None
+    """query to draw, a token counted from 0"""
+    document: Annotated[int | None, default("the first long enough", "INT")] = None
+    """number of the document in the split"""
     split: Literal["test", "validation", "train"] = "test"
     """split of the corpus"""
-    data: Path | None = None
-    """prepared corpus; default the corpus of the training"""
+    data: Annotated[Path | None, default("the corpus of the training", "PATH")] = None
+    """prepared corpus"""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if PyTorch sees one"""
+    """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
 
     def __post_init__(self) -> None:
-        """Refuse no file, formats nobody writes, and a query without a key before it."""
+        """Refuse an absent file, unknown formats, and a query without an earlier key."""
         if not self.out:
             raise UserError("no file given: dape plot learned RUN --out FILE")
         for file in self.out:
             check_format(file, FORMATS)
         if self.length < 2:
-            raise UserError(f"--length {self.length}: at least 2, a query and a key before it")
+            raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.query is not None and not 1 <= self.query < self.length:
-            raise UserError(f"--query {self.query}: from 1 to {self.length - 1}, below the length")
+            raise UserError(f"--query {self.query}: must be from 1 to {self.length - 1}")
 
 
 def main(argv: list[str]) -> None:
-    """Write the files and say where they are."""
+    """Write the files and print their paths."""
     arguments = parse(Arguments, argv, prog="dape plot learned")
     from dape.evaluate.learned import load
 
@@ -84,7 +85,7 @@ def made(arguments: Arguments, argv: list[str]) -> "Learned":
     from dape.evaluate.opening import open_model
     from dape.provenance import provenance
 
-    logging.disable_progress_bar()  # of the loading of weights
+    logging.disable_progress_bar()  # progress bars of loading
     device = choose_device(arguments.device)
     model = open_model(arguments.run)
     return learned(

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import Runs, check_format
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md")
@@ -15,12 +13,12 @@ FORMATS = (".png", ".pdf", ".svg", ".md")
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Draw what `dape eval retrieval` measured over depth and length, a panel for each scheme.
+    """Draw results of `dape eval retrieval` over depth and length, a panel per scheme.
 
-    The runs that differ in nothing but their seed share a panel, which shows their mean.
+    Runs that differ only in the seed share a panel with the mean.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Runs
     """run folders measured by `dape eval retrieval`"""
     out: Path
     """file to write: a heat map (.png, .pdf, .svg) or the table (.md)"""
@@ -30,14 +28,14 @@ class Arguments:
     """whole numbers, tokens, mean rank of a token, or log-probability of a number"""
 
     def __post_init__(self) -> None:
-        """Refuse formats nobody draws, and no runs."""
+        """Refuse unknown formats, and an empty list of runs."""
         if not self.runs:
             raise UserError("no run given: dape plot retrieval RUN... --out FILE")
         check_format(self.out, FORMATS)
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot retrieval")
     from dape.cli.progress import note_repeats
     from dape.evaluate.retrieval import load

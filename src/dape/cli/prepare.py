@@ -16,7 +16,7 @@ from dape.data.writer import SKIPPED
 from dape.errors import UserError
 from dape.text import one_line
 
-LOG_SECONDS = 30.0  # between lines of progress where there is no terminal to draw a bar on
+LOG_SECONDS = 30.0  # between lines of progress outside a terminal
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -27,26 +27,26 @@ COLUMNS = (
 
 
 def main(argv: list[str]) -> None:
-    """Prepare a corpus, or say that it is there."""
+    """Prepare a corpus, unless the corpus is finished."""
     options = parse(Arguments, argv, "dape prepare")
     preparation = Preparation(options)
     if preparation.finished:
         print(f"{options.out} is prepared already, from the same arguments; nothing to do.")
     else:
         if preparation.resumed:
-            print(f"Going on with the interrupted preparation of {options.out}.")
+            print(f"Resuming the interrupted preparation of {options.out}.")
         try:
             _run(preparation)
         except OSError as error:
             raise UserError(
-                f"{options.out} cannot be written: {error}; mend that, and run the same command "
+                f"{options.out} cannot be written: {error}; mend the cause and run the command "
                 "again to resume"
             ) from error
     _summarize(options.out)
 
 
 def _run(preparation: Preparation) -> None:
-    """Write the corpus under a progress bar, and say what could not be read."""
+    """Write the corpus under a progress bar, and print problems."""
     statuses = preparation.run()
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
         start = next(statuses)
@@ -74,7 +74,7 @@ def _rate(start: Status, status: Status, seconds: float) -> str:
 
 
 def _summarize(folder: Path) -> None:
-    """Print what the corpus has, what it lacks, and what was left out of it."""
+    """Print the contents of the corpus, missing splits, and skipped records."""
     manifest = Corpus(folder).manifest
     table = Table("split", "documents", "tokens", "bytes of text", "shards", box=SIMPLE_HEAD)
     for column in table.columns[1:]:

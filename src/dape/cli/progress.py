@@ -1,4 +1,4 @@
-"""The bar on stderr, and a line for everything that is measured."""
+"""The progress bar on stderr, and a line per measurement."""
 
 import sys
 from collections import Counter
@@ -18,12 +18,12 @@ class Speed(ProgressColumn):
     """Tokens a second."""
 
     def render(self, task: Task) -> Text:
-        """Return the speed of late."""
+        """Return the recent speed."""
         return Text(f"{task.speed or 0:,.0f} tokens/s")
 
 
 class Lines(Watch):
-    """Prints a line for everything that is measured."""
+    """Prints a line per measurement."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
@@ -38,7 +38,7 @@ class Lines(Watch):
 
 
 class Bar(Lines):
-    """Draws a bar below the lines, where there is a terminal to draw on."""
+    """Draws a bar below the lines in a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -47,7 +47,7 @@ class Bar(Lines):
         super().__init__(console)
 
     def begin(self, tokens: int) -> None:
-        """Draw the bar, for so many tokens."""
+        """Draw the bar for a number of tokens."""
         self._progress.add_task("", total=tokens)
         self._progress.start()
 
@@ -56,14 +56,14 @@ class Bar(Lines):
         self._progress.advance(self._progress.task_ids[0], tokens)
 
     def end(self) -> None:
-        """Leave the bar as it is, if it is drawn."""
+        """Finish the bar, if drawn."""
         if self._progress.live.is_started:
             self._progress.stop()
 
 
 @contextmanager
 def progress() -> Iterator[Bar]:
-    """Yield what draws a bar on stderr while a measurement goes on."""
+    """Yield a receiver of progress that draws a bar on stderr."""
     bar = Bar()
     try:
         yield bar
@@ -72,7 +72,7 @@ def progress() -> Iterator[Bar]:
 
 
 def note_repeats(records: Sequence[Record]) -> None:
-    """Say on stderr which runs are given more than once; comparisons count each once."""
+    """Name runs given more than once on stderr; comparisons count a run once."""
     for run, times in Counter(each.subject.run for each in records).items():
         if times > 1:
             print(one_line(repeated(run)), file=sys.stderr)

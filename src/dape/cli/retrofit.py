@@ -1,4 +1,4 @@
-"""`dape retrofit`: adapters in a pretrained model, trained at a longer length, before and after."""
+"""`dape retrofit`: adapters in a pretrained model, trained at a longer length and measured."""
 
 import shlex
 from argparse import ArgumentError, ArgumentParser
@@ -15,25 +15,26 @@ from dape.cli.options import Lengths, at_least_one
 from dape.cli.progress import progress
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.strict import default
 from dape.train.recipe import Retrofit
 from dape.train.recipe import read as read_recipe
 
 PROG = "dape retrofit MODEL"
-BEYOND = 4  # how many times the longer of both training lengths is measured by default
+BEYOND = 4  # default longest window, as a multiple of the longer training length
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Train adapters in a pretrained model, and measure the model without and with them.
+    """Train adapters in a pretrained model, and measure the model without and with adapters.
 
-    MODEL is a folder, a run folder or a name on the Hugging Face hub; `--recipe FILE.yaml` says
-    what is not given here. Before they are trained, the adapters change nothing. RUN/adapters is
-    where they go. The same command again resumes an interrupted run.
+    MODEL is a folder, a run folder or a name on the Hugging Face hub. `--recipe FILE.yaml` gives
+    values for absent options. Untrained adapters leave the model unchanged. Trained adapters go to
+    RUN/adapters. The same command again resumes an interrupted run.
     """
 
     recipe: Annotated[Retrofit, tyro.conf.arg(name="")]
-    lengths: Lengths = ()
-    """tokens in a measured window; default both training lengths, doubled to 4 times"""
+    lengths: Annotated[Lengths, default("both training lengths, doubled up to 4 times")] = ()
+    """tokens in a measured window"""
     protocol: Literal["last", "non_overlapping"] = "last"
     """scored tokens of a window: the last 256, or all"""
     documents: int = 100
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(argv: list[str]) -> Arguments:
-    """Return the recipe of `--recipe` for the model named first, with the options put over it."""
+    """Return the recipe of `--recipe` for the model named first, changed by the options."""
     if argv and argv[0] in ("-h", "--help"):
         return parse(Arguments, argv, PROG, Arguments(Retrofit()))
     if not argv or argv[0].startswith("-"):
@@ -69,7 +70,7 @@ def read(argv: list[str]) -> Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Fine-tune unless that is done, and measure the base and the run on the same tokens."""
+    """Fine-tune unless finished, and measure the base and the run on the same tokens."""
     from transformers.utils import logging
 
     from dape.evaluate.evaluation import evaluate
@@ -80,7 +81,7 @@ def run(arguments: Arguments) -> None:
     from dape.train.parallelize import is_first_rank
     from dape.train.run import check_folder, finetune
 
-    logging.disable_progress_bar()  # of the loading of weights
+    logging.disable_progress_bar()  # progress bars of loading
     recipe = arguments.recipe
     plan.check(recipe)
     base = open_model(Path(recipe.model.base))
@@ -89,7 +90,7 @@ def run(arguments: Arguments) -> None:
     lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
     rule = protocol(arguments.protocol, lengths)
     documents, blocks = arguments.documents, arguments.blocks
-    # Lengths that no document has are refused now.
+    # Lengths beyond every document are refused before the training.
     plan_windows(corpus, "test", rule, lengths, documents=documents, blocks=blocks, seed=0)
     trained = finetune(recipe.model.base, recipe)
     if not is_first_rank():
@@ -110,7 +111,7 @@ def run(arguments: Arguments) -> None:
 
 
 def command(arguments: Arguments, lengths: Sequence[int]) -> str:
-    """Return the `dape eval` that measures the base and the run."""
+    """Return the arguments of `dape eval` for the base and the run."""
     recipe = arguments.recipe
     words = [
         *("dape", "eval", recipe.model.base, str(recipe.folder)),
@@ -124,6 +125,6 @@ def command(arguments: Arguments, lengths: Sequence[int]) -> str:
 
 
 def default_lengths(before: int | None, after: int) -> list[int]:
-    """Return the shorter training length and its doublings, up to 4 times the longer."""
+    """Return the shorter training length, doubled up to 4 times the longer training length."""
     known = [length for length in (before, after) if length]
     return doubled(min(known), BEYOND * max(known))

@@ -22,16 +22,16 @@ BRACKETS = {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}
 class Arguments:
     """Train a language model from a recipe; the same command again resumes an interrupted run.
 
-    Several values with commas between them, `--model.scheme kerple,dape-kerple --seed 0,1`, are a
-    run for each combination, trained one after the other.
-    On several devices: `torchrun ... -m dape train RECIPE.yaml ...`, a process for each.
+    Values separated by commas, as in `--model.scheme kerple,dape-kerple --seed 0,1`, train a run
+    for every combination, in turn. `torchrun ... -m dape train RECIPE.yaml ...` trains on several
+    devices, with a process per device.
     """
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     dry_run: bool = False
     """print parameters, tokens, steps and memory, and stop"""
     measure: bool = False
-    """print time and memory of a step for each micro-batch size that fits, and stop"""
+    """print time and memory of a step for all fitting micro-batch sizes, and stop"""
 
 
 def main(argv: list[str]) -> None:
@@ -48,22 +48,22 @@ def main(argv: list[str]) -> None:
 
 
 def parsed(argv: list[str]) -> Arguments:
-    """Return the recipe of the file that is named first, with the options put over it."""
+    """Return the recipe of the file named first, changed by the options."""
     if not argv or argv[0].startswith("-"):
         raise UserError(f"name a recipe first: `{PROG} [--section.key value]`")
     return parse(Arguments, argv[1:], PROG, Arguments(read(argv[0], Recipe)))
 
 
 def combinations(argv: list[str]) -> Iterator[list[str]]:
-    """Yield the arguments with one of the values of each option, which commas separate."""
+    """Yield the arguments for every combination of comma-separated values."""
     first, options = argv[:1], argv[1:]
     return (first + list(words) for words in product(*map(values, options)))
 
 
 def values(word: str) -> list[str]:
-    """Return the values in a word; commas in brackets separate none.
+    """Return the values in a word, separated by commas outside brackets.
 
-    An option is a part of its value, in `--seed=0,1`.
+    In `--seed=0,1`, the values keep the option, as `--seed=0` and `--seed=1`.
     """
     name, sign, text = word.partition("=") if word.startswith("--") else ("", "", word)
     depth, parts = 0, [""]
@@ -77,7 +77,7 @@ def values(word: str) -> list[str]:
 
 
 def run(arguments: Arguments, speaks: bool) -> None:
-    """Train, or tell the cost; say what came of it where this process `speaks` for all."""
+    """Train, or print the cost; only a process that `speaks` for all prints."""
     from dape.train.parallelize import ranks
     from dape.train.plan import cost
     from dape.train.run import train
@@ -94,26 +94,26 @@ def run(arguments: Arguments, speaks: bool) -> None:
 
 
 def ending(folder: "RunFolder") -> str:
-    """Return in a line how a training ended.
+    """Return the outcome of a training in a line.
 
     Raises:
-        UserError: if the record is damaged.
+        UserError: for a damaged record.
     """
     done = folder.read_record()
     try:
         return (
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
-            f" validation loss {done['validation_loss']:.4f}; measure it: dape eval {folder}"
+            f" validation loss {done['validation_loss']:.4f}; to measure: dape eval {folder}"
         )
     except KeyError as error:
         raise UserError(
-            f"{folder.record} is damaged ({error} is missing); give the command that made the run"
-            " again, under another --name"
+            f"{folder.record} is damaged ({error} is missing); run the command of the run again,"
+            " under another --name"
         ) from None
 
 
 def measured(recipe: Recipe, speaks: bool) -> None:
-    """Print what each size of micro-batch takes, and the fastest of them."""
+    """Print time and memory by size of the micro-batch, and the fastest size."""
     from dape.train.measure import measure
 
     found = []

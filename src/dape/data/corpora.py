@@ -1,4 +1,4 @@
-"""Sources of text: files, folders, datasets, the standard library of Python itself."""
+"""Sources of text: files, folders, datasets, the standard library of Python."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from dape.errors import UserError, install
 Kind = Literal["text", "json", "dataset"]
 
 STANDARD_LIBRARY = "python-stdlib"
-TEXT = "text"  # where JSON lines and datasets have it by default
+TEXT = "text"  # the default key of text in JSON lines and datasets
 KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".md": "text",
@@ -38,11 +38,11 @@ SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A unit of reading, from front to back: a file, or a split of a dataset.
+    """A file or a split of a dataset, read from front to back.
 
-    `key` identifies a file's document, so that its split does not depend on where the source lies;
-    `size` is in bytes, None if unknown; `split` is None if the documents are to be assigned;
-    `text_key` is where the text of a JSON object or a row stands.
+    `key` identifies a document independent of the folder of the source, and decides the split of
+    the document. `size` is in bytes, None if unknown. `split` is None for documents without a named
+    split. `text_key` is the key of the text in a JSON object or row.
     """
 
     location: str
@@ -55,7 +55,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A named source: parts in a fixed order, and the number of files of no known kind."""
+    """A named source: parts in a fixed order, and the number of skipped files of unknown kind."""
 
     name: str
     parts: tuple[Part, ...]
@@ -63,7 +63,7 @@ class Source:
     details: dict[str, str]
 
     def describe(self) -> dict[str, Any]:
-        """Return the manifest's entry; the fingerprint is of the names, sizes and splits."""
+        """Return the manifest's entry, with a fingerprint of names, sizes and splits."""
         contents = repr([(part.key, part.size, part.split) for part in self.parts])
         return {
             "name": self.name,
@@ -78,7 +78,8 @@ class Source:
 def resolve(name: str, text_key: str = TEXT) -> Source:
     """Return the source `name`: `python-stdlib`, a folder, a file, or a Hugging Face dataset.
 
-    Raises `UserError` if it is none of them, or holds nothing that can be read.
+    Raises:
+        UserError: for an unknown source, or a source without readable files.
     """
     source = _resolve(name)
     return replace(source, parts=tuple(replace(x, text_key=text_key) for x in source.parts))
@@ -92,7 +93,7 @@ def _resolve(name: str) -> Source:
         return _folder(name, path)
     if path.is_file():
         if not _kind(path):
-            raise UserError(f"source {name!r} is of no known kind ({', '.join(KINDS)})")
+            raise UserError(f"source {name!r} is of an unknown kind (known: {', '.join(KINDS)})")
         return Source(name, (_part(path, path.name, path.name),), 0, {})
     if _kind(path) or path.is_absolute() or name.startswith((".", "~")):
         raise UserError(f"no file or folder {name!r}; check the path")
@@ -104,7 +105,7 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _part(path: Path, key: str, names: str) -> Part:
-    """Return a part; of a link to nothing, reading it tells."""
+    """Return a part; reading reports a broken link."""
     kind = _kind(path) or "text"
     size = path.stat().st_size if path.exists() else 0
     return Part(str(path), key, kind, size, named_split(names, kind))
@@ -112,7 +113,7 @@ def _part(path: Path, key: str, names: str) -> Part:
 
 def _folder(name: str, folder: Path) -> Source:
     found = list(_files(folder))
-    # No pipe and no socket, but a link to a file that is gone: reading it says so.
+    # Neither pipe nor socket, but possibly a broken link, which reading reports.
     known = [x for x in found if _kind(x) and (x.is_file() or not x.exists())]
     keys = [path.relative_to(folder).as_posix() for path in known]
     parts = tuple(
@@ -127,7 +128,7 @@ def _folder(name: str, folder: Path) -> Source:
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield the files in a folder and below, in order, without hidden names; links are followed.
 
-    A link back to a folder above it leads nowhere.
+    A link to a folder above is not followed.
 
     Raises:
         UserError: for a folder that cannot be read.
@@ -147,7 +148,7 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _standard_library() -> Source:
-    """Return the modules of the running Python: no tests, no code tables, nothing installed."""
+    """Return the modules of Python's standard library, without tests and code tables."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
     paths = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*.py"))}
@@ -163,10 +164,11 @@ def _standard_library() -> Source:
 
 
 def named_split(name: str, kind: Kind) -> str | None:
-    """Return the split that a file's path names, the innermost name first; None if it names none.
+    """Return the split named in a file's path, the innermost name first, or None.
 
-    Folders name one (`train/00.jsonl`), and so do files: JSON lines by any word of the name
-    (`wiki.test-01.jsonl`), a text, whose name may be a title, by the whole of it (`test-01.txt`).
+    Folders name a split (`train/00.jsonl`). JSON lines name a split by any word of the file name
+    (`wiki.test-01.jsonl`), and texts by the whole file name (`test-01.txt`), because the file name
+    of a text may be a title.
     """
     *folders, file = PurePosixPath(name).parts
     stem = file.lower()
@@ -185,7 +187,7 @@ def _dataset(name: str) -> Source:
     if not reachable():
         raise UserError(
             f"no file or folder {name!r}, and the Hugging Face hub cannot be reached to look for "
-            "a dataset of that name"
+            "a dataset of this name"
         )
     return Source(name, tuple(_dataset_parts(name)), 0, {})
 
@@ -200,7 +202,8 @@ def _dataset_parts(name: str) -> Iterator[Part]:
 def open_dataset(name: str) -> Any:
     """Open the splits of `NAME` or `NAME:CONFIGURATION`, to be read row by row.
 
-    Raises `UserError` with what the `datasets` library says if it cannot be opened.
+    Raises:
+        UserError: with the message of the `datasets` library.
     """
     from datasets import load_dataset
 

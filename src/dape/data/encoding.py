@@ -1,4 +1,4 @@
-"""From records to tokens, in one process or many, always in the order of the records."""
+"""From records to tokens, in any number of processes, in the order of the records."""
 
 import json
 import os
@@ -32,9 +32,9 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The tokens of a record, with the end of text if its document ends; none for empty text.
+    """The tokens of a source record, with the end of text after a document.
 
-    `num_bytes` is the length of the text in UTF-8; `problem` says why there is no text.
+    `num_bytes` is the length of the text in UTF-8. `problem` explains an absent text.
     """
 
     place: str
@@ -47,9 +47,9 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Records to encode together; after them, `number` records of part number `part` are read.
+    """Records to encode together. Afterwards, `number` records of part number `part` are read.
 
-    `source_bytes` is how many bytes of all sources have been read.
+    `source_bytes` counts the bytes read so far, over all sources.
     """
 
     records: list[Record]
@@ -59,14 +59,14 @@ class Batch:
 
 
 class Encoder:
-    """Encodes batches of records as an `Encoding` says."""
+    """Encodes batches of records with the settings of an `Encoding`."""
 
     def __init__(self, encoding: Encoding) -> None:
         self._encoding = encoding
         self._tokenize = encoder(encoding.tokenizer)
 
     def __call__(self, records: list[Record]) -> list[Encoded]:
-        """Return one `Encoded` a record."""
+        """Return an `Encoded` per record."""
         return [self._encode(record) for record in records]
 
     def _encode(self, record: Record) -> Encoded:
@@ -97,12 +97,12 @@ def _text(record: Record) -> str:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     key = record.part.text_key
     if not isinstance(document, dict) or not isinstance(document.get(key), str):
-        raise ValueError(f'not an object with a string "{key}"; --text-key names another')
+        raise ValueError(f'not an object with a string "{key}"; give another --text-key')
     return document[key]
 
 
 def assigned_split(identity: bytes, validation: float, test: float) -> str:
-    """Return the split of a document without a named one: a function of its identity alone."""
+    """Return the split of a document without a named split, from the document's identity alone."""
     share = int.from_bytes(blake2b(identity, digest_size=8).digest()) / 2**64
     if share < validation:
         return "validation"
@@ -112,9 +112,12 @@ def assigned_split(identity: bytes, validation: float, test: float) -> str:
 def encoded(
     batches: Iterable[Batch], encoding: Encoding, workers: int
 ) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Yield each batch with its encoded records, in order, computed by `workers` processes.
+    """Yield batches with their encoded records, in order, computed by `workers` processes.
 
-    At most two batches a worker are in memory. Raises `UserError` if a worker is killed.
+    At most two batches per worker are in memory.
+
+    Raises:
+        UserError: if a worker is killed.
     """
     if workers == 1:
         encode = Encoder(encoding)
@@ -131,7 +134,7 @@ def encoded(
         yield from ((batch, future.result()) for batch, future in pending)
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} workers was killed, perhaps for its memory; "
+            f"a worker of {workers} was killed, perhaps for lack of memory; "
             "run the same command again to resume, with fewer --workers"
         ) from error
     finally:
@@ -139,7 +142,7 @@ def encoded(
 
 
 def _start_worker(encoding: Encoding) -> None:
-    """Load the tokenizer, leave Ctrl-C to the parent, and end when the parent is gone."""
+    """Load the tokenizer, leave Ctrl-C to the parent, and end after the parent."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, and checks that the hub can be reached."""
+"""Files of the Hugging Face hub, and a check of the connection."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from dape.data import tokenizer as tokenizers
 from dape.data.corpora import STANDARD_LIBRARY, TEXT, Part, Source, resolve
@@ -22,14 +22,14 @@ from dape.files import is_free, locked, read_json, remove_leftovers, tidy
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-BATCH = 2**20  # bytes of source that a worker is given at a time
+BATCH = 2**20  # bytes of source for a worker at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """Turn text into tokens: memory-mapped shards with document boundaries, and a manifest."""
 
-    sources: Positional[tuple[str, ...]] = (STANDARD_LIBRARY,)
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE...")] = (STANDARD_LIBRARY,)
     """files, folders, Hugging Face datasets (NAME or NAME:CONFIGURATION), or python-stdlib"""
     out: Path
     """folder to write; an interrupted preparation resumes"""
@@ -42,23 +42,23 @@ class Options:
     test: float = 0.1
     """fraction of the documents for test, if the source has no splits"""
     on_error: Literal["stop", "skip"] = "stop"
-    """stop or skip at an unreadable line or file; skipped ones are counted and listed"""
+    """stop at an unreadable line or file, or skip, count and list unreadable lines and files"""
     workers: int = os.cpu_count() or 1
-    """number of processes that tokenize; the result does not depend on it"""
+    """number of tokenizing processes, without effect on the result"""
     shard_tokens: int = 2**27
-    """tokens after which a shard ends, with its last document"""
+    """tokens of a shard, up to the end of the last document"""
     overwrite: bool = False
     """replace an earlier preparation in the folder"""
 
     def __post_init__(self) -> None:
         if not (self.validation >= 0 and self.test >= 0 and self.validation + self.test < 1):
             raise UserError(
-                f"validation {self.validation} and test {self.test} must be shares from 0 "
-                "that leave some of the documents for training"
+                f"validation {self.validation} and test {self.test} must be fractions of at "
+                "least 0, with a sum below 1"
             )
         twice = next((name for name in self.sources if self.sources.count(name) > 1), None)
         if twice is not None:
-            raise UserError(f"source {twice!r} is given twice; its documents would count twice")
+            raise UserError(f"source {twice!r} is given twice; leave out the second")
         for name in ("workers", "shard_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} must be at least 1")
@@ -66,9 +66,9 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How far a preparation is: bytes of source read, bytes of text and tokens written.
+    """The progress of a preparation: bytes of source read, bytes of text and tokens written.
 
-    `problems` are those met since the last status, each with its place.
+    `problems` lists the problems since the last status, with file and line.
     """
 
     source_bytes: int
@@ -78,17 +78,18 @@ class Status:
 
     @classmethod
     def of(cls, state: State, source_bytes: int, problems: list[str]) -> "Status":
-        """Return the status of a corpus that is written as far as `state` says."""
+        """Return the status of a corpus in the writer's `state`."""
         text_bytes = sum(split.bytes for split in state.splits.values())
         tokens = sum(split.tokens for split in state.splits.values())
         return cls(source_bytes, text_bytes, tokens, problems)
 
 
 class Preparation:
-    """The making of one corpus; `finished` if it is there already, `resumed` if a part of it is.
+    """The preparation of a corpus, `finished` for a whole corpus, `resumed` for an interrupted one.
 
-    Raises `UserError` if a source or the tokenizer cannot be found, or if the folder holds
-    something else: other files, or a preparation with other arguments.
+    Raises:
+        UserError: for an unknown source or tokenizer, or a folder with other files or with a
+            preparation by other arguments.
     """
 
     def __init__(self, options: Options) -> None:
@@ -103,10 +104,10 @@ class Preparation:
         self.finished = manifest.is_file() and not options.overwrite
         self.resumed = journal.is_file() and not options.overwrite and not self.finished
         if self.finished:
-            Corpus(self._folder)  # refuses one that is damaged
+            Corpus(self._folder)  # refuses a damaged corpus
             there = read_json(manifest, _arguments, AGAIN)
             _refuse_other(self._folder, there, self._header)
-            with suppress(OSError):  # left if the run was killed at its very end
+            with suppress(OSError):  # left by a process killed at the very end
                 journal.unlink()
             tidy(self._folder)
         elif self.resumed:
@@ -121,20 +122,22 @@ class Preparation:
         return None if any(part.size is None for part in self._parts) else _size(self._parts)
 
     def run(self) -> Iterator[Status]:
-        """Write the corpus, from where an earlier run was interrupted.
+        """Write the corpus, or the remainder after an interruption.
 
         Yields a status at the start and after each batch.
-        Raises `UserError` if another process writes to the folder, and at the first problem if the
-        options say so.
+
+        Raises:
+            UserError: for a folder in use by another process, or at the first problem under
+                `on_error="stop"`.
         """
         options = self._options
-        busy = f"another process is preparing {self._folder}; wait for its end"
+        busy = f"another process is preparing {self._folder}; wait for the end"
         with ExitStack() as stack:
             stack.enter_context(locked(self._folder, busy))
             remove_leftovers(self._folder)
             if options.overwrite:
                 _clear(self._folder)
-            if (self._folder / MANIFEST).is_file():  # another process was faster
+            if (self._folder / MANIFEST).is_file():  # another process finished the corpus
                 yield Status(_size(self._parts), 0, 0, [])
                 return
             stop = options.on_error == "stop"
@@ -149,7 +152,7 @@ class Preparation:
             writer.finish()
 
     def _workers(self) -> int:
-        """Return the number of processes that this much text keeps busy."""
+        """Return the number of processes worthwhile for the remaining text."""
         if self.source_bytes is None:
             return self._options.workers
         return min(self._options.workers, 1 + self.source_bytes // BATCH)
@@ -167,7 +170,7 @@ class Preparation:
 def _header(
     options: Options, sources: list[Source], tokenizer: "PreTrainedTokenizerFast"
 ) -> dict[str, Any]:
-    """Return what the manifest says before anything is read; equal for equal arguments."""
+    """Return the manifest before reading, equal for equal arguments."""
     size = tokenizers.vocab_size(tokenizer)
     return {
         "format": FORMAT,
@@ -189,7 +192,7 @@ def _header(
 
 
 def _refuse_other(folder: Path, was: dict[str, tuple[str, Any]], wanted: dict[str, Any]) -> None:
-    """Raise `UserError` if what is in the folder was asked for with other arguments."""
+    """Raise a `UserError` for a folder prepared with other arguments."""
     now = _arguments(wanted)
     differences = [
         f"{name} {was[name][0]} {'changed since' if was[name][0] == text else f'is now {text}'}"
@@ -198,13 +201,13 @@ def _refuse_other(folder: Path, was: dict[str, tuple[str, Any]], wanted: dict[st
     ]
     if differences:
         raise UserError(
-            f"{folder} was prepared from other arguments ({'; '.join(differences)}); give those, "
-            "another --out, or --overwrite to replace it"
+            f"{folder} was prepared from other arguments ({'; '.join(differences)}); "
+            "give the earlier arguments, another --out, or --overwrite to replace the corpus"
         )
 
 
 def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """Return each argument that decides what is written: as the user knows it, and its identity."""
+    """Return the arguments that decide the content: shown text and identity of each."""
     sources, tokenizer = header["sources"], header["tokenizer"]
     return {
         "sources": (
@@ -212,7 +215,7 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             [source["fingerprint"] for source in sources],
         ),
         "tokenizer": (tokenizer["name"], tokenizer["fingerprint"]),
-        # Corpora made before there was a choice of the key lack it.
+        # Manifests of earlier versions lack the key.
         **{
             name: (str(value), value)
             for name, value in {"text_key": TEXT, **header["options"]}.items()
@@ -221,29 +224,29 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _refuse_inside(options: Options) -> None:
-    """Raise `UserError` if the corpus would become a part of its source."""
+    """Raise a `UserError` for a corpus inside its own source."""
     for name in options.sources:
         folder = Path(name).expanduser()
         inside = options.out.resolve().is_relative_to(folder.resolve())
         if name != STANDARD_LIBRARY and folder.is_dir() and inside:
-            raise UserError(f"{options.out} lies in the source {name}; name a folder beside it")
+            raise UserError(f"{options.out} lies in the source {name}; name a folder outside")
 
 
 def _refuse_overlap(sources: list[Source]) -> None:
-    """Raise `UserError` for a file of two sources, whose documents would count twice."""
+    """Raise a `UserError` for a file in two sources."""
     owners: dict[str, str] = {}
     for source in sources:
         for part in source.parts:
             owner = owners.setdefault(os.path.realpath(part.location), source.name)
             if owner != source.name:
                 raise UserError(
-                    f"sources {owner} and {source.name} both have {part.location}; its documents"
-                    " would count twice"
+                    f"sources {owner} and {source.name} both have {part.location}; leave out"
+                    " one of the sources"
                 )
 
 
 def _clear(folder: Path) -> None:
-    """Remove what a preparation wrote, and nothing else."""
+    """Remove the files of a preparation, and nothing else."""
     shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     for name in SPLITS:
         for path in (*folder.glob(f"{name}-*.bin"), *folder.glob(f"{name}-*.idx.npy")):
@@ -257,7 +260,7 @@ def _size(parts: list[Part]) -> int:
 
 
 def _batches(parts: list[Part], first: int, skip: int) -> Iterator[Batch]:
-    """Yield batches of about `BATCH` bytes of what follows `skip` records of part `first`."""
+    """Yield batches of about `BATCH` bytes, after the first `skip` records of part `first`."""
     before = _size(parts[:first])
     records: list[Record] = []
     size = 0

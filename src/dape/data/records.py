@@ -14,16 +14,16 @@ from dape.data.corpora import Part, open_dataset
 from dape.errors import UserError
 
 BLOCK = 2**17  # bytes read at a time
-PIECE = 2**22  # bytes of a long text that are tokenized at a time
-WORD = 2**14  # bytes at the end of a piece among which a place to cut it is sought
+PIECE = 2**22  # bytes of a long text tokenized at a time
+WORD = 2**14  # bytes at the end of a piece searched for a place to cut
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A document not decoded yet, or a piece of a long one.
+    """A source record: a document before decoding, or a piece of a long document.
 
-    `line` counts from 1; `ends` says whether the document does; `source_bytes` is how many
-    bytes of the part have been read; `problem` says why there is nothing to decode.
+    `line` counts from 1. `ends` is true at the end of a document. `source_bytes` counts the bytes
+    of the part read so far. `problem` explains an unreadable record.
     """
 
     part: Part
@@ -35,15 +35,14 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where to look, as file:line."""
+        """The place as file:line, for messages."""
         return f"{self.part.location}:{self.line}"
 
 
 def read(part: Part, skip: int = 0) -> Iterator[Record]:
     """Yield the records of `part` after the first `skip`, always in the same order.
 
-    What cannot be read is a record with a `problem`, in its place; after a damaged spot of a file
-    nothing follows.
+    An unreadable line is a record with a `problem`. A file ends at a damaged spot.
     """
     return islice(_records(part), skip, None)
 
@@ -63,7 +62,7 @@ def _records(part: Part) -> Iterator[Record]:
 
 
 def _text(part: Part, file: BinaryIO) -> Iterator[Record]:
-    """Yield a file that is one document, in pieces if it is long: any length fits in memory."""
+    """Yield a file of a single document, in pieces of limited size."""
     invalid = _invalid_utf8(file)
     if invalid:
         yield Record(part, invalid[0], b"", file.tell(), problem=invalid[1])
@@ -83,7 +82,7 @@ def _text(part: Part, file: BinaryIO) -> Iterator[Record]:
 
 
 def _invalid_utf8(file: BinaryIO) -> tuple[int, str] | None:
-    """Return the line of the first byte that is not UTF-8, and what is wrong with it."""
+    """Return the line of the first byte that is not UTF-8, and the reason."""
     decoder = getincrementaldecoder("utf-8")()
     line = 1
     while True:
@@ -100,8 +99,9 @@ def _invalid_utf8(file: BinaryIO) -> tuple[int, str] | None:
 def _cut(block: bytes) -> int:
     """Return where to cut a long text: before the last single space or newline between two words.
 
-    Tokenizers of the GPT-2 family start a new word there, so that the pieces of a document have the
-    tokens of the whole. Without such a place near the end, the cut is before the last character.
+    Tokenizers of the GPT-2 family start a new word at the cut, and pieces of a document have the
+    tokens of the whole. Without a space or newline near the end, the cut is before the last
+    character.
     """
     gaps = list(re.finditer(rb"(?<=\S)[ \n](?=\S)", block[-WORD:]))
     if gaps:
@@ -121,9 +121,9 @@ def _json_lines(part: Part, file: BinaryIO) -> Iterator[Record]:
 
 
 def _decompressed(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the contents of all frames of a zstd file; `EOFError` if the last one is cut short.
+    """Yield the contents of all frames of a zstd file; `EOFError` for an incomplete last frame.
 
-    `stream_reader` would take a file that was cut short for a whole one.
+    `stream_reader` accepts an incomplete file without an error.
     """
     decompressor = ZstdDecompressor(max_window_size=2**31)
     frame = decompressor.decompressobj()
@@ -164,7 +164,7 @@ def _rows(part: Part) -> Iterator[Record]:
                 columns = ", ".join(row)
                 problem = (
                     f"no text in the column {part.text_key!r} (columns: {columns}); "
-                    "--text-key names another"
+                    "give another --text-key"
                 )
                 yield Record(part, number, b"", offset, problem=problem)
     except OSError as error:

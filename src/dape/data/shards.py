@@ -1,4 +1,4 @@
-"""A prepared corpus: memory-mapped tokens with document boundaries, and windows to train on."""
+"""A prepared corpus: memory-mapped tokens with document boundaries, and windows for training."""
 
 import hashlib
 import json
@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-SCAN = 2**24  # tokens of a shard that are looked at at a time
+SCAN = 2**24  # tokens of a shard read at a time
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-_AGAIN = "prepare it again with --overwrite"
+_AGAIN = "prepare the corpus again with --overwrite"
 
 
 class Corpus:
-    """A folder that `dape prepare` wrote.
+    """A folder written by `dape prepare`.
 
-    Raises `UserError` if the folder holds no finished corpus, or not the bytes its manifest names.
+    Raises:
+        UserError: for a folder without a finished corpus, or with files unlike the manifest.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -42,7 +43,7 @@ class Corpus:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest token id."""
+        """The largest token id plus 1."""
         return self.manifest["tokenizer"]["vocab_size"]
 
     @property
@@ -51,34 +52,34 @@ class Corpus:
         return self.manifest["tokenizer"]["end_of_text"]
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
-        """Return the tokenizer that the corpus was made with."""
+        """Return the tokenizer of the corpus."""
         return tokenizers.saved(str(self.folder / TOKENIZER))
 
     def check_model(self, source: str, vocab_size: int) -> None:
-        """Refuse a model, from a folder or the hub, that reads other tokens than these.
+        """Refuse a model, from a folder or the hub, with other tokens than the corpus.
 
         Raises:
-            UserError: if its vocabulary is smaller, or its tokenizer is another.
+            UserError: for a model with a smaller vocabulary, or with another tokenizer.
         """
         if self.vocab_size > vocab_size:
             raise UserError(
                 f"{self.folder} has token ids up to {self.vocab_size - 1}, the model {source} only"
-                f" {vocab_size}; prepare it with its tokenizer"
+                f" {vocab_size}; prepare the corpus with the model's tokenizer"
             )
         own = tokenizers.of_model(source)
         if own and tokenizers.fingerprint(own) != tokenizers.fingerprint(self.tokenizer()):
             raise UserError(
-                f"{self.folder} was prepared with another tokenizer than that of {source}; prepare"
-                f" it with --tokenizer {tokenizers.file_of_model(source).parent}"
+                f"{self.folder} was not prepared with the tokenizer of {source}; prepare the corpus"
+                f" with --tokenizer {tokenizers.file_of_model(source).parent}"
             )
 
     def split(self, name: str) -> "Split":
         """Return a split: train, validation or test.
 
-        Its tokens are read once to see that they have the checksums that the manifest names.
+        The first call reads all tokens of the split, to compare checksums with the manifest.
 
         Raises:
-            UserError: if it has no documents, or other tokens than when it was written.
+            UserError: for an empty split, or for tokens changed since the preparation.
         """
         splits = self.manifest["splits"]
         if name not in splits:
@@ -86,8 +87,8 @@ class Corpus:
         if not splits[name]["documents"]:
             filled = ", ".join(key for key, entry in splits.items() if entry["documents"])
             raise UserError(
-                f"split {name!r} of {self.folder} has no documents (only {filled}); prepare it "
-                f"with a larger share for {name} or with a source named {name}"
+                f"split {name!r} of {self.folder} has no documents (only {filled}); "
+                f"prepare the corpus with a larger --{name}, or with a source named {name}"
             )
         for shard in splits[name]["shards"]:
             path = self.folder / shard["file"]
@@ -98,7 +99,7 @@ class Corpus:
 
 
 class Split:
-    """The documents of one split, in order, as one stream of tokens; shard borders do not show."""
+    """The documents of a split, in order, as a stream of tokens across shards."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], dtype: str) -> None:
         self._arguments = folder, shards, dtype
@@ -110,22 +111,22 @@ class Split:
         self._first_documents = np.cumsum([0, *(shard["documents"] for shard in shards)])
 
     def __reduce__(self) -> tuple[type["Split"], tuple[Path, list[dict[str, Any]], str]]:
-        """Pickle the names, not the data: a loader's worker maps the files anew."""
+        """Pickle file names in place of data, because a loader's worker maps the files anew."""
         return Split, self._arguments
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, with the end of text after each document."""
+        """Number of tokens, with the end of text after each document."""
         return int(self._starts[-1])
 
     @property
     def num_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return int(self._first_documents[-1])
 
     @property
     def document_lengths(self) -> Int64[np.ndarray, " documents"]:
-        """Tokens of each document, end of text included."""
+        """Number of tokens by document, end of text included."""
         return np.concatenate([np.diff(bounds) for bounds in self._bounds])
 
     def document(self, n: int) -> Int64[np.ndarray, " tokens"]:
@@ -151,13 +152,14 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Windows of `length + 1` tokens to train on: `length` inputs and, one later, their labels.
+    """Windows of `length + 1` tokens for training: `length` inputs and the labels, shifted by 1.
 
-    An epoch is a seeded permutation of the windows that follow each other from a seeded offset, so
-    that each is seen once; indices past `len(self)` continue with the next epoch's. Window `n` is
-    computed from `n` alone, in constant memory: a run resumes at any step by its number.
+    An epoch is a seeded permutation of consecutive windows from a seeded offset, and has every
+    window once. Indices past `len(self)` continue with the next epoch. Window `n` depends on `n`
+    alone and takes constant memory. A run resumes at any step by the number of the step.
 
-    Raises `UserError` for a split that holds no window.
+    Raises:
+        UserError: for a split without a whole window.
     """
 
     split: Split
@@ -169,12 +171,12 @@ class Windows:
             raise UserError(f"window length {self.length} must be at least 1")
         if self.split.num_tokens <= self.length:
             raise UserError(
-                f"the split has {self.split.num_tokens} tokens, too few for one window of "
+                f"the split has {self.split.num_tokens} tokens, too few for a window of "
                 f"{self.length} + 1; prepare more text or train at a shorter length"
             )
 
     def __len__(self) -> int:
-        """Windows in an epoch, whatever its offset."""
+        """Number of windows in an epoch, equal for every offset."""
         return max(1, (self.split.num_tokens - self.length) // self.length)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -194,11 +196,11 @@ class Windows:
 
 
 def _permuted(position: int, count: int, keys: list[int]) -> int:
-    """Return where a keyed permutation of `range(count)` puts `position`.
+    """Return the image of `position` under a keyed permutation of `range(count)`.
 
     A Feistel network permutes the numbers of an even number of bits, and is walked until the number
-    is below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002): unlike a
-    shuffled array it takes no memory, at billions of windows too.
+    is below `count` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Unlike a
+    shuffled array, the network takes no memory, even for billions of windows.
     """
     half = ((count - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
@@ -221,10 +223,10 @@ def _mixed(value: int) -> int:
 def scan(
     path: Path, dtype: str | np.dtype[Any], end_of_text: int
 ) -> tuple[str, Int64[np.ndarray, " bounds"]]:
-    """Return the checksum of a shard, and where its documents begin and end.
+    """Return the checksum of a shard, and the boundaries of the documents.
 
-    Encoding yields the end of text nowhere but at the end of a document, so the tokens alone say
-    where the bounds are, and their checksum covers both.
+    Encoding yields the end of text only at the end of a document. Therefore the tokens determine
+    the boundaries, and the checksum of the tokens covers both.
     """
     checksum, bounds, tokens = hashlib.sha256(), [np.zeros(1, np.int64)], 0
     with open(path, "rb") as file:
@@ -239,16 +241,16 @@ def scan(
 def _verify(
     path: Path, checksum: str, dtype: str, end_of_text: int, changes: tuple[tuple[int, int], ...]
 ) -> None:
-    """Raise a `UserError` for a shard that changed since it was written; once for each change."""
+    """Raise a `UserError` for a shard changed since the preparation; cached until a change."""
     found, bounds = scan(path, dtype, end_of_text)
     if found != checksum:
-        raise UserError(f"{path} has not the checksum in {MANIFEST}: it changed; {_AGAIN}")
+        raise UserError(f"{path} has not the checksum in {MANIFEST}; {_AGAIN}")
     try:
         same = np.array_equal(np.load(index_file(path), mmap_mode="r"), bounds)
     except (EOFError, OSError, ValueError):
         same = False
     if not same:
-        raise UserError(f"{index_file(path)} is not the index of its shard; {_AGAIN}")
+        raise UserError(f"{index_file(path)} does not belong to the shard; {_AGAIN}")
 
 
 def checksum_of(manifest: Mapping[str, Any]) -> str:
@@ -267,13 +269,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(
             f"no finished corpus in {folder}; run `dape prepare SOURCE --out {folder}`, "
-            "which also resumes an interrupted one"
+            "also to resume an interrupted preparation"
         )
     manifest, expected = read_json(file, lambda found: (found, _sizes(found)), _AGAIN)
     for shard, size in expected.items():
         path = folder / shard
         if not index_file(path).is_file() or not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path} is missing, or not the {size:,} bytes it had; {_AGAIN}")
+            raise UserError(f"{path} is missing, or has not {size:,} bytes; {_AGAIN}")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise UserError(f"{folder / TOKENIZER} has no tokenizer.json; {_AGAIN}")
     return manifest
@@ -282,7 +284,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
     """Return the bytes of each shard; a `UserError` for a manifest of another format."""
     if manifest["format"] != FORMAT:
-        raise UserError(f"it has format {manifest['format']}, not {FORMAT}")
+        raise UserError(f"the format is {manifest['format']}, not {FORMAT}")
     for value in (manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["end_of_text"]):
         check_whole(0, token=value)
     if manifest["checksum"] != checksum_of(manifest):

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, GPT-2's, or any `tokenizer.json`; how many bytes a token stands for."""
+"""Tokenizers: bytes, GPT-2's, or any `tokenizer.json`; number of bytes of a token."""
 
 import hashlib
 import json
@@ -22,11 +22,13 @@ PROBE = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f6
 
 
 def load(name_or_path: str) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer `byte`, `gpt2`, or that of a folder or file with a `tokenizer.json`.
+    """Return the tokenizer `byte`, `gpt2`, or a tokenizer from a folder or `tokenizer.json`.
 
-    Its `eos_token` is the end of text, which ends every document of a prepared corpus. Raises
-    `UserError` if there is no such tokenizer, if it names no end of text, or if ordinary text can
-    spell that token, so that documents would run into each other.
+    The `eos_token` is the end of text, the last token of every document of a corpus.
+
+    Raises:
+        UserError: for an unknown tokenizer, or a tokenizer without an end of text, or a tokenizer
+            that reads the end of text in ordinary text, where documents would merge.
     """
     if name_or_path == "byte":
         return byte()
@@ -37,19 +39,19 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
         if not known:
             raise UserError(
                 f"tokenizer {name_or_path!r} names no end of text; "
-                'add "eos_token" to its tokenizer_config.json'
+                'add "eos_token" to tokenizer_config.json'
             )
         tokenizer.eos_token = known[0]
     if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
         raise UserError(
-            f"tokenizer {name_or_path!r} reads its end of text {tokenizer.eos_token!r} in ordinary "
-            "text, so documents would run into each other; use another tokenizer"
+            f"tokenizer {name_or_path!r} reads the end of text {tokenizer.eos_token!r} in ordinary "
+            "text, and documents would merge; use another tokenizer"
         )
     return tokenizer
 
 
 def byte() -> "PreTrainedTokenizerFast":
-    """Return the tokenizer whose ids 0..255 are the bytes of UTF-8 and 256 is `<|endoftext|>`."""
+    """Return the tokenizer with the bytes of UTF-8 as ids 0..255 and `<|endoftext|>` as 256."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +75,7 @@ def _gpt2() -> "PreTrainedTokenizerFast":
             return PreTrainedTokenizerFast.from_pretrained(repository)
         raise UserError(
             "tokenizer 'gpt2' is not in the Hugging Face cache, and the hub cannot be reached; "
-            "pass a folder that holds its tokenizer.json: --tokenizer PATH"
+            "give --tokenizer FOLDER, with tokenizer.json in the folder"
         ) from error
 
 
@@ -90,21 +92,21 @@ def _from_path(path: Path) -> "PreTrainedTokenizerFast":
             return PreTrainedTokenizerFast.from_pretrained(str(file.parent))
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:  # the Rust parser raises bare exceptions
-        raise UserError(f"{file} is no Hugging Face tokenizer: {error}") from error
+        raise UserError(f"{file} is not a Hugging Face tokenizer: {error}") from error
 
 
 def of_model(source: str) -> "PreTrainedTokenizerFast | None":
-    """Return the tokenizer of a model, in a folder or on the hub; None for a folder without one."""
+    """Return the tokenizer of a model in a folder or on the hub, None for a folder without any."""
     if Path(source).is_dir() and not file_of_model(source).is_file():
         return None
     return saved(source)
 
 
 def saved(source: str) -> "PreTrainedTokenizerFast":
-    """Return the tokenizer that was saved in a folder, or has a name on the hub.
+    """Return the tokenizer in a folder, or with a name on the hub.
 
     Raises:
-        UserError: if there is none, or its files are damaged.
+        UserError: for a missing or damaged tokenizer.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -118,12 +120,12 @@ def saved(source: str) -> "PreTrainedTokenizerFast":
     except Exception as error:  # the Rust parser raises bare exceptions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
-            f"the tokenizer in {source} cannot be read ({reason}); save it again"
+            f"the tokenizer in {source} cannot be read ({reason}); save the tokenizer again"
         ) from None
 
 
 def file_of_model(source: str) -> Path:
-    """Return where the `tokenizer.json` of a model lies: in its folder, or in the hub's cache."""
+    """Return the path of a model's `tokenizer.json`, in the folder or in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
@@ -132,25 +134,25 @@ def file_of_model(source: str) -> Path:
 
 
 def serialize(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the `tokenizer.json` of `tokenizer`: all that encoding needs, without transformers."""
+    """Return the `tokenizer.json` of `tokenizer`, sufficient for encoding without transformers."""
     return tokenizer.backend_tokenizer.to_str()
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the SHA-256 of what `tokenizer` does: its `tokenizer.json` and its end of text."""
+    """Return the SHA-256 of `tokenizer.json` and the end of text of a tokenizer."""
     content = f"{serialize(tokenizer)}\n{tokenizer.eos_token_id}"
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return one more than the largest id, added tokens included."""
+    """Return the largest id plus 1, added tokens included."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def encoder(serialized: str) -> Callable[[str], UInt[np.ndarray, " tokens"]]:
     """Return the function from text to token ids of a serialized tokenizer.
 
-    It adds nothing, and what looks like a special token in the text is ordinary text to it.
+    The function adds no token, and reads the name of a special token as ordinary text.
     """
     if _is_byte(serialized):
         return lambda text: np.frombuffer(text.encode(), np.uint8)
@@ -176,15 +178,15 @@ def _is_byte(serialized: str) -> bool:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " vocabulary"]:
-    """Return how many bytes of UTF-8 each token stands for; 0 if it is special.
+    """Return the number of UTF-8 bytes of each token, 0 for a special token.
 
-    The bytes of a text's tokens sum to the bytes of the text, so that loss in nats a token is
-    `loss / ln 2 * tokens / bytes` bits a byte. Where a tokenizer composes characters first (NFC),
-    they sum to the bytes of the composed text. A space that the tokenizer puts first, as Llama 2's
-    does, counts too; it is in the first token of a document, which is never scored.
+    The bytes of a text's tokens sum to the bytes of the text. Therefore a loss in nats a token is
+    `loss / ln 2 * tokens / bytes` bits a byte. For a tokenizer with composed characters (NFC), the
+    sum is the number of bytes of the composed text. A leading space added by the tokenizer, as by
+    Llama 2's, counts too. The space is in the first token of a document, which is never scored.
 
     Raises:
-        UserError: for a tokenizer that loses text (lower case, ...), where no such count exists.
+        UserError: for a tokenizer that loses text (lower case, ...), where bytes cannot be counted.
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     counts = np.zeros(vocab_size(tokenizer), np.int64)
@@ -205,6 +207,6 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
     if not kept or counts[ids].sum() != len(read.encode()) + put_first:
         raise UserError(
             f"bits per byte need a tokenizer that keeps every byte of the text; "
-            f"{tokenizer.name_or_path or 'this one'} does not"
+            f"{tokenizer.name_or_path or 'the given tokenizer'} does not"
         )
     return counts

@@ -1,4 +1,4 @@
-"""Writing a corpus, so that an interrupted run can be taken up where it stood."""
+"""Writing a corpus, resumable after an interruption."""
 
 import os
 import time
@@ -19,12 +19,12 @@ JOURNAL = "progress.json"
 SKIPPED = "skipped.txt"
 AGAIN = "start again with --overwrite"
 SPLITS = ("train", "validation", "test")
-JOURNAL_SECONDS = 1.0  # how much work an interruption costs
+JOURNAL_SECONDS = 1.0  # the most work lost by an interruption
 
 
 @dataclass(slots=True)
 class Written:
-    """How far a split is written; tokens beyond those of the `shards` are in an open one."""
+    """The progress of a split; tokens beyond the finished `shards` are in an open shard."""
 
     documents: int = 0
     tokens: int = 0
@@ -33,15 +33,15 @@ class Written:
 
     @property
     def open_tokens(self) -> int:
-        """Tokens in the open shard."""
+        """Number of tokens in the open shard."""
         return self.tokens - sum(shard["tokens"] for shard in self.shards)
 
 
 @dataclass(slots=True)
 class State:
-    """How far a corpus is written; `records` of part number `part` are read, and all before it.
+    """The progress of a corpus: `records` of part number `part` are read, and all earlier parts.
 
-    `listed` is the length of the list of what was skipped, in bytes.
+    `listed` is the length of the list of skipped records, in bytes.
     """
 
     part: int = 0
@@ -53,15 +53,15 @@ class State:
 
     @classmethod
     def load(cls, entry: dict[str, Any]) -> "State":
-        """Return the state of which `entry` is the `asdict`."""
+        """Return the state from its `asdict`, the inverse of `asdict`."""
         splits = {name: Written(**written) for name, written in entry["splits"].items()}
         return cls(**{**entry, "splits": splits})
 
 
 class SplitWriter:
-    """Appends documents to the shards of a split, from where `written` says.
+    """Appends documents to the shards of a split, after the tokens in `written`.
 
-    A shard ends with the document that brings it to the wanted size; no document spans two.
+    A shard ends with the first document that reaches the wanted size. No document spans two shards.
     """
 
     def __init__(self, folder: Path, name: str, header: dict[str, Any], written: Written) -> None:
@@ -72,16 +72,16 @@ class SplitWriter:
         self._open()
 
     def _open(self) -> None:
-        """Open the last shard, cut back to what is noted of it."""
+        """Open the last shard, truncated to the noted length."""
         path = self._folder / f"{self._name}-{len(self._written.shards):05d}.bin"
         size = self._written.open_tokens * self._dtype.itemsize
         if size and (not path.exists() or path.stat().st_size < size):
-            raise UserError(f"{path} has lost what was written to it; {AGAIN}")
+            raise UserError(f"{path} is shorter than the noted length; {AGAIN}")
         self._file = open(path, "ab")  # noqa: SIM115 (`close` closes it)
         self._file.truncate(size)
 
     def append(self, tokens: np.ndarray, num_bytes: int, ends: bool) -> None:
-        """Append a document, or a piece of one; `tokens` hold the end of text if it `ends`."""
+        """Append a document or a piece; `tokens` include the end of text if `ends`."""
         self._file.write(tokens.tobytes())
         self._written.tokens += len(tokens)
         self._written.bytes += num_bytes
@@ -91,16 +91,16 @@ class SplitWriter:
             self._open()
 
     def flush(self) -> None:
-        """Bring all that was appended onto the disk."""
+        """Bring all appended tokens onto the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the open shard as it is, to be continued."""
+        """Close the open shard, to be continued later."""
         self._file.close()
 
     def finish(self) -> None:
-        """End the open shard, or remove it if it is empty."""
+        """End the open shard, or remove an empty open shard."""
         if self._written.open_tokens:
             self._end_shard()
         else:
@@ -108,7 +108,7 @@ class SplitWriter:
             Path(self._file.name).unlink()
 
     def _end_shard(self) -> None:
-        """Write where the documents of the open shard begin and end, and note its checksum."""
+        """Write the document boundaries of the open shard, and note the checksum."""
         self.flush()
         self._file.close()
         path = Path(self._file.name)
@@ -127,9 +127,10 @@ class SplitWriter:
 
 
 class CorpusWriter:
-    """Writes encoded records to the splits of a corpus, and a journal of how far it is.
+    """Writes encoded records to the splits of a corpus, and the progress to a journal.
 
-    Opened on a folder with a journal it goes on from there: what was written later is cut off.
+    In a folder with a journal, the writer continues after the noted progress and cuts off later
+    data.
     """
 
     def __init__(self, folder: Path, header: dict[str, Any], stop_on_error: bool) -> None:
@@ -149,9 +150,10 @@ class CorpusWriter:
             self._files = files.pop_all()
 
     def add(self, records: Iterable[Encoded], part: int, number: int) -> list[str]:
-        """Write the records, after which `number` of part `part` are read; return what was wrong.
+        """Write the records up to record `number` of part `part`; return the problems.
 
-        Raises `UserError` at the first that is wrong, if asked to stop.
+        Raises:
+            UserError: at the first problem under `on_error="stop"`.
         """
         problems = []
         for record in records:
@@ -170,8 +172,8 @@ class CorpusWriter:
     def _skip(self, problem: str) -> None:
         if self._stop_on_error:
             raise UserError(
-                f"{problem}; run the same command with --on-error skip to go on without it, "
-                "or mend it and start again with --overwrite"
+                f"{problem}; run the same command with --on-error skip to leave out the record, "
+                "or mend the source and start again with --overwrite"
             )
         self.state.broken += 1
         self.state.listed += self._list.write(f"{problem}\n".encode())
@@ -187,13 +189,13 @@ class CorpusWriter:
         self._saved = time.monotonic()
 
     def close(self) -> None:
-        """Close all files as they are, to be continued."""
+        """Close all files, to be continued later."""
         self._files.close()
 
     def finish(self) -> None:
-        """End all shards and write the manifest; `UserError` if there is not one document."""
+        """End all shards and write the manifest; a `UserError` for a corpus without documents."""
         if not any(written.documents for written in self.state.splits.values()):
-            raise UserError("the sources have no text; name others, and start with --overwrite")
+            raise UserError("the sources have no text; give other sources, with --overwrite")
         for writer in self._writers.values():
             writer.finish()
         self.close()

@@ -1,8 +1,8 @@
 """Measurements of trained models: perplexity over length, retrieval, use of far text, lm-eval.
 
 `evaluate`, `evaluate_retrieval`, `evaluate_context` and `evaluate_harness` are `dape eval`,
-`dape eval retrieval`, `dape eval context` and `dape eval harness` as functions. Each name is
-imported at its first use.
+`dape eval retrieval`, `dape eval context` and `dape eval harness` as functions. A name is imported
+at the first use.
 """
 
 from importlib import import_module
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home (PEP 562)."""
+    """Import a public name from its module (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'dape.evaluate' has no attribute {name!r}")
     return getattr(import_module(f"dape.evaluate.{_HOME[name]}"), name)

@@ -1,7 +1,7 @@
 """The scores A, the bias B and the logits of queries in the layers of a model, over all keys.
 
 The values come from a forward pass of the model. During the pass, a recording adapter wraps the
-adapter of each attention and keeps the rows of the queries. Attention is computed in blocks of
+adapter of every attention and keeps the rows of the queries. Attention is computed in blocks of
 rows, and memory is linear in the length.
 """
 
@@ -21,7 +21,7 @@ from dape.positions.adapter import Rows
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A query in a layer; each array is [heads, keys], in a causal model up to the query's own key.
+    """A query in a layer, with arrays [heads, keys], in a causal model up to the query's own key.
 
     Attributes:
         residual: whether the logits are A + B + f(A, B), or A + f(A, B).
@@ -38,7 +38,7 @@ class Row:
 
     @property
     def shift(self) -> Float[np.ndarray, "heads keys"]:
-        """Everything added to the scores: logits - A, in float64."""
+        """The sum of all terms added to the scores: logits - A, in float64."""
         return self.logits.astype(np.float64) - self.scores
 
     @property
@@ -54,7 +54,7 @@ class Row:
 
 
 class Recorder(nn.Module):
-    """An adapter that returns the logits of a wrapped adapter, or A + B, and keeps rows."""
+    """A wrapper that returns the logits of an adapter, or A + B, and keeps rows."""
 
     needs_rows = True
 
@@ -71,7 +71,7 @@ class Recorder(nn.Module):
         bias: Float[Tensor, "*#batch heads query key"],
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return the logits; keep the rows of the queries that the block holds."""
+        """Return the logits; keep the rows of the wanted queries in the block."""
         if self.adapter is None:
             logits = scores + bias
         elif getattr(self.adapter, "needs_rows", False):
@@ -102,7 +102,7 @@ def capture(
     `model` is a DAPE model, or a model of transformers with adapters mounted by `dape.retrofit`.
 
     Raises:
-        UserError: for a model without adapters, an unknown layer, or a query that is no token.
+        UserError: for a model without adapters, an unknown layer, or a query outside the tokens.
     """
     query = len(tokens) - 1 if query is None else query
     if not 0 <= query < len(tokens):
@@ -137,12 +137,12 @@ def rows_of(
     layers: Sequence[int] | None = None,
     keys: int | None = None,
 ) -> list[list[Row]]:
-    """Return the rows of queries for each layer, of the one text that `forward` reads.
+    """Return the rows of queries for each layer, for the text that `forward` reads.
 
     A row ends at its query, or after `keys` keys.
 
     Raises:
-        UserError: for a model that does not attend by this package, or a layer it does not have.
+        UserError: for a model without attention of `dape`, or an unknown layer.
     """
     attentions = attending(model)
     chosen = range(len(attentions)) if layers is None else layers
@@ -156,10 +156,10 @@ def rows_of(
 
 
 def attending(model: nn.Module) -> list[nn.Module]:
-    """Return the modules of a model that call `dape.attention`, in order.
+    """Return the modules that call `dape.attention`, in the order of the model.
 
     Raises:
-        UserError: for a model without such modules.
+        UserError: for a model without a call of `dape.attention`.
     """
     found = [
         module
@@ -168,8 +168,8 @@ def attending(model: nn.Module) -> list[nn.Module]:
     ]
     if not found:
         raise UserError(
-            f"{type(model).__name__} does not attend by this package, so that its scores are not "
-            "seen; take a model that `dape train` or `dape retrofit` made"
+            f"{type(model).__name__} does not call dape.attention, and scores cannot be recorded; "
+            "take a model of `dape train` or `dape retrofit`"
         )
     return found
 
@@ -177,9 +177,9 @@ def attending(model: nn.Module) -> list[nn.Module]:
 def _record(
     undo: ExitStack, attention: nn.Module, layer: int, queries: range, keys: int | None
 ) -> Recorder:
-    """Put a recorder around the adapter of an attention, until undone.
+    """Put a recorder around the adapter of an attention, until the context ends.
 
-    The backend becomes `auto` for as long, since fused kernels know no recorder.
+    Meanwhile the backend is `auto`, because fused kernels do not serve a recorder.
     """
     ours = isinstance(attention, DapeAttention)
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")

@@ -24,7 +24,7 @@ METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss":
 
 @runtime_checkable
 class Recorded(Protocol):
-    """A record of a measurement, with its subject and targets."""
+    """A record of a measurement, with subject and targets."""
 
     @property
     def subject(self) -> Subject:
@@ -61,7 +61,7 @@ class Group:
 
     @property
     def refused(self) -> dict[int, str]:
-        """Return the lengths that a run refused, ascending, with the reasons."""
+        """Return the lengths refused by a run, ascending, with the reasons."""
         reasons = {n: why for each in self.evaluations for n, why in each.refused.items()}
         return dict(sorted(reasons.items()))
 
@@ -84,7 +84,7 @@ class Comparison:
 
 
 def group(evaluations: Sequence[Evaluation]) -> list[Group]:
-    """Return the evaluations in groups, as `gather` labels them."""
+    """Return the evaluations in groups by the labels of `gather`."""
     return [Group(label, tuple(members)) for label, members in gather(evaluations).items()]
 
 
@@ -114,13 +114,13 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
-    """Check that a metric can be compared over the evaluations.
+    """Check that a metric is comparable over the evaluations.
 
     Perplexity and loss count tokens and need equal targets, with equal text and tokenizer. Bits per
     byte need equal lengths and protocol.
 
     Raises:
-        UserError: for evaluations that cannot be compared.
+        UserError: for evaluations that are not comparable.
     """
     first = evaluations[0]
     for other in evaluations[1:]:
@@ -128,18 +128,18 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
         if other.lengths != first.lengths or other.targets.protocol != first.targets.protocol:
             raise UserError(
                 f"{both} were evaluated at different lengths or by different protocols; run `dape "
-                "eval` on all of them together"
+                "eval` on all models together"
             )
         if metric != "bits_per_byte" and other.targets != first.targets:
             raise UserError(
-                f"{metric} of {both} cannot be compared: they score different tokens (corpus, "
-                "tokenizer, split, documents, --bos); run `dape eval` on all of them together with "
-                "one --data, or compare --metric bits_per_byte"
+                f"{metric} of {both} cannot be compared: the scored tokens differ (corpus, "
+                "tokenizer, split, documents, --bos); run `dape eval` on all models together with "
+                "the same --data, or compare --metric bits_per_byte"
             )
 
 
 def compare(groups: Sequence[Group]) -> list[Comparison]:
-    """Return the tests of each group against its baseline, at every length of both groups.
+    """Return the tests of each group against a baseline, at every length of both groups.
 
     The baseline of a scheme with an adapter is the scheme without the adapter, if measured. Further
     groups have the first scheme without an adapter as baseline, or else the first scheme. Groups

@@ -1,9 +1,9 @@
-"""Use of the context: does a model predict better for what stands far back, or only not worse?
+"""Use of the context: the gain of a model from repetitions far back in a window.
 
-Every scored token of the protocol `last` is sorted by the shortest window that holds an earlier
-occurrence of it: of the token itself, or of the pair of it and the token before. The losses at
-different window lengths, and of different models, are then compared in each such bin. A model that
-uses far text gains on the tokens whose last occurrence only a longer window holds.
+Every scored token of the protocol `last` is sorted into a bin, by the shortest window that holds an
+earlier occurrence. An occurrence is the token, or the pair of the token and its predecessor. Within
+a bin, losses are compared over window lengths and models. A model that uses far text gains on
+tokens whose last occurrence lies beyond the shorter window.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,16 +31,16 @@ from dape.provenance import Provenance, provenance
 
 FORMAT = 1
 Losses = Float[np.ndarray, "windows scored"]
-NEVER = 2**62  # tokens back: more than any text has, and a sum of two is no overflow
-OCCURRENCES = {"token": "the token", "pair": "the token and the one before it"}
+NEVER = 2**62  # tokens back: more than any text has, and the sum of two does not overflow
+OCCURRENCES = {"token": "the token", "pair": "the token and the token before"}
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Scored tokens by the window that holds their last occurrence.
+    """Scored tokens by the window of their last occurrence.
 
     Bin b holds tokens whose last occurrence needs the window `lengths[b]`. The last bin holds
-    tokens that do not occur in the longest window.
+    tokens without an occurrence in the longest window.
 
     Attributes:
         tokens: number of tokens, [bins][documents].
@@ -60,8 +60,8 @@ class ContextUse:
         targets: the scored tokens.
         lengths: window lengths in tokens, ascending. An unfinished record has losses of the first
             lengths only.
-        positions: for each bin of positions in the longest window, the first and last number of
-            earlier tokens, and the mean loss in nats.
+        positions: the first and last number of earlier tokens, and the mean loss in nats, for each
+            bin of positions in the longest window.
         tallies: a `Tally` for each key of `OCCURRENCES`.
         provenance: command, commit, versions and device.
         format: version of the file format.
@@ -86,17 +86,17 @@ class ContextUse:
 
 
 def load(path: Path) -> ContextUse:
-    """Read what `ContextUse.save` wrote.
+    """Read a file of `ContextUse.save`.
 
     Raises:
-        UserError: naming the command to run if there is none, or if another version wrote it.
+        UserError: naming the command to run, for a missing file or a file of another version.
     """
-    kind, remedy = "record of the use of the context", "run `dape eval context` on it"
+    kind, remedy = "record of the use of the context", "run `dape eval context` on the model"
     return restore(path, kind, FORMAT, remedy, ContextUse)
 
 
 def last_occurrence(symbols: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return how far before each symbol the same one stands last, `NEVER` where it does not."""
+    """Return the distance to the last equal symbol before each symbol, `NEVER` without any."""
     order = np.argsort(symbols, kind="stable")
     earlier, later = order[:-1], order[1:]
     same = symbols[earlier] == symbols[later]
@@ -106,12 +106,12 @@ def last_occurrence(symbols: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 def window_needed(tokens: Int[np.ndarray, " fed"], scored: int) -> dict[str, Int[np.ndarray, "s"]]:
-    """Return for each of the last `scored` tokens how long a window must be to hold it before.
+    """Return the shortest window with an earlier occurrence, for each of the last `scored` tokens.
 
-    The window ends with the last but one of the `tokens`, as those of `last` do. The key `token`
-    looks for the token, `pair` for the token after the same one as here.
+    The window ends with the last but one of the `tokens`, as in the protocol `last`. The key
+    `token` looks for the token, and `pair` for the token with the same predecessor.
     """
-    after = np.arange(scored)[::-1]  # tokens of the window from the predicted one on
+    after = np.arange(scored)[::-1]  # tokens of the window from the predicted token on
     pairs = tokens[:-1] * (tokens.max() + 1) + tokens[1:]
     found = {"token": last_occurrence(tokens), "pair": last_occurrence(pairs) + 1}
     return {name: distance[-scored:] + after for name, distance in found.items()}
@@ -134,13 +134,13 @@ def evaluate_context(
     command: str = "dape.evaluate.evaluate_context",
     watch: Watch = SILENT,
 ) -> list[ContextUse]:
-    """Return how each model uses its context: losses by position and by last occurrence.
+    """Return the use of the context by each model: losses by position and by last occurrence.
 
-    The arguments are those of `dape.evaluate.evaluate`. Each length is written as soon as it is
-    measured, and a repeated call for equal lengths goes on behind the last of them.
+    `dape.evaluate.evaluate` explains the arguments. The file receives each length as soon as the
+    length is measured. A repeated call for equal lengths resumes behind the last finished length.
 
     Raises:
-        UserError: as `evaluate`, and for models that were trained on different corpora.
+        UserError: as `evaluate`, and for models trained on different corpora.
     """
     check_whole(0, seed=seed)
     check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
@@ -148,7 +148,7 @@ def evaluate_context(
     asked = chosen_lengths(lengths, opened)
     corpora = {each.checksum: each for each in (model.corpus(corpus) for model in opened)}
     if len(corpora) > 1:
-        raise UserError("the runs were trained on different corpora; give one --data")
+        raise UserError("the runs were trained on different corpora; give --data")
     (text,) = corpora.values()
     rule = protocol("last", asked)
     planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
@@ -269,7 +269,7 @@ def tally(
     owner: Int[np.ndarray, " windows"],
     lengths: Sequence[int],
 ) -> Tally:
-    """Return tokens and losses by bin and document; `owner` is the document of each window."""
+    """Return tokens and losses by bin and document; `owner` gives the document of a window."""
     shape = len(lengths) + 1, int(owner.max()) + 1
     cell = (np.searchsorted(lengths, needed) * shape[1] + owner[:, None]).ravel()
 

@@ -1,4 +1,4 @@
-"""Perplexity over length of several models, on the same tokens, each length kept as it is done."""
+"""Perplexity over length of several models, on the same tokens, kept length by length."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -56,9 +56,9 @@ def evaluate(
 ) -> list[Evaluation]:
     """Return the perplexity over length of each model, on equal tokens for all lengths and models.
 
-    A result file receives each length as soon as the length is measured, and a repeated call reads
+    A result file receives a length as soon as the length is measured, and a repeated call reads
     finished lengths from the file. Results of modules in memory are written only with `out`. A
-    length that a model refuses is left out.
+    length refused by a model is left out.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
@@ -67,29 +67,31 @@ def evaluate(
         protocol: `last`, `sliding` or `non_overlapping` (`dape.evaluate.protocols`).
         stride: tokens between windows of `sliding`.
         split: split of the corpus.
-        documents: largest number of documents, drawn among those longer than the longest window.
+        documents: largest number of documents, drawn among documents longer than the longest
+            window.
         blocks: largest number of blocks of scored tokens in a document.
         bos: put the model's token for the beginning of a text in place of a window's first token.
         metric: number to compare models by; only `bits_per_byte` allows different corpora.
         seed: seed of the choice of documents.
-        device: device of models that are not in memory.
-        precision: precision of products, `fp32` or `bf16`; `auto` is that of the training on a GPU.
+        device: device of models loaded from files.
+        precision: precision of products, `fp32` or `bf16`; `auto` is the precision of the training
+            on a GPU, `fp32` on a CPU.
         batch_tokens: most tokens in a forward pass; a longer window goes alone.
         out: folder for all results; the folder of each model by default.
         again: measure finished lengths again.
         partial_weights: accept model files with missing or unused weights.
-        tokenizer: tokenizer of the modules in memory, equal to that of the corpus.
+        tokenizer: tokenizer of the modules in memory, equal to the tokenizer of the corpus.
         command: command to record with the results.
         watch: receiver of the progress.
-        context_parallel: devices that share each window. The process of each device calls this
+        context_parallel: devices that share a window. The process of every device calls this
             function, and the first process keeps the results.
 
     Returns:
         An evaluation for each model, in the order of `models`.
 
     Raises:
-        UserError: for models, a corpus, lengths or options that do not fit together, results that
-            cannot be written, and if memory runs out.
+        UserError: for models, a corpus, lengths or options that do not fit together, unwritable
+            results, or too little memory.
     """
     check_whole(0, seed=seed)
     check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
@@ -138,7 +140,7 @@ def evaluate(
 def _made(
     model: Model, origin: dict[str, Any], precision: str, device: torch.device
 ) -> dict[str, Any]:
-    """Return where a measurement of a model comes from, with the precision of its products."""
+    """Return the provenance of a measurement, with the precision of products."""
     if precision not in (*PRECISIONS, "auto"):
         raise unknown("precision", precision, (*PRECISIONS, "auto"))
     chosen = model.precision(device) if precision == "auto" else precision
@@ -146,13 +148,13 @@ def _made(
 
 
 def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:
-    """Return a plan for each corpus; equal corpora share one."""
+    """Return a plan for each corpus; equal corpora share a plan."""
     unique = {each.checksum: each for each in corpora}
     if metric != "bits_per_byte" and len(unique) > 1:
         raise UserError(
             f"{metric} cannot be compared over different corpora or tokenizers "
-            f"({', '.join(sorted({str(each.folder) for each in corpora}))}); give one --data, "
-            "--metric bits_per_byte, or evaluate the runs one by one"
+            f"({', '.join(sorted({str(each.folder) for each in corpora}))}); give --data, "
+            "--metric bits_per_byte, or evaluate the runs separately"
         )
     plans = {checksum: plan_of(each) for checksum, each in unique.items()}
     return [plans[each.checksum] for each in corpora]
@@ -160,7 +162,7 @@ def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], P
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """The evaluation of one model by one plan."""
+    """The evaluation of a model by a plan."""
 
     model: Model
     plan: Plan
@@ -176,9 +178,9 @@ class _Session:
         return str(self.model.folder)
 
     def run(self, again: bool) -> Evaluation:
-        """Return the evaluation, with what was measured before unless all is asked for again."""
+        """Return the evaluation, with earlier measurements unless `again`."""
         done = None if again else self._before()
-        if self.context_parallel is not None:  # nothing is written until all have read
+        if self.context_parallel is not None:  # every process reads before the first process writes
             self.context_parallel.sum(torch.zeros((), device=self.device))
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
@@ -199,7 +201,7 @@ class _Session:
         return Evaluation(subject, self.plan.targets, [], self.origin)
 
     def _with(self, done: Evaluation, windows: Windows, network: nn.Module) -> Evaluation:
-        """Return the evaluation with one more length."""
+        """Return the evaluation with a further length."""
         try:
             measurement = self._measure(windows, network)
         except Refused as reason:
@@ -227,7 +229,7 @@ class _Session:
         return measure(losses, windows, self.plan.bytes)
 
     def _before(self) -> Evaluation | None:
-        """Return what was measured before of the same model and tokens, the same way."""
+        """Return earlier measurements of the same model and tokens, with the same settings."""
         if self.model.weights is None:
             return None
         found = [each for each in self.kept.read() if self._same(each)]

@@ -1,4 +1,4 @@
-"""Gains of a longer window, and of an adapter, by the last occurrence of each token."""
+"""Gains of a longer window, and of an adapter, by the last occurrence of a token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Contrast:
 
 
 def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
-    """Return the gain of the longest window over the shortest, for each label and bin.
+    """Return the gain of the longest window over the shortest, by label and bin.
 
     The gain is a mean over the seeds of a label.
     """
@@ -59,7 +59,7 @@ def by_length(records: Sequence[ContextUse], occurrence: str) -> list[Contrast]:
 def by_adapter(
     records: Sequence[ContextUse], occurrence: str, length: int | None = None
 ) -> list[Contrast]:
-    """Return the gain of each scheme with an adapter over the scheme without, in each bin.
+    """Return the gain of every scheme with an adapter over the scheme without, by bin.
 
     The gain is measured at a window length, by default the longest, and is a mean over the seeds of
     a label.
@@ -92,7 +92,7 @@ def _contrast(
     before: Float[np.ndarray, "bins documents"],
     after: Float[np.ndarray, "bins documents"],
 ) -> Contrast:
-    """Return the gains from a loss to a second loss, in each bin and over all bins."""
+    """Return the gains from a loss to a second loss, by bin and over all bins."""
     tokens, saved = np.array(tally.tokens), before - after
     *gains, total = (
         gain(*each)
@@ -104,7 +104,7 @@ def _contrast(
 def gain(
     saved: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"], seed: int = 0
 ) -> Gain:
-    """Return the mean saving a token, and its interval over documents."""
+    """Return the mean saving a token, with an interval over documents."""
     count = int(tokens.sum())
     if not count:
         return Gain(0, None, None, None)
@@ -120,7 +120,7 @@ def gain(
 
 @lru_cache(maxsize=1)
 def _resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
-    """Return how often each document is drawn, for many draws with replacement."""
+    """Return the counts of documents in many draws with replacement."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
 
@@ -136,5 +136,5 @@ def check_comparable(records: Sequence[ContextUse]) -> None:
         if (other.targets, other.lengths) != (first.targets, first.lengths):
             raise UserError(
                 f"{other.subject.run} and {first.subject.run} were not scored on the same tokens "
-                "at the same lengths; run `dape eval context` on all of them together"
+                "at the same lengths; run `dape eval context` on all models together"
             )

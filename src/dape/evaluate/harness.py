@@ -1,4 +1,4 @@
-"""Tasks of the Language Model Evaluation Harness (lm-eval), whose requests have a stated length."""
+"""Tasks of the Language Model Evaluation Harness (lm-eval), with requests of a stated length."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-# Warnings of lm-eval about a model that is passed as an object, which is intended.
+# Warnings of lm-eval about a model passed as an object.
 MEANT = ("`pretrained` model kwarg is not", "Passed an already-initialized model")
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A metric of a task with its standard error, None where lm-eval has none."""
+    """A metric of a task with the standard error, None where lm-eval has none."""
 
     metric: str
     value: float
@@ -55,9 +55,9 @@ class Harnessed:
         version: version of the task.
         samples: number of documents.
         scores: a `Score` for each metric.
-        cut: number of requests that lm-eval cut, over the whole group of tasks.
-        parts: all results of the question, more than one for a group of tasks.
-        refused: the reason if the model refused, and then without scores.
+        cut: number of requests cut by lm-eval, over the whole group of tasks.
+        parts: results of all tasks of a group; a single result for a plain task.
+        refused: the reason of a refusal, without scores.
         format: version of the file format.
     """
 
@@ -75,14 +75,14 @@ class Harnessed:
 
     @property
     def outcome(self) -> str:
-        """Return in a few words what came of the task."""
+        """Return the outcome of the task in a few words."""
         if self.refused:
             return f"{self.task} refused: {self.refused}"
         return f"{self.task} " + ", ".join(f"{s.metric} {s.value:.4g}" for s in self.scores)
 
 
 class Truncations(logging.Handler):
-    """Counts what lm-eval says of requests that it cuts; other warnings go where they would."""
+    """Counts the warnings of lm-eval about cut requests; other warnings pass."""
 
     count = 0
 
@@ -96,10 +96,10 @@ class Truncations(logging.Handler):
 
 
 def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
-    """Return what knows the tasks: those of a folder, and lm-eval's own if they do not suffice.
+    """Return lm-eval's task manager, with the tasks of a folder, and lm-eval's own if needed.
 
     Raises:
-        UserError: if lm-eval is not installed, the folder is not there, or for an unknown task.
+        UserError: for an absent lm-eval, an absent folder, or an unknown task.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -107,7 +107,7 @@ def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
         raise UserError(f"`dape eval harness` needs lm-eval: {install('harness')}") from None
     if include_path is not None:
         if not include_path.is_dir():
-            raise UserError(f"--include-path {include_path}: no such folder")
+            raise UserError(f"--include-path {include_path}: the folder does not exist")
         own = TaskManager(include_path=include_path, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
@@ -138,19 +138,18 @@ def evaluate_harness(
 ) -> list[Harnessed]:
     """Return the scores of lm-eval for each model, task and part of a group of tasks.
 
-    Further arguments are those of `dape.evaluate.evaluate`.
+    `dape.evaluate.evaluate` explains the further arguments.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
         tasks: names of tasks or groups of lm-eval.
-        lengths: tokens kept of a request, the last, whatever the configuration of the model says;
-            by default the training length.
+        lengths: number of last tokens kept of a request, also beyond the length in the model's
+            configuration; by default the training length.
         include_path: folder with tasks of your own.
         limit: largest number of documents of a task.
 
     Raises:
-        UserError: for an unknown task, data that cannot be had, results that cannot be written, and
-            if memory runs out.
+        UserError: for an unknown task, unavailable data, unwritable results, or too little memory.
     """
     check_whole(batch_tokens=batch_tokens)
     if limit is not None:
@@ -163,7 +162,7 @@ def evaluate_harness(
     origin = provenance(chosen) | {"command": command, "limit": limit, "tasks": _own(include_path)}
     origin["versions"]["lm-eval"] = version("lm-eval")
     names = list(dict.fromkeys(tasks))
-    # One lock for all lengths of a task.
+    # A lock covers all lengths of a task.
     with results_folders(
         opened, out, lambda each: [each.harness(name, 0) for name in names]
     ) as folders:
@@ -177,13 +176,13 @@ def evaluate_harness(
 
 
 def _own(folder: Path | None) -> str | None:
-    """Return a checksum of the tasks in a folder and the data beside them."""
+    """Return a checksum of the tasks and data in a folder."""
     return None if folder is None else files_checksum(folder, ("**/*",))
 
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """Tasks for one model; `folder` keeps the results, if anything does."""
+    """Tasks for a model; results are kept in `folder`, if given."""
 
     model: Model
     tokenizer: "PreTrainedTokenizerFast"
@@ -196,7 +195,7 @@ class _Session:
     watch: Watch
 
     def run(self, asked: Sequence[tuple[int, str]], again: bool) -> list[Harnessed]:
-        """Return the results of tasks at lengths, those of before unless `again`."""
+        """Return the results of tasks at lengths, with earlier results unless `again`."""
         found = []
         with ExitStack() as stack:
 
@@ -217,7 +216,7 @@ class _Session:
             self.model, network, self.tokenizer, self.known, length, self.batch_tokens, self.limit
         )
         results = request.ask(task, self.origin)
-        # The whole of a group is kept last: where it is, its parts are.
+        # The whole of a group is written after its parts, and implies that the parts exist.
         for result in sorted(results, key=lambda result: result.task == task):
             if self.folder is not None:
                 save(self.folder.harness(result.task, length), result)
@@ -225,7 +224,7 @@ class _Session:
         return results
 
     def _before(self, task: str, length: int) -> list[Harnessed]:
-        """Return what was measured before of the same model and task, the same way."""
+        """Return an earlier result of the same model and task, with the same settings."""
         if self.folder is None or self.model.weights is None:
             return []
         with suppress(UserError):
@@ -248,21 +247,21 @@ def load(path: Path) -> Harnessed:
     """Read the results of a task.
 
     Raises:
-        UserError: if there is no such file, or it is damaged or of another version.
+        UserError: for a file that is missing, damaged or of another version.
     """
-    return restore(path, "result", FORMAT, "run `dape eval harness` on it", Harnessed)
+    return restore(path, "result", FORMAT, "run `dape eval harness` on the model", Harnessed)
 
 
 def _tokenizer(model: Model) -> "PreTrainedTokenizerFast":
     tokenizer = model.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{model.source} has no tokenizer.json, which lm-eval needs")
+        raise UserError(f"{model.source} has no tokenizer.json; lm-eval needs a tokenizer")
     return tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A model at a length, to be asked tasks."""
+    """A model at a length, ready for tasks."""
 
     model: Model
     network: torch.nn.Module
@@ -273,7 +272,7 @@ class _Request:
     limit: int | None
 
     def ask(self, task: str, origin: dict[str, Any]) -> list[Harnessed]:
-        """Return the results of a task, or of a group and each part of it."""
+        """Return the results of a task, or of a group and all its parts."""
         harnessed = partial(
             Harnessed,
             subject=self.model.subject(self.network),
@@ -287,7 +286,7 @@ class _Request:
             reason = str(error) or f"an answer alone is longer than {self.length} tokens"
             return [harnessed(task=task, refused=reason, parts=[task])]
         except OSError as error:
-            raise UserError(f"the data of {task} cannot be had: {error}") from None
+            raise UserError(f"the data of {task} are not available: {error}") from None
         return [
             harnessed(
                 task=name,
@@ -322,7 +321,7 @@ class _Request:
 
 
 def scores(entry: Mapping[str, Any]) -> list[Score]:
-    """Return the metrics in lm-eval's results of a task, `acc,none` and its `acc_stderr,none`."""
+    """Return the metrics of a task, from lm-eval's keys `acc,none` and `acc_stderr,none`."""
     found = []
     for key, value in entry.items():
         metric, _, form = key.partition(",")
@@ -335,7 +334,7 @@ def scores(entry: Mapping[str, Any]) -> list[Score]:
 
 @contextmanager
 def truncations() -> Iterator[Truncations]:
-    """Count what lm-eval says of requests that it cuts."""
+    """Count the warnings of lm-eval about cut requests."""
     log, handler = logging.getLogger("lm_eval"), Truncations(logging.WARNING)
     propagated, log.propagate = log.propagate, False
     log.addHandler(handler)

@@ -1,7 +1,7 @@
 """Local and anti-local heads, named by numbers.
 
-Zheng et al., 2024 (Figure 1, appendix I) call a head anti-local whose f favours far keys, by eye.
-The numbers here are ours: how dense positive weight is on far and on near keys.
+Zheng et al., 2024 (Figure 1, appendix I) call a head anti-local, by eye, if f favours far keys. The
+numbers of this module are our own: the density of positive weight on far and on near keys.
 """
 
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from jaxtyping import Float
 from dape.errors import UserError
 from dape.evaluate.capture import Row
 
-DENSER = 2.0  # how much denser positive weight is on the side that a head is named after
+DENSER = 2.0  # least ratio of densities for a head named local or anti-local
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A head on near and far keys; a key is far at the distance `Learned.far` or more.
 
-    Positive weight is the part of a row above its mean over the keys, because a softmax does not
+    Positive weight is the part of a row above the mean over the keys, because a softmax does not
     see a constant. A number is None for a constant row.
 
     Attributes:
@@ -45,7 +45,7 @@ class Head:
 
 
 def describe(row: Row, far: int) -> list[Head]:
-    """Return the numbers of each head of a row, where keys at a distance of `far` or more are far.
+    """Return the numbers of all heads of a row; keys at a distance of `far` or more are far.
 
     Raises:
         UserError: if none, or all, of the keys are far.
@@ -77,7 +77,7 @@ def describe(row: Row, far: int) -> list[Head]:
 
 
 def _varying(row: Row) -> dict[str, Float[np.ndarray, "heads keys"]]:
-    """Return A, B, f and B + f, centred over the keys; zeros where they only vary by rounding."""
+    """Return A, B, f and B + f, centred over the keys; zeros where rows vary by rounding only."""
     largest = np.abs(row.scores).max(axis=1) + np.abs(row.bias).max(axis=1)
     rounding = 4 * np.finfo(row.logits.dtype).eps * largest[:, None]
     found = {}
@@ -103,6 +103,6 @@ def _kind_of(fraction: float | None, keys_far: float) -> str:
 
 
 def _correlation(x: Float[np.ndarray, " keys"], y: Float[np.ndarray, " keys"]) -> float | None:
-    """Return Pearson's correlation of two centred rows, None if one is constant."""
+    """Return Pearson's correlation of two centred rows, None for a constant row."""
     scale = float(np.sqrt((x @ x) * (y @ y)))
     return float(x @ y) / scale if scale else None

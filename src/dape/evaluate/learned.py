@@ -1,6 +1,6 @@
 """A, B and f(A, B) of a trained model for a query, over all earlier keys.
 
-The record has the content of Figure 1 of Zheng et al., 2024, with numbers for each head.
+The record has the content of Figure 1 of Zheng et al., 2024, with numbers by head.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from dape.evaluate.subject import Model, Subject
 from dape.provenance import Provenance
 
 FORMAT = 1
-SPANS = 256  # of keys, at most, for which a record keeps the mean of each line
-DIGITS = 5  # that a record keeps of such a mean
+SPANS = 256  # most spans of keys with a mean in a record
+DIGITS = 5  # of a mean in a record
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +38,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """The rows of one query in some layers of a model, and the numbers of their heads.
+    """The rows of a query in some layers of a model, and the numbers of all heads.
 
     `data` is the checksum of the corpus; the query is token `query` of the first `length` tokens of
-    document `document`. `spans` holds the first key of each span and the end of the last.
+    document `document`. `spans` holds the first key of every span and the end of the last span.
     """
 
     subject: Subject
@@ -62,12 +62,12 @@ class Learned:
 
 
 def load(path: Path) -> Learned:
-    """Read what `Learned.save` wrote.
+    """Read a file of `Learned.save`.
 
     Raises:
-        UserError: naming the command to run if there is none, or if another version wrote it.
+        UserError: naming the command to run, for a missing file or a file of another version.
     """
-    kind, remedy = "record of what was learnt", "run `dape plot learned` on a run"
+    kind, remedy = "record of learned rows", "run `dape plot learned` on a run"
     return restore(path, kind, FORMAT, remedy, Learned)
 
 
@@ -83,23 +83,23 @@ def learned(
     device: torch.device,
     provenance: Provenance,
 ) -> Learned:
-    """Return the record of one query of a model.
+    """Return the record of a query of a model.
 
     Args:
         model: a run, or a folder or hub name of a DAPE model.
         corpus: the corpus of the text.
         layers: layers, counted from 0; by default the first, the middle and the last.
         length: tokens to read, from the beginning of the document.
-        query: token whose row is kept, counted from 0; by default the last.
+        query: token of the recorded row, counted from 0; by default the last.
         document: number of the document in the split; by default the first long enough.
         split: split of the corpus.
         device: device of the model.
         provenance: provenance for the record.
 
-    Keys are far from the training length on, or from half of the keys on if there are no more.
+    Far keys are at the training length or beyond, in a shorter text the farther half.
 
     Raises:
-        UserError: for a document that is too short, and an unknown layer or query.
+        UserError: for a document too short, an unknown layer or an unknown query.
     """
     part = corpus.split(split)
     document = choose_document(part, length, document)
@@ -140,7 +140,7 @@ def choose_document(part: Split, length: int, document: int | None) -> int:
     """Return the number of a document with `length` tokens, by default the first.
 
     Raises:
-        UserError: for a document that is too short, or an unknown number.
+        UserError: for a document too short, or an unknown number.
     """
     lengths = (part.document_lengths - 1).tolist()  # without the end of text
     count, longest = len(lengths), max(lengths)
@@ -164,6 +164,6 @@ def choose_document(part: Split, length: int, document: int | None) -> int:
 def smooth(
     values: Float[np.ndarray, "heads keys"], spans: Int[np.ndarray, " edges"]
 ) -> list[list[float]]:
-    """Return the mean of each head over each span of keys, rounded."""
+    """Return the means of heads over spans of keys, rounded."""
     sums = np.add.reduceat(values.astype(np.float64), spans[:-1], axis=1)
     return [[float(f"{x:.{DIGITS}g}") for x in line] for line in sums / np.diff(spans)]

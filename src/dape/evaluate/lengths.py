@@ -1,4 +1,4 @@
-"""Lengths to measure at, where nobody says at which."""
+"""Lengths to measure at, given or by default."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ TIMES_TRAINED = 16
 
 
 def chosen_lengths(lengths: Sequence[int] | None, models: Sequence["Model"]) -> list[int]:
-    """Return the lengths to measure at, ascending and each once; `default_lengths` by default.
+    """Return the lengths to measure at, ascending, without repetition; default `default_lengths`.
 
     Raises:
-        UserError: for a length that is no whole number of 1 or more.
+        UserError: for a length that is not a whole number of 1 or more.
     """
     for length in lengths or ():
         check_whole(length=length)
@@ -23,13 +23,13 @@ def chosen_lengths(lengths: Sequence[int] | None, models: Sequence["Model"]) -> 
 
 
 def default_lengths(models: Sequence["Model"]) -> tuple[int, ...]:
-    """Return the shortest training length and its doublings, up to 16 times the longest."""
+    """Return the shortest training length, doubled up to 16 times the longest training length."""
     known = [trained_at(model) for model in models]
     return tuple(doubled(min(known), TIMES_TRAINED * max(known)))
 
 
 def doubled(first: int, last: int) -> list[int]:
-    """Return `first` and its doublings up to `last`."""
+    """Return `first`, doubled up to `last`."""
     return [first << times for times in range(max(0, last // first).bit_length())]
 
 
@@ -37,10 +37,8 @@ def trained_at(model: "Model") -> int:
     """Return the training length of a model.
 
     Raises:
-        UserError: if it does not say.
+        UserError: for a model without a training length.
     """
     if model.train_length is None:
-        raise UserError(
-            f"{model.source} does not say at what length it was trained; give --lengths"
-        )
+        raise UserError(f"{model.source} states no training length; give --lengths")
     return model.train_length

@@ -1,4 +1,4 @@
-"""From what a caller names to the models that are measured."""
+"""From names of models to models for a measurement."""
 
 from collections.abc import Sequence
 from os.path import lexists
@@ -25,16 +25,16 @@ def open_models(
     partial_weights: bool = False,
     watch: Watch = SILENT,
 ) -> list[Model]:
-    """Return the models, a folder that is named twice once; `tokenizer` is that of modules.
+    """Return the models, without repeated folders; `tokenizer` belongs to modules in memory.
 
-    `watch` hears of the folders that are named twice.
+    `watch` receives a note about repeated folders.
 
     Raises:
-        UserError: if there is none of that name, or none at all.
+        UserError: for an unknown name, or without any name.
     """
     each = [given] if isinstance(given, Given) else list(given)
     if not each:
-        raise UserError("no model given: name at least one run or model")
+        raise UserError("no model given: name a run or a model")
     models = [
         _in_memory(one, f"models[{place}]", tokenizer)
         if isinstance(one, nn.Module)
@@ -51,10 +51,10 @@ def open_models(
 
 
 def open_model(path: Path, partial_weights: bool = False) -> Model:
-    """Return the run in a folder, or the model of that name on the Hugging Face hub.
+    """Return the run in a folder, or the model of this name on the Hugging Face hub.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: for an unknown model.
     """
     folder = RunFolder(path)
     # A record without a recipe is of a run whose recipe was lost.
@@ -68,13 +68,13 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
             return Model(folder, str(place), config, recipe, partial_weights)
     if path.exists():
         remedy = (
-            f"; `dape export {folder} --out DIR` makes one of its latest checkpoint"
+            f"; `dape export {folder} --out DIR` makes a model of the latest checkpoint"
             if folder.checkpoints.is_dir()
             else ""
         )
         raise UserError(
-            f"no model in {folder}: neither model/config.json, as a finished `dape train` leaves "
-            f"it, nor config.json of a Hugging Face model{remedy}"
+            f"no model in {folder}: neither model/config.json of a finished `dape train` "
+            f"nor config.json of a Hugging Face model{remedy}"
         )
     name = path.as_posix()
     config = load_config(name).get_text_config()
@@ -97,7 +97,7 @@ def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: 
     base = open_model(Path(recipe["model"]["base"]), partial_weights)
     mounted = recipe["model"]["adapter"] is not None
     if not (folder.adapters if mounted else folder.model).is_dir():
-        raise UserError(f"{folder} is not finished; give the same `dape retrofit` again")
+        raise UserError(f"{folder} is not finished; run the same `dape retrofit` again")
     source = base.source if mounted else str(folder.model)
     config = load_config(source, **recipe["model"]["config"])
     return Finetuned(folder, source, config, recipe, partial_weights, base)
@@ -109,8 +109,8 @@ def _in_memory(
     config = getattr(network, "config", None)
     if not hasattr(config, "get_text_config"):
         raise UserError(
-            f"{name} is a {type(network).__name__} without the configuration that causal language "
-            "models of transformers have; give such a model, or the folder of one"
+            f"{name} is a {type(network).__name__} without the configuration of a causal language "
+            "model of transformers; give a causal language model, or its folder"
         )
     return InMemory(
         RunFolder(Path(name)),

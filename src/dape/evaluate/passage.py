@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The passage that a model reads.
+    """The passage for a model to read.
 
     length: tokens read, from the beginning of the text.
-    document: number in its split; by default the first with `length` tokens.
+    document: number in the split; by default the first with `length` tokens.
     text: read instead of a document.
     """
 
@@ -39,10 +39,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layer:
-    """One layer: A, B and f(A, B) as [heads, pairs], the pair of query i and key j at i(i+1)/2 + j.
+    """A layer: A, B and f(A, B) as [heads, pairs], with query i and key j at index i(i+1)/2 + j.
 
     residual: whether the logits are A + B + f(A, B), or A + f(A, B).
-    module: the bias of the layer, None without one.
+    module: the bias of the layer, or None.
     """
 
     layer: int
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Passage:
-    """What a model computes on a passage: its tokens as text, and its layers."""
+    """The computation of a model on a passage: tokens as text, and layers."""
 
     subject: Subject
     origin: str
@@ -71,17 +71,17 @@ def passage(
     layers: Sequence[int] = (),
     device: torch.device,
 ) -> Passage:
-    """Return what a model computes on a passage.
+    """Return the computation of a model on a passage.
 
     Args:
-        model: a run, or a folder or hub name of a model of this package.
+        model: a run, or a folder or hub name of a DAPE model.
         source: the passage.
-        data: prepared corpus; by default the one that the run was trained on.
+        data: prepared corpus; by default the training corpus of the run.
         layers: counted from 0; by default all.
         device: where the model runs.
 
     Raises:
-        UserError: for a text that is too short, and a layer that the model does not have.
+        UserError: for a text of fewer than two tokens, or an unknown layer.
     """
     ids, words, origin = _read(model, source, data)
     with model.loaded(device, len(ids)) as network:
@@ -98,7 +98,7 @@ def passage(
 def _read(
     model: Model, source: Source, data: str | Path | None
 ) -> tuple[Int[np.ndarray, " tokens"], list[str], str]:
-    """Return the ids of the tokens, their text, and where they are from."""
+    """Return the ids of the tokens, the tokens as text, and their source."""
     if source.text is None:
         corpus = model.corpus(data)
         part = corpus.split(source.split)
@@ -109,13 +109,13 @@ def _read(
         tokenizer = model.tokenizer() or model.corpus(data).tokenizer()
         ids, origin = encoder(serialize(tokenizer))(source.text)[: source.length], "text given"
     if len(ids) < 2:
-        raise UserError("--text has fewer than 2 tokens; give a query and a key before it")
+        raise UserError("--text has fewer than 2 tokens; give a key and a query")
     ids = ids.astype(np.int64)
     return ids, _words(tokenizer, ids.tolist()), origin
 
 
 def _words(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> list[str]:
-    """Return the text of each token; a part of a character is shown by its name."""
+    """Return the text of each token, or the token's name for a part of a character."""
     words, before = [], ""
     for place, number in enumerate(ids, 1):
         after = tokenizer.decode(ids[:place])

@@ -1,4 +1,4 @@
-"""The loss of a causal language model on chosen tokens, and its statistics."""
+"""The loss of a causal language model on chosen tokens, and statistics of the loss."""
 
 import math
 from collections.abc import Callable
@@ -20,17 +20,17 @@ Document = Callable[[int], Int[np.ndarray, " tokens"]]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One model at one window length; losses are in nats a token.
+    """A model at a window length; losses are in nats a token.
 
-    loss: mean over all scored tokens; `loss_error` its standard error with documents as clusters,
-        sqrt(D / (D - 1) * sum_d (S_d - loss * n_d)^2) / sum_d n_d, where document d has n_d scored
-        tokens with loss S_d in all; None for a single document.
+    loss: mean over all scored tokens; `loss_error` is the standard error with documents as
+        clusters, `sqrt(D / (D - 1) * sum_d (S_d - loss * n_d)^2) / sum_d n_d`, where document d has
+        n_d scored tokens with the total loss S_d. None for a single document.
     perplexity: exp(loss).
-    bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens; None where these
+    bits_per_byte: sum of the losses / ln 2 / UTF-8 bytes of the scored tokens; None if the bytes
         cannot be counted.
     document_losses: mean loss of each document, in the order of the evaluation's documents.
-    contexts: for each bin (half an octave) of the number of tokens before the predicted one, its
-        first and last number and the mean loss.
+    contexts: the first and last number of earlier tokens, and the mean loss, for each bin of half
+        an octave of the number of earlier tokens.
     """
 
     length: int
@@ -56,16 +56,16 @@ def token_losses(
     advance: Callable[[int], object] = lambda tokens: None,
     context_parallel: ContextParallel | None = None,
 ) -> Float[np.ndarray, "windows scored"]:
-    """Return the cross-entropy (nats) of each scored token, a row a window.
+    """Return the cross-entropy in nats of the scored tokens, a row per window.
 
     `model` has the interface of a Hugging Face causal language model, and computes logits of scored
     positions only. A forward pass holds as many windows as fit into `batch_tokens` tokens, and at
     least a single window. `advance` gets the number of tokens. The token `begin`, if any, replaces
-    the first token of each window. Below float32, `precision` is the precision of autocast. With
-    `context_parallel` the devices share each window, and all devices return all losses.
+    the first token of a window. Below float32, `precision` is the precision of autocast. With
+    `context_parallel` the devices share every window, and all devices return all losses.
 
     Raises:
-        Refused: if the model itself raises a `UserError`.
+        Refused: if the model raises a `UserError`.
         UserError: if memory runs out.
     """
     rows = max(1, batch_tokens // windows.length)
@@ -88,7 +88,7 @@ def token_losses(
 def window_tokens(
     document: Document, windows: Windows, batch: slice
 ) -> Int[np.ndarray, "batch window"]:
-    """Return the tokens that the windows of a batch feed, and the one after them."""
+    """Return the input tokens of the windows of a batch, with the next token at the end."""
     places = zip(windows.documents[batch], windows.ends[batch], strict=True)
     rows = [document(int(index))[end - windows.length - 1 : end] for index, end in places]
     return np.stack(rows).astype(np.int64)
@@ -110,9 +110,9 @@ def _spread_forward(
     scored: int,
     spread: ContextParallel,
 ) -> Float[np.ndarray, "batch scored"]:
-    """Return the same from all devices of a window, each of which scores what it holds.
+    """Return the losses from all devices of a window, with a chunk scored on each device.
 
-    A window is filled up at its end, which no token before can see, to chunks of one size.
+    A window is padded at the end to chunks of equal size; earlier tokens cannot see the padding.
     """
     inputs, targets = tokens[:, :-1], tokens[:, -scored:]
     length = inputs.shape[1]
@@ -136,8 +136,8 @@ def measure(
 ) -> Measurement:
     """Return the statistics of the token losses; sums are taken in float64.
 
-    `document_bytes` counts the UTF-8 bytes of each document's scored tokens, in ascending order of
-    the documents; without it there are no bits per byte.
+    `document_bytes` counts the UTF-8 bytes of the scored tokens by document, in ascending order,
+    and is needed for bits per byte.
     """
     _, owner = np.unique(windows.documents, return_inverse=True)
     tokens = np.bincount(owner) * windows.scored

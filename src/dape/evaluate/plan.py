@@ -1,4 +1,4 @@
-"""The plan of an evaluation: the windows of each length, and the targets they share."""
+"""The plan of an evaluation: the windows of each length, and their common targets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from dape.evaluate.record import Targets
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The windows of each length on a split of a corpus, and the tokens that all of them score."""
+    """The windows of each length on a split of a corpus, with the same scored tokens."""
 
     corpus: Corpus
     split: str
@@ -25,12 +25,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens a model is fed."""
+        """Return the number of input tokens for a model."""
         return sum(each.tokens for each in self.windows)
 
     @property
     def bytes(self) -> Int[np.ndarray, " documents"] | None:
-        """Return the bytes of the scored text of each document; None if they cannot be counted."""
+        """Return the bytes of the scored text by document; None if bytes cannot be counted."""
         return None if self.targets.bytes is None else np.array(self.targets.bytes)
 
 
@@ -45,9 +45,9 @@ def plan(
     seed: int,
     bos: bool = False,
 ) -> Plan:
-    """Return the plan for a split; most arguments are those of `choose_blocks`.
+    """Return the plan for a split; see `choose_blocks` for most arguments.
 
-    With `bos` each window begins with the model's token for that.
+    With `bos` a window begins with the model's token for the beginning of a text.
     """
     part = corpus.split(split)
     chosen = choose_blocks(
@@ -70,7 +70,7 @@ def plan(
 
 
 def _bytes(corpus: Corpus, split: str, windows: Windows) -> list[int] | None:
-    """Return the bytes of the scored tokens of each document, None if they cannot be counted."""
+    """Return the bytes of the scored tokens by document, None if bytes cannot be counted."""
     try:
         sizes = token_bytes(corpus.tokenizer())
     except UserError:  # a tokenizer that changes the text, to lower case for example

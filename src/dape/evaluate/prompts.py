@@ -1,13 +1,13 @@
-"""Prompts that hide a number at a depth of a long text and ask for it at the end.
+"""Prompts with a number hidden at a depth of a long text, and a question at the end.
 
 - `passkey`: five short sentences over and over (Mohtashami and Jaggi 2023, Landmark Attention). The
-  number always has five digits, in place of one to five in the paper.
+  number always has five digits, in place of the paper's 1 to 5.
 - `needle`: documents of the corpus (Hsieh et al. 2024, RULER, the single needle with a number).
 
 A prompt of length L feeds exactly L tokens and predicts L tokens. The last predictions, the answer,
-count. Each line is tokenized alone. The text around the hidden line is cut to fit, and depth is the
-fraction of the text before the hidden line. At every length and depth, a trial has the same number
-and begins with the same text.
+count. Lines are tokenized separately. The text around the hidden line is cut to fit, and depth is
+the fraction of the text before the hidden line. At every length and depth, a trial has the same
+number and begins with the same text.
 """
 
 from collections.abc import Callable, Iterable
@@ -83,7 +83,7 @@ class Prompts:
     around: Callable[[int, np.random.Generator], Tokens]
 
     def make(self, length: int, depth: float, trial: int, seed: int) -> Prompt:
-        """Return a prompt that feeds `length` tokens.
+        """Return a prompt of `length` input tokens.
 
         Raises:
             Refused: if the lines of the prompt are longer.
@@ -128,7 +128,7 @@ def needle(tokenizer: "PreTrainedTokenizerFast", corpus: Corpus, split: str) -> 
         text = _joined((part.document(number)[:-1] for number in numbers), count)
         if len(text) < count:
             raise UserError(
-                f"a needle needs {count:,} tokens of text around it, and split {split!r} of "
+                f"a needle needs {count:,} tokens of surrounding text, and split {split!r} of "
                 f"{corpus.folder} has {len(text):,}; ask for shorter lengths"
             )
         return text[:count]

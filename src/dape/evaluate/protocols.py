@@ -1,9 +1,10 @@
-"""Evaluation protocols: the scored tokens of a window, and the context of each.
+"""Evaluation protocols: the scored tokens of a window, and their context.
 
-A *block* is a run of consecutive target tokens of a document. The blocks depend only on the longest
-length. Therefore every length, and every model on a corpus, scores equal tokens, and lengths differ
-only in context. A *window* of length L that ends before token e feeds the L tokens [e - 1 - L,
-e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(block, L)` count.
+A *block* is a sequence of consecutive target tokens of a document. The blocks depend only on the
+longest length. Therefore every length, and every model on a corpus, scores equal tokens, and
+lengths differ only in context. A *window* of length L that ends before token e feeds the L tokens
+[e - 1 - L, e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(block, L)`
+count.
 
 | protocol | block | between blocks | windows a block |
 |---|---|---|---|
@@ -14,10 +15,10 @@ e - 1) in a forward pass and predicts the L tokens [e - L, e). The last `min(blo
 Scored tokens have between L - block + 1 and L tokens of context under `last` and `sliding`, and
 between 1 and L under `non_overlapping`. If the shortest length is below 256, a block of `last` is
 as long as the shortest length. The first token of a document is never a target. The end-of-text
-token is no target either, because it stands for no text.
+token stands for no text and is never a target either.
 
-The released DAPE code rebuilds its loader for each length, and columns have different texts. As
-configured, the code averages over all tokens of a window in place of the last 256.
+The released DAPE code rebuilds the data loader for each length, and columns have different texts.
+As configured, the code averages over all tokens of a window in place of the last 256.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ LAST_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """Blocks of `block` tokens, `step` apart, each with up to `longest` tokens of context."""
+    """Blocks of `block` tokens, `step` apart, with up to `longest` tokens of context."""
 
     name: str
     longest: int
@@ -56,7 +57,7 @@ class Blocks:
     stops: Int[np.ndarray, " blocks"]
 
     def windows(self, length: int) -> "Windows":
-        """Return windows of `length` tokens that score each block exactly once."""
+        """Return windows of `length` tokens that score every block exactly once."""
         scored = self.protocol.scored(length)
         offsets = np.arange(scored - self.protocol.block, 1, scored)
         ends = (self.stops[:, None] + offsets).ravel()
@@ -84,12 +85,12 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
     `sliding` needs `stride`, in tokens and at most the shortest length.
 
     Raises:
-        UserError: for an unknown name, and lengths or a stride that do not fit it.
+        UserError: for an unknown name, or lengths or a stride unfit for the protocol.
     """
     if name not in get_args(Name):
         raise unknown("protocol", name, get_args(Name))
     if not lengths or min(lengths) < 1:
-        raise UserError(f"lengths {list(lengths)}: give one or more lengths of at least 1 token")
+        raise UserError(f"lengths {list(lengths)}: give at least a length, of 1 token or more")
     if (stride is None) == (name == "sliding"):
         verb = "needs a" if name == "sliding" else "has no"
         raise UserError(f"protocol {name} {verb} stride; only sliding takes --stride TOKENS")
@@ -104,7 +105,7 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
     if ragged:
         raise UserError(
             f"lengths {ragged}: `non_overlapping` needs divisors of the longest, {longest}, "
-            "so that every length scores the same tokens"
+            "because every length scores the same tokens"
         )
     return Protocol(name, longest, block=longest, step=longest)
 
@@ -117,10 +118,10 @@ def choose_blocks(
     blocks: int,
     seed: int,
 ) -> Blocks:
-    """Return at most `blocks` evenly spread blocks in each of at most `documents` documents.
+    """Return at most `blocks` evenly spread blocks per document, in at most `documents` documents.
 
-    `seed` draws documents longer than the longest window. `text_lengths` counts the tokens of each
-    document, without end-of-text.
+    `seed` draws documents longer than the longest window. `text_lengths` counts the tokens of
+    documents, without end-of-text.
 
     Raises:
         UserError: if no document is long enough.
@@ -129,7 +130,7 @@ def choose_blocks(
     eligible = np.flatnonzero(text_lengths >= needed)
     if not len(eligible):
         raise UserError(
-            f"length {protocol.longest}: no document has the {needed} tokens it needs, the longest "
+            f"length {protocol.longest}: no document has the required {needed} tokens, the longest "
             f"of {len(text_lengths)} has {max(text_lengths, default=0)}; ask for shorter lengths"
         )
     number = min(documents, len(eligible))

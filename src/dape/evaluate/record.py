@@ -12,13 +12,13 @@ from dape.files import read_json, write_json
 from dape.provenance import Provenance
 
 FORMAT = 1
-_REMEDY = "run `dape eval` on it"
+_REMEDY = "run `dape eval` on the model"
 Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """The tokens that an evaluation scores; evaluations with equal targets can be compared.
+    """The scored tokens of an evaluation; evaluations with equal targets are comparable.
 
     Attributes:
         data: checksum of the corpus.
@@ -27,8 +27,8 @@ class Targets:
         block: tokens of a block.
         longest: tokens of the longest window.
         documents: numbers of the scored documents in the split.
-        tokens: scored tokens of each document.
-        bytes: scored bytes of each document, or None if tokens have no fixed number of bytes.
+        tokens: number of scored tokens by document.
+        bytes: scored bytes by document, or None if tokens have no fixed number of bytes.
         bos: whether a window begins with the model's token for the beginning of a text.
     """
 
@@ -57,9 +57,9 @@ class Evaluation:
     Attributes:
         subject: the model.
         targets: the scored tokens.
-        measurements: a measurement for each length.
+        measurements: a measurement per length.
         provenance: command, commit, versions and device.
-        refused: the reason for each length that the model refused.
+        refused: the reason for each refused length.
         format: version of the file format.
     """
 
@@ -87,7 +87,7 @@ class Evaluation:
 
     @property
     def by_length(self) -> dict[int, Measurement]:
-        """Return the measurements by their length."""
+        """Return the measurements by length."""
         return {measurement.length: measurement for measurement in self.measurements}
 
     def save(self, path: Path) -> None:
@@ -96,29 +96,29 @@ class Evaluation:
 
 
 def load(path: Path) -> Evaluation:
-    """Read what `Evaluation.save` wrote.
+    """Read a file of `Evaluation.save`.
 
     Raises:
-        UserError: naming the command to run, if there is no such file, or it is damaged or of
-            another version.
+        UserError: naming the command to run, for a file that is missing, damaged or of another
+            version.
     """
     return restore(path, "evaluation", FORMAT, _REMEDY, Evaluation)
 
 
 def save(path: Path, record: Any) -> None:
-    """Write a record, with the fields of its subject beside its own."""
+    """Write a record, with the fields of the subject at the top level."""
     content = asdict(record)
     write_json(path, {**content.pop("subject"), **content})
 
 
 def restore(path: Path, kind: str, form: int, remedy: str, cls: type[Record]) -> Record:
-    """Return the record of a class that `save` wrote.
+    """Return the record of a class in a file of `save`.
 
     Raises:
-        UserError: with the remedy, if there is no such file, or it is damaged or of another format.
+        UserError: with the remedy, for a file that is missing, damaged or of another format.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such {kind}; {remedy}")
+        raise UserError(f"{path}: the {kind} is missing; {remedy}")
 
     def built(content: dict[str, Any]) -> Record:
         if content.get("format") != form:

@@ -1,4 +1,4 @@
-"""The end of foreign models: tables of positions, learned or stored."""
+"""Length limits of foreign models: tables of positions, learned or stored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,38 +9,38 @@ from torch.overrides import TorchFunctionMode
 
 from dape.errors import RankError, UserError, out_of_memory
 
-# Models that follow a formula to any length and merely store it up to the number in this key.
+# Models with a formula for any length, stored in a table up to the number in this key.
 STORED = {"codegen": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
 
 
 class Refused(UserError):
-    """A model does not take windows of a length; another length or model may go."""
+    """A refusal of windows of a length by a model; other lengths or models may work."""
 
 
 class Tables(TorchFunctionMode):
-    """Raise `Refused` where a model asks an embedding for a row it does not have.
+    """Raise `Refused` where a model reads a row outside an embedding.
 
-    A GPU would not raise but end the process. That is how learned positions end, since
-    `dape eval` checks the vocabulary before.
+    A GPU would end the process instead. The row is a learned position, because `dape eval` checks
+    the vocabulary before.
     """
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Check what `torch.nn.functional.embedding` is asked for; let all else pass."""
+        """Check the indices of `torch.nn.functional.embedding`; other functions pass."""
         if function is F.embedding:
             indices, table = args[:2]
             if indices.numel() and int(indices.max()) >= len(table):
                 raise Refused(
-                    f"its learned positions end: row {int(indices.max())} is asked of a table of "
-                    f"{len(table)}"
+                    f"no learned position for row {int(indices.max())}: the table has "
+                    f"{len(table)} rows"
                 )
         return function(*args, **(kwargs or {}))
 
 
 @contextmanager
 def explained(length: int, windows: int) -> Iterator[None]:
-    """Say in a line why a forward of so many windows fails.
+    """Turn a failure of a forward pass of `windows` windows into a one-line error.
 
     Raises:
         Refused: if the model itself raises a `UserError`.
@@ -52,7 +52,7 @@ def explained(length: int, windows: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise RankError(
-            f"out of memory at length {length} with {windows} windows a forward; "
+            f"out of memory at length {length} with {windows} windows in a forward pass; "
             "lower --batch-tokens or the longest of --lengths"
         ) from None
     except UserError as error:

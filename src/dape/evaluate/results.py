@@ -1,4 +1,4 @@
-"""Folders for the results of measurements, and the results that are there from before."""
+"""Folders for the results of measurements, and earlier results in the folders."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from dape.evaluate.subject import InMemory, Model
 from dape.files import locked, remove
 from dape.runs import RunFolder, unfinished
 
-KEPT = "measured before; --again repeats it"  # what is said of a length that is in a file
-# A measurement made otherwise, with other versions or elsewhere is not taken for one of today.
+KEPT = "measured before; --again measures again"  # the outcome shown for a kept length
+# Keys of the provenance in which an earlier measurement must agree to be used again.
 _SAME = ("commit", "versions", "device", "precision", "limit", "tasks")
 Record = TypeVar("Record")
 
@@ -26,14 +26,14 @@ def results_folders(
     files: Callable[[RunFolder], Sequence[Path]],
     writes: bool = True,
 ) -> Iterator[list[RunFolder | None]]:
-    """Yield where the results of each model go; None for one in memory without `out`.
+    """Yield the result folder of each model; None for a module in memory without `out`.
 
-    `files` names the files that a measurement writes into a folder, and a lock keeps other
-    measurements out of them. Of several processes the first alone `writes`, and takes the lock.
+    `files` names the files of a measurement in a folder, locked against other measurements. Only
+    the first of several processes `writes`, and takes the lock.
 
     Raises:
-        UserError: if a folder cannot be written, another process measures the same, or two models
-            would share a folder.
+        UserError: for an unwritable folder, a folder in use by another measurement, or two models
+            with the same folder.
     """
     if out is None:
         folders = [None if isinstance(model, InMemory) else model.folder for model in models]
@@ -44,8 +44,8 @@ def results_folders(
         for folder in kept:
             if kept.count(folder) > 1:
                 raise UserError(
-                    f"two of the models would have their results in {folder}: evaluate them one by"
-                    " one, each with an --out of its own"
+                    f"two of the models would have their results in {folder}; evaluate the models"
+                    " separately, with different --out"
                 )
             for file in files(folder) if writes else ():
                 _keep_out_others(stack, folder, file)
@@ -53,8 +53,8 @@ def results_folders(
 
 
 def _keep_out_others(stack: ExitStack, folder: RunFolder, file: Path) -> None:
-    """Lock a file that is to be written, until the end of the stack."""
-    busy = f"another process is measuring {folder}; wait for its end, or give --out FOLDER"
+    """Lock a file before writing, until the end of the stack."""
+    busy = f"another process is measuring {folder}; wait for the end, or give --out FOLDER"
     try:
         stack.enter_context(locked(file.parent, busy, file.stem))
     except OSError:
@@ -65,7 +65,7 @@ def _keep_out_others(stack: ExitStack, folder: RunFolder, file: Path) -> None:
 class Kept(Generic[Record]):
     """The file of a record, and the file of finished measurements until the record is whole.
 
-    Without a `file` nothing is kept. Of several processes the first alone `writes`.
+    Without a `file` nothing is kept. Only the first of several processes `writes`.
     """
 
     file: Path | None
@@ -73,13 +73,13 @@ class Kept(Generic[Record]):
     writes: bool = True
 
     def read(self) -> Iterator[Record]:
-        """Yield what is kept; what cannot be read is measured anew."""
+        """Yield the kept measurements, without unreadable measurements."""
         for file in (self.file, unfinished(self.file)) if self.file else ():
             with suppress(UserError):
                 yield self.load(file)
 
     def keep(self, record: Record) -> None:
-        """Write what was measured of a record so far."""
+        """Write the measurements of an unfinished record."""
         if self.file is not None and self.writes:
             save(unfinished(self.file), record)
 
@@ -91,11 +91,11 @@ class Kept(Generic[Record]):
 
 
 def same_origin(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two measurements were made with the same versions, in the same place."""
+    """Return whether two measurements agree in commit, versions, device and settings."""
     return all(then.get(name) == now.get(name) for name in _SAME)
 
 
 def drawing(kind: str, runs: Sequence[str], out: Path | None) -> str:
-    """Return what tells a user how the results of some runs are drawn."""
+    """Return a hint with the command that draws the results of runs."""
     folders = [str(out / Path(run).absolute().name if out else run) for run in dict.fromkeys(runs)]
-    return f"draw it: dape plot {kind} {shlex.join(folders)} --out {kind}.png"
+    return f"to draw the results: dape plot {kind} {shlex.join(folders)} --out {kind}.png"

@@ -60,7 +60,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The trials: `trials` numbers at each length and depth, drawn by `seed`."""
+    """The trials: `trials` numbers per length and depth, drawn by `seed`."""
 
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens a model is fed."""
+        """Return the number of input tokens for a model."""
         return sum(self.lengths) * len(self.depths) * self.trials
 
 
@@ -82,8 +82,8 @@ class Retrieval:
         task: `passkey` or `needle`.
         data: checksum of the corpus around a needle.
         plan: lengths, depths, trials and seed.
-        cells: scores, for each length and depth.
-        refused: the reason for each length that the model or the prompt refused.
+        cells: scores by length and depth.
+        refused: the reason for each length refused by the model or the prompt.
         provenance: command, commit, versions and device.
         format: version of the file format.
     """
@@ -108,11 +108,11 @@ class Retrieval:
 
     @property
     def lengths(self) -> set[int]:
-        """Return the lengths that were measured or refused."""
+        """Return the measured or refused lengths."""
         return {cell.length for cell in self.cells} | self.refused.keys()
 
     def with_cells(self, cells: Sequence[Cell], refused: Mapping[int, str]) -> "Retrieval":
-        """Return the record with other cells, in the order of the plan, and other refusals."""
+        """Return the record with new cells, in the order of the plan, and new refusals."""
         ordered = sorted(cells, key=lambda cell: (cell.length, self.plan.depths.index(cell.depth)))
         return replace(self, cells=ordered, refused=dict(sorted(refused.items())))
 
@@ -122,13 +122,13 @@ class Retrieval:
 
 
 def load(path: Path) -> Retrieval:
-    """Read what `Retrieval.save` wrote.
+    """Read a file of `Retrieval.save`.
 
     Raises:
-        UserError: with the command to run, if there is no such file, or it is damaged or of another
+        UserError: naming the command to run, for a file that is missing, damaged or of another
             version.
     """
-    remedy = f"run `dape eval retrieval --tasks {path.stem}` on it"
+    remedy = f"run `dape eval retrieval --tasks {path.stem}` on the model"
     return restore(path, "retrieval", FORMAT, remedy, Retrieval)
 
 
@@ -151,9 +151,9 @@ def evaluate_retrieval(
     command: str = "dape.evaluate.evaluate_retrieval",
     watch: Watch = SILENT,
 ) -> list[Retrieval]:
-    """Return whether each model finds a number hidden at a depth of a long text.
+    """Return the success of each model at finding a number hidden in a long text.
 
-    Further arguments are those of `dape.evaluate.evaluate`.
+    `dape.evaluate.evaluate` explains the further arguments.
 
     Args:
         models: run folders, folders or hub names of causal language models, modules in memory.
@@ -161,14 +161,14 @@ def evaluate_retrieval(
         lengths: tokens of a prompt.
         corpus: the prepared corpus around a needle.
         depths: fractions of the text before the number, from 0 to 1.
-        trials: numbers at each length and depth, drawn by `seed`.
+        trials: numbers per length and depth, drawn by `seed`.
 
     Returns:
         A record for each model and task.
 
     Raises:
-        UserError: for an unknown task, models without a tokenizer, results that cannot be written,
-            and if memory runs out.
+        UserError: for an unknown task, a model without a tokenizer, unwritable results, or too
+            little memory.
     """
     check_whole(0, seed=seed)
     check_whole(trials=trials, batch_tokens=batch_tokens)
@@ -201,7 +201,7 @@ def evaluate_retrieval(
 
 @dataclass(frozen=True, slots=True)
 class _Session:
-    """The questions of a plan to one model; `folder` keeps the answers, if anything does."""
+    """The prompts of a plan for a model; results are kept in `folder`, if given."""
 
     model: Model
     plan: Plan
@@ -212,7 +212,7 @@ class _Session:
     watch: Watch
 
     def run(self, prompts: "Mapping[str, _Asked]", again: bool) -> list[Retrieval]:
-        """Return a record for each task, with what was measured before unless `again`."""
+        """Return a record for each task, with earlier measurements unless `again`."""
         with ExitStack() as stack:
 
             @cache
@@ -240,7 +240,7 @@ class _Session:
         return Retrieval(subject, task, asked.data, self.plan, [], {}, self.origin)
 
     def _with(self, done: Retrieval, length: int, asked: "_Asked", network: nn.Module) -> Retrieval:
-        """Return the record with one more length."""
+        """Return the record with a further length."""
         with self.model.refusing():
             cells, refused = retrieve(
                 network,
@@ -254,7 +254,7 @@ class _Session:
         return done.with_cells([*done.cells, *cells], {**done.refused, **refused})
 
     def _before(self, kept: Kept[Retrieval], task: str, asked: "_Asked") -> Retrieval | None:
-        """Return what was measured before of the same model and questions, the same way."""
+        """Return earlier measurements of the same model and prompts, with the same settings."""
         found = [each for each in kept.read() if self._same(each, task, asked)]
         if self.model.weights is None or not found:
             return None
@@ -291,7 +291,7 @@ def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split:
         return _Asked(needle(text.tokenizer(), text, split), text.checksum)
     tokenizer = model.tokenizer()
     if tokenizer is None:
-        raise UserError(f"{model.source} has no tokenizer.json, in which to write a passkey")
+        raise UserError(f"{model.source} has no tokenizer.json; a passkey needs a tokenizer")
     return _Asked(passkey(tokenizer), None)
 
 
@@ -305,10 +305,10 @@ def retrieve(
     advance: Callable[[int], object] = lambda tokens: None,
     announce: Callable[[int, str], object] = lambda length, outcome: None,
 ) -> tuple[list[Cell], dict[int, str]]:
-    """Return the cells, and the lengths that the model or the prompt refuses, with the reason.
+    """Return the cells, and the lengths refused by the model or the prompt, with reasons.
 
     `model` has the interface of a Hugging Face causal language model. `advance` gets the number of
-    tokens of each forward, `announce` each length and its outcome.
+    tokens of a forward pass, and `announce` a length with the outcome.
     """
     cells: list[Cell] = []
     refused: dict[int, str] = {}
@@ -341,17 +341,18 @@ def retrieve(
 def score(
     model: Callable[..., Any], prompts: Sequence[Prompt], device: torch.device | str
 ) -> list[Answer]:
-    """Return rank and log-probability of each token of the answers to prompts of one length.
+    """Return rank and log-probability of the tokens of answers, for prompts of equal length.
 
-    Greedy decoding gives an answer exactly if each of its tokens has rank 1 after those before it,
-    so that one forward with the answer in place tells what decoding token by token would.
+    Greedy decoding gives an answer if and only if every token of the answer has rank 1 after the
+    earlier tokens. Therefore a single forward pass with the answer in place replaces decoding token
+    by token.
     """
     tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts])).to(device)
     kept = max(prompt.answer for prompt in prompts)
     output = model(input_ids=tokens[:, :-1], logits_to_keep=kept, use_cache=False)
     logits = output.logits[:, -kept:].float()
     own = logits.gather(-1, tokens[:, -kept:, None])
-    ranks = logits.shape[-1] - (logits < own).sum(-1)  # of ties, and of NaN, the worst
+    ranks = logits.shape[-1] - (logits < own).sum(-1)  # the worst rank for ties and NaN
     log_probabilities = (own - logits.logsumexp(-1, keepdim=True))[..., 0]
     columns = zip(ranks.cpu().numpy(), log_probabilities.cpu().numpy(), prompts, strict=True)
     return [

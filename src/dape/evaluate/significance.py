@@ -1,4 +1,4 @@
-"""Is one encoding better than another? Paired tests over seeds and over documents."""
+"""Paired tests of the difference between two encodings, over seeds and over documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from jaxtyping import Float, Int
 from dape.errors import UserError
 
 RESAMPLES = 9_999
-FEWEST_DOCUMENTS = 20  # the bootstrap is too sure of itself below about so many
+FEWEST_DOCUMENTS = 20  # with fewer, p-values of the bootstrap are too small
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """A two-sided paired test of `candidate - baseline`; `difference` is the mean, nats a token.
+    """A two-sided paired test of `candidate - baseline`; `difference` is the mean in nats a token.
 
-    `least` is the smallest p-value that the test can give.
+    `least` is the smallest possible p-value.
     """
 
     name: str
@@ -28,9 +28,9 @@ class PairedTest:
 
 
 def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
-    """Return Student's paired t-test of two lists of losses, one a seed, in the same order.
+    """Return Student's paired t-test of two lists of losses, in the same order of seeds.
 
-    Losses, not perplexities: their logarithm scale makes a ratio of perplexities a difference.
+    The test takes losses, because a difference of losses is a ratio of perplexities.
 
     Raises:
         UserError: below two seeds.
@@ -38,7 +38,7 @@ def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTes
     from scipy.stats import ttest_rel
 
     if len(candidate) < 2:
-        raise UserError(f"paired t-test over {len(candidate)} seed: it needs at least 2")
+        raise UserError(f"paired t-test over {len(candidate)} seed: give at least 2")
     return PairedTest(
         name="paired t over seeds (scipy.stats.ttest_rel)",
         pairs=len(candidate),
@@ -55,10 +55,10 @@ def paired_bootstrap(
 ) -> PairedTest:
     """Return the bootstrap over documents of the difference of two mean losses a token.
 
-    Documents are drawn with replacement, each with its loss under both models and its number of
-    scored tokens, which weigh it. With r of the R = 9,999 resamples on the far side of zero,
-    p = min(1, 2 (r + 1) / (R + 1)) (Davison and Hinkley 1997, section 4.2), so that the least is
-    0.0002. Below about 20 documents it is too sure of itself.
+    Documents are drawn with replacement, with the losses under both models, and weighted by the
+    number of scored tokens. With r of the R = 9,999 resamples on the far side of zero,
+    `p = min(1, 2 (r + 1) / (R + 1))` (Davison and Hinkley 1997, section 4.2). The smallest p-value
+    is 0.0002. Below about 20 documents, p-values are too small.
 
     Raises:
         UserError: below two documents.
@@ -66,7 +66,7 @@ def paired_bootstrap(
     from scipy.stats import bootstrap
 
     if len(tokens) < 2:
-        raise UserError(f"bootstrap over {len(tokens)} document: it needs at least 2")
+        raise UserError(f"bootstrap over {len(tokens)} document: give at least 2")
 
     def mean(losses: Any, weights: Any, axis: int = -1) -> Any:
         return np.average(losses, axis=axis, weights=weights)

@@ -1,7 +1,7 @@
-"""The models that are measured, and what every record of a measurement says of them.
+"""The measured models, and their description in every record of a measurement.
 
-A model is the folder of a run, a folder or a hub's name of any causal language model of
-transformers, or a module in memory.
+A model is a run folder, a folder or hub name of any causal language model of transformers, or a
+module in memory.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The model that a measurement is about.
+    """The measured model, as described in records.
 
     Attributes:
-        run: the folder of its results, or the name of a model in memory.
-        scheme: its position scheme, or the architecture of a model that is not ours.
-        train_length: the length trained at, None if the model does not say.
-        seed: of the training; None for a model that no run of ours trained.
-        settings: checksum of the recipe without its seed, equal for runs that differ in nothing
-            else; None for a model that no run of ours trained.
-        parameters: their number.
-        weights: tells the files of one model from those of another; None if there are none.
+        run: the folder of the results, or the name of a model in memory.
+        scheme: the position scheme, or the architecture of a foreign model.
+        train_length: the training length in tokens, None if unknown.
+        seed: seed of the training; None for a model without a run.
+        settings: checksum of the recipe without the seed, equal for runs that differ only in the
+            seed; None for a model without a run.
+        parameters: number of parameters.
+        weights: checksum of names, sizes and times of the model's files; None without files.
     """
 
     run: str
@@ -57,8 +57,8 @@ class Subject:
 class Model:
     """A run of `dape train`, or any causal language model of transformers.
 
-    `folder` is where results go, `source` the folder or the hub's name of the model, `config` its
-    configuration; `recipe` the run's recipe, None without one.
+    Results go to `folder`. `source` is the folder or hub name of the model, `config` the
+    configuration, and `recipe` the recipe of the run, or None.
     """
 
     folder: RunFolder
@@ -69,18 +69,18 @@ class Model:
 
     @property
     def scheme(self) -> str:
-        """Return the position scheme, or the architecture of a model that is not ours."""
+        """Return the position scheme, or the architecture of a foreign model."""
         return getattr(self.config, "scheme", self.config.model_type)
 
     @property
     def train_length(self) -> int | None:
-        """Return the length trained at, or what another model's configuration says of it."""
+        """Return the training length, from the recipe or a foreign model's configuration."""
         names = ("train_length", "max_position_embeddings", "max_seq_len")
         return next((n for name in names if (n := getattr(self.config, name, None))), None)
 
     @property
     def settings(self) -> str | None:
-        """Return a checksum of the recipe without its seed, layout and output."""
+        """Return a checksum of the recipe without seed, layout and output."""
         if self.recipe is None:
             return None
         return _checksum({name: self.recipe.get(name) for name in _LEARNED_BY})
@@ -93,7 +93,7 @@ class Model:
         return files_checksum(Path(self.source))
 
     def subject(self, network: nn.Module) -> Subject:
-        """Return what records say of the model, once it is loaded."""
+        """Return the description of the model for records, after loading."""
         return Subject(
             run=str(self.folder),
             scheme=self.scheme,
@@ -105,30 +105,30 @@ class Model:
         )
 
     def corpus(self, data: str | Path | Corpus | None) -> Corpus:
-        """Return the corpus in `data`, or else the one trained on.
+        """Return the corpus in `data`, by default the training corpus.
 
         Raises:
-            UserError: for a model without a recipe, and for a corpus made by another tokenizer
-                than the model's.
+            UserError: for a model without a recipe, or a corpus prepared with another tokenizer.
         """
         if data is None and self.recipe is None:
-            raise UserError(f"{self.source} has no recipe that names a corpus; give --data")
+            raise UserError(f"{self.source} has no recipe with a corpus; give --data")
         corpus = data if isinstance(data, Corpus) else Corpus(data or self.recipe["data"])  # type: ignore[index]
         if corpus.vocab_size > self.config.vocab_size:
             raise UserError(
                 f"{corpus.folder} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"{self.source} only {self.config.vocab_size}; prepare it with its tokenizer"
+                f"{self.source} only {self.config.vocab_size}; prepare the corpus with "
+                f"the model's tokenizer"
             )
         own = self.tokenizer()
         if own and fingerprint(own) != fingerprint(corpus.tokenizer()):
             raise UserError(
-                f"{corpus.folder} was prepared with another tokenizer than that of {self.source}; "
-                f"prepare it with {self._tokenizer_option()}"
+                f"{corpus.folder} was not prepared with the tokenizer of {self.source}; "
+                f"prepare the corpus with {self._tokenizer_option()}"
             )
         return corpus
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
-        """Return the tokenizer that lies with the model, None if there is no tokenizer.json."""
+        """Return the tokenizer of the model, None without a tokenizer.json."""
         return of_model(self.source)
 
     def _tokenizer_option(self) -> str:
@@ -136,9 +136,9 @@ class Model:
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model for inference on the device, in the precision it was saved in.
+        """Yield the model for inference on the device, in the saved precision.
 
-        A model that stores the values of a formula stores those up to `longest` tokens.
+        A model with a stored table of positions by formula stores `longest` tokens.
         """
         from dape.model.loading import load_causal
 
@@ -148,36 +148,36 @@ class Model:
         yield model.to(device).eval()
 
     def precision(self, device: torch.device) -> str:
-        """Return the precision of products: on a GPU that of the training, else fp32."""
+        """Return the precision of products: as in the training on a GPU, fp32 on a CPU."""
         trained = (self.recipe or {}).get("training", {}).get("precision")
         return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
 
     def check_spread(self) -> None:
-        """Raise a `UserError` for a model that cannot be spread over several devices."""
+        """Raise a `UserError` for a model whose windows several devices cannot share."""
         if self.config.model_type != "dape":
             raise UserError(
-                f"{self.source} is no model of this package: its windows cannot be spread over"
-                " several devices; start one process, without torchrun"
+                f"{self.source} is not a DAPE model, and its windows cannot be spread over"
+                " several devices; start a single process, without torchrun"
             )
 
     def beginning(self) -> int:
-        """Return the token that the model's texts begin with, a `UserError` if there is none."""
+        """Return the model's token for the beginning of a text, a `UserError` without any."""
         found = getattr(self.config, "bos_token_id", None)
         if found is None:
             raise UserError(f"--bos: the configuration of {self.source} has no bos_token_id")
         return int(found)
 
     def refusing(self) -> AbstractContextManager[Any]:
-        """Return the context in which the model refuses what it cannot read.
+        """Return the context in which the model refuses unreadable windows.
 
-        Models of this package refuse it themselves.
+        DAPE models need no context.
         """
         return nullcontext() if self.config.model_type == "dape" else Tables()
 
 
 @dataclass(frozen=True)
 class Finetuned(Model):
-    """A run of `dape retrofit`, which began with the model `base`; it has a recipe."""
+    """A run of `dape retrofit` on the model `base`, with a recipe."""
 
     base: Model | None = None
 
@@ -187,7 +187,7 @@ class Finetuned(Model):
 
     @property
     def scheme(self) -> str:
-        """Return what the model was, and what was mounted in it or done to it."""
+        """Return the scheme of the base, with the mounted adapters or the changes."""
         mounted = "-".join(filter(None, (self._chosen["adapter"], self._chosen["bias"])))
         change = f"+ {mounted}" if self._chosen["adapter"] else "fine-tuned"
         return f"{super().scheme} {change}"
@@ -199,7 +199,7 @@ class Finetuned(Model):
 
     @property
     def settings(self) -> str | None:
-        """Return a checksum of the recipe and of the base's settings, without the seeds of both."""
+        """Return a checksum of the recipe and of the base's settings, without both seeds."""
         learned = {name: self.recipe.get(name) for name in _LEARNED_BY}  # type: ignore[union-attr]
         base = self.base.settings or self.base.source  # type: ignore[union-attr]
         learned["model"] = {**self._chosen, "base": base}
@@ -207,14 +207,14 @@ class Finetuned(Model):
 
     @property
     def weights(self) -> str | None:
-        """Return a checksum that tells of the base's files and of the adapters'."""
+        """Return a checksum of the files of the base and of the adapters."""
         if self._chosen["adapter"] is None:
             return super().weights
         return _checksum([super().weights, files_checksum(self.folder.adapters)])
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model on the device, with the adapters mounted if there are any."""
+        """Yield the model on the device, with the adapters, if any."""
         if self._chosen["adapter"] is None:
             with super().loaded(device, longest) as model:
                 yield model
@@ -230,7 +230,7 @@ class Finetuned(Model):
 
 @dataclass(frozen=True)
 class InMemory(Model):
-    """A model of this package or of transformers that is in memory, where it stays."""
+    """A model of `dape` or of transformers in memory, which stays on its device."""
 
     network: nn.Module = field(default_factory=nn.Module)
     own_tokenizer: "PreTrainedTokenizerFast | None" = None
@@ -241,15 +241,15 @@ class InMemory(Model):
         return None
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
-        """Return the tokenizer that was given with the model, if any."""
+        """Return the tokenizer given with the model, if any."""
         return self.own_tokenizer
 
     def _tokenizer_option(self) -> str:
-        return "--tokenizer FOLDER, where that tokenizer is saved"
+        return "--tokenizer FOLDER, the folder of the tokenizer"
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model where it is, for inference; then it trains or not as before."""
+        """Yield the model in evaluation mode on its device; afterwards restore the mode."""
         training = [module for module in self.network.modules() if module.training]
         try:
             yield self.network.eval()
@@ -259,7 +259,7 @@ class InMemory(Model):
 
 
 def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
-    """Return a checksum of the names, sizes and times of files in a folder, those of a model."""
+    """Return a checksum of the names, sizes and times of a model's files in a folder."""
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])

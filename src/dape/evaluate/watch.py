@@ -1,24 +1,24 @@
-"""How far a measurement is, for whoever wants to know."""
+"""The progress of a measurement, for an observer."""
 
 
 class Watch:
-    """Hears of the progress of a measurement; this one keeps silent."""
+    """A receiver of the progress of a measurement; the base class ignores everything."""
 
     def begin(self, tokens: int) -> None:
-        """Hear how many tokens all models are fed."""
+        """Receive the total number of input tokens, over all models."""
 
     def advance(self, tokens: int) -> None:
-        """Hear how many tokens a forward was fed."""
+        """Receive the number of input tokens of a forward pass."""
 
     def announce(self, name: str, length: int, outcome: str) -> None:
-        """Hear in a few words what came of a model at a length."""
+        """Receive the outcome of a model at a length, in a few words."""
 
     def note(self, text: str) -> None:
-        """Hear of something else that the user should know."""
+        """Receive any other note for the user."""
 
 
 def repeated(run: str) -> str:
-    """Return what a user hears of a run that is given more than once."""
+    """Return the note about a run given more than once."""
     return f"{run} is given more than once, and counted once"
 
 

@@ -1,4 +1,4 @@
-"""Maps of encodings: lines over the distance of two positions, and matrices beside them."""
+"""Maps of encodings: lines over the distance of two positions, and matrices."""
 
 import math
 import textwrap
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DISTANCE = "distance $i - j$ (tokens)"
-STEEP = 30  # larger values are drawn on a logarithmic axis: a softmax cannot tell them apart
+STEEP = 30  # larger values get a logarithmic axis, because a softmax hardly distinguishes them
 HEIGHT, LINES_ASPECT = 2.1, 1.6  # of panels, in inches, and of lines; maps are square
 CAPTION = 18  # characters to an inch
 TICKS = 6  # on an axis of distances, at most
@@ -24,9 +24,9 @@ TICKS = 6  # on an axis of distances, at most
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """Values [y, x] shown as colours; `x` and `y` are the name of an axis and its coordinates.
+    """Values [y, x] shown as colours; `x` and `y` hold name and coordinates of an axis.
 
-    Those of a matrix are masked where j > i, and leave its legend room there. Others are waves.
+    A matrix is masked where j > i, with the legend in the masked corner. Other maps are waves.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of a figure: lines over the distances 0, 1, .., and maps to their right."""
+    """A row of a figure: lines over the distances 0, 1, .., and maps on the right."""
 
     label: str
     lines: dict[str, np.ndarray]
@@ -46,7 +46,7 @@ class Row:
 
 
 def draw(rows: Sequence[Row], title: str, caption: str, mark: int | None = None) -> "Figure":
-    """Draw rows of as many maps each; `mark` is the length of training, a distance to tell."""
+    """Draw rows with equally many maps; `mark` is the training length, marked as a distance."""
     from matplotlib.figure import Figure
 
     count = len(rows[0].maps)
@@ -88,7 +88,7 @@ def _lines(axes: "Axes", row: Row, mark: int | None) -> None:
 
 
 def _heads(axes: "Axes", row: Row) -> dict[str, tuple[float, ...]]:
-    """Return a colour for each line, of a scale that is drawn beside them."""
+    """Return a colour for each line, of a scale drawn beside the lines."""
     import seaborn
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -129,7 +129,7 @@ def _map(axes: "Axes", each: Map, label_y: bool) -> None:
 
 
 def _legend(axes: "Axes", mesh: "QuadMesh", matrix: bool) -> None:
-    """Draw the colours and their ends: within a matrix, or beside the map."""
+    """Draw the scale of colours: within a matrix, or beside the map."""
     low, high = mesh.get_clim()
     place = axes.inset_axes((0.5, 0.93, 0.44, 0.04) if matrix else (1.03, 0, 0.04, 1))
     bar = axes.figure.colorbar(mesh, cax=place, orientation="horizontal" if matrix else "vertical")
@@ -140,7 +140,7 @@ def _legend(axes: "Axes", mesh: "QuadMesh", matrix: bool) -> None:
 
 
 def _short(value: float) -> str:
-    """Return a number with two digits that count."""
+    """Return a number with two significant digits."""
     from matplotlib.ticker import Formatter
 
     return Formatter.fix_minus(f"{float(f'{value:.2g}') + 0:,g}")  # + 0: no minus before zero

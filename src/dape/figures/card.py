@@ -1,4 +1,4 @@
-"""The model card of a run, with its training and its measurements."""
+"""The model card of a run, with training and measurements."""
 
 import json
 import math
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def card(trained: Trained, name: str) -> "ModelCard":
     """Return the card of a model with the name `name`.
 
-    Evaluations in the run folder belong to the finished model, and appear only on its card.
+    Evaluations in the run folder belong to the finished model, and appear only on the finished
+    model's card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -75,7 +76,7 @@ def training(trained: Trained) -> dict[str, str]:
         "checksum of the data": data.get("checksum"),
         "tokens seen": f"{tokens:,} ({trained.step:,} steps of {recipe.batch_size:,} sequences of "
         f"{recipe.length:,})",
-        "parameters": f"{numbers.parameters:,}, of which {numbers.positional:,} for positions",
+        "parameters": f"{numbers.parameters:,}, with {numbers.positional:,} for positions",
         "precision": recipe.precision,
         "training loss of the last step": _shown(last.get("loss"), "{:.4f} nats a token"),
         "validation loss": _shown(last.get("validation_loss"), "{:.4f} nats a token"),
@@ -95,7 +96,7 @@ def _shown(value: Any, form: str) -> str | None:
 
 
 def sources(data: Mapping[str, Any]) -> str | None:
-    """Return the folder of a corpus and, if the folder still exists, its sources."""
+    """Return the folder of a corpus and, if the folder still exists, the sources."""
     if not data:
         return None
     try:
@@ -138,7 +139,7 @@ def perplexities(evaluation: Evaluation) -> Table:
 
 
 def origin(provenance: Mapping[str, Any]) -> str:
-    """Return in a sentence where a measurement was made."""
+    """Return a sentence on device, versions and command of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     commit = f", commit {provenance['commit']}" if provenance["commit"] else ""
     return (
@@ -148,7 +149,7 @@ def origin(provenance: Mapping[str, Any]) -> str:
 
 
 def results(evaluation: Evaluation) -> "Iterator[EvalResult]":
-    """Yield finite perplexities at each length, in the format of the hub's metadata."""
+    """Yield finite perplexities by length, in the format of the hub's metadata."""
     from huggingface_hub import EvalResult
 
     targets = evaluation.targets

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 3  # panels in a row
-SMOOTHED = 10  # lengths that a point of a curve is the mean of
+SMOOTHED = 10  # lengths averaged in a point of a curve
 _Curve = tuple[str, Sequence[Any], Sequence[Any]]  # scheme, x, y
 
 
@@ -47,7 +47,7 @@ def write(benchmark: Benchmark, argv: Sequence[str]) -> list[Path]:
 
 
 def page(grid: Grid, argv: list[str]) -> str:
-    """Return all tables as a page of Markdown, with how the numbers were made."""
+    """Return all tables as a page of Markdown, with the settings behind the numbers."""
     tables = [scores(grid), best(grid), learned(grid), published()]
     parts = [
         "# The Chomsky-hierarchy benchmark",
@@ -58,7 +58,7 @@ def page(grid: Grid, argv: list[str]) -> str:
 
 
 def scores(grid: Grid) -> Table:
-    """Return mean and standard deviation of the scores, beside those without reading."""
+    """Return mean and standard deviation of the scores, beside scores without reading."""
     first = next(iter(grid.cells.values()))[0]
     lengths = f"{first.trained + 1} to {len(first.accuracy)}"
     return _table(
@@ -81,7 +81,7 @@ def best(grid: Grid) -> Table:
 
 
 def learned(grid: Grid) -> Table:
-    """Return how well each model answers at the lengths of training, and its last loss."""
+    """Return the accuracy of each model at the lengths of training, and the last loss."""
     return _table(
         grid,
         "Within the lengths of training: percent right on new examples, and the last training loss",
@@ -110,7 +110,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def published() -> Table:
-    """Return what others measured, and how sure the number is."""
+    """Return published scores, with the reliability of the numbers."""
     rows = [
         [each.task, each.source, each.model, f"{each.score:.1f}", each.certainty]
         for each in PUBLISHED
@@ -119,7 +119,7 @@ def published() -> Table:
 
 
 def made(grid: Grid) -> str:
-    """Return how the numbers were made: settings, cost, devices, commits and versions."""
+    """Return settings, cost, devices, commits and versions of the numbers."""
     cells = [each for found in grid.cells.values() for each in found]
     first = cells[0]
     training, model = first.settings["training"], first.settings["model"]
@@ -142,7 +142,7 @@ def made(grid: Grid) -> str:
 def heat_map(grid: Grid) -> "Figure":
     """Draw the mean scores, tasks by schemes.
 
-    The colour is the part of what a blind predictor leaves to gain: 0 at its score, 1 at 100.
+    The colour is the gain over a blind predictor: 0 at the predictor's score, 1 at 100.
     """
     import seaborn
     from matplotlib.figure import Figure
@@ -171,7 +171,7 @@ def heat_map(grid: Grid) -> "Figure":
 
 
 def over_length(grid: Grid) -> "Figure":
-    """Draw accuracy against length, a panel for each task, with the lengths of training shaded.
+    """Draw accuracy against length, a panel per task, with the lengths of training shaded.
 
     A point is the mean over ten lengths and the seeds. Grey lines are the scores without reading,
     dotted for the constant answer.
@@ -180,7 +180,7 @@ def over_length(grid: Grid) -> "Figure":
 
 
 def over_training(grid: Grid) -> "Figure":
-    """Draw the training loss against steps, a panel for each task, the mean over seeds."""
+    """Draw the training loss against steps, a panel per task, the mean over seeds."""
     return _panels(grid, "steps", "training loss (nats a symbol)", _training_panel)
 
 
@@ -232,7 +232,7 @@ def _panels(grid: Grid, x: str, y: str, draw: Callable[["Axes", Grid, str], None
 
 
 def _lines(axes: "Axes", grid: Grid, curves: Sequence[_Curve]) -> None:
-    """Draw a line for each scheme, the mean of its curves."""
+    """Draw a line per scheme, the mean of the curves."""
     import seaborn
 
     points = [(label, x, y) for label, xs, ys in curves for x, y in zip(xs, ys, strict=True)]
@@ -251,7 +251,7 @@ def _cells(grid: Grid, task: str) -> list[Cell]:
 
 
 def _smoothed(accuracy: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return the middles of runs of lengths, and the mean accuracy over each."""
+    """Return the middles of groups of lengths, and the mean accuracy of each group."""
     starts = range(0, len(accuracy), SMOOTHED)
     parts = [accuracy[start : start + SMOOTHED] for start in starts]
     middles = [start + (len(part) + 1) / 2 for start, part in zip(starts, parts, strict=True)]

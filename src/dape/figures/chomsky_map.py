@@ -16,7 +16,7 @@ PANEL = (2.5, 1.5)  # inches
 
 
 def draw(made: Map) -> "Figure":
-    """Draw A, B, f(A, B) and the weights over the tokens: a row for each layer, a line a head.
+    """Draw A, B, f(A, B) and the weights over the tokens: a row per layer, a line per head.
 
     Placeholders are shaded; the dotted line is the query.
     """
@@ -45,7 +45,7 @@ def draw(made: Map) -> "Figure":
 
 
 def title(made: Map) -> str:
-    """Return which model reads what."""
+    """Return a title with model and input."""
     return f"{made.task}, {made.scheme}, seed {made.seed}: {made.length} symbols"
 
 
@@ -60,7 +60,7 @@ def _panels(layer: Layer) -> dict[str, list[list[float]]]:
 
 
 def table(made: Map) -> Table:
-    """Return how much A, B and f vary over the input in each layer, and what f follows."""
+    """Return the variation of A, B and f over the input by layer, and the correlations of f."""
     rows = [
         [
             str(number),

@@ -1,4 +1,4 @@
-"""The use of the context: gains by where a token occurred last, as a figure and as tables."""
+"""The use of the context: gains by the last occurrence of tokens, as a figure and tables."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (4.0, 2.7)  # inches
-Styles = Mapping[str, Mapping[str, Any]]  # as `looks` returns them
-SPREAD = 0.5  # of the distance between two bins, over which their marks are spread
+Styles = Mapping[str, Mapping[str, Any]]  # the result of `looks`
+SPREAD = 0.5  # fraction of the distance between two bins to spread marks over
 
 
 def tables(records: Sequence[ContextUse]) -> list[Table]:
-    """Return the gains of longer windows, and of adapters where there are pairs, by bin."""
+    """Return the gains of longer windows, and of adapters with a baseline, by bin."""
     check_comparable(records)
     found = []
     for name, contrasts in _comparisons(records).items():
@@ -47,7 +47,7 @@ def _comparisons(records: Sequence[ContextUse]) -> dict[str, dict[str, list[Cont
 
 
 def _bins(lengths: Sequence[int]) -> list[str]:
-    """Return the name of each bin: where the last occurrence of a token lies."""
+    """Return the names of the bins, by the place of a token's last occurrence."""
     between = [f"{shorter:,} to {longer:,}" for shorter, longer in pairwise(lengths)]
     return [f"within {lengths[0]:,}", *between, "nowhere"]
 
@@ -74,7 +74,7 @@ def _table(
 
 
 def _cell(gain: Gain) -> str:
-    """Return a gain and its interval, as `+0.123 [+0.100, +0.150]`."""
+    """Return a gain with interval, as `+0.123 [+0.100, +0.150]`."""
     if gain.mean is None:
         return NOTHING
     interval = "" if gain.low is None else f" [{gain.low:+.3f}, {gain.high:+.3f}]"
@@ -82,7 +82,7 @@ def _cell(gain: Gain) -> str:
 
 
 def draw(records: Sequence[ContextUse]) -> "Figure":
-    """Draw the losses by position, and the gains by bin with their intervals."""
+    """Draw the losses by position, and the gains by bin with intervals."""
     from matplotlib.figure import Figure
 
     check_comparable(records)
@@ -108,7 +108,7 @@ def draw(records: Sequence[ContextUse]) -> "Figure":
 
 
 def _positions(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> None:
-    """Draw the loss against the tokens before the predicted one, in the longest window."""
+    """Draw the loss against the number of earlier tokens, in the longest window."""
     for label, members in gather(records).items():
         means = np.mean([[loss for *_, loss in each.positions] for each in members], axis=0)
         dashes = styles["dashes"][label] or (None, None)
@@ -122,7 +122,7 @@ def _positions(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> N
 
 
 def _adapters(axes: "Axes", records: Sequence[ContextUse], styles: Styles) -> None:
-    """Draw the gain of each adapter over all scored tokens, against the length of the window."""
+    """Draw the gain of adapters over all scored tokens, against the length of the window."""
     lengths = records[0].lengths
     columns = [by_adapter(records, "token", length) for length in lengths]
     for offset, contrasts in zip(
@@ -145,7 +145,7 @@ def _gains(
     contrasts: Sequence[Contrast],
     styles: Styles,
 ) -> None:
-    """Draw the gains of each contrast, bin by bin, with the number of tokens in each."""
+    """Draw the gains of contrasts by bin, with the number of tokens."""
     for offset, each in zip(_offsets(len(contrasts)), contrasts, strict=True):
         _marks(axes, np.arange(len(each.gains)) + offset, each.gains, each, styles)
     names = [*(f"{length:,}" for length in lengths), "none"]
@@ -158,14 +158,14 @@ def _gains(
 
 
 def _offsets(count: int) -> np.ndarray:
-    """Return by how far each of so many marks is moved from the middle of its bin."""
+    """Return the shifts of `number` marks from the middle of a bin."""
     return SPREAD * ((np.arange(count) + 0.5) / count - 0.5)
 
 
 def _marks(
     axes: "Axes", x: np.ndarray, gains: Sequence[Gain], contrast: Contrast, styles: Styles
 ) -> None:
-    """Draw gains as points with their intervals, in the looks of the scheme that gains."""
+    """Draw gains as points with intervals, in the looks of the scheme."""
     means, low, high = np.array([[g.mean, g.low, g.high] for g in gains], dtype=float).T
     style = _style(styles, contrast.label)
     axes.vlines(x, low, high, colors=style["color"], linewidth=1.3)

@@ -1,4 +1,4 @@
-"""Time and memory of whole models, as `dape bench model` measured them, as tables."""
+"""Time and memory of whole models, measured by `dape bench model`, as tables."""
 
 from dape.bench.case import DIRECTIONS
 from dape.bench.model import LOGITS, Cost, Costs
@@ -6,11 +6,11 @@ from dape.figures.speed import digits, milliseconds
 from dape.figures.tables import NOTHING, Table
 
 GIB = 2**30
-YARDSTICK = "nope"  # the scheme that ratios are to, if it was measured
+YARDSTICK = "nope"  # the divisor of ratios, if measured
 
 
 def page(costs: Costs) -> str:
-    """Return all tables in Markdown, with their explanation and origin."""
+    """Return all tables in Markdown, with explanation and origin."""
     made = costs.provenance
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     origin = (
@@ -22,7 +22,7 @@ def page(costs: Costs) -> str:
 
 
 def explanation(costs: Costs) -> str:
-    """Return how the numbers were measured."""
+    """Return the explanation of the numbers."""
     return (
         f"Batch {costs.batch}, random weights. forward: bfloat16 weights, logits of the last "
         f"{LOGITS} tokens. forward + backward: float32 weights under bfloat16 autocast, the "
@@ -33,7 +33,7 @@ def explanation(costs: Costs) -> str:
 
 
 def tables(costs: Costs) -> list[Table]:
-    """Return a table of milliseconds and one of memory for each size and direction."""
+    """Return tables of milliseconds and of memory, by size and direction."""
     sizes = dict.fromkeys(cost.size for cost in costs.costs)
     found = []
     for size in sizes:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LABEL = 32  # characters in a line of a label
 MARGIN = 0.05  # below the lowest point, of the height of a figure with a top
-LOG_RATIO = 4  # beyond this ratio of the largest value to the least the y axis is logarithmic
+LOG_RATIO = 4  # least ratio of largest and smallest value for a logarithmic y axis
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ class Point:
 def over_length(
     groups: Sequence[Group], metric: str = "perplexity", top: float | None = None
 ) -> "Figure":
-    """Draw a metric against the window length: the mean over seeds, a band of one deviation.
+    """Draw a metric against the window length: mean over seeds, and a shaded standard deviation.
 
     The legend lists lines from the highest to the lowest at the longest length, and shorter lines
-    last. Values that are not finite and refused lengths are left out. Lines leave the figure at the
+    last. Refused lengths and values that are not finite are left out. Lines leave the figure at the
     value `top`.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
@@ -60,10 +60,10 @@ def over_length(
 
 
 def over_context(groups: Sequence[Group]) -> "Figure":
-    """Draw the mean loss of a token against the number of earlier tokens in its window.
+    """Draw the mean loss of a token against the number of earlier tokens in the window.
 
-    Each bin of contexts comes from the longest window that scores the bin. Under `non_overlapping`
-    the curve covers the longest window. Under `last` and `sliding` the curve joins the ends of all
+    A bin of contexts comes from the longest window that scores the bin. Under `non_overlapping` the
+    curve covers the longest window. Under `last` and `sliding` the curve joins the ends of all
     windows.
     """
     points = []
@@ -92,7 +92,7 @@ def over_context(groups: Sequence[Group]) -> "Figure":
 def over_training(
     groups: Sequence[Group], histories: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> "Figure":
-    """Draw the training loss against the tokens seen; `histories` holds the metrics of each run."""
+    """Draw the training loss against the tokens seen; `histories` holds the metrics by run."""
     from matplotlib.ticker import EngFormatter
 
     points = [

@@ -36,9 +36,9 @@ def draw(name: str, view: View) -> "Figure":
 
     | place | drawn |
     |---|---|
-    | bias | B of each head |
+    | bias | B by head |
     | bias under `dape-bias` | also B + f(B), because no score enters f |
-    | rotation | the score of q = k = ones / sqrt(d), and the score of each pair of dimensions |
+    | rotation | the score of q = k = (1, .., 1) / sqrt(d), in total and by pair of dimensions |
     | embedding | the cosine between the embeddings of two positions, and the embeddings |
     | Transformer-XL's terms | the terms at q = k = 0, v . W r(i - j) / sqrt(d) |
 
@@ -75,10 +75,10 @@ def _rows(name: str, modules: Modules, view: View) -> list[Row]:
         return [_embedding_row(base, embedding, view)]
     if isinstance(adapter, TransformerXL):
         return [_bias_row(r"$v \cdot W r(i - j) / \sqrt{d}$", _without_data(adapter), view)]
-    reason = "nothing in it depends on position"
+    reason = "no place depends on position"
     if adapter is not None:
-        reason = "its adapter depends on the scores alone"
-    raise UserError(f"there is nothing to draw of {name!r} without data: {reason}")
+        reason = "the adapter depends on the scores alone"
+    raise UserError(f"{name!r} cannot be drawn without data: {reason}")
 
 
 def _sees_bias_alone(adapter: nn.Module | None) -> bool:
@@ -127,7 +127,7 @@ def _without_data(adapter: TransformerXL) -> Values:
 
 
 def _rotation_row(name: str, rotation: RoPE, view: View) -> Row:
-    """Return the scores of vectors of ones: the cosine of the angle for each turned pair."""
+    """Return the scores of vectors (1, .., 1): the cosine of the angle for each turned pair."""
     every, some = torch.arange(view.length), _sample(view.length)
     lines = {}
     if name != "rope":
@@ -152,7 +152,7 @@ def _rotation_row(name: str, rotation: RoPE, view: View) -> Row:
 
 
 def _products(rotation: RoPE, view: View, positions: Tensor) -> Tensor:
-    """Return the part of each dimension in the scores of the last query: [distance, head_dim]."""
+    """Return the terms of the dimensions in the scores of the last query, [distance, head_dim]."""
     query, key = _turned(rotation, view, positions)
     return (query[-1] * key).flip(0)
 
@@ -185,12 +185,12 @@ def _embedding_row(name: str, embedding: nn.Module, view: View) -> Row:
 
 
 def _sample(length: int) -> Tensor:
-    """Return positions from the first to the last, all or as many as a panel can show."""
+    """Return positions from the first to the last, at most as many as a panel has pixels."""
     return torch.linspace(0, length - 1, min(length, RESOLUTION)).round().long()
 
 
 def _matrix(title: str, values: Tensor, positions: Tensor) -> Map:
-    """Return a map of the visible keys of each query."""
+    """Return a map of the visible keys by query."""
     hidden = positions[None, :] > positions[:, None]
     axis = positions.numpy()
     masked = np.ma.masked_array(values.numpy(), hidden.numpy())
@@ -214,18 +214,18 @@ def _caption(scheme: Scheme, modules: Modules, view: View) -> str:
     drawn, options = modules[place], getattr(scheme, place).options
     notes = [(inspect.getdoc(drawn) or "").partition("\n")[0].replace("`", "")]
     if options:
-        notes.append(f"Here {', '.join(f'{name} = {value}' for name, value in options.items())}.")
+        notes.append(f"With {', '.join(f'{name} = {value}' for name, value in options.items())}.")
     if place != "adapter" and not drawn.relative:
-        notes.append("Lines are of the last query.")
+        notes.append("Lines show the last query.")
     if place == "rotation":
-        notes.append("What a model learns is how much each pair weighs.")
+        notes.append("A model learns the weights of the pairs.")
     if place == "adapter":
-        notes.append("The part of it that is left at q = k = 0.")
+        notes.append("Only the terms at q = k = 0 are drawn.")
     elif _sees_bias_alone(modules["adapter"]):
-        notes.append("Below it what f, which sees B alone, makes of it.")
+        notes.append("Below: B + f(B), because f sees B alone.")
     elif modules["adapter"] is not None:
-        notes.append(f"What {split(scheme.name)[0]} adds depends on the scores: it is not drawn.")
+        notes.append(f"The adapter {split(scheme.name)[0]} depends on the scores and is not drawn.")
     if [*drawn.parameters()] or _sees_bias_alone(modules["adapter"]):
-        notes.append(f"Learnable parameters are as they start, with seed {view.seed}.")
-    notes.append(f"Reads past its training length: {scheme.extrapolates}.")
+        notes.append(f"Learnable parameters are drawn before training, with seed {view.seed}.")
+    notes.append(f"Reads past the training length: {scheme.extrapolates}.")
     return " ".join(notes)

@@ -1,7 +1,7 @@
-"""The explorer: one HTML page of encodings with sliders, and of what a model does with a text.
+"""The explorer: an HTML page of encodings with sliders, and of a model on a text.
 
-The page has every formula of a bias once more, in JavaScript (`explorer/formulas.js`). Parameters
-at their start, and those of a model, come from the modules of this package.
+The page repeats the formulas of biases in JavaScript (`explorer/formulas.js`). Initial parameters,
+and parameters of a model, come from the modules of `dape`.
 """
 
 import base64
@@ -22,11 +22,11 @@ from dape.positions.bias import FIRE, T5, ALiBi, Bias, Kerple, KerplePower, NoBi
 from dape.positions.scheme import BASES
 
 Parameters = dict[str, Any]
-SCRIPTS = ("formulas.js", "draw.js", "encodings.js", "model.js")  # in the order of their use
+SCRIPTS = ("formulas.js", "draw.js", "encodings.js", "model.js")  # in the order of use
 
 
 class Slider(NamedTuple):
-    """A parameter on the page, from `low` to `high`; one with `log` moves by factors."""
+    """A slider for a parameter, from `low` to `high`, on a logarithmic scale with `log`."""
 
     name: str
     low: float
@@ -36,7 +36,7 @@ class Slider(NamedTuple):
 
 
 class Port(NamedTuple):
-    """What the page needs of a bias: its sliders, and the parameters of one head of a module."""
+    """A bias on the page: sliders, and the parameters of a head of a module."""
 
     sliders: tuple[Slider, ...]
     parameters: Callable[[Any, int], Parameters]
@@ -87,9 +87,9 @@ PORTS: dict[type[Bias], Port] = {
 
 
 def parameters(bias: nn.Module) -> list[Parameters] | None:
-    """Return the parameters of each head in float64, None for a bias that the page does not know.
+    """Return the parameters by head in float64, None for a bias unknown to the page.
 
-    A bias with a class of its own, such as that of a user, is one.
+    A bias of a user's class is unknown.
     """
     port = PORTS.get(type(bias))  # type: ignore[arg-type]
     if port is None:
@@ -99,9 +99,9 @@ def parameters(bias: nn.Module) -> list[Parameters] | None:
 
 
 def page(view: View, passage: Passage | None = None, origin: Mapping[str, str] = {}) -> str:
-    """Return the page: encodings for the model of `view`, and what a model made of a passage.
+    """Return the page: encodings for the model of `view`, and a model's computation on a passage.
 
-    `origin` says at the foot of the page where its numbers come from.
+    `origin` is the provenance at the foot of the page.
     """
     from jinja2 import Environment
 
@@ -123,7 +123,7 @@ def page(view: View, passage: Passage | None = None, origin: Mapping[str, str] =
 
 
 def _encodings(view: View, passage: Passage | None) -> list[dict[str, Any]]:
-    """Return every bias that the page knows: its formula, its sliders, its parameters."""
+    """Return all biases of the page, with formula, sliders and parameters."""
     found = []
     for name, kind in _known().items():
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -144,7 +144,7 @@ def _encodings(view: View, passage: Passage | None) -> list[dict[str, Any]]:
 
 
 def _known() -> dict[str, type[Bias]]:
-    """Return the classes of biases by the names of their schemes."""
+    """Return the classes of biases by scheme name."""
     kinds = {name: base.bias.module for name, base in BASES.items() if base.bias is not None}
     return {"nope": NoBias, **{name: kind for name, kind in kinds.items() if kind in PORTS}}
 
@@ -155,7 +155,7 @@ def _built(name: str, kind: type[Bias], view: View) -> nn.Module:
 
 
 def _trained(kind: type[Bias], passage: Passage | None) -> list[dict[str, Any]]:
-    """Return the parameters of each layer of a model that has this bias."""
+    """Return the parameters of the layers with this bias."""
     return [
         {"label": f"layer {each.layer} of the model", "heads": parameters(each.module)}
         for each in (passage.layers if passage else ())

@@ -7,14 +7,14 @@ from dape.figures.tables import NOTHING, Table
 
 
 def table(results: Sequence[Harnessed]) -> Table:
-    """Return the metrics of each run and task by the most tokens that a request keeps."""
+    """Return the metrics of runs and tasks by the largest number of tokens in a request."""
     lengths = sorted({each.max_length for each in results})
     cells: dict[tuple[str, str, str], dict[int, str]] = {}
     for each in results:
         for score in each.scores:
             row = cells.setdefault((each.subject.run, each.task, score.metric), {})
             row[each.max_length] = cell(score)
-    notes = ["Columns: a request keeps its last so many tokens (max_length)."]
+    notes = ["Columns: number of last tokens kept of a request (max_length)."]
     notes += [
         f"{each.subject.run}, {each.task} at {each.max_length:,}: lm-eval cut {each.cut:,} "
         "requests."
@@ -38,6 +38,6 @@ def table(results: Sequence[Harnessed]) -> Table:
 
 
 def cell(score: Score) -> str:
-    """Return a metric with its standard error, if it has one."""
+    """Return a metric, with the standard error if known."""
     error = "" if score.error is None else f" ± {score.error:.2g}"
     return f"{score.value:.4g}{error}"

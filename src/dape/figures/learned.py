@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PANEL = (3.1, 2.0)  # inches
-# The scale of colours of each kind of head.
+# Scales of colours by kind of head.
 SCALES = {"local": "crest", "even": "Greys", "anti-local": "OrRd"}
-POINTS = 64  # of a line of scores, at most: they are noisy
+POINTS = 64  # most points of a line of scores, because scores are noisy
 
 
 def draw(record: Learned) -> "Figure":
-    """Draw A, B and f(A, B) against the position of the key: a row for each layer, a line a head.
+    """Draw A, B and f(A, B) against the position of the key: a row per layer, a line per head.
 
-    Each line is the mean over spans of neighbouring keys.
+    Lines are means over spans of neighbouring keys.
     """
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def draw(record: Learned) -> "Figure":
 
 
 def _panels(layer: Layer) -> dict[str, np.ndarray]:
-    """Return the lines of each panel of a layer by its title, each [heads, spans]."""
+    """Return the lines [heads, spans] of a layer's panels, by title."""
     change = "f(A, B)" if layer.residual else "f(A, B), instead of B"
     return {
         "scores A": np.array(layer.scores),
@@ -62,7 +62,7 @@ def _panels(layer: Layer) -> dict[str, np.ndarray]:
 
 
 def _coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of keys and the lines to draw, those of noisy ones at most `POINTS`."""
+    """Return positions of keys and lines to draw, with at most `POINTS` points for noisy lines."""
     edges, spans = np.array(record.spans), values.shape[1]
     step = -(-spans // POINTS) if noisy else 1
     first = np.arange(0, spans, step)
@@ -72,12 +72,12 @@ def _coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarr
 
 
 def _title(record: Learned) -> str:
-    """Return which row of which model is drawn."""
+    """Return a title with model and query."""
     return f"{record.subject.scheme}, query {record.query + 1:,} of document {record.document}"
 
 
 def note(record: Learned) -> str:
-    """Return how the lines are to be read."""
+    """Return the explanation of the lines."""
     keys = record.query + 1
     widths = (keys / min(keys, POINTS), keys / (len(record.spans) - 1))
     mean = "; lines are means over neighbouring keys, {:.0f} of A and {:.0f} of B and f"
@@ -97,7 +97,7 @@ def _lines(axes: "Axes", keys: np.ndarray, values: np.ndarray, heads: Sequence[H
 
 
 def _colours(heads: Sequence[Head]) -> list[tuple[float, ...]]:
-    """Return a colour for each head: a scale for each kind, a shade for each head."""
+    """Return a colour per head: a scale per kind, a shade per head."""
     import seaborn
 
     counts = Counter(head.kind for head in heads)
@@ -109,7 +109,7 @@ def _colours(heads: Sequence[Head]) -> list[tuple[float, ...]]:
 
 
 def _legend(axes: "Axes", heads: Sequence[Head]) -> None:
-    """Name the heads of each kind, in the darkest of its colours."""
+    """Name the heads by kind, in the darkest colour of the kind."""
     import seaborn
 
     words = [(kind, [str(head.head) for head in heads if head.kind == kind]) for kind in SCALES]
@@ -127,7 +127,7 @@ def _legend(axes: "Axes", heads: Sequence[Head]) -> None:
 
 
 def table(record: Learned) -> Table:
-    """Return the numbers of each head."""
+    """Return the numbers by head."""
     keys_far = 1 - record.far / (record.query + 1)
     rows = [
         [
@@ -162,5 +162,5 @@ def _percent(fraction: float | None) -> str:
 
 
 def _signed(value: float | None) -> str:
-    """Return a correlation with its sign."""
+    """Return a correlation with a sign."""
     return NOTHING if value is None else f"{value:+.2f}"

@@ -1,4 +1,4 @@
-"""A report on evaluated runs: an HTML file that needs no network, or Markdown without figures."""
+"""A report on evaluated runs: an HTML file without network use, or Markdown without figures."""
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure as SVG in base64, and what it shows."""
+    """A figure as SVG in base64, with a caption."""
 
     caption: str
     data: str
@@ -31,9 +31,9 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A report on groups of runs; `command` is the one that makes it.
+    """A report on groups of runs; `command` is the command behind the report.
 
-    What run folders tell of training is there for those that are still where they were.
+    Only runs whose folder still exists show their training.
     """
 
     groups: Sequence[Group]
@@ -55,7 +55,7 @@ class Report:
         return [each.subject.run for each in self.evaluations]
 
     def content(self) -> dict[str, Any]:
-        """Return the parts of the report that both formats have, in their order."""
+        """Return the parts of the report common to both formats, in order."""
         comparisons = compare(self.groups)
         records = {run: RunFolder(Path(run)).read_record() for run in self._runs}
         return {
@@ -68,7 +68,7 @@ class Report:
         }
 
     def recipes(self) -> dict[str, str]:
-        """Return the recipe of each group by its label, as its first run has it."""
+        """Return the recipe of each group's first run, by label."""
         files = {
             group.label: RunFolder(Path(group.evaluations[0].subject.run)).recipe
             for group in self.groups
@@ -76,7 +76,7 @@ class Report:
         return {label: read_text(file) for label, file in files.items() if file.is_file()}
 
     def html(self) -> str:
-        """Return one HTML page with the figures and recipes in it."""
+        """Return an HTML page that contains figures and recipes."""
         from jinja2 import Environment
 
         environment = Environment(
@@ -107,12 +107,12 @@ class Report:
 
 
 def _printable(value: object) -> object:
-    """Return what a page shows of a value: no text of others with control characters."""
+    """Return a value for a page, without control characters in foreign text."""
     return printable(value) if type(value) is str else value
 
 
 def findings(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list[str]:
-    """Return what the tests say at the longest length, a sentence for each pair of groups."""
+    """Return the results of the tests at the longest length, a sentence per pair of groups."""
     by_label = {group.label: group for group in groups}
     longest = max(groups[0].evaluations[0].lengths)
     return [
@@ -139,16 +139,16 @@ def finding(comparison: Comparison, candidate: Group, baseline: Group) -> str:
     ]
     return (
         f"At {length:,} tokens{times}, the perplexity of {candidate.label} is {ours}, "
-        f"that of {baseline.label} {theirs} ({', '.join(sure)})."
+        f"and of {baseline.label} {theirs} ({', '.join(sure)})."
     )
 
 
 def drawings(
     groups: Sequence[Group], metric: str, histories: Mapping[str, list[dict[str, Any]]]
 ) -> dict[str, Drawing]:
-    """Return the figures: over length, over context and, where there are histories, training."""
+    """Return the figures: over length, over context and, with histories, training."""
     several = any(len(group.evaluations) > 1 for group in groups)
-    band = " Bands: one standard deviation over seeds." if several else ""
+    band = " Shaded: one standard deviation over seeds." if several else ""
     drawn = {
         "length": Drawing(
             f"{METRICS[metric].capitalize()} against the length of the window."
@@ -156,8 +156,8 @@ def drawings(
             embedded(curves.over_length(groups, metric)),
         ),
         "context": Drawing(
-            "Mean loss of a scored token against the tokens of context it had. Other contexts are"
-            f" those of other tokens: what all lines share is the text.{band}",
+            "Mean loss of a scored token against the number of tokens of context. Bins of context"
+            f" score different tokens, and all lines share the text.{band}",
             embedded(curves.over_context(groups)),
         ),
     }
@@ -179,7 +179,7 @@ def embedded(figure: "Figure") -> str:
 def runs_table(
     evaluations: Sequence[Evaluation], records: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    """Return what each run is, and what it took to train it."""
+    """Return a table of the runs and the cost of their training."""
     rows = []
     for each in evaluations:
         subject = each.subject
@@ -201,7 +201,7 @@ def runs_table(
 
 
 def origin(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """Return where the numbers come from."""
+    """Return the provenance of the numbers."""
     made = [each.provenance for each in evaluations]
     targets = [each.targets for each in evaluations]
     versions = (", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in made)
@@ -222,7 +222,7 @@ def origin(evaluations: Sequence[Evaluation]) -> dict[str, str]:
 def commands(
     evaluations: Iterable[Evaluation], records: Mapping[str, Mapping[str, Any]], last: str
 ) -> list[str]:
-    """Return the commands that trained, evaluated and reported, each once."""
+    """Return the commands for training, evaluation and report, without repetition."""
     trained = [record["command"] for record in records.values() if "command" in record]
     return list(
         dict.fromkeys([*trained, *(each.provenance["command"] for each in evaluations), last])

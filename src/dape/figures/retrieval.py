@@ -26,7 +26,7 @@ REFUSED = "#d9d9d9"
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How a metric is named, written and coloured; where an end is None the values decide."""
+    """Name, format and colours of a metric; the values decide an end that is None."""
 
     name: str
     form: str
@@ -36,11 +36,11 @@ class Scale:
 
     @property
     def colours(self) -> str:
-        """Return the map whose bright end is the better one; it needs no red from green."""
+        """Return the colour map with better values bright, safe for the colour-blind."""
         return "viridis" if self.better == "high" else "viridis_r"
 
     def norm(self, panels: Iterable[Float[np.ndarray, "depths lengths"]]) -> "Normalize":
-        """Return which values the colours stand for; ranks are apart by their ratio."""
+        """Return the scale of colours, logarithmic for ranks."""
         from matplotlib.colors import LogNorm, Normalize
 
         values = np.concatenate([panel.ravel() for panel in panels])
@@ -59,7 +59,7 @@ SCALES = {
 
 
 def table(records: Sequence[Retrieval], metric: str = "exact") -> Table:
-    """Return the metric of each label at each depth and length, the mean over its runs."""
+    """Return the mean metric over runs, by label, depth and length."""
     first, form = check(records), SCALES[metric].form
     rows, notes = [], [describe(first)]
     for label, members in gather(records).items():
@@ -80,9 +80,9 @@ def table(records: Sequence[Retrieval], metric: str = "exact") -> Table:
 
 
 def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
-    """Draw the metric over length and depth, a panel for each label, all in the same colours.
+    """Draw the metric over length and depth, a panel per label, with a common scale of colours.
 
-    A length that a model refused is grey.
+    A refused length is grey.
     """
     from matplotlib.figure import Figure
 
@@ -115,14 +115,14 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
 
 
 def check(records: Sequence[Retrieval]) -> Retrieval:
-    """Return the first record; raise a `UserError` unless all were asked the same."""
+    """Return the first record; raise a `UserError` for records of different prompts."""
     asked = [(each.task, each.data, each.plan) for each in records]
     for other, words in zip(records[1:], asked[1:], strict=True):
         if words != asked[0]:
             raise UserError(
-                f"{other.subject.run} and {records[0].subject.run} were not asked the same (task, "
-                "corpus, lengths, depths, trials and seed); run `dape eval retrieval` on all of "
-                "them together"
+                f"{other.subject.run} and {records[0].subject.run} had different prompts (task, "
+                "corpus, lengths, depths, trials or seed); run `dape eval retrieval` on all "
+                "models together"
             )
     return records[0]
 
@@ -133,7 +133,7 @@ def mean(members: Sequence[Retrieval], metric: str) -> Float[np.ndarray, "depths
 
 
 def describe(record: Retrieval) -> str:
-    """Return in a sentence what was asked."""
+    """Return a sentence on the prompts."""
     digits, trials = TASKS[record.task].digits, record.plan.trials
     around = "text of the corpus" if record.data else "five sentences, over and over"
     return (
@@ -153,7 +153,7 @@ def _panel(
     seaborn.heatmap(
         values,
         norm=norm,
-        vmin=norm.vmin,  # or seaborn looks for them, in vain where all is refused
+        vmin=norm.vmin,  # or seaborn computes limits, and fails if every length is refused
         vmax=norm.vmax,
         cmap=scale.colours,
         annot=True,

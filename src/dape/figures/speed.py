@@ -1,4 +1,4 @@
-"""Speed and memory of attention, as `dape bench attention` measured them: tables and a figure."""
+"""Speed and memory of attention, measured by `dape bench attention`: tables and a figure."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ SHORT = {NOT_SERVED: NOTHING, OUT_OF_MEMORY: "OOM", FAILED: "failed"}
 
 
 def page(results: Results, figure: str) -> str:
-    """Return the tables in Markdown, with a figure's file and what made the numbers."""
+    """Return the tables in Markdown, with the figure and the origin of the numbers."""
     made = results.provenance
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     origin = (
@@ -31,7 +31,7 @@ def page(results: Results, figure: str) -> str:
 
 
 def explanation(results: Results) -> str:
-    """Return what the columns are."""
+    """Return the explanation of the columns."""
     plain = ", ".join(name for name in results.methods if METHODS[name].plain)
     return (
         "Milliseconds of a call, the median, and their ratio to those of PyTorch's attention "
@@ -43,12 +43,12 @@ def explanation(results: Results) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    """Return a table for each length."""
+    """Return a table per length."""
     return [table(results, length) for length in results.lengths]
 
 
 def table(results: Results, length: int) -> Table:
-    """Return a row for each method: milliseconds, ratios to the yardstick, and peaks."""
+    """Return a row per method: milliseconds, ratios to the yardstick, and peaks."""
     rows = []
     for method in results.methods:
         pair = [results.entry(method, length, direction) for direction in DIRECTIONS]
@@ -72,7 +72,7 @@ def table(results: Results, length: int) -> Table:
 
 
 def milliseconds(entry: Entry | None) -> str:
-    """Return the median, or in a word why there is none."""
+    """Return the median, or a word for the reason of a missing median."""
     if entry is None:
         return ""
     if entry.missing is not None:
@@ -81,7 +81,7 @@ def milliseconds(entry: Entry | None) -> str:
 
 
 def ratio(entry: Entry | None, base: Entry | None) -> str:
-    """Return the median over that of the yardstick."""
+    """Return the ratio of the median to the yardstick's."""
     if entry is None or base is None or not entry.milliseconds or not base.milliseconds:
         return NOTHING
     return digits(entry.milliseconds / base.milliseconds)
@@ -95,24 +95,24 @@ def peak(entry: Entry | None) -> str:
 
 
 def digits(value: float) -> str:
-    """Return three digits of a number, or all before the point."""
+    """Return a number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def checked(results: Results, length: int) -> str:
-    """Return in a sentence on what the methods were checked."""
+    """Return a sentence on the size of the checks."""
     check = next(check for check in results.checks if check.length == length)
     return f"Checked on {check.batch:,} x {check.checked:,} tokens."
 
 
 def clocks(results: Results, length: int) -> list[str]:
-    """Return for each clock in a sentence what it timed."""
+    """Return a sentence per clock, with the timed methods."""
     timed = [(entry.clock, entry) for entry in results.entries if entry.length == length]
     return [f"By {clock}: {', '.join(names)}." for clock, names in grouped(timed).items() if clock]
 
 
 def eager(results: Results, length: int) -> list[str]:
-    """Return in a sentence what calls take outside a CUDA graph, and how much they start."""
+    """Return a sentence on time and launches of calls outside a CUDA graph."""
     found = [
         f"{entry.method} {entry.direction} {digits(entry.eager)} ms ({entry.launches} launches)"
         for entry in results.entries
@@ -122,7 +122,7 @@ def eager(results: Results, length: int) -> list[str]:
 
 
 def gaps(results: Results, length: int) -> list[str]:
-    """Return for each reason in a sentence what has no number because of it."""
+    """Return a sentence per reason of missing numbers, with the methods."""
     missing = [
         (f"{SHORT[entry.missing.kind]} ({entry.missing.reason})", entry)
         for entry in results.entries
@@ -132,7 +132,7 @@ def gaps(results: Results, length: int) -> list[str]:
 
 
 def grouped(entries: Sequence[tuple[str, Entry]]) -> dict[str, list[str]]:
-    """Return what has the same text, as `cuda`, or `cuda forward` where one direction has it."""
+    """Return the methods with the same text, as `cuda`, or `cuda forward` for a direction."""
     found: dict[str, dict[str, list[str]]] = {}
     for text, entry in entries:
         found.setdefault(text, {}).setdefault(entry.method, []).append(entry.direction)
@@ -181,7 +181,7 @@ def lines(
     direction: str,
     value: Callable[[Entry], float | None],
 ) -> None:
-    """Draw a line for each method over the lengths at which it has a value."""
+    """Draw a line per method over the lengths with a value."""
     from matplotlib.ticker import LogLocator
 
     colours = dict(zip(METHODS, palette(), strict=False))

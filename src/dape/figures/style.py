@@ -1,4 +1,4 @@
-"""How figures look: one theme, and a fixed colour, dash and marker for every scheme."""
+"""Looks of figures: a theme, and a fixed colour, dash and marker for every scheme."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from dape.positions.scheme import ADAPTERS, BASES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# An encoding has the same colour in every figure, with an adapter and without: the ten colours of
-# seaborn's palette "colorblind" in its order, and then the same ten darkened, and darkened again.
+# An encoding has a fixed colour in all figures, with and without an adapter: the ten colours of
+# seaborn's palette "colorblind" in order, then the ten colours darkened, and darkened again.
 _FIRST = (
     *("kerple", "alibi", "fire", "rope", "cope", "sandwich", "xpos", "nope", "learned", "t5"),
     *("kerple-power", "sinusoidal", "transformer-xl", "yarn", "dynamic-ntk"),
@@ -62,7 +62,7 @@ THEME: dict[str, Any] = {
 
 @contextmanager
 def theme() -> Iterator[None]:
-    """Draw in this package's theme inside, and in the user's own again after."""
+    """Draw with the theme of `dape` inside, and restore the user's theme."""
     import seaborn
     from matplotlib import rc_context
 
@@ -72,10 +72,10 @@ def theme() -> Iterator[None]:
 
 
 def save(figure: "Figure", target: Path | BytesIO, **options: Any) -> None:
-    """Save a figure, a file whole or not at all, in the format of its suffix.
+    """Save a figure, whole or not at all, in the format of the suffix.
 
-    The fonts of a PDF and the names in an SVG are chosen only now. An SVG has no date: drawn again,
-    it is the same file.
+    Fonts of a PDF and names in an SVG are chosen on saving. An SVG has no date, and a repeated
+    drawing gives an equal file.
     """
     with theme():
         if not isinstance(target, Path):
@@ -88,10 +88,11 @@ def save(figure: "Figure", target: Path | BytesIO, **options: Any) -> None:
 
 
 def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return palette, dashes and markers of labels for seaborn's `lineplot`, given their schemes.
+    """Return palette, dashes and markers of labels for seaborn's `lineplot`, from schemes.
 
-    One colour an encoding; dashed without an adapter, solid with one, whose marker tells which.
-    A label whose encoding has no colour of its own, or whose looks are taken, gets a free colour.
+    The colour stands for the encoding. Lines are dashed without an adapter, and solid with an
+    adapter, whose marker stands for the adapter. A label gets a free colour if the encoding has no
+    fixed colour, or if the looks are taken.
     """
     parts = {label: _parts(scheme) for label, scheme in schemes.items()}
     colours = palette()
@@ -118,7 +119,7 @@ def _parts(scheme: str) -> tuple[str, str]:
 
 
 def palette() -> list[tuple[float, float, float]]:
-    """Return the colours that encodings and labels take, as red, green and blue."""
+    """Return the colours of encodings and labels, as red, green and blue."""
     import seaborn
 
     bright = seaborn.color_palette("colorblind")

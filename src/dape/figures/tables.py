@@ -1,4 +1,4 @@
-"""Tables of results: the same rows for the screen, for Markdown and for the report."""
+"""Tables of results, for the screen, for Markdown and for the report."""
 
 import math
 import sys
@@ -36,12 +36,12 @@ class Table:
     def show(self) -> None:
         """Print the table in full width, with deviations under means.
 
-        A narrow screen breaks lines, where rich would cut digits off.
+        A narrow screen breaks lines, where rich would cut off digits.
         """
         from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
-        from rich.text import Text  # other than in strings, nothing in brackets is a style
+        from rich.text import Text  # unlike in strings, brackets are no styles
 
         title, note = Text(one_line(self.title), "bold"), Text(one_line(self.note))
         table = RichTable(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False)
@@ -56,7 +56,7 @@ class Table:
 
 
 def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
-    """Return the metric of each group at each length, with its deviation over seeds."""
+    """Return the metric by group and length, with the deviation over seeds."""
     first = groups[0].evaluations[0]
     trained = {group.train_length for group in groups}
     lengths = [f"{n:,}*" if n in trained else f"{n:,}" for n in first.lengths]
@@ -68,7 +68,7 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
         notes.append("± one standard deviation over seeds.")
     notes += [refusal(group.label, group.refused) for group in groups if group.refused]
     notes += [
-        f"{NOTHING} {group.label}: its tokens stand for no fixed number of bytes."
+        f"{NOTHING} {group.label}: tokens without a fixed number of bytes."
         for group in groups
         if not _has(group, metric)
     ]
@@ -81,7 +81,7 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
 
 
 def describe_targets(groups: Sequence[Group]) -> str:
-    """Return a sentence about the scored tokens and their context."""
+    """Return a sentence on the scored tokens and their context."""
     targets = groups[0].evaluations[0].targets
     windows = {
         "last": f"the last {targets.block:,} tokens of each window",
@@ -97,13 +97,13 @@ def describe_targets(groups: Sequence[Group]) -> str:
 
 
 def refusal(label: str, refused: Mapping[int, str]) -> str:
-    """Return a sentence about refused lengths, with the reason at the shortest."""
+    """Return a sentence on refused lengths, with the reason at the shortest."""
     lengths = ", ".join(f"{length:,}" for length in sorted(refused))
     return f"{NOTHING} {label} refused {lengths} tokens: {refused[min(refused)]}."
 
 
 def significance(comparisons: Sequence[Comparison]) -> Table:
-    """Return the change of perplexity of each candidate against its baseline, with p-values."""
+    """Return the change of perplexity of candidates against baselines, with p-values."""
     lengths = sorted({each.length for each in comparisons})
     rows, names = [], []
     for (candidate, baseline), pair in groupby(
@@ -123,7 +123,7 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
     if any(each.over_documents is None for each in comparisons):
         notes.append(f"Fewer than {FEWEST_DOCUMENTS} documents: no p over documents.")
     return Table(
-        title="Change of perplexity, and how sure it is",
+        title="Change of perplexity, with p-values",
         header=["", *(f"{length:,}" for length in lengths)],
         rows=rows,
         note=" ".join(notes),

@@ -1,18 +1,20 @@
-"""For which model an encoding is drawn, and how much of it."""
+"""The sizes of a model for the drawing of an encoding."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from dape.errors import UserError, check_whole
+from dape.strict import default
 
-LARGEST = 2**16  # of all that a picture has
+LARGEST = 2**16  # of a size
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The model that an encoding is drawn for, and how much of it.
+    """The sizes of a model for the drawing of an encoding, and the drawn range.
 
     Raises:
-        UserError: for a size below its least, or a head there is not.
+        UserError: for a size below the minimum, or an unknown head.
     """
 
     heads: int = 12
@@ -20,16 +22,16 @@ class View:
     head_dim: int = 64
     """width of a head; the model is `heads` times as wide"""
     train_length: int = 128
-    """training length L, for encodings that depend on L"""
+    """training length L in tokens, for encodings that depend on L"""
     length: int = 512
     """number of positions to draw"""
-    matrices: tuple[int, ...] = ()
-    """heads, from 1, drawn as a matrix; default the first, one between and the last"""
+    matrices: Annotated[tuple[int, ...], default("the first, a middle head and the last")] = ()
+    """heads, from 1, drawn as a matrix"""
     seed: int = 0
     """seed of learnable parameters, drawn before training"""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
+        """Refuse impossible sizes."""
         for name, least in (("heads", 1), ("head_dim", 1), ("train_length", 2), ("length", 2)):
             check_whole(least, **{name: getattr(self, name)})
             if getattr(self, name) > LARGEST:
@@ -41,12 +43,12 @@ class View:
 
     @property
     def shown(self) -> list[int]:
-        """Return the heads whose matrix is drawn."""
+        """Return the heads drawn as a matrix."""
         return list(self.matrices) or sorted({1, (self.heads + 1) // 2, self.heads})
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """Return what the modules of a scheme are built with."""
+        """Return the dimensions for the modules of a scheme."""
         return {
             "num_heads": self.heads,
             "head_dim": self.head_dim,

@@ -1,8 +1,8 @@
 """Registration with the Auto classes by `import dape`, without import of transformers.
 
-Python asks the finders of `sys.meta_path` for each imported module. The finder of `dape` answers
+Python asks the finders of `sys.meta_path` for every imported module. The finder of `dape` answers
 only for the module of `AutoConfig`. The finder lets the standard finders find the module, and adds
-the import of `DapeConfig` to its loading. `DapeConfig` then registers the models.
+the import of `DapeConfig` to the loading. `DapeConfig` then registers the models.
 """
 
 import sys
@@ -16,7 +16,7 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 class Announcement(MetaPathFinder):
-    """Finds the module of `AutoConfig` as Python does, and registers `dape` after its import."""
+    """Finds the module of `AutoConfig` as Python does, and registers `dape` after the import."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         """Return the result of the standard finders for `AutoConfig`, else None."""

@@ -1,4 +1,4 @@
-"""Arguments that transformers' callers pass beyond those of our models: used, or refused."""
+"""Further arguments of transformers' callers: used, or refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from transformers.utils import is_tracing
 
 from dape.errors import UserError, unknown
 
-# The loss takes the first three, transformers' decorators the others.
+# The loss takes the first three, and transformers' decorators take the last.
 _TAKEN = frozenset(
     {
         "ignore_index",
@@ -21,7 +21,7 @@ _TAKEN = frozenset(
         "prune_layers",
     }
 )
-# The bounds of documents say the same.
+# The bounds of documents give the same information.
 _IMPLIED = frozenset({"max_length_k", "max_length_q"})
 _KNOWN = (
     "attention_mask",
@@ -41,9 +41,9 @@ _KNOWN = (
 
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
-    """Raise a `UserError` for an argument with a value that the model would not use.
+    """Raise a `UserError` for an argument whose value the model would ignore.
 
-    `token_type_ids` may be zeros, as tokenizers return them unasked, and `is_causal` may be true.
+    `token_type_ids` may be zeros, as tokenizers return zeros unasked, and `is_causal` may be true.
     """
     for name, value in arguments.items():
         if value is None or (value is False and name.startswith("output_")):
@@ -52,7 +52,9 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
             continue
         if name == "token_type_ids":
             if not is_tracing(value) and value.any():
-                raise UserError("token_type_ids: this model knows no types of tokens but 0")
+                raise UserError(
+                    "token_type_ids: the model knows only token type 0; leave token_type_ids out"
+                )
         elif name not in _TAKEN | _IMPLIED:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
 
@@ -64,13 +66,13 @@ def packed_documents(
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
 ) -> Tensor | None:
-    """Return the number of the document of each token, by either way in which collators say it.
+    """Return the number of each token's document, from either form of collators.
 
     `seq_idx` `[B, T]` is the number; `cu_seq_lens_q` `[N + 1]` are the N documents' bounds among
-    all tokens, rows one after the other, and `cu_seq_lens_k` the same of the keys.
+    all tokens, row after row, and `cu_seq_lens_k` the bounds of the keys.
 
     Raises:
-        UserError: for shapes that do not fit, and keys bounded otherwise than queries.
+        UserError: for shapes that do not fit, and keys with bounds unlike the queries'.
     """
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
@@ -81,6 +83,6 @@ def packed_documents(
     if cu_seq_lens_q is None or cu_seq_lens_k is None or not cu_seq_lens_q.equal(cu_seq_lens_k):
         raise UserError("cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal")
     if cu_seq_lens_q.ndim != 1 or int(cu_seq_lens_q[-1]) != batch * length:
-        raise UserError(f"cu_seq_lens_q must be a row of bounds that ends with {batch * length}")
+        raise UserError(f"cu_seq_lens_q must be a row of bounds with {batch * length} at the end")
     tokens = torch.arange(batch * length, device=cu_seq_lens_q.device)
     return torch.searchsorted(cu_seq_lens_q, tokens, right=True).view(batch, length)

@@ -26,7 +26,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_dape.DapeForSequenceClassification",
 }
 
-# Keys that transformers itself writes into a config.json or passes at load time.
+# Keys that transformers writes into a config.json or passes at load time.
 _FOREIGN = frozenset(
     {
         "_commit_hash",
@@ -47,7 +47,7 @@ _FOREIGN = frozenset(
 )
 
 
-@no_type_check  # by jaxtyping's hook, which knows no keys but the fields; `strict` checks those
+@no_type_check  # by jaxtyping's hook, which knows only fields; `strict` checks the fields
 @strict
 class DapeConfig(PreTrainedConfig):
     """The configuration of a DAPE language model: sizes, block and scheme.
@@ -57,28 +57,28 @@ class DapeConfig(PreTrainedConfig):
         hidden_size: width C of the residual stream.
         num_hidden_layers: number of blocks.
         num_attention_heads: number of query heads H; `hidden_size / H` is the width of a head.
-        num_key_value_heads: number of key and value heads, which must divide H; H by default.
+        num_key_value_heads: number of key and value heads, a divisor of H; H by default.
         block: `paper` (layer norm, GELU, biases) or `modern` (RMS norm, SwiGLU, no biases, as
             Llama).
         intermediate_size: width of the feed-forward layer, by default `4 * hidden_size`; in the
             modern block, with three matrices, 8/3 of `hidden_size`, up to a multiple of 64.
         scheme: the position encoding, such as `dape-kerple`; `dape info schemes` lists all.
-        scheme_options: options for each place (`embedding`, `rotation`, `bias`, `adapter`), such as
+        scheme_options: options by place (`embedding`, `rotation`, `bias`, `adapter`), such as
             `{"adapter": {"hidden": 32}}`.
         train_length: tokens of a training sequence, for schemes that depend on the training length;
             the model reads sequences of any length.
         causal: whether a token sees only earlier tokens; with False the model reads both ways, and
             the distance in every bias is |i - j|.
-        layer_norm_eps: number added to the variance, or the mean square, in each norm.
+        layer_norm_eps: number added to the variance, or the mean square, in norms.
         backend: backend of attention, as in `dape.attention`.
         use_cache: whether a forward pass returns a cache of keys and values.
-        tie_word_embeddings: whether input and output embedding are one matrix.
+        tie_word_embeddings: whether input and output embedding share a matrix.
         bos_token_id: id of the token for the beginning of a text.
         eos_token_id: id of the token, or ids of the tokens, for the end of a text.
         pad_token_id: id of the token for padding.
 
     Raises:
-        UserError: for an unknown key, block, scheme or option, or sizes that do not divide.
+        UserError: for an unknown key, block, scheme or option, or sizes not divisible by heads.
 
     """
 
@@ -105,28 +105,27 @@ class DapeConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Refuse unknown keys, which the base class keeps silently, and impossible sizes."""
+        """Refuse impossible sizes, and unknown keys, which the base class would keep silently."""
         for name in kwargs:
             if name not in _FOREIGN:
                 raise unknown("key of DapeConfig", name, [key.name for key in fields(self)])
         self.check()
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
-        # An Auto class may get this configuration next, and must know the models by then. The
-        # models import the Auto classes, so the Auto classes cannot import the models.
+        # An Auto class may get the configuration next, and must know the models by then. The Auto
+        # classes cannot import the models, because the models import the Auto classes.
         import_module("dape.model.huggingface")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration of a file, without keys that other tools wrote into it.
+        """Return the configuration of a file, without keys of other tools.
 
         A warning names foreign keys. The constructor refuses foreign keys.
         """
         known = _FOREIGN.union(key.name for key in fields(cls))
         if foreign := sorted(config_dict.keys() - known):
             warnings.warn(
-                f"config.json has keys that DapeConfig does not know, and they change nothing: "
-                f"{', '.join(foreign)}",
+                f"config.json has keys unknown to DapeConfig, without effect: {', '.join(foreign)}",
                 stacklevel=2,
             )
         return super().from_dict(
@@ -136,14 +135,14 @@ class DapeConfig(PreTrainedConfig):
     def save_pretrained(
         self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write `config.json`, and beside it the shim by which `trust_remote_code` finds us."""
+        """Write `config.json`, and the shim by which `trust_remote_code` finds `dape`."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(SHIM, Path(save_directory) / "modeling_dape.py")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: folders get the shim, where transformers would copy this file."""
+        """Do nothing, because folders get the shim, where transformers would copy this file."""
 
     @property
     def head_dim(self) -> int:
@@ -170,7 +169,7 @@ class DapeConfig(PreTrainedConfig):
 
     @property
     def dimensions(self) -> dict[str, int]:
-        """The dimensions of the model that a module of a scheme can take by name."""
+        """The dimensions of the model, as arguments for modules of a scheme."""
         return {
             "num_heads": self.num_attention_heads,
             "head_dim": self.head_dim,

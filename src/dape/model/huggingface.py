@@ -1,7 +1,7 @@
 """Registration of the models with the Auto classes of transformers.
 
-`import dape` imports this module late. `dape.model.announce` imports the configuration together
-with the Auto classes, and the first `DapeConfig` imports the models.
+The module is imported late by `import dape`. `dape.model.announce` imports the configuration
+together with the Auto classes, and the first `DapeConfig` imports the models.
 """
 
 from transformers.modeling_layers import GenericForSequenceClassification

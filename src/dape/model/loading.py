@@ -1,4 +1,4 @@
-"""Pretrained causal language models, with every weight that they need and no other."""
+"""Pretrained causal language models, without missing or unused weights."""
 
 from pickle import UnpicklingError
 from typing import Any
@@ -11,26 +11,26 @@ from transformers.utils import logging
 from dape.data.hub import fetch
 from dape.errors import UserError
 
-_NAMED = 3  # weights that an error names
+_NAMED = 3  # weights named in an error
 
 
 def load_config(source: str, **changes: Any) -> Any:
-    """Return the configuration of a model, with other values of some keys.
+    """Return the configuration of a model, with changed keys.
 
     With `return_unused_kwargs=True` the result is the configuration and the unknown keys, as in
     transformers.
 
-    Code that lies beside it is never run.
+    Code beside the configuration is never run.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: for a missing or damaged configuration.
     """
     try:
         return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
     except (AttributeError, KeyError, RecursionError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"the config.json of {source} is no configuration of a model ({reason}); save the model"
+            f"config.json of {source} is not a configuration of a model ({reason}); save the model"
             " again"
         ) from None
 
@@ -38,18 +38,17 @@ def load_config(source: str, **changes: Any) -> Any:
 def load_causal(source: str, partial_weights: bool = False, **options: Any) -> PreTrainedModel:
     """Return the model in a folder or of a name on the hub, on the CPU.
 
-    transformers draws weights that are missing at random, and goes on. With `partial_weights` that
-    is what happens here too. `options` are those of `from_pretrained`.
+    transformers draws missing weights at random, and continues. `partial_weights` allows the same
+    here. `options` go to `from_pretrained`.
 
     Raises:
-        UserError: if there is no such model, its files are damaged, or weights are missing or left
-            over.
+        UserError: for an unknown model, damaged files, or missing or unused weights.
     """
     if "config" not in options:
         load_config(source)
     verbosity = logging.get_verbosity()
     if not partial_weights:
-        logging.set_verbosity_error()  # the error below says the same in a line
+        logging.set_verbosity_error()  # the error below replaces the warning
     try:
         model, report = fetch(
             AutoModelForCausalLM.from_pretrained,
@@ -72,12 +71,12 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
 
 
 def _refuse(source: str, faults: dict[str, set[str]]) -> None:
-    """Raise a `UserError` that names weights which are missing or left over, if there are any."""
+    """Raise a `UserError` for missing or unused weights, naming the weights."""
     found = [_listed(verb, sorted(names)) for verb, names in faults.items() if names]
     if found:
         raise UserError(
-            f"the weights in {source} are not those of its configuration: it {' and '.join(found)};"
-            " save the whole model again (`dape eval --partial-weights` measures it as it is)"
+            f"the weights in {source} do not fit the configuration: the file {' and '.join(found)};"
+            " save the whole model again (`dape eval --partial-weights` measures the model anyway)"
         )
 
 

@@ -20,26 +20,26 @@ def masking(
     relative: bool,
     documents: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Return mask, causality, positions and offset of the queries, as `dape.attention` takes them.
+    """Return mask, causality, positions and offset of the queries, arguments of `dape.attention`.
 
-    `documents` `[B, T]` numbers the documents packed in each row. Without `documents` and without a
-    mask, a document begins where `position_ids` do not count on by one, as in transformers.
+    `documents` `[B, T]` numbers the documents packed in a row. Without `documents` and without a
+    mask, a document begins where `position_ids` do not increase by 1, as in transformers.
 
-    Positions stay None where padding and documents cannot move them, and the index of a token is
-    its position. A scheme whose parts are all `relative` then keeps its biases unbatched. Cached
-    keys without `position_ids` count back from the first query.
+    Positions stay None if neither padding nor documents move positions. The position of a token
+    then equals the index. A scheme with `relative` parts then keeps biases without a batch axis.
+    Cached keys without `position_ids` count back from the first query.
 
     Raises:
-        UserError: for arguments that do not fit each other.
+        UserError: for arguments that do not fit together.
     """
     rows = keys = hidden_states.shape[1]
     past: int | Tensor = 0
     if past_key_values is not None:
         past = past_key_values.get_seq_length()
-        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts on
+        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         keys = past_key_values.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
-    causal = mask is None or mask.ndim == 2  # a mask of every query decides alone
+    causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
     index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
@@ -70,7 +70,7 @@ def masking(
 def part_of_sequence(
     hidden_states: Tensor, context_parallel: ContextParallel, *given: object
 ) -> dict[str, Any]:
-    """Return what `masking` does for one device's part of a sequence.
+    """Return the result of `masking` for a device's part of a sequence.
 
     Raises:
         UserError: for anything `given` of masks, positions, a cache or documents.
@@ -92,15 +92,15 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
     """Return the mask as booleans, padded to the length of a static cache."""
     if not isinstance(attention_mask, Tensor):
         name = type(attention_mask).__name__
-        raise UserError(f"attention_mask is a {name}; it must be a tensor [batch, keys]")
+        raise UserError(f"attention_mask is a {name}; give a tensor [batch, keys]")
     shape = list(attention_mask.shape)
     if attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         return attention_mask.bool()
     if attention_mask.ndim != 2:
         raise UserError(
             f"attention_mask {shape} of {attention_mask.dtype} must be [batch, keys], or boolean "
-            "or integer [batch, 1, queries, keys], 1 where a key may be seen; never additive: for "
-            "one of zeros and -inf give mask == 0"
+            "or integer [batch, 1, queries, keys], 1 where a key may be seen; in place of an "
+            "additive mask of zeros and -inf give mask == 0"
         )
     if shape[1] > keys or (isinstance(past, int) and shape[1] not in (past + rows, keys)):
         raise UserError(f"attention_mask {shape} must cover {past} cached and {rows} new keys")
@@ -108,20 +108,20 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
 
 
 def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Tensor) -> None:
-    """Raise a `UserError` for positions of another shape than the tokens, or tokens and cache."""
+    """Raise a `UserError` for positions of a shape unlike the tokens, or tokens and cache."""
     shape = list(position_ids.shape)
     covers = shape[-1] in (rows, past + rows) if isinstance(past, int) else shape[-1] >= rows
     if len(shape) != 2 or shape[0] not in (1, batch) or not covers:
         raise UserError(
-            f"position_ids {shape} must be [1 or {batch}, {rows}], or with those of the cached "
-            f"keys before them [1 or {batch}, {past + rows}]"
+            f"position_ids {shape} must be [1 or {batch}, {rows}], or with positions of the cached "
+            f"keys in front [1 or {batch}, {past + rows}]"
         )
 
 
 def positions_of_keys(
     tokens: Tensor, position_ids: Tensor | None, rows: int, past: int | Tensor
 ) -> Tensor:
-    """Return the position of each key: `tokens` counted, but the last as `position_ids` say.
+    """Return the positions of keys, counted over `tokens`; `position_ids` give the last.
 
     Earlier keys count back from the first given position.
     """
@@ -135,13 +135,13 @@ def positions_of_keys(
 
 
 def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:
-    """Return the number of the document of each key, or None if each row is one document.
+    """Return the document number of each key, or None if every row is a single document.
 
-    A document begins where positions do not count on by one. To look at them makes the host wait
-    for a GPU, and cannot be traced; a traced model always gets the mask of documents.
+    A document begins where positions do not increase by 1. A look at positions makes the host wait
+    for a GPU, and cannot be traced. Therefore a traced model always gets the mask of documents.
 
     Raises:
-        UserError: for fewer positions than cached keys, which may be another document's.
+        UserError: for positions below the number of cached keys, whose document is then unknown.
     """
     begins = key_positions.diff(prepend=key_positions[:, :1] - 1) != 1
     if is_tracing(begins):
@@ -149,7 +149,7 @@ def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor 
     if isinstance(past, int) and past and (key_positions[:, 0] < 0).any():
         raise UserError(
             f"position_ids begin below {past}, the number of cached keys: give attention_mask "
-            "[batch, keys], 1 for the cached and new keys that may be seen"
+            "[batch, keys], 1 for visible cached and new keys"
         )
     return begins.cumsum(-1) if begins.any() else None
 
@@ -158,18 +158,18 @@ def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tenso
     """Return the numbers of documents, padded to the length of a static cache.
 
     Raises:
-        UserError: for cached keys, whose documents nobody gave.
+        UserError: for cached keys without document numbers.
     """
     if int(past):
         raise UserError(
-            f"seq_idx and cu_seq_lens_q say nothing of {int(past)} cached keys: give "
-            "attention_mask [batch, keys], 1 for the cached and new keys that may be seen"
+            f"seq_idx and cu_seq_lens_q do not cover {int(past)} cached keys: give "
+            "attention_mask [batch, keys], 1 for visible cached and new keys"
         )
     return pad(documents, (0, keys - documents.shape[1]), value=-1)
 
 
 def count_within(documents: Tensor) -> Tensor:
-    """Return the position of each token in its document, from 0."""
+    """Return the position of each token in the document, from 0."""
     index = torch.arange(documents.shape[1], device=documents.device)
     begins = documents.diff(prepend=documents[:, :1] - 1) != 0
     return index - torch.where(begins, index, 0).cummax(-1).values

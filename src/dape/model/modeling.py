@@ -1,9 +1,9 @@
-"""A language model that takes position from its scheme alone.
+"""A language model with position from a scheme alone.
 
 - pre-norm decoder of norm, attention, norm and feed-forward; the paper's block has layer norms,
   GELU and biases, and the modern block has Llama's RMS norms, SwiGLU and no biases
-- position enters at the four places of `dape.positions`; every layer has its own bias and adapter,
-  in float32
+- position enters at the four places of `dape.positions`; every layer has a separate bias and
+  adapter, in float32
 - attention by `dape.attention`, with grouped heads, cache and padding, at any length
 - embedding and output layer are untied by default, with the paper's GPT-NeoX initialisation
 """
@@ -36,7 +36,7 @@ INTO_STREAM = "into_stream"
 
 
 def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
-    """Return a linear layer marked as writing into the residual stream, for its initialisation."""
+    """Return a linear layer into the residual stream, marked for the initialisation."""
     linear = nn.Linear(in_features, out_features, bias)
     setattr(linear, INTO_STREAM, True)
     return linear
@@ -49,9 +49,9 @@ def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
 
 
 def in_use(part: Any) -> Any:
-    """Return a module itself, or the copy of it that PEFT's `modules_to_save` trains in its place.
+    """Return a module, or the copy that PEFT's `modules_to_save` trains in place of the module.
 
-    The kernels know a part by its class.
+    Kernels recognise a bias or adapter by class.
     """
     if not hasattr(part, "modules_to_save"):
         return part
@@ -102,7 +102,7 @@ class DapeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         operator: Any = attention
-        if context_parallel is not None:  # which knows the positions of its queries and keys
+        if context_parallel is not None:  # with the positions of queries and keys
             operator, query_positions = context_parallel.attention, None
         out = operator(
             query,
@@ -140,7 +140,7 @@ class DapeMLP(nn.Module):
 
 
 class DapeDecoderLayer(GradientCheckpointingLayer):
-    """A pre-norm block: attention, then feed-forward, each with a residual."""
+    """A pre-norm block: attention, then feed-forward, both with a residual."""
 
     def __init__(self, config: DapeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -179,9 +179,9 @@ class DapePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights as the paper's GPT-NeoX does, of width C and depth L.
 
-        Standard deviation of matrices into the residual stream (`o_proj`, `down_proj`):
-        2 / (L sqrt(C)), `wang_init`; of all others: sqrt(2 / (5 C)), `small_init`. Biases 0, norms
-        1. Modules of a scheme draw their own.
+        Standard deviation of matrices into the residual stream (`o_proj`, `down_proj`): 2 / (L
+        sqrt(C)), `wang_init`; of further matrices: sqrt(2 / (5 C)), `small_init`. Biases 0, norms
+        1. Modules of a scheme draw their parameters themselves.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             width, depth = self.config.hidden_size, self.config.num_hidden_layers
@@ -198,18 +198,18 @@ class DapePreTrainedModel(PreTrainedModel):
     def get_correct_attn_implementation(
         self, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        """Return "eager", as transformers calls a model's own code; refuse its other attentions."""
+        """Return "eager", transformers' name for a model's own code; refuse other names."""
         if requested_attention not in (None, "eager"):
             raise UserError(
-                f"attn_implementation={requested_attention!r}: this model has an attention of its "
-                f"own, by backend={self.config.backend!r} of its configuration; leave it out, or "
+                f"attn_implementation={requested_attention!r}: DAPE models compute attention "
+                f"by backend={self.config.backend!r} of the configuration; leave it out, or "
                 "say 'eager'"
             )
         return "eager"
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Let `set_attn_implementation` call the method above, which raises an error."""
+        """Let `set_attn_implementation` call the method above, and raise the error."""
         return True
 
 
@@ -259,32 +259,31 @@ class DapeModel(DapePreTrainedModel):
         Args:
             input_ids: token ids `[B, T]`.
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
-                `[B, 1, T, Tk]`, which replaces the causal mask.
+                `[B, 1, T, Tk]` in place of the causal mask.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
                 default.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
             output_attentions: whether to return softmax weights, from whole matrices.
-            seq_idx: number of the document of each token, `[B, T]`, for packed rows.
+            seq_idx: document number of each token, `[B, T]`, for packed rows.
             cu_seq_lens_q: bounds of the documents in a packed row.
-            cu_seq_lens_k: as `cu_seq_lens_q`, and equal to it.
-            kwargs: refused, unless they are without effect.
+            cu_seq_lens_k: equal to `cu_seq_lens_q`.
+            kwargs: refused, unless without effect.
 
-        Documents packed in one row are computed as if alone. `seq_idx` `[B, T]` numbers the
-        document of each token, and `cu_seq_lens_q` holds the bounds of the documents. Without
-        either and without `attention_mask`, a document begins where `position_ids` do not count on
-        by one, as in transformers.
+        Documents packed in a row are computed as if alone, with bounds from `seq_idx` or
+        `cu_seq_lens_q`. Without either and without `attention_mask`, a document begins where
+        `position_ids` do not increase by 1, as in transformers.
 
-        With `context_parallel` the tokens are one device's part of sequences without padding, and
-        all its devices call the model at once.
+        With `context_parallel` the tokens are a device's part of sequences without padding, and all
+        devices of the group call the model at once.
 
         Raises:
-            UserError: for arguments that do not fit, and for one that the model would not use.
+            UserError: for arguments that do not fit, or that the model would ignore.
         """
         refuse_unused(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give exactly one of input_ids and inputs_embeds")
+            raise UserError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -298,7 +297,9 @@ class DapeModel(DapePreTrainedModel):
         else:
             first = cast(DapeDecoderLayer, self.layers[0]).self_attn
             if self.training and isinstance(first.rotation, RandomizedRoPE):
-                raise UserError("randomised positions are drawn for whole sequences on one device")
+                raise UserError(
+                    "randomised positions need whole sequences; leave context_parallel out"
+                )
             where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
@@ -342,8 +343,8 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         super().__init__(config)
         if not config.causal:
             raise UserError(
-                "causal=False: a causal language model would see the tokens that it predicts; take "
-                "DapeModel, which reads both ways"
+                "causal=False: a causal language model would see the predicted tokens; take "
+                "DapeModel to read both ways"
             )
         self.model = DapeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -373,7 +374,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             labels: token ids `[B, T]`, equal to `input_ids`; the method shifts labels by a token,
                 and -100 is not scored.
             use_cache: whether to return a cache.
-            logits_to_keep: number of last tokens with logits, or their indices; 0 keeps all.
+            logits_to_keep: number of last tokens with logits, or indices of tokens; 0 keeps all.
             kwargs: further arguments of `DapeModel.forward`.
 
         Raises:
@@ -402,7 +403,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         )
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """Derive no positions: the model counts the visible tokens itself."""
+        """Derive no positions, because the model counts the visible tokens."""
 
     def prepare_inputs_for_generation(
         self,

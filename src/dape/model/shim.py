@@ -1,4 +1,4 @@
-"""The classes of this model: they live in the package `dape` (`pip install .` in a clone of it)."""
+"""The classes of this model, from the package `dape` (`pip install .` in a clone)."""
 
 from dape import DapeConfig, DapeForCausalLM, DapeForSequenceClassification, DapeModel
 

@@ -1,1 +1,1 @@
-"""The paper's tables and figures as experiments: planned, run, collected and reported."""
+"""The paper's tables and figures as experiments: plan, run, collect and report."""

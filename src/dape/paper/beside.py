@@ -1,4 +1,4 @@
-"""Every published number with ours beside it, as far as it was measured."""
+"""Every published number beside ours, as far as measured."""
 
 from collections.abc import Iterable
 
@@ -12,7 +12,7 @@ CORPORA = ("arxiv", "books")
 
 
 def beside(panels: Iterable[Panel]) -> Table:
-    """Return the published numbers, a row each, and the means of ours over seeds."""
+    """Return the published numbers by row, and the means of ours over seeds."""
     found = {panel.name: panel for panel in panels}.values()
     rows = [
         [
@@ -30,15 +30,15 @@ def beside(panels: Iterable[Panel]) -> Table:
         "Published numbers and ours",
         ["scheme, size, corpus", "trained at", "read at", "theirs", "ours", "place", "how sure"],
         rows,
-        note="Perplexity by the protocol last. Ours are of other texts and of fewer tokens: the"
+        note="Perplexity by the protocol last. Ours are of other texts and of fewer tokens. The"
         " orders and the ratios can be compared, the levels cannot.",
     )
 
 
 def _ours(each: Published, panels: Iterable[Panel]) -> list[str]:
-    """Return our means at the same training length, for every size of ours.
+    """Return our means at the same training length, for all our sizes.
 
-    They are on the like corpus, or on every corpus where ours has none like it.
+    The means come from the corresponding corpus, or from every corpus without a correspondence.
     """
     values = []
     for panel in panels:

@@ -4,7 +4,7 @@
 |---|---|
 | arm | a row of a comparison, as options over a recipe, usually the scheme alone |
 | setting | size of the model, corpus, training length and tokens, shared by all arms of a table |
-| cell | an arm in a setting with a seed: a training and its measurements |
+| cell | an arm in a setting with a seed: a training and measurements |
 | step | a command of a cell, and the files of the run folder to keep |
 """
 
@@ -39,7 +39,7 @@ class Setting:
 class Step:
     """The words after `dape`, and the files to keep.
 
-    keeps: the path of each file below the run folder, by its path below the record.
+    keeps: paths of files below the run folder, by their paths below the record.
     """
 
     words: tuple[str, ...]
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The training of a cell: the recipe that its record must show, and the corpus folder."""
+    """The training of a cell: the recipe for comparison with the record, and the corpus folder."""
 
     setting: Setting
     seed: int
@@ -61,8 +61,8 @@ class Cell:
     """The commands of a cell; a training is the first command.
 
     Attributes:
-        home: folder of results, whose last part is GROUP in the run folder runs/GROUP/NAME.
-        needs: name of the cell that trains the base model.
+        home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
+        needs: name of the cell with the training of the base model.
         minutes: estimated minutes on an H100, for a cell without a training.
     """
 
@@ -107,7 +107,7 @@ def once(cells: Iterable[Cell]) -> list[Cell]:
 
 
 def by_setting(cells: Iterable[Cell]) -> dict[Setting, list[Cell]]:
-    """Return the trainings of each setting, in order of appearance."""
+    """Return the trainings by setting, in order of appearance."""
     found: dict[Setting, list[Cell]] = {}
     for cell in cells:
         if cell.setting:

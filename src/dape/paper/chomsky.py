@@ -1,15 +1,15 @@
-"""What the Chomsky benchmark shows: its grid of cells, sections of results, and checks of claims.
+"""Results of the Chomsky benchmark: the grid of cells, sections of results, and checks of claims.
 
 | check | number | reproduced, with p < 0.05 |
 |---|---|---|
-| `Above` | tasks on which one scheme has a higher mean score than another | on more than half |
-| `BestOf` | tasks on which a DAPE has the highest mean score | on more than by an equal chance |
-| `Near` | difference of a mean score and a published one | within 2 points |
+| `Above` | tasks where the candidate's mean score is above the baseline's | on more than half |
+| `BestOf` | tasks with the highest mean score for a DAPE | on more than by an equal chance |
+| `Near` | difference of a mean score and the published score | within 2 points |
 
-Tasks are those in which the order of the input matters. p is that of the two-sided sign test over
-tasks for `Above`, of the binomial test against an equal chance for every scheme for `BestOf`, and
-of two one-sided t-tests over seeds for `Near`. On a task a difference is clear with p < 0.05 by
-Welch's test over seeds.
+Only tasks that depend on the order of the input count. The tests are the two-sided sign test over
+tasks for `Above`, the binomial test against an equal chance for every scheme for `BestOf`, and two
+one-sided t-tests over seeds for `Near`. On a task a difference is clear with p < 0.05 by Welch's
+test over seeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ NEAR = 2.0  # points of a score
 
 
 def grids(ended: Sequence[Cell]) -> list[Grid]:
-    """Return the grid of the encoders among the cells, if there are any.
+    """Return the grid of the encoders among the cells, if any.
 
     Raises:
-        UserError: if some were trained or tested in another way than the first.
+        UserError: for cells with settings different from the first cell's.
     """
     found = [cells.load(file) for file in _kept(ended, "cells")]
     for each in found:
@@ -46,7 +46,7 @@ def grids(ended: Sequence[Cell]) -> list[Grid]:
         if changed:
             raise UserError(
                 f"{each.task}, {each.scheme}, seed {each.seed} was made with {', '.join(changed)}; "
-                "remove its record and run the cell again"
+                "remove the record and run the cell again"
             )
     schemes = tuple(dict.fromkeys(each.scheme for each in found))
     tasks = tuple(task for task in TASKS if any(each.task == task for each in found))
@@ -65,21 +65,21 @@ def _kept(ended: Sequence[Cell], folder: str) -> list[Path]:
 
 
 def scores(ended: Sequence[Cell]) -> list[Section]:
-    """Return the scores of each task and scheme."""
+    """Return the section of scores by task and scheme."""
     return [
         Section(
             "scores",
             (figures.scores(grid), figures.best(grid), figures.published()),
             figures.heat_map(grid),
-            "Mean scores, tasks by schemes. The colour is the part of what a predictor blind to the"
-            f" input leaves to gain: 0 at its score, 1 at 100. {figures.made(grid)}",
+            "Mean scores, tasks by schemes. The colour is the gain over a predictor blind to the"
+            f" input: 0 at the predictor's score, 1 at 100. {figures.made(grid)}",
         )
         for grid in grids(ended)
     ]
 
 
 def lengths(ended: Sequence[Cell]) -> list[Section]:
-    """Return the accuracies over length."""
+    """Return the section of accuracies over length."""
     return [
         Section(
             "lengths",
@@ -94,8 +94,8 @@ def lengths(ended: Sequence[Cell]) -> list[Section]:
 
 
 def training(ended: Sequence[Cell]) -> list[Section]:
-    """Return the losses of the trainings."""
-    caption = "Training loss against steps, means over seeds: has it converged?"
+    """Return the section of training losses."""
+    caption = "Training loss against steps, means over seeds."
     return [
         Section("training", (figures.learned(grid),), figures.over_training(grid), caption)
         for grid in grids(ended)
@@ -103,7 +103,7 @@ def training(ended: Sequence[Cell]) -> list[Section]:
 
 
 def learned(ended: Sequence[Cell]) -> list[Section]:
-    """Return what encoders add to the scores of one placeholder."""
+    """Return the sections of A, B and f(A, B) for a placeholder."""
     made = [maps.load(file) for file in _kept(ended, "maps")]
     return [
         Section(
@@ -128,14 +128,14 @@ SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Above:
-    """A scheme is above another on most tasks; `paper` is what the paper says."""
+    """The candidate is above the baseline on most tasks; `paper` quotes the paper."""
 
     candidate: str
     baseline: str
     paper: str
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         from scipy.stats import binomtest
 
         grid = _grid(evidence)
@@ -162,18 +162,18 @@ class Above:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Above":
-        """Return the check itself, which speaks of no setting."""
+        """Return the check, independent of the setting."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class BestOf:
-    """A DAPE is the best of all schemes on most tasks; `paper` is what the paper says."""
+    """A DAPE is the best of all schemes on most tasks; `paper` quotes the paper."""
 
     paper: str
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         from scipy.stats import binomtest
 
         grid = _grid(evidence)
@@ -187,7 +187,7 @@ class BestOf:
         return Finding(
             outcome=_outcome(p, wins > share * len(tasks)),
             number=f"a DAPE best on {wins} of {len(tasks)} tasks, {len(adapted)} of"
-            f" {len(grid.schemes)} schemes being one (paper: {self.paper})",
+            f" {len(grid.schemes)} schemes with DAPE (paper: {self.paper})",
             seeds=min(len(grid.scores(task, each)) for task in tasks for each in grid.schemes),
             test=PairedTest(
                 "binomial test over tasks (scipy.stats.binomtest)", len(tasks), float(wins), p
@@ -195,20 +195,20 @@ class BestOf:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "BestOf":
-        """Return the check itself, which speaks of no setting."""
+        """Return the check, independent of the setting."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Near:
-    """The mean score of a scheme on a task is the published one, to 2 points."""
+    """The mean score of a scheme on a task equals the published score within 2 points."""
 
     task: str
     scheme: str
     published: float
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         from scipy.stats import ttest_1samp
 
         grid = _grid(evidence)
@@ -239,7 +239,7 @@ class Near:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Near":
-        """Return the check itself, which speaks of no setting."""
+        """Return the check, independent of the setting."""
         return self
 
 

@@ -1,8 +1,8 @@
-"""The paper's claims, each decided from the records by a rule.
+"""The paper's claims, decided from the records by rules.
 
-A check compares two mean losses on the same tokens: it finds a difference d (nats a token) and a
-two-sided p of d = m. With three seeds or more that is the paired t-test over seeds. With fewer it
-is the paired bootstrap over documents, which tells these models apart and says nothing of others.
+A check compares two mean losses on the same tokens, and gives the difference d in nats a token and
+a two-sided p of d = m. With three seeds or more the test is the paired t-test over seeds. With
+fewer seeds the test is the paired bootstrap over documents, valid for the compared models alone.
 
 | check | d | m | reproduced, with p < 0.05 |
 |---|---|---|---|
@@ -11,14 +11,14 @@ is the paired bootstrap over documents, which tells these models apart and says 
 | `Rise`, rising | a length less the best shorter length | log 1.01 | d > m |
 | `Uses` | the longest window less the training length, on far tokens | 0 | d < m |
 
-A token is far if it, and the token before it, occurred last beyond the training length and within
-the longest window; `Uses` is always over documents.
+A token is far if the pair of its predecessor and the token occurred last beyond the training length
+and within the longest window. `Uses` always tests over documents.
 
-With p < 0.05 and d on the other side of m the check is not reproduced. With a greater p, or over
-fewer than 20 documents, it is not decidable at this scale. A perplexity up to 1 % above its best
-counts as steady. A claim is not reproduced if one of its checks is not, reproduced if all are, and
-else not decidable. Checks without records are left out; without any check the claim is not
-measured.
+With p < 0.05 and d on the wrong side of m the check is not reproduced. With a greater p, or over
+fewer than 20 documents, the check is not decidable at the measured scale. A perplexity up to 1 %
+above the best perplexity counts as steady. A claim is not reproduced if any check is not
+reproduced, reproduced if all checks are reproduced, and otherwise not decidable. Checks without
+records are left out. Without any check the claim is not measured.
 """
 
 import math
@@ -43,7 +43,7 @@ from dape.paper.cells import Setting
 from dape.paper.panel import Panel
 from dape.paper.sweep import CONTEXT
 
-Evidence = Sequence[Panel | Grid]  # what was measured
+Evidence = Sequence[Panel | Grid]  # the outcome of measurements
 Documents = Float[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
@@ -52,13 +52,13 @@ _FROM_THE_WORST: tuple[Outcome, ...] = (
     "reproduced",
 )
 SIGNIFICANT = 0.05
-SEEDS = 3  # from so many on the test is over seeds
+SEEDS = 3  # least number of seeds for a test over seeds
 MARGIN = math.log(1.01)
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of a check: the number it rests on, the seeds of each side, and the test."""
+    """The outcome of a check: the number, the seeds of both sides, and the test."""
 
     outcome: Outcome
     number: str
@@ -77,7 +77,7 @@ class Better:
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         length = self.setting.length * self.times
         panel = _panel(evidence, self.setting, self.corpus)
         candidate, baseline = (
@@ -95,13 +95,13 @@ class Better:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Better":
-        """Return the check in another setting, measured on its own corpus."""
+        """Return the check in another setting, measured on the corpus of the setting."""
         return replace(self, setting=move(self.setting), corpus=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Rise:
-    """The perplexity of an arm rises, or does not, up to `times` the training length."""
+    """The perplexity of an arm rises, or stays steady, up to `times` the training length."""
 
     arm: str
     setting: Setting
@@ -110,7 +110,7 @@ class Rise:
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         length = self.setting.length * self.times
         group = _measured(_panel(evidence, self.setting, self.corpus), self.arm, length)
         if group is None:
@@ -126,20 +126,20 @@ class Rise:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Rise":
-        """Return the check in another setting, measured on its own corpus."""
+        """Return the check in another setting, measured on the corpus of the setting."""
         return replace(self, setting=move(self.setting), corpus=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """An arm predicts far tokens better where its window holds their last occurrence."""
+    """An arm predicts far tokens better in a window with the last occurrence."""
 
     arm: str
     setting: Setting
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
         panel = _panel(evidence, self.setting, self.corpus)
         cells = [cell for cell in panel.cells if cell.arm == self.arm] if panel else []
         files = [cell.record.path / CONTEXT for cell in cells]
@@ -161,12 +161,12 @@ class Uses:
         )
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Uses":
-        """Return the check in another setting, measured on its own corpus."""
+        """Return the check in another setting, measured on the corpus of the setting."""
         return replace(self, setting=move(self.setting), corpus=None)
 
 
 def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Documents]:
-    """Return the far tokens of each document, and their losses in the shortest and longest window.
+    """Return the far tokens by document, and their losses in the shortest and longest window.
 
     The losses are sums in nats, means over the records.
     """
@@ -178,32 +178,32 @@ def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Doc
 
 @runtime_checkable
 class Check(Protocol):
-    """A rule that decides a claim, or a part of one."""
+    """A rule to decide a claim, or a part of a claim."""
 
     def find(self, evidence: Evidence) -> Finding | None:
-        """Return what the records say, None if they do not."""
+        """Return the finding from the records, or None without records."""
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Check":
-        """Return the check in another setting, measured on its own corpus."""
+        """Return the check in another setting, measured on the corpus of the setting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A sentence of the paper, where it stands, and the checks that decide it."""
+    """A sentence of the paper, with its section and the deciding checks."""
 
     text: str
     place: str
     checks: tuple[Check, ...]
 
     def moved(self, move: Callable[[Setting], Setting]) -> "Claim":
-        """Return the claim about other settings, measured on their own corpora."""
+        """Return the claim in other settings, measured on their own corpora."""
         checks = (each.moved(move) for each in self.checks)
         return replace(self, checks=tuple(dict.fromkeys(checks)))
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A claim, its outcome, and what each of its checks found."""
+    """A claim, the outcome, and the findings of the checks."""
 
     claim: Claim
     outcome: Outcome
@@ -211,13 +211,13 @@ class Verdict:
 
     @property
     def part(self) -> str:
-        """Return how many of the checks are measured, where it is a part of them."""
+        """Return the number of measured checks, unless all are measured."""
         measured, checks = len(self.findings), len(self.claim.checks)
         return f"{measured} of {checks} checks measured" if 0 < measured < checks else ""
 
     @property
     def weakest(self) -> Finding | None:
-        """Return the finding that supports the claim least: of its outcome, that of greatest p."""
+        """Return the finding with the greatest p, among findings equal to the outcome."""
         decisive = [each for each in self.findings if each.outcome == self.outcome]
         return max(decisive, key=lambda each: each.test.p_value, default=None)
 
@@ -238,7 +238,7 @@ def compare(
 ) -> PairedTest:
     """Return the test of mean loss (candidate at a length - baseline at another) = margin.
 
-    Its `difference` is that of the losses, without the margin.
+    The `difference` is the difference of losses, without the margin.
     """
     ours, theirs = ({e.subject.seed: e for e in side.evaluations} for side in (candidate, baseline))
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if seed is not None)
@@ -258,7 +258,7 @@ def compare(
 
 
 def best_length(group: Group, length: int) -> int:
-    """Return the length below `length` at which the mean loss is lowest."""
+    """Return the length below `length` with the lowest mean loss."""
     first = group.evaluations[0]
     shorter = [n for n in first.by_length if n < length]
     return min(
@@ -285,7 +285,7 @@ def _panel(evidence: Evidence, setting: Setting, corpus: str | None) -> Panel | 
 
 
 def _measured(panel: Panel | None, arm: str, length: int) -> Group | None:
-    """Return an arm of a panel if all of its runs were measured at a length."""
+    """Return an arm of a panel if all runs were measured at a length."""
     group = panel.group(arm) if panel else None
     if group and all(length in each.by_length for each in group.evaluations):
         return group

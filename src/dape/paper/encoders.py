@@ -1,4 +1,4 @@
-"""The Chomsky benchmark as a part of an experiment: cells of encoders that train side by side."""
+"""The Chomsky benchmark as a part of an experiment: cells of encoders trained side by side."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from dape.strict import build
 RECIPE = "recipes/chomsky.yaml"
 STEPS = 10_000  # Deletang et al. train a million, the DAPE paper 200,000
 LONGEST_TRAINED = 40
-# Encoders of short sequences leave a GPU idle: those of several tasks train side by side.
+# Encoders of short sequences leave a GPU idle, and several tasks train side by side.
 GROUPS = {
     "regular": ("even-pairs", "modular-arithmetic-simple", "parity-check", "cycle-navigation"),
     "one-symbol": ("modular-arithmetic", "solve-equation", "missing-duplicate"),
@@ -40,9 +40,9 @@ SMALL = (
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """A cell for each scheme and group of tasks: all seeds of all its tasks, side by side.
+    """A cell for each scheme and group of tasks, with all seeds and tasks side by side.
 
-    mapped: tasks whose encoder of the first seed is looked into, with a scheme of `map_schemes`.
+    mapped: tasks with a map of the first seed's encoder, for schemes in `map_schemes`.
     options: further words of `dape chomsky train`.
     """
 
@@ -56,7 +56,7 @@ class Encoders:
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """Return no settings: there is no language model."""
+        """Return no settings, because encoders are no language models."""
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
@@ -88,7 +88,7 @@ class Encoders:
                 yield Step(words, {kept: kept})
 
     def _minutes(self, home: Path, tasks: tuple[str, ...], scheme: str) -> float | None:
-        """Return the minutes on one GPU by the record of `benchmarks/chomsky_speed.py`, if any."""
+        """Return the minutes on a GPU by the record of `benchmarks/chomsky_speed.py`, if any."""
         file = home / SPEED
         if not file.is_file():
             return None
@@ -98,20 +98,20 @@ class Encoders:
         return sum(known) / 60 if len(known) == len(costs) else None
 
     def tiny(self) -> "Encoders":
-        """Return each scheme once, of a size for a CPU."""
+        """Return every scheme once, of a size for a CPU."""
         return replace(
             *(self,), groups={"parity": ("parity-check",)}, seeds=(0,), steps=2, options=SMALL
         )
 
 
 def map_file(task: str, scheme: str) -> Path:
-    """Return where a record keeps the map of a task and a scheme."""
+    """Return the path of the map of a task and a scheme in a record."""
     return Path("maps") / task / f"{scheme}.json"
 
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """Seconds a step of a stack takes, and a test of one of its models at all lengths."""
+    """Seconds of a step of a stack, and of a test of a model at all lengths."""
 
     task: str
     scheme: str
@@ -125,7 +125,7 @@ def _speeds(content: Mapping[str, Any]) -> list[_Speed]:
 
 
 def _cost(speeds: list[_Speed], scheme: str, models: int, task: str, steps: int) -> float | None:
-    """Return the seconds of a task: those of the measured one with the next longer output."""
+    """Return the seconds of a task, from the measured task with the next longer output."""
     longest = TASKS[task].output_length(LONGEST_TRAINED)
     known = {
         TASKS[each.task].output_length(LONGEST_TRAINED): each

@@ -1,4 +1,4 @@
-"""An experiment is data: sweeps, and the claims of the paper that they decide."""
+"""An experiment as data: sweeps, and claims of the paper to decide."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +14,11 @@ Part = Sweep | Tuning | Bench | Encoders
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """A table and a figure for each setting of its parts, and the claims they decide.
+    """An experiment: sweeps over settings, with a table and a figure per setting, and claims.
 
-    `shows` says what it reproduces, `sections` what its results are (`results.SECTIONS`). They lie
-    in `folder`, records of cells in `home`, which experiments share.
+    `shows` names the reproduced tables and figures, and `sections` the kinds of results
+    (`results.SECTIONS`). Results lie in `folder`. Records of cells lie in `home`, shared by
+    experiments.
     """
 
     name: str
@@ -30,21 +31,21 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        """Return where table, figures and verdicts go."""
+        """Return the folder for tables, figures and verdicts."""
         return self.home if self.home.name == self.name else self.home / self.name
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """Return the settings of all parts, each once."""
+        """Return the settings of all parts, without repetition."""
         return tuple(dict.fromkeys(setting for part in self.parts for setting in part.settings))
 
     def cells(self, data: Mapping[str, str] | None = None) -> list[Cell]:
-        """Return the cells of all parts, each once."""
+        """Return the cells of all parts, without repetition."""
         return once(cell for part in self.parts for cell in part.cells(self.home, data or {}))
 
 
 def smoke(experiment: Experiment) -> Experiment:
-    """Return the experiment in miniature: every arm once, on a tiny model, a CPU and bytes."""
+    """Return the experiment in miniature: every arm once, with a tiny model of bytes on a CPU."""
     return replace(
         experiment,
         parts=tuple(part.tiny() for part in experiment.parts),

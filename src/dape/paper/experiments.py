@@ -1,4 +1,4 @@
-"""The experiments, in the order in which GPU time is best spent on them."""
+"""The experiments, in the order of their value for GPU time."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ BIASES = ("alibi", "kerple", "fire")
 
 
 def _pairs(setting: Setting, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
-    """Return the checks of DAPE on each bias against the bias alone."""
+    """Return the checks of DAPE on every bias against the bias alone."""
     return tuple(Better(f"dape-{bias}", bias, setting, n) for n in times for bias in biases)
 
 
 def _steady(*checks: tuple[Setting, int]) -> tuple[Claim, Claim]:
-    """Return the claims about Kerple's curve with and without DAPE, up to so many times."""
+    """Return the claims about Kerple's curve with and without DAPE, up to `times` the length."""
     return (
         Claim(
             "DAPE-Kerple's perplexity does not rise beyond the training length",
@@ -163,9 +163,9 @@ HIDDEN = tuple(
         f"dape-alibi-d{width}",
         {"model.scheme": "dape-alibi", "model.scheme_options": {"adapter": {"hidden": width}}},
     )
-    for width in (4, 16, 64)  # dape-alibi itself has 32
+    for width in (4, 16, 64)  # dape-alibi has 32
 )
-# A + f(A + B), which the paper leaves out.
+# A + f(A + B) is absent from the paper.
 BARE_SUM = Arm(
     "dape-add-kerple-bare",
     {"model.scheme": "dape-add-kerple", "model.scheme_options": {"adapter": {"residual": False}}},
@@ -383,8 +383,8 @@ RETROFIT = Experiment(
     name="retrofit",
     title="A RoPE model trained at 512, then for 5 % of its steps more",
     shows="DAPE as an addition to a model that is there",
-    # Each rate is the best of three or four by the validation loss of seed 0 at 2,048 tokens: 3e-5
-    # to 3e-4 for the whole model, to 1e-3 as YaRN, and 3e-3 to 3e-2 for adapters.
+    # Rates are the best of three or four by the validation loss of seed 0 at 2,048 tokens: 3e-5 to
+    # 3e-4 for the whole model, to 1e-3 as YaRN, and 3e-3 to 3e-2 for adapters.
     parts=(
         Tuning(
             base=Sweep(
@@ -416,7 +416,7 @@ def find(name: str) -> Experiment:
     """Return the experiment of a name.
 
     Raises:
-        UserError: for an unknown name, with the near ones.
+        UserError: for an unknown name, with near names.
     """
     if name not in EXPERIMENTS:
         raise unknown("experiment", name, EXPERIMENTS)

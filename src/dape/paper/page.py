@@ -1,4 +1,4 @@
-"""`dape paper report`: one page on all experiments, which opens without a network."""
+"""`dape paper report`: a page on all experiments, readable without a network."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dape.paper.sections import OURS
 
 
 def page(found: Sequence[Results], beside: Table) -> str:
-    """Return the page: verdicts first, then each experiment that has results.
+    """Return the page: verdicts first, then all experiments with results.
 
     `beside` holds the published numbers and ours.
     """

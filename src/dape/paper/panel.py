@@ -1,4 +1,4 @@
-"""A panel: all arms of one setting, measured on the test texts of one corpus."""
+"""A panel: all arms of a setting, measured on the test texts of a corpus."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,14 @@ from dape.paper import record
 from dape.paper.cells import Cell, Setting, by_setting
 from dape.paper.sweep import MEASURED_ON, evaluation
 
-RISEN = 0.01  # nats of validation loss above its lowest, from which a training was too long
+RISEN = 0.01  # a training was too long from this rise of the validation loss, in nats
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The cells of a setting that are finished, or failed for a reason that lies in the model.
+    """The finished cells of a setting, and the cells that failed because of the model.
 
-    `groups` holds the evaluations by arm, of the arms that have any; `errors` the reasons of the
-    cells that failed, by their names.
+    `groups` holds the evaluations by arm, and `errors` the reasons of failed cells by name.
     """
 
     setting: Setting
@@ -38,21 +37,21 @@ class Panel:
         return list(dict.fromkeys(cell.arm for cell in self.cells))
 
     def group(self, arm: str) -> Group | None:
-        """Return the evaluations of an arm, None if there are none."""
+        """Return the evaluations of an arm, or None."""
         return next((each for each in self.groups if each.label == arm), None)
 
     @property
     def corpus_checksum(self) -> str:
-        """Return the checksum of the corpus that was trained on."""
+        """Return the checksum of the training corpus."""
         return record.read(self.cells[0]).checksum or ""
 
     @property
     def epochs(self) -> float:
-        """Return how often the training text was seen."""
+        """Return the number of passes over the training text."""
         return self.setting.tokens / record.read(self.cells[0]).train_tokens
 
     def repeated_too_often(self) -> list[str]:
-        """Return the arms and seeds whose validation loss rose again, with from where to where."""
+        """Return the arms and seeds with a rise of the validation loss, with both losses."""
         found = []
         for cell in self.cells:
             losses = [
@@ -64,10 +63,10 @@ class Panel:
 
 
 def panels(ended: Sequence[Cell]) -> list[Panel]:
-    """Return the panels of cells that are finished or failed.
+    """Return the panels of finished and failed cells.
 
     Raises:
-        UserError: if evaluations in a panel score other tokens than the first.
+        UserError: for evaluations in a panel with different scored tokens.
     """
     found = []
     for setting, cells in by_setting(ended).items():

@@ -10,7 +10,7 @@ from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.record import State
 
-# Tokens a second of training on one H100 by CUDA graphs, and how much longer some schemes take.
+# Tokens a second of training on an H100 with CUDA graphs, and factors for slower schemes.
 TOKENS_PER_SECOND = {"small": 740_000, "125m": 400_000, "350m": 140_000}
 SLOWER = {
     "dape3": 2.1,
@@ -22,13 +22,13 @@ SLOWER = {
     "cope": 4.0,
     "transformer-xl": 4.0,
 }
-# Minutes of starting, compiling and measuring on one H100.
+# Minutes of starting, compiling and measuring on an H100.
 AROUND = {"small": 1.5, "125m": 2.0, "350m": 3.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A cell, its state, and its GPU minutes, spent or estimated (None if unknown)."""
+    """A cell with state and GPU minutes, spent or estimated (None if unknown)."""
 
     cell: Cell
     state: State
@@ -41,7 +41,7 @@ class Planned:
 
 
 def plan(cells: Sequence[Cell]) -> list[Planned]:
-    """Return the cells with state and price; prices of cells like a finished one are measured."""
+    """Return the cells with state and cost, measured for cells like a finished cell."""
     here = record.checksums(cells)
     states = {cell.name: record.state(cell, here) for cell in cells}
     spent = {
@@ -54,10 +54,10 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
 
 
 def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
-    """Return the cells to run, the longest first: of the arms `only`, if any are named.
+    """Return the cells to run, the longest first, limited to the arms `only` if given.
 
     With `retry`, cells that diverged or ran out of memory run again. A finished cell runs again if
-    a second cell needs its model and the model is missing.
+    another cell needs the model and the model is missing.
     """
     chosen = [
         each
@@ -83,13 +83,13 @@ def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
-    """Return the plan as a table, a row for each setting, with the price of what is due."""
+    """Return the plan as a table, a row per setting, with the cost of cells that are due."""
     groups: dict[str, list[Planned]] = {}
     for each in planned:
         name = each.cell.setting.name if each.cell.setting else each.cell.name
         groups.setdefault(name, []).append(each)
     rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
-    note = "Changed: other settings, data or measurements than now; runs again."
+    note = "Changed: settings, data or measurements differ now; runs again."
     left = [each.minutes for each in planned if each.due and each.minutes is not None]
     if left:
         hours = max(sum(left) / devices, *left) / 60
@@ -100,7 +100,7 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
 
 
 def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
-    """Return the estimated minutes of a cell, from finished cells like it or from a table."""
+    """Return the estimated minutes of a cell, from similar finished cells or from a table."""
     setting = cell.setting
     if setting is None:
         return cell.minutes

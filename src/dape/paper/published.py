@@ -1,8 +1,8 @@
-"""Perplexities that papers state, each with its place and with how sure the number is."""
+"""Published perplexities, with their source and reliability."""
 
 from dataclasses import dataclass
 
-# How sure a number is.
+# Reliability of a number.
 STATED = "stated in the text"
 INFERRED = "stated in the text without the corpus, which its level tells"
 SECOND_HAND = "read from a note on the paper, not from the paper"
@@ -33,7 +33,7 @@ def _stated(
     size: str = "125m",
     corpus: str = "arxiv",
 ) -> list[Published]:
-    """Return what one place states: perplexities by scheme and length."""
+    """Return the perplexities stated by a source, by scheme and length."""
     return [
         Published(scheme, size, corpus, trained, length, perplexity, place, sure)
         for scheme, row in values.items()
@@ -140,7 +140,7 @@ PUBLISHED = (
 
 
 def published(scheme: str, corpus: str, trained: int, size: str) -> list[Published]:
-    """Return what is published on a scheme: at 350M if that is the size, else at 125M."""
+    """Return the published perplexities of a scheme, at 350M or otherwise at 125M."""
     size = size if size == "350m" else "125m"
     return [
         each

@@ -29,9 +29,9 @@ class End:
     """The end of a cell.
 
     Attributes:
-        commands: the command of each file, by the path in the record.
-        seconds: seconds of each command.
-        error: divergence or lack of memory, which ended the cell early. A cell with an error is a
+        commands: the commands behind the files, by path in the record.
+        seconds: seconds of the commands.
+        error: divergence or lack of memory, the reason of an early end. A cell with an error is a
             result and does not run again.
         checksum: checksum of the corpus; None without a training.
         train_tokens: tokens of the corpus; 0 without a training.
@@ -64,15 +64,15 @@ def read(cell: Cell) -> End:
 
 
 def minutes(cells: Iterable[Cell]) -> float:
-    """Return the minutes of a device that ended cells took."""
+    """Return the device minutes of ended cells."""
     return math.fsum(read(cell).minutes for cell in cells)
 
 
 def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     """Return whether a cell is finished.
 
-    `checksums` holds the checksums of the corpora on this machine, by folder. A cell whose record
-    differs in recipe, data or measurement is `changed`, and must run again.
+    `checksums` holds the checksums of the corpora on this machine, by folder. A cell is `changed`
+    if the record differs in recipe, data or measurement, and then must run again.
     """
     if not _file(cell).is_file():
         return "missing"
@@ -85,7 +85,7 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
 
 
 def claimed(cell: Cell) -> AbstractContextManager[None]:
-    """Return the lock on a cell, among processes that share results.
+    """Return the lock on a cell, among processes with shared results.
 
     Raises:
         UserError: on entry, if a second process has the lock.
@@ -94,7 +94,7 @@ def claimed(cell: Cell) -> AbstractContextManager[None]:
 
 
 def ended(cell: Cell) -> int | None:
-    """Return the time at which a cell ended last, in nanoseconds, or None."""
+    """Return the time of the last end of a cell, in nanoseconds, or None."""
     file = _file(cell)
     return file.stat().st_mtime_ns if file.is_file() else None
 
@@ -136,7 +136,7 @@ def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
 
 
 def write(cell: Cell, end: End) -> None:
-    """Write how a cell ended."""
+    """Write the end of a cell."""
     write_json(_file(cell), asdict(end))
 
 

@@ -34,16 +34,16 @@ class Results:
 
     @property
     def command(self) -> str:
-        """Return the command that makes all of it."""
+        """Return the command behind the results."""
         return f"dape paper {self.experiment.name}"
 
     @property
     def minutes(self) -> float:
-        """Return the minutes of one device that it took."""
+        """Return the minutes of a device for the experiment."""
         return record.minutes(self.cells)
 
     def origin(self) -> dict[str, str]:
-        """Return the devices, commits and versions that the trainings tell of."""
+        """Return the devices, commits and versions of the trainings."""
         made = [cell.record.read_record() for cell in self.cells]
         found: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
         for each in made:
@@ -62,7 +62,7 @@ class Results:
         parts = [
             f"# {self.experiment.title}",
             f"Reproduces {self.experiment.shows}: `{self.command}`,"
-            f" {self.minutes:.0f} minutes of one device.",
+            f" {self.minutes:.0f} minutes of a device.",
             verdicts_table(self.verdicts).markdown() if self.verdicts else "",
         ]
         for section in self.sections:
@@ -86,7 +86,7 @@ class Results:
 
 
 def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Results:
-    """Return what is known of an experiment; `data` holds the folders of corpora by name."""
+    """Return the results so far of an experiment; `data` holds the folders of corpora by name."""
     cells = experiment.cells(data)
     here = record.checksums(cells)
     ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
@@ -103,7 +103,7 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
-    """Return the verdicts: a row for each claim and, under it, one for each of its checks."""
+    """Return the verdicts, with a row for each claim and rows for its checks below."""
     rows = []
     for verdict in verdicts:
         outcome = f"{verdict.outcome} ({verdict.part})" if verdict.part else verdict.outcome
@@ -118,7 +118,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
 
 
 def as_record(verdict: Verdict) -> dict[str, Any]:
-    """Return a verdict as JSON holds it."""
+    """Return a verdict for JSON."""
     return {
         "claim": verdict.claim.text,
         "place": verdict.claim.place,

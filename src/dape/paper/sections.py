@@ -1,4 +1,4 @@
-"""Sections of an experiment's results: tables that belong together, and their figure."""
+"""Sections of an experiment's results: related tables, with a figure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,13 +25,13 @@ from dape.paper.sweep import CONTEXT, COSTS, LEARNED
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TALLEST = 2.5  # of a figure, in its lowest value: what diverges would hide all else
-OURS = "published"  # ends the label of a row that is not ours
+TALLEST = 2.5  # top of a figure over the lowest value, for a diverged line
+OURS = "published"  # ends the label of a published row
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Related tables, their figure and its caption."""
+    """Related tables, with a figure and a caption."""
 
     name: str
     tables: tuple[Table, ...]
@@ -45,12 +45,12 @@ class Section:
 
 
 def curves(cells: Sequence[Cell]) -> list[Section]:
-    """Return the perplexities of each setting beside the published ones, and the tests."""
+    """Return the perplexities of each setting beside published perplexities, and the tests."""
     return [_curves(panel) for panel in panels(cells)]
 
 
 def heads(cells: Sequence[Cell]) -> list[Section]:
-    """Return A, B and f(A, B) of each run at each length where a query was looked at."""
+    """Return A, B and f(A, B) of recorded queries, by run and length."""
     files = [
         (cell, kept)
         for cell in cells
@@ -69,7 +69,7 @@ def heads(cells: Sequence[Cell]) -> list[Section]:
 
 
 def uses(cells: Sequence[Cell]) -> list[Section]:
-    """Return the gains from far text, by where the predicted token occurred last."""
+    """Return the gains from far text, by the last occurrence of the predicted token."""
     caption = "Gain in nats a token, by where the predicted token occurred last before."
     found = []
     for setting, members in by_setting(cells).items():
@@ -125,7 +125,7 @@ def _curves(panel: Panel) -> Section:
 
 
 def perplexities(panel: Panel) -> Table:
-    """Return the perplexity of each arm at each length, and the published ones under it."""
+    """Return the perplexity by arm and length, with published perplexities below."""
     base = tables.results(panel.groups)
     lengths = panel.groups[0].evaluations[0].lengths
     rows = []
@@ -144,7 +144,7 @@ def perplexities(panel: Panel) -> Table:
 
 
 def trainings(panel: Panel) -> Table:
-    """Return loss, cost and failures of the trainings of each arm."""
+    """Return loss, cost and failures of the trainings, by arm."""
     rows = []
     for arm in panel.arms:
         cells = [cell for cell in panel.cells if cell.arm == arm]

@@ -17,7 +17,7 @@ from dape.errors import UserError
 from dape.paper import record
 from dape.paper.cells import Cell, Step
 
-# Ends of a training or a measurement that tell of the model: the cell is a result.
+# Errors caused by the model, with which the cell is a result.
 TELLING = re.compile(r"out of memory|step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
 ERROR = "dape: error: "
 
@@ -34,7 +34,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Workers:
-    """The running processes, which an interruption must end.
+    """The running processes, to end at an interruption.
 
     Args:
         program: words of the program, before the words of a command.
@@ -46,7 +46,7 @@ class Workers:
     stopped: bool = False
 
     def call(self, words: Sequence[str], device: str, log: IO[bytes]) -> int:
-        """Run a command to its end on a device, and return its status."""
+        """Run a command to the end on a device, and return the status."""
         visible = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
         with self.lock:
             if self.stopped:
@@ -73,7 +73,7 @@ class Workers:
 
 
 def devices() -> list[str]:
-    """Return the visible GPUs, as CUDA_VISIBLE_DEVICES names them, or else `cpu`."""
+    """Return the visible GPUs by their names in CUDA_VISIBLE_DEVICES, or else `cpu`."""
     import torch
 
     count = torch.cuda.device_count()
@@ -89,11 +89,11 @@ def spread(
     minutes: float | None = None,
     weights: bool = True,
 ) -> list[Outcome]:
-    """Run the cells in order, one at a time on each device, and return their ends.
+    """Run the cells in order, with a cell at a time on each device, and return their ends.
 
     After `minutes` no cell starts. Without `weights`, the weights of a finished cell are deleted.
-    An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells
-    that run or ended in a second process are left out.
+    An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
+    a second process are left out.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     before = {cell.name: record.ended(cell) for cell in cells}
@@ -127,10 +127,10 @@ def spread(
 def _claim(
     waiting: list[Cell], running: Collection[Cell], before: Mapping[str, int | None]
 ) -> tuple[Cell, ExitStack] | None:
-    """Take the first cell that can start off the list, with its lock.
+    """Take the first cell that can start off the list, with the lock.
 
-    A cell can start if its base model is trained, and no second process runs the cell. Cells that
-    ended in a second process leave the list too.
+    A cell can start if the base model is trained, and no second process runs the cell. Cells ended
+    by a second process leave the list too.
     """
     pending = {cell.name for cell in (*waiting, *running)}
     for cell in [each for each in waiting if each.needs not in pending]:
@@ -145,13 +145,13 @@ def _claim(
 
 
 def describe(end: Outcome) -> str:
-    """Return in a line how a cell ended."""
+    """Return the end of a cell as a line."""
     how = f"failed: {end.error}" if end.error else "is finished"
     return f"{end.cell.name} {how} ({end.seconds / 60:.1f} min on {end.device})"
 
 
 def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitStack) -> Outcome:
-    """Run a cell and release its lock; a failing disk is an error of the cell."""
+    """Run a cell and release the lock; a failing disk is an error of the cell."""
     begun = time.monotonic()
     with claim:
         try:
@@ -164,7 +164,7 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitSt
 
 
 def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
-    """Run the commands in order, keep their files, and return their error."""
+    """Run the commands in order, keep their files, and return the first error."""
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
@@ -180,12 +180,12 @@ def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
 
 
 def _tells(error: str | None) -> bool:
-    """Return whether the model is the reason of the error, so that the error is a result."""
+    """Return whether the model caused the error, which then is a result."""
     return error is None or bool(TELLING.search(error))
 
 
 def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
-    """Run a command, keep its files, and return its error if it fails."""
+    """Run a command, keep the files, and return the error of a failure."""
     log = record.log(cell)
     with log.open("ab") as output:
         status = workers.call(step.words, device, output)
@@ -194,7 +194,7 @@ def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
 
 
 def _last_line(log: Path, status: int) -> str:
-    """Return the error of a command: its line, or the last line of a traceback."""
+    """Return the error of a command: the error line, or the last line of a traceback."""
     lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
     last = lines[-1].removeprefix(ERROR) if lines else ""
     return f"{last} (status {status})" if last else f"status {status}"

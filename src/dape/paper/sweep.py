@@ -22,7 +22,7 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A recipe, the tokens of a step, and those of a micro-batch (None: the whole step)."""
+    """A recipe, the tokens of a step, and the tokens of a micro-batch (None: the whole step)."""
 
     recipe: str
     step: int
@@ -38,29 +38,29 @@ SIZES = {
     "cpu": Size("recipes/cpu.yaml", 2**12),
     "retrofit": Size("recipes/retrofit-base.yaml", 2**15, 2**15),
 }
-# Corpora whose test texts a model trained on both is measured on, one after the other.
+# Corpora for the test of a model trained on the mixed corpus, in turn.
 MEASURED_ON = {"mixed": ("arxiv", "books")}
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A label, and options over the recipe by their dotted names."""
+    """A label, and options over the recipe by dotted name."""
 
     label: str
     options: Options
 
 
 def schemes(*names: str) -> tuple[Arm, ...]:
-    """Return the arms that differ in nothing but the scheme."""
+    """Return arms that differ only in the scheme."""
     return tuple(Arm(name, {"model.scheme": name}) for name in names)
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A further command on each run: words after `dape`, and the file of the run folder to keep.
+    """A further command on every run: words after `dape`, and the file of the run folder to keep.
 
-    In both {run} is the run folder, {reads} the lengths to read, and {length} is `times` the
-    training length.
+    In words and file, {run} is the run folder, {reads} the lengths to read, and {length} is `times`
+    the training length.
     """
 
     words: tuple[str, ...]
@@ -68,7 +68,7 @@ class Measure:
     times: int = 1
 
     def step(self, run: RunFolder, setting: Setting, reads: str) -> Step:
-        """Return the command on one run."""
+        """Return the command on a run."""
         length = self.times * setting.length
         kept = Path(self.keeps.format(length=length))
         words = (word.format(run=run, length=length, reads=reads) for word in self.words)
@@ -79,7 +79,7 @@ USES = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), str(CONTEXT
 
 
 def heads(times: int) -> Measure:
-    """Return the measurement of A, B and f(A, B) of the last query of so long a text."""
+    """Return the measurement of A, B and f(A, B) of the last query of a text."""
     kept = f"{LEARNED}/{{length}}.json"
     words = ("plot", "learned", "{run}", "--length", "{length}", "--out", f"{{run}}/{kept}")
     return Measure(words, kept, times)
@@ -87,10 +87,10 @@ def heads(times: int) -> Measure:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All arms with all seeds in all settings, measured at the lengths that `reads` gives.
+    """All arms with all seeds in all settings, measured at the lengths in `reads`.
 
     `reads` is the value of `dape eval --lengths`, with {length} for the training length; `options`
-    are further words of that command, `measures` further commands.
+    are further words of `dape eval`, and `measures` further commands.
     """
 
     size: str
@@ -110,7 +110,7 @@ class Sweep:
         return tuple(Setting(self.size, *values) for values in combined)
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the cells; `data` names the folders of corpora that are not data/CORPUS."""
+        """Return the cells; `data` maps corpora to folders other than data/CORPUS."""
         for setting, arm, seed in product(self.settings, self.arms, self.seeds):
             name = f"{setting.name}/{arm.label}-{seed}"
             options = {
@@ -143,7 +143,7 @@ class Sweep:
             yield measure.step(run, setting, lengths)
 
     def tiny(self) -> "Sweep":
-        """Return every arm once, on a tiny model, a CPU and bytes."""
+        """Return every arm once, with a tiny model of bytes on a CPU."""
         return Sweep(
             *(TINY.size, (TINY.corpus,), (TINY.length,), self.arms),
             tokens=(TINY.tokens,),
@@ -154,7 +154,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """Models that a sweep trains, and arms that fine-tune each of them: `dape retrofit`."""
+    """Models trained by a sweep, and arms that fine-tune every model by `dape retrofit`."""
 
     base: Sweep
     recipe: str
@@ -167,7 +167,7 @@ class Tuning:
         return self.base.settings
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the cells of the base models, each with those that begin with it."""
+        """Return the cells of the base models, followed by the cells of their fine-tuning."""
         for base in self.base.cells(home, data):
             yield base
             for arm in self.arms:
@@ -193,7 +193,7 @@ class Tuning:
         return Cell(base.home, name, arm.label, (step,), training, needs=base.name)
 
     def tiny(self) -> "Tuning":
-        """Return every arm once, on a tiny model, a CPU and bytes."""
+        """Return every arm once, with a tiny model of bytes on a CPU."""
         small = {
             "training.batch_size": 4,
             "training.steps": 2,
@@ -210,7 +210,7 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A measurement without a training: the words after `dape bench`, and about its minutes.
+    """A measurement without a training: the words after `dape bench`, and estimated minutes.
 
     `small` are the words for a CPU.
     """
@@ -226,7 +226,7 @@ class Bench:
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the one cell."""
+        """Return the single cell."""
         words = ("bench", *self.words, "--out", str(run_folder(home, self.name)))
         step = Step(words, {COSTS: COSTS})
         yield Cell(home, self.name, self.name, (step,), minutes=self.minutes)
@@ -242,13 +242,13 @@ def data_folder(corpus: str, data: Mapping[str, str]) -> str:
 
 
 def evaluation(setting: Setting, corpus: str) -> Path:
-    """Return where a record keeps the evaluation on the test texts of a corpus."""
+    """Return the path in a record of the evaluation on a corpus."""
     kept = INSIDE.evaluation("last")
     return kept if corpus == setting.corpus else kept.with_stem(f"last-{corpus}")
 
 
 def setting_options(setting: Setting) -> Options:
-    """Return a setting as options over the recipe of its size; the last step is whole."""
+    """Return a setting as options over the recipe of the size; the last step is whole."""
     size = SIZES[setting.size]
     micro = {"hardware.micro_batch_size": size.micro // setting.length} if size.micro else {}
     return {

@@ -1,1 +1,1 @@
-"""Position encodings: a file for each of the four places, and schemes that combine them."""
+"""Position encodings: a file for each of the four places, and schemes that combine places."""

@@ -1,8 +1,8 @@
 r"""Embeddings: a vector of the position, added to the vector of a token below all layers.
 
 An embedding maps `x` `[B, T, C]` and positions `[T]` or `[B, T]` to `[B, T, C]`. Tables and sums
-are float32 or wider whatever the dtype of the model. No embedding is `relative`, because the logits
-depend on the first position of a sequence.
+are float32 or wider in a model of any dtype. No embedding is `relative`, because the logits depend
+on the first position of a sequence.
 """
 
 import math
@@ -31,8 +31,8 @@ class Sinusoidal(nn.Module):
     w_i = 10000^(-2 i / C) for width C, at any position p (Vaswani et al., 2017, section 3.5). The
     scale s of the tokens is `sqrt(C)`, as in section 3.4 of the paper. Vectors drawn with a
     standard deviation of about `1 / sqrt(C)` are then as large as the sinusoids. GPT-NeoX has no
-    scale, and tokens start 30 times smaller than positions. Other codes put all sines before all
-    cosines, which renames the dimensions.
+    scale, and tokens start 30 times smaller than positions. Implementations that put all sines
+    before all cosines rename the dimensions.
 
     Args:
         hidden_size: width C of the model.
@@ -69,8 +69,9 @@ class Learned(Wide):
     GPT-NeoX, N(0, 2 / (5 C)).
 
     A check of positions makes the host wait for a GPU, and cannot be compiled. In training on a GPU
-    and under `torch.compile`, the check takes the length for the largest position, which is exact
-    without padding and `position_ids`. The lookup itself fails at positions outside the table.
+    and under `torch.compile`, the check takes the length for the largest position. Without padding
+    and `position_ids` the check is exact. Otherwise the lookup fails at positions outside the
+    table.
 
     Args:
         train_length: number of rows of the table, in tokens.

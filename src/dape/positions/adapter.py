@@ -3,8 +3,8 @@ r"""Adapters: maps from the scores A and the bias B to the logits of the softmax
 An adapter maps `A = q k^T / sqrt(d)` `[batch, heads, query, key]` and B `[heads, query, key]` to
 logits of the shape of A. An adapter sees a block of query rows with whole rows of keys, in float32
 or wider. Without an adapter the logits are A + B. Any module `adapter(A, B) -> logits` is an
-adapter. A module with `needs_rows = True` takes `Rows` as a third argument. `reach`, if given, is
-the number of keys on each side on which a logit depends. Then keys may be a part of all.
+adapter. A module with `needs_rows = True` takes `Rows` as a third argument. An adapter with `reach`
+has logits that depend on at most `reach` keys to each side, and may be given a part of the keys.
 """
 
 import math
@@ -104,7 +104,7 @@ class DAPE(Wide):
 
     @property
     def reach(self) -> int:
-        """How many keys on each side of its own a logit depends on."""
+        """Number of keys to each side on which a logit depends."""
         return 2 * (self.kernel_size // 2)
 
     def reset_parameters(self) -> None:
@@ -154,24 +154,36 @@ def mix(
 ) -> Float[Tensor, "*batch out query key"]:
     """Return the 1 x k convolution along the keys, `sum_t W_t x[j + t]`.
 
-    A product per tap instead of a convolution, which runs in TF32 on a GPU by default.
+    A product replaces `conv1d`, because convolutions run in TF32 on a GPU by default. Taps become
+    channels on the side that has fewer of them.
     """
-    weight, taps = weight.to(x.dtype), weight.shape[-1]
+    weight, (out, channels, taps) = weight.to(x.dtype), weight.shape
     keys = x.shape[-1] - taps + 1
-    out = torch.einsum("oc,...cqk->...oqk", weight[:, :, 0], x[..., :keys])
-    for tap in range(1, taps):
-        out = out + torch.einsum("oc,...cqk->...oqk", weight[:, :, tap], x[..., tap : tap + keys])
-    return out
+    if taps == 1:
+        return across(weight[:, :, 0], x)
+    if channels < out:
+        shifted = torch.cat([x[..., tap : tap + keys] for tap in range(taps)], dim=-3)
+        return across(weight.mT.flatten(1), shifted)
+    parts = across(weight.permute(2, 0, 1).flatten(0, 1), x).unflatten(-3, (taps, out))
+    moved = [parts[..., tap, :, :, tap : tap + keys] for tap in range(taps)]
+    return sum(moved[1:], moved[0])
+
+
+def across(
+    weight: Float[Tensor, "out channels"], x: Float[Tensor, "*batch channels query key"]
+) -> Float[Tensor, "*batch out query key"]:
+    """Return a product with the channels at each query and key."""
+    return torch.einsum("oc,...cqk->...oqk", weight, x)
 
 
 class TalkingHeads(Wide):
     r"""Talking heads before the softmax: S + P S for S = A + B, P an H x H matrix across heads.
 
-    Shazeer et al., 2020. The paper's projection of the logits is I + P here, and P starts at zero,
-    so a model begins as its base. Talking heads are the plain baseline of head mixing, without a
-    hidden layer and without B apart from A. An adapter cannot compute the paper's second
-    projection, of the weights after the softmax. `pre_talking_heads` of x-transformers mixes A
-    alone and starts at P = I.
+    Shazeer et al., 2020. I + P is the paper's projection of the logits. P starts at zero, and a
+    model starts as the base scheme without mixing. Talking heads are the plain baseline of head
+    mixing, without a hidden layer and without B apart from A. An adapter cannot compute the paper's
+    second projection, of the weights after the softmax. `pre_talking_heads` of x-transformers mixes
+    A alone and starts at P = I.
 
     Args:
         num_heads: number of query heads H.
@@ -203,12 +215,12 @@ class CoPE(Wide):
 
     The position `p_ij = sum_k sigmoid(A_ik)` sums gates over the visible keys k from j to the
     query, j and query included, up to `npos_max` - 1. e[p] interpolates between the two nearest of
-    `npos_max` learnable embeddings. The heads share the embeddings, which start at zero. Scores are
-    scaled and q is not, as in the listing of the paper's appendix.
+    `npos_max` learnable embeddings. The heads share the embeddings, and the embeddings start at
+    zero. Scores are scaled and q is not, as in the listing of the paper's appendix.
 
     The paper is causal. In bidirectional use, positions count outwards from the query on both
-    sides. Keys must be in the order of their positions. The paper has no bias. Here a bias is added
-    and does not enter the gates.
+    sides. Keys must be in the order of positions. The paper has no bias. CoPE adds the bias
+    B, outside the gates.
 
     Args:
         head_dim: width of a head.
@@ -246,7 +258,7 @@ class CoPE(Wide):
     def places(
         self, scores: Float[Tensor, "batch heads query key"], rows: Rows
     ) -> Float[Tensor, "batch heads query key"]:
-        """Return `p_ij`, summed outwards from the query, so that near gates lose no digits."""
+        """Return `p_ij`, summed outwards from the query to keep the digits of near gates."""
         gates = torch.where(rows.visible, scores.sigmoid(), 0)
         query = rows.query_positions[..., None, :, None]
         key = rows.key_positions[..., None, None, :]
@@ -256,16 +268,17 @@ class CoPE(Wide):
 
 
 class TransformerXL(Wide):
-    r"""Transformer-XL's terms: A + B + scale (u . k_j + (q_i + v) . W r(i - j)), of each head.
+    r"""Transformer-XL's terms: A + B + scale (u . k_j + (q_i + v) . W r(i - j)), by head.
 
-    Dai et al., 2019, section 3.3. For each head, W is [head_dim, hidden_size] and u and v are
-    vectors [head_dim]. r is the sinusoidal embedding of the signed distance, with `hidden_size`
-    entries. All parameters start from N(0, 0.02), as in the code of the authors and of DAPE. Each
-    layer has its own parameters.
+    Dai et al., 2019, section 3.3. A head has W of shape [head_dim, hidden_size] and vectors u, v of
+    shape [head_dim]. r is the sinusoidal embedding of the signed distance, with `hidden_size`
+    entries. All parameters start from N(0, 0.02), as in the code of the authors and of DAPE. Layers
+    do not share parameters.
 
     r(i - j) is never formed. By the addition theorems, `W^T (q_i + v)` is turned by i and
-    multiplied with the sines and cosines of j. The form takes any positions and costs `hidden_size`
-    products for each query and key. A table of distances and a shift would cost `head_dim`.
+    multiplied with the sines and cosines of j. The factored form takes any positions and costs
+    `hidden_size` products per query and key. A table of distances and a shift would cost
+    `head_dim`.
 
     Args:
         num_heads: number of query heads H.

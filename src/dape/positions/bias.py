@@ -1,8 +1,8 @@
 r"""Biases: matrices B from the positions of queries and keys, added to the attention scores.
 
 A bias maps positions `[query]` and `[key]` to B `[heads, query, key]`; batch axes may lead.
-Position is an argument, so caches, padding, chunks and sequence parallelism need no code in a bias.
-Distances and parameters are float32 or wider whatever the dtype of the model, because bfloat16
+Positions are arguments, and therefore caches, padding, chunks and sequence parallelism need no code
+in a bias. Distances and parameters are float32 or wider in a model of any dtype, because bfloat16
 rounds 257 to 256. In bidirectional use, the distance of every bias is `|i - j|`.
 """
 
@@ -86,7 +86,7 @@ class NoBias(Bias):
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
-        """Return zeros, without storing them."""
+        """Return zeros, as a view of a single stored zero."""
         batch, query, key = (
             query_positions.shape[:-1],
             query_positions.shape[-1],
@@ -110,7 +110,7 @@ class ALiBi(Bias):
     relative = True
 
     def slopes(self, device: torch.device | None = None) -> Float[Tensor, "heads"]:
-        """Return `s_h`, computed at each call, so that a cast of the model cannot round slopes."""
+        """Return `s_h`, computed in each call to keep the slopes exact when the model is cast."""
         even = 2 ** math.floor(math.log2(self.num_heads))
         index = torch.arange(1, even + 1, dtype=torch.float32, device=device)
         whole, halves = index * (8 / even), (2 * index - 1) * (4 / even)
@@ -129,7 +129,7 @@ class Kerple(Bias):
 
     p, a > 0 are learned for each head and start at p ~ U(0, 2), a ~ U(0, 1), at least 0.01. `a` has
     the unit 1 / token. Softplus keeps p and a positive. The code of the authors and of DAPE clamps
-    `.data` at 0.01 in every forward, which sharding and compilation forbid.
+    `.data` at 0.01 in every forward, but sharding and compilation forbid writes to `.data`.
 
     Args:
         num_heads: number of query heads H.
@@ -219,10 +219,10 @@ class T5(Bias):
     With n buckets and e = n // 2, each distance below e has a bucket. Greater distances fall into
     `e + floor((n - e) log(|i - j| / e) / log(max_distance / e))`, at most n - 1.
 
-    - In causal use the buckets are those of T5's decoder. In bidirectional use both sides share the
-      n buckets, where T5's encoder gives n / 2 to each side.
-    - Each layer has its own W, where T5 shares the W of the first layer.
-    - W starts as N(0, 2 / (n + H)), as in GPT-NeoX, which then multiplies by `sqrt(head_dim)`.
+    - In causal use the buckets are the buckets of T5's decoder. In bidirectional use both sides
+      share the n buckets, where T5's encoder gives n / 2 to each side.
+    - Every layer has a separate W, where T5 shares the W of the first layer.
+    - W starts as N(0, 2 / (n + H)), as in GPT-NeoX. GPT-NeoX then multiplies by `sqrt(head_dim)`.
       transformers draws N(0, 1 / hidden_size).
 
     Args:
@@ -243,7 +243,7 @@ class T5(Bias):
         if max_distance <= num_buckets // 2:
             raise UserError(
                 f"max_distance={max_distance} must be above num_buckets // 2 = {num_buckets // 2}, "
-                "up to where each distance has its own bucket"
+                "the first distance whose bucket is shared"
             )
         self.num_buckets, self.max_distance = num_buckets, max_distance
         self.weight = parameter(num_buckets, num_heads)
@@ -254,7 +254,7 @@ class T5(Bias):
         nn.init.xavier_normal_(self.weight)
 
     def starts(self) -> list[int]:
-        """Return the first distance of each bucket but that of 0."""
+        """Return the first distance of each bucket except the bucket of 0."""
         exact = self.num_buckets // 2
         shared = self.num_buckets - exact
         # In floats a whole power may come out just above the integer.
@@ -280,7 +280,7 @@ class Sandwich(Bias):
 
     Args:
         num_heads: number of query heads H.
-        d_bar: width of the sinusoids, 128 in the paper whatever the width of the model.
+        d_bar: width of the sinusoids, 128 in the paper for every model width.
 
     Raises:
         UserError: for an odd or non-positive `d_bar`.
@@ -299,7 +299,7 @@ class Sandwich(Bias):
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
         """Return the compressed inner products."""
-        # Counted from the first key, in float64, so that a shift of all positions changes nothing.
+        # Positions count from the first key, in float64: a shift of all positions changes nothing.
         query, key = (
             sinusoids(x - key_positions[..., :1], self.d_bar, torch.float64)
             for x in (query_positions, key_positions)
@@ -317,7 +317,7 @@ class FIRE(Bias):
 
     - The normaliser is psi(max(i, j, L)), equal to the paper's in causal use, where j <= i. In
       bidirectional use, the argument of f stays within [0, 1] on both sides.
-    - c and L are stored as logarithms, so a step changes c and L by a factor. The authors' listing
+    - c and L are stored as logarithms, and a step changes c and L by a factor. The authors' listing
       takes absolute values, and multiplies a fixed L by a learnable factor.
     - f has a ReLU with and without DAPE. DAPE's code has a ReLU or a LeakyReLU. DAPE's
       code also halves the length at which L starts, 128 in its settings for training at 512.

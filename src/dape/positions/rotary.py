@@ -1,16 +1,16 @@
-r"""Rotations: queries and keys turned by their positions, so that scores depend on the distance.
+r"""Rotations: queries and keys turned by position, which makes scores depend on the distance.
 
 A rotation maps queries `[B, H, T, d]`, keys `[B, Hkv, T, d]` and positions `[T]` or `[B, T]` to
 queries and keys. A rotation turns pairs of the first w dimensions of a head,
-(x_i, y_i) = (x_i, x_{i + w/2}), as in Llama and GPT-NeoX. RoFormer and x-transformers pair
-neighbours, which renames dimensions. Pair i at position p becomes
+`(x_i, y_i) = (x_i, x_{i + w/2})`, as in Llama and GPT-NeoX. RoFormer and x-transformers pair
+neighbours, with the same result after renaming dimensions. Pair i at position p becomes
 
     x_i <- x_i cos(p w_i) - y_i sin(p w_i)
     y_i <- y_i cos(p w_i) + x_i sin(p w_i)
 
-Angles and products are float32 or wider whatever the dtype of the model, where Llama and GPT-NeoX
-round cosines and sines to the dtype of the model. Rotations have no parameters. A model trained as
-`rope` can be loaded as `pi`, `ntk`, `dynamic-ntk` or `yarn`, to read longer sequences.
+Angles and products are float32 or wider in a model of any dtype, where Llama and GPT-NeoX round
+cosines and sines to the dtype of the model. Rotations have no parameters. A model trained as `rope`
+can be loaded as `pi`, `ntk`, `dynamic-ntk` or `yarn`, to read longer sequences.
 """
 
 import math
@@ -33,7 +33,7 @@ FACTOR = 16.0
 
 
 def _check_pairs(width: int) -> None:
-    """Raise a `UserError` for a single pair, which would be the fastest and the slowest at once."""
+    """Raise a `UserError` for a single pair, the fastest and the slowest at once."""
     if width < 4:
         raise UserError(f"turned dimensions={width} must be at least 4")
 
@@ -60,14 +60,14 @@ class RoPE(nn.Module):
         self.base, self.width = base, int(head_dim * fraction)
         if not 2 <= self.width <= head_dim or self.width % 2:
             raise UserError(
-                f"fraction={fraction} turns {self.width} of head_dim={head_dim} dimensions; it "
-                f"must be an even number, from 2 to {head_dim}"
+                f"fraction={fraction} turns {self.width} of head_dim={head_dim} dimensions; take "
+                f"a fraction that turns an even number, from 2 to {head_dim}"
             )
         if base <= 1:
             raise UserError(f"base={base} must be above 1")
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
-        """Return w_i in radians a token, the same at all positions or for each."""
+        """Return w_i in radians a token, `[pairs]` or `[*positions, pairs]`."""
         return frequencies(self.width, self.base, dtype, positions.device)
 
     def waves(self, positions: Positions, dtype: torch.dtype) -> tuple[Waves, Waves]:
@@ -76,7 +76,7 @@ class RoPE(nn.Module):
         return angles.cos(), angles.sin()
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
-        """Return queries and keys turned by their positions, in their shapes and dtypes."""
+        """Return queries and keys turned by position, with shapes and dtypes unchanged."""
         cos, sin = self.waves(positions, torch.promote_types(query.dtype, torch.float32))
         return turn(query, cos, sin), turn(key, cos, sin)
 
@@ -121,7 +121,7 @@ class NTK(RoPE):
         fraction: turned fraction of a head.
 
     Raises:
-        UserError: for a `factor` below 1, or a single pair, which would be slowest and fastest.
+        UserError: for a `factor` below 1, or a single pair (w = 2).
     """
 
     def __init__(
@@ -140,10 +140,10 @@ class DynamicNTK(RoPE):
     l = max(p + 1, L) and L = `train_length` (emozilla, 2023; Peng et al., 2024, section 3.3, where
     the factor is 1).
 
-    `transformers` computes the same when it generates token by token with a cache, because earlier
-    keys keep their base. For a whole sequence, `transformers` turns every token with the base of
-    the last token, and of the longest sequence in a padded batch. Logits of `transformers`
-    therefore change with length, cache and batch, and logits of this class do not.
+    `transformers` computes the same in token-by-token generation with a cache, because earlier keys
+    keep their base. For a whole sequence, `transformers` turns every token with the base of the
+    last token, and of the longest sequence in a padded batch. Logits of `transformers` therefore
+    change with length, cache and batch. Logits of this class do not.
 
     Args:
         head_dim: width d of a head.
@@ -183,9 +183,10 @@ class YaRN(RoPE):
     r"""YaRN: `w_i (1 - r_i + r_i / factor)`, and scores times `attention_factor^2`.
 
     The ramp r rises from 0 to 1 between the pairs that turn `beta_fast` and `beta_slow` times in
-    L = `train_length` tokens (Peng et al., 2024, section 3.2). Fast pairs stay, and slow pairs are
-    interpolated. In the paper the ramp is linear in the number of turns. Here the ramp is linear in
-    i between whole pairs, as in the authors' code, in `transformers` and in every published model.
+    `train_length` = L tokens (Peng et al., 2024, section 3.2). Fast pairs stay, and slow pairs are
+    interpolated. In the paper the ramp is linear in the number of turns. In this class the ramp is
+    linear in i between whole pairs, as in the authors' code, in `transformers` and in every
+    published model.
 
     Args:
         head_dim: width d of a head.
@@ -229,11 +230,11 @@ class YaRN(RoPE):
         self.first, self.last = max(first, 0), min(last, self.width - 1)
 
     def pair(self, wavelength: float) -> float:
-        """Return the index, as a fraction, of the pair that turns once in `wavelength` tokens."""
+        """Return the fractional index of the pair that turns once in `wavelength` tokens."""
         return self.width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.base))
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
-        """Return the frequencies of RoPE where they are fast, interpolated where they are slow."""
+        """Return the frequencies of RoPE for fast pairs, interpolated for slow pairs."""
         plain = super().frequencies(positions, dtype)
         index = torch.arange(len(plain), dtype=dtype, device=plain.device)
         # A ramp of no width is a step.
@@ -251,8 +252,8 @@ class XPos(RoPE):
 
     Queries carry `z_i^(p / scale_base)` and keys the inverse, z_i = (2 i / w + 0.4) / 1.4. The
     weight of a pair is then `z_i^(distance / scale_base)`. xPos is made for causal attention,
-    because later keys would have weights above 1. The class has no blockwise attention, which the
-    paper uses for the longest evaluations.
+    because later keys would have weights above 1. The paper evaluates the longest sequences with
+    blockwise attention, absent from this class.
 
     The scale of keys grows as e^(1.25 p / scale_base). At the default 512 the scale is e^40 at
     position 16,384, and overflows float32 and bfloat16 near 35,000, where scores become NaN. The
@@ -298,8 +299,9 @@ class RandomizedRoPE(RoPE):
     and sorted. Every layer and step draws anew, and the batch shares the draw. Training thus meets
     distances beyond the training length.
 
-    In evaluation mode the positions stay as given. The authors' code draws in evaluation too. Its
-    results are random, and a cache is impossible, because a draw covers a whole sequence.
+    In evaluation mode the positions stay as given. The authors' code draws in evaluation too.
+    Results of the authors' code are random, and a cache is impossible, because a draw covers a
+    whole sequence.
 
     Args:
         head_dim: width d of a head.
@@ -336,7 +338,7 @@ class RandomizedRoPE(RoPE):
         return torch.randperm(self.pool, device=device)[:length].sort().values
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
-        """Return queries and keys turned by drawn positions in training, else by their own."""
+        """Return queries and keys, turned in training by drawn positions."""
         if self.training:
             positions = self.draw(positions.shape[-1], positions.device)
         return super().forward(query, key, positions)

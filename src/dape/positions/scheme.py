@@ -1,6 +1,6 @@
 """Schemes: named choices for the four places, such as `dape-kerple`.
 
-A name is that of a base, with an adapter before it if any: `kerple`, `dape-kerple`, `dape3-nope`.
+A name is a base, or an adapter and a base: `kerple`, `dape-kerple`, `dape3-nope`.
 """
 
 import inspect
@@ -26,33 +26,33 @@ from dape.positions.rotary import (
 )
 
 PLACES = ("embedding", "rotation", "bias", "adapter")
-# Dimensions of the model, which a constructor takes by name and no option may set.
+# Dimensions of the model: arguments of constructors by name, never options.
 DIMENSIONS = frozenset({"num_heads", "head_dim", "hidden_size", "train_length"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A choice for a place: a module class and the options to build it."""
+    """A choice for a place: a module class and options of the constructor."""
 
     module: type[nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def accepts(self) -> frozenset[str]:
-        """Return the names of the options that the constructor takes."""
+        """Return the names of the constructor's options."""
         return frozenset(inspect.signature(self.module).parameters) - DIMENSIONS
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Check the names of options.
 
         Raises:
-            UserError: for an option that the constructor does not take, or the model sets.
+            UserError: for an option unknown to the constructor, or set by the model.
         """
         for name in options:
             if name not in self.accepts():
                 raise unknown(f"option of {self.module.__name__}", name, self.accepts())
 
     def build(self, dimensions: Mapping[str, Any], options: Mapping[str, Any]) -> nn.Module:
-        """Return the module; its constructor takes the `dimensions` of the model by name."""
+        """Return the module, built from options and from the `dimensions` of the model."""
         accepted = inspect.signature(self.module).parameters
         given = {name: value for name, value in dimensions.items() if name in accepted}
         return self.module(**given, **{**self.options, **options})
@@ -62,13 +62,13 @@ class Part:
 class Scheme:
     """A choice for each of the four places, `None` where position does not enter.
 
-    `paper`, `year` and `extrapolates` of an adapter before a base are those of the adapter.
+    An adapter before a base gives the scheme `paper`, `year` and `extrapolates`.
 
     Args:
         name: name of the scheme.
         paper: authors of the paper.
         year: year of the paper.
-        extrapolates: in a few words, whether a model reads beyond its training length.
+        extrapolates: in a few words, whether a model reads beyond the training length.
         embedding: module added to the token vectors.
         rotation: module that turns queries and keys.
         bias: module that adds B to the scores.
@@ -87,7 +87,7 @@ class Scheme:
     def build(
         self, place: str, dimensions: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]
     ) -> nn.Module | None:
-        """Return the module of one place, or None; `options` holds those of every place."""
+        """Return the module at a place, or None; `options` maps places to options."""
         part: Part | None = getattr(self, place)
         return None if part is None else part.build(dimensions, options.get(place, {}))
 
@@ -118,14 +118,14 @@ BASES = {
         Scheme("transformer-xl", "Dai et al.", 2019, "in part", adapter=Part(TransformerXL)),
     )
 }
-# The other forms of the DAPE paper (its section 4.3 and Table 7): A + B + f(A + B), A + f([A; B])
-# and A + B + f(B).
+# Further variants in the DAPE paper (section 4.3 and Table 7): A + B + f(A + B), A + f([A; B]) and
+# A + B + f(B).
 DAPE_FORMS: dict[str, dict[str, Any]] = {
     "add": {"inputs": "sum"},
     "concat": {"residual": False},
     "bias": {"inputs": "bias"},
 }
-# Adapters before a base; each is a scheme of the adapter alone.
+# Adapters that may precede a base, as schemes of the adapter alone.
 ADAPTERS = {
     adapter.name: adapter
     for adapter in (
@@ -158,8 +158,8 @@ ADAPTERS = {
 def fits(adapter: Scheme, base: Scheme) -> bool:
     """Return whether an adapter may precede a base.
 
-    A base with its own adapter takes no second one. Without a bias the forms of DAPE are equal, and
-    only `dape` precedes the base.
+    A base with an adapter takes no second adapter. Without a bias the variants of DAPE are equal,
+    and only `dape` precedes the base.
     """
     forms = adapter.adapter is not None and adapter.adapter.options.keys() & {"inputs", "residual"}
     return base.adapter is None and not (forms and base.bias is None)
@@ -193,7 +193,7 @@ def names() -> list[str]:
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Check the name of a scheme and the options of its parts.
+    """Check the name of a scheme and the options of its modules.
 
     Raises:
         UserError: for an unknown name, place or option.

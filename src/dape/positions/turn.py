@@ -1,6 +1,6 @@
-"""The turn of a rotation: as a formula, and on a GPU in one kernel, forward and backward.
+"""The turn of a rotation: as a formula, and on a GPU in a single kernel, forward and backward.
 
-Without a compiler the formula takes eight kernels, which pass float32 numbers through memory.
+Without a compiler the formula takes eight kernels, and passes float32 numbers through memory.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
-    """Return x with its leading pairs turned, and scaled as cosine and sine are."""
+    """Return x with the leading pairs turned, scaled like cosine and sine."""
     if x.is_cuda and x.dtype in SERVED and not cos.requires_grad and not captured():
         turned: Tensor = Turn.apply(x, cos, sin, 1.0)
         return turned
@@ -30,7 +30,7 @@ def captured() -> bool:
 
 
 def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
-    """Return the turned x, in float32 or wider before it is rounded to the dtype of x."""
+    """Return the turned x, in float32 or wider, before rounding to the dtype of x."""
     pairs = cos.shape[-1]
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # all heads alike
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
@@ -39,11 +39,11 @@ def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
 
 
 class Turn(torch.autograd.Function):
-    """The turn by the angles times a sign. Its gradient is the turn by the opposite angles."""
+    """The turn by the angles times a sign. The gradient is the turn by the opposite angles."""
 
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-        """Return the turned x, of its shape, dtype and strides."""
+        """Return the turned x, with shape, dtype and strides of x."""
         return launch(x, cos, sin, sign)
 
     @staticmethod
@@ -78,7 +78,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """Return x turned by the angles times the sign, computed by the kernel."""
     import triton
 
-    from dape.positions.turn_kernels import turn_rows
+    from dape.positions.turn_kernels import turn_kernel
 
     x = x if x.stride(3) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -88,7 +88,7 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     rest = width - 2 * pairs
     if rows:
         with torch.cuda.device_of(x):
-            turn_rows[(triton.cdiv(rows, ROWS),)](
+            turn_kernel[(triton.cdiv(rows, ROWS),)](
                 x, cos, sin, out, rows, heads, length, *x.stride()[:3], *out.stride()[:3],
                 length * pairs if cos.numel() > length * pairs else 0, sign,
                 width, pairs, triton.next_power_of_2(pairs),

@@ -1,6 +1,6 @@
-"""Modules whose parameters are float32 or wider, however a model is built, moved or loaded.
+"""Modules with parameters in float32 or wider after any construction, cast or load of a model.
 
-bfloat16 cannot tell position 256 from 257, and rounds a slope by as much as 1/256 of itself.
+bfloat16 cannot tell position 256 from 257, and rounds a slope by up to 1/256 of the value.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ def widen(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """Return a parameter without values, in float32 or the default dtype if that is wider."""
+    """Return an uninitialised parameter, in the wider of float32 and the default dtype."""
     return nn.Parameter(widen(torch.empty(shape)))
 
 
 class Wide(nn.Module):
     """A module that stays in float32 where `.to(torch.bfloat16)` or `.half()` casts a model.
 
-    Numbers of fewer bits that are loaded into it are widened.
+    Loading widens numbers of fewer bits.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Wide":

@@ -1,7 +1,7 @@
 """From a recipe to a trained model, on Lightning Fabric.
 
-`train` and `finetune` make a run, and `sweep` makes many recipes from one. Each name is imported at
-its first use, so reading a recipe does not import PyTorch.
+`train` and `finetune` make a run, and `sweep` makes many recipes from a single recipe. A name is
+imported at the first use, and reading a recipe does not import PyTorch.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ __all__ = ["Recipe", "Retrofit", "cost", "finetune", "sweep", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name from its home (PEP 562)."""
+    """Import a public name from its module (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'dape.train' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that run no code of theirs when they are read."""
+"""Checkpoints that are whole or absent, and that execute no code when read."""
 
 import pickle
 import warnings
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 _PROGRESS = "progress.json"
-_DESCRIPTION = {  # what the metadata of a checkpoint is made of, beside dtypes
+_DESCRIPTION = {  # the types in the metadata of a checkpoint, beside dtypes
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
@@ -57,7 +57,7 @@ _DESCRIPTION = {  # what the metadata of a checkpoint is made of, beside dtypes
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run has come: updates made, and seconds of wall time spent on them."""
+    """The progress of a run: number of updates, and their wall time in seconds."""
 
     step: int = 0
     seconds: float = 0.0
@@ -71,10 +71,10 @@ def save(
     progress: Progress,
     keep: int,
 ) -> None:
-    """Write a checkpoint, each rank its own shards, and drop all but the `keep` newest.
+    """Write a checkpoint, every rank its own shards, and drop all but the `keep` newest.
 
-    Frozen parameters are left out, for they are where they came from, and so are the optimizer's
-    settings, which the recipe has.
+    Frozen parameters are left out, because the pretrained model has them. Settings of the optimizer
+    are left out, because the recipe has them.
     """
     path = run.checkpoint(progress.step)
     options = StateDictOptions(ignore_frozen_params=True)
@@ -91,7 +91,7 @@ def save(
 
 
 def _write(state: dict[str, Any], folder: Path) -> None:
-    """Write this rank's shards of a checkpoint; raise the error that hindered one of the ranks."""
+    """Write this rank's shards of a checkpoint; raise the error of any rank."""
     try:
         with _alone_or_not():
             save_shards(state, checkpoint_id=folder)
@@ -100,7 +100,7 @@ def _write(state: dict[str, Any], folder: Path) -> None:
 
 
 def prune(run: RunFolder, keep: int) -> None:
-    """Drop all checkpoints but the `keep` newest, and what an interrupted save left."""
+    """Drop all checkpoints but the `keep` newest, and leftovers of an interrupted save."""
     for old in run.saved_checkpoints()[keep:]:
         remove(old)
     remove_leftovers(run.checkpoints)
@@ -109,31 +109,31 @@ def prune(run: RunFolder, keep: int) -> None:
 def newest(
     saved: list[Path], read: Callable[[Path], Progress], say: Callable[[str], object]
 ) -> Progress | None:
-    """Return what `read` makes of the first checkpoint that it can read; None if there is none.
+    """Return `read(checkpoint)` for the newest readable checkpoint; None without checkpoints.
 
     Raises:
-        UserError: if there are checkpoints, and none can be read.
+        UserError: if all checkpoints are unreadable.
     """
     for path in saved:
         try:
             return read(path)
         except UserError as error:
-            say(f"{error}; looking for the checkpoint before it")
+            say(f"{error}; trying the checkpoint before")
     if saved:
         raise UserError(
-            f"no checkpoint in {saved[0].parent} can be read; delete that folder to start the run"
+            f"no checkpoint in {saved[0].parent} is readable; delete that folder to start the run"
             " again"
         )
     return None
 
 
 def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Put a checkpoint's weights and moments in place, over any number of ranks.
+    """Load weights and moments of a checkpoint, over any number of ranks.
 
     Raises:
-        UserError: if it is damaged, or of another model.
+        UserError: for a damaged checkpoint, or a checkpoint of another model.
     """
-    # Not strict: what is frozen is in no checkpoint. What is not, the model itself has asked for.
+    # Not strict, because frozen parameters are in no checkpoint. The load covers all others.
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     weights, moments = get_state_dict(model, optimizer, options=options)
     _fill({"model": weights, "optimizer": {"state": moments["state"]}}, path)
@@ -144,10 +144,10 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
 
 
 def load_weights(path: Path, model: nn.Module) -> Progress:
-    """Put a checkpoint's weights in place, in a model that is not to be trained on.
+    """Load the weights of a checkpoint into a model that is not trained further.
 
     Raises:
-        UserError: if it is damaged, or of another model.
+        UserError: for a damaged checkpoint, or a checkpoint of another model.
     """
     weights = get_model_state_dict(model)
     _fill({"model": weights}, path)
@@ -162,7 +162,7 @@ def _progress(path: Path) -> Progress:
         "the checkpoint is damaged",
     )
     if path.name != RunFolder(path.parent).checkpoint(progress.step).name:
-        raise UserError(f"{path} says that it is of step {progress.step}")
+        raise UserError(f"{path} holds the state of step {progress.step}")
     return progress
 
 
@@ -181,11 +181,11 @@ def _unreadable(path: Path, error: BaseException) -> UserError:
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's reader of a checkpoint, with its pickled metadata under restriction.
+    """PyTorch's reader of a checkpoint, with restrictions on the pickled metadata.
 
     Raises:
-        UserError: if the metadata cannot be read: PyTorch would print tracebacks and look for
-            others.
+        UserError: for unreadable metadata, where PyTorch would print tracebacks and look for
+            further metadata.
     """
 
     def __init__(self, path: Path) -> None:
@@ -203,25 +203,25 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """PyTorch's plan of a load, of tensors alone: all else would be pickled objects."""
+    """PyTorch's plan of a load, for tensors alone, because other entries are pickled objects."""
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes the objects that describe a checkpoint, and refuses any other."""
+    """Unpickles the types that describe a checkpoint, and refuses any other type."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or name in _DESCRIPTION.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a checkpoint")
 
 
 @contextmanager
 def _alone_or_not() -> Iterator[None]:
-    """Silence the remark that a single process writes a checkpoint of a single process."""
+    """Silence PyTorch's warning about a checkpoint of a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield

@@ -1,4 +1,4 @@
-"""The start of a sharded model: each rank draws what one device draws, and keeps its rows."""
+"""The start of a sharded model: every rank draws the whole model and keeps its rows."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Parameters of more numbers than these have no memory until the model is sharded.
+# Larger parameters have no memory until the model is sharded.
 LARGE = 2**16
 _aten = torch.ops.aten
 _FILL = {_aten.normal_.default, _aten.uniform_.default, _aten.zero_.default, _aten.fill_.Scalar}
 
 
 class Drawing(TorchDispatchMode):
-    """While it is on, large tensors are made on the meta device, and filled one at a time.
+    """A mode in which large tensors are made on the meta device, and filled one at a time.
 
-    A large tensor is filled in a buffer, so that the random numbers are those of a whole model on
-    one device. The rows of this rank are kept and the buffer is dropped: the largest tensor is all
-    that a device holds beside its part of the model.
+    A large tensor is filled in a buffer, with the random numbers of a whole model on a single
+    device. This rank keeps its rows and drops the buffer. Beside its shard of the model, a device
+    holds at most the largest tensor.
     """
 
     def __init__(self, device: torch.device, rank: int, ranks: int) -> None:
@@ -28,14 +28,14 @@ class Drawing(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Do what the class says with a new tensor, and with one that is filled."""
+        """Move a new large tensor to the meta device, and fill a tensor by way of the buffer."""
         kwargs = dict(kwargs or {})
         if function is _aten.empty.memory_format and torch.Size(args[0]).numel() > LARGE:
             kwargs["device"] = torch.device("meta")
         target = args[0] if args and isinstance(args[0], Tensor) else None
         if target is not None and target.is_meta and function._schema.is_mutable:
             if function not in _FILL:
-                raise NotImplementedError(f"{function} on a tensor that is drawn in parts")
+                raise NotImplementedError(f"{function} on a tensor that is filled in a buffer")
             whole = torch.empty_strided(
                 target.shape, target.stride(), dtype=target.dtype, device=self._device
             )
@@ -45,7 +45,7 @@ class Drawing(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def of(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the rows of this rank of each parameter on the meta device, by its name."""
+        """Return this rank's rows of the parameters on the meta device, by name."""
         return {
             name: self._kept[id(parameter)]
             for name, parameter in model.named_parameters()
@@ -54,14 +54,14 @@ class Drawing(TorchDispatchMode):
 
 
 def own_rows(whole: Tensor, rank: int, ranks: int) -> Tensor:
-    """Return the rows that FSDP2 gives a rank, which may be none."""
+    """Return the rows of a rank under FSDP2, possibly none."""
     chunks = whole.chunk(ranks)
     return chunks[rank] if rank < len(chunks) else whole[:0]
 
 
 @torch.no_grad()
 def put(module: nn.Module, drawn: dict[str, Tensor]) -> None:
-    """Give the parameters of a sharded module that are on the meta device their rows."""
+    """Fill the parameters of a sharded module on the meta device with their rows."""
     if drawn:
         device = next(iter(drawn.values())).device
         module._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x)

@@ -1,4 +1,4 @@
-"""The cost of a recipe: parameters, arithmetic and memory, from its numbers alone."""
+"""The cost of a recipe: parameters, arithmetic and memory, computed without training."""
 
 import os
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters of a model: all, those of the position scheme, and those in matrix products."""
+    """Number of parameters of a model: in total, in the position scheme, in matrix products."""
 
     parameters: int
     positional: int
@@ -35,7 +35,7 @@ class Size:
 
 
 def size(model: nn.Module) -> Size:
-    """Return the size of a model, which may be on the meta device."""
+    """Return the size of a model, also of a model on the meta device."""
     named = list(model.named_parameters())
     positional = sum(p.numel() for name, p in named if is_positional(name))
     lookup = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -46,12 +46,12 @@ def size(model: nn.Module) -> Size:
 
 
 def flops_per_token(model: nn.Module, length: int) -> int:
-    r"""Return the arithmetic of training on one token, 6 N + 3 T sum_l (4 C + 2 a_l).
+    r"""Return the FLOP of training on a token, 6 N + 3 T sum_l (4 C + 2 a_l).
 
-    N are the parameters in matrix products, T the length, C the width: q k^T and the weighted sum
-    cost 2 C each per pair of tokens, and an adapter two for each of its a weights. The backward
-    pass costs twice the forward. As in PaLM (Chowdhery et al., 2022, appendix B) all pairs count,
-    also those the causal mask hides, and recomputation does not.
+    N is the number of parameters in matrix products, T the length, C the width and a_l the number
+    of weights of the adapter in layer l. Per pair of tokens, q k^T and the weighted sum cost 2 C
+    each, and an adapter costs 2 a_l. The backward pass costs twice the forward pass. As in PaLM
+    (Chowdhery et al., 2022, appendix B), masked pairs count and recomputation does not.
     """
     config: Any = model.config
     mixing = sum(
@@ -64,7 +64,7 @@ def flops_per_token(model: nn.Module, length: int) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the bfloat16 peak of a GPU, or None if it is not known."""
+    """Return the bfloat16 peak of a GPU in FLOP/s, or None for an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -72,19 +72,20 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def memory_of(device: torch.device) -> int:
-    """Return the bytes of memory that a device has."""
+    """Return the memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict[str, float]:
-    """Return GiB on each device, by what takes it; the attention's own workspace is not counted.
+    """Return the memory of a device in GiB, by use, without the workspace of attention.
 
     Weights, gradients and two moments are float32, 16 bytes a parameter. A block keeps about 34 C
     bytes a token in mixed precision (Korthikanti et al., 2022, eq. 2, without the score matrices),
-    or its input alone with checkpointing; logits count thrice in float32 and once as computed.
-    For the 125M recipe that is 17.9, of which PyTorch 2.11 took 17.0 on an H200.
+    or only the input of C values with checkpointing. Logits count three times in float32 and once
+    in the dtype of the computation. The estimate for the 125M recipe is 17.9 GiB, and PyTorch 2.11
+    took 17.0 GiB on an H200.
     """
     width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers
     wide = 2 if recipe.training.precision == "fp32" else 1

@@ -1,4 +1,4 @@
-"""Faults that end a process of a run, each with a message of one line."""
+"""Faults that end a process of a run, with a one-line message."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
         except RuntimeError as error:
             if ranks == 1 or not _of_a_peer(error):
                 raise
-            raise RankError(f"{name}another process has ended; {_resumption(run)}") from None
+            raise RankError(f"{name}a process of the run has ended; {_resumption(run)}") from None
 
 
 @contextmanager
@@ -48,8 +48,8 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
     """End the process with a line at a SIGTERM, also while the process waits for a GPU.
 
     `torchrun` sends a SIGTERM after the end of any process. Python's handlers run between two lines
-    of Python, and a process that waits for an exchange reaches no line. Therefore a thread handles
-    the signal.
+    of Python, and a process waiting for an exchange reaches no line. Therefore a thread handles the
+    signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -58,9 +58,9 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
     outside.setblocking(False)
 
     def watch() -> None:
-        while number := inside.recv(1):  # nothing once the other end is closed
+        while number := inside.recv(1):  # empty once the writing end is closed
             if number == bytes([signal.SIGTERM]):
-                message = f"{name}stopped by SIGTERM, as when another process has ended"
+                message = f"{name}stopped by SIGTERM, as after the end of another process"
                 print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
 
@@ -79,27 +79,27 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
 
 
 def wait_for(path: Path, seconds: float = 60.0) -> None:
-    """Wait until a file or folder that the first process sees is there for this one too.
+    """Wait until this process sees a file or folder that the first process sees.
 
     Raises:
-        RankError: if it is not, as in a folder that machines do not share.
+        RankError: if the path stays invisible, as in a folder that the machines do not share.
     """
     end = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > end:
             raise RankError(
-                f"{path} is there for the first process, and not for this one after"
+                f"the first process sees {path}, and this process does not after"
                 f" {seconds:.0f} s; give an --out in a folder that all machines share"
             )
         time.sleep(0.05)
 
 
 def _of_a_peer(error: RuntimeError) -> bool:
-    """Return whether an error of an exchange says that a process has gone."""
+    """Return whether the error of an exchange reports the end of a process."""
     return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
 
 
 def _resumption(run: RunFolder) -> str:
     saved = run.latest_checkpoint
     start = f"on from {saved.name}" if saved else "from its first step"
-    return f"the same command trains {run} {start}, on as many devices as it is given"
+    return f"the same command trains {run} {start}, on any number of devices"

@@ -21,18 +21,18 @@ WARM_UP = 3
 
 
 class Unrecordable(RuntimeError):
-    """A pass that cannot be recorded, because it copies from the host or waits for the device."""
+    """A pass that copies from the host or waits for the device, and cannot be recorded."""
 
 
 class Recording:
-    """Forward and backward pass of a batch, by a replay of a graph for each micro-batch.
+    """Forward and backward pass of a batch, by a replay of a graph per micro-batch.
 
     A graph reads and adds to fixed addresses. Micro-batches are copied to the address of the first.
     Gradients exist from the start in a single buffer, and a call averages the buffer over devices.
 
     Args:
-        fabric: the devices; each device records a graph.
-        loss: the map from a micro-batch to its mean loss, set up by `fabric`.
+        fabric: the devices; every device records a graph.
+        loss: the map from a micro-batch to the mean loss, set up by `fabric`.
         part: a micro-batch of this rank; all micro-batches have equal shapes.
         parts: number of micro-batches in a batch.
 
@@ -71,7 +71,7 @@ class Recording:
         return mean
 
     def _pass(self) -> Float[Tensor, ""]:
-        """Add the gradient of a micro-batch on this rank, and return its part of the loss."""
+        """Add the gradient of a micro-batch on this rank, and return its share of the loss."""
         with self._fabric.no_backward_sync(self._loss):
             loss = self._loss(*self._part) / self._parts
             self._fabric.backward(loss)
@@ -90,7 +90,7 @@ class Recording:
 
 
 def _flat_gradients(module: nn.Module) -> Float[Tensor, " parameters"]:
-    """Give each trained parameter a gradient of zeros; return the buffer of all gradients."""
+    """Give every trained parameter a gradient of zeros; return the buffer of all gradients."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sizes = [parameter.numel() for parameter in trained]
     buffer = torch.zeros(sum(sizes), device=trained[0].device)

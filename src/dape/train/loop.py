@@ -1,4 +1,4 @@
-"""The training loop: updates, their metrics, validation, checkpoints."""
+"""The training loop: updates, metrics, validation, checkpoints."""
 
 import math
 import time
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The objects of a run; `loss` is the loss of a batch as the devices compute it."""
+    """The objects of a run; `loss` is the module that computes the loss on the devices."""
 
     task: Task
     fabric: "Fabric"
@@ -51,7 +51,7 @@ class Session:
 
 
 def fit(session: Session) -> None:
-    """Make the updates that are left; validate, log and save on the way."""
+    """Make the remaining updates; validate, log and save on the way."""
     recipe, fabric, progress = session.recipe, session.fabric, session.progress
     steps, every = recipe.training.steps, recipe.tracking
     begun = time.perf_counter() - progress.seconds
@@ -77,13 +77,13 @@ def fit(session: Session) -> None:
 
 
 def updates(session: Session) -> Iterator[Metrics]:
-    """Make the updates one by one and yield what was measured at each.
+    """Make the updates in turn and yield the metrics of each update.
 
-    The next batch is read while the device computes. Nothing changes unless the loss and the norm
-    of its gradient are finite.
+    The next batch is read while the device computes. A loss or gradient norm that is not finite
+    changes no weight.
 
     Raises:
-        UserError: if they are not.
+        UserError: for a loss or gradient norm that is not finite.
     """
     recipe, fabric, optimizer = session.recipe, session.fabric, session.optimizer
     steps, tokens = recipe.training.steps, session.task.tokens
@@ -120,9 +120,9 @@ def updates(session: Session) -> Iterator[Metrics]:
 
 
 def record(session: Session, parts: list[Batch]) -> graphs.Recording | None:
-    """Return the passes of a batch as a CUDA graph, None where the recipe or the device has none.
+    """Return the passes of a batch as a CUDA graph, None if recipe or device excludes graphs.
 
-    A scheme whose passes cannot be recorded trains without a graph, and the run says so.
+    A scheme whose passes cannot be recorded trains without a graph, with a warning.
     """
     fabric = session.fabric
     if session.recipe.hardware.compile != "graphs" or fabric.device.type != "cuda":
@@ -136,9 +136,9 @@ def record(session: Session, parts: list[Batch]) -> graphs.Recording | None:
 
 
 def accumulate(session: Session, parts: list[Batch]) -> Float[Tensor, ""]:
-    """Add the gradient of the mean loss over all ranks' micro-batches, and return that loss.
+    """Add the gradient of the mean loss over all ranks' micro-batches, and return the loss.
 
-    DDP exchanges gradients at the last micro-batch, FSDP as `hardware.gather` says.
+    DDP exchanges gradients at the last micro-batch. `hardware.gather` decides for FSDP.
     """
     fabric = session.fabric
     total = torch.zeros((), device=fabric.device)
@@ -152,7 +152,7 @@ def accumulate(session: Session, parts: list[Batch]) -> Float[Tensor, ""]:
 
 
 def exchange(session: Session, last: bool) -> AbstractContextManager[Any]:
-    """Return the context of a micro-batch's passes: when gradients are exchanged."""
+    """Return the context of a micro-batch's passes, which decides on the exchange of gradients."""
     hardware = session.recipe.hardware
     if hardware.strategy == "ddp":
         return session.fabric.no_backward_sync(session.loss, enabled=not last)
@@ -163,7 +163,7 @@ def exchange(session: Session, last: bool) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def validate(session: Session) -> float:
-    """Return the mean loss of the first validation batches, the same at every call."""
+    """Return the mean loss of the first validation batches, which are equal at every call."""
     fabric, batches = session.fabric, session.recipe.tracking.validation_batches
     session.loss.eval()
     total = torch.zeros((), device=fabric.device)
@@ -177,9 +177,9 @@ def validate(session: Session) -> float:
 
 
 def micro_batches(session: Session, batch: Batch) -> list[Batch]:
-    """Return a rank's batch on its device, in equal parts that it computes at once.
+    """Return a rank's batch on the device, in equal micro-batches.
 
-    The copy does not wait for what the device computes.
+    The copy does not wait for running computations of the device.
     """
     device = session.fabric.device
     if device.type == "cuda":
@@ -189,11 +189,11 @@ def micro_batches(session: Session, batch: Batch) -> list[Batch]:
 
 
 def divergence(task: Task, metrics: Metrics, before: float) -> UserError:
-    """Return the error for a loss or gradient that is not finite: what to look at, what to do."""
+    """Return the error for a loss or gradient that is not finite, with place and remedies."""
     step = int(metrics["step"])
     return UserError(
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, at learning"
-        f" rate {metrics['learning_rate']:.2e}; the loss before was {before:.4f}. The batch was"
+        f" rate {metrics['learning_rate']:.2e}; the previous loss was {before:.4f}. The batch was"
         f" {task.origin(step - 1)}. The update was not made and the checkpoints in"
         f" {task.recipe.run} are untouched. Try, under another --name, a lower"
         " optimizer.learning_rate, a longer optimizer.warmup or training.precision=fp32"
@@ -201,7 +201,7 @@ def divergence(task: Task, metrics: Metrics, before: float) -> UserError:
 
 
 def _reporter(session: Session) -> "Reporter | nullcontext[None]":
-    """Return who tells of the run: the first rank."""
+    """Return the progress report of the run, which the first rank alone prints."""
     if not session.fabric.is_global_zero:
         return nullcontext()
     flops, peak = session.task.flops(session.model), peak_flops(session.fabric.device)

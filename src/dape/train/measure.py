@@ -1,4 +1,4 @@
-"""What a recipe takes on these devices: memory and speed of a few updates, on random tokens."""
+"""Memory and speed of a recipe on the devices of this machine: a few updates on random tokens."""
 
 import gc
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from dape.train.recipe import Recipe, override
 from dape.train.run import lay_out
 from dape.train.task import Batch, LanguageModelling, draw
 
-# Part of a GPU's memory that is taken to be usable: allocations leave gaps between them.
+# Usable fraction of a GPU's memory, because allocations leave gaps.
 USABLE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What updates took with one size of micro-batch.
+    """Memory and time of updates with a size of micro-batch.
 
-    `gib` is the peak of the device that took most, `mfu` the model FLOPs utilisation; both are None
-    on a CPU. `tokens_per_second` is that of all devices together.
+    `gib` is the highest peak of memory over the devices, and `mfu` the model FLOPs utilisation.
+    Both are None on a CPU. `tokens_per_second` counts all devices together.
     """
 
     micro_batch_size: int
@@ -33,7 +33,7 @@ class Reading:
     mfu: float | None
 
     def __str__(self) -> str:
-        """Return the line that a user reads."""
+        """Return the measurement as a line of text."""
         words = [f"micro_batch_size {self.micro_batch_size}"]
         words += [] if self.gib is None else [f"{self.gib:.1f} GiB"]
         words += [f"{self.tokens_per_second:,.0f} tokens/s", f"{self.seconds:.2f} s a step"]
@@ -41,7 +41,7 @@ class Reading:
 
 
 class RandomTokens(LanguageModelling):
-    """The model of a recipe, on tokens that are drawn: no data need be there."""
+    """The model of a recipe, on random tokens in place of data."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe, self._entries = recipe, entries_of(recipe)
@@ -63,20 +63,20 @@ class RandomTokens(LanguageModelling):
 def measure(
     recipe: Recipe, sizes: list[int] | None = None, steps: int = 2, warm_up: int = 1
 ) -> Iterator[Reading]:
-    """Yield what `steps` updates take, for one size of micro-batch after the other.
+    """Yield memory and time of `steps` updates, for growing sizes of the micro-batch.
 
-    Sizes are those that divide a device's sequences of a batch, in ascending order. The next one is
-    left out where the memory of those before says that it will not fit.
+    By default the sizes are the divisors of the number of sequences that a device has of a batch,
+    in ascending order. Measuring stops before a size that will not fit, by an extrapolation from
+    the memory of smaller sizes.
 
     Args:
-        recipe: the recipe; its `micro_batch_size` is not looked at.
-        sizes: other sizes than these, in ascending order.
+        recipe: the recipe; `micro_batch_size` is ignored.
+        sizes: the sizes, in ascending order.
         steps: updates to measure.
-        warm_up: updates before them, which compile, tune and allocate.
+        warm_up: earlier updates, to compile, tune and allocate.
 
     Raises:
-        RankError: if the memory of a device does not suffice all the same, with no way back to
-            the other devices.
+        RankError: if a device of several runs out of memory nevertheless.
     """
     recipe = override(recipe, {"training.steps": warm_up + steps, "hardware.micro_batch_size": 1})
     session = lay_out(RandomTokens(recipe))
@@ -99,7 +99,7 @@ def measure(
 
 
 def _fits(found: list[Reading], size: int, device: torch.device) -> bool:
-    """Return whether a size fits, where the memory of two sizes grows on as between them."""
+    """Return whether a size fits, by linear extrapolation from the memory of two smaller sizes."""
     if len(found) < 2 or device.type != "cuda":
         return True
     before, last = ((each.micro_batch_size, each.gib or 0.0) for each in found[-2:])

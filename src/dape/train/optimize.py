@@ -7,7 +7,7 @@ from torch import nn
 
 from dape.train.sections import Optimizer
 
-# Names that the model gives to the modules of the four places.
+# Names of the modules of the four places in the model.
 PLACES = frozenset({"position_embedding", "rotation", "position_bias", "adapter"})
 
 
@@ -27,7 +27,7 @@ def learning_rate(step: int, steps: int, settings: Optimizer) -> float:
 
 
 def is_positional(name: str) -> bool:
-    """Return whether a parameter of the model, by its name, belongs to the position scheme."""
+    """Return whether the parameter of this name belongs to the position scheme."""
     return not PLACES.isdisjoint(name.split("."))
 
 

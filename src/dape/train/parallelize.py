@@ -1,4 +1,4 @@
-"""How one model is laid out over devices: everything that is distributed, outside the model."""
+"""The layout of a model over devices: the distributed code, outside the model."""
 
 import logging
 import os
@@ -27,12 +27,12 @@ PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
 
 
 def ranks() -> int:
-    """Return how many processes train together: those `torchrun` started, or this one alone."""
+    """Return the number of processes of this training, as started by `torchrun`, or 1."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first_rank() -> bool:
-    """Return whether this process speaks for all."""
+    """Return whether this process is the first, which prints and writes for all."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -40,7 +40,7 @@ def device(hardware: Hardware) -> torch.device:
     """Return the kind of device to train on.
 
     Raises:
-        UserError: if there are fewer GPUs than processes on this machine.
+        UserError: for fewer GPUs than processes on this machine.
     """
     gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
@@ -83,9 +83,9 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module of the model, so that calling it exchanges gradients.
+    """The loss of a task as a module around the model, as an exchange of gradients requires.
 
-    `drawn` are this rank's rows of the parameters that have no memory until they are sharded.
+    `drawn` holds this rank's rows of the parameters without memory before sharding.
     """
 
     def __init__(self, model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]) -> None:
@@ -100,9 +100,9 @@ class Loss(nn.Module):
 
 
 def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the model of a task as its seed draws it: whole, or where it is sharded in parts.
+    """Return the model of a task, drawn from the seed, and rows of its large parameters.
 
-    In parts, large parameters are on the meta device, and this rank's rows of them come second.
+    Under FSDP, large parameters are on the meta device, and their rows for this rank come second.
     """
     if fabric.world_size == 1 or task.recipe.hardware.strategy == "ddp":
         return task.build(fabric.device), {}
@@ -114,7 +114,7 @@ def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tens
 def parallelize(
     fabric: "Fabric", model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """Return the loss of `model` as the devices compute it: checkpoint, compile, shard or copy."""
+    """Return the loss of `model` for the devices: checkpointed, compiled, sharded or copied."""
     hardware = task.recipe.hardware
     graphs = hardware.compile == "graphs" and fabric.device.type == "cuda"
     compiled, kept = graphs or hardware.compile == "blocks", hardware.activation_checkpointing
@@ -124,11 +124,11 @@ def parallelize(
         if compiled:
             block.forward = torch.compile(block.forward)
     if compiled:
-        # Float32 products stay exact, whatever the compiler advises.
+        # Float32 products stay exact, against the compiler's advice.
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
-        # The compiler has no operations in place by then, of which it warns with checkpoints.
+        # The compiler warns of in-place operations under checkpoints, and has removed them by then.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        # Uncompiled, logits in float32, their softmax and their gradient take a tenth of a step.
+        # Uncompiled, softmax and gradient of the float32 logits take a tenth of a step.
         model.loss_function = torch.compile(model.loss_function)  # type: ignore
     if hardware.strategy == "ddp" and fabric.world_size > 1:
         for parameter in model.parameters():
@@ -138,14 +138,14 @@ def parallelize(
 
 
 def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
-    """Return a gradient whose axes of one entry have the stride of a new tensor, as DDP expects."""
+    """Return a gradient with the strides of a new tensor, as DDP expects."""
     return gradient.flatten().view_as(gradient)
 
 
 def context_parallel(fabric: "Fabric", hardware: Hardware) -> ContextParallel | None:
-    """Return the devices over which this one's sequences are spread, None if it is one.
+    """Return the devices that share sequences with this device, None for a single device.
 
-    They are neighbours: with several machines, mostly of one.
+    The devices are neighbours, mostly on the same machine.
     """
     size = hardware.context_parallel
     if size == 1:
@@ -159,19 +159,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model of this package or of transformers.
 
     Raises:
-        UserError: if it marks none.
+        UserError: for a model that marks no blocks.
     """
     found = [each for each in model.modules() if isinstance(each, GradientCheckpointingLayer)]
     if not found:
         raise UserError(
-            f"{type(model).__name__} does not say what its blocks are; leave out hardware.compile,"
+            f"{type(model).__name__} does not mark blocks; leave out hardware.compile,"
             " hardware.activation_checkpointing and hardware.strategy=fsdp"
         )
     return found
 
 
 def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
-    """Shard a model over all ranks (FSDP2); Fabric calls it with its mesh."""
+    """Shard a model over all ranks (FSDP2); Fabric passes the mesh."""
     low = loss.task.recipe.training.precision == "bf16-mixed"
     shard(loss, blocks(loss.model), mesh["data_parallel"], low)
     put(loss, {f"model.{name}": rows for name, rows in loss.drawn.items()})

@@ -1,4 +1,4 @@
-"""Before training: many recipes from one, checks for the machine, and the cost of a run."""
+"""Before training: sweeps of recipes, checks for the machine, and the cost of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,17 +21,17 @@ from dape.train.task import draw, vocabulary
 def sweep(
     recipe: str | PathLike[str] | Recipe, settings: Mapping[str, Sequence[Any]]
 ) -> list[Recipe]:
-    """Return a recipe for each combination of values; the last key varies fastest.
+    """Return a recipe per combination of values; the last key varies fastest.
 
     `sweep("recipes/cpu.yaml", {"model.scheme": ["kerple", "dape-kerple"], "seed": [0, 1]})` returns
     four recipes.
 
     Args:
         recipe: a recipe or a YAML file.
-        settings: values for each key; keys are the overrides of `dape.train.train`.
+        settings: the values of each key; keys are the overrides of `dape.train.train`.
 
     Raises:
-        UserError: for a key or value that the recipe refuses, and as `check_all`.
+        UserError: for an invalid key or value, and as `check_all`.
     """
     first = recipe if isinstance(recipe, Recipe) else read(recipe, Recipe)
     recipes = [
@@ -43,31 +43,32 @@ def sweep(
 
 
 def check_all(recipes: Sequence[Recipe]) -> None:
-    """Check recipes that are to be trained one after the other.
+    """Check recipes before training them in turn.
 
     Raises:
-        UserError: if two share a folder, several devices would train them, or `check` refuses one.
+        UserError: for recipes with the same folder, several recipes on several devices, or a recipe
+            refused by `check`.
     """
     if len({recipe.folder for recipe in recipes}) < len(recipes):
         raise UserError(
-            f"{_swept(recipes)} would train in one folder; give each value once, leave --out out"
+            f"{_swept(recipes)} would share a folder; give each value once, leave --out out"
             " and keep {scheme}, {seed} or a key such as {training.length} in the name"
         )
     if len(recipes) > 1 and parallelize.ranks() > 1:
         raise UserError(
-            f"{_swept(recipes)} on {parallelize.ranks()} devices: several runs in one command are"
-            " for one device; start a command for each"
+            f"{_swept(recipes)} on {parallelize.ranks()} devices: several recipes in a command"
+            " need a single device; give a command for each recipe"
         )
     for recipe in recipes:
         check(recipe)
 
 
 def check(recipe: Recipe | Retrofit) -> None:
-    """Refuse a recipe that this machine cannot follow, before anything is loaded.
+    """Refuse a recipe that cannot run on this machine, before anything is loaded.
 
     Raises:
-        UserError: for an unknown scheme, option, backend or tracking service, a device that is not
-            here, a batch that the devices cannot share, or a layout that fine-tuning does not have.
+        UserError: for an unknown scheme, option, backend or tracking service, an absent device, a
+            batch not divisible over the devices, or a layout unknown to fine-tuning.
     """
     if isinstance(recipe, Recipe):
         _check_scheme(recipe)
@@ -79,14 +80,14 @@ def check(recipe: Recipe | Retrofit) -> None:
     if chunks > 2 and recipe.training.length % chunks:
         raise UserError(
             f"training.length={recipe.training.length} is not a multiple of {chunks}, twice"
-            f" hardware.context_parallel: each device takes two chunks of a sequence"
+            f" hardware.context_parallel; a device takes two chunks of a sequence"
         )
     if isinstance(recipe, Retrofit):
         _check_layout(recipe)
 
 
 def _check_scheme(recipe: Recipe) -> None:
-    """Build the modules of a scheme without memory, which refuse options that cannot be."""
+    """Build the modules of a scheme without memory, to check the options."""
     sizes, options = recipe.model, recipe.model.scheme_options
     scheme.check(sizes.scheme, options)
     dimensions = {
@@ -101,7 +102,7 @@ def _check_scheme(recipe: Recipe) -> None:
 
 
 def check_memory(recipe: Recipe | Retrofit) -> None:
-    """Refuse a batch, or a model, whose least parts are more than the memory there is.
+    """Refuse a batch or a model too large for the memory of a device.
 
     Raises:
         UserError: naming the size of the part, and the memory.
@@ -115,7 +116,7 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
         entries = recipe.model.vocab_size or 1
         micro = hardware.micro_batch_size or rows
         parts = {
-            "model": 4 * width * (4 * width * layers + entries),  # its matrices
+            "model": 4 * width * (4 * width * layers + entries),  # matrices of the block
             # The input of a layer in 16 bits.
             "hardware.micro_batch_size": 2
             * micro
@@ -127,13 +128,13 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
 
 
 def _fit(parts: dict[str, int], device: torch.device) -> None:
-    """Raise a `UserError` for a part that is larger than the memory of a device."""
+    """Raise a `UserError` for a part larger than the memory of a device."""
     memory = estimate.memory_of(device)
     for name, size in parts.items():
         if size > memory:
             raise UserError(
                 f"{name} takes {size / 2**30:,.0f} GiB at least, and {device} has"
-                f" {memory / 2**30:,.0f}: make it smaller"
+                f" {memory / 2**30:,.0f} GiB; take a smaller value"
             )
 
 
@@ -145,7 +146,8 @@ def _check_layout(recipe: Retrofit) -> None:
         )
     if recipe.hardware.context_parallel > 1:
         raise UserError(
-            "hardware.context_parallel: sequences of pretrained models are not spread; leave it out"
+            "hardware.context_parallel: devices cannot share sequences of a pretrained model; "
+            "leave the option out"
         )
     if recipe.hardware.compile != "none":
         raise UserError(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
@@ -14,20 +14,21 @@ from dape import strict
 from dape.errors import UserError, check_whole
 from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
+from dape.strict import default
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
 
-_WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on what is learned
+_WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on the trained weights
 _Settings = TypeVar("_Settings", bound="Settings")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings(ABC):
-    """Everything that a run depends on, whatever it trains; a kind of run adds its model."""
+    """Everything that a run depends on, apart from the model, which subclasses add."""
 
     name: str = "{scheme}"
     """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
-    out: str | None = None
-    """folder of the run; default runs/NAME"""
+    out: Annotated[str | None, default("runs/NAME", "STR")] = None
+    """folder of the run"""
     seed: int = 0
     """seed of the weights and of the order of the data"""
     training: Training = field(default_factory=Training)
@@ -38,10 +39,10 @@ class Settings(ABC):
     @property
     @abstractmethod
     def scheme(self) -> str:
-        """The scheme, or a word for it, for {scheme} in the name."""
+        """The scheme, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
-        """Refuse a name that is no folder's, and a batch its parts do not make up."""
+        """Refuse a name unfit for a folder, and a batch not divisible by the micro-batch."""
         _check_name(self.name, self._filled())
         check_whole(0, seed=self.seed)
         self.micro_batches(groups=1)
@@ -57,10 +58,10 @@ class Settings(ABC):
         return RunFolder(self.folder)
 
     def groups(self, ranks: int) -> int:
-        """Return how many groups of devices share the sequences of a batch, of `ranks` devices.
+        """Return the number of groups of devices that share a batch, for `ranks` devices.
 
         Raises:
-            UserError: if the devices are no whole number of groups.
+            UserError: for a number of devices not divisible by the size of a group.
         """
         context = self.hardware.context_parallel
         if ranks % context:
@@ -71,10 +72,10 @@ class Settings(ABC):
         return ranks // context
 
     def micro_batches(self, groups: int) -> int:
-        """Return how many micro-batches each of the `groups` of devices computes for a step.
+        """Return the number of micro-batches of a step on each of the `groups` of devices.
 
         Raises:
-            UserError: if the batch is no whole number of them.
+            UserError: for a batch not divisible into micro-batches.
         """
         batch, size = self.training.batch_size, self.hardware.micro_batch_size
         devices = "devices" if self.hardware.context_parallel == 1 else "groups of devices"
@@ -90,14 +91,14 @@ class Settings(ABC):
         return batch // (groups * size) if size else 1
 
     def _filled(self) -> str:
-        """Return the name with its blanks filled in, as far as there are such values."""
+        """Return the name with {keys} replaced by their values, except for unknown keys."""
         values = asdict(self) | {"scheme": self.scheme}
         return re.sub(r"{([^{}]*)}", lambda blank: _value(values, blank[1]) or blank[0], self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe(Settings):
-    """Everything that the training of a language model depends on."""
+    """The recipe of a language model, with everything that the training depends on."""
 
     data: str = "data/python-stdlib"
     """folder written by `dape prepare`"""
@@ -111,7 +112,7 @@ class Recipe(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Retrofit(Settings):
-    """Everything that a fine-tuning run depends on; its length is the one to learn to read."""
+    """The recipe of a fine-tuning run; `training.length` is the length to learn to read."""
 
     name: str = "retrofit-{scheme}"
     """name of the run; {scheme}, {seed} and keys such as {training.length} are filled in"""
@@ -136,7 +137,7 @@ class Retrofit(Settings):
 
 
 def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
-    """Return the recipe in a YAML file, named as the file unless it says otherwise.
+    """Return the recipe in a YAML file; the default name is the name of the file.
 
     Raises:
         UserError: for a file that cannot be read, an unknown or repeated key (with the near name),
@@ -152,12 +153,12 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
 
 
 def write(recipe: Settings) -> str:
-    """Return the YAML that `read` turns into this recipe again."""
+    """Return the recipe as YAML, the input of `read`."""
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
 
 
 def override(recipe: _Settings, changes: Mapping[str, Any]) -> _Settings:
-    """Return the recipe with other values: of keys, of dotted keys, or of sections of keys.
+    """Return the recipe with changed values, by key, dotted key or section.
 
     `{"seed": 1, "training.steps": 10}` and `{"seed": 1, "training": {"steps": 10}}` are the same.
 
@@ -176,7 +177,7 @@ def override(recipe: _Settings, changes: Mapping[str, Any]) -> _Settings:
 
 
 def differences(old: Settings, new: Settings) -> list[str]:
-    """Return `section.key=new (was old)` of each value that changes what is learned."""
+    """Return `section.key=new (was old)` for changed values that affect the weights."""
     before, after = (
         flat({k: v for k, v in asdict(recipe).items() if k not in _WITHOUT_EFFECT})
         for recipe in (old, new)
@@ -200,7 +201,7 @@ def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(values: Any, key: str) -> str | None:
-    """Return the text of the value at a dotted key; None if there is none, or a mapping."""
+    """Return the value at a dotted key as text; None for a mapping or an absent key."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
     return None if values is None or isinstance(values, Mapping) else str(values)
@@ -215,9 +216,9 @@ def _plain(value: Any) -> Any:
 def _check_name(name: str, filled: str) -> None:
     if re.search(r"[{}]", filled):
         raise UserError(
-            f"name={name!r}: beside keys such as {{training.length}} it may hold {{scheme}} and"
+            f"name={name!r}: beside keys such as {{training.length}} a name may hold {{scheme}} and"
             " {seed} only"
         )
     parts = PurePosixPath(filled).parts
     if not parts or "/" in parts or ".." in parts or not filled.isprintable():
-        raise UserError(f"name={name!r} is no name for a folder below runs")
+        raise UserError(f"name={name!r} is not a valid name for a folder below runs")

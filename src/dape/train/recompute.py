@@ -1,7 +1,7 @@
-"""Activation checkpointing: what of a block is kept for its backward pass, and what computed again.
+"""Activation checkpointing: activations of a block kept for the backward pass, or computed again.
 
-PyTorch's selective policy; checkpoints lie inside of what is compiled, so that
-the compiler sees them.
+The policy is PyTorch's selective checkpointing. Checkpoints lie inside compiled code, visible to
+the compiler.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
 
 
 def recomputed(forward: Callable[..., Tensor], kept: str) -> Callable[..., Tensor]:
-    """Return a block's forward pass that keeps its input alone, or what is dear if `selective`."""
+    """Return a block's forward pass that keeps the input, and costly outputs if `selective`."""
     selective = partial(create_selective_checkpoint_contexts, _policy)
     context: dict[str, Any] = {"context_fn": selective} if kept == "selective" else {}
 
@@ -34,10 +34,10 @@ def recomputed(forward: Callable[..., Tensor], kept: str) -> Callable[..., Tenso
 
 
 def _policy(_context: Any, operator: Any, *arguments: Any, **_named: Any) -> CheckpointPolicy:
-    """Keep outputs of attention, and of products that are no wider than their input.
+    """Keep outputs of attention, and of products no wider than their input.
 
-    A wide one, up to the hidden units of the feed-forward layer, takes four times the memory of a
-    narrow one, and has two of nine parts of a block's arithmetic.
+    The wide product, into the hidden units of the feed-forward layer, takes four times the memory
+    of a narrow product, and two ninths of a block's arithmetic.
     """
     keep = operator.namespace == "dape" or "scaled_dot_product" in operator.name()
     if operator in _PRODUCTS:

@@ -38,7 +38,7 @@ class Trained:
 def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     """Return the model of a finished run, or of the latest checkpoint.
 
-    `say` gets a line for each checkpoint that cannot be read.
+    `say` gets a line per unreadable checkpoint.
 
     Raises:
         UserError: without a run, a checkpoint, or the corpus with the tokenizer of a checkpoint.
@@ -46,15 +46,15 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     folder = RunFolder(run)
     if not folder.exists:
         raise UserError(
-            f"no run in {run}: it has no {folder.recipe.name}, as `dape train` writes one"
+            f"no run in {run}: no {folder.recipe.name}; give a folder written by `dape train`"
         )
     if folder.is_retrofit:
-        raise UserError(f"{run} is of `dape retrofit`: share what it saved, adapters or a model")
+        raise UserError(f"{run} is a run of `dape retrofit`; share the saved adapters or model")
     recipe = read(folder.recipe, Recipe)
     if folder.has_model:
         return _finished(folder, recipe)
     if folder.latest_checkpoint is None:
-        raise UserError(f"{run} has no checkpoint yet; let `dape train` go on")
+        raise UserError(f"{run} has no checkpoint yet; resume the run with `dape train`")
     corpus = _corpus(folder, recipe)
     model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
     progress = newest(folder.saved_checkpoints(), partial(load_weights, model=model), say)
@@ -72,6 +72,6 @@ def _corpus(run: RunFolder, recipe: Recipe) -> Corpus:
     if corpus.checksum != trained_on:
         raise UserError(
             f"{run} was trained on other data: {recipe.data} has checksum {corpus.checksum[:12]},"
-            f" not {trained_on[:12]}; put that corpus back, or finish the run"
+            f" not {trained_on[:12]}; restore the first corpus, or finish the run"
         )
     return corpus

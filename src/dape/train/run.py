@@ -44,8 +44,8 @@ def train(
         The run folder, with recipe, record, metrics, checkpoints and model.
 
     Raises:
-        UserError: for a recipe that cannot be followed here, a folder that holds another run, a
-            loss that is no longer finite, or memory that does not suffice.
+        UserError: for a recipe that cannot run on this machine, a folder with another run, a loss
+            that is no longer finite, or too little memory.
     """
     given = {"model.scheme": scheme, "seed": seed}
     chosen = override(
@@ -76,7 +76,7 @@ def finetune(
         The run folder, with adapters in place of a model.
 
     Raises:
-        UserError: for a model that cannot be served, and as `train`.
+        UserError: for an unsupported model, and as `train`.
     """
     if not isinstance(recipe, Retrofit):
         recipe = Retrofit() if recipe is None else read(recipe, Retrofit)
@@ -88,7 +88,7 @@ def finetune(
 
 
 def follow(task: Task) -> RunFolder:
-    """Train a task to the last step of its recipe, save the result, and record the end.
+    """Train a task to the last step of the recipe, save the result, and record the end.
 
     Raises:
         UserError: as `train`.
@@ -99,7 +99,7 @@ def follow(task: Task) -> RunFolder:
         if parallelize.is_first_rank():
             tidy(run.path)
         return run
-    busy = f"another process is training in {run}; wait for its end, or give another --name"
+    busy = f"another process is training in {run}; wait for the end, or give another --name"
     with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
         session = begin(task)
         fabric = session.fabric
@@ -113,16 +113,16 @@ def follow(task: Task) -> RunFolder:
 
 
 def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
-    """Refuse a run folder in which this recipe, on this data, cannot go on.
+    """Refuse a run folder of another recipe or other data.
 
     Raises:
-        UserError: if it belongs to another recipe or other data, or is no run.
+        UserError: for a folder of another recipe or other data, or without a run.
     """
-    run, remedy = recipe.run, "give this one another --name or --out, or delete that folder"
+    run, remedy = recipe.run, "give another --name or --out, or delete that folder"
     if is_free(run.path):
         return
     if not run.exists:
-        raise UserError(f"{run} exists and is no run; {remedy}")
+        raise UserError(f"{run} exists and is not a run; {remedy}")
     changed = differences(read(run.recipe, type(recipe)), recipe)
     if changed:
         raise UserError(f"{run} holds a run with other settings: {', '.join(changed)}; {remedy}")
@@ -135,14 +135,14 @@ def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
 
 
 def begin(task: Task) -> Session:
-    """Return the session of a task, as the run left it if it was interrupted."""
+    """Return the session of a task, from the newest checkpoint if any."""
     recipe, run = task.recipe, task.recipe.run
     session = lay_out(task)
     fabric, model = session.fabric, session.model
     if fabric.is_global_zero:
         facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
-    # A slow folder may show a process less than the first one sees.
+    # A slow file system may show this process less than the first process.
     saved = fabric.broadcast(run.saved_checkpoints())
     for path in (run.recipe, *saved):
         wait_for(path)
@@ -151,7 +151,7 @@ def begin(task: Task) -> Session:
     if progress.step > recipe.training.steps:
         raise UserError(
             f"{run} has a checkpoint of step {progress.step}, beyond training.steps="
-            f"{recipe.training.steps}; delete it"
+            f"{recipe.training.steps}; delete the checkpoint"
         )
     sizes = [(each.numel(), each.requires_grad) for each in model.parameters()]
     fabric.print(
@@ -163,7 +163,7 @@ def begin(task: Task) -> Session:
 
 
 def lay_out(task: Task) -> Session:
-    """Return the session of a task at its first step, with the model over the devices."""
+    """Return the session of a task at the first step, with the model laid out over the devices."""
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
     model, drawn = parallelize.start(fabric, task)
@@ -173,7 +173,7 @@ def lay_out(task: Task) -> Session:
 
 
 def _note_start(task: Task, facts: dict[str, Any]) -> None:
-    """Write the recipe and the record of a run that has not ended."""
+    """Write the recipe and the record of an unfinished run."""
     run = task.recipe.run
     remove_leftovers(run.path)
     write_text(run.recipe, write(task.recipe))

@@ -10,19 +10,19 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
-from dape.strict import Switch
+from dape.strict import Switch, default
 
 DEEPEST = 10_000  # layers
 
 
 def _mapping(text: str) -> dict[str, Any]:
-    """Return the mapping that YAML in one line describes; `ValueError` if it is none."""
+    """Return the mapping in one-line YAML; a `ValueError` for any other value."""
     try:
         value = parse_yaml(text)
     except (ValueError, yaml.YAMLError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is no YAML mapping such as '{{adapter: {{hidden: 16}}}}'")
+        raise ValueError(f"{text!r} is not a YAML mapping such as '{{adapter: {{hidden: 16}}}}'")
     return value
 
 
@@ -52,21 +52,23 @@ class Model:
     """number of blocks"""
     num_attention_heads: int = 12
     """number of query heads; must divide hidden_size"""
-    num_key_value_heads: int | None = None
-    """number of key and value heads; must divide the query heads; default as many"""
+    num_key_value_heads: Annotated[int | None, default("as many as query heads", "INT")] = None
+    """number of key and value heads; must divide the number of query heads"""
     block: Literal["paper", "modern"] = "paper"
     """paper (layer norm, GELU, biases) or modern (RMS norm, SwiGLU, no biases)"""
-    intermediate_size: int | None = None
-    """width of the feed-forward layer; default 4 x hidden_size, modern 8/3 x"""
-    vocab_size: int | None = None
-    """entries of the embedding; default those of the tokenizer; 50304 suits tensor cores"""
+    intermediate_size: Annotated[
+        int | None, default("4 x hidden_size, in the modern block 8/3 x", "INT")
+    ] = None
+    """width of the feed-forward layer"""
+    vocab_size: Annotated[int | None, default("size of the tokenizer", "INT")] = None
+    """entries of the embedding; 50304 suits tensor cores and the GPT-2 tokenizer"""
     tie_word_embeddings: bool = False
-    """use one matrix as input and output embedding"""
+    """share a matrix between input and output embedding"""
     backend: str = "auto"
     """backend of attention; `dape info` lists those that work here"""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be."""
+        """Refuse impossible sizes."""
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         at_least(1, "model", self, *sizes, "num_key_value_heads", "intermediate_size")
         if self.num_hidden_layers > DEEPEST:
@@ -119,7 +121,7 @@ class Optimizer:
     """largest norm of the whole gradient; None does not clip"""
 
     def __post_init__(self) -> None:
-        """Refuse rates and fractions outside their range."""
+        """Refuse rates and fractions out of range."""
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -136,7 +138,7 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The layout of the computation, which does not change the result of the training."""
+    """The layout of the computation, without an effect on the result of the training."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
@@ -145,9 +147,9 @@ class Hardware:
     gather: Literal["pass", "step"] = "pass"
     """fsdp: exchange weights and gradients at each pass of a block, or once a step"""
     context_parallel: int = 1
-    """devices that share each sequence; must divide the number of devices"""
-    micro_batch_size: int | None = None
-    """sequences that a device computes at a time; default all of its batch"""
+    """devices that share a sequence; must divide the number of devices"""
+    micro_batch_size: Annotated[int | None, default("the device's whole batch", "INT")] = None
+    """sequences that a device computes at a time"""
     compile: Annotated[Literal["none", "blocks", "graphs"], Switch(on="blocks", off="none")] = (
         "none"
     )
@@ -158,7 +160,7 @@ class Hardware:
     """blocks: store only the input of a block; selective: also attention and most products"""
 
     def __post_init__(self) -> None:
-        """Refuse an empty micro-batch, and graphs of gradients that no rank has whole."""
+        """Refuse an empty micro-batch, and CUDA graphs with sharded gradients or sequences."""
         at_least(1, "hardware", self, "micro_batch_size", "context_parallel")
         if self.compile == "graphs" and self.strategy == "fsdp":
             raise UserError(
@@ -173,12 +175,12 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Tracking:
-    """Records of the training, and steps between them."""
+    """Records of the training, and the steps between records."""
 
     log_every: int = 10
     """steps between lines of metrics.jsonl and TensorBoard"""
     validate_every: int = 1000
-    """steps between validations, on equal batches each time"""
+    """steps between validations, always on the same batches"""
     validation_batches: int = 8
     """batches of a validation, of training.batch_size sequences"""
     checkpoint_every: int = 1000
@@ -186,7 +188,7 @@ class Tracking:
     keep_checkpoints: int = 2
     """number of checkpoints to keep"""
     service: Literal["none", "trackio", "wandb"] = "none"
-    """tracking service that also receives the metrics"""
+    """tracking service for a copy of the metrics"""
 
     def __post_init__(self) -> None:
         """Refuse intervals below one step."""
@@ -196,7 +198,7 @@ class Tracking:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The pretrained model, its adapters and its trainable parts."""
+    """The pretrained model, with adapters and trainable parts."""
 
     base: Annotated[str, Suppress] = ""
     """folder or hub name of the model: the first argument of the command"""
@@ -215,7 +217,7 @@ class Base:
 
 
 def at_least(minimum: int, section: str, instance: Any, *names: str) -> None:
-    """Raise a `UserError` for numbers of a section that are less than a minimum, or not finite."""
+    """Raise a `UserError` for numbers of a section below a minimum, or not finite."""
     for name in names:
         value = getattr(instance, name)
         if value is not None:

@@ -1,4 +1,4 @@
-"""FSDP2: which parameters travel together, in which dtype, and when."""
+"""FSDP2: groups of parameters, and dtype and time of their exchange."""
 
 from itertools import pairwise
 from typing import TYPE_CHECKING, cast
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 
 def shard(module: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", low: bool) -> None:
-    """Shard a module over the ranks of a mesh: a group for each block's products, one for the rest.
+    """Shard a module over a mesh: a group for each block's products, and a group for the remainder.
 
     Masters, gradients and moments are float32, and gradients are averaged in float32. If `low`, the
-    parameters of linear layers travel in bfloat16, to which autocast would round them at their use:
-    the numbers are those of one device.
+    parameters of linear layers travel in bfloat16. Autocast rounds them to bfloat16 on a single
+    device too, with equal results.
 
-    The rest is one group in float32: embedding, head, norms, and the parameters of positions, which
-    attention reads many times, in blocks of rows or in a kernel. It is gathered once, before the
-    forward pass, and stays whole until the backward pass has ended.
+    Embedding, head, norms and parameters of positions are the last group, in float32. Attention
+    reads parameters of positions many times, in blocks of rows or in a kernel. Therefore the last
+    group is gathered once, before the forward pass, and stays whole until the backward pass ends.
     """
     linear = [each for block in blocks for each in block.modules() if isinstance(each, nn.Linear)]
     products = {parameter for each in linear for parameter in each.parameters()}
@@ -37,7 +37,7 @@ def shard(module: nn.Module, blocks: list[nn.Module], mesh: "DeviceMesh", low: b
 
 
 def _prefetch(root: FSDPModule, blocks: list[FSDPModule]) -> None:
-    """Let each block fetch the next one's weights while it computes, in both directions."""
+    """Prefetch the weights of the next block during a block's computation, both ways."""
     for before, after in pairwise([root, *blocks]):
         before.set_modules_to_forward_prefetch([after])
     for before, after in pairwise(blocks):
@@ -45,7 +45,7 @@ def _prefetch(root: FSDPModule, blocks: list[FSDPModule]) -> None:
 
 
 def gather_once(module: nn.Module, last: bool) -> None:
-    """Gather the weights once a step, and exchange gradients in the `last` of its passes."""
+    """Gather the weights once a step, and exchange gradients in the `last` pass of the step."""
     for group in module.modules():
         if isinstance(group, FSDPModule):
             group.set_requires_gradient_sync(last, recurse=False)

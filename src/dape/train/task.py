@@ -1,4 +1,4 @@
-"""Tasks of the training loop: a model, its batches, their loss, and the saved result."""
+"""Tasks of the training loop: a model, batches, the loss, and the saved result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from dape.attention.context_parallel import ContextParallel
     from dape.model.retrofit import Mounted
 
-Batch = tuple[Tensor, ...]  # tensors whose first axis is that of the examples
-# Tokens whose logits are there at once: with their gradients 10 GB at 50,000 entries.
+Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
+# Tokens whose logits are held at a time, with gradients 10 GB at 50,000 entries.
 TOKENS_AT_ONCE = 2**14
 
 
 class Task(ABC):
-    """Something to train, as a recipe says.
+    """A training problem from a recipe: model, batches, loss and result.
 
-    `data` is the record's entry on the data, with its checksum, None where batches are made up;
-    `tokens` is how many tokens a step learns from, None where that differs from step to step;
-    `context_parallel` are the devices over which each sequence is spread, None for one.
+    `data` is the record's entry on the data, with the checksum, None for generated batches.
+    `tokens` is the number of tokens in a step, None if steps differ. `context_parallel` is the
+    group of devices that share a sequence, None for a single device.
     """
 
     recipe: Settings
@@ -50,7 +50,7 @@ class Task(ABC):
 
     @abstractmethod
     def batch(self, split: str, step: int, rank: int, ranks: int) -> Batch:
-        """Return one rank's examples of batch `step` = 0, 1, ... of a split, on any device.
+        """Return a rank's examples of batch `step` = 0, 1, ... of a split, on any device.
 
         The splits are `train` and `validation`. All ranks get equally many examples.
         """
@@ -61,14 +61,14 @@ class Task(ABC):
 
     @abstractmethod
     def save(self, fabric: "Fabric", model: nn.Module) -> None:
-        """Write what was learned into the run folder; called on every rank."""
+        """Write the trained model into the run folder; called on every rank."""
 
     def facts(self, model: nn.Module) -> dict[str, Any]:
-        """Return entries for the record of the run, from the model before it is laid out."""
+        """Return entries for the record of the run, from the model on a single device."""
         return {}
 
     def flops(self, model: nn.Module) -> int | None:
-        """Return the arithmetic of training on one token, None if it is not known."""
+        """Return the FLOP of training on a token, None if not known."""
         return None
 
     def origin(self, step: int) -> str:
@@ -77,7 +77,7 @@ class Task(ABC):
 
 
 class NextToken(Task):
-    """A model that learns to predict the next token in the windows of a corpus.
+    """Prediction of the next token in the windows of a corpus.
 
     Raises:
         UserError: if the corpus has too few tokens.
@@ -103,7 +103,7 @@ class NextToken(Task):
         return (torch.from_numpy(np.stack([windows[n] for n in range(first, first + rows)])),)
 
     def loss(self, model: nn.Module, *batch: Int[Tensor, "rows window"]) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy, in nats a token, of each token after the first."""
+        """Return the mean cross-entropy in nats a token, over all tokens after the first."""
         (tokens,) = batch
         targets = tokens[:, 1:].contiguous()
         found: Tensor = model(
@@ -112,10 +112,10 @@ class NextToken(Task):
         return found
 
     def save(self, fabric: "Fabric", model: nn.Module) -> None:
-        """Write the whole model and its tokenizer as Hugging Face loads them."""
+        """Write the whole model and the tokenizer in the format of Hugging Face."""
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # a bar for the writing of one file
+        disable_progress_bar()  # a progress bar for a single file
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(model, options=options)
         if fabric.is_global_zero:
@@ -135,7 +135,7 @@ class NextToken(Task):
         }
 
     def flops(self, model: nn.Module) -> int | None:
-        """Return the arithmetic of training on one token."""
+        """Return the FLOP of training on a token."""
         return flops_per_token(model, self.recipe.training.length)
 
     def origin(self, step: int) -> str:
@@ -148,12 +148,12 @@ class NextToken(Task):
 
 
 class LanguageModelling(NextToken):
-    """A language model from its first step."""
+    """A language model trained from random weights."""
 
     recipe: Recipe
 
     def loss(self, model: nn.Module, *batch: Int[Tensor, "rows window"]) -> Float[Tensor, ""]:
-        """Return the same, where a sequence is spread of this device's part of each.
+        """Return the mean cross-entropy, of this device's part of each shared sequence.
 
         Logits of many tokens are computed in parts, and again in the backward pass.
         """
@@ -177,20 +177,20 @@ class LanguageModelling(NextToken):
         return found
 
     def build(self, device: torch.device) -> nn.Module:
-        """Draw the whole model: its weights are the same for any number of ranks."""
+        """Draw the whole model, with the same weights for any number of ranks."""
         entries = vocabulary(self.recipe, self.corpus)
         with device:
             return draw(self.recipe, entries, self.corpus.end_of_text)
 
 
 class Retrofitting(NextToken):
-    """A pretrained model: adapters mounted in it, or parts of it."""
+    """A pretrained model, with mounted adapters or trainable parts."""
 
     recipe: Retrofit
     _mounted: "Mounted | None" = None
 
     def build(self, device: torch.device) -> nn.Module:
-        """Load the model, mount what the recipe says, and let what it names train."""
+        """Load the model, mount adapters, and freeze all parameters outside `base.train`."""
         from dape.model.retrofit import retrofit, set_trainable
 
         chosen, source = self.recipe.model, source_of(self.recipe)
@@ -211,7 +211,7 @@ class Retrofitting(NextToken):
         return model
 
     def save(self, fabric: "Fabric", model: nn.Module) -> None:
-        """Write the adapters, or the model if it has none."""
+        """Write the adapters, or the model if no adapters are mounted."""
         if self._mounted is None:
             super().save(fabric, model)
             return
@@ -224,7 +224,7 @@ class Retrofitting(NextToken):
 def _loss_of_part(
     model: nn.Module, hidden: Float[Tensor, "tokens width"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, ""]:
-    """Return the summed loss of tokens, from what enters the head."""
+    """Return the summed loss of tokens, from the input of the head."""
     logits = model.lm_head(hidden)  # type: ignore[operator]
     mean: Tensor = model.loss_function(  # type: ignore[operator]
         logits, None, logits.shape[-1], shift_labels=targets
@@ -236,22 +236,22 @@ def vocabulary(recipe: Recipe, corpus: Corpus) -> int:
     """Return the entries of the embedding.
 
     Raises:
-        UserError: if the recipe gives fewer than the tokenizer of the corpus has.
+        UserError: for fewer entries in the recipe than in the tokenizer of the corpus.
     """
     entries = recipe.model.vocab_size or corpus.vocab_size
     if entries < corpus.vocab_size:
         raise UserError(
             f"model.vocab_size={entries} is less than the {corpus.vocab_size} tokens of"
-            f" {recipe.data}; leave it out to take as many"
+            f" {recipe.data}; leave the option out to take {corpus.vocab_size}"
         )
     return entries
 
 
 def draw(recipe: Recipe, vocab_size: int, end_of_text: int | None = None) -> nn.Module:
-    """Return the model of a recipe, on the default device, drawn from its default generator.
+    """Return the model of a recipe on the default device, drawn from the default generator.
 
     Raises:
-        UserError: for a scheme, an option or a backend that the model refuses.
+        UserError: for an invalid scheme, option or backend.
     """
     from dape.model.configuration import DapeConfig
     from dape.model.modeling import DapeForCausalLM
@@ -263,16 +263,16 @@ def draw(recipe: Recipe, vocab_size: int, end_of_text: int | None = None) -> nn.
 
 
 def source_of(recipe: Retrofit) -> str:
-    """Return the folder or the hub's name of the pretrained model, which may be that of a run."""
+    """Return the folder or hub name of the pretrained model; a run stands for its model."""
     base = RunFolder(Path(recipe.model.base))
     return str(base.model) if base.has_model else recipe.model.base
 
 
 def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
-    """Return a pretrained model in float32, with other values of keys of its configuration.
+    """Return a pretrained model in float32, with changed keys of the configuration.
 
     Raises:
-        UserError: if there is no such model, or it has no such key.
+        UserError: for an unknown model or key.
     """
     from dape.model.loading import load_causal, load_config
 

@@ -32,10 +32,11 @@ def check(recipe: Settings) -> None:
 
 
 class Tracker:
-    """Writes the metrics of each logged step to all outputs.
+    """Writes the metrics of logged steps to all outputs.
 
-    A run that resumes at `step` continues its files at `step`. Later steps are computed again, so
-    the metrics drop their lines, and TensorBoard hides their points.
+    A run that resumes at `step` continues the files at `step`. Lines of later steps are dropped
+    from the metrics, and TensorBoard hides later points, because the later steps are computed
+    again.
     """
 
     def __init__(self, recipe: Settings, step: int) -> None:
@@ -51,7 +52,7 @@ class Tracker:
             )
 
     def log(self, metrics: Metrics) -> None:
-        """Write a line with `step` and its measurements."""
+        """Write a line with `step` and the measurements."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         values = {name: value for name, value in metrics.items() if name != "step"}
@@ -62,7 +63,7 @@ class Tracker:
             self._service.log(values, step=int(metrics["step"]))
 
     def close(self) -> None:
-        """Finish every place."""
+        """Close every output."""
         self._file.close()
         self._board.close()
         if self._service is not None:

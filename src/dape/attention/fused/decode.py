@@ -4,13 +4,13 @@ A program holds the logits of all heads of its rows, tile by tile of a span of k
 and values are read once and nothing else of their size is.
 """
 
-import torch
-from torch import Tensor
-
 from dape.attention.fused import decode_kernels as kernels
-from dape.attention.fused.banded import PRECISION, PROGRAMS, Tile, asking, combine, wide
-from dape.attention.fused.geometry import Extent, Mixing, Problem, cdiv, next_power_of_2, strides
-from dape.attention.fused.slots import padded
+from dape.attention.fused.geometry import Extent
+from dape.attention.fused.overflow import asking
+from dape.attention.fused.problem import Problem, Result
+from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.spans import PROGRAMS, combine, parts_of
+from dape.attention.fused.terms import Mixed
 
 # More queries, or fewer keys for each, are left to the bands, which read keys once: an estimate.
 MOST_ROWS, KEYS_PER_ROW = 16, 16
@@ -21,9 +21,9 @@ MOST_PARTS = 2**14
 
 
 def serves(problem: Problem) -> bool:
-    """Return whether a problem mixes heads by tables for few queries against many keys."""
+    """Return whether a problem has few queries against many keys."""
     rows, keys = problem.query.shape[2], problem.key.shape[2]
-    return problem.tabled and rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
+    return rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
 
 
 def tile_of(problem: Problem, heads: int) -> Tile:
@@ -48,35 +48,30 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 
 
-def forward(problem: Problem, mixing: Mixing, out: Tensor, lse: Tensor, rest: Tensor) -> None:
-    """Fill what `banded.forward` returns.
+def forward(problem: Problem, terms: Mixed, found: Result) -> None:
+    """Fill a result.
 
     Logits are in float32 throughout, so that it serves what leaves the range of 16 bits too.
     """
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
-    units, padded_heads = padded(mixing)
-    tile = tile_of(problem, padded_heads)
+    units, tile = len(terms.weight_in), tile_of(problem, padded(heads))
     spans, length = key_spans(problem, tile)
-    parts, parts_lse = out[None], lse[None]
-    if spans > 1:
-        parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
-        parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
+    parts, parts_lse = parts_of(found, spans)
     mask = query if problem.mask is None else problem.mask
     kernels.decode_kernel[(cdiv(rows, tile.rows), spans, batch)](
-        query, key, value, mixing.weight_in, mixing.weight_out, mixing.hidden, mixing.static,
-        mask, parts, parts_lse, rest,
-        rows, Extent.of(problem).visible(rows), mixing.hidden.shape[0],
+        query, key, value, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
+        mask, parts, parts_lse, found.rest,
+        rows, Extent.of(problem).visible(rows), len(terms.hidden),
         problem.offset, problem.scale, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
-        kv_heads, heads // kv_heads, H=heads, D=mixing.hidden.shape[1],
-        HEADS=padded_heads, UNITS=units, E=head_dim, WIDE=wide(head_dim),
-        V=value_dim, WIDE_V=wide(value_dim), CAUSAL=problem.causal, MASKED=problem.mask is not None,
-        EXACT=rest.numel() > 0, RESTED=spans == 1 and rest.numel() > 0, **problem.gated(),
+        kv_heads, heads // kv_heads, H=heads, D=units, HEADS=padded(heads), UNITS=padded(units),
+        E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim),
+        CAUSAL=problem.causal, MASKED=problem.mask is not None,
+        EXACT=found.exact, RESTED=spans == 1 and found.exact, **problem.gated(),
         M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if spans > 1:
-        combine(parts, parts_lse, asking(problem, None), out, lse, rest)
+    combine(parts, parts_lse, asking(problem, None), found)

@@ -1,24 +1,24 @@
 """Triton kernel of decoding: few queries against many keys, all heads of a span in one program.
 
-A tile has K keys against columns (m, h), the heads of M rows. Each key head is multiplied with all
-columns, and what belongs to other heads is dropped: a tensor core takes eight columns at least, and
-reading the keys is what costs. Logits are `[K, M H]`, outputs `[V, M H]`, so that the statistics of
+A tile has K keys against C columns (m, h), the heads of M rows. Each key head is multiplied with
+all columns, and what belongs to other heads is dropped: a tensor core takes eight columns at least,
+and reading the keys is what costs. Logits are `[K, C]`, outputs `[V, C]`, so that the statistics of
 the softmax lie along the same axis; between the two loops over key heads all stays in registers.
-
-Shapes: H query heads, Hkv key heads, E and V head dims, D hidden units. HEADS, UNITS and WIDE are
-their padded sizes. Strides of span, batch, head and row come as `_s, _b, _h, _t`.
+`tiles` has the legend.
 """
 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows, store_output, unwanted
-from dape.attention.fused.mix_kernels import load_hidden, load_static, load_weights, rise
+from dape.attention.fused.across_heads import load_hidden, load_static, load_weights, rise
+from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
+from dape.jit import started
 
 # These change with every token: no kernel of its own for those that 16 divides.
 GROWING = ("num_keys", "table_size", "shift")
 
 
+@started
 @triton.jit(do_not_specialize=GROWING)
 def decode_kernel(
     query, key, value, w1, w2, hidden_table, static_table, mask, out, lse, rest,
@@ -48,61 +48,61 @@ def decode_kernel(
     stored = (rows < num_rows) & (head < H)
     at = b64 * query_b + head.to(tl.int64) * query_h + rows.to(tl.int64) * query_t
     inside = stored[None, :] & (dims < E)[:, None]
-    q = tl.load(query + at[None, :] + dims[:, None], inside, 0.0)
+    q_EC = tl.load(query + at[None, :] + dims[:, None], inside, 0.0)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
     w2_DH = tl.trans(w2_HD)
-    top = tl.full((M * HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((M * HEADS,), tl.float32)
-    acc = tl.zeros((WIDE_V, M * HEADS), tl.float32)
+    top_C = tl.full((M * HEADS,), float("-inf"), tl.float32)
+    total_C = tl.zeros((M * HEADS,), tl.float32)
+    acc_VC = tl.zeros((WIDE_V, M * HEADS), tl.float32)
     low = tl.program_id(1) * keys_per_span
     high = tl.minimum(num_keys, low + keys_per_span)
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
         delta_ij = first_row + n % M + shift - (first_key + n // M)
-        u = load_hidden(hidden_table, delta_ij, units, table_size, D)
-        c = load_static(static_table, delta_ij, heads, table_size, H)
-        x = tl.zeros((K, M * HEADS), tl.float32)
+        u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
+        c_NH = load_static(static_table, delta_ij, heads, table_size, H)
+        x_KC = tl.zeros((K, M * HEADS), tl.float32)
         head_keys = key
         for kv in range(KV_HEADS):
-            k = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
-            a = tl.dot(k, q, input_precision=PRECISION)
-            x = tl.where((head // GROUP == kv)[None, :], a, x)
+            k_KE = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
+            a_KC = tl.dot(k_KE, q_EC, input_precision=PRECISION)
+            x_KC = tl.where((head // GROUP == kv)[None, :], a_KC, x_KC)
             head_keys += key_h
-        x = tl.reshape(x * scale, (K * M, HEADS))
-        r = rise(tl.dot(x, w1_HD, input_precision="tf32x3"), u)
-        s = tl.dot(r, w2_DH, x + c, input_precision="tf32x3")
-        s = tl.reshape(s, (K, M * HEADS))
+        x_KC = tl.reshape(x_KC * scale, (K * M, HEADS))
+        r_ND = rise(tl.dot(x_KC, w1_HD, input_precision="tf32x3"), u_ND)
+        s_KC = tl.dot(r_ND, w2_DH, x_KC + c_NH, input_precision="tf32x3")
+        s_KC = tl.reshape(s_KC, (K, M * HEADS))
         keys = first_key + tl.arange(0, K)
         seen = keys < num_keys
         if MASKED:
             seen &= tl.load(mask + keys, seen, 0) != 0
-        s = tl.where(seen[:, None], s, float("-inf"))
+        s_KC = tl.where(seen[:, None], s_KC, float("-inf"))
         if CAUSAL:
-            s = tl.where(keys[:, None] <= rows[None, :] + shift, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 0))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2((s - safe[None, :]) * LOG2E)
-        shrink = tl.exp2((top - safe) * LOG2E)
-        total = total * shrink + tl.sum(weight, 0)
-        acc *= shrink[None, :]
-        rounded = weight.to(value.dtype.element_ty)
-        left = (weight - rounded.to(tl.float32)).to(value.dtype.element_ty)
+            s_KC = tl.where(keys[:, None] <= rows[None, :] + shift, s_KC, float("-inf"))
+        new_top_C = tl.maximum(top_C, tl.max(s_KC, 0))
+        safe_C = tl.where(new_top_C == float("-inf"), 0.0, new_top_C)
+        p_KC = tl.exp2((s_KC - safe_C[None, :]) * LOG2E)
+        shrink_C = tl.exp2((top_C - safe_C) * LOG2E)
+        total_C = total_C * shrink_C + tl.sum(p_KC, 0)
+        acc_VC *= shrink_C[None, :]
+        rounded_KC = p_KC.to(value.dtype.element_ty)
+        left_KC = (p_KC - rounded_KC.to(tl.float32)).to(value.dtype.element_ty)
         head_values = value
         for kv in range(KV_HEADS):
-            v = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
-            added = tl.dot(tl.trans(v), rounded, acc, input_precision=PRECISION)
+            v_KV = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
+            added_VC = tl.dot(tl.trans(v_KV), rounded_KC, acc_VC, input_precision=PRECISION)
             if EXACT:
-                added = tl.dot(tl.trans(v), left, added, input_precision=PRECISION)
-            acc = tl.where((head // GROUP == kv)[None, :], added, acc)
+                added_VC = tl.dot(tl.trans(v_KV), left_KC, added_VC, input_precision=PRECISION)
+            acc_VC = tl.where((head // GROUP == kv)[None, :], added_VC, acc_VC)
             head_values += value_h
-        top = new_top
-    total = tl.where(total > 0, total, 1.0)
-    acc /= total[None, :]
+        top_C = new_top_C
+    total_C = tl.where(total_C > 0, total_C, 1.0)
+    acc_VC /= total_C[None, :]
     dims_v = tl.arange(0, WIDE_V)
     at = tl.program_id(1) * out_s + b64 * out_b + head.to(tl.int64) * out_h
     at += rows.to(tl.int64) * out_t
     inside = stored[None, :] & (dims_v < V)[:, None]
-    store_output(out, rest, at[None, :] + dims_v[:, None], acc, inside, RESTED)
+    store_output(out, rest, at[None, :] + dims_v[:, None], acc_VC, inside, RESTED)
     at = tl.program_id(1) * lse_s + b64 * lse_b + head * lse_h + rows
-    tl.store(lse + at, top + tl.log(total), stored)
+    tl.store(lse + at, top_C + tl.log(total_C), stored)

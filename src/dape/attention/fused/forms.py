@@ -6,9 +6,6 @@ few entries, and what comes of B is then as exact as float32 is. A bias without 
 too, made by its own module, and autograd takes the way back.
 """
 
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
-
 from typing import Any, NamedTuple
 
 import triton

@@ -1,156 +1,24 @@
-"""One call of the fused kernels, and its geometry: bands of query rows, diagonals of tiles."""
+"""The bands of a problem, the scratch that holds one, and the diagonals of its tiles."""
 
 from functools import lru_cache
 from math import isqrt, prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from dape.attention.fused.kernels import BLOCK
+from dape.attention.fused.problem import Band, Problem
+from dape.attention.fused.sizes import cdiv
+from dape.attention.fused.terms import Nothing, Static, Taps
+from dape.attention.fused.tiles import BLOCK
 
 # Scores that stand in the scratch at a time, two bytes each; half as many of four bytes.
 SCORES_PER_BAND = 2**28
-# The largest score, or entry of a table in the scratch, that 16 bits hold well enough. The largest
-# log-sum-exp, which says how large tables are where they count: gradients of weights are sums of
-# them. The largest number that may be made of scores on the way.
-LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 # Keys to a row of a band that is cut between keys.
 ASPECT = 4
 # Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
 ALIGNMENT = BLOCK.value
-
-
-# Triton's functions of these names go through its compiler: microseconds a call, dozens a layer.
-def cdiv(size: int, part: int) -> int:
-    """Return how many parts cover a size."""
-    return -(-size // part)
-
-
-def next_power_of_2(size: int) -> int:
-    """Return the least power of two that is no less than a size."""
-    return 1 << (size - 1).bit_length()
-
-
-class Mixing(NamedTuple):
-    """What mixes heads: C `[H, N]` and U `[N, D]` over the distances, W1 `[D, H]`, W2 `[H, D]`.
-
-    Where a problem is `tabled`, C holds `W2 phi(U)`: what the logits are where A = 0.
-    """
-
-    static: Float[Tensor, "heads distances"]
-    hidden: Float[Tensor, "distances hidden"]
-    weight_in: Float[Tensor, "hidden heads"]
-    weight_out: Float[Tensor, "heads hidden"]
-
-
-class Features(NamedTuple):
-    """FIRE's `f = (1, relu(weight x + bias))`, for `x = psi[|i - j|] scale[max(i, j)]`.
-
-    The tables of the `Mixing` beside them are over these features: C `[H, 1 + F]`, U `[1 + F, D]`.
-    """
-
-    psi: Float[Tensor, "distances"]
-    scale: Float[Tensor, "slots"]
-    weight: Float[Tensor, "features"]
-    bias: Float[Tensor, "features"]
-
-
-class Gate(NamedTuple):
-    """A number on the device, 1 if a problem needs a scratch of four bytes, and for which it is.
-
-    Both ways are started, and a kernel that is not wanted returns at once: the host need not wait
-    to learn which it is.
-    """
-
-    flag: Int[Tensor, "1"]
-    wide: bool
-
-
-class Problem(NamedTuple):
-    """One call: the arguments every kernel needs, checked and in their final layout.
-
-    Without `mixing`, `static` is C `[H, N]` over the distances 0..N-1, if there is a bias. `mask`
-    is true for keys that may be seen. `features` are FIRE's. With `hidden_bias` b1 the layers are
-    1 x k convolutions (DAPE V2), and the axes of units in `mixing` hold D for each tap; `halo` is
-    how many of the first and last keys have no weight, and `begun` is true for elements that have
-    seen a key before the first. With a `gate` the kernels run if it says so.
-    """
-
-    query: Float[Tensor, "batch heads rows head_dim"]
-    key: Float[Tensor, "batch kv_heads keys head_dim"]
-    value: Float[Tensor, "batch kv_heads keys value_dim"]
-    static: Float[Tensor, "heads distances"] | None
-    mixing: Mixing | None
-    mask: Bool[Tensor, "batch keys"] | None
-    scale: float
-    causal: bool
-    offset: int
-    features: Features | None = None
-    hidden_bias: Float[Tensor, "hidden"] | None = None
-    gate: Gate | None = None
-    halo: tuple[int, int] = (0, 0)
-    begun: Bool[Tensor, "batch"] | None = None
-
-    @property
-    def scratch(self) -> torch.dtype:
-        """Return the dtype of the scratch."""
-        wide = self.gate is not None and self.gate.wide
-        return torch.float32 if wide or self.query.dtype == torch.float32 else torch.float16
-
-    def gated(self) -> dict[str, Any]:
-        """Return the arguments by which a kernel knows whether it is wanted."""
-        if self.gate is None:
-            return {"gate": self.query, "GATED": -1}
-        return {"gate": self.gate.flag, "GATED": int(self.gate.wide)}
-
-    def tables(self) -> tuple[Tensor, ...]:
-        """Return tables and weights in the order of the operator."""
-        found = self.mixing or (() if self.static is None else (self.static,))
-        hidden_bias = () if self.hidden_bias is None else (self.hidden_bias,)
-        return *found, *(self.features or ()), *hidden_bias
-
-    @property
-    def tabled(self) -> bool:
-        """Return whether heads are mixed at each key alone, by tables over the distance."""
-        return self.mixing is not None and self.features is None and self.hidden_bias is None
-
-    @property
-    def taps(self) -> int:
-        """Return how many keys each layer sees at a time."""
-        if self.mixing is None or self.hidden_bias is None:
-            return 1
-        return self.mixing.weight_in.shape[0] // self.hidden_bias.shape[0]
-
-    def part(self, band: "Band") -> "Problem":
-        """Return the problem of the elements and keys of a band, with all rows."""
-        mask = self.mask
-        return self._replace(
-            query=self.query[band.batch],
-            key=self.key[band.batch, :, band.keys],
-            value=self.value[band.batch, :, band.keys],
-            mask=None if mask is None else mask[band.batch, band.keys],
-            begun=None if self.begun is None else self.begun[band.batch],
-        )
-
-
-class Band(NamedTuple):
-    """Some rows of some elements of the batch, and keys that they see, as the scratch holds them.
-
-    `shift` is the slot of the first row, counted from the first of the keys.
-    """
-
-    batch: slice
-    rows: slice
-    keys: slice
-    shift: int
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Return how many elements, rows and keys it has."""
-        batch, rows, keys = (part.stop - part.start for part in self[:3])
-        return batch, rows, keys
 
 
 class Extent(NamedTuple):
@@ -171,9 +39,9 @@ class Extent(NamedTuple):
     def of(cls, problem: Problem) -> "Extent":
         """Return that of a problem."""
         batch, heads, rows, _ = problem.query.shape
-        numbers = heads if problem.mixing is not None else None
-        if problem.hidden_bias is not None:
-            numbers = cdiv(3 * heads + problem.hidden_bias.shape[0], 2)
+        numbers = None if isinstance(problem.terms, Nothing | Static) else heads
+        if isinstance(problem.terms, Taps):
+            numbers = cdiv(3 * heads + len(problem.terms.hidden_bias), 2)
         return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:
@@ -196,7 +64,7 @@ def blocks(problem: Problem) -> tuple[Band, ...]:
     distance, is then little beside its scores, however long the sequence. Convolutions along the
     keys need whole rows, and so does what balances them in float32.
     """
-    cut = problem.hidden_bias is None and problem.scratch == torch.float16
+    cut = not isinstance(problem.terms, Taps) and problem.scratch == torch.float16
     return bands_of(Extent.of(problem), room(problem), cut)
 
 
@@ -215,9 +83,9 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
         if extent.numbers is not None:
             room = scores // extent.numbers
             height = min(height, highest(extent, start, room))
-            widest = max(ALIGNMENT, whole_blocks(isqrt(ASPECT * room)))
+            widest = max(ALIGNMENT, _whole_blocks(isqrt(ASPECT * room)))
             if cut and start + height < rows and extent.visible(start + height) > widest:
-                height = min(rows - start, max(ALIGNMENT, whole_blocks(room // widest)))
+                height = min(rows - start, max(ALIGNMENT, _whole_blocks(room // widest)))
                 pieces = cdiv(extent.visible(start + height), widest)
         keys = extent.visible(start + height)
         width = cdiv(cdiv(keys, pieces), ALIGNMENT) * ALIGNMENT
@@ -237,7 +105,7 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
     )
 
 
-def whole_blocks(size: int) -> int:
+def _whole_blocks(size: int) -> int:
     """Return the largest multiple of `ALIGNMENT` that is no more than a size."""
     return size // ALIGNMENT * ALIGNMENT
 
@@ -249,7 +117,7 @@ def highest(extent: Extent, start: int, room: int) -> int:
         # Of h rows the last sees c + h keys, and the scratch is padded by less than a block.
         c = max(0, extent.offset + start) + ALIGNMENT
         height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
-    return max(ALIGNMENT, whole_blocks(height))
+    return max(ALIGNMENT, _whole_blocks(height))
 
 
 class Scratch(NamedTuple):
@@ -298,7 +166,7 @@ def diagonals(
     With a `reach` rows see so many keys more, and past the last: the hidden units of convolutions.
     """
     _, rows, keys = band.sizes
-    lowest = lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    lowest = _lowest_diagonal(problem, tile_rows, tile_keys, reach)
     band_tile = (band.shift + reach) // tile_keys
     first = max(lowest, band_tile + 1 - cdiv(keys + reach, tile_keys))
     last_row = (cdiv(rows, tile_rows) - 1) * tile_rows
@@ -307,7 +175,7 @@ def diagonals(
     return Diagonals(first, number, first - lowest, band_tile, (problem.offset + reach) % tile_keys)
 
 
-def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
+def _lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
     """Return the first diagonal of a whole problem."""
     extent, offset = Extent.of(problem), problem.offset + reach
     first = offset // tile_keys + 1 - cdiv(extent.visible(extent.rows) + reach, tile_keys)
@@ -316,6 +184,17 @@ def lowest_diagonal(problem: Problem, tile_rows: int, tile_keys: int, reach: int
     return first
 
 
-def strides(tensor: Tensor) -> tuple[int, ...]:
-    """Return the strides of batch, head and row; the last axis is contiguous."""
-    return tensor.stride()[:3]
+def count_diagonals(
+    problem: Problem, tile_rows: int, tile_keys: int, *reaches: int
+) -> tuple[int, int, int]:
+    """Return the elements and rows of a block, and how many diagonals all blocks have together."""
+    all_bands = blocks(problem)
+    found = [diagonals(problem, x, tile_rows, tile_keys, n) for x in all_bands for n in reaches]
+    rows = max(band.sizes[1] for band in all_bands)
+    return all_bands[0].batch.stop, rows, max(where.slot + where.number for where in found)
+
+
+def lowest_distance(problem: Problem, tile_rows: int, tile_keys: int, reach: int = 0) -> int:
+    """Return the distance i + reach - j of the first line of the first diagonal of a problem."""
+    first = _lowest_diagonal(problem, tile_rows, tile_keys, reach)
+    return first * tile_keys + (problem.offset + reach) % tile_keys - (tile_keys - 1)

@@ -1,19 +1,17 @@
 """The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back."""
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.registered import below_autograd, register
 from dape.attention.fused.tables import tables
-
-if TYPE_CHECKING:
-    from dape.attention.fused.geometry import Problem
+from dape.attention.fused.terms import terms_of
 
 
 def attend(call: Call, backend: str) -> Attended:
@@ -41,17 +39,6 @@ def attend(call: Call, backend: str) -> Attended:
     return Attended(out, lse)
 
 
-def mixer(backend: str, problem: "Problem") -> ModuleType:
-    """Return the kernels across heads of a backend; FIRE's and DAPE V2's are in Triton for both."""
-    from dape.attention.fused import mix_convolution, mix_cuda, mix_fire, mix_triton
-
-    if problem.features is not None:
-        return mix_fire
-    if problem.hidden_bias is not None:
-        return mix_convolution
-    return mix_cuda if backend == "cuda" else mix_triton
-
-
 def with_rows(x: Tensor) -> Tensor:
     """Return `x` with a contiguous last axis, as the kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -68,23 +55,13 @@ def problem_of(
     offset: int,
     halo: Sequence[int] = (0, 0),
     begun: Tensor | None = None,
-) -> "Problem":
-    """Return the problem of an operator's arguments, with contiguous rows.
-
-    Of the tables there are none, C, those of `Mixing`, or those and b1, or those of `Features`.
-    """
-    from dape.attention.fused.geometry import Features, Mixing, Problem
-
-    given = [table.contiguous() for table in tables]
-    mixed = len(Mixing._fields)
+) -> Problem:
+    """Return the problem of an operator's arguments, with contiguous rows."""
     return Problem(
         query=with_rows(query),
         key=with_rows(key),
         value=with_rows(value),
-        static=given[0] if given else None,
-        mixing=Mixing(*given[:mixed]) if len(given) >= mixed else None,
-        features=Features(*given[mixed:]) if len(given) > mixed + 1 else None,
-        hidden_bias=given[mixed] if len(given) == mixed + 1 else None,
+        terms=terms_of([table.contiguous() for table in tables]),
         mask=mask,
         scale=scale,
         causal=causal,
@@ -108,15 +85,12 @@ def _forward(
     backend: str,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp, if `exact` what rounding left of the output, and a flag.
-
-    They are those of `banded.forward`, the other arguments those of `Problem`.
-    """
-    from dape.attention.fused.banded import forward
+    """Return the `Result` of a `Problem` of these arguments."""
+    from dape.attention.fused.passes import forward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     with torch.cuda.device_of(query):
-        return forward(problem, mixer(backend, problem), exact)
+        return forward(problem, backend, exact)
 
 
 def _forward_fake(
@@ -150,14 +124,14 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of query, key, value and the tables."""
-    from dape.attention.fused.banded import backward
+    from dape.attention.fused.passes import backward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     if grad_lse is not None:  # a row that sees nothing has none
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     with torch.cuda.device_of(query):
-        mixers = mixer(backend, problem), mixer("triton", problem)
-        return backward(problem, *mixers, out, lse, rest, flag, with_rows(grad_out), grad_lse)
+        found = Result(out, lse, rest, flag)
+        return backward(problem, backend, found, with_rows(grad_out), grad_lse)
 
 
 def _backward_fake(

@@ -62,11 +62,11 @@ def cuda_obstacle(call: Call) -> str | None:
     adapter = call.adapter
     if adapter is None or isinstance(call.bias, FIRE) or getattr(adapter, "kernel_size", 1) > 1:
         return None
-    from dape.attention.fused import mix_cuda
+    from dape.attention.fused.cuda import mix
 
     if call.query.dtype == torch.float32:
         return "its scratch is fp16, too narrow for float32"
-    return mix_cuda.obstacle(call.query.shape[1], hidden_units(adapter))
+    return mix.obstacle(call.query.shape[1], hidden_units(adapter))
 
 
 def is_small(device: torch.device) -> bool:

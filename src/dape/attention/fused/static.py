@@ -7,9 +7,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dape.attention.fused import static_kernels as kernels
-from dape.attention.fused.banded import PRECISION, Sums, Tile, asking, combine, key_spans, wide
-from dape.attention.fused.geometry import Problem, bands, cdiv, diagonals, next_power_of_2, strides
-from dape.attention.fused.slots import fold, lowest
+from dape.attention.fused.geometry import Extent, bands, diagonals, lowest_distance
+from dape.attention.fused.overflow import asking
+from dape.attention.fused.problem import Gradients, Problem, Result
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.spans import combine, key_spans, parts_of
+from dape.attention.fused.sums import fold
+from dape.attention.fused.terms import Nothing, Static
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
@@ -35,8 +40,8 @@ class Bias(NamedTuple):
         """Return the bias of a problem, with what nobody may see at -inf."""
         (batch, _, rows, _), keys = problem.query.shape, problem.key.shape[2]
         table, size = problem.query, 0
-        if problem.static is not None:
-            table, size = problem.static, problem.static.shape[1]
+        if isinstance(problem.terms, Static):
+            table, size = problem.terms.static, problem.terms.static.shape[1]
         # Where every row ends before the keys do, causality hides what is past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
@@ -65,91 +70,72 @@ def shared(problem: Problem, bias: Bias) -> dict[str, Any]:
     return {
         "GROUP": problem.query.shape[1] // problem.key.shape[1],
         "E": head_dim,
-        "WIDE": wide(head_dim),
+        "WIDE": padded(head_dim),
         "V": value_dim,
-        "WIDE_V": wide(value_dim),
+        "WIDE_V": padded(value_dim),
+        "CAUSAL": problem.causal,
         "LINED": bias.line is not None,
         "PRECISION": PRECISION,
     }
 
 
-def forward(problem: Problem, out: Tensor, lse: Tensor, rest: Tensor) -> None:
-    """Fill what `banded.forward` returns, over spans of keys where rows are too few programs."""
+def forward(problem: Problem, found: Result) -> None:
+    """Fill a result, over spans of keys where rows are too few programs."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, _ = query.shape
-    bias, tile, band = Bias.of(problem), tile_of("forward", problem), bands(problem)[0]
-    spans, length = key_spans(problem, band, tile)
-    parts, parts_lse = out[None], lse[None]
-    if spans > 1:
-        parts = query.new_empty(spans, *out.shape, dtype=torch.float32)
-        parts_lse = query.new_empty(spans, *lse.shape, dtype=torch.float32)
+    bias, tile = Bias.of(problem), tile_of("forward", problem)
+    visible = Extent.of(problem).visible(rows)
+    spans, length = key_spans(batch * heads, rows, visible, tile)
+    parts, parts_lse = parts_of(found, spans)
     line = query if bias.line is None else bias.line
     kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
-        query, key, value, bias.table, line, parts, parts_lse, rest,
-        rows, band.sizes[2], bias.size, problem.offset,
+        query, key, value, bias.table, line, parts, parts_lse, found.rest,
+        rows, visible, bias.size, problem.offset,
         problem.scale * LOG2E, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
-        heads, **shared(problem, bias), CAUSAL=problem.causal,
-        RESTED=spans == 1 and rest.numel() > 0, M=tile.rows, K=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        heads, RESTED=spans == 1 and found.exact, **shared(problem, bias), **tile.launch(),
     )  # fmt: skip
-    if spans > 1:
-        combine(parts, parts_lse, asking(problem, None), out, lse, rest)
+    combine(parts, parts_lse, asking(problem, None), found)
 
 
-def backward(
-    problem: Problem,
-    lse: Tensor,
-    delta: Tensor,
-    grad_lse: Tensor | None,
-    grad_out: Tensor,
-    sums: Sums,
-) -> list[Tensor]:
-    """Fill dQ, then with `delta` as that corrects it dK and dV; return dC `[H, N]` if any."""
+def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | Static) -> None:
+    """Fill dQ, then with delta as that corrects it dK, dV, and dC `[H, N]` if there is a bias."""
     query, key, value = problem.query, problem.key, problem.value
-    batch, heads, rows, _ = query.shape
+    batch, heads, count, _ = query.shape
     kv_heads, keys = key.shape[1:3]
-    bias = Bias.of(problem)
-    shape = shared(problem, bias)
+    bias, grad_lse = Bias.of(problem), rows.grad_lse
     line = query if bias.line is None else bias.line
-    tensors = (query, key, value, grad_out, bias.table, line, lse, delta)
+    tensors = (query, key, value, rows.scaled, bias.table, line, rows.lse, rows.delta)
+    sizes = (count, keys, bias.size)
     places = (
-        *strides(query), *strides(key), *strides(value), *strides(grad_out), *lse.stride()[:2],
+        *strides(query), *strides(key), *strides(value), *strides(rows.scaled),
+        *rows.lse.stride()[:2],
     )  # fmt: skip
-    tile = tile_of("grad_query", problem)
-    kernels.grad_query_kernel[(cdiv(rows, tile.rows), batch * heads)](
-        *tensors, lse if grad_lse is None else grad_lse, sums.unit, sums.query,
-        rows, keys, bias.size, problem.offset, problem.scale,
-        *places, *strides(sums.query), line.stride(0),
-        heads, **shape, CAUSAL=problem.causal, SUMMED=grad_lse is not None,
-        M=tile.rows, K=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    tile, how = tile_of("grad_query", problem), shared(problem, bias)
+    kernels.grad_query_kernel[(cdiv(count, tile.rows), batch * heads)](
+        *tensors, rows.lse if grad_lse is None else grad_lse, rows.unit, into.query,
+        *sizes, problem.offset, problem.scale, *places, *strides(into.query), line.stride(0),
+        heads, SUMMED=grad_lse is not None, **how, **tile.launch(),
     )  # fmt: skip
     tile = tile_of("grad_key_value", problem)
     kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
-        *tensors, sums.unit, sums.key, sums.value,
-        rows, keys, bias.size, problem.offset, problem.scale,
-        *places, *strides(sums.key), *strides(sums.value), line.stride(0),
-        kv_heads, **shape, CAUSAL=problem.causal, M=tile.rows, K=tile.keys,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        *tensors, rows.unit, into.key, into.value, *sizes, problem.offset, problem.scale,
+        *places, *strides(into.key), *strides(into.value), line.stride(0),
+        kv_heads, **how, **tile.launch(),
     )  # fmt: skip
-    if problem.static is None:
-        return []
+    if isinstance(tables, Nothing):
+        return
     tile = tile_of("grad_table", problem)
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
     kernels.grad_table_kernel[(heads, where.number)](
-        *tensors, cells, rows, keys, bias.size,
-        where.first, where.band_tile, where.offset, problem.scale, batch,
-        *places, line.stride(0),
-        heads, **shape, CAUSAL=problem.causal, M=size, num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
+        *places, line.stride(0), heads, **how, M=size, **tile.pace(),
     )  # fmt: skip
     # A row lies reversed, so that one line further is one column further in all of them.
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
-    gradient = torch.empty_like(problem.static)
-    place = lowest(problem, size, size), size
-    fold(problem, lines, *place, sums.unit, gradient.t(), skewed=True)
-    return [gradient]
+    first = lowest_distance(problem, size, size)
+    fold(problem, lines, first, size, rows.unit, tables.static.t(), skewed=True)

@@ -2,17 +2,14 @@
 
 The bias is a table over the distance. A tile has -inf where causality hides a key, and needs no
 mask. Where keys alone are hidden (padding, an end within a tile), a line over the keys holds 0 or
--inf: `LINED`.
-
-Shapes: B batch, H query and Hkv key heads, R rows, T keys, E and V head dims, tiles of M rows and
-K keys. Strides of batch, head and row come as `_b, _h, _t`.
+-inf: `LINED`. `tiles` has the legend.
 """
 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import LOG2E, load_rows, store_output, toeplitz
-from dape.attention.fused.mix_kernels import diagonal_tiles
+from dape.attention.fused.tiles import LOG2E, diagonal_tiles, load_rows, store_output, toeplitz
+from dape.jit import started
 
 
 @triton.jit
@@ -21,11 +18,11 @@ def logits(
     KEYS_FIRST: tl.constexpr, CAUSAL: tl.constexpr, LINED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return base-2 logits of a tile `[A, B]`; `scale` is in base 2 too."""
-    s = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
-    s += toeplitz(table, size, distance, LOG2E, A, B, KEYS_FIRST, CAUSAL)
+    s_AB = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
+    s_AB += toeplitz(table, size, distance, LOG2E, A, B, KEYS_FIRST, CAUSAL)
     if LINED:
-        s += tl.load(line + keys)
-    return s
+        s_AB += tl.load(line + keys)
+    return s_AB
 
 
 @triton.jit
@@ -35,11 +32,12 @@ def row_statistics(lse, delta, rows, num_rows):
     The first is 0 for rows that see nothing, and infinite past the last row, where P is then 0:
     there a bias above zero would make it large, and infinite in fp16.
     """
-    log_sum = tl.load(lse + rows, rows < num_rows, float("inf"))
-    log_sum = tl.where(log_sum == float("-inf"), 0.0, log_sum) * LOG2E
-    return log_sum, tl.load(delta + rows, rows < num_rows, 0.0)
+    log_sum_M = tl.load(lse + rows, rows < num_rows, float("inf"))
+    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M) * LOG2E
+    return log_sum_M, tl.load(delta + rows, rows < num_rows, 0.0)
 
 
+@started
 @triton.jit
 def forward_kernel(
     query, key, value, table, line, out, lse, rest,
@@ -60,39 +58,42 @@ def forward_kernel(
     value += b64 * value_b + (h // GROUP) * value_h
     table += h.to(tl.int64) * table_size
     line += b64 * line_b
-    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, WIDE_V), tl.float32)
+    q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    top_M = tl.full((M,), float("-inf"), tl.float32)
+    total_M = tl.zeros((M,), tl.float32)
+    acc_MV = tl.zeros((M, WIDE_V), tl.float32)
     low = tl.program_id(2) * keys_per_span
     high = tl.minimum(num_keys, low + keys_per_span)
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
-        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
         keys = first_key + tl.arange(0, K)[None, :]
-        s = logits(
-            q, k, table, table_size, first_row + shift - first_key, line, keys, scale,
+        s_MK = logits(
+            q_ME, k_KE, table, table_size, first_row + shift - first_key, line, keys, scale,
             M, K, False, CAUSAL, LINED, PRECISION,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(s, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(s - safe[:, None])
-        shrink = tl.exp2(top - safe)
-        total = total * shrink + tl.sum(weight, 1)
-        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-        acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-    total = tl.where(total > 0, total, 1.0)
-    acc /= total[:, None]
+        new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+        p_MK = tl.exp2(s_MK - safe_M[:, None])
+        shrink_M = tl.exp2(top_M - safe_M)
+        total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        acc_MV = tl.dot(
+            p_MK.to(v_KV.dtype), v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION
+        )
+        top_M = new_top_M
+    total_M = tl.where(total_M > 0, total_M, 1.0)
+    acc_MV /= total_M[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
     at = tl.program_id(2) * out_s + b64 * out_b + h * out_h
     at += rows[:, None].to(tl.int64) * out_t + columns
-    store_output(out, rest, at, acc, (rows < num_rows)[:, None] & (columns < V), RESTED)
+    store_output(out, rest, at, acc_MV, (rows < num_rows)[:, None] & (columns < V), RESTED)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + rows
-    tl.store(lse + at, (top + tl.log2(total)) / LOG2E, rows < num_rows)
+    tl.store(lse + at, (top_M + tl.log2(total_M)) / LOG2E, rows < num_rows)
 
 
+@started
 @triton.jit
 def grad_query_kernel(
     query, key, value, grad_out, table, line, lse, delta, grad_lse, unit, grad_query,
@@ -119,37 +120,38 @@ def grad_query_kernel(
     value += b64 * value_b + (h // GROUP) * value_h
     table += h.to(tl.int64) * table_size
     line += b64 * line_b
-    q = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
-    do = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
+    q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    do_MV = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
     stat = b64 * stat_b + h * stat_h
-    log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
-    acc = tl.zeros((M, WIDE), tl.float32)
-    excess = tl.zeros((M,), tl.float32)
+    log_sum_M, shared_M = row_statistics(lse + stat, delta + stat, rows, num_rows)
+    dq_ME = tl.zeros((M, WIDE), tl.float32)
+    excess_M = tl.zeros((M,), tl.float32)
     high = num_keys
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
     for first_key in range(0, high, K):
-        k = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        v = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
         keys = first_key + tl.arange(0, K)[None, :]
-        s = logits(
-            q, k, table, table_size, first_row + shift - first_key, line, keys, scale * LOG2E,
+        s_MK = logits(
+            q_ME, k_KE, table, table_size, first_row + shift - first_key, line, keys, scale * LOG2E,
             M, K, False, CAUSAL, LINED, PRECISION,
         )  # fmt: skip
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
-        excess += tl.sum(ds, 1)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+        dp_MK = tl.dot(do_MV, tl.trans(v_KV), input_precision=PRECISION)
+        ds_MK = tl.exp2(s_MK - log_sum_M[:, None]) * (dp_MK - shared_M[:, None])
+        excess_M += tl.sum(ds_MK, 1)
+        dq_ME = tl.dot(ds_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
     if SUMMED:
-        excess -= tl.load(grad_lse + stat + rows, rows < num_rows, 0.0) / tl.load(unit)
-    tl.store(delta + stat + rows, shared + excess, rows < num_rows)
-    acc *= scale * tl.load(unit)
+        excess_M -= tl.load(grad_lse + stat + rows, rows < num_rows, 0.0) / tl.load(unit)
+    tl.store(delta + stat + rows, shared_M + excess_M, rows < num_rows)
+    dq_ME *= scale * tl.load(unit)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows[:, None].to(tl.int64) * grad_t + columns
     inside = (rows < num_rows)[:, None] & (columns < E)
-    tl.store(at, acc.to(grad_query.dtype.element_ty), inside)
+    tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
 
 
+@started
 @triton.jit
 def grad_key_value_kernel(
     query, key, value, grad_out, table, line, lse, delta, unit, grad_key, grad_value,
@@ -166,10 +168,12 @@ def grad_key_value_kernel(
     keys = first_key + tl.arange(0, K)
     b64 = b.to(tl.int64)
     line += b64 * line_b
-    k = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
-    v = load_rows(value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V)
-    acc_k = tl.zeros((K, WIDE), tl.float32)
-    acc_v = tl.zeros((K, WIDE_V), tl.float32)
+    k_KE = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
+    v_KV = load_rows(
+        value + b64 * value_b + kv * value_h, value_t, first_key, num_keys, V, K, WIDE_V
+    )
+    dk_KE = tl.zeros((K, WIDE), tl.float32)
+    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
     low = 0
     if CAUSAL:
         low = tl.maximum(0, first_key - shift) // M * M
@@ -180,29 +184,30 @@ def grad_key_value_kernel(
         entries = table + h.to(tl.int64) * table_size
         stat = b64 * stat_b + h * stat_h
         for first_row in range(low, num_rows, M):
-            q = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
-            do = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
+            q_ME = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
+            do_MV = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
             rows = first_row + tl.arange(0, M)
-            log_sum, shared = row_statistics(lse + stat, delta + stat, rows, num_rows)
-            s = logits(
-                k, q, entries, table_size, first_row + shift - first_key, line, keys[:, None],
+            log_sum_M, shared_M = row_statistics(lse + stat, delta + stat, rows, num_rows)
+            s_KM = logits(
+                k_KE, q_ME, entries, table_size, first_row + shift - first_key, line, keys[:, None],
                 scale * LOG2E, K, M, True, CAUSAL, LINED, PRECISION,
             )  # fmt: skip
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-            weight = tl.exp2(s - log_sum[None, :])
-            ds = weight * (dp - shared[None, :])
-            acc_v = tl.dot(weight.to(do.dtype), do, acc_v, input_precision=PRECISION)
-            acc_k = tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION)
+            dp_KM = tl.dot(v_KV, tl.trans(do_MV), input_precision=PRECISION)
+            p_KM = tl.exp2(s_KM - log_sum_M[None, :])
+            ds_KM = p_KM * (dp_KM - shared_M[None, :])
+            dv_KV = tl.dot(p_KM.to(do_MV.dtype), do_MV, dv_KV, input_precision=PRECISION)
+            dk_KE = tl.dot(ds_KM.to(q_ME.dtype), q_ME, dk_KE, input_precision=PRECISION)
     factor = tl.load(unit)
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
     at = grad_key + b64 * gk_b + kv * gk_h + keys[:, None].to(tl.int64) * gk_t + columns
     inside = (keys < num_keys)[:, None]
-    acc_k *= scale * factor
-    tl.store(at, acc_k.to(grad_key.dtype.element_ty), inside & (columns < E))
+    dk_KE *= scale * factor
+    tl.store(at, dk_KE.to(grad_key.dtype.element_ty), inside & (columns < E))
     at = grad_value + b64 * gv_b + kv * gv_h + keys[:, None].to(tl.int64) * gv_t + columns_v
-    tl.store(at, (acc_v * factor).to(grad_value.dtype.element_ty), inside & (columns_v < V))
+    tl.store(at, (dv_KV * factor).to(grad_value.dtype.element_ty), inside & (columns_v < V))
 
 
+@started
 @triton.jit
 def grad_table_kernel(
     query, key, value, grad_out, table, line, lse, delta, sums,
@@ -221,8 +226,8 @@ def grad_table_kernel(
     positions = tl.arange(0, M)
     # On a diagonal every tile has the same distances, so its entries are loaded once.
     entries = table + h.to(tl.int64) * table_size
-    bias = toeplitz(entries, table_size, q * M + offset, LOG2E, M, M, False, CAUSAL)
-    acc = tl.zeros((M, M), tl.float32)
+    c_MM = toeplitz(entries, table_size, q * M + offset, LOG2E, M, M, False, CAUSAL)
+    ds_MM = tl.zeros((M, M), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
     query += h * query_h
     key += (h // GROUP) * key_h
@@ -234,17 +239,17 @@ def grad_table_kernel(
         for tile in range(first, last):
             first_key = start + tile * M
             rows = tile * M + positions
-            a = load_rows(query, query_t, tile * M, num_rows, E, M, WIDE)
-            k = load_rows(key, key_t, first_key, num_keys, E, M, WIDE)
-            do = load_rows(grad_out, out_t, tile * M, num_rows, V, M, WIDE_V)
-            v = load_rows(value, value_t, first_key, num_keys, V, M, WIDE_V)
-            s = tl.dot(a, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+            q_ME = load_rows(query, query_t, tile * M, num_rows, E, M, WIDE)
+            k_ME = load_rows(key, key_t, first_key, num_keys, E, M, WIDE)
+            do_MV = load_rows(grad_out, out_t, tile * M, num_rows, V, M, WIDE_V)
+            v_MV = load_rows(value, value_t, first_key, num_keys, V, M, WIDE_V)
+            s_MM = tl.dot(q_ME, tl.trans(k_ME), input_precision=PRECISION) * (scale * LOG2E) + c_MM
             if LINED:
                 keys = first_key + positions
-                s += tl.load(line + keys, keys >= 0, float("-inf"))[None, :]
-            log_sum, shared = row_statistics(lse, delta, rows, num_rows)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            acc += tl.exp2(s - log_sum[:, None]) * (dp - shared[:, None])
+                s_MM += tl.load(line + keys, keys >= 0, float("-inf"))[None, :]
+            log_sum_M, shared_M = row_statistics(lse, delta, rows, num_rows)
+            dp_MM = tl.dot(do_MV, tl.trans(v_MV), input_precision=PRECISION)
+            ds_MM += tl.exp2(s_MM - log_sum_M[:, None]) * (dp_MM - shared_M[:, None])
         query += query_b
         key += key_b
         value += value_b
@@ -253,4 +258,4 @@ def grad_table_kernel(
         delta += stat_b
         line += line_b
     cells = positions[:, None] * M + (M - 1 - positions)[None, :]
-    tl.store(sums + (h * tl.num_programs(1) + tl.program_id(1)) * M * M + cells, acc)
+    tl.store(sums + (h * tl.num_programs(1) + tl.program_id(1)) * M * M + cells, ds_MM)

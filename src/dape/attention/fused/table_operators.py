@@ -84,12 +84,12 @@ def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
 
 def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time sizes."""
-    from dape.attention.fused.slots import padded_size
+    from dape.attention.fused.sizes import padded
 
     units, taps = _sizes(w1, how)
     return {
         "H": how.heads, "D": units, "T": taps,
-        "HEADS": padded_size(how.heads), "UNITS": padded_size(units),
+        "HEADS": padded(how.heads), "UNITS": padded(units),
     }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _forward(
 ) -> list[Tensor]:
     """Return C, and with an adapter U, W1 and W2, as `tables` does."""
     from dape.attention.fused import table_kernels as kernels
-    from dape.attention.fused.geometry import cdiv
+    from dape.attention.fused.sizes import cdiv
 
     how = How(*rest)
     found = _forward_fake(values, p0, p1, w1, b1, w2, b2, *rest)
@@ -169,7 +169,7 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are given; that of b1 counts without taps alone."""
     from dape.attention.fused import table_kernels as kernels
-    from dape.attention.fused.geometry import cdiv, next_power_of_2
+    from dape.attention.fused.sizes import cdiv, next_power_of_2
 
     how = How(*rest)
     found = _backward_fake(values, p0, p1, w1, b1, w2, b2, grads, *rest)
@@ -250,7 +250,7 @@ backward_operator = register(
 def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tuple[Tensor, Tensor]:
     """Return psi over the distances, and 1 / psi over the indices from `offset` on, for FIRE."""
     from dape.attention.fused import table_kernels as kernels
-    from dape.attention.fused.geometry import cdiv
+    from dape.attention.fused.sizes import cdiv
 
     psi, scale = _fire_fake(log_c, log_threshold, count, offset)
     with torch.cuda.device_of(psi):

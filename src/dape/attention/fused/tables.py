@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from dape.attention.fused import table_operators as operators
+from dape.attention.fused.terms import SLOPE
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
-
-SLOPE = 0.01  # of the kernels' LeakyReLU
 
 
 def hidden_units(adapter: nn.Module | None) -> int:

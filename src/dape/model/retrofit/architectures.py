@@ -1,7 +1,7 @@
-"""BLOOM, MPT and Falcon, whose own code computes attention without transformers' interface.
+"""BLOOM, MPT and Falcon, with attention outside transformers' interface.
 
-Their attention modules get a `forward` that projects as the original does and then calls `attend`.
-The code of the models stays unchanged. Their ALiBi becomes a bias, and adapters see it.
+Attention modules get a `forward` that projects as the original does and then calls `attend`. The
+code of the models stays unchanged. ALiBi becomes a bias, visible to adapters.
 """
 
 import math
@@ -17,9 +17,9 @@ from dape.positions.bias import ALiBi, Bias
 
 
 class FalconALiBi(Bias):
-    r"""ALiBi as Falcon computes it: `B_h = (a_h(j) - a_h(i)) / sqrt(d)`, `a_h(p) = s_h p`.
+    r"""ALiBi in Falcon's arithmetic: `B_h = (a_h(j) - a_h(i)) / sqrt(d)`, `a_h(p) = s_h p`.
 
-    In bfloat16, where a_h rounds, so that B is more than a function of the distance.
+    a_h is rounded to bfloat16, and B is not a function of the distance alone.
     """
 
     relative = False
@@ -50,7 +50,7 @@ def bloom(
     output_attentions: bool = False,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `BloomAttention.forward` does."""
+    """Return the result of `BloomAttention.forward`."""
     from transformers.models.bloom.modeling_bloom import dropout_add
 
     query, key, value = self._reshape(self.query_key_value(hidden_states))
@@ -73,7 +73,7 @@ def mpt(
     attention_mask: LayerMask | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `MptAttention.forward` does."""
+    """Return the result of `MptAttention.forward`."""
     projected = self.Wqkv(hidden_states)
     if self.clip_qkv:
         projected = projected.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -100,7 +100,7 @@ def falcon(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `FalconAttention.forward` does."""
+    """Return the result of `FalconAttention.forward`."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
     heads = self._split_heads(self.query_key_value(hidden_states))
@@ -119,7 +119,7 @@ def falcon(
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """An attention class: a `forward`, the name of its number of heads, its own bias."""
+    """An attention class: a `forward`, the attribute with the number of heads, the model's bias."""
 
     forward: Callable[..., tuple[Tensor, Tensor | None]]
     heads: str
@@ -127,7 +127,7 @@ class Architecture:
 
 
 def falcon_bias(module: Any) -> Bias | None:
-    """Return the ALiBi of a Falcon that has one, and no rotary embedding."""
+    """Return the ALiBi of a Falcon with ALiBi and without rotary embedding, or None."""
     return FalconALiBi(module.num_heads, module.head_dim) if module.config.alibi else None
 
 
@@ -139,5 +139,5 @@ ARCHITECTURES = {
 
 
 def architecture_of(module: nn.Module) -> Architecture | None:
-    """Return how an attention module is served, or None if the attention interface serves it."""
+    """Return the entry of an attention module, or None for transformers' attention interface."""
     return ARCHITECTURES.get(type(module).__name__)

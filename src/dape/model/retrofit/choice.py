@@ -1,4 +1,4 @@
-"""The adapter and the bias of each attention, and the check that logits start unchanged."""
+"""The adapter and the bias of an attention, and a check for unchanged logits at the start."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ PARTS: dict[str, dict[str, Part]] = {
     },
     "bias": {name: scheme.bias for name, scheme in BASES.items() if scheme.bias is not None},
 }
-# The parameters that make an adapter's last layer; those of the others start at zero by themselves.
+# The parameters of an adapter's last layer; further adapters start at zero by themselves.
 LAST_LAYER = {DAPE: ("weight_out", "bias_out"), TransformerXL: ("weight", "u", "v")}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An adapter and a bias, by a name of `PARTS` or as a factory, with the options of each.
+    """An adapter and a bias, by a name of `PARTS` or as a factory, with options.
 
     `options` maps `adapter` and `bias` to options of their constructors.
     """
@@ -47,7 +47,7 @@ class Choice:
             if place not in PARTS:
                 raise unknown("place in options", place, PARTS)
         if self.bias is None and "bias" in self.options:
-            raise UserError("options.bias is set, but no bias is; give bias=, such as 'kerple'")
+            raise UserError("options.bias is set without a bias; give bias=, such as 'kerple'")
         for place in PARTS:
             part = self.part(place)
             if part is not None:
@@ -59,7 +59,7 @@ class Choice:
         return None if given is None else part_of(place, given)
 
     def names(self) -> dict[str, Any]:
-        """Return the choice for a file; a factory of the user is written as its class name."""
+        """Return the choice for a file, with the class name of a user's factory."""
         found: dict[str, Any] = {"adapter": None, "bias": None, "options": {}}
         for place in PARTS:
             part = self.part(place)
@@ -72,19 +72,19 @@ class Choice:
     def build(
         self, dimensions: Mapping[str, Any], own: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
-        """Return adapter and bias for an attention; `own` is the bias that the model has.
+        """Return adapter and bias for an attention; `own` is the bias of the model.
 
         A new bias enters only f, as `A + f([A; B])`. A bias of the model stays with the scores, as
         `A + B + f([A; B])`. Without a bias the logits are `A + f(A)`.
 
         Raises:
-            UserError: for two biases, and for a new adapter that changes the logits.
+            UserError: for two biases, or a new adapter that changes the logits.
         """
         new = self.part("bias")
         if own is not None and new is not None:
             raise UserError(
                 f"bias={self.names()['bias']!r}: the model has {type(own).__name__} "
-                "already, which the adapter sees; let bias be None"
+                "already, visible to the adapter; let bias be None"
             )
         options = self.options.get("adapter", {})
         bias = own if new is None else new.build(dimensions, self.options.get("bias", {}))
@@ -102,11 +102,11 @@ def part_of(place: str, given: Factory) -> Part:
     """Return the part of a name, or of a factory with the options of a `functools.partial`.
 
     Raises:
-        UserError: for an unknown name, and a module that is built already.
+        UserError: for an unknown name, or a module in place of a factory.
     """
     if isinstance(given, nn.Module):
         raise UserError(
-            f"{place}={type(given).__name__}(...) is one module, and each layer gets its own: give "
+            f"{place}={type(given).__name__}(...) is a module, but layers need separate ones; give "
             f"the class, {place}={type(given).__name__}, or functools.partial of it with options"
         )
     if callable(given):
@@ -124,7 +124,7 @@ def part_of(place: str, given: Factory) -> Part:
 
 
 def name_of(place: str, part: Part) -> str:
-    """Return the shortest name of a part's module, or else the name of its class."""
+    """Return the shortest name of a part's module, or else the name of the class."""
     known = (name for name, other in PARTS[place].items() if other.module is part.module)
     return next(known, part.module.__name__)
 
@@ -139,7 +139,7 @@ def silence(adapter: nn.Module) -> None:
 def check_silent(
     adapter: nn.Module, biased: bool, added: bool, dimensions: Mapping[str, Any]
 ) -> None:
-    """Check that a new adapter leaves the logits at A, or at A + B for a model with a bias.
+    """Check the logits of a new adapter, A, or A + B for a model with a bias.
 
     Raises:
         UserError: for an adapter that changes the logits.
@@ -160,7 +160,7 @@ def check_silent(
     if not change < 1e-6:
         expected = "A + B, with the model's own bias B" if added else "A, whatever the bias"
         raise UserError(
-            f"the adapter {type(adapter).__name__} changes the logits before it has learned "
-            f"anything, by {change:.2g} on scores up to 1: it must start as {expected}; take "
+            f"the adapter {type(adapter).__name__} changes the logits before "
+            f"any training, by {change:.2g} on scores up to 1: it must start as {expected}; take "
             f"'dape'{', or let bias be None' if biased and not added else ''}"
         )

@@ -1,8 +1,8 @@
-"""`dape.attention` as an attention of transformers: the attention function and its mask function.
+"""`dape.attention` as an attention of transformers: the attention function and the mask function.
 
-A model calls the mask function once and gives the result to each layer. The layer gives it to the
-attention function. Our mask function returns a `LayerMask` instead of a mask tensor. Padding then
-stays `[batch, keys]` and causality stays an argument, and the fused kernels serve the call.
+A model calls the mask function once and gives the result to every layer. The layer gives the result
+to the attention function. Our mask function returns a `LayerMask` instead of a mask tensor. Padding
+then stays `[batch, keys]` and causality stays an argument, and the fused kernels serve the call.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 class LayerMask(NamedTuple):
-    """The keys that the queries of a layer may see, and the offsets of queries and keys.
+    """The visible keys of the queries of a layer, and the offsets of queries and keys.
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
     dropped by a sliding cache before the first key. `tokens` is false for padding, among the
@@ -47,7 +47,7 @@ class LayerMask(NamedTuple):
         return 0
 
     def to(self, *_: Any) -> "LayerMask":
-        """Return the mask unchanged, because MPT casts its mask to booleans."""
+        """Return the mask unchanged, because MPT casts masks to booleans."""
         return self
 
     def positions(
@@ -92,7 +92,7 @@ def layer_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, tokens,
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
-    # A static cache counts on in the tensor it gives; the difference is one of our own.
+    # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens)
 
 
@@ -133,17 +133,17 @@ def attend(
 ) -> tuple[
     Float[Tensor, "batch query heads value_dim"], Float[Tensor, "batch heads query key"] | None
 ]:
-    """Return the output of `dape.attention` with the bias and adapter that `module` holds.
+    """Return the output of `dape.attention` with the bias and adapter of `module`.
 
     The weights are returned with `output_attentions`, and with the backend `reference`. Attention
     dropout is not applied, because the fused kernels have no dropout.
 
     Raises:
-        UserError: for a bias without `relative` at unknown positions, for attention that is not
-            causal, and for packed documents without a mask between them.
+        UserError: for a bias without `relative` at unknown positions, for bidirectional attention,
+            or for packed documents without a mask in between.
     """
     if dropout:
-        logger.warning_once(f"attention dropout {dropout} is not applied while adapters are there")
+        logger.warning_once(f"attention dropout {dropout} is not applied with adapters mounted")
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
@@ -175,29 +175,29 @@ def refuse_unused(
     cu_seq_lens_q: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Refuse arguments of a model's forward that the mask does not reflect.
+    """Refuse arguments of a model's forward without an effect on the mask.
 
     Raises:
-        UserError: for `is_causal=False`, and for packed documents without a mask between them.
+        UserError: for `is_causal=False`, or packed documents without a mask in between.
     """
     if is_causal is False:
-        raise UserError("is_causal=False: with adapters mounted attention is causal; unmount them")
+        raise UserError("is_causal=False: with adapters mounted attention is causal; unmount first")
     packed = cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2
     if seen.causal and (packed or (seq_idx is not None and seq_idx.any())):
         raise UserError(
-            "seq_idx and cu_seq_lens_q do not tell documents apart with adapters mounted: give "
-            "position_ids that restart, no attention_mask, and use_cache=False"
+            "seq_idx and cu_seq_lens_q do not separate documents with adapters mounted; give "
+            "restarting position_ids, no attention_mask, and use_cache=False"
         )
 
 
 def known_positions(
     seen: LayerMask, bias: nn.Module, rows: int, keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the positions of queries and keys, if causality and padding alone decide them."""
+    """Return the positions of queries and keys, if given by causality and padding alone."""
     if rows > 1 and not seen.causal:
         raise UserError(
-            f"{type(bias).__name__} depends on more than the distance, and where packed sequences "
-            "or a mask of four axes begin is not known; take a relative bias, such as kerple"
+            f"{type(bias).__name__} depends on more than the distance, and packed sequences or a "
+            "mask of four axes begin anywhere; take a relative bias, such as kerple"
         )
     return seen.positions(rows, keys, device)
 
@@ -221,6 +221,6 @@ class SoftCapped(nn.Module):
         return capped + bias if self.adapter is None else self.adapter(capped, bias, *rows)
 
 
-# An attention without its mask function silently loses causality.
+# An attention without a mask function silently loses causality.
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, layer_mask)

@@ -1,4 +1,4 @@
-"""Adapters from a folder, mounted on their base model."""
+"""Adapters from a folder, mounted on the base model."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ def load_adapters(
     bias: Factory | None = None,
     backend: str = "auto",
 ) -> Mounted:
-    """Mount adapters written by `Mounted.save` on their base model.
+    """Mount adapters written by `Mounted.save` on the base model.
 
-    Parts of the model that trained with the adapters get the trained values.
+    Parts of the model trained with the adapters get the trained values.
 
     Args:
         model: the base model.
@@ -32,7 +32,7 @@ def load_adapters(
         backend: backend of attention, as in `dape.attention`.
 
     Returns:
-        A handle that saves and unmounts the adapters.
+        A handle to save and unmount the adapters.
 
     Raises:
         UserError: for a folder without adapters, or adapters of another model.
@@ -42,7 +42,7 @@ def load_adapters(
     if settings["model_type"] != model.config.model_type:
         raise UserError(
             f"the adapters in {folder} are for a model of type {settings['model_type']!r} "
-            f"({settings['base']}), and this is {model.config.model_type!r}"
+            f"({settings['base']}), and the model is of type {model.config.model_type!r}"
         )
     given: dict[str, Factory | None] = {"adapter": adapter, "bias": bias}
     chosen = {place: _chosen(place, settings, given[place], folder) for place in given}
@@ -58,7 +58,7 @@ def load_adapters(
 
 
 def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder: Path) -> Any:
-    """Return the name in the settings, or the factory that is given for a class without one."""
+    """Return the name in the settings, or the given factory for a class without a name."""
     name = settings[place]
     if name is None or name in PARTS[place]:
         return name
@@ -69,14 +69,15 @@ def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder:
 
 @torch.no_grad()
 def _fill(mounted: Mounted, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Put saved tensors in place; raise a `UserError` if they are those of another model."""
+    """Load saved tensors; raise a `UserError` for tensors of another model."""
     state = mounted.state()
     shapes, found = ({k: list(v.shape) for k, v in each.items()} for each in (state, tensors))
     if shapes != found:
         name = next(name for name in sorted(shapes | found) if shapes.get(name) != found.get(name))
         raise UserError(
-            f"the adapters in {folder} do not fit this model: {name} is "
-            f"{found.get(name, 'missing')} there, and {shapes.get(name, 'nothing')} here"
+            f"the adapters in {folder} do not fit the model: {name} is "
+            f"{found.get(name, 'missing')} in the folder, "
+            f"{shapes.get(name, 'missing')} in the model"
         )
     for name, tensor in state.items():
         tensor.copy_(tensors[name])

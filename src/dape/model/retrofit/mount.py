@@ -48,7 +48,7 @@ class Mounted:
 
     @property
     def adapters(self) -> nn.ModuleList:
-        """The `adapter` of each attention, in order, and its `position_bias` if new."""
+        """The `adapter` of each attention, in order, and the `position_bias` if new."""
         return mounted_in(self.attentions, self.choice)
 
     def state(self) -> dict[str, Tensor]:
@@ -89,25 +89,25 @@ def retrofit(
     | without bias | given, B | A + f([A; B]) |
     | with ALiBi, B (BLOOM, MPT, Falcon-RW) | none | A + B + f([A; B]) |
 
-    `transformers` calls `dape.attention` through its attention interface, with caches, padding,
+    `transformers` calls `dape.attention` through the attention interface, with caches, padding,
     windows and `generate`. The code of the model stays unchanged.
 
     Args:
         model: a causal language model of transformers, changed in place until `unmount`.
         adapter: `dape`, `dape3`, `talking-heads`, `cope`, ..., or a factory such as `dape.DAPE`. A
-            factory is called for each layer, with the arguments among `num_heads`, `head_dim`,
-            `hidden_size` and `train_length` that the factory names.
+            factory is called per layer, with arguments named `num_heads`, `head_dim`, `hidden_size`
+            or `train_length`.
         bias: `kerple`, `alibi`, `fire`, `t5`, ..., or a factory.
         options: options of the constructors, as `{"adapter": {"hidden": 64}, "bias": {...}}`.
         train: trainable parts, as `adapters` (with new biases), components of parameter names such
-            as `o_proj`, or `all`; all other parameters are frozen.
+            as `o_proj`, or `all`; further parameters are frozen.
         backend: backend of attention, as in `dape.attention`.
 
     Returns:
         A handle that saves and unmounts the adapters.
 
     Raises:
-        UserError: for a model that cannot be served, and arguments that do not fit.
+        UserError: for an unsupported model, or arguments that do not fit.
 
     """
     names = (train,) if isinstance(train, str) else tuple(train)
@@ -141,7 +141,7 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
 
 
 def mounted_in(modules: Sequence[nn.Module], choice: Choice) -> nn.ModuleList:
-    """Return what `choice` put into each attention, by name."""
+    """Return the mounted modules of each attention, by name."""
     names = ("adapter",) if choice.bias is None else ("adapter", "position_bias")
     return nn.ModuleList(
         nn.ModuleDict({name: in_use(getattr(module, name)) for name in names}) for module in modules
@@ -151,9 +151,9 @@ def mounted_in(modules: Sequence[nn.Module], choice: Choice) -> nn.ModuleList:
 def save_pretrained(
     self: Any, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
 ) -> None:
-    """Save a model with adapters as its class does, and beside it what `load_adapters` reads.
+    """Save a model with adapters as the class does, and the files for `load_adapters`.
 
-    Parts that trained are the model's own here.
+    Trained parts are saved with the model.
     """
     type(self).save_pretrained(self, save_directory, is_main_process, **kwargs)
     if is_main_process:
@@ -163,15 +163,15 @@ def save_pretrained(
 
 
 def servable(model: nn.Module) -> PreTrainedModel:
-    """Return the model; raise a `UserError` for one that no adapter can be mounted in."""
+    """Return the model; raise a `UserError` for a model that no adapter fits."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UserError(f"{name} cannot be retrofitted: it is no PreTrainedModel of transformers")
+        raise UserError(f"{name} cannot be retrofitted: not a PreTrainedModel of transformers")
     if model.config.is_encoder_decoder:
-        raise UserError(f"{name} cannot be retrofitted: an encoder stands before its decoder")
+        raise UserError(f"{name} cannot be retrofitted: an encoder precedes the decoder")
     if any(isinstance(getattr(each, "adapter", None), nn.Module) for each in model.modules()):
         raise UserError(
-            f"{name} has adapters already: those of its scheme, or mounted ones, to unmount first"
+            f"{name} has adapters already, of the scheme or mounted; unmount mounted adapters first"
         )
     return model
 
@@ -218,23 +218,23 @@ def attend_by(undo: ExitStack, config: PreTrainedConfig, name: str) -> None:
 
 
 def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..., None]) -> None:
-    """Call `hook(module, arguments)` before each forward of the modules, until undone."""
+    """Call `hook(module, arguments)` before every forward of the modules, until undone."""
     for module in modules:
         undo.callback(module.register_forward_pre_hook(hook).remove)
 
 
 def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
-    """Raise a `UserError` if an attention is about to leave out its adapter."""
+    """Raise a `UserError` if an attention is about to leave out the adapter."""
     found = config._attn_implementation
     if found != NAME:
         raise UserError(
-            f"attn_implementation={found!r} would leave out the adapters that are mounted: say "
-            f"set_attn_implementation({NAME!r}), or unmount them first"
+            f"attn_implementation={found!r} would leave out the mounted adapters; call "
+            f"set_attn_implementation({NAME!r}), or unmount the adapters first"
         )
 
 
 def warn_if_frozen(module: nn.Module, _: Any) -> None:
-    """Warn in training if an adapter that was mounted to train is frozen, as PEFT leaves it."""
+    """Warn in training about a frozen adapter that was mounted to train, as left by PEFT."""
     if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     parameters = list(in_use(module.adapter).parameters())
@@ -247,17 +247,17 @@ def warn_if_frozen(module: nn.Module, _: Any) -> None:
 
 
 def mask_as_given(attention_mask: Tensor, **_: Any) -> Tensor:
-    """Return the padding mask: `generate` need not turn it into one of four axes."""
+    """Return the padding mask, because `generate` needs no mask of four axes."""
     return attention_mask
 
 
 def set_trainable(
     model: nn.Module, train: Sequence[str], adapters: nn.Module | None = None
 ) -> dict[str, nn.Parameter]:
-    """Let what `train` names require gradients, and return what of it is no adapter's.
+    """Let parameters named by `train` require gradients, and return those outside adapters.
 
     Raises:
-        UserError: for a name that is nowhere in the model, and if nothing would train.
+        UserError: for a name unknown in the model, or if nothing would train.
     """
     new = set() if adapters is None else {id(each) for each in adapters.parameters()}
     named = dict(model.named_parameters())
@@ -277,7 +277,7 @@ def set_trainable(
 def keep_trainable(
     undo: ExitStack, model: nn.Module, train: Sequence[str], adapters: nn.Module
 ) -> dict[str, nn.Parameter]:
-    """Do and return what `set_trainable` does, and put back flags and values when undone."""
+    """Call `set_trainable`, and restore flags and values when undone."""
     for parameter in model.parameters():
         undo.callback(parameter.requires_grad_, parameter.requires_grad)
     own = set_trainable(model, train, adapters)
@@ -288,5 +288,5 @@ def keep_trainable(
 
 @torch.no_grad()
 def restore(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter the value it had."""
+    """Restore the value of a parameter."""
     parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""Adapters in a folder: `adapters.safetensors` and what `adapters.json` says of them."""
+"""Adapters in a folder: `adapters.safetensors`, with settings in `adapters.json`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ def write(
     train: Sequence[str],
     state: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write tensors of adapters and of parts, and how they are mounted on the base of `config`."""
+    """Write tensors of adapters and of parts, and the settings of the mount on `config`."""
     settings = {
         "format": FORMAT,
         "model_type": config.model_type,
@@ -45,10 +45,10 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return what `adapters.json` says; raise a `UserError` if there is none of this format."""
+    """Return the settings in `adapters.json`; raise a `UserError` for a missing or foreign file."""
     file, again = folder / SETTINGS, "save the adapters again"
     if not file.is_file():
-        raise UserError(f"no adapters in {folder}: it has no {SETTINGS}")
+        raise UserError(f"no adapters in {folder}: {SETTINGS} is missing")
     return read_json(file, _checked, again)
 
 

@@ -19,7 +19,7 @@ from dape.model.retrofit.interface import layer_mask
 
 SURVEY = "dape_survey"
 # Arguments of an attention beyond softmax(scale q k^T + mask) v and Gemma 2's cap.
-BEYOND = {"s_aux": "attention sinks", "position_bias": "a bias of its own"}
+BEYOND = {"s_aux": "attention sinks", "position_bias": "a separate bias"}
 TOKENS = 8
 
 
@@ -51,7 +51,7 @@ def attentions(model: PreTrainedModel) -> list[Attention]:
     """Return the attention modules of a model, in the order of the calls.
 
     Raises:
-        UserError: if no attention can be served, with the reason.
+        UserError: if no attention is supported, with the reason.
     """
     ours = [module for module in model.modules() if isinstance(module, DapeAttention)]
     if ours:
@@ -85,14 +85,14 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
         found = list(_found.get().values())
     except (AttributeError, TypeError, IndexError) as error:
         raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: its code computes attention itself, "
-            "not through the attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
+            f"{type(model).__name__} cannot be retrofitted: the model's code computes attention "
+            "outside the attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
         ) from error
     finally:
         _found.reset(token)
     if not found:
         raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: its attention does not go through the "
+            f"{type(model).__name__} cannot be retrofitted: attention does not go through the "
             "attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
         )
     return found
@@ -101,17 +101,17 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
 def record(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
 ) -> tuple[Tensor, None]:
-    """Record an attention, and return zeros in place of its output.
+    """Record an attention, and return zeros in place of the output.
 
     Raises:
-        UserError: for an attention that cannot be served.
+        UserError: for an unsupported attention.
     """
     name = type(module).__name__
     for key_word, meaning in BEYOND.items():
         if more.get(key_word) is not None:
-            raise UserError(f"{name} cannot be retrofitted: it has {meaning} ({key_word})")
+            raise UserError(f"{name} cannot be retrofitted: attention with {meaning} ({key_word})")
     if not getattr(module, "is_causal", True):
-        raise UserError(f"{name} cannot be retrofitted: its attention is not causal")
+        raise UserError(f"{name} cannot be retrofitted: attention is not causal")
     _found.get()[module] = Attention(module, query.shape[1], query.shape[3], query.device)
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -128,7 +128,7 @@ def implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Return the device of a module's computation, from its weights or from Accelerate."""
+    """Return the device of a module's computation, from the weights or from Accelerate."""
     for tensor in chain(module.parameters(), module.buffers()):
         if not tensor.is_meta:
             return tensor.device

@@ -1,7 +1,8 @@
-"""The check that new adapters leave a model unchanged: each attention against its own code.
+"""The check that new adapters leave a model unchanged, attention by attention.
 
 A model in 16 bits may be sensitive, and two ways to round give different logits. Therefore the
-check compares each attention alone, on the hidden states from a run of the model's own code.
+check compares every attention alone, on the hidden states from a forward pass of the model's own
+code.
 """
 
 import inspect
@@ -37,10 +38,10 @@ def own(
 
 
 def own_states(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[States, States]:
-    """Return inputs and outputs of each attention, by the model's own code.
+    """Return inputs and outputs of all attentions, by the model's own code.
 
     Eager code is complete, where PyTorch's attention has no cap of the scores. Falcon is the
-    exception. Its eager code adds ALiBi twice, and its SDPA code once, as in training.
+    exception. The eager code adds ALiBi twice, and the SDPA code once, as in training.
     """
     with implementation(model, "sdpa" if model.config.model_type == "falcon" else OWN):
         return states(model, modules)
@@ -49,7 +50,7 @@ def own_states(model: PreTrainedModel, modules: Sequence[nn.Module]) -> tuple[St
 def states(
     model: PreTrainedModel, modules: Sequence[nn.Module], given: States | None = None
 ) -> tuple[States, States]:
-    """Return inputs and outputs of each attention; inputs are `given`, if any."""
+    """Return inputs and outputs of all attentions; inputs are `given`, if any."""
     into: dict[nn.Module, Tensor] = {}
     out: dict[nn.Module, Tensor] = {}
 
@@ -72,10 +73,10 @@ def states(
 
 
 def check_unchanged(model: PreTrainedModel, own: tuple[States, States]) -> None:
-    """Compare the outputs of each attention with the model's own, up to rounding.
+    """Compare the outputs of all attentions with the model's own code, up to rounding.
 
     Raises:
-        UserError: for an attention whose outputs differ.
+        UserError: for an attention with different outputs.
     """
     into, expected = own
     _, found = states(model, list(into), into)
@@ -84,9 +85,9 @@ def check_unchanged(model: PreTrainedModel, own: tuple[States, States]) -> None:
         difference, largest = (x.abs().max().item() for x in (found[module] - value, value))
         if not difference <= tolerance * largest:
             raise UserError(
-                f"{type(model).__name__} cannot be retrofitted: with an adapter that changes "
-                f"nothing the output of {type(module).__name__} differs by {difference:.2g} from "
-                f"its own, which is up to {largest:.2g}: it does more than softmax(scale q k^T + "
+                f"{type(model).__name__} cannot be retrofitted: with an adapter without "
+                f"effect the output of {type(module).__name__} differs by {difference:.2g} from "
+                f"outputs up to {largest:.2g}: attention is more than softmax(scale q k^T + "
                 "mask) v"
             )
 

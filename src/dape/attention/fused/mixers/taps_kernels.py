@@ -1,4 +1,4 @@
-"""The kernels across heads for DAPE V2, whose layers are convolutions along the keys, in Triton.
+"""Triton kernels that mix heads by convolutions along the keys; `tiles` has the legend.
 
     hidden           Z <- phi(b1 + sum_t W1_t X[j + t - r] + U_t)   r = k // 2, 0 where unseen
     mix              X <- X + sum_t W2_t Z[j + t - r] + C
@@ -7,30 +7,21 @@
     grad_scores      Y <- dA from dZ and dS
 
 A column of Z is a hidden position: there are r more than keys, and a row sees them up to r past its
-own slot. Before a row's first key that may be seen they are zero. A layer is one product: each
+own index. Before a row's first key that may be seen they are zero. A layer is one product: each
 position meets all its taps side by side. What the taps need lies beside each other in memory, so a
 tile is loaded once for each tap, the later times from the cache; nothing is exchanged between tiles
 but through Z, which is why there is one pass more than layers. Units lie side by side in Z, padded,
 so that a shift along the keys leaves them whole vectors.
 
-Shapes as in `kernels`; T taps, padded to TAPS; weights are `[T D, H]` and `[H, T D]`, U is
-`[N, T D]` over the distance of the key that a tap meets.
+Weights are `[T D, H]` and `[H, T D]`, and U is over the distance of the key that a tap meets.
 """
-
-# mypy: ignore-errors
-# Triton's language, whose types are not Python's.
 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.kernels import BLOCK, LOG2E, unwanted
-from dape.attention.fused.mix_kernels import (
-    add_or_store,
-    diagonal_tiles,
-    lies,
-    load_static,
-    places_of_heads,
-)
+from dape.attention.fused.across_heads import add_or_store, lies, load_static, places_of_heads
+from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, unwanted
+from dape.jit import started
 
 
 @triton.jit
@@ -79,8 +70,8 @@ def load_taps(
 ):  # fmt: skip
     """Return what channels, STEP apart, hold at the places `[N, taps]`: `[N, taps WIDTH]`."""
     at = at[:, :, None] + channels[None, None, :] * STEP
-    found = tl.load(at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
-    return tl.reshape(found, (N, TAPS * WIDTH))
+    found_NTC = tl.load(at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
+    return tl.reshape(found_NTC, (N, TAPS * WIDTH))
 
 
 @triton.jit
@@ -95,6 +86,7 @@ def in_hidden(rows, columns, row_size, UNITS: tl.constexpr):
     return rows.to(tl.int64) * row_size + columns * UNITS
 
 
+@started
 @triton.jit
 def hidden_kernel(
     x, z, w1, hidden_table, bias, mask, started,
@@ -124,12 +116,12 @@ def hidden_kernel(
     distance = tl.abs(line[:, None] - taps[None, :])
     inside = (distance < table_size) & (taps < T)[None, :]
     entries = hidden_table + distance * (T * D) + taps[None, :] * D
-    u = tl.load(
+    u_NTD = tl.load(
         entries[:, :, None] + units[None, None, :],
         inside[:, :, None] & (units < D)[None, None, :], 0.0,
     )  # fmt: skip
-    w_in = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS).to(compute)
-    constant = tl.load(bias + units, units < D, 0.0)[None, :]
+    w1_THD = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS).to(compute)
+    b1_D = tl.load(bias + units, units < D, 0.0)[None, :]
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):
         rows, columns = tile * M + n // K, start + tile * M + n % K
@@ -138,18 +130,20 @@ def hidden_kernel(
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
-        a = load_taps(x + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS)
-        from_bias = tl.sum(tl.where(seen[:, :, None], u, 0.0), 1)
-        hidden = tl.dot(a, w_in, from_bias + constant, input_precision=PRECISION)
-        hidden = tl.where(hidden > 0, hidden, 0.01 * hidden)
-        hidden = tl.where((columns >= start_key)[:, None], hidden, 0.0)
+        a_NTH = load_taps(
+            x + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS
+        )
+        u_ND = tl.sum(tl.where(seen[:, :, None], u_NTD, 0.0), 1)
+        z_ND = tl.dot(a_NTH, w1_THD, u_ND + b1_D, input_precision=PRECISION)
+        z_ND = tl.where(z_ND > 0, z_ND, 0.01 * z_ND)
+        z_ND = tl.where((columns >= start_key)[:, None], z_ND, 0.0)
         at = in_hidden(rows, columns, z_t, UNITS)[:, None] + units[None, :]
-        tl.store(z + at, hidden.to(compute), there[:, None])
+        tl.store(z + at, z_ND.to(compute), there[:, None])
 
 
 @triton.jit
 def logits(
-    x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t, heads, units, taps,
+    x, z, w2_TDH, c_NH, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t, heads, units, taps,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -160,11 +154,12 @@ def logits(
     columns = keys[:, None] + taps[None, :] - T // 2
     there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
     at_taps = z + in_hidden(rows[:, None], columns, z_t, UNITS)
-    hidden = load_taps(at_taps, there, units, 1, UNITS, N, TAPS, UNITS)
-    a = tl.load(x + at, inside, 0.0).to(tl.float32)
-    return inside, at, hidden, tl.dot(hidden, w_out, a + c, input_precision=PRECISION)
+    z_NTD = load_taps(at_taps, there, units, 1, UNITS, N, TAPS, UNITS)
+    a_NH = tl.load(x + at, inside, 0.0).to(tl.float32)
+    return inside, at, z_NTD, tl.dot(z_NTD, w2_TDH, a_NH + c_NH, input_precision=PRECISION)
 
 
+@started
 @triton.jit
 def convolution_mix_kernel(
     x, z, w2, static_table, mask, counted, counted_end,
@@ -188,30 +183,31 @@ def convolution_mix_kernel(
     x += b.to(tl.int64) * x_b
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
-    c = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
-    w_out = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
+    c_NH = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
+    w2_TDH = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys = tile * M + n // K, start + tile * M + n % K
-        inside, at, _hidden, y = logits(
-            x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
+        inside, at, _hidden, s_NH = logits(
+            x, z, w2_TDH, c_NH, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
         there = lies(rows, keys, num_rows, num_keys)
         inside &= ((keys >= counted) & (keys < counted_end))[:, None]
-        y = tl.where(inside, y, float("-inf")).to(compute)
-        tl.store(x + at, y, there[:, None] & (heads[None, :] < H))
+        s_NH = tl.where(inside, s_NH, float("-inf")).to(compute)
+        tl.store(x + at, s_NH, there[:, None] & (heads[None, :] < H))
 
 
 @triton.jit
-def along_diagonals(at, sums, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
+def along_diagonals(at, sums_NC, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
     """Add the sums `[N, WIDTH]` of a tile, by its diagonals, to a slot `[LINES, WIDTH]`."""
     lines, columns = tl.arange(0, LINES), tl.arange(0, WIDTH)
-    pick = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
+    pick_LN = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
     at += lines[:, None] * WIDTH + columns[None, :]
-    add_or_store(at, tl.dot(pick, sums, input_precision="tf32x3"), True)
+    add_or_store(at, tl.dot(pick_LN, sums_NC, input_precision="tf32x3"), True)
 
 
+@started
 @triton.jit
 def convolution_backward_kernel(
     x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2, counted, counted_end,
@@ -235,36 +231,37 @@ def convolution_backward_kernel(
     y += b64 * x_b
     z += b64 * z_b
     mask += b * mask_b
-    c = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
-    w_out = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
-    sum_c = tl.zeros((M * K, HEADS), tl.float32)
-    sum_w2 = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
+    c_NH = load_static(static_table, q * K + offset + n // K - n % K, heads, table_size, H)
+    w2_TDH = load_layer(w2, D, 1, T * D, heads, T, D, H, TAPS, UNITS).to(compute)
+    sum_c_NH = tl.zeros((M * K, HEADS), tl.float32)
+    sum_w2_TDH = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys = tile * M + n // K, start + tile * M + n % K
-        inside, at, hidden, logit = logits(
-            x, z, w_out, c, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
+        inside, at, z_NTD, s_NH = logits(
+            x, z, w2_TDH, c_NH, rows, keys, num_rows, num_keys, shift, mask, x_t, z_t,
             heads, units, taps, H, D, T, UNITS, TAPS, M * K, CAUSAL, MASKED, PRECISION,
         )  # fmt: skip
-        logit = logit.to(compute).to(tl.float32)  # as the forward pass stored it
+        s_NH = s_NH.to(compute).to(tl.float32)  # as the forward pass stored it
         inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
-        log_sum = tl.load(lse + stat, inside, 0.0)
-        shared = tl.load(delta + stat, inside, 0.0)
-        weight = tl.where(inside, tl.exp2((logit - log_sum) * LOG2E), 0.0)
-        ds = (weight * (tl.load(y + at, inside, 0.0).to(tl.float32) - shared)).to(compute)
+        log_sum_NH = tl.load(lse + stat, inside, 0.0)
+        shared_NH = tl.load(delta + stat, inside, 0.0)
+        p_NH = tl.where(inside, tl.exp2((s_NH - log_sum_NH) * LOG2E), 0.0)
+        ds_NH = (p_NH * (tl.load(y + at, inside, 0.0).to(tl.float32) - shared_NH)).to(compute)
         there = lies(rows, keys, num_rows, num_keys)
         stored = there[:, None] & (heads[None, :] < H)
-        tl.store(p + at, weight.to(compute), stored)
-        tl.store(y + at, ds, stored)
-        sum_c += ds
-        sum_w2 = tl.dot(tl.trans(hidden), ds, sum_w2, input_precision=PRECISION)
+        tl.store(p + at, p_NH.to(compute), stored)
+        tl.store(y + at, ds_NH, stored)
+        sum_c_NH += ds_NH
+        sum_w2_TDH = tl.dot(tl.trans(z_NTD), ds_NH, sum_w2_TDH, input_precision=PRECISION)
     slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
-    along_diagonals(grad_static + slot * LINES * HEADS, sum_c, n, K, LINES, HEADS)
+    along_diagonals(grad_static + slot * LINES * HEADS, sum_c_NH, n, K, LINES, HEADS)
     at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_w2 + slot * TAPS * UNITS * HEADS + at, sum_w2, True)
+    add_or_store(grad_w2 + slot * TAPS * UNITS * HEADS + at, sum_w2_TDH, True)
 
 
+@started
 @triton.jit
 def hidden_backward_kernel(
     y, z, w2, mask, started, grad_hidden, grad_bias,
@@ -286,10 +283,10 @@ def hidden_backward_kernel(
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
     start_key = tl.load(started + b)
-    w_out = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
-    sum_u = tl.zeros((M * K, TAPS, UNITS), tl.float32)
-    sum_all = tl.zeros((M * K, UNITS), tl.float32)  # where all taps have the same share
-    sum_b = tl.zeros((UNITS,), tl.float32)
+    w2_THD = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
+    sum_u_NTD = tl.zeros((M * K, TAPS, UNITS), tl.float32)
+    sum_all_ND = tl.zeros((M * K, UNITS), tl.float32)  # where all taps have the same share
+    sum_b_D = tl.zeros((UNITS,), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):
         rows, columns = tile * M + n // K, start + tile * M + n % K
@@ -298,29 +295,32 @@ def hidden_backward_kernel(
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
-        ds = load_taps(y + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS)
+        ds_NTH = load_taps(
+            y + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS
+        )
         at = in_hidden(rows, columns, z_t, UNITS)[:, None] + units[None, :]
         inside = there[:, None]
-        hidden = tl.load(z + at, inside, 0.0)
-        dz = tl.dot(ds, w_out, input_precision=PRECISION)
-        dz = tl.where(hidden > 0, dz, 0.01 * dz)
-        dz = tl.where(inside & (columns >= start_key)[:, None], dz, 0.0)
-        tl.store(z + at, dz.to(compute), inside)
+        z_ND = tl.load(z + at, inside, 0.0)
+        dz_ND = tl.dot(ds_NTH, w2_THD, input_precision=PRECISION)
+        dz_ND = tl.where(z_ND > 0, dz_ND, 0.01 * dz_ND)
+        dz_ND = tl.where(inside & (columns >= start_key)[:, None], dz_ND, 0.0)
+        tl.store(z + at, dz_ND.to(compute), inside)
         keys = columns[:, None] + taps[None, :] - T // 2
         seen = (taps < T)[None, :] & sees(
             rows[:, None], keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED
         )
         if sees_all(q, tile, start, offset, num_keys, T, M, K, CAUSAL, MASKED):
-            sum_all += dz
+            sum_all_ND += dz_ND
         else:
-            sum_u += tl.where(seen[:, :, None], dz[:, None, :], 0.0)
-        sum_b += tl.sum(dz, 0)
+            sum_u_NTD += tl.where(seen[:, :, None], dz_ND[:, None, :], 0.0)
+        sum_b_D += tl.sum(dz_ND, 0)
     slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
-    sums = tl.reshape(sum_u + sum_all[:, None, :], (M * K, TAPS * UNITS))
+    sums = tl.reshape(sum_u_NTD + sum_all_ND[:, None, :], (M * K, TAPS * UNITS))
     along_diagonals(grad_hidden + slot * LINES * TAPS * UNITS, sums, n, K, LINES, TAPS * UNITS)
-    add_or_store(grad_bias + slot * UNITS + units, sum_b, True)
+    add_or_store(grad_bias + slot * UNITS + units, sum_b_D, True)
 
 
+@started
 @triton.jit
 def grad_scores_kernel(
     x, y, z, w1, mask, grad_w1,
@@ -342,25 +342,25 @@ def grad_scores_kernel(
     y += b.to(tl.int64) * x_b
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
-    w_in = load_layer(w1, D * H, H, 1, heads, T, D, H, TAPS, UNITS).to(compute)
-    sum_w1 = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
+    w1_TDH = load_layer(w1, D * H, H, 1, heads, T, D, H, TAPS, UNITS).to(compute)
+    sum_w1_TDH = tl.zeros((TAPS * UNITS, HEADS), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
         rows, keys = tile * M + n // K, start + tile * M + n % K
         seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
         at = places_of_heads(rows, keys, heads, x_t, H)
         inside = seen[:, None] & (heads[None, :] < H)
-        a = tl.load(x + at, inside, 0.0)
+        a_NH = tl.load(x + at, inside, 0.0)
         columns = keys[:, None] + T // 2 - taps[None, :]
         there = seen[:, None] & (columns >= 0) & (taps < T)[None, :]
         at_taps = z + in_hidden(rows[:, None], columns, z_t, UNITS)
-        dz = load_taps(at_taps, there, units, 1, UNITS, M * K, TAPS, UNITS)
-        da = tl.load(y + at, inside, 0.0).to(tl.float32)
-        da = tl.dot(dz, w_in, da, input_precision=PRECISION)
+        dz_NTD = load_taps(at_taps, there, units, 1, UNITS, M * K, TAPS, UNITS)
+        da_NH = tl.load(y + at, inside, 0.0).to(tl.float32)
+        da_NH = tl.dot(dz_NTD, w1_TDH, da_NH, input_precision=PRECISION)
         stored = lies(rows, keys, num_rows, num_keys)
-        da = tl.where(inside, da, 0.0).to(compute)
-        tl.store(y + at, da, stored[:, None] & (heads[None, :] < H))
-        sum_w1 = tl.dot(tl.trans(dz), a, sum_w1, input_precision=PRECISION)
+        da_NH = tl.where(inside, da_NH, 0.0).to(compute)
+        tl.store(y + at, da_NH, stored[:, None] & (heads[None, :] < H))
+        sum_w1_TDH = tl.dot(tl.trans(dz_NTD), a_NH, sum_w1_TDH, input_precision=PRECISION)
     slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
     at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_w1 + slot * TAPS * UNITS * HEADS + at, sum_w1, True)
+    add_or_store(grad_w1 + slot * TAPS * UNITS * HEADS + at, sum_w1_TDH, True)

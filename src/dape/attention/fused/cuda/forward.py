@@ -6,9 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dape.attention.fused import geometry
-from dape.attention.fused.geometry import Mixing, Problem, cdiv, strides
-from dape.attention.fused.launch import Kernel, kernel, source_of
+from dape.attention.fused import overflow
+from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
+from dape.attention.fused.problem import Problem, Result
+from dape.attention.fused.sizes import cdiv, strides
+from dape.attention.fused.terms import Mixed
 
 CAPABILITY = (9, 0)
 MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
@@ -50,14 +52,14 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     return None
 
 
-def layout_of(problem: Problem, mixing: Mixing) -> Layout | None:
+def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
     """Return the layout for a problem, or None if this kernel does not serve it.
 
     Nor does it where few rows would leave most of the GPU without a block.
     """
     device = problem.query.device
     batch, heads, rows, head_dim = problem.query.shape
-    units = padded_units(mixing)
+    units = padded_units(terms)
     served = (
         torch.cuda.get_device_capability(device) == CAPABILITY
         and problem.query.element_size() == 2
@@ -76,51 +78,42 @@ def layout_of(problem: Problem, mixing: Mixing) -> Layout | None:
     return where if busy else None
 
 
-def padded_units(mixing: Mixing) -> int:
+def padded_units(terms: Mixed) -> int:
     """Return the hidden units padded to whole products."""
-    return cdiv(mixing.weight_in.shape[0], 16) * 16
+    return cdiv(len(terms.weight_in), 16) * 16
 
 
-def forward(
-    problem: Problem,
-    mixing: Mixing,
-    where: Layout,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor,
-    flag: Tensor,
-) -> None:
-    """Fill what `banded.forward` returns; numbers that are too large set the `flag`."""
+def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> None:
+    """Fill a result; numbers that are too large set its flag."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows = query.shape[:3]
-    keys, units = key.shape[2], padded_units(mixing)
+    keys, units = key.shape[2], padded_units(terms)
     low = -SPAN - (where.keys if problem.causal else cdiv(keys, where.keys) * where.keys)
     distances = cdiv(rows, where.rows) * where.rows + problem.offset + SPAN - low
     hidden = query.new_empty(distances, units, dtype=torch.float16)
     fixed = query.new_empty(heads, distances, dtype=torch.float32)
     linear = query.new_empty(heads, heads, dtype=torch.float32)
     mask = query if problem.mask is None else problem.mask
-    values = macros(
-        problem._replace(query=query, key=key, value=value), mixing, where, rest.numel() > 0
-    )
+    given = problem._replace(query=query, key=key, value=value)
+    values = macros(given, terms, where, found.exact)
     compiled(query.device.index, "pack_tables", *values)(
         grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
         block=(256, 1, 1),
         args=[
-            mixing.hidden, mixing.static, mixing.weight_in, mixing.weight_out,
-            hidden, fixed, linear, mixing.hidden.shape[0], low, distances,
+            terms.hidden, terms.static, terms.weight_in, terms.weight_out,
+            hidden, fixed, linear, len(terms.hidden), low, distances,
         ],
     )  # fmt: skip
     compiled(query.device.index, "forward", *values)(
         grid=(cdiv(rows, where.rows), batch, 1),
         block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
         args=[
-            query, key, value, out, rest, lse, mixing.weight_in, mixing.weight_out,
-            hidden, fixed, linear, mask, flag,
+            query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
+            hidden, fixed, linear, mask, found.flag,
             rows, keys, distances, low, problem.offset, float(problem.scale),
-            geometry.LARGEST_SCORE, geometry.LARGEST_SUM,
-            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(out),
-            *lse.stride()[:2], mask.stride(0),
+            overflow.LARGEST_SCORE, overflow.LARGEST_SUM,
+            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(found.out),
+            *found.lse.stride()[:2], mask.stride(0),
         ],
     )  # fmt: skip
 
@@ -137,20 +130,21 @@ NAMES = (
 )
 
 
-def macros(problem: Problem, mixing: Mixing, where: Layout, rested: bool) -> tuple[int, ...]:
+def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple[int, ...]:
     """Return what the source is compiled for, in the order of `NAMES`."""
     query, key, value = problem.query, problem.key, problem.value
-    heads, units = query.shape[1], padded_units(mixing)
+    heads, units = query.shape[1], padded_units(terms)
     switches = problem.causal, problem.mask is not None, query.dtype == torch.bfloat16, rested
     return (
-        heads, mixing.weight_in.shape[0], units, query.shape[3], heads // key.shape[1],
+        heads, len(terms.weight_in), units, query.shape[3], heads // key.shape[1],
         query.stride(2), key.stride(2), value.stride(2), *map(int, switches), *where,
     )  # fmt: skip
 
 
 def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
-    return source_of("forward.cu", dict(zip(NAMES, values, strict=True)) | {name.upper(): 1})
+    parts = ("lines.cuh", "forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
+    return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 
 @cache

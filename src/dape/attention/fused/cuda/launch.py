@@ -52,10 +52,10 @@ def word(argument: Tensor | int | float) -> int:
     return argument if isinstance(argument, int) else int.from_bytes(pack("=d", argument), "little")
 
 
-def source_of(file: str, defines: dict[str, int]) -> str:
-    """Return the source in a file beside this one behind some macros and `ptx.cuh`."""
-    folder = files("dape.attention.fused")
-    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", file))
+def source_of(defines: dict[str, int], *names: str) -> str:
+    """Return the sources of these names in this folder, behind some macros and `ptx.cuh`."""
+    folder = files("dape.attention.fused.cuda")
+    texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", *names))
     return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 
 

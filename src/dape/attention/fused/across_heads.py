@@ -1,0 +1,82 @@
+"""What several kernels do with the heads of a tile's positions: functions in Triton.
+
+`tiles` has the legend.
+"""
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.tiles import BLOCK
+
+
+@triton.jit
+def load_hidden(hidden, delta, units, size, D: tl.constexpr):
+    """Return U `[N, D]` at the distances of a tile's positions."""
+    distance = tl.abs(delta)[:, None]
+    inside = (distance < size) & (units[None, :] < D)
+    return tl.load(hidden + distance * D + units[None, :], inside, 0.0)
+
+
+@triton.jit
+def load_static(static, delta, heads, size, H: tl.constexpr):
+    """Return C `[N, H]` at the distances of a tile's positions."""
+    distance = tl.abs(delta)[:, None]
+    inside = (distance < size) & (heads[None, :] < H)
+    return tl.load(static + heads[None, :] * size + distance, inside, 0.0)
+
+
+@triton.jit
+def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
+    """Return W1^T and W2, both `[H, D]`."""
+    inside = (heads[:, None] < H) & (units[None, :] < D)
+    w1_HD = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0)
+    return w1_HD, tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0)
+
+
+@triton.jit
+def rise(w_ND, u_ND):
+    """Return phi(w + u) - phi(u), exact however large u is.
+
+    For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at each sign of u.
+    """
+    return 0.01 * w_ND + 0.99 * (tl.maximum(w_ND, -u_ND) + tl.minimum(u_ND, 0.0))
+
+
+@triton.jit
+def lies(rows, keys, num_rows, num_keys):
+    """Return which positions lie in the scratch.
+
+    Its keys end with a block, so that a vector of keys lies in it or does not.
+    """
+    return (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+
+
+@triton.jit
+def tile_positions(
+    tile, start, n, delta_ij, num_rows, num_keys, mask,
+    M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen."""
+    rows, keys = tile * M + n // K, start + tile * M + n % K
+    there = lies(rows, keys, num_rows, num_keys)
+    seen = there & (keys < num_keys)
+    if MASKED:
+        seen &= tl.load(mask + keys, seen, 0) != 0
+    if CAUSAL:
+        seen &= delta_ij >= 0
+    return rows, keys, there, seen
+
+
+@triton.jit
+def places_of_heads(rows, keys, heads, row_size, H: tl.constexpr):
+    """Return where all heads of a tile's positions `[N]` lie in the scratch, `[N, HEADS]`."""
+    at = rows.to(tl.int64) * row_size + keys // BLOCK * (BLOCK * H) + keys % BLOCK
+    return at[:, None] + heads[None, :] * BLOCK
+
+
+@triton.jit
+def add_or_store(at, share, ADD: tl.constexpr):
+    """Store a share, or add it to what is there."""
+    if ADD:
+        share += tl.load(at)
+    tl.store(at, share)

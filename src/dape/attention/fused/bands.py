@@ -1,0 +1,139 @@
+"""The kernels of one head that pass over the scores of a band, of which `part` is the problem."""
+
+import torch
+from torch import Tensor
+
+from dape.attention.fused import bands_kernels as kernels
+from dape.attention.fused import overflow
+from dape.attention.fused.overflow import asking
+from dape.attention.fused.problem import Gradients, Problem, Result
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import PRECISION, Tile, cdiv, padded, strides
+from dape.attention.fused.spans import combine, key_spans, parts_of
+from dape.attention.fused.terms import Mixed
+
+# The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
+TILES = {
+    "scores": Tile(64, 128, 4, 2),
+    "softmax_value": Tile(64, 64, 4, 4),
+    "grad_query": Tile(64, 64, 4, 4),
+    "grad_key_value": Tile(64, 64, 4, 3),
+}
+# Tiles of scores for a program that may have nothing to do.
+TILES_PER_PROGRAM = 16
+
+
+def tile_of(kernel: str, part: Problem) -> Tile:
+    """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory.
+
+    What wide heads have under way fits the 99 KiB of shared memory of smaller GPUs.
+    """
+    tile = TILES[kernel]
+    if max(part.query.shape[3], part.value.shape[3]) > 64:
+        tile = tile._replace(num_stages=tile.num_stages - 1)
+    if part.scratch == torch.float32:
+        tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
+    if part.query.shape[2] <= 16 and kernel in ("scores", "softmax_value"):
+        tile = tile._replace(rows=16)
+    return tile
+
+
+def static_table(part: Problem) -> Tensor | None:
+    """Return C if logits in the scratch are without: where it is a table over the distance."""
+    return part.terms.static if isinstance(part.terms, Mixed) else None
+
+
+def scores(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    part: Problem,
+    scale: float,
+    unit: Tensor | None = None,
+    flag: Tensor | None = None,
+) -> None:
+    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given.
+
+    A score that is too large for 16 bits sets the `flag`, if given.
+    """
+    batch, heads, rows, size = left.shape
+    tile, asks = tile_of("scores", part), asking(part, flag)
+    keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
+    if asks["LIMIT"] is not None:
+        asks["LIMIT"] = overflow.LARGEST_SCORE
+    tiles = cdiv(keys, tile.keys) * cdiv(rows, tile.rows)
+    kernels.scores_kernel[(cdiv(tiles, span) * heads, batch)](
+        left, right, out, scale, left if unit is None else unit, rows, keys, part.offset,
+        *strides(left), *strides(right), *out.stride()[:2],
+        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=unit is not None,
+        SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
+    )  # fmt: skip
+
+
+def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
+    """Fill the result of a band from its logits, over spans of keys where rows alone are too few.
+
+    A log-sum-exp that is too large for 16 bits sets the flag.
+    """
+    value, table, tile = part.value, static_table(part), tile_of("softmax_value", part)
+    batch, heads, rows, value_dim = found.out.shape
+    keys = value.shape[2]
+    spans, length = key_spans(batch * heads, rows, keys, tile)
+    parts, parts_lse = parts_of(found, spans)
+    asks, entries = asking(part, found.flag), found.lse if table is None else table
+    kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+        x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
+        entries.shape[1], *x.stride()[:2], *strides(value),
+        *parts.stride()[:4], *parts_lse.stride()[:3],
+        heads, heads // value.shape[1], V=value_dim, WIDE_V=padded(value_dim),
+        TABLED=table is not None, EXACT=found.exact, RESTED=found.exact and spans == 1,
+        CAUSAL=part.causal, PRECISION=PRECISION,
+        **asks if spans == 1 else asking(part, None), **tile.launch(),
+    )  # fmt: skip
+    combine(parts, parts_lse, asks, found)
+
+
+def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
+    """Change delta, dO and dP in Y so that rows of P and dS have their sums; X are logits.
+
+    The band has whole rows.
+    """
+    batch, heads, count, value_dim = rows.scaled.shape
+    table, tile = static_table(part), tile_of("softmax_value", part)
+    entries = rows.lse if table is None else table
+    wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
+    kernels.balance_kernel[(cdiv(count, tile.rows), batch * heads)](
+        x, y, entries, rows.lse, rows.delta, rows.scaled, wanted, rows.unit,
+        count, part.key.shape[2], part.offset, entries.shape[1],
+        *x.stride()[:2], *rows.delta.stride(), *strides(rows.scaled), *wanted.stride()[:2],
+        heads, V=value_dim, WIDE_V=padded(value_dim), TABLED=table is not None,
+        SUMMED=rows.grad_lse is not None, CAUSAL=part.causal, **part.gated(), **tile.launch(),
+    )  # fmt: skip
+
+
+def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
+    """Fill dQ from dA of a band, or add to it."""
+    batch, heads, count, size = part.query.shape
+    tile = tile_of("grad_query", part)
+    kernels.grad_query_kernel[(cdiv(count, tile.rows) * heads, batch)](
+        y, part.key, rows.unit, into.query, count, part.key.shape[2], part.offset, part.scale,
+        *y.stride()[:2], *strides(part.key), *strides(into.query),
+        heads, heads // part.key.shape[1], E=size, WIDE=padded(size), ADD=into.add,
+        CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
+    )  # fmt: skip
+
+
+def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
+    """Fill dK and dV from P and dA of a band, or add to them."""
+    batch, heads, count, size = part.query.shape
+    kv_heads, stored, value_dim = into.value.shape[1:]
+    tile = tile_of("grad_key_value", part)
+    kernels.grad_key_value_kernel[(cdiv(stored, tile.keys) * kv_heads, batch)](
+        x, y, part.query, rows.scaled, rows.unit, into.key, into.value,
+        stored, count, part.key.shape[2], part.offset, part.scale,
+        *x.stride()[:2], *strides(part.query), *strides(rows.scaled),
+        *strides(into.key), *strides(into.value),
+        kv_heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
+        WIDE_V=padded(value_dim), ADD=into.add, CAUSAL=part.causal, PRECISION=PRECISION,
+        **part.gated(), **tile.launch(),
+    )  # fmt: skip

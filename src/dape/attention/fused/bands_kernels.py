@@ -1,0 +1,348 @@
+"""Triton kernels of one head that pass over the scores of a band; those across heads are mixers'.
+
+    scores           X = scale Q K^T                tiles of rows and keys
+    softmax_value    O = softmax(X + C) V           rows against a span of keys
+    balance          dP, dO and delta in float32    rows
+    grad_query       dQ = scale dA K                rows
+    grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
+
+In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours: a tile
+across heads is one piece, and a kernel of one head still finds whole sectors. `tiles` has the
+legend.
+"""
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.tiles import (
+    BLOCK,
+    LOG2E,
+    beyond,
+    load_rows,
+    sees,
+    store_output,
+    toeplitz,
+    unwanted,
+)
+from dape.jit import started
+
+
+@triton.jit
+def places(rows, first_key, row_size, heads, K: tl.constexpr):
+    """Return where K keys of one head lie in the scratch, from a multiple of K on."""
+    keys = tl.arange(0, K)[None, :]
+    if K < BLOCK:
+        keys += first_key
+        columns = keys // BLOCK * (BLOCK * heads) + keys % BLOCK
+    else:
+        columns = first_key * heads + keys // BLOCK * (BLOCK * heads) + keys % BLOCK
+    return rows.to(tl.int64) * row_size + columns
+
+
+@triton.jit
+def score_tile(
+    gate, left, right, x, scale, tile, heads, num_rows, num_keys, shift, left_t, right_t, x_t,
+    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LIMIT: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of X, unless causality hides it, and set `gate` for a score above LIMIT."""
+    across = tl.cdiv(num_keys, K)
+    first_row, first_key = tile // across * M, tile % across * K
+    if not CAUSAL or first_key <= first_row + M - 1 + shift:
+        a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+        b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
+        s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
+        if LIMIT is not None:
+            tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
+        if x.dtype.element_ty == tl.float16:
+            s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
+        rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        at = x + places(rows, first_key, x_t, heads, K)
+        tl.store(at, s_MK.to(x.dtype.element_ty), inside)
+
+
+@started
+@triton.jit
+def scores_kernel(
+    left, right, x, scale, unit, num_rows, num_keys, shift,
+    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X = scale left right^T for SPAN tiles of rows and keys of one head; grid (spans H, B).
+
+    If IN_UNITS, divided by `unit`. A score above a LIMIT sets `gate`.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h, first = tl.program_id(1), tl.program_id(0) % HEADS, tl.program_id(0) // HEADS * SPAN
+    left += b.to(tl.int64) * left_b + h * left_h
+    right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
+    x += b.to(tl.int64) * x_b + h * BLOCK
+    if IN_UNITS:
+        scale = scale / tl.load(unit)
+    if SPAN == 1:
+        score_tile(
+            gate, left, right, x, scale, first, HEADS, num_rows, num_keys, shift,
+            left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+        )  # fmt: skip
+    else:
+        last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
+        for tile in range(first, last):
+            score_tile(
+                gate, left, right, x, scale, tile, HEADS, num_rows, num_keys, shift,
+                left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
+
+
+@started
+@triton.jit
+def softmax_value_kernel(
+    x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
+    table_size, x_b, x_t, value_b, value_h, value_t,
+    out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
+    HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
+    TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
+    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
+
+    If TABLED, C is added to X. If EXACT, what rounding took from P meets V too. A log-sum-exp
+    beyond a LIMIT sets `gate`.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    rows = first_row + tl.arange(0, M)[:, None]
+    b64 = b.to(tl.int64)
+    x += b64 * x_b + h * BLOCK
+    value += b64 * value_b + (h // GROUP) * value_h
+    table += h.to(tl.int64) * table_size
+    top_M = tl.full((M,), float("-inf"), tl.float32)
+    total_M = tl.zeros((M,), tl.float32)
+    acc_MV = tl.zeros((M, WIDE_V), tl.float32)
+    low = tl.program_id(2) * keys_per_split
+    high = tl.minimum(num_keys, low + keys_per_split)
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(low, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
+        s_MK = s_MK.to(tl.float32)
+        if TABLED:
+            distance = first_row + shift - first_key
+            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+        s_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+        p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
+        shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
+        total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+        rounded_MK = p_MK.to(v_KV.dtype)
+        acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
+        if EXACT:
+            left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
+            acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
+        top_M = new_top_M
+    acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = tl.program_id(2) * out_s + b64 * out_b + h * out_h + rows.to(tl.int64) * out_t + columns
+    store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
+    line = first_row + tl.arange(0, M)
+    at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
+    log_sum_M = top_M + tl.log(
+        tl.where(total_M > 0, total_M, 1.0)
+    )  # top is -inf where nothing is seen
+    tl.store(lse + at, log_sum_M, line < num_rows)
+    if LIMIT is not None:
+        tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
+
+
+@started
+@triton.jit
+def balance_kernel(
+    x, y, table, lse, delta, scaled, grad_lse, unit,
+    num_rows, num_keys, shift, table_size,
+    x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """Give rows of P the sum one, and rows of dS = P (dP - delta) theirs; grid (rows, B H).
+
+    That is the gradient of the row's log-sum-exp, zero unless SUMMED. Where logits are large, the
+    rounding of the log-sum-exp and of logits makes P, as `mix_backward` finds it from logits X,
+    differ from that of the forward pass; and what a row of dS has too much meets tables that are as
+    large. So delta is made anew, and the sum of P taken off what P meets: dP in Y, delta and dO.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    first_row = tl.program_id(0) * M
+    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
+    rows = line[:, None]
+    x += b64 * x_b + h * BLOCK
+    y += b64 * x_b + h * BLOCK
+    table += h.to(tl.int64) * table_size
+    stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
+    log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
+    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
+    shared_M = tl.load(delta + stat, line < num_rows, 0.0)
+    total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = places(rows, first_key, x_t, HEADS, K)
+        s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+        if TABLED:
+            distance = first_row + shift - first_key
+            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+        p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
+        dp_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
+        total_M += tl.sum(p_MK, 1)
+        excess_M += tl.sum(p_MK * (dp_MK - shared_M[:, None]), 1)
+    part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
+    shared_M += excess_M * part_M
+    if SUMMED:
+        wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+        shared_M -= wanted_M / tl.load(unit)
+    tl.store(delta + stat, shared_M * part_M, line < num_rows)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        at = y + places(rows, first_key, x_t, HEADS, K)
+        tl.store(at, tl.load(at, inside, 0.0) * part_M[:, None], inside)
+    scaled += b64 * out_b + h * out_h
+    do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
+    columns = tl.arange(0, WIDE_V)[None, :]
+    at = scaled + rows.to(tl.int64) * out_t + columns
+    tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+
+
+@started
+@triton.jit
+def grad_query_kernel(
+    y, key, unit, grad_query, num_rows, num_keys, shift, scale,
+    y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
+    ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Store, or ADD, dQ = unit scale dA K of one head; grid (rows H, B)."""
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1), tl.program_id(0) % HEADS
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
+    line = first_row + tl.arange(0, M)
+    rows = line[:, None]
+    b64 = b.to(tl.int64)
+    y += b64 * y_b + h * BLOCK
+    key += b64 * key_b + (h // GROUP) * key_h
+    dq_ME = tl.zeros((M, WIDE), tl.float32)
+    high = num_keys
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+    for first_key in range(0, high, K):
+        keys = first_key + tl.arange(0, K)[None, :]
+        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        da_MK = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
+        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+        dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
+    columns = tl.arange(0, WIDE)[None, :]
+    at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+    inside = (rows < num_rows) & (columns < E)
+    dq_ME *= scale * tl.load(unit)
+    if ADD:
+        dq_ME += tl.load(at, inside, 0.0)
+    tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
+
+
+@triton.jit
+def add_rows(
+    dk_KE, dv_KV, x, y, query, grad_out, first_row, first_key, num_rows, num_keys, shift,
+    heads, x_t, query_t, out_t,
+    E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    BORDER: tl.constexpr, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dA^T Q and P^T dO with some rows added; a tile on the BORDER has keys none wrote."""
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
+    do_MV = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
+    at = places(rows, first_key, x_t, heads, K)
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    p_MK, da_MK = tl.load(x + at, inside, 0.0), tl.load(y + at, inside, 0.0)
+    if BORDER:
+        seen = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+        p_MK, da_MK = tl.where(seen, p_MK, 0.0), tl.where(seen, da_MK, 0.0)
+    dv_KV = tl.dot(tl.trans(p_MK.to(do_MV.dtype)), do_MV, dv_KV, input_precision=PRECISION)
+    return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
+
+
+@started
+@triton.jit
+def grad_key_value_kernel(
+    x, y, query, grad_out, unit, grad_key, grad_value,
+    keys_stored, num_rows, num_keys, shift, scale,
+    x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
+    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
+    KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
+    if unwanted(gate, GATED):
+        return
+    b, kv = tl.program_id(1), tl.program_id(0) % KV_HEADS
+    first_key = tl.program_id(0) // KV_HEADS * K
+    b64 = b.to(tl.int64)
+    dk_KE = tl.zeros((K, WIDE), tl.float32)
+    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
+    low, whole = 0, 0  # the first rows that see any, and all, of these keys
+    if CAUSAL:
+        low = tl.maximum(0, first_key - shift) // M * M
+        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        q_base = query + b64 * query_b + h * query_h
+        do_base = grad_out + b64 * out_b + h * out_h
+        at = b64 * x_b + h * BLOCK
+        for first_row in range(low, tl.minimum(whole, num_rows), M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        for first_row in range(whole, num_rows, M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+    factor = tl.load(unit)
+    dk_KE *= scale * factor
+    dv_KV *= factor
+    keys = first_key + tl.arange(0, K)[:, None]
+    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+    at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    at_v = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    inside_k, inside_v = (
+        (keys < keys_stored) & (columns < E),
+        (keys < keys_stored) & (columns_v < V),
+    )
+    if ADD:
+        dk_KE += tl.load(at_k, inside_k, 0.0)
+        dv_KV += tl.load(at_v, inside_v, 0.0)
+    tl.store(at_k, dk_KE.to(grad_key.dtype.element_ty), inside_k)
+    tl.store(at_v, dv_KV.to(grad_value.dtype.element_ty), inside_v)

@@ -1,0 +1,1 @@
+"""Kernels in CUDA, each with its launcher."""

@@ -1,0 +1,133 @@
+// The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
+//
+// A score that is too large for X, or a log-sum-exp, sets a flag, and another kernel then takes the call.
+//
+// A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
+// warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
+// slot is wherever the accumulator of q k^T already sits: a lane moves 16 bytes, the mixers read fragments
+// [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
+// so that heads compute the next scores while the mixers are busy with these.
+//
+//   x = q k^T      w = scale W1 x      y = x + W2 (leaky(w + U) - leaky(U)) / scale
+//   P = exp(scale y + C), masked by C = -inf
+//
+// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x. What is left of
+// the first layer after its product is relu(w + U) - relu(U) = max(w, -U) - max(-U, 0): no larger than w, however large
+// U is.
+//
+// Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
+// c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
+//
+// Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
+// V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: what rounding left of the output is stored too, ROWS and KEYS of a
+// tile, MIXERS warps, QUERIES_SHARED: queries in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0:
+// as launched).
+#if BF16
+typedef __nv_bfloat16 Element;
+#else
+typedef __half Element;
+#endif
+constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS),
+              THREADS = 32 * (HEAD_WARPS + MIXERS);
+constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
+constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
+constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
+constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
+#define NEVER (-1.f / 0.f)
+// A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
+constexpr float SLACK = 8.f;
+struct Shared {
+  Element k[H][KEYS * E], v[H][KEYS * E];
+#if QUERIES_SHARED
+  Element q[H][ROWS * E];
+#endif
+  __half x[2][HEADS][SLOTS];
+  __half u[2][SPAN][UNITS];
+  float c[H][C_LINE];
+};
+
+// Scores of buffer `b` are there for the mixers; its logits are there for the heads.
+DEVICE void scores_there(int b) {
+  if (b)
+    arrive<2>(MEMBERS);
+  else
+    arrive<1>(MEMBERS);
+}
+DEVICE void await_scores(int b) {
+  if (b)
+    meet<2>(MEMBERS);
+  else
+    meet<1>(MEMBERS);
+}
+DEVICE void logits_there(int b) {
+  if (b)
+    arrive<4>(MEMBERS);
+  else
+    arrive<3>(MEMBERS);
+}
+DEVICE void await_logits(int b) {
+  if (b)
+    meet<4>(MEMBERS);
+  else
+    meet<3>(MEMBERS);
+}
+DEVICE void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
+#if BF16
+  mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
+#else
+  mma(c, a[0], a[1], a[2], a[3], b0, b1);
+#endif
+}
+// d = a b + c in fp16, whose accumulators are the next product's operand.
+DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
+  const uint2 sum = mma_half(make_uint4(a[0], a[1], a[2], a[3]), b[0], b[1], c0, c1);
+  d[0] = sum.x;
+  d[1] = sum.y;
+}
+DEVICE uint32 pack_half(float a, float b) {
+  __half2 h = __floats2half2_rn(a, b);
+  return *(uint32*)&h;
+}
+DEVICE uint32 pack(float a, float b) {
+#if BF16
+  __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
+  return *(uint32*)&h;
+#else
+  return pack_half(a, b);
+#endif
+}
+DEVICE float2 unpack(uint32 v) {
+#if BF16
+  return __bfloat1622float2(*(__nv_bfloat162*)&v);
+#else
+  return __half22float2(*(__half2*)&v);
+#endif
+}
+DEVICE uint32 rise(uint32 w, uint32 minus_u) {
+  const __half2 x = *(__half2*)&w, y = *(__half2*)&minus_u,
+                risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
+  return *(uint32*)&risen;
+}
+constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
+template <int N>
+DEVICE void set_registers() {
+  if constexpr (N > LAUNCHED)
+    more_registers<N>();
+  else if constexpr (N > 0)
+    fewer_registers<N>();
+}
+
+struct Arguments {
+  const Element *q, *k, *v;
+  Element *out, *rest;
+  float* lse;
+  const float *w1, *w2;
+  const __half* hidden;
+  const float *fixed, *linear;
+  const uint8* mask;
+  int* flag;
+  float largest_score, largest_sum;
+  int rows, keys, distances, low, offset;
+  float scale;
+  int out_t, row0, tiles;
+};

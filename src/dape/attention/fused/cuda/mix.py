@@ -1,0 +1,126 @@
+"""Heads mixed by tables over the distance, in CUDA, for a scratch of two bytes."""
+
+from functools import cache
+
+from torch import Tensor
+
+from dape.attention.fused.cuda import forward
+from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
+from dape.attention.fused.geometry import ALIGNMENT, diagonals
+from dape.attention.fused.mixers.mixed import MixedMixer, Slots
+from dape.attention.fused.problem import Band, Result
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import padded
+
+# Rows of a tile, and keys.
+TILE = 32
+# Rows of a tile that a block has, blocks that fill a large GPU a few times over, how many of them a
+# multiprocessor holds, and the rows of a segment that are worth its start.
+WARPS, BLOCKS, RESIDENT, ROWS = 4, 1024, 2, 256
+# Tiles of a warp that are under way or in work.
+STAGES = 3
+# Past so many weights of a layer, padded, the accumulators of a warp no longer fit its registers.
+MOST_WEIGHTS = 1024
+
+
+def obstacle(heads: int, units: int) -> str | None:
+    """Return why the kernels do not serve so many heads and hidden units, or None if they do."""
+    if padded(heads) * padded(units) <= MOST_WEIGHTS:
+        return None
+    return f"{heads} heads with hidden={units}: it serves 32 heads with 32 units, or 16 with 64"
+
+
+class CudaMixer(MixedMixer):
+    """A mixer whose blocks have some rows of a tile each."""
+
+    __slots__ = ()
+    tile_rows = tile_keys = TILE
+    lines, shares = WARPS + TILE, TILE // WARPS
+
+    @staticmethod
+    def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+        """Return how many elements a block takes, and into how many segments to cut a diagonal."""
+        blocks = TILE // WARPS * max(1, diagonals)
+        elements = max(1, min(batch, batch * blocks // BLOCKS))
+        return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
+
+    def whole(self, found: Result) -> bool:
+        """Fill a result by one kernel; return whether there is one for the problem."""
+        where = forward.layout_of(self.problem, self.terms)
+        if where is not None:
+            forward.forward(self.problem, self.terms, where, found)
+        return where is not None
+
+    def mix(self, x: Tensor, band: Band) -> None:
+        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+        terms, mask = self.terms, self.mask(x, band)
+        where = diagonals(self.problem, band, TILE, TILE)
+        batch, rows, keys = band.sizes
+        _, segments = self.share(batch, where.number, rows)
+        compiled(x.device.index, "mix", *self.macros())(
+            grid=(where.number, batch, self.shares * segments),
+            block=(32 * WARPS, 1, 1),
+            args=[
+                x, terms.weight_in, terms.weight_out, terms.hidden, mask,
+                rows, keys, len(terms.hidden),
+                where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
+            ],
+        )  # fmt: skip
+
+    def mix_backward(
+        self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        terms, mask = self.terms, self.mask(x, band)
+        where = diagonals(self.problem, band, TILE, TILE)
+        batch, count, keys = band.sizes
+        groups = len(slots.sums) // slots.segments
+        compiled(x.device.index, "mix_backward", *self.macros())(
+            grid=(where.number, groups, self.shares * slots.segments),
+            block=(32 * WARPS, 1, 1),
+            args=[
+                x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
+                rows.lse, rows.delta, mask, *self.problem.gated().values(),
+                slots.sums[:, where.slot * self.shares :], batch, slots.elements,
+                count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
+                *slots.sums.shape[1:], int(slots.add),
+                *x.stride()[:2], *rows.lse.stride(), mask.stride(0),
+            ],
+        )  # fmt: skip
+        return x, y
+
+    def macros(self) -> tuple[int, ...]:
+        """Return what the source is compiled for, in the order of `NAMES`."""
+        units, heads = self.terms.weight_in.shape
+        switches = int(self.problem.causal), int(self.problem.mask is not None)
+        sizes = TILE, TILE, WARPS, STAGES, ALIGNMENT
+        return heads, units, padded(heads), padded(units), *switches, *sizes
+
+
+NAMES = ["H", "D", "HEADS", "UNITS", "CAUSAL", "MASKED", "ROWS", "KEYS", "WARPS", "STAGES", "BLOCK"]
+
+
+def shared_memory(name: str, heads: int, units: int) -> int:
+    """Return the bytes of shared memory of a kernel for padded numbers of heads and units."""
+    matrix, tile, hidden = 2 * heads * units, 2 * heads * TILE, 2 * TILE * units
+    if name == "mix":
+        return 2 * matrix + WARPS * (hidden + STAGES * tile)
+    walk = hidden + 4 * TILE * heads + STAGES * (2 * tile + 8 * heads)
+    sums = 4 * (TILE * (units + heads) + 2 * heads * units)
+    return 4 * matrix + WARPS * max(walk, sums)
+
+
+def source(name: str, *values: int) -> str:
+    """Return the source of the kernel of that name for these macros."""
+    defines = dict(zip(NAMES, values, strict=True))
+    defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
+    if name == "mix_backward":
+        defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
+    return source_of(defines, "mix.cuh", f"{name}.cu")
+
+
+@cache
+def compiled(device: int, name: str, *values: int) -> Kernel:
+    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    size = shared_memory(name, *values[2:4])
+    return kernel(source(name, *values), name, shared_memory=size)

@@ -1,0 +1,117 @@
+"""Heads mixed by tables over the distance, in Triton: any GPU and dtype, and a CPU by interpreter.
+
+A program walks along a diagonal of tiles, sums gradients along the lines of its tile, and writes
+them to a slot of its own.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused.geometry import blocks, count_diagonals, diagonals, lowest_distance
+from dape.attention.fused.mixers import mixed_kernels as kernels
+from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.problem import Band
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.sums import add_up, fold
+from dape.attention.fused.terms import Mixed
+
+# Programs that fill a large GPU a few times over, so that short diagonals even out, and the rows
+# of a segment that are worth its start.
+PROGRAMS, ROWS = 2048, 256
+
+
+class Slots(NamedTuple):
+    """Where each share of each diagonal sums its gradients, for some elements and a segment of it.
+
+    A slot holds U `[lines, UNITS]`, C `[HEADS, lines]`, W1 `[HEADS, UNITS]` and W2 likewise. If
+    several bands `add` to it, it is zero at first, else what is written counts.
+    """
+
+    sums: Float[Tensor, "terms slots size"]
+    elements: int
+    segments: int
+    add: bool
+
+
+class MixedMixer(Mixer[Mixed]):
+    """A mixer whose programs walk along diagonals of tiles of one size.
+
+    Gradients are summed along the `lines` of a tile, or of each of its `shares` if several programs
+    have some of its rows each.
+    """
+
+    __slots__ = ()
+    # Tiles of more rows would not fit the registers, nor in float32 shared memory.
+    tile_rows, tile_keys, lines, shares = 8, 16, 32, 1
+
+    @staticmethod
+    def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+        """Return how many elements a program takes, and into how many segments to cut diagonals.
+
+        The diagonals are those of one element.
+        """
+        return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
+
+    def sizes(self) -> list[int]:
+        """Return how many numbers a slot holds of U, C, W1 and W2."""
+        units, heads = map(padded, self.terms.weight_in.shape)
+        return [self.lines * units, self.lines * heads, heads * units, heads * units]
+
+    def slots(self) -> Slots:
+        """Return room for the blocks of the problem."""
+        problem = self.problem
+        group, rows, count = count_diagonals(problem, self.tile_rows, self.tile_keys, 0)
+        elements, segments = self.share(group, count, rows)
+        shape = cdiv(group, elements) * segments, count * self.shares, sum(self.sizes())
+        add = len(blocks(problem)) > 1
+        make = problem.query.new_zeros if add else problem.query.new_empty
+        return Slots(make(shape, dtype=torch.float32), elements, segments, add)
+
+    def mix(self, x: Tensor, band: Band) -> None:
+        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+        terms, mask = self.terms, self.mask(x, band)
+        where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
+        batch, rows, keys = band.sizes
+        _, segments = self.share(batch, where.number, rows)
+        kernels.mix_kernel[(where.number, batch, segments)](
+            x, terms.weight_in, terms.weight_out, terms.hidden, mask, rows, keys, len(terms.hidden),
+            where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
+            **self.compiled(), num_warps=4,
+        )  # fmt: skip
+
+    def mix_backward(
+        self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        terms, mask = self.terms, self.mask(x, band)
+        where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
+        batch, count, keys = band.sizes
+        kernels.mix_backward_kernel[(where.number, batch, slots.segments)](
+            x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
+            rows.lse, rows.delta, mask, slots.sums[:, where.slot :],
+            count, keys, len(terms.hidden),
+            where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
+            *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,
+            **self.compiled(), num_warps=8, num_stages=1,
+        )  # fmt: skip
+        return x, y
+
+    def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Mixed) -> None:
+        """Fill the gradients of C, U, W1 and W2, times `unit`."""
+        problem = self.problem
+        units, heads = map(padded, self.terms.weight_in.shape)
+        hidden, static, weights, _ = slots.sums.split(self.sizes(), dim=2)
+        first = lowest_distance(problem, self.tile_rows, self.tile_keys)
+        step = self.tile_keys // self.shares
+        by_line = static.unflatten(2, (heads, self.lines)).transpose(2, 3)
+        fold(problem, by_line, first, step, unit, into.static.t())
+        fold(problem, hidden.unflatten(2, (self.lines, units)), first, step, unit, into.hidden)
+        add_up(problem, weights, (heads, units), unit, into.weight_in.t(), into.weight_out)
+
+    def compiled(self) -> dict[str, Any]:
+        """Return the compile-time arguments of both kernels."""
+        return {**super().compiled(), "M": self.tile_rows, "K": self.tile_keys}

@@ -1,0 +1,65 @@
+"""The form of a mixer, which holds its problem and its terms."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused.problem import Band, Problem, Result
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import PRECISION, padded
+from dape.attention.fused.terms import Mixing
+
+Kind = TypeVar("Kind", bound=Mixing)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer(ABC, Generic[Kind]):
+    """Kernels across heads for one problem and its terms."""
+
+    problem: Problem
+    terms: Kind
+
+    def whole(self, found: Result) -> bool:
+        """Fill a result by one kernel; return whether there is one for the problem."""
+        return False
+
+    @abstractmethod
+    def mix(self, x: Tensor, band: Band) -> None:
+        """Turn the scores X of a band into logits, in place; -inf where unseen.
+
+        Logits of `Mixed` are without C, which stays in float32.
+        """
+
+    @abstractmethod
+    def slots(self) -> Any:
+        """Return room where programs sum the gradients of tables and weights."""
+
+    @abstractmethod
+    def mix_backward(
+        self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band from scores X and dP in Y, both overwritten; add to the slots.
+
+        `rows` are those of the band.
+        """
+
+    @abstractmethod
+    def gradients(self, slots: Any, unit: Float[Tensor, ""], into: Kind) -> None:
+        """Fill the gradients of the terms from the slots, times `unit`."""
+
+    def mask(self, x: Tensor, band: Band) -> Tensor:
+        """Return the mask of a band, or what may stand in its place if there is none."""
+        mask = self.problem.mask
+        return x if mask is None else mask[band.batch, band.keys]
+
+    def compiled(self) -> dict[str, Any]:
+        """Return the compile-time arguments of every kernel: counts, padded, and switches."""
+        units, heads = self.terms.weight_in.shape
+        return {
+            "H": heads, "D": units, "HEADS": padded(heads), "UNITS": padded(units),
+            "CAUSAL": self.problem.causal, "MASKED": self.problem.mask is not None,
+            "PRECISION": PRECISION, **self.problem.gated(),
+        }  # fmt: skip

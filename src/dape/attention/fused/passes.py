@@ -1,0 +1,139 @@
+"""Which kernels run in which order, forward and backward.
+
+Only the output and the log-sum-exp of each row are kept for the backward pass. Everything is a
+fixed sequence of kernels without atomics, so that two passes agree bit for bit. `naive` says what
+the kernels of each kind of terms compute.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dape.attention.fused import decode, overflow, static
+from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
+from dape.attention.fused.cuda.mix import CudaMixer
+from dape.attention.fused.geometry import Scratch, bands, blocks
+from dape.attention.fused.mixers.features import FeaturesMixer
+from dape.attention.fused.mixers.mixed import MixedMixer
+from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.mixers.taps import TapsMixer
+from dape.attention.fused.problem import Gate, Gradients, Problem, Result
+from dape.attention.fused.rows import Rows, in_half
+from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, Terms
+
+
+def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
+    """Return the mixer of a problem that mixes heads.
+
+    CUDA has one for tables over the distance and a scratch of two bytes; all else is in Triton.
+    """
+    terms = problem.terms
+    if isinstance(terms, Features):
+        return FeaturesMixer(problem, terms)
+    if isinstance(terms, Taps):
+        return TapsMixer(problem, terms)
+    assert isinstance(terms, Mixed)
+    in_cuda = backend == "cuda" and problem.scratch == torch.float16
+    return CudaMixer(problem, terms) if in_cuda else MixedMixer(problem, terms)
+
+
+def forward(problem: Problem, backend: str, exact: bool) -> Result:
+    """Return the result of a problem, with what rounding left of the output if `exact`.
+
+    The backward pass takes dO O by row from all of dS. An error there is the same for every key and
+    grows in the sums of tables and weights. If `exact`, P therefore meets V in two parts, and what
+    rounding took from the output is kept beside it.
+    """
+    found, terms = Result.of(problem, exact), problem.terms
+    narrow = problem.query.dtype != torch.float32
+    if isinstance(terms, Nothing | Static):
+        static.forward(problem, found)
+    elif isinstance(terms, Mixed) and decode.serves(
+        problem
+    ):  # in the wide range, and so is the little there is on the way back
+        decode.forward(problem, terms, found)
+        if narrow:
+            found = found._replace(flag=problem.query.new_ones(1, dtype=torch.int32))
+    elif not narrow:
+        forward_by_bands(mixer_of(problem, backend), found)
+    else:
+        found = found._replace(flag=overflow.flag_of(terms))
+        mixer = mixer_of(problem, backend)
+        if not mixer.whole(found):
+            forward_by_bands(mixer, found)
+        wider, silent = problem._replace(gate=Gate(found.flag, True)), found.silent()
+        if isinstance(terms, Mixed):
+            decode.forward(wider, terms, silent)
+        else:
+            forward_by_bands(mixer_of(wider, backend), silent)
+    return found
+
+
+def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
+    """Fill the result of a mixer's problem, band by band; too large numbers set its flag if any."""
+    problem, all_bands = mixer.problem, bands(mixer.problem)
+    scratch = Scratch.of(problem, all_bands)
+    for band in all_bands:
+        x, part = scratch.view(band), problem.part(band)
+        scores(part.query, part.key, x, part, part.scale, flag=found.flag)
+        mixer.mix(x, band)
+        softmax_value(x, part, found.at(band))
+
+
+def backward(
+    problem: Problem, backend: str, found: Result, grad_out: Tensor, grad_lse: Tensor | None
+) -> list[Tensor]:
+    """Return the gradients of q, k, v and of the tables in their order.
+
+    Where the flag of the result is 1 the scratch is in float32.
+    """
+    dtype = problem.query.dtype
+    problem = in_half(problem)
+    rows = Rows.of(problem, found, grad_out, grad_lse)
+    if found.flag.numel():
+        ways = [problem._replace(gate=Gate(found.flag, wide)) for wide in (False, True)]
+    else:
+        ways = [problem]
+    into, tables = room_for_gradients(ways[-1], dtype), like(problem.terms)
+    if isinstance(tables, Nothing | Static):
+        static.backward(problem, rows, into, tables)
+    else:
+        for way in ways:  # one of them runs, and fills all
+            backward_by_bands(mixer_of(way, backend), rows, into, tables)
+    return [*(gradient.to(dtype) for gradient in into[:3]), *tables]
+
+
+def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
+    """Return room for dQ, dK and dV, in float32 where blocks of the bands add to them."""
+    given = problem.query, problem.key, problem.value
+    if all(band.rows.start == band.keys.start == 0 for band in blocks(problem)):
+        query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
+        return Gradients(query, key, value, add=False)
+    query, key, value = (torch.zeros_like(x, dtype=torch.float32) for x in given)
+    return Gradients(query, key, value, add=True)
+
+
+def like(terms: Terms) -> Terms:
+    """Return room for the gradients of tables."""
+    return type(terms)(*map(torch.empty_like, terms))
+
+
+def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:
+    """Fill dQ, dK and dV block by block of the bands, and the gradients of tables and weights."""
+    problem, all_bands = mixer.problem, blocks(mixer.problem)
+    scratch, other = (Scratch.of(problem, all_bands) for _ in range(2))
+    slots = mixer.slots()
+    for band in all_bands:
+        x, y = scratch.view(band), other.view(band)
+        part, its, gradients = problem.part(band), rows.at(band), into.at(band)
+        scores(its.grad_out, part.value, y, part, 1.0, rows.unit)
+        scores(part.query, part.key, x, part, part.scale)
+        if problem.scratch == torch.float32:
+            mixer.mix(x, band)
+            balance(x, y, part, its)
+            scores(part.query, part.key, x, part, part.scale)
+        x, y = mixer.mix_backward(x, y, band, its, slots)
+        grad_query(y, part, its, gradients)
+        grad_key_value(x, y, part, its, gradients)
+    mixer.gradients(slots, rows.unit, tables)

@@ -1,0 +1,100 @@
+"""What the backward pass knows of each row, and how it computes in 16 bits.
+
+Two-byte types compute in fp16, which has more digits than bf16: the gradient of the output is
+brought to order one by a power of two, `unit`, by which all gradients are multiplied in the end,
+exactly. It is no less than the gradient of the log-sum-exp either.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused import rows_kernels as kernels
+from dape.attention.fused.problem import Band, Problem, Result
+from dape.attention.fused.sizes import cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.terms import Nothing, Static
+
+
+class Rows(NamedTuple):
+    """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
+
+    `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
+    of the log-sum-exp, if there is one. Where heads meet, log-sum-exp and delta of all heads of a
+    row lie side by side.
+    """
+
+    lse: Float[Tensor, "batch heads rows"]
+    delta: Float[Tensor, "batch heads rows"]
+    scaled: Float[Tensor, "batch heads rows value_dim"]
+    grad_out: Float[Tensor, "batch heads rows value_dim"]
+    grad_lse: Float[Tensor, "batch heads rows"] | None
+    unit: Float[Tensor, ""]
+
+    @classmethod
+    def of(
+        cls, problem: Problem, found: Result, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> "Rows":
+        """Return the rows of a problem in fp16, or float32, from its result and gradients."""
+        exact = problem.query.dtype == torch.float32
+        unit = found.lse.new_ones(()) if exact else _power_above(grad_out, grad_lse)
+        batch, heads, rows, value_dim = found.out.shape
+        lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
+        scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
+        if mixed:
+            copied, delta = lse.new_empty(batch, rows, 2, heads).permute(2, 0, 3, 1)
+        else:
+            copied, delta = lse, torch.empty_like(lse)
+        kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
+            found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, unit,
+            scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
+            *lse.stride()[:2], *strides(scaled), *delta.stride(),
+            heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=found.exact,
+            COPIED=mixed, SUMMED=grad_lse is not None, M=64, num_warps=4,
+        )  # fmt: skip
+        return cls(copied, delta, scaled, grad_out, grad_lse, unit)
+
+    def at(self, band: Band) -> "Rows":
+        """Return those of a band."""
+        place, grad_lse = (band.batch, slice(None), band.rows), self.grad_lse
+        return self._replace(
+            lse=self.lse[place],
+            delta=self.delta[place],
+            scaled=self.scaled[place],
+            grad_out=self.grad_out[place],
+            grad_lse=None if grad_lse is None else grad_lse[place],
+        )
+
+
+def _power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
+    """Return the least power of two that is no less than any number in some tensors."""
+    norms = [
+        torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
+        for tensor in tensors
+        if tensor is not None
+    ]
+    unit = torch.empty_like(norms[0])
+    kernels.unit_kernel[(1,)](norms[0], norms[-1], unit, num_warps=1)
+    return unit
+
+
+def in_half(problem: Problem) -> Problem:
+    """Return a problem with bf16 in fp16, where it goes beyond its range at the border of both.
+
+    V stays as it is where heads mix: it meets dO, not what stands in the scratch.
+    """
+    given = problem.query, problem.key, problem.value
+    if problem.query.dtype != torch.bfloat16:
+        return problem
+    number = 3 if isinstance(problem.terms, Nothing | Static) else 2
+    query, key, value = halves = [torch.empty_like(x, dtype=torch.float16) for x in given]
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, keys, value_dim = value.shape[1:]
+    kernels.half_kernel[(cdiv(max(rows, keys), 64), batch * heads, number)](
+        *given, *halves, rows, keys, batch, heads, kv_heads,
+        *(stride for x in (*given, *halves) for stride in strides(x)),
+        E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim), M=64,
+        num_warps=4,
+    )  # fmt: skip
+    return problem._replace(query=query, key=key, value=value if number == 3 else problem.value)

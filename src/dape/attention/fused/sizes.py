@@ -1,0 +1,45 @@
+"""Sizes of what kernels work on. Triton's functions of these names cost microseconds a call."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Products of float32 are taken in float32, not TF32.
+PRECISION = "ieee"
+
+
+class Tile(NamedTuple):
+    """Rows and keys of a program, its warps, and the loads it has under way."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        """Return the arguments of a kernel with such a tile."""
+        return {"M": self.rows, "K": self.keys, **self.pace()}
+
+    def pace(self) -> dict[str, int]:
+        """Return the arguments of any launch."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def cdiv(size: int, part: int) -> int:
+    """Return how many parts cover a size."""
+    return -(-size // part)
+
+
+def next_power_of_2(size: int) -> int:
+    """Return the least power of two that is no less than a size."""
+    return 1 << (size - 1).bit_length()
+
+
+def padded(size: int) -> int:
+    """Return a number of heads, units or columns as products take it."""
+    return max(16, next_power_of_2(size))
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides of batch, head and row; the last axis is contiguous."""
+    return tensor.stride()[:3]

@@ -1,0 +1,39 @@
+"""Triton kernel that merges spans of keys; `tiles` has the legend."""
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.tiles import beyond, store_output, unwanted
+from dape.jit import started
+
+
+@started
+@triton.jit
+def combine_kernel(
+    part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,
+    out_b, out_h, out_t, lse_b, lse_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
+    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H).
+
+    A log-sum-exp beyond a LIMIT sets `gate`.
+    """
+    if unwanted(gate, GATED):
+        return
+    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    row = tl.program_id(1) * num_rows + tl.program_id(0)
+    spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
+    mass_S = tl.load(part_lse + spans * lse_s + row)
+    top = tl.max(mass_S, 0)
+    weight_S = tl.exp(mass_S - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight_S, 0)
+    at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
+    parts_SV = tl.load(part + at, (columns < V)[None, :], 0.0)
+    o_V = tl.sum(parts_SV * weight_S[:, None], 0) / tl.where(total > 0, total, 1.0)
+    at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
+    store_output(out, rest, at, o_V, columns < V, RESTED)
+    log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
+    tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)
+    if LIMIT is not None:
+        tl.store(gate, 1, beyond(log_sum, LIMIT) > 0)

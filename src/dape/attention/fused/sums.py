@@ -1,0 +1,71 @@
+"""What programs have summed, each in a slot of its own, is put together in one fixed order."""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused import sums_kernels as kernels
+from dape.attention.fused.problem import Problem
+from dape.attention.fused.sizes import cdiv, next_power_of_2
+
+
+def add_up(
+    problem: Problem,
+    slots: Float[Tensor, "terms slots size"],
+    padded: Sequence[int],
+    unit: Float[Tensor, ""],
+    table: Float[Tensor, "rows columns"],
+    second: Float[Tensor, "rows columns"] | None = None,
+    groups: int = 1,
+) -> None:
+    """Fill a table, times `unit`, from matrices of `padded` sizes, of which each slot has one.
+
+    Of a table of several groups each slot has as many matrices, and then those of a second table.
+    """
+    entries, (rows, width) = 16, padded
+    size = rows * width * groups * (1 if second is None else 2)
+    also = table if second is None else second
+    kernels.sum_kernel[(cdiv(size, entries),)](
+        slots, unit, table, also, slots.shape[0] * slots.shape[1], slots.stride(1),
+        len(table) // groups, table.shape[1], groups, *table.stride(), *also.stride(),
+        WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=128, OUT=entries,
+        **problem.gated(), num_warps=4,
+    )  # fmt: skip
+
+
+def fold(
+    problem: Problem,
+    lines: Float[Tensor, "terms slots lines COLUMNS"],
+    first: int,
+    step: int,
+    unit: Float[Tensor, ""],
+    table: Float[Tensor, "distances columns"],
+    skewed: bool = False,
+) -> None:
+    """Fill a table over the distance, times `unit`, from the sums of the lines of each slot.
+
+    Line r of slot q is the distance i - j = first + q step + r: the lines of neighbouring slots
+    overlap, and negative ones fold onto positive ones, since |i - j| is what counts. If `skewed`,
+    term m of line r is column r - m of row m of a tile step x step, nothing where it has none.
+    """
+    terms, slots, reach, _ = lines.shape
+    count, columns = table.shape
+    # What lies side by side, columns or lines, is read so.
+    distances, width = (4, next_power_of_2(columns)) if lines.stride(3) == 1 else (32, 1)
+    kernels.fold_kernel[(cdiv(count, distances), cdiv(columns, width))](
+        lines, unit, table, terms, slots, reach, first, step, count, columns,
+        *lines.stride(), *table.stride(),
+        SPANS=cdiv(reach, step), SKEWED=skewed, DISTANCES=distances, COLUMNS=width,
+        TERMS=min(next_power_of_2(terms), 2048 // (distances * width)), **problem.gated(),
+        num_warps=4,
+    )  # fmt: skip
+
+
+def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Return zeros of several shapes, in one piece of memory that one operation fills."""
+    sizes = [prod(shape) for shape in shapes]
+    whole = like.new_zeros(sum(sizes), dtype=torch.float32)
+    return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]

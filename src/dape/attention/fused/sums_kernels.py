@@ -1,0 +1,85 @@
+"""Triton kernels that put together what programs have summed; `tiles` has the legend."""
+
+import triton
+import triton.language as tl
+
+from dape.attention.fused.tiles import unwanted
+from dape.jit import started
+
+SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
+
+
+# Of any sizes: one kernel for all that share what is compiled.
+@started
+@triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
+def sum_kernel(
+    slots, unit, table, second, count, slot_size, rows, columns, groups,
+    table_r, table_c, second_r, second_c,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, SLOTS: tl.constexpr,
+    OUT: tl.constexpr, gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Sum matrices `[groups, ROWS, WIDTH]` over slots, times `unit`, into a table; grid (entries).
+
+    A table has the rows of all groups. If SECOND, as many groups follow for a second table.
+    """
+    if unwanted(gate, GATED):
+        return
+    n = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    total = tl.zeros((OUT,), tl.float32)
+    for start in range(0, count, SLOTS):
+        slot = start + tl.arange(0, SLOTS)
+        at = slot.to(tl.int64)[:, None] * slot_size + n[None, :]
+        inside = (slot < count)[:, None] & (n < slot_size)[None, :]
+        total += tl.sum(tl.load(slots + at, inside, 0.0), 0)
+    group, r, c = n // (ROWS * WIDTH), n // WIDTH % ROWS, n % WIDTH
+    total *= tl.load(unit)
+    inside = (r < rows) & (c < columns)
+    tl.store(table + (group * rows + r) * table_r + c * table_c, total, inside & (group < groups))
+    if SECOND:
+        group -= groups
+        at = second + (group * rows + r) * second_r + c * second_c
+        tl.store(at, total, inside & (group >= 0) & (group < groups))
+
+
+@started
+@triton.jit
+def fold_kernel(
+    lines, unit, table, terms, slots, reach, lowest, K, count, columns,
+    line_n, line_q, line_r, line_c, table_d, table_c,
+    SPANS: tl.constexpr, SKEWED: tl.constexpr,
+    DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
+    gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
+
+    Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
+    more than SPANS slots.
+    """
+    if unwanted(gate, GATED):
+        return
+    first = tl.program_id(0) * DISTANCES
+    d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((DISTANCES, COLUMNS), tl.float32)
+    for negative in tl.static_range(2):
+        if (negative == 0) | (first <= -lowest):
+            at = (-d if negative else d) - lowest
+            for back in tl.static_range(SPANS):
+                q = at // K - back
+                r = at - q * K
+                real = (at >= 0) & (q >= 0) & (q < slots) & (r < reach) & (d < count)
+                if negative:
+                    real &= d > 0
+                place = q.to(tl.int64) * line_q + r * line_r
+                for start in range(0, terms, TERMS):
+                    n = start + tl.arange(0, TERMS)
+                    inside = (n < terms)[:, None] & real[None, :]
+                    if SKEWED:
+                        column = r[None, :] - n[:, None]
+                        inside &= (column >= 0) & (column < K)
+                    here = n.to(tl.int64)[:, None] * line_n + place[None, :]
+                    here = here[:, :, None] + (c * line_c)[None, None, :]
+                    good = inside[:, :, None] & (c < columns)[None, None, :]
+                    total += tl.sum(tl.load(lines + here, good, 0.0), 0)
+    at = d[:, None] * table_d + (c * table_c)[None, :]
+    good = (d < count)[:, None] & (c < columns)[None, :]
+    tl.store(table + at, total * tl.load(unit), good)

@@ -1,0 +1,99 @@
+"""What several kernels do with a tile: functions in Triton, and the legend of all kernels.
+
+A suffix names the axes of what a variable holds, a letter for each:
+
+    M rows    K keys    N positions, M x K of them, row by row    S spans of keys
+    H heads   D hidden units   F features of FIRE   T taps of DAPE V2
+    E head_dim of queries and keys   V head_dim of values
+    L lines, which are the diagonals of a tile   C columns or channels   A, B any
+
+`u_ND` is `[N, D]`. Sizes in capitals are fixed when a kernel is compiled. HEADS, UNITS, FEATURES,
+TAPS, WIDE and WIDE_V are those of H, D, F, T, E and V with padding. Strides of span, batch, head
+and row come as `_s, _b, _h, _t`.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Keys of one head that lie side by side in the scratch.
+BLOCK = tl.constexpr(64)
+
+
+@triton.jit
+def unwanted(gate, GATED: tl.constexpr):
+    """Return whether a kernel has nothing to do: whether `gate` is not GATED, if that is 0 or 1."""
+    if GATED < 0:
+        return False
+    return tl.load(gate) != GATED
+
+
+@triton.jit
+def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
+    rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)
+    inside = (rows[:, None] >= 0) & (rows[:, None] < count) & (columns[None, :] < E)
+    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, 0.0)
+
+
+@triton.jit
+def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
+    """Return which of `keys` each of `rows` may see; `shift` is the index of the first row."""
+    seen = (rows < num_rows) & (keys < num_keys)
+    if CAUSAL:
+        seen &= keys <= rows + shift
+    return seen
+
+
+@triton.jit
+def toeplitz(
+    table, size, distance, factor,
+    A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Return the entries of a table, times `factor`, of a tile `[rows, keys]`, or KEYS_FIRST.
+
+    They are over the distance |i - j| < `size`, and `distance` is i - j of the first row and key.
+    If CAUSAL, keys that come later have -inf. No table has `size` 0.
+    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
+    product of queries and keys lies: a load for every element would cost more than that product.
+    """
+    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    LAST: tl.constexpr = (A if KEYS_FIRST else B) - 1
+    d = distance - LAST + tl.arange(0, DIAGONALS)
+    entries = tl.load(table + tl.abs(d), tl.abs(d) < size, 0.0) * factor
+    if CAUSAL:
+        entries = tl.where(d < 0, float("-inf"), entries)
+    n = tl.arange(0, A * B)
+    if KEYS_FIRST:
+        return tl.reshape(tl.gather(entries, n % B - n // B + LAST, 0), (A, B))
+    return tl.reshape(tl.gather(entries, n // B - n % B + LAST, 0), (A, B))
+
+
+@triton.jit
+def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.constexpr):
+    """Return the row tiles of this program on diagonal q, and the key where row tile 0 starts.
+
+    Tile t of diagonal q holds rows t M + m and keys start + t M + n: i - j is the same for all t.
+    The programs of axis 2 share them, each a segment.
+    """
+    start = (band_tile - q) * K
+    first = tl.cdiv(tl.maximum(0, 1 - start - K), M)
+    last = tl.cdiv(tl.minimum(num_rows, tl.maximum(0, num_keys - start)), M)
+    share = tl.cdiv(tl.maximum(0, last - first), tl.num_programs(2))
+    first += tl.program_id(2) * share
+    return first, tl.minimum(last, first + share), start
+
+
+@triton.jit
+def beyond(log_sum, LIMIT: tl.constexpr):
+    """Return 1 where a log-sum-exp is beyond a limit; rows that see nothing have none."""
+    return ((tl.abs(log_sum) > LIMIT) & (log_sum != float("-inf"))).to(tl.int32)
+
+
+@triton.jit
+def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
+    """Store O in the dtype of `out`, and what rounding left of it, as a tensor of the same kind."""
+    rounded = o.to(out.dtype.element_ty)
+    tl.store(out + at, rounded, inside)
+    if RESTED:
+        tl.store(rest + at, (o - rounded.to(tl.float32)).to(rest.dtype.element_ty), inside)
