@@ -94,7 +94,7 @@ def _fault(last: Outcome, expected: dict[str, object], folder: Path) -> str:
     A command that was killed behind its end may refuse to write over its whole result.
     """
     found = differences(expected, state(folder))
-    behind = last.kind == "refused" and "is there and not empty" in last.last and not found
+    behind = last.kind == "refused" and "not empty" in last.last and not found
     if last.kind != "accepted" and not behind:
         return f"{last.kind}: {last.last}"
     return f"differs: {', '.join(found[:3])}" if found else ""
