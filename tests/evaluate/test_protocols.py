@@ -110,5 +110,5 @@ def test_what_does_not_fit_the_protocol_is_refused(arguments, message):
 
 def test_a_corpus_without_long_documents_is_refused_and_its_longest_named():
     rule = protocol("last", [64], None)
-    with pytest.raises(UserError, match=r"length 64: no document has the 65 .* of 3 has 64"):
+    with pytest.raises(UserError, match=r"length 64: no document has the required 65 .* of 3 has 64"):
         choose_blocks(rule, np.array([5, 64, 9]), documents=1, blocks=1, seed=0)

@@ -131,7 +131,7 @@ def restore(
 
     def built(content: dict[str, Any]) -> Record:
         if content.get("format") != form:
-            raise UserError(f"not a {kind} of format {form}")
+            raise UserError(f"no {kind} of format {form}")
         names = {each.name for each in fields(Subject)} & content.keys()
         subject = typed(Subject, {name: content.pop(name) for name in names})
         return build({**content, "subject": subject})
