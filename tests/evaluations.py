@@ -10,20 +10,27 @@ from dape.evaluate.subject import Subject
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 DOCUMENTS = 20
+PROVENANCE = {
+    "command": "dape eval runs/*",
+    "commit": "abc",
+    "versions": {"python": "3.11", "torch": "2.13"},
+    "device": "cpu",
+    "time": "2026-01-01T00:00:00+00:00",
+}
 
 
-def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
-    """Return an evaluation with these losses at these lengths, over twenty documents.
+def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, documents=DOCUMENTS, **changes):
+    """Return an evaluation with these losses at these lengths.
 
     A length whose loss is None was refused.
     """
-    shares = np.linspace(0.9, 1.1, DOCUMENTS).tolist()
+    shares = np.linspace(0.9, 1.1, documents).tolist()
     measurements = [
         Measurement(
             length=length,
             windows=3,
             loss=loss,
-            loss_error=0.01,
+            loss_error=0.01 if documents > 1 else None,
             perplexity=math.exp(loss),
             bits_per_byte=loss / math.log(2) / 2,
             document_losses=[share * loss for share in shares],
@@ -40,9 +47,9 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         protocol="last",
         block=128,
         longest=max(lengths),
-        documents=[*range(2, 2 + DOCUMENTS)],
-        tokens=[128] * DOCUMENTS,
-        bytes=[256] * DOCUMENTS,
+        documents=[*range(2, 2 + documents)],
+        tokens=[128] * documents,
+        bytes=[256] * documents,
     )
     about = {
         "run": f"runs/{scheme}-{seed}",
@@ -58,13 +65,6 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, **changes):
         "targets": targets,
         "measurements": measurements,
         "refused": refused,
-        "provenance": {
-            "command": "dape eval runs/*",
-            "commit": "abc",
-            "versions": {"python": "3.11", "torch": "2.13"},
-            "device": "cpu",
-            "time": "2026-01-01T00:00:00+00:00",
-            "seed": 0,
-        },
+        "provenance": PROVENANCE | {"seed": 0},
     }
     return Evaluation(**{**values, **changes})

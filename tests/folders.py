@@ -3,7 +3,6 @@
 import random
 
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -12,6 +11,8 @@ from dape.data.prepare import Options, Preparation
 from dape.data.shards import Corpus
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
+from dape.train.recipe import Recipe, write
+from dape.train.sections import Model, Training
 
 SIZES = [3, 70, 65, 200, 64]  # characters of the test documents
 
@@ -46,8 +47,9 @@ def make_run(folder, data, scheme, seed=0):
     )
     DapeForCausalLM(config).save_pretrained(folder / "model")
     Corpus(data).tokenizer().save_pretrained(folder / "model")
-    recipe = {"data": str(data), "seed": seed, "model": {"scheme": scheme}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    size = Model(scheme, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    recipe = Recipe(data=str(data), seed=seed, model=size, training=Training(length=16))
+    (folder / "config.yaml").write_text(write(recipe))
     return folder
 
 

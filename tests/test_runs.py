@@ -38,7 +38,7 @@ def test_an_absent_run_is_none(tmp_path):
 
 def test_a_run_says_how_far_it_is(tmp_path):
     run = RunFolder(tmp_path)
-    write(run.recipe, "model: {scheme: alibi}")
+    write(run.recipe, "{data: a, seed: 0, model: {scheme: alibi}, training: {}, optimizer: {}}")
     assert run.exists and not run.finished and not run.is_retrofit
     for name in ("step-00000009", "step-00000010", "step-00000011.partial", "step-1"):
         (run.checkpoints / name).mkdir(parents=True)
@@ -48,10 +48,18 @@ def test_a_run_says_how_far_it_is(tmp_path):
     assert not run.finished
     write(run.record, json.dumps({"ended": "2026-01-01", "step": 6}))
     assert run.finished and run.read_record()["step"] == 6
-    write(run.recipe, "model: {base: gpt2}")
+    write(run.recipe, run.recipe.read_text().replace("scheme: alibi", "base: gpt2"))
     assert run.is_retrofit
     write(run.model / "config.json", "{}")
     assert run.has_model
+
+
+@pytest.mark.parametrize("text", ["{}", "model: {scheme: alibi}", "{data: a, seed: abc}"])
+def test_a_recipe_without_what_a_run_writes_is_damaged(tmp_path, text):
+    run = RunFolder(tmp_path)
+    write(run.recipe, text)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged \((data is missing|seed='abc')"):
+        run.read_recipe()
 
 
 def test_a_recipe_that_cannot_be_read_is_no_absent_run(tmp_path):
@@ -91,5 +99,5 @@ def test_a_part_of_a_record_that_is_null_is_none_and_other_kinds_are_damage(tmp_
     write(run.record, json.dumps({"data": None, "versions": {}, "commit": None}))
     assert run.read_record() == {"versions": {}, "commit": None}
     write(run.record, json.dumps({"data": "a"}))
-    with pytest.raises(UserError, match=r"run\.json has not the expected fields.*data is no map"):
+    with pytest.raises(UserError, match=r"run\.json: data='a': expected a mapping; run"):
         run.read_record()

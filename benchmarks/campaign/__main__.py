@@ -1,10 +1,12 @@
 """Faults on purpose: what `dape` makes of kills, full disks, damaged and hostile files, nonsense.
 
-    python benchmarks/campaign [--parts kills,...] [--every 1]
+    python benchmarks/campaign [--parts kills,...] [--every 1] [--only train,...]
 
 Prints what ended wrongly, and a table: how many trials of each part and kind there were, how they
-ended, how many wrongly. `--every N` takes each N-th trial. Mounts small disks, for which it must be
-root; without that the part `disks` is left out. Exits with 1 if a trial ended wrongly.
+ended, how many wrongly. `--every N` takes each N-th trial, `--only` some of the commands that are
+killed, stopped or run on full disks, and of the folders that are damaged. Mounts small disks, for
+which it must be root; without that the part `disks` is left out. Exits with 1 if a trial ended
+wrongly.
 """
 
 import os
@@ -60,7 +62,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--only", default="")
     arguments = parser.parse_args()
+    for choice in (kills.COMMANDS, damage.READERS) if arguments.only else ():
+        for name in choice.keys() - set(arguments.only.split(",")):
+            del choice[name]
     warm()
     wrong = False
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:

@@ -13,7 +13,7 @@ from trial import dape, run
 
 _NOBODY = 65534
 # Commands that read a folder: words, and what they fill.
-_READERS = {
+READERS = {
     "part": (("train r.yaml --out part", "part"), ("export part --out new", "new")),
     "ref": (
         ("eval ref --lengths 16,32 --out new", "new"),
@@ -21,6 +21,12 @@ _READERS = {
         ("export ref --out new", "new"),
         ("plot ref --out new/a.md", "new"),
         ("train r.yaml --out ref", "ref"),
+    ),
+    "tuned": (("eval tuned --lengths 16,32 --out new", "new"),),
+    "encoders": (
+        ("chomsky map encoders --task parity-check --scheme dape-kerple --out new/a.md", "new"),
+        ("chomsky train c.yaml --device cpu --out encoders", "encoders"),
+        ("chomsky table c.yaml --out encoders", "encoders"),
     ),
     "data": (("train r.yaml --out new", "new"), ("eval ref --lengths 16,32 --out new", "new")),
 }
@@ -80,7 +86,7 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
 
     A command may say what is wrong, or do without the file: then its result is as without damage.
     """
-    for source, readers in _READERS.items():
+    for source, readers in READERS.items():
         expected = {words: _undamaged(stage, room, words, target) for words, target in readers}
         trials = [
             (file.relative_to(stage), damage, reader)
@@ -100,7 +106,8 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
                     fault = f"{outcome.kind}: {outcome.last[:300]}"
                 elif outcome.kind == "accepted" and not _tells(outcome.text, file):
                     (folder / file).unlink() if (folder / file).is_symlink() else None
-                    found = _differences(expected[words], folder / target, str(file), target)
+                    place = folder / target
+                    found = _differences(expected[words], place, str(file), target, damage)
                     fault = f"differs: {', '.join(found[:3])}" if found else ""
                 yield Result("damaged", source, f"{file} {damage}, {words}", outcome.kind, fault)
 
@@ -116,10 +123,14 @@ def _undamaged(stage: Path, room: Path, words: str, target: str) -> dict[str, An
         return state(whole / target)
 
 
-def _differences(expected: dict[str, Any], folder: Path, file: str, target: str) -> list[str]:
+def _differences(
+    expected: dict[str, Any], folder: Path, file: str, target: str, damage: str
+) -> list[str]:
     """Return the files that differ, but for the damaged one itself and copies of it."""
-    # Pages show what the record and the metrics of a run say, whatever that is.
-    told = ("README.md", "a.md") if file.endswith(("run.json", "metrics.jsonl")) else ()
+    # Pages show what the record and the metrics of a run say, and an evaluation that is there.
+    pages = file.endswith(("run.json", "metrics.jsonl"))
+    pages |= "evaluation" in file and damage in ("gone", "text in run", "text in scheme")
+    told = ("README.md", "a.md") if pages else ()
     # Settings beside the weights are copied as they are.
     if Path(file).parent.name in ("model", "tokenizer"):
         told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -150,7 +161,7 @@ def _damage(file: Path, damage: str) -> None:
 
 def unreadable(stage: Path, room: Path, every: int) -> Iterator[Result]:
     """Yield what comes of files that another user may not read."""
-    for source, readers in _READERS.items():
+    for source, readers in READERS.items():
         files = [file for file in sorted((stage / source).rglob("*")) if file.is_file()]
         for file in files[:: 2 * every]:
             for words, _ in readers:

@@ -82,6 +82,41 @@ LINES = {
         "prepare text text/train --out new", "train r.yaml --seed 0,0",
         "train r.yaml --seed 1 --seed",
     ],
+    "newer commands": [
+        "chomsky", "chomsky nope", "chomsky sample nope", "chomsky sample parity-check --count 0",
+        "chomsky sample parity-check --length 0", "chomsky train", "chomsky train nope.yaml",
+        "chomsky train r.yaml", "chomsky train /dev/zero", "chomsky train c.yaml --tasks nope",
+        "chomsky train c.yaml --schemes foo", "chomsky train c.yaml --seeds 0 0",
+        "chomsky train c.yaml --tasks parity-check parity-check", "chomsky train c.yaml --seeds -1",
+        "chomsky train c.yaml --training.steps 0", "chomsky train c.yaml --training.clip inf",
+        "chomsky train c.yaml --training.learning-rate nan", "chomsky train c.yaml --together 0",
+        "chomsky train c.yaml --device cuda", "chomsky train c.yaml --out text",
+        "chomsky train c.yaml --out r.yaml", "chomsky table nope.yaml",
+        "chomsky map nope --task parity-check --scheme rope --out a.md",
+        "chomsky map ref --task nope --scheme rope --out a.md",
+        "chomsky map ref --task parity-check --scheme rope --out a.jpg",
+        "explore nope", "explore text", "explore ref --out a.png", "explore ref --heads 0",
+        "explore ref --heads 1000000000", "explore ref --length 1", "explore ref --device cuda",
+        "explore ref --length 1000000000", "explore ref --layers 7", "explore ref --document 99",
+        "explore ref --out r.yaml/a.html", "explore ref --train-length 99999999999",
+        "paper", "paper nope", "paper list nope", "paper report --out a", "paper demo --only nope",
+        "paper demo --scale nope", "paper demo --data data",
+        "plot context ref --out a.md", "plot context", "plot learned nope --out a.md",
+        "plot learned ref --out a.md", "plot learned ref --length 16 --query 99 --out a.md",
+        "plot learned ref --length 16 --layers 7 --out a.md",
+        "plot learned ref --length 16 --document -1 --out a.md",
+        "plot encoding foo", "plot encoding kerple --length 1000000000",
+        "eval context nope", "eval context ref --lengths 16,99999999",
+        "eval context ref --lengths 16,32 --out r.yaml", "bench attention --shape 0x0",
+        "bench attention --methods nope", "bench model --sizes nope", "bench model --forms nope",
+        "train r.yaml --hardware.micro-batch-size 100000000 --out new",
+        "train r.yaml --hardware.micro-batch-size 3 --out new",
+        "train r.yaml --hardware.micro-batch-size 100000000 --training.batch-size 100000000",
+        "train r.yaml --hardware.context-parallel 2 --out new",
+        "train r.yaml --hardware.activation-checkpointing foo --out new",
+        "train r.yaml --measure --hardware.micro-batch-size 3 --out new",
+        "retrofit base/model --data data --blocks 0", "--completion --nope", "--version --nope",
+    ],
     "no such value": [
         "eval ref --protocol foo", "eval ref --protocol sliding", "eval ref --stride 3",
         "eval ref --lengths 0", "eval ref --lengths 16,", "eval ref --lengths ...",
@@ -175,8 +210,18 @@ def _lines() -> Trials:
 
 def _options_of_commands() -> Trials:
     """Yield each option that takes a number with words that are none."""
+    from dape.cli import (
+        bench_attention,
+        bench_model,
+        chomsky_map,
+        chomsky_sample,
+        eval_context,
+        eval_harness,
+        eval_retrieval,
+        explore,
+        plot_learned,
+    )
     from dape.cli import eval as evaluation
-    from dape.cli import eval_harness, eval_retrieval
     from dape.data.prepare import Options
 
     commands = {
@@ -184,6 +229,13 @@ def _options_of_commands() -> Trials:
         _ASK: eval_retrieval.Arguments,
         "eval harness ref --tasks letters --include-path tasks --out new": eval_harness.Arguments,
         "prepare text --out new": Options,
+        "eval context ref --lengths 16,32 --out new": eval_context.Arguments,
+        "plot learned ref --length 16 --out new/a.md": plot_learned.Arguments,
+        "explore ref --length 16 --out new/a.html": explore.Arguments,
+        "chomsky sample parity-check": chomsky_sample.Arguments,
+        "chomsky map new --task parity-check --scheme rope --out a.md": chomsky_map.Arguments,
+        "bench attention --lengths 16 --shape 2x8 --methods textbook": bench_attention.Arguments,
+        "bench model --sizes small --lengths 16 --schemes nope": bench_model.Arguments,
     }
     for words, cls in commands.items():
         hints = get_type_hints(cls)

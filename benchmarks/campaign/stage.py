@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,14 @@ RECIPE = {
         "checkpoint_every": 2,
     },
 }
+BENCHMARK = {
+    "tasks": ["parity-check"],
+    "schemes": ["dape-kerple"],
+    "seeds": [0, 1],
+    "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "training": {"steps": 4, "batch_size": 2, "length": 4, "precision": "fp32"},
+    "evaluation": {"longest": 6, "samples": 2},
+}
 TASK = {
     "task": "letters",
     "dataset_path": "json",
@@ -39,12 +48,19 @@ TASK = {
     "doc_to_target": "{{answer}}",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-# What differs between two runs of the same command.
-_TIMES = ("started", "ended", "time", "seconds", "tokens_per_second", "weights")
+_TUNE = (
+    "retrofit base/model --data data --out tuned --training.length 16 --training.batch-size 4"
+    " --training.steps 1 --training.precision fp32 --hardware.device cpu --lengths 16,32"
+)
+# What differs between two runs of the same command; `models` counts those that ran side by side.
+_TIMES = ("started", "ended", "time", "seconds", "tokens_per_second", "weights", "models")
 
 
 def build(folder: Path) -> Path:
-    """Return a folder with a text, a corpus, a recipe and runs: `ref`, measured, `base`, `part`."""
+    """Return a folder with a text, a corpus, recipes and runs.
+
+    `ref` is measured, `tuned` the retrofit of `base`, `part` interrupted, `encoders` a benchmark.
+    """
     folder.mkdir()
     chosen = random.Random(0)
     for split in ("train", "validation", "test"):
@@ -53,6 +69,7 @@ def build(folder: Path) -> Path:
             text = "".join(chosen.choice("abcd efg\n") for _ in range(300))
             (folder / "text" / split / f"{number}.txt").write_text(text)
     (folder / "r.yaml").write_text(yaml.safe_dump(RECIPE))
+    (folder / "c.yaml").write_text(yaml.safe_dump(BENCHMARK))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "letters.yaml").write_text(yaml.safe_dump(TASK))
     rows = [json.dumps({"question": "a b", "answer": letter}) for letter in "abcd"]
@@ -62,6 +79,8 @@ def build(folder: Path) -> Path:
         ("train", "r.yaml", "--out", "ref"),
         ("train", "r.yaml", "--out", "base", "--model.scheme", "rope"),
         ("eval", "ref", "--lengths", "16,32"),
+        _TUNE.split(),
+        ("chomsky", "train", "c.yaml", "--device", "cpu", "--out", "encoders"),
     ):
         must(run(dape(*words), folder))
     _interrupt(folder)
@@ -120,6 +139,8 @@ def _content(path: Path) -> Any:
             return [_timeless(json.loads(line)) for line in text.splitlines()]
         if path.suffix == ".json":
             return _timeless(json.loads(text))
+    if path.suffix == ".html":
+        text = re.sub(rb"\d{4}-\d\d-\d\dT[\d:]+", b"", text)
     return hashlib.sha256(text).hexdigest()
 
 

@@ -14,11 +14,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from dape.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 LOCK = ".lock"
@@ -119,6 +122,24 @@ def read_json(path: Path, build: Callable[[dict[str, Any]], Read], remedy: str) 
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         fault = f"{path} has not the expected fields ({type(error).__name__}: {error})"
         raise UserError(_with(fault, remedy)) from None
+
+
+def read_tensors(path: Path, remedy: str) -> "dict[str, Tensor]":
+    """Return the tensors of a file of safetensors by name.
+
+    Raises:
+        UserError: naming the file and the remedy, if it is missing, unreadable or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        check_ordinary(path, remedy=remedy)
+        return load_file(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error), remedy) from None
+    except SafetensorError as error:
+        raise _unreadable(path, str(error), remedy) from None
 
 
 def shipped(path: Path) -> Path:

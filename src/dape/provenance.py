@@ -7,16 +7,32 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 import dape
+from dape.strict import Holds
 
 PACKAGES = ("torch", "transformers", "numpy")
 
 
-def provenance(device: torch.device | str, argv: list[str] | None = None) -> dict[str, Any]:
+# Of a record that is read.
+Provenance = Annotated[
+    dict[str, Any],
+    Holds(
+        {
+            "command": str,
+            "commit": str | None,
+            "versions": dict[str, str],
+            "device": str,
+            "time": str,
+        }
+    ),
+]
+
+
+def provenance(device: torch.device | str, argv: list[str] | None = None) -> Provenance:
     """Return command, commit, versions, device and time of this process, for JSON.
 
     `argv` gives the words after `dape`, by default the arguments of this process.

@@ -4,13 +4,26 @@ import json
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from dape.errors import UserError
 from dape.files import read_json, read_text, read_yaml, write_json
+from dape.strict import Holds, check_keys
 
 _STEP = "step-"
-_PARTS = {"data", "versions"}  # mappings in a record
+# Of a record and of metrics, what a later command reads; a run may lack some.
+_FACTS = {
+    "command": str,
+    "device": str,
+    "versions": dict[str, str],
+    "data": Annotated[dict[str, Any], Holds({"path": str, "checksum": str})],
+    "started": str,
+    "step": int,
+    "tokens": int,
+    **dict.fromkeys(("loss", "validation_loss", "seconds"), float),
+}
+# Of a recipe, what a later command reads.
+_SETTINGS = {"data": str, "seed": int, "model": dict, "training": dict, "optimizer": dict}
 _UNFINISHED = ".unfinished"
 _REMEDY = "run the command of the run again, under another --name"
 
@@ -105,8 +118,7 @@ class RunFolder:
     @property
     def is_retrofit(self) -> bool:
         """Whether the run began with a pretrained model."""
-        model = self.read_recipe().get("model")
-        return isinstance(model, dict) and "base" in model
+        return "base" in self.read_recipe()["model"]
 
     @property
     def has_model(self) -> bool:
@@ -128,7 +140,12 @@ class RunFolder:
         Raises:
             UserError: for a missing or damaged recipe.
         """
-        return read_yaml(self.recipe, _REMEDY)
+        recipe = read_yaml(self.recipe, _REMEDY)
+        try:
+            check_keys(recipe, _SETTINGS)
+        except UserError as error:
+            raise UserError(f"{self.recipe} is damaged ({error}); {_REMEDY}") from None
+        return recipe
 
     def read_record(self) -> dict[str, Any]:
         """Return the record, empty before the first entry.
@@ -152,21 +169,24 @@ class RunFolder:
             return []
         lines = read_text(self.metrics, _REMEDY).split("\n")[:-1]  # the last line is incomplete
         try:
-            logged = [json.loads(line) for line in lines]
-            if not all(isinstance(each["step"], int) for each in logged):
-                raise ValueError("a step is no number")
-        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            logged = [_known(json.loads(line)) for line in lines]
+            for each in logged:
+                check_keys(each, {"step": int})
+        except (AttributeError, RecursionError, ValueError) as error:
             raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None
         return logged
 
 
 def _known(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record without null entries; a `TypeError` if an entry is no mapping."""
-    empty = {name for name in _PARTS if record.get(name) is None}
-    known = {name: value for name, value in record.items() if name not in empty}
-    for name in _PARTS & known.keys():
-        if not isinstance(known[name], dict):
-            raise TypeError(f"{name} is no mapping")
+    """Return the entries of a record or of a line of metrics, without facts that are null.
+
+    Raises:
+        UserError: for a fact of another type.
+    """
+    known = {
+        name: value for name, value in record.items() if name not in _FACTS or value is not None
+    }
+    check_keys(known, {name: kind for name, kind in _FACTS.items() if name in known})
     return known
 
 

@@ -7,6 +7,7 @@ from dape.chomsky.cell import Cell
 from dape.chomsky.encoder import Model
 from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
+from evaluations import PROVENANCE
 
 SMALL = Benchmark(
     tasks=("even-pairs", "binary-addition"),
@@ -36,5 +37,5 @@ def cell(task, scheme, seed, accuracy, trained=2):
         accuracy=accuracy,
         seconds={"training": 6.0, "evaluation": 3.0},
         models=2,
-        provenance={"device": "a GPU", "commit": "c0ffee", "versions": {"torch": "2"}},
+        provenance=PROVENANCE | {"device": "a GPU", "versions": {"torch": "2"}},
     )

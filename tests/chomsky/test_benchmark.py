@@ -18,6 +18,7 @@ from dape.chomsky.run import Job, plan
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
+from dape.files import locked
 
 CPU = torch.device("cpu")
 
@@ -191,7 +192,7 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
         ("schemes: [kerpel]", "unknown scheme 'kerpel'"),
         ("schemes: [learned]", "a learned embedding ends at the training length"),
         ("seeds: [0, 0]", "seeds=0,0: give a value, each once"),
-        ("seeds: [-1]", "seeds=-1: must be at least 0"),
+        ("seeds: [-1]", "seeds=-1 must be at least 0"),
         ("tasks: even-pairs", "tasks='even-pairs': expected a list"),
         ("tasks: []", "tasks=: give a value, each once"),
         ("model: {hidden_size: 60}", "hidden_size=60 is not a multiple"),
@@ -219,9 +220,34 @@ def test_a_checkpoint_that_cannot_be_read_is_none(tmp_path, monkeypatch, content
     file = runs._checkpoint(job, benchmark)
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
+    (tmp_path / "run.json").write_text("{}")
     steps = []
     monkeypatch.setattr(Stack, "step", lambda stack, length: steps.append(length))
     monkeypatch.setattr(runs, "accuracies", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_cpu(benchmark)
     assert len(steps) == 6
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no benchmark; give another --out"):
+        run_cpu(small(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_process_does_not_train_in_the_same_folder(tmp_path):
+    with locked(tmp_path, "busy"), pytest.raises(UserError, match="another process trains in"):
+        run_cpu(small(tmp_path))
+
+
+def test_a_checkpoint_that_a_kill_left_behind_the_last_cell_is_removed(tmp_path, monkeypatch):
+    benchmark = small(tmp_path, tasks=("even-pairs",), schemes=("kerple",))
+    monkeypatch.setattr(runs, "remove", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_cpu(benchmark)
+    monkeypatch.undo()
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    assert plan(benchmark) == []
+    run_cpu(benchmark)
+    assert not file.exists()

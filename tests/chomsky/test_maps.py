@@ -97,3 +97,15 @@ def test_models_that_are_not_there_are_one_line(folder, capsys):
     words[4:] = ["binary-addition", "--scheme", "randomized-rope"]
     assert cli.main([*words, "--out", str(folder / "x.json")]) == 2
     assert "positions are random" in capsys.readouterr().err
+
+
+def test_damaged_parameters_and_absent_models_are_one_line(folder, capsys):
+    words = ["chomsky", "map", str(folder), "--task", "binary-addition", "--out", "a.json"]
+    file = folder / "models" / "binary-addition" / "kerple-0.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert cli.main([*words, "--scheme", "kerple"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+    file.write_bytes(whole)
+    assert cli.main([*words, "--scheme", "alibi"]) == 2
+    assert "alibi-0.json is missing; train it by `dape chomsky train`" in capsys.readouterr().err

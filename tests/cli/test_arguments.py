@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,32 @@ def test_help_shows_text_and_defaults(capsys):
     assert "usage: dape thing" in page
     assert "Size of a step. (default: 0.5)" in page
     assert "What to do it to. (default: first)" in page
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Count."""
+
+    seed: int = 0
+    """Seed."""
+    counts: tuple[int, ...] = ()
+    """Counts."""
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "-1"], "--seed -1: at least 0"),
+        (["--seed", str(2**63)], f"--seed {2**63}: between -2**63 and 2**63"),
+        (["--counts", "1", str(10**20)], f"--counts {10**20}: between"),
+        (["--inner.steps", str(-(10**20))], f"--steps -{10**20}: between"),
+    ],
+)
+def test_a_number_beyond_64_bits_and_a_seed_below_0_are_refused(words, message):
+    assert parse(Numbers, ["--seed", "7", "--inner.steps", "-9"], "dape count").inner.steps == -9
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Numbers, words, "dape count")
 
 
 def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):

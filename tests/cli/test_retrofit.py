@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -24,7 +23,8 @@ from dape.cli.retrofit import read
 from dape.data.prepare import Options, Preparation
 from dape.data.shards import Corpus
 from dape.evaluate.opening import open_model
-from dape.train.sections import Training
+from dape.train.recipe import Recipe, write
+from dape.train.sections import Model, Training
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
@@ -169,8 +169,10 @@ def test_seeds_of_a_trained_run_and_of_its_fine_tuning_are_one_group(corpus, com
         folder = tmp_path / f"rope-{seed}"
         dape.DapeForCausalLM(config).save_pretrained(folder / "model")
         Corpus(corpus).tokenizer().save_pretrained(folder / "model")
-        recipe = {"data": str(corpus), "seed": seed, "model": {"scheme": "rope"}}
-        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+        recipe = Recipe(
+            data=str(corpus), seed=seed, model=Model("rope", **sizes), training=Training(length=16)
+        )
+        (folder / "config.yaml").write_text(write(recipe))
         assert not command(folder, "--seed", seed, "--name", f"tuned-{seed}")
         options = ("--model.adapter", "None", "--model.train", "all", "--name", f"plain-{seed}")
         assert not command(folder, "--seed", seed, *options)

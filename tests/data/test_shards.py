@@ -219,11 +219,18 @@ def test_tokens_are_verified_once(corpus, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("checksum", None), ("checksum", 3), ("tokenizer", {}), ("splits", 3)]
+    ("name", "value", "message"),
+    [
+        ("checksum", None, "its checksum is not that of what it names"),
+        ("checksum", "0" * 64, "its checksum is not that of what it names"),
+        ("dtype", "uint32", "its checksum is not that of what it names"),
+        ("splits", 3, "its checksum is not that of what it names"),
+        ("tokenizer", {}, "it has not the expected fields"),
+    ],
 )
-def test_a_manifest_of_other_fields_is_damaged(corpus, tmp_path, name, value):
+def test_a_manifest_of_other_fields_is_damaged(corpus, tmp_path, name, value, message):
     folder = shutil.copytree(corpus.folder, tmp_path / "copy")
     manifest = json.loads((folder / "manifest.json").read_text()) | {name: value}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"manifest\.json has not the expected fields"):
+    with pytest.raises(UserError, match=rf"manifest\.json:? {message.removeprefix('it ')}"):
         Corpus(folder)

@@ -151,14 +151,6 @@ def test_a_run_that_is_given_twice_counts_as_one_seed():
 
 @pytest.mark.parametrize(("documents", "tested"), [(19, False), (20, True), (21, True)])
 def test_few_documents_leave_no_test_over_them(documents, tested):
-    pair = [make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])]
-    fewer = []
-    for each in pair:
-        measurements = [
-            replace(one, document_losses=np.resize(one.document_losses, documents).tolist())
-            for one in each.measurements
-        ]
-        targets = replace(each.targets, tokens=[128] * documents)
-        fewer.append(replace(each, measurements=measurements, targets=targets))
-    comparisons = compare(group(fewer))
+    pairs = (("kerple", KERPLE[0]), ("dape-kerple", DAPE[0]))
+    comparisons = compare(group([make(*each, documents=documents) for each in pairs]))
     assert {each.over_documents is not None for each in comparisons} == {tested}

@@ -16,6 +16,7 @@ from dape.errors import UserError
 from dape.evaluate.context import (
     NEVER,
     context_use,
+    evaluate_context,
     last_occurrence,
     load,
     tally,
@@ -25,7 +26,8 @@ from dape.evaluate.gains import by_adapter, by_length, check_comparable, gain
 from dape.evaluate.opening import open_model
 from dape.evaluate.plan import plan
 from dape.evaluate.protocols import protocol
-from dape.runs import RunFolder
+from dape.runs import RunFolder, unfinished
+from evaluations import PROVENANCE
 from folders import make_run, prepare
 
 LENGTHS = [16, 32, 64, 128]
@@ -107,7 +109,7 @@ def measured(run, monkeypatch, reach, **changes):
     monkeypatch.setattr(type(run), "loaded", lambda *_: nullcontext(model))
     asked = plan(corpus, "test", protocol("last", LENGTHS), LENGTHS, documents=9, blocks=2, seed=0)
     found = context_use(
-        run, asked, device=torch.device("cpu"), batch_tokens=512, provenance={"seed": 0}
+        run, asked, device=torch.device("cpu"), batch_tokens=512, provenance=PROVENANCE
     )
     subject = replace(found.subject, run=f"runs/{reach}-{changes.get('scheme')}")
     return replace(found, subject=replace(subject, **changes))
@@ -230,6 +232,56 @@ def test_what_is_saved_is_what_is_loaded(run, monkeypatch, tmp_path):
     assert path == tmp_path / "evaluation" / "context.json" and load(path) == record
     with pytest.raises(UserError, match="run `dape eval context` on the model"):
         load(RunFolder(tmp_path).evaluation("context", None, "validation"))
+
+
+class Counted:
+    """A `Watch` that stops the evaluation after a number of tokens."""
+
+    def __init__(self, most=math.inf):
+        self.most, self.fed, self.expected, self.kept = most, 0, 0, []
+
+    def begin(self, tokens):
+        self.expected = tokens
+
+    def advance(self, tokens):
+        self.fed += tokens
+        if self.fed > self.most:
+            raise KeyboardInterrupt
+
+    def announce(self, name, length, outcome):
+        self.kept.append(length)
+
+    def note(self, text):
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize("done", [0, 1, 2])
+def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(run, tmp_path, done):
+    lengths, asked = [16, 32, 64], {"out": tmp_path, "documents": 3}
+    (expected,) = evaluate_context(run.folder, None, lengths, **asked, watch=(whole := Counted()))
+    file = tmp_path / "run" / "evaluation" / "context.json"
+    file.unlink()
+    most = sum(lengths[:done]) * whole.expected // sum(lengths)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_context(run.folder, None, lengths, **asked, watch=Counted(most))
+    assert not file.exists() and unfinished(file).exists() == (done > 0)
+    (found,) = evaluate_context(run.folder, None, lengths, **asked, watch=(watch := Counted()))
+    assert watch.kept == lengths[:done] and watch.fed == watch.expected == whole.expected
+    assert load(file).tallies == found.tallies == expected.tallies
+    assert found.positions == expected.positions
+    assert [each.name for each in file.parent.iterdir()] == ["context.json"]
+
+
+def test_what_was_measured_is_measured_anew_when_anything_is_different(run, tmp_path):
+    def kept(lengths=(16, 32), **changes):
+        watch = Counted()
+        asked = {"out": tmp_path, "documents": 3} | changes
+        evaluate_context(run.folder, None, lengths, **asked, watch=watch)
+        return watch.kept
+
+    assert kept() == [] and kept() == [16, 32]
+    assert kept(again=True) == kept(lengths=(16, 32, 64)) == kept(documents=1) == []
+    assert kept(documents=1) == [16, 32]
 
 
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):

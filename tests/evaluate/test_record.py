@@ -72,6 +72,44 @@ def test_a_file_that_cannot_be_read_is_named_with_the_remedy(tmp_path, content, 
         load(path)
 
 
+def places(content, path=()):
+    """Yield the path to each value in JSON, mappings and lists themselves included."""
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for name, value in items:
+        yield (*path, name)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, name))
+
+
+def test_no_field_may_be_missing_null_or_of_another_kind(tmp_path):
+    """At each place of a file but those that may be none, and that the package never reads."""
+    path = tmp_path / "last.json"
+    made = make("kerple", [2.0, None], lengths=(128, 256))
+    made.save(path)
+    text = path.read_text()
+    accepted = set()
+    for place in places(json.loads(text)):
+        for value in (None, [1], {"a": "b"}):
+            content = json.loads(text)
+            *outer, name = place
+            inner = content
+            for each in outer:
+                inner = inner[each]
+            inner[name] = value
+            path.write_text(json.dumps(content))
+            try:
+                load(path)
+                accepted.add((place, repr(value)))
+            except UserError:
+                pass
+    assert accepted == {
+        (("weights",), "None"),
+        (("provenance", "commit"), "None"),
+        (("provenance", "versions"), "{'a': 'b'}"),
+        *((("provenance", "seed"), repr(value)) for value in (None, [1], {"a": "b"})),
+    }
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [
@@ -90,5 +128,5 @@ def test_a_field_of_another_kind_is_damage(tmp_path, part, name, value):
     place = {None: content, "measurements": content["measurements"][0]}.get(part, content.get(part))
     place[name] = value
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=rf"last\.json .*{name} is {value!r}"):
+    with pytest.raises(UserError, match=rf"last\.json: .*{name}={value!r}: expected"):
         load(path)

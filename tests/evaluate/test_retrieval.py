@@ -15,6 +15,7 @@ from dape.evaluate.retrieval import Cell, Plan, Retrieval, load, retrieve, score
 from dape.evaluate.subject import Subject
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
+from evaluations import PROVENANCE
 
 VOCAB = 257
 SURE = 0.9  # what a copying model gives the token that it copies
@@ -180,7 +181,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
             scheme="kerple",
             train_length=16,
             seed=0,
-            settings=None,
+            settings="those of a recipe",
             parameters=10,
         ),
         task="passkey",
@@ -188,7 +189,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         plan=Plan((300, 600), (0.0, 0.5), trials=3, seed=7),
         cells=[Cell(300, 0.0, 1.0, 1.0, 1.0, -0.1), Cell(300, 0.5, 0.0, 0.5, 9.0, -4.5)],
         refused={600: "too long"},
-        provenance={"seed": 7},
+        provenance=PROVENANCE | {"seed": 7},
     )
     record.save(tmp_path / "retrieval" / "passkey.json")
     assert load(tmp_path / "retrieval" / "passkey.json") == record

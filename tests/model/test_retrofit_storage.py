@@ -266,5 +266,23 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
         dape.load_adapters(pretrained("llama"), tmp_path / "nowhere")
     settings = json.loads((tmp_path / "adapters.json").read_text())
     (tmp_path / "adapters.json").write_text(json.dumps({**settings, "format": 2}))
-    with pytest.raises(UserError, match="is not of format 1"):
+    with pytest.raises(UserError, match="not of format 1"):
+        dape.load_adapters(pretrained("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapters.json", lambda text: text[:9], "adapters.json is not JSON"),
+        ("adapters.json", lambda text: text.replace(b'"kerple"', b"3"), "bias=3: expected text"),
+        ("adapters.json", lambda text: text.replace(b"options", b"option"), "options is missing"),
+        ("adapters.safetensors", lambda text: text[:9], "cannot read .*adapters.safetensors"),
+        ("adapters.safetensors", lambda text: b"", "cannot read .*adapters.safetensors"),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path, name, damage, message):
+    dape.retrofit(pretrained("llama"), bias="kerple").save(tmp_path)
+    file = tmp_path / name
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{message}.*save the adapters again"):
         dape.load_adapters(pretrained("llama"), tmp_path)

@@ -26,6 +26,7 @@ from dape.paper.page import page
 from dape.paper.plan import plan, table
 from dape.paper.results import results
 from dape.paper.spread import Workers, spread
+from evaluations import PROVENANCE
 
 CELLS, SETTINGS = CHOMSKY.cells(), Benchmark().settings()
 VARYING = [name for name, task in TASKS.items() if not task.permutable]
@@ -94,7 +95,7 @@ def save(task, scheme, seed, score, **training):
         *(task, scheme, seed, settings, 10, [(1, 0.5)], [100.0, 100.0, score]),
         seconds={"training": 1.0, "evaluation": 1.0},
         models=1,
-        provenance={"device": "a GPU", "commit": "c0ffee", "versions": {}},
+        provenance=PROVENANCE,
     )
     (cell,) = [each for each in CELLS if each.arm == scheme and task in each.steps[0].words]
     file = path(cell.record.path, task, scheme, seed)

@@ -203,7 +203,7 @@ def use(tokens, losses, lengths=(128, 256, 512)):
         lengths=list(lengths),
         positions=[],
         tallies={"token": tally, "pair": tally},
-        provenance={},
+        provenance=made.provenance,
     )
 
 

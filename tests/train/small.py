@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from dape import strict
 from dape.data.prepare import Options, Preparation
 from dape.data.shards import Windows
-from dape.train import strict
 from dape.train.recipe import Recipe
 
 

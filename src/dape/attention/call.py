@@ -198,6 +198,8 @@ def check(
             f"the query is {query.dtype}, but the key {key.dtype}; give both in one dtype"
         )
     for name, module in (("bias", bias), ("adapter", adapter)):
+        if module is not None and not callable(module):
+            raise UserError(f"{name}={module!r} is no module; dape.Kerple and dape.DAPE make such")
         for size, axis in (("num_heads", 1), ("head_dim", 3)):
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:

@@ -17,6 +17,8 @@ from dape.bench.record import Entry, Missing
 from dape.errors import UserError, unknown
 from dape.files import read_json, write_json
 from dape.positions.scheme import resolve
+from dape.provenance import Provenance
+from dape.strict import build
 
 FORMAT = 1
 # Backends of `dape.attention` by the form of the computation.
@@ -90,7 +92,7 @@ class Costs:
 
     batch: int
     seed: int
-    provenance: dict[str, Any]
+    provenance: Provenance
     costs: list[Cost] = field(default_factory=list)
     format: int = FORMAT
 
@@ -204,10 +206,5 @@ def _place(cost: Cost) -> tuple[str, str, str, int, str]:
 def _costs(content: dict[str, Any]) -> Costs:
     if content.get("format") != FORMAT:
         raise UserError(f"not costs of format {FORMAT}")
-    costs = [Cost(**{**each, "entry": _read_entry(each["entry"])}) for each in content["costs"]]
-    return Costs(**{**content, "costs": costs})
-
-
-def _read_entry(content: dict[str, Any]) -> Entry:
-    missing = content["missing"]
-    return Entry(**{**content, "missing": missing and Missing(**missing)})
+    costs: Costs = build(Costs, content)
+    return costs

@@ -6,6 +6,8 @@ from typing import Any
 
 from dape.errors import UserError
 from dape.files import read_json, write_json
+from dape.provenance import Provenance
+from dape.strict import build
 
 FORMAT = 1
 # Reasons of a missing number.
@@ -90,7 +92,7 @@ class Results:
     dtype: str
     tokens: int
     seed: int
-    provenance: dict[str, Any]
+    provenance: Provenance
     yardstick: str = ""
     checks: list[Check] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
@@ -132,11 +134,5 @@ def load(path: Path) -> Results:
 def _results(content: dict[str, Any]) -> Results:
     if content.get("format") != FORMAT:
         raise UserError(f"not results of format {FORMAT}")
-    read = {
-        name: [
-            cls(**{**each, "missing": each["missing"] and Missing(**each["missing"])})
-            for each in content[name]
-        ]
-        for name, cls in (("checks", Check), ("entries", Entry))
-    }
-    return Results(**{**content, **read})
+    results: Results = build(Results, content)
+    return results

@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
+from dape import strict
 from dape.chomsky.encoder import Model, configure
 from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
 from dape.chomsky.tasks import TASKS, resolve
-from dape.errors import UserError
+from dape.errors import UserError, check_finite, check_whole
 from dape.files import read_yaml, shipped
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
-from dape.train import strict
 
 SCHEMES = (
     *("sinusoidal", "rope", "randomized-rope", "transformer-xl", "alibi", "kerple", "fire"),
@@ -46,8 +46,8 @@ class Benchmark:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise UserError(f"{name}={','.join(map(str, values))}: give a value, each once")
-        if min(self.seeds) < 0:
-            raise UserError(f"seeds={','.join(map(str, self.seeds))}: must be at least 0")
+        for seed in self.seeds:
+            check_whole(0, seeds=seed)
         _check(self)
         for scheme in self.schemes:
             _check_reach(self, scheme)
@@ -89,12 +89,12 @@ def _check(benchmark: Benchmark) -> None:
         ("evaluation", ("samples", "batch_tokens")),
     ):
         for name in names:
-            value = getattr(getattr(benchmark, section), name)
-            if value < 1:
-                raise UserError(f"{section}.{name}={value} must be at least 1")
+            check_whole(**{f"{section}.{name}": getattr(getattr(benchmark, section), name)})
     for name in ("learning_rate", "clip"):
-        if not getattr(training, name) > 0:
-            raise UserError(f"training.{name}={getattr(training, name)} must be above 0")
+        value = getattr(training, name)
+        check_finite(**{f"training.{name}": value})
+        if not value > 0:
+            raise UserError(f"training.{name}={value} must be above 0")
     if not 0 <= training.dropout < 1:
         raise UserError(f"training.dropout={training.dropout} must be from 0 to below 1")
     if evaluation.longest <= training.length:
@@ -110,8 +110,9 @@ def read(path: Path) -> Benchmark:
     Raises:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
     """
+    data = read_yaml(shipped(path))
     try:
-        found: Benchmark = strict.build(Benchmark, read_yaml(shipped(path)))
+        found: Benchmark = strict.build(Benchmark, data)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return found

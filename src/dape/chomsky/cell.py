@@ -3,18 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from dape import strict
 from dape.chomsky.benchmark import Benchmark, differences
 from dape.chomsky.encoder import Encoder, Model, build, configure
 from dape.chomsky.tasks import resolve
 from dape.errors import UserError
-from dape.files import read_json, whole, write_json
+from dape.files import read_json, read_tensors, whole, write_json
+from dape.provenance import Provenance
+from dape.strict import Holds
 
 FORMAT = 2
+_Training = Annotated[dict[str, Any], Holds({"length": int})]
+Settings = Annotated[
+    dict[str, Any],
+    Holds({"model": dict[str, Any], "training": _Training, "evaluation": dict[str, Any]}),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +39,13 @@ class Cell:
     task: str
     scheme: str
     seed: int
-    settings: dict[str, Any]
+    settings: Settings
     parameters: int
     loss: list[tuple[int, float]]
     accuracy: list[float]
     seconds: dict[str, float]
     models: int
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = field(default=FORMAT)
 
     @property
@@ -69,8 +77,10 @@ def load(file: Path) -> Cell:
     """Return the cell in a file.
 
     Raises:
-        UserError: for a file that is not a cell, or of another format.
+        UserError: for a missing or damaged file, or another format.
     """
+    if not file.exists():
+        raise UserError(f"{file} is missing; train it by `dape chomsky train`")
     return read_json(file, _build, "remove the file and train again")
 
 
@@ -93,9 +103,10 @@ def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | 
 
 
 def _build(content: dict[str, Any]) -> Cell:
-    if content["format"] != FORMAT:
-        raise UserError(f"the format is {content['format']}, not {FORMAT}")
-    return Cell(**{**content, "loss": [(step, loss) for step, loss in content["loss"]]})
+    if content.get("format") != FORMAT:
+        raise UserError(f"the format is {content.get('format')!r}, not {FORMAT}")
+    cell: Cell = strict.build(Cell, content)
+    return cell
 
 
 def weights(folder: Path, task: str, scheme: str, seed: int) -> Path:
@@ -113,16 +124,21 @@ def load_model(folder: Path, task: str, scheme: str, seed: int) -> Encoder:
     """Return a trained encoder.
 
     Raises:
-        UserError: for an untrained model, or absent parameters.
+        UserError: for an untrained model, or absent or damaged parameters.
     """
     cell = load(path(folder, task, scheme, seed))
     file = weights(folder, task, scheme, seed)
     if not file.exists():
         raise UserError(f"{file} is missing; train the cell again to get the parameters")
     problem = resolve(task)
-    config = configure(Model(**cell.settings["model"]), scheme, problem, cell.trained)
+    config = configure(strict.build(Model, cell.settings["model"]), scheme, problem, cell.trained)
     encoder = build(config, len(problem.outputs), seed)
-    encoder.load_state_dict(load_file(file))
+    parameters = read_tensors(file, "train the cell again")
+    try:
+        encoder.load_state_dict(parameters)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{file} has other tensors ({reason}); train the cell again") from None
     return encoder.eval()
 
 

@@ -23,6 +23,8 @@ from dape.errors import UserError
 from dape.evaluate.capture import Row, rows_of
 from dape.files import read_json, write_json
 from dape.positions.rotary import RandomizedRoPE
+from dape.provenance import Provenance
+from dape.strict import build
 
 FORMAT = 1
 DIGITS = 4  # of a number in a map
@@ -64,7 +66,7 @@ class Map:
     inputs: int
     query: int
     layers: list[Layer]
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = field(default=FORMAT)
 
     def save(self, file: Path) -> None:
@@ -80,7 +82,7 @@ def load(file: Path) -> Map:
     """
     return read_json(
         file,
-        lambda content: Map(**{**content, "layers": [Layer(**each) for each in content["layers"]]}),
+        partial(build, Map),
         "make the file again by `dape chomsky map`",
     )
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
@@ -20,7 +21,8 @@ from dape.chomsky.encoder import build, configure
 from dape.chomsky.measure import accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
-from dape.files import remove, whole
+from dape.errors import UserError
+from dape.files import is_free, locked, remove, remove_leftovers, whole
 from dape.provenance import provenance
 from dape.runs import RunFolder
 
@@ -83,11 +85,25 @@ def run(
     Concurrent jobs have separate streams of the GPU. At SIGINT or SIGTERM all jobs save a
     checkpoint, and the function raises `KeyboardInterrupt`. The next call resumes from the
     checkpoints.
+
+    Raises:
+        UserError: for a folder with other content, and for a folder of another process.
     """
+    folder = RunFolder(benchmark.folder)
+    if not (is_free(folder.path) or folder.record.is_file()):
+        raise UserError(f"{folder} exists and is no benchmark; give another --out")
+    with locked(folder.path, f"another process trains in {folder}; wait for its end"):
+        folder.update_record(provenance(device, argv))
+        _run(benchmark, device, report, argv, together)
+
+
+def _run(
+    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int
+) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    RunFolder(benchmark.folder).update_record(provenance(device, argv))
     due = plan(benchmark)
+    _tidy(benchmark, {(job.task, job.scheme) for job in due})
     for first in range(0, len(due), together):
         jobs = due[first : first + together]
         with _precision(benchmark.training.precision):
@@ -106,10 +122,7 @@ def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
     task, training = TASKS[job.task], benchmark.training
     config = configure(benchmark.model, job.scheme, task, training.length, "reference")
     course = Course(job, Stack(task, config, training, job.seeds, device))
-    state: dict[str, Any] = {}
-    with suppress(EOFError, OSError, RuntimeError, UnpicklingError):
-        file = _checkpoint(job, benchmark)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = _state(job, benchmark)
     same = (job.seeds, benchmark.settings(), device.type)
     if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
         course.stack.restore(state["stack"])
@@ -188,6 +201,27 @@ def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) ->
 
 def _checkpoint(job: Job, benchmark: Benchmark) -> Path:
     return benchmark.folder / "checkpoints" / f"{job.task}-{job.scheme}.pt"
+
+
+def _state(job: Job, benchmark: Benchmark) -> dict[str, Any]:
+    """Return what the checkpoint of a job holds, nothing if it cannot be read."""
+    with suppress(EOFError, OSError, RuntimeError, UnpicklingError):
+        state = torch.load(_checkpoint(job, benchmark), map_location="cpu", weights_only=True)
+        if isinstance(state, dict) and state.get("step", 0) <= benchmark.training.steps:
+            return state
+    return {}
+
+
+def _tidy(benchmark: Benchmark, due: set[tuple[str, str]]) -> None:
+    """Remove what a killed process left: checkpoints of finished cells, unfinished writes."""
+    folder = benchmark.folder
+    for file in (folder, *folder.glob("*/"), *folder.glob("*/*/")):
+        remove_leftovers(file)
+    for task, scheme in {*product(benchmark.tasks, benchmark.schemes)} - due:
+        job = Job(task, scheme, benchmark.seeds)
+        seeds = _state(job, benchmark).get("seeds", ())
+        if all(cells.path(folder, task, scheme, seed).exists() for seed in seeds):
+            remove(_checkpoint(job, benchmark))
 
 
 def _save(course: Course, benchmark: Benchmark) -> None:

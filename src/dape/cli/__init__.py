@@ -75,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words[:1] == ["--version"]:
+    if words == ["--version"]:
         from dape import __version__
 
         print(f"dape {__version__}")
         return 0
-    if words[:1] == ["--completion"]:
+    if words == ["--completion"]:
         from dape.cli.completion import script
 
         print(script(COMMANDS), end="")

@@ -39,7 +39,22 @@ def parse(
         raise _error(mistake, cls, prog)
 
     with mistakes.on_parse_error(refuse):
-        return tyro.cli(cls, prog=prog, args=argv, description=_description(cls), **defaults)
+        arguments = tyro.cli(cls, prog=prog, args=argv, description=_description(cls), **defaults)
+    _check_numbers(arguments)
+    return arguments
+
+
+def _check_numbers(arguments: Any) -> None:
+    """Raise a `UserError` for a whole number beyond 64 bits, and for a seed below 0."""
+    for field in fields(arguments):
+        value, option = getattr(arguments, field.name), f"--{field.name.replace('_', '-')}"
+        if is_dataclass(value):
+            _check_numbers(value)
+        for each in value if isinstance(value, tuple) else (value,):
+            if type(each) is int and abs(each) >= 2**63:
+                raise UserError(f"{option} {each}: between -2**63 and 2**63")
+            if field.name in ("seed", "seeds") and each is not None and each < 0:
+                raise UserError(f"{option} {each}: at least 0")
 
 
 def _description(cls: type) -> str:

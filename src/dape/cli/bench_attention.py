@@ -12,7 +12,7 @@ from dape.cli.arguments import parse
 from dape.cli.info import installed
 from dape.cli.options import Lengths, Names, at_least_one
 from dape.errors import UserError
-from dape.train.strict import default
+from dape.strict import default
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Measuring, at_least_one
-from dape.train.strict import default
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.record import Evaluation

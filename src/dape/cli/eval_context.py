@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from dape.cli.arguments import parse
 from dape.cli.options import Lengths, Measuring, at_least_one
 from dape.errors import UserError
-from dape.train.strict import default
+from dape.strict import default
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Arguments(Measuring):
 
     The last 256 tokens of a window are sorted into bins, by the shortest window with an earlier
     occurrence of the token. Writes RUN/evaluation/context.json, for `dape plot context`.
+    A repeated command resumes behind the last finished length.
     """
 
     lengths: Annotated[Lengths, default("the training length, doubled up to 16 times")] = ()
@@ -31,6 +32,8 @@ class Arguments(Measuring):
     """prepared corpus"""
     seed: int = 0
     """seed of the choice of documents"""
+    again: bool = False
+    """measure finished lengths again; by default they are skipped"""
 
     def __post_init__(self) -> None:
         """Refuse counts below 1, an empty list of runs, and a single length."""
@@ -63,6 +66,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
+            again=arguments.again,
             partial_weights=arguments.partial_weights,
             command=shlex.join(["dape", "eval", "context", *argv]),
             watch=watch,

@@ -10,7 +10,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Lengths, Measuring, Names, at_least_one
 from dape.errors import UserError
-from dape.train.strict import default
+from dape.strict import default
 
 
 @dataclass(frozen=True)

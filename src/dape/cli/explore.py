@@ -9,7 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_format
 from dape.errors import UserError
-from dape.train.strict import default
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.passage import Passage

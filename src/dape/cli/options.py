@@ -11,7 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
-from dape.train.strict import default
+from dape.strict import default
 
 
 def lengths(text: str) -> tuple[int, ...]:

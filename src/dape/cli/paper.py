@@ -10,7 +10,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import Names, commas
 from dape.errors import UserError, unknown
-from dape.train.strict import default
+from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.paper.cells import Cell

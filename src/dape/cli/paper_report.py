@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.paper import Folders
-from dape.train.strict import default
+from dape.strict import default
 
 
 @dataclass(frozen=True, slots=True)

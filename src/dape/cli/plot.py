@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from dape.cli.arguments import parse
 from dape.cli.options import Runs, check_format
 from dape.errors import UserError
-from dape.train.strict import default
+from dape.strict import default
 
 FORMATS = (".png", ".pdf", ".svg", ".html", ".md")
 

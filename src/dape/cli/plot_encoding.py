@@ -9,7 +9,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.cli.options import check_format
 from dape.figures.view import View
-from dape.train.strict import default
+from dape.strict import default
 
 FORMATS = (".png", ".pdf", ".svg")
 

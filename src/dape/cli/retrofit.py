@@ -11,13 +11,13 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.eval import show
-from dape.cli.options import Lengths
+from dape.cli.options import Lengths, at_least_one
 from dape.cli.progress import progress
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.strict import default
 from dape.train.recipe import Retrofit
 from dape.train.recipe import read as read_recipe
-from dape.train.strict import default
 
 PROG = "dape retrofit MODEL"
 BEYOND = 4  # default longest window, as a multiple of the longer training length
@@ -39,6 +39,12 @@ class Arguments:
     """scored tokens of a window: the last 256, or all"""
     documents: int = 100
     """largest number of documents of the test split"""
+    blocks: int = 4
+    """largest number of blocks of scored tokens in a document"""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below one."""
+        at_least_one(self, "documents", "blocks")
 
 
 def main(argv: list[str]) -> None:
@@ -83,8 +89,9 @@ def run(arguments: Arguments) -> None:
     check_folder(recipe, {"path": recipe.data, "checksum": corpus.checksum})
     lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
     rule = protocol(arguments.protocol, lengths)
+    documents, blocks = arguments.documents, arguments.blocks
     # Lengths beyond every document are refused before the training.
-    plan_windows(corpus, "test", rule, lengths, documents=arguments.documents, blocks=4, seed=0)
+    plan_windows(corpus, "test", rule, lengths, documents=documents, blocks=blocks, seed=0)
     trained = finetune(recipe.model.base, recipe)
     if not is_first_rank():
         return
@@ -94,7 +101,8 @@ def run(arguments: Arguments) -> None:
             corpus,
             lengths,
             arguments.protocol,
-            documents=arguments.documents,
+            documents=documents,
+            blocks=blocks,
             device=recipe.hardware.device,
             command=command(arguments, lengths),
             watch=watch,
@@ -110,7 +118,7 @@ def command(arguments: Arguments, lengths: Sequence[int]) -> str:
         *("--data", recipe.data),
         *("--lengths", ",".join(map(str, lengths))),
         *("--protocol", arguments.protocol),
-        *("--documents", str(arguments.documents)),
+        *("--documents", str(arguments.documents), "--blocks", str(arguments.blocks)),
         *("--device", recipe.hardware.device),
     ]
     return shlex.join(words)

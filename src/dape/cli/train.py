@@ -105,10 +105,10 @@ def ending(folder: "RunFolder") -> str:
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; to measure: dape eval {folder}"
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
         raise UserError(
-            f"{folder.record} is damaged ({error}); run the command of the run again, under"
-            " another --name"
+            f"{folder.record} is damaged ({error} is missing); run the command of the run again,"
+            " under another --name"
         ) from None
 
 

@@ -1,7 +1,8 @@
 """A prepared corpus: memory-mapped tokens with document boundaries, and windows for training."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -252,6 +253,12 @@ def _verify(
         raise UserError(f"{index_file(path)} does not belong to the shard; {_AGAIN}")
 
 
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest: of the tokenizer, the type of tokens and all shards."""
+    content = [manifest["tokenizer"]["fingerprint"], manifest["dtype"], manifest["splits"]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def index_file(shard: Path) -> Path:
     """Return the file with the document boundaries of a shard, int64 [documents + 1]."""
     return shard.with_suffix(".idx.npy")
@@ -280,8 +287,8 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, int]:
         raise UserError(f"the format is {manifest['format']}, not {FORMAT}")
     for value in (manifest["tokenizer"]["vocab_size"], manifest["tokenizer"]["end_of_text"]):
         check_whole(0, token=value)
-    if not isinstance(manifest["checksum"], str):
-        raise TypeError(f"checksum is {manifest['checksum']!r}")
+    if manifest["checksum"] != checksum_of(manifest):
+        raise UserError("its checksum is not that of what it names")
     width = np.dtype(manifest["dtype"]).itemsize
     return {
         shard["file"]: shard["tokens"] * width

@@ -111,7 +111,10 @@ def saved(source: str) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return fetch(PreTrainedTokenizerFast.from_pretrained, source)
+        tokenizer: PreTrainedTokenizerFast = fetch(PreTrainedTokenizerFast.from_pretrained, source)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length={tokenizer.model_max_length!r}")
+        return tokenizer
     except UserError:
         raise
     except Exception as error:  # the Rust parser raises bare exceptions

@@ -1,7 +1,5 @@
 """Writing a corpus, resumable after an interruption."""
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dape.data.encoding import Encoded
-from dape.data.shards import MANIFEST, index_file, scan
+from dape.data.shards import MANIFEST, checksum_of, index_file, scan
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
 
@@ -202,13 +200,12 @@ class CorpusWriter:
             writer.finish()
         self.close()
         splits = {name: asdict(written) for name, written in self.state.splits.items()}
-        content = [self._header["tokenizer"]["fingerprint"], self._header["dtype"], splits]
         manifest = {
             **self._header,
             "splits": splits,
             "skipped": {"broken": self.state.broken, "empty": self.state.empty},
-            "checksum": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         }
+        manifest["checksum"] = checksum_of(manifest)
         if not self.state.listed:
             (self._folder / SKIPPED).unlink()
         write_json(self._folder / MANIFEST, manifest)

@@ -24,12 +24,13 @@ from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import protocol
 from dape.evaluate.record import Targets, restore, save
-from dape.evaluate.results import results_folders
+from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import provenance
+from dape.provenance import Provenance, provenance
 
 FORMAT = 1
+Losses = Float[np.ndarray, "windows scored"]
 NEVER = 2**62  # tokens back: more than any text has, and the sum of two does not overflow
 OCCURRENCES = {"token": "the token", "pair": "the token and the token before"}
 
@@ -57,7 +58,8 @@ class ContextUse:
     Attributes:
         subject: the model.
         targets: the scored tokens.
-        lengths: measured window lengths in tokens, ascending.
+        lengths: window lengths in tokens, ascending. An unfinished record has losses of the first
+            lengths only.
         positions: the first and last number of earlier tokens, and the mean loss in nats, for each
             bin of positions in the longest window.
         tallies: a `Tally` for each key of `OCCURRENCES`.
@@ -70,8 +72,13 @@ class ContextUse:
     lengths: list[int]
     positions: list[tuple[int, int, float]]
     tallies: dict[str, Tally]
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = field(default=FORMAT)
+
+    @property
+    def measured(self) -> list[int]:
+        """Return the lengths that have losses."""
+        return self.lengths[: min(len(each.losses) for each in self.tallies.values())]
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -85,16 +92,7 @@ def load(path: Path) -> ContextUse:
         UserError: naming the command to run, for a missing file or a file of another version.
     """
     kind, remedy = "record of the use of the context", "run `dape eval context` on the model"
-    return restore(path, kind, FORMAT, remedy, _context_use)
-
-
-def _context_use(content: dict[str, Any]) -> ContextUse:
-    changed = {
-        "targets": Targets(**content["targets"]),
-        "positions": [tuple(each) for each in content["positions"]],
-        "tallies": {name: Tally(**each) for name, each in content["tallies"].items()},
-    }
-    return ContextUse(**{**content, **changed})
+    return restore(path, kind, FORMAT, remedy, ContextUse)
 
 
 def last_occurrence(symbols: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
@@ -131,13 +129,15 @@ def evaluate_context(
     device: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
+    again: bool = False,
     partial_weights: bool = False,
     command: str = "dape.evaluate.evaluate_context",
     watch: Watch = SILENT,
 ) -> list[ContextUse]:
     """Return the use of the context by each model: losses by position and by last occurrence.
 
-    `dape.evaluate.evaluate` explains the arguments.
+    `dape.evaluate.evaluate` explains the arguments. The file receives each length as soon as the
+    length is measured. A repeated call for equal lengths resumes behind the last finished length.
 
     Raises:
         UserError: as `evaluate`, and for models trained on different corpora.
@@ -159,6 +159,11 @@ def evaluate_context(
     with results_folders(opened, out, lambda each: [each.evaluation(*place)]) as folders:
         watch.begin(planned.tokens * len(opened))
         for model, folder in zip(opened, folders, strict=True):
+            kept = Kept(folder.evaluation(*place) if folder else None, load)
+            done = None if again else _before(kept, model, planned, origin)
+            for windows in planned.windows[: len(done.measured) if done else 0]:
+                watch.announce(str(model.folder), windows.length, KEPT)
+                watch.advance(windows.tokens)
             record = context_use(
                 model,
                 planned,
@@ -166,11 +171,29 @@ def evaluate_context(
                 batch_tokens=batch_tokens,
                 provenance=origin,
                 advance=watch.advance,
+                done=done,
+                keep=kept.keep,
             )
-            if folder is not None:
-                record.save(folder.evaluation(*place))
+            kept.finish(record)
             found.append(record)
     return found
+
+
+def _before(
+    kept: Kept[ContextUse], model: Model, plan: Plan, origin: dict[str, Any]
+) -> ContextUse | None:
+    """Return what was measured before of the same model and windows, the same way."""
+    if model.weights is None:
+        return None
+    same = (
+        replace(each, provenance=origin)
+        for each in kept.read()
+        if each.subject.weights == model.weights
+        and each.subject.run == str(model.folder)
+        and (each.targets, each.lengths) == (plan.targets, [each.length for each in plan.windows])
+        and same_origin(each.provenance, origin)
+    )
+    return max(same, key=lambda each: len(each.measured), default=None)
 
 
 def context_use(
@@ -181,56 +204,68 @@ def context_use(
     batch_tokens: int,
     provenance: dict[str, Any],
     advance: Callable[[int], object] = lambda tokens: None,
+    done: ContextUse | None = None,
+    keep: Callable[[ContextUse], object] = lambda record: None,
 ) -> ContextUse:
     """Return the record of a model, for a plan of the protocol `last`.
 
-    At the longest length all tokens of a window are scored, for the losses by position.
+    At the longest length all tokens of a window are scored, for the losses by position. `done`
+    holds the losses of the first lengths, if any, and `keep` gets the record after each length.
 
     Raises:
         UserError: if the model refuses a length, or memory runs out.
     """
-    document = plan.corpus.split(plan.split).document
-    *_, longest = windows = sorted(plan.windows, key=lambda each: each.length)
+    *shorter, longest = plan.windows
     whole = replace(longest, scored=longest.length)
+    tallied = _tallies(plan)
+    if done is not None and done.measured == done.lengths:
+        return done
     with model.loaded(device, longest.length) as network, model.refusing():
-        subject = model.subject(network)
-        losses = [
-            token_losses(
+        if done is None:
+            lengths = [each.length for each in plan.windows]
+            subject = model.subject(network)
+            done = ContextUse(subject, plan.targets, lengths, [], tallied([]), provenance)
+        for windows in (*shorter, whole)[len(done.measured) :]:
+            losses = token_losses(
                 network,
-                document,
-                each,
+                plan.corpus.split(plan.split).document,
+                windows,
                 batch_tokens=batch_tokens,
                 device=device_of(network, device),
                 precision=PRECISIONS[model.precision(device)],
                 advance=advance,
             )
-            for each in (*windows[:-1], whole)
-        ]
-    tokens = window_tokens(document, longest, slice(None))
-    needed = [window_needed(row, longest.scored) for row in tokens]
-    lengths = [each.length for each in windows]
-    _, owner = np.unique(longest.documents, return_inverse=True)
-    return ContextUse(
-        subject=subject,
-        targets=plan.targets,
-        lengths=lengths,
-        positions=measure(losses[-1], whole, plan.bytes).contexts,
-        tallies={
-            name: tally(
-                np.stack([each[name] for each in needed]),
-                [each[:, -longest.scored :] for each in losses],
-                owner,
-                lengths,
+            done = replace(
+                done,
+                positions=measure(losses, whole, plan.bytes).contexts if windows is whole else [],
+                tallies=_joined(done.tallies, tallied([losses[:, -longest.scored :]])),
             )
-            for name in OCCURRENCES
-        },
-        provenance=provenance,
-    )
+            keep(done)
+    return done
+
+
+def _tallies(plan: Plan) -> Callable[[Sequence[Losses]], dict[str, Tally]]:
+    """Return the function from losses of lengths to their tallies, for the tokens of a plan."""
+    *_, longest = plan.windows
+    tokens = window_tokens(plan.corpus.split(plan.split).document, longest, slice(None))
+    rows = [window_needed(row, longest.scored) for row in tokens]
+    needed = {name: np.stack([row[name] for row in rows]) for name in OCCURRENCES}
+    _, owner = np.unique(longest.documents, return_inverse=True)
+    lengths = [each.length for each in plan.windows]
+    return lambda losses: {
+        name: tally(needed[name], losses, owner, lengths) for name in OCCURRENCES
+    }
+
+
+def _joined(before: dict[str, Tally], after: dict[str, Tally]) -> dict[str, Tally]:
+    return {
+        name: Tally(each.tokens, before[name].losses + each.losses) for name, each in after.items()
+    }
 
 
 def tally(
     needed: Int[np.ndarray, "windows scored"],
-    losses: Sequence[Float[np.ndarray, "windows scored"]],
+    losses: Sequence[Losses],
     owner: Int[np.ndarray, " windows"],
     lengths: Sequence[int],
 ) -> Tally:

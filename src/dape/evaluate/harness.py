@@ -22,7 +22,7 @@ from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.results import KEPT, results_folders, same_origin
 from dape.evaluate.subject import Model, Subject, files_checksum
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import provenance
+from dape.provenance import Provenance, provenance
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Harnessed:
     subject: Subject
     task: str
     max_length: int
-    provenance: dict[str, Any]
+    provenance: Provenance
     version: str | None = None
     samples: int | None = None
     scores: list[Score] = field(default_factory=list)
@@ -249,11 +249,7 @@ def load(path: Path) -> Harnessed:
     Raises:
         UserError: for a file that is missing, damaged or of another version.
     """
-    return restore(path, "result", FORMAT, "run `dape eval harness` on the model", _harnessed)
-
-
-def _harnessed(content: dict[str, Any]) -> Harnessed:
-    return Harnessed(**{**content, "scores": [Score(**each) for each in content["scores"]]})
+    return restore(path, "result", FORMAT, "run `dape eval harness` on the model", Harnessed)
 
 
 def _tokenizer(model: Model) -> "PreTrainedTokenizerFast":

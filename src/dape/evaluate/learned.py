@@ -6,7 +6,6 @@ The record has the content of Figure 1 of Zheng et al., 2024, with numbers by he
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from dape.evaluate.capture import attending, capture
 from dape.evaluate.heads import Head, describe
 from dape.evaluate.record import restore, save
 from dape.evaluate.subject import Model, Subject
+from dape.provenance import Provenance
 
 FORMAT = 1
 SPANS = 256  # most spans of keys with a mean in a record
@@ -53,7 +53,7 @@ class Learned:
     far: int
     spans: list[int]
     layers: list[Layer]
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = field(default=FORMAT)
 
     def save(self, path: Path) -> None:
@@ -68,15 +68,7 @@ def load(path: Path) -> Learned:
         UserError: naming the command to run, for a missing file or a file of another version.
     """
     kind, remedy = "record of learned rows", "run `dape plot learned` on a run"
-    return restore(path, kind, FORMAT, remedy, _learned)
-
-
-def _learned(content: dict[str, Any]) -> Learned:
-    layers = [
-        Layer(**{**layer, "heads": [Head(**head) for head in layer["heads"]]})
-        for layer in content["layers"]
-    ]
-    return Learned(**{**content, "layers": layers})
+    return restore(path, kind, FORMAT, remedy, Learned)
 
 
 def learned(
@@ -89,7 +81,7 @@ def learned(
     document: int | None = None,
     split: str = "test",
     device: torch.device,
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> Learned:
     """Return the record of a query of a model.
 

@@ -1,6 +1,7 @@
 """From names of models to models for a measurement."""
 
 from collections.abc import Sequence
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +57,14 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
         UserError: for an unknown model.
     """
     folder = RunFolder(path)
-    recipe = folder.read_recipe() if folder.exists else None
+    # A record without a recipe is of a run whose recipe was lost.
+    recipe = folder.read_recipe() if folder.exists or lexists(folder.record) else None
     if recipe and folder.is_retrofit:
         return _open_finetuned(folder, recipe, partial_weights)
     for place in (folder.model, path):
         if (place / "config.json").is_file():
             config = load_config(str(place)).get_text_config()
+            _check_config(place / "config.json", config, recipe or {})
             return Model(folder, str(place), config, recipe, partial_weights)
     if path.exists():
         remedy = (
@@ -76,6 +79,18 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
     name = path.as_posix()
     config = load_config(name).get_text_config()
     return Model(RunFolder(Path("runs") / name), name, config, partial_weights=partial_weights)
+
+
+def _check_config(file: Path, config: Any, recipe: dict[str, Any]) -> None:
+    """Raise a `UserError` for a configuration of a model that its run's recipe contradicts."""
+    training = {"train_length": (recipe.get("training") or {}).get("length")}
+    asked = {**(recipe.get("model") or {}), **training, "backend": None}
+    for name, value in asked.items():
+        if value is not None and getattr(config, name, value) != value:
+            raise UserError(
+                f"{file} has {name}={getattr(config, name)!r}, the recipe of the run {value!r}; one"
+                " of both is damaged or changed: put it back, or train again under another --name"
+            )
 
 
 def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: bool) -> Finetuned:

@@ -1,15 +1,15 @@
 """Records of evaluations: JSON files in the run folder."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
+from dape import strict
 from dape.errors import UserError
 from dape.evaluate.perplexity import Measurement
 from dape.evaluate.subject import Subject
 from dape.files import read_json, write_json
+from dape.provenance import Provenance
 
 FORMAT = 1
 _REMEDY = "run `dape eval` on the model"
@@ -42,6 +42,13 @@ class Targets:
     bytes: list[int] | None
     bos: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse counts that are not one for each document."""
+        for name in ("tokens", "bytes"):
+            counts = getattr(self, name)
+            if counts is not None and len(counts) != len(self.documents):
+                raise UserError(f"{name} has {len(counts)} counts for {len(self.documents)}")
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -59,9 +66,19 @@ class Evaluation:
     subject: Subject
     targets: Targets
     measurements: list[Measurement]
-    provenance: dict[str, Any]
+    provenance: Provenance
     refused: dict[int, str] = field(default_factory=dict)
     format: int = field(default=FORMAT)
+
+    def __post_init__(self) -> None:
+        """Refuse numbers of other documents than those of the targets."""
+        for each in self.measurements:
+            if len(each.document_losses) != len(self.targets.documents):
+                raise UserError(f"document_losses of length {each.length} has not each document")
+            if (each.bits_per_byte is None) != (self.targets.bytes is None):
+                raise UserError(f"bits_per_byte of length {each.length} without bytes, or none")
+            if (each.loss_error is None) != (len(each.document_losses) == 1):
+                raise UserError(f"loss_error of length {each.length} is that of other documents")
 
     @property
     def lengths(self) -> list[int]:
@@ -85,19 +102,7 @@ def load(path: Path) -> Evaluation:
         UserError: naming the command to run, for a file that is missing, damaged or of another
             version.
     """
-    return restore(path, "evaluation", FORMAT, _REMEDY, _evaluation)
-
-
-def _evaluation(content: dict[str, Any]) -> Evaluation:
-    measurements = [
-        typed(Measurement, {**each, "contexts": [tuple(bin) for bin in each["contexts"]]})
-        for each in content["measurements"]
-    ]
-    refused = {int(length): reason for length, reason in content.get("refused", {}).items()}
-    targets = typed(Targets, content["targets"])
-    return Evaluation(
-        **{**content, "targets": targets, "measurements": measurements, "refused": refused}
-    )
+    return restore(path, "evaluation", FORMAT, _REMEDY, Evaluation)
 
 
 def save(path: Path, record: Any) -> None:
@@ -106,22 +111,8 @@ def save(path: Path, record: Any) -> None:
     write_json(path, {**content.pop("subject"), **content})
 
 
-def typed(cls: Callable[..., Record], values: dict[str, Any]) -> Record:
-    """Return a dataclass; a `TypeError` for a field of a wrong type, at any depth."""
-    for name, hint in get_type_hints(cls).items():
-        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds = {get_origin(option) or option for option in options}
-        if float in kinds:
-            kinds.add(int)
-        if name in values and type(values[name]) not in kinds:
-            raise TypeError(f"{name} is {values[name]!r}")
-    return cls(**values)
-
-
-def restore(
-    path: Path, kind: str, form: int, remedy: str, build: Callable[[dict[str, Any]], Record]
-) -> Record:
-    """Return `build(fields)` for a file of `save`, with the subject as a field.
+def restore(path: Path, kind: str, form: int, remedy: str, cls: type[Record]) -> Record:
+    """Return the record of a class in a file of `save`.
 
     Raises:
         UserError: with the remedy, for a file that is missing, damaged or of another format.
@@ -133,7 +124,17 @@ def restore(
         if content.get("format") != form:
             raise UserError(f"the file holds no {kind} of format {form}")
         names = {each.name for each in fields(Subject)} & content.keys()
-        subject = typed(Subject, {name: content.pop(name) for name in names})
-        return build({**content, "subject": subject})
+        subject = strict.build(Subject, {name: content.pop(name) for name in names})
+        _check(subject)
+        record: Record = strict.build(cls, {**content, "subject": subject})
+        return record
 
     return read_json(path, built, f"{remedy} again")
+
+
+def _check(subject: Subject) -> None:
+    """Raise a `UserError` for a run without a seed or a length, and for another model's seed."""
+    if (subject.seed is None) != (subject.settings is None):
+        raise UserError("a run has a seed and settings, another model neither")
+    if subject.settings is not None and subject.train_length is None:
+        raise UserError("a run has a train_length")

@@ -24,7 +24,7 @@ from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
 from dape.evaluate.subject import Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import provenance
+from dape.provenance import Provenance, provenance
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Retrieval:
     plan: Plan
     cells: list[Cell]
     refused: dict[int, str]
-    provenance: dict[str, Any]
+    provenance: Provenance
     format: int = FORMAT
 
     def values(self, metric: str) -> Float[np.ndarray, "depths lengths"]:
@@ -129,17 +129,7 @@ def load(path: Path) -> Retrieval:
             version.
     """
     remedy = f"run `dape eval retrieval --tasks {path.stem}` on the model"
-    return restore(path, "retrieval", FORMAT, remedy, _retrieval)
-
-
-def _retrieval(content: dict[str, Any]) -> Retrieval:
-    plan = content["plan"]
-    changed = {
-        "plan": Plan(tuple(plan["lengths"]), tuple(plan["depths"]), plan["trials"], plan["seed"]),
-        "cells": [Cell(**cell) for cell in content["cells"]],
-        "refused": {int(length): why for length, why in content["refused"].items()},
-    }
-    return Retrieval(**{**content, **changed})
+    return restore(path, "retrieval", FORMAT, remedy, Retrieval)
 
 
 def evaluate_retrieval(

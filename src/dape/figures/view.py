@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from dape.errors import UserError
-from dape.train.strict import default
+from dape.errors import UserError, check_whole
+from dape.strict import default
+
+LARGEST = 2**16  # of a size
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,10 @@ class View:
     def __post_init__(self) -> None:
         """Refuse impossible sizes."""
         for name, least in (("heads", 1), ("head_dim", 1), ("train_length", 2), ("length", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+            check_whole(least, **{name: getattr(self, name)})
+            if getattr(self, name) > LARGEST:
+                raise UserError(f"{name}={getattr(self, name)} must be at most {LARGEST}")
+        check_whole(0, seed=self.seed)
         for head in self.matrices:
             if not 1 <= head <= self.heads:
                 raise UserError(f"matrices: head {head} is not one of 1 to {self.heads}")

@@ -27,7 +27,7 @@ def load_config(source: str, **changes: Any) -> Any:
     """
     try:
         return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
-    except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"config.json of {source} is not a configuration of a model ({reason}); save the model"

@@ -11,6 +11,7 @@ from dape.chomsky.benchmark import SCHEMES
 from dape.chomsky.tasks import TASKS
 from dape.files import read_json
 from dape.paper.cells import INSIDE, Cell, Setting, Step, run_folder
+from dape.strict import build
 
 RECIPE = "recipes/chomsky.yaml"
 STEPS = 10_000  # Deletang et al. train a million, the DAPE paper 200,000
@@ -120,7 +121,7 @@ class _Speed:
 
 
 def _speeds(content: Mapping[str, Any]) -> list[_Speed]:
-    return [_Speed(**each) for each in content["prices"]]
+    return [build(_Speed, each) for each in content["prices"]]
 
 
 def _cost(speeds: list[_Speed], scheme: str, models: int, task: str, steps: int) -> float | None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import locked, read_json, remove, write_json
 from dape.paper.cells import Cell, Step
+from dape.strict import build
 from dape.train import recipe as recipes
 
 State = Literal["finished", "failed", "missing", "changed"]
@@ -58,7 +60,7 @@ def read(cell: Cell) -> End:
     Raises:
         UserError: for an unfinished cell.
     """
-    return read_json(_file(cell), lambda content: End(**content), "run the cell again")
+    return read_json(_file(cell), partial(build, End), "run the cell again")
 
 
 def minutes(cells: Iterable[Cell]) -> float:

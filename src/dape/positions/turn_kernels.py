@@ -7,10 +7,7 @@ come as `_b, _h, _t`.
 import triton
 import triton.language as tl
 
-from dape.jit import started
 
-
-@started
 @triton.jit
 def turn_kernel(
     x, cos, sin, out, rows, heads, length, x_b, x_h, x_t, out_b, out_h, out_t, waves_b, sign,

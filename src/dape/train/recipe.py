@@ -10,12 +10,12 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
+from dape import strict
 from dape.errors import UserError, check_whole
 from dape.files import read_yaml, shipped
 from dape.runs import RunFolder
-from dape.train import strict
+from dape.strict import default
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
-from dape.train.strict import default
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on the trained weights
 _Settings = TypeVar("_Settings", bound="Settings")

@@ -10,7 +10,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.files import parse_yaml
-from dape.train.strict import Switch, default
+from dape.strict import Switch, default
 
 DEEPEST = 10_000  # layers
 

@@ -24,7 +24,6 @@ from dape.attention.fused.tiles import (
     toeplitz,
     unwanted,
 )
-from dape.jit import started
 
 
 @triton.jit
@@ -62,7 +61,6 @@ def score_tile(
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
 
 
-@started
 @triton.jit
 def scores_kernel(
     left, right, x, scale, unit, num_rows, num_keys, shift,
@@ -97,7 +95,6 @@ def scores_kernel(
             )  # fmt: skip
 
 
-@started
 @triton.jit
 def softmax_value_kernel(
     x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
@@ -164,7 +161,6 @@ def softmax_value_kernel(
         tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
 
 
-@started
 @triton.jit
 def balance_kernel(
     x, y, table, lse, delta, scaled, grad_lse, unit,
@@ -228,7 +224,6 @@ def balance_kernel(
     tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
 
 
-@started
 @triton.jit
 def grad_query_kernel(
     y, key, unit, grad_query, num_rows, num_keys, shift, scale,
@@ -289,7 +284,6 @@ def add_rows(
     return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
-@started
 @triton.jit
 def grad_key_value_kernel(
     x, y, query, grad_out, unit, grad_key, grad_value,

@@ -12,13 +12,11 @@ import triton.language as tl
 
 from dape.attention.fused.across_heads import load_hidden, load_static, load_weights, rise
 from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
-from dape.jit import started
 
 # These change with every token: no kernel of its own for those that 16 divides.
 GROWING = ("num_keys", "table_size", "shift")
 
 
-@started
 @triton.jit(do_not_specialize=GROWING)
 def decode_kernel(
     query, key, value, w1, w2, hidden_table, static_table, mask, out, lse, rest,

@@ -3,10 +3,7 @@
 import triton
 import triton.language as tl
 
-from dape.jit import started
 
-
-@started
 @triton.jit
 def weights_kernel(
     gate, w1, w2, limit, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr
@@ -21,7 +18,6 @@ def weights_kernel(
     tl.store(gate, (most > limit).to(tl.int32))
 
 
-@started
 @triton.jit
 def range_kernel(
     gate, first, second, first_size, second_size, LIMIT: tl.constexpr, N: tl.constexpr
@@ -35,7 +31,6 @@ def range_kernel(
     tl.store(gate, 1, tl.max(x, 0) > LIMIT)
 
 
-@started
 @triton.jit
 def feature_range_kernel(
     gate, hidden, static, weight, bias, LIMIT: tl.constexpr,

@@ -4,10 +4,8 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.tiles import load_rows
-from dape.jit import started
 
 
-@started
 @triton.jit
 def unit_kernel(largest, other, unit):
     """Store the least power of two that is no less than two numbers, by the exponent's bits."""
@@ -31,7 +29,6 @@ def store_half(
     tl.store(at, values_ME, (rows < num_rows) & (columns < E))
 
 
-@started
 @triton.jit
 def half_kernel(
     query, key, value, half_query, half_key, half_value, num_rows, num_keys, BATCH, HEADS, KV_HEADS,
@@ -58,7 +55,6 @@ def half_kernel(
             )  # fmt: skip
 
 
-@started
 @triton.jit
 def row_products_kernel(
     out, rest, grad_out, lse, grad_lse, unit, scaled, copied, delta, num_rows,

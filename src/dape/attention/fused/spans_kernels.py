@@ -4,10 +4,8 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.tiles import beyond, store_output, unwanted
-from dape.jit import started
 
 
-@started
 @triton.jit
 def combine_kernel(
     part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,

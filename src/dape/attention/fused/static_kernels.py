@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, load_rows, store_output, toeplitz
-from dape.jit import started
 
 
 @triton.jit
@@ -37,7 +36,6 @@ def row_statistics(lse, delta, rows, num_rows):
     return log_sum_M, tl.load(delta + rows, rows < num_rows, 0.0)
 
 
-@started
 @triton.jit
 def forward_kernel(
     query, key, value, table, line, out, lse, rest,
@@ -93,7 +91,6 @@ def forward_kernel(
     tl.store(lse + at, (top_M + tl.log2(total_M)) / LOG2E, rows < num_rows)
 
 
-@started
 @triton.jit
 def grad_query_kernel(
     query, key, value, grad_out, table, line, lse, delta, grad_lse, unit, grad_query,
@@ -151,7 +148,6 @@ def grad_query_kernel(
     tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
 
 
-@started
 @triton.jit
 def grad_key_value_kernel(
     query, key, value, grad_out, table, line, lse, delta, unit, grad_key, grad_value,
@@ -207,7 +203,6 @@ def grad_key_value_kernel(
     tl.store(at, (dv_KV * factor).to(grad_value.dtype.element_ty), inside & (columns_v < V))
 
 
-@started
 @triton.jit
 def grad_table_kernel(
     query, key, value, grad_out, table, line, lse, delta, sums,

@@ -4,13 +4,11 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.tiles import unwanted
-from dape.jit import started
 
 SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
 # Of any sizes: one kernel for all that share what is compiled.
-@started
 @triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
 def sum_kernel(
     slots, unit, table, second, count, slot_size, rows, columns, groups,
@@ -41,7 +39,6 @@ def sum_kernel(
         tl.store(at, total, inside & (group >= 0) & (group < groups))
 
 
-@started
 @triton.jit
 def fold_kernel(
     lines, unit, table, terms, slots, reach, lowest, K, count, columns,

@@ -14,8 +14,6 @@ FIRE only the first entry is the constant that b1 and b2 meet (ONE_CONSTANT).
 import triton
 import triton.language as tl
 
-from dape.jit import started
-
 # These change with every token of decoding: no kernel of its own for those that 16 divides.
 GROWING = ("count", "offset")
 
@@ -60,7 +58,6 @@ def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
     return tl.load(weight + heads[:, None] * D + units[None, :], inside, 0.0).to(tl.float32)
 
 
-@started
 @triton.jit(do_not_specialize=GROWING)
 def static_table_kernel(
     values, p0, p1, static, count,
@@ -74,7 +71,6 @@ def static_table_kernel(
     tl.store(static + heads[None, :].to(tl.int64) * count + n[:, None], b_NH, inside)
 
 
-@started
 @triton.jit(do_not_specialize=GROWING)
 def tables_kernel(
     values, p0, p1, w1, b1, w2, b2, static, hidden, w_in, w_out, count, channels,
@@ -120,7 +116,6 @@ def tables_kernel(
             tl.store(w_out + heads[:, None] * (T * D) + tap * D + units[None, :], o_HD, inside)
 
 
-@started
 @triton.jit
 def tables_backward_kernel(
     values, p0, p1, w1, b1, w2, grad_static, grad_hidden, grad_values, parts,
@@ -192,7 +187,6 @@ def tables_backward_kernel(
         tl.store(of_taps + T * HEADS * UNITS + at, sum_w2)
 
 
-@started
 @triton.jit
 def table_sums_kernel(
     parts, grad_w_in, grad_w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
@@ -233,7 +227,6 @@ def table_sums_kernel(
             tl.store(grad_w2 + h * D + d, total + through, of_w2)
 
 
-@started
 @triton.jit(do_not_specialize=GROWING)
 def fire_kernel(log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr):
     """psi(n) = log(1 + c n) over distances, 1 / psi(max(offset + n, L)) over indices; grid (n)."""
@@ -245,7 +238,6 @@ def fire_kernel(log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr
     tl.store(scale + n, (1.0 / tl.log(1.0 + c * far)).to(tl.float32), n < count)
 
 
-@started
 @triton.jit
 def fire_backward_kernel(
     log_c, log_threshold, grad_psi, grad_scale, grad_c, grad_threshold, count, offset,

@@ -7,9 +7,10 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.errors import UserError
+from dape.files import read_tensors
 from dape.model.retrofit.choice import PARTS, Factory
 from dape.model.retrofit.mount import Mounted, retrofit
-from dape.model.retrofit.storage import read, read_tensors
+from dape.model.retrofit.storage import TENSORS, read
 
 
 def load_adapters(
@@ -49,7 +50,7 @@ def load_adapters(
         model, **chosen, options=settings["options"], train=settings["train"], backend=backend
     )
     try:
-        _fill(mounted, read_tensors(folder), folder)
+        _fill(mounted, read_tensors(folder / TENSORS, "save the adapters again"), folder)
     except BaseException:
         mounted.unmount()
         raise

@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.configuration_utils import PreTrainedConfig
 
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
 from dape.model.retrofit.choice import Choice
+from dape.strict import check_keys
 
 FORMAT = 1
 TENSORS, SETTINGS = "adapters.safetensors", "adapters.json"
+_KEYS = {
+    **dict.fromkeys(("model_type", "base"), str),
+    **dict.fromkeys(("adapter", "bias"), str | None),
+    "options": dict[str, Any],
+    "train": list[str],
+}
 
 
 def write(
@@ -42,12 +49,11 @@ def read(folder: Path) -> dict[str, Any]:
     file, again = folder / SETTINGS, "save the adapters again"
     if not file.is_file():
         raise UserError(f"no adapters in {folder}: {SETTINGS} is missing")
-    settings = read_json(file, dict, again)
+    return read_json(file, _checked, again)
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("format") != FORMAT:
-        raise UserError(f"{file} is not of format {FORMAT}; {again}")
+        raise UserError(f"not of format {FORMAT}")
+    check_keys(settings, _KEYS)
     return settings
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the saved tensors by name."""
-    return load_file(folder / TENSORS)

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from dape.attention.fused.across_heads import load_weights, places_of_heads, tile_positions
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
-from dape.jit import started
 
 
 @triton.jit
@@ -47,7 +46,6 @@ def feature_mlp(
     return z_ND, h_ND, y_NH
 
 
-@started
 @triton.jit
 def fire_mix_kernel(
     x, w1, w2, hidden_table, static_table, psi, scale, weight, bias, mask,
@@ -95,7 +93,6 @@ def fire_mix_kernel(
         tl.store(x + at, s_NH.to(compute), inside)
 
 
-@started
 @triton.jit
 def fire_mix_backward_kernel(
     x, y, w1, w2, hidden_table, static_table, psi, scale, weight, bias, lse, delta, mask,
@@ -216,7 +213,6 @@ def fire_mix_backward_kernel(
     tl.store(grad_psi + at_l, tl.load(grad_psi + at_l) + summed_L)
 
 
-@started
 @triton.jit
 def add_pairs_kernel(
     pairs, total, batch, num_rows, num_keys, shift, pair_b, pair_t,

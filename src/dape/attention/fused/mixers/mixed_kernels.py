@@ -17,7 +17,6 @@ from dape.attention.fused.across_heads import (
     tile_positions,
 )
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
-from dape.jit import started
 
 
 @triton.jit
@@ -32,7 +31,6 @@ def mlp(x_NH, w1_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
     return w_ND + u_ND, r_ND, tl.dot(r_ND, w2_DH, y_NH, input_precision=PRECISION)
 
 
-@started
 @triton.jit
 def mix_kernel(
     x, w1, w2, hidden_table, mask,
@@ -66,7 +64,6 @@ def mix_kernel(
         tl.store(x + at, s_NH.to(compute), inside)
 
 
-@started
 @triton.jit
 def mix_backward_kernel(
     x, y, w1, w2, hidden_table, static_table, lse, delta, mask,

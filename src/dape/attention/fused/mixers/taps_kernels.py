@@ -21,7 +21,6 @@ import triton.language as tl
 
 from dape.attention.fused.across_heads import add_or_store, lies, load_static, places_of_heads
 from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, unwanted
-from dape.jit import started
 
 
 @triton.jit
@@ -86,7 +85,6 @@ def in_hidden(rows, columns, row_size, UNITS: tl.constexpr):
     return rows.to(tl.int64) * row_size + columns * UNITS
 
 
-@started
 @triton.jit
 def hidden_kernel(
     x, z, w1, hidden_table, bias, mask, started,
@@ -159,7 +157,6 @@ def logits(
     return inside, at, z_NTD, tl.dot(z_NTD, w2_TDH, a_NH + c_NH, input_precision=PRECISION)
 
 
-@started
 @triton.jit
 def convolution_mix_kernel(
     x, z, w2, static_table, mask, counted, counted_end,
@@ -207,7 +204,6 @@ def along_diagonals(at, sums_NC, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH:
     add_or_store(at, tl.dot(pick_LN, sums_NC, input_precision="tf32x3"), True)
 
 
-@started
 @triton.jit
 def convolution_backward_kernel(
     x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2, counted, counted_end,
@@ -261,7 +257,6 @@ def convolution_backward_kernel(
     add_or_store(grad_w2 + slot * TAPS * UNITS * HEADS + at, sum_w2_TDH, True)
 
 
-@started
 @triton.jit
 def hidden_backward_kernel(
     y, z, w2, mask, started, grad_hidden, grad_bias,
@@ -320,7 +315,6 @@ def hidden_backward_kernel(
     add_or_store(grad_bias + slot * UNITS + units, sum_b_D, True)
 
 
-@started
 @triton.jit
 def grad_scores_kernel(
     x, y, z, w1, mask, grad_w1,
