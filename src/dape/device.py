@@ -14,11 +14,13 @@ from dape.errors import UserError
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`, such as `cpu` or `cuda:1`; `auto` prefers a GPU to the CPU.
 
+    A GPU has its index, without which `torch.cuda.set_device` takes none.
+
     Raises:
         UserError: for a device that this machine lacks.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

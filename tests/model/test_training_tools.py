@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from models import fresh, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
 from pretrained import move
@@ -98,7 +97,9 @@ def test_trl_packs_documents_that_are_computed_as_if_alone(retrofitted, tmp_path
         learning_rate=0.0, logging_steps=1, use_cpu=True, bf16=False, report_to="none",
         disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-    rows = Dataset.from_list([{"input_ids": ids.tolist()} for ids in texts])
+    rows = pytest.importorskip("datasets").Dataset.from_list(
+        [{"input_ids": ids.tolist()} for ids in texts]
+    )
     trainer = trl.SFTTrainer(model, options, train_dataset=rows, processing_class=numbers())
     trainer.train()
     with torch.no_grad():

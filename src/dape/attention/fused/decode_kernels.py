@@ -17,7 +17,9 @@ from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
 GROWING = ("num_keys", "table_size", "shift")
 
 
-@triton.jit(do_not_specialize=GROWING)
+# A single key head, known at compile time, would make the loop over keys the innermost. Triton would
+# then load tables ahead, in more shared memory than a GPU has.
+@triton.jit(do_not_specialize=(*GROWING, "KV_HEADS"))
 def decode_kernel(
     query, key, value, w1, w2, hidden_table, static_table, mask, out, lse, rest,
     num_rows, num_keys, table_size, shift, scale, keys_per_span,

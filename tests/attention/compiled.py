@@ -1,0 +1,90 @@
+"""Compile Triton kernels that a call of attention starts for a GPU that need not be there.
+
+    python compiled.py KERNEL '{"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48}' ...
+
+Prints a line of JSON for each call: the bytes of shared memory of each of its kernels of that name.
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+from pkgutil import walk_packages
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import dape
+import dape.attention.fused
+
+HOPPER = GPUTarget("cuda", 90, 32)
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+def shared_memory(kernel, args, options):
+    """Return the bytes of shared memory of a kernel started with such arguments."""
+    names = [parameter.name for parameter in kernel.params]
+    given = dict(zip(names, args, strict=False)) | {n: v for n, v in options.items() if n in names}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name, value = parameter.name, given[parameter.name]
+        special = not parameter.do_not_specialize
+        signature[name] = "constexpr"
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and special)
+        ):
+            constants[(place,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(place,)] = POINTERS[value.dtype], ALIGNED
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0 and special:
+                attributes[(place,)] = ALIGNED
+        else:
+            signature[name] = "fp32"
+    own = {name: value for name, value in options.items() if name not in names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=HOPPER, options=own).metadata.shared
+
+
+def call(heads, kv_heads, head_dim, hidden, rows=40, keys=40):
+    """Run attention and its gradients in bf16; the kernels are not started, only noted."""
+    query, key, value = (
+        torch.zeros(1, n, length, head_dim, dtype=torch.bfloat16, requires_grad=True)
+        for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
+    )
+    parts = dape.Kerple(heads), dape.DAPE(heads, hidden)
+    out = dape.attention(query, key, value, *parts, query_offset=keys - rows, backend="triton")
+    out.sum().backward()
+
+
+def main(name, *calls):
+    """Print the shared memory of the kernels of a name in each call."""
+    for module in walk_packages(dape.attention.fused.__path__, "dape.attention.fused."):
+        import_module(module.name)
+    os.environ["TRITON_INTERPRET"] = "1"  # the backend serves a CPU; kernels are Triton's own
+    started = []
+    JITFunction.__getitem__ = lambda kernel, grid: (
+        lambda *args, **options: started.append((kernel, args, options))
+    )
+    for given in calls:
+        started.clear()
+        call(**json.loads(given))
+        found = [shared_memory(*each) for each in started if each[0].__name__ == name]
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
