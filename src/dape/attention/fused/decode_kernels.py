@@ -17,7 +17,7 @@ from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
 GROWING = ("num_keys", "table_size", "shift")
 
 
-# A single key head, known at compile time, would make the loop over keys the innermost. Triton would
+# A single key head, known at compile time, makes the loop over keys the innermost. Triton would
 # then load tables ahead, in more shared memory than a GPU has.
 @triton.jit(do_not_specialize=(*GROWING, "KV_HEADS"))
 def decode_kernel(
