@@ -133,7 +133,7 @@ def _differences(
     told = ("README.md", "a.md") if pages else ()
     # A benchmark without a cell is one that is not finished, as its table says.
     if "cells" in file and damage == "gone":
-        told = ("lengths.svg", "scores.svg", "table.md")
+        told = ("lengths.svg", "scores.svg", "training.svg", "table.md")
     # Settings beside the weights are copied as they are.
     if Path(file).parent.name in ("model", "tokenizer"):
         told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
