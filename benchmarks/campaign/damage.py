@@ -131,6 +131,9 @@ def _differences(
     pages = file.endswith(("run.json", "metrics.jsonl"))
     pages |= "evaluation" in file and damage in ("gone", "text in run", "text in scheme")
     told = ("README.md", "a.md") if pages else ()
+    # A benchmark without a cell is one that is not finished, as its table says.
+    if "cells" in file and damage == "gone":
+        told = ("lengths.svg", "scores.svg", "training.svg", "table.md")
     # Settings beside the weights are copied as they are.
     if Path(file).parent.name in ("model", "tokenizer"):
         told = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")

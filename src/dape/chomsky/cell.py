@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from os.path import lexists
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,7 @@ def load(file: Path) -> Cell:
     Raises:
         UserError: for a missing or damaged file, or another format.
     """
-    if not file.exists():
+    if not lexists(file):
         raise UserError(f"{file} is missing; train it by `dape chomsky train`")
     return read_json(file, _build, "remove the file and train again")
 
@@ -91,9 +92,14 @@ def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | 
         UserError: for a cell with other settings, naming the changed settings.
     """
     file = path(benchmark.folder, task, scheme, seed)
-    if not file.exists():
+    if not lexists(file):
         return None
     cell = load(file)
+    if (cell.task, cell.scheme, cell.seed) != (task, scheme, seed):
+        raise UserError(
+            f"{file} is the cell of {cell.task}, {cell.scheme}, seed {cell.seed}; remove the file"
+            " and train again"
+        )
     changed = differences(cell.settings, benchmark.settings())
     if changed:
         raise UserError(

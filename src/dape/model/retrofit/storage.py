@@ -16,8 +16,8 @@ from dape.strict import check_keys
 FORMAT = 1
 TENSORS, SETTINGS = "adapters.safetensors", "adapters.json"
 _KEYS = {
-    **dict.fromkeys(("model_type", "base"), str),
-    **dict.fromkeys(("adapter", "bias"), str | None),
+    **dict.fromkeys(("model_type", "base", "adapter"), str),
+    "bias": str | None,
     "options": dict[str, Any],
     "train": list[str],
 }
