@@ -177,7 +177,7 @@ class RunFolder:
         return logged
 
 
-def _known(record: dict[str, Any]) -> dict[str, Any]:
+def _known(record: Any) -> dict[str, Any]:
     """Return the entries of a record or of a line of metrics, without facts that are null.
 
     Raises:

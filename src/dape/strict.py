@@ -154,7 +154,7 @@ def _key(name: Any, kind: Any, where: str) -> Any:
     return int(name)
 
 
-def _float(value: float) -> float:
+def _float(value: int | float) -> float:
     try:
         return float(value)
     except OverflowError:  # a whole number beyond all floats

@@ -13,7 +13,8 @@ import dape
 import textbook
 from dape.attention import cuda, triton
 from dape.attention.call import Call
-from dape.attention.fused import geometry, operator
+from dape.attention.fused import geometry, operator, passes
+from dape.attention.fused.mixers.features import FeaturesMixer
 from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.serves import obstacle
 from dape.attention.fused.terms import Mixed
@@ -192,7 +193,8 @@ def test_the_cuda_backend_serves_what_triton_does(dtype):
         call = Call(query, query, query, dape.FIRE(24), adapter)
         assert cuda.obstacle(call) is None and triton.obstacle(call) is None
     problem = drawn_problem(dtype)
-    assert operator.mixer("cuda", problem) is operator.mixer("triton", problem)
+    kinds = {type(passes.mixer_of(problem, backend)) for backend in ("cuda", "triton")}
+    assert kinds == {FeaturesMixer}
 
 
 def drawn_problem(dtype):

@@ -227,8 +227,13 @@ def without(folder, *endings, **more):
 @pytest.mark.parametrize(
     ("name", "endings", "more", "message"),
     [
-        ("llama", ("lm_head.weight",), {}, "it misses lm_head.weight;"),
-        ("llama", ("q_proj.weight",), {}, "it misses model.layers.0.self_attn.q_proj.weight;"),
+        ("llama", ("lm_head.weight",), {}, "the file misses lm_head.weight;"),
+        (
+            "llama",
+            ("q_proj.weight",),
+            {},
+            "the file misses model.layers.0.self_attn.q_proj.weight;",
+        ),
         ("gpt2", (), {"strange": torch.zeros(2)}, "the file has strange without a place;"),
         ("gpt_neox", ("mlp.dense_h_to_4h.weight", "bias"), {}, "and "),
     ],

@@ -30,12 +30,12 @@ def server(monkeypatch):
 def test_a_hub_that_answers_is_reachable_and_a_closed_one_is_not(server):
     thread = threading.Thread(target=server.handle_request)
     thread.start()
-    assert reachable(seconds=5)
+    assert reachable(seconds=5.0)
     thread.join()
     server.server_close()
-    assert not reachable(seconds=5)
+    assert not reachable(seconds=5.0)
 
 
 def test_no_request_is_sent_offline(server, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert not reachable(seconds=5)
+    assert not reachable(seconds=5.0)

@@ -27,6 +27,7 @@ def test_square_root():
     torch.testing.assert_close(module(i, j), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of a parameter that is none
 def test_the_table_of_square_root_by_its_form():
     found = []
     for formed in (True, False):

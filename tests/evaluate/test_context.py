@@ -26,6 +26,7 @@ from dape.evaluate.gains import by_adapter, by_length, check_comparable, gain
 from dape.evaluate.opening import open_model
 from dape.evaluate.plan import plan
 from dape.evaluate.protocols import protocol
+from dape.evaluate.watch import Watch
 from dape.runs import RunFolder, unfinished
 from evaluations import PROVENANCE
 from folders import make_run, prepare
@@ -234,7 +235,7 @@ def test_what_is_saved_is_what_is_loaded(run, monkeypatch, tmp_path):
         load(RunFolder(tmp_path).evaluation("context", None, "validation"))
 
 
-class Counted:
+class Counted(Watch):
     """A `Watch` that stops the evaluation after a number of tokens."""
 
     def __init__(self, most=math.inf):

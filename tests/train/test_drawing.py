@@ -36,5 +36,8 @@ def test_each_rank_keeps_its_rows_of_the_model_of_one_device(monkeypatch, scheme
 
 def test_a_filling_that_is_not_known_is_refused(monkeypatch):
     monkeypatch.setattr(drawing, "LARGE", 20)
-    with Drawing(torch.device("cpu"), 0, 2), pytest.raises(NotImplementedError, match="in parts"):
+    with (
+        Drawing(torch.device("cpu"), 0, 2),
+        pytest.raises(NotImplementedError, match="filled in a buffer"),
+    ):
         torch.empty(30).exponential_()

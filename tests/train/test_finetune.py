@@ -10,9 +10,10 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dape
+from dape import strict
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
-from dape.train import loop, strict
+from dape.train import loop
 from dape.train.plan import check
 from dape.train.recipe import Retrofit
 from dape.train.run import finetune
