@@ -3,6 +3,8 @@
 Without a compiler the formula takes eight kernels, and passes float32 numbers through memory.
 """
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,10 +20,17 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     """Return x with the leading pairs turned, scaled like cosine and sine."""
-    if x.is_cuda and x.dtype in SERVED and not cos.requires_grad and not captured():
+    own = x.is_cuda and x.dtype in SERVED and not cos.requires_grad
+    if own and has_triton() and not captured():
         turned: Tensor = Turn.apply(x, cos, sin, 1.0)
         return turned
     return formula(x, cos, sin)
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; PyTorch for Windows comes without."""
+    return find_spec("triton") is not None
 
 
 def captured() -> bool:
