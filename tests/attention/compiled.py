@@ -60,9 +60,9 @@ def shared_memory(kernel, args, options):
 
 
 def call(heads, kv_heads, head_dim, hidden, rows=40, keys=40):
-    """Run attention and its gradients in bf16; the kernels are not started, only noted."""
+    """Run attention and its gradients in fp16; the kernels are not started, only noted."""
     query, key, value = (
-        torch.zeros(1, n, length, head_dim, dtype=torch.bfloat16, requires_grad=True)
+        torch.zeros(1, n, length, head_dim, dtype=torch.float16, requires_grad=True)
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
     )
     parts = dape.Kerple(heads), dape.DAPE(heads, hidden)

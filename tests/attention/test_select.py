@@ -178,3 +178,11 @@ def test_auto_serves_whatever_chunked_serves(monkeypatch, name):
     assert taken[:1] in ([expected], [])
     truth = dape.attention(query, key, value, **options, backend="chunked")
     assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_the_interpreter_is_not_given_what_it_computes_wrongly():
+    given, bias = torch.randn(3, 1, 4, 40, 16).bfloat16(), dape.Kerple(4)
+    with pytest.raises(UserError, match="Triton's interpreter multiplies no bfloat16"):
+        dape.attention(*given, bias, dape.DAPE(4), backend="triton")
+    found, exact = (dape.attention(*x, bias) for x in (given, given.double()))
+    assert (found - exact).norm() < 0.01 * exact.norm()

@@ -28,6 +28,10 @@ def obstacle(call: Call) -> str | None:
     most, widest = max(units, features), max(query.shape[3], value.shape[3])
     reasons = [
         (call.positioned, "positions are given, and the kernels count indices"),
+        (
+            query.dtype == torch.bfloat16 and query.device.type == "cpu",
+            "Triton's interpreter multiplies no bfloat16",
+        ),
         (not isinstance(call.shift, int), "query_offset is a tensor"),
         (mask is not None and mask.shape[2] > 1, "the mask differs between queries"),
         (query.dtype not in DTYPES, f"the dtype is {query.dtype}"),
