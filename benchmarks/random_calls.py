@@ -397,7 +397,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--workers", type=int, default=8 if cuda else 0, help="0: this process")
-    parser.add_argument("--minutes", type=float, default=60, help="limit of the random calls")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="limit of the random calls of workers"
+    )
     parser.add_argument("--backends", nargs="+", default=None)
     parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=cuda)
     given = parser.parse_args(arguments)
