@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
 
     experiments = [smoke(each) if arguments.scale == "smoke" else each for each in PAPER]
     found = [results(each, dict(arguments.data)) for each in experiments]
-    table = beside(panel for each in found for panel in each.panels)
+    table = beside(study for each in found for study in each.studies)
     home = experiments[0].home
     write_text(home / "report.html", page(found, table))
     write_text(home / "published.md", table.markdown() + "\n")

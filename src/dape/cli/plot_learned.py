@@ -12,7 +12,7 @@ from dape.errors import UserError
 from dape.strict import default
 
 if TYPE_CHECKING:
-    from dape.evaluate.learned import Learned
+    from dape.evaluate.learned import LearnedRows
 
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
@@ -76,19 +76,19 @@ def main(argv: list[str]) -> None:
         print(f"wrote {file}")
 
 
-def made(arguments: Arguments, argv: list[str]) -> "Learned":
+def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":
     """Return the record of the run's model."""
     from transformers.utils import logging
 
     from dape.device import choose_device
-    from dape.evaluate.learned import learned
+    from dape.evaluate.learned import learned_rows
     from dape.evaluate.opening import open_model
     from dape.provenance import provenance
 
     logging.disable_progress_bar()  # progress bars of loading
     device = choose_device(arguments.device)
     model = open_model(arguments.run)
-    return learned(
+    return learned_rows(
         model,
         model.corpus(arguments.data),
         layers=arguments.layers,

@@ -9,10 +9,10 @@ import torch
 from dape.errors import RankError
 from dape.train.estimate import GIB, peak_flops
 from dape.train.loop import Session, updates
+from dape.train.objective import Batch, LanguageModelling, draw
 from dape.train.plan import entries_of
 from dape.train.recipe import Recipe, override
 from dape.train.run import lay_out
-from dape.train.task import Batch, LanguageModelling, draw
 
 # Usable fraction of a GPU's memory, because allocations leave gaps.
 USABLE = 0.95
@@ -85,10 +85,10 @@ def measure(
     for size in sizes or [n for n in range(1, share + 1) if share % n == 0]:
         if not _fits(found, size, session.fabric.device):
             return
-        task = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
-        task.context_parallel = session.task.context_parallel
+        objective = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
+        objective.context_parallel = session.objective.context_parallel
         try:
-            found.append(_reading(replace(session, task=task), size, warm_up))
+            found.append(_reading(replace(session, objective=objective), size, warm_up))
         except torch.OutOfMemoryError:
             if found and session.fabric.world_size == 1:
                 return
@@ -109,7 +109,7 @@ def _fits(found: list[Reading], size: int, device: torch.device) -> bool:
 
 
 def _reading(session: Session, size: int, warm_up: int) -> Reading:
-    fabric, task = session.fabric, session.task
+    fabric, objective = session.fabric, session.objective
     gpu = fabric.device.type == "cuda"
     gc.collect()
     if gpu:
@@ -118,11 +118,11 @@ def _reading(session: Session, size: int, warm_up: int) -> Reading:
     times = [float(metrics["update_seconds"]) for metrics in updates(session)][warm_up:]
     mean = torch.tensor(sum(times) / len(times), device=fabric.device)
     seconds = float(fabric.all_reduce(mean, reduce_op="max"))
-    speed = (task.tokens or 0) / seconds
+    speed = (objective.tokens or 0) / seconds
     gib = mfu = None
     if gpu:
         peak = torch.tensor(torch.cuda.max_memory_allocated() / GIB, device=fabric.device)
         gib = float(fabric.all_reduce(peak, reduce_op="max"))
-        ceiling, flops = peak_flops(fabric.device), task.flops(session.model)
+        ceiling, flops = peak_flops(fabric.device), objective.flops(session.model)
         mfu = speed * flops / (ceiling * fabric.world_size) if ceiling and flops else None
     return Reading(size, seconds, speed, gib, mfu)

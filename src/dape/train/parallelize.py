@@ -13,11 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.train.drawing import Drawing, put
+from dape.train.objective import Objective
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
 from dape.train.sections import Hardware
 from dape.train.sharding import shard
-from dape.train.task import Task
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -83,39 +83,41 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module around the model, as an exchange of gradients requires.
+    """The loss of an objective as a module, as an exchange of gradients requires.
 
     `drawn` holds this rank's rows of the parameters without memory before sharding.
     """
 
-    def __init__(self, model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, drawn: dict[str, torch.Tensor]
+    ) -> None:
         super().__init__()
         self.model = model
-        self.task = task
+        self.objective = objective
         self.drawn = drawn
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of the examples of a batch."""
-        return self.task.loss(self.model, *batch)
+        return self.objective.loss(self.model, *batch)
 
 
-def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the model of a task, drawn from the seed, and rows of its large parameters.
+def start(fabric: "Fabric", objective: Objective) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return the model of an objective, drawn from the seed, and rows of its large parameters.
 
     Under FSDP, large parameters are on the meta device, and their rows for this rank come second.
     """
-    if fabric.world_size == 1 or task.recipe.hardware.strategy == "ddp":
-        return task.build(fabric.device), {}
+    if fabric.world_size == 1 or objective.recipe.hardware.strategy == "ddp":
+        return objective.build(fabric.device), {}
     with Drawing(fabric.device, fabric.global_rank, fabric.world_size) as drawing:
-        model = task.build(fabric.device)
+        model = objective.build(fabric.device)
     return model, drawing.of(model)
 
 
 def parallelize(
-    fabric: "Fabric", model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]
+    fabric: "Fabric", model: nn.Module, objective: Objective, drawn: dict[str, torch.Tensor]
 ) -> nn.Module:
     """Return the loss of `model` for the devices: checkpointed, compiled, sharded or copied."""
-    hardware = task.recipe.hardware
+    hardware = objective.recipe.hardware
     graphs = hardware.compile == "graphs" and fabric.device.type == "cuda"
     compiled, kept = graphs or hardware.compile == "blocks", hardware.activation_checkpointing
     for block in blocks(model) if compiled or kept != "none" else ():
@@ -134,7 +136,7 @@ def parallelize(
         for parameter in model.parameters():
             if 1 in parameter.shape and parameter.requires_grad:
                 parameter.register_hook(_with_plain_strides)
-    return fabric.setup_module(Loss(model, task, drawn))
+    return fabric.setup_module(Loss(model, objective, drawn))
 
 
 def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
@@ -172,7 +174,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
     """Shard a model over all ranks (FSDP2); Fabric passes the mesh."""
-    low = loss.task.recipe.training.precision == "bf16-mixed"
+    low = loss.objective.recipe.training.precision == "bf16-mixed"
     shard(loss, blocks(loss.model), mesh["data_parallel"], low)
     put(loss, {f"model.{name}": rows for name, rows in loss.drawn.items()})
     loss.drawn.clear()

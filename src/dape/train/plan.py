@@ -14,8 +14,8 @@ from dape.data.shards import MANIFEST, Corpus
 from dape.errors import UserError
 from dape.positions import scheme
 from dape.train import estimate, parallelize, track
+from dape.train.objective import draw, vocabulary
 from dape.train.recipe import Recipe, Retrofit, flat, override, read
-from dape.train.task import draw, vocabulary
 
 
 def sweep(
