@@ -100,12 +100,12 @@ def follow(task: Task) -> RunFolder:
             tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for the end, or give another --name"
-    with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
+    lock = locked(run.path, busy) if parallelize.is_first_rank() else nullcontext()
+    with lock, explained(run, task.recipe.hardware, parallelize.rank(), parallelize.ranks()):
         session = begin(task)
         fabric = session.fabric
-        with explained(run, task.recipe.hardware, fabric.global_rank, fabric.world_size):
-            fit(session)
-            task.save(fabric, session.model)
+        fit(session)
+        task.save(fabric, session.model)
         if fabric.is_global_zero:
             checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
