@@ -13,11 +13,11 @@ import interpreter
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.evaluate import evaluate
-from dape.train import drawing, objective
+from dape.train import drawing, task
 from dape.train.loop import fit
-from dape.train.objective import LanguageModelling
 from dape.train.parallelize import context_parallel
 from dape.train.run import begin, train
+from dape.train.task import LanguageModelling
 
 BF16 = {"training": {"precision": "bf16-mixed"}}
 FUSED = {"model": {"backend": "triton"}}
@@ -40,7 +40,7 @@ LAYOUTS = {
 def sharded(settings):
     session = begin(LanguageModelling(settings, Corpus(settings.data)))
     fit(session)
-    session.objective.save(session.fabric, session.model)
+    session.task.save(session.fabric, session.model)
     held = {
         name: [isinstance(p, DTensor), str(p.placements), p.numel(), p.to_local().numel()]
         for name, p in session.model.named_parameters()
@@ -69,7 +69,7 @@ def main(data, out):
     (out / f"rank-{rank}.json").write_text(json.dumps(held))
     for name, (hardware, others) in LAYOUTS.items():
         if "context_parallel" in hardware:
-            objective.TOKENS_AT_ONCE = 24  # fewer than a micro-batch has: logits in parts
+            task.TOKENS_AT_ONCE = 24  # fewer than a micro-batch has: logits in parts
         train(recipe(data, out / name, hardware=hardware, **others))
     devices = context_parallel(fabric, recipe(data, out, hardware=LAYOUTS["spread"][0]).hardware)
     torch.save(spread(devices), out / f"attention-{rank}.pt")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import Layers, check_format
+from dape.cli.options import Layers, check_out
 from dape.errors import UserError
 from dape.strict import default
 
@@ -48,8 +48,7 @@ class Arguments:
         """Refuse an absent file, unknown formats, and a query without an earlier key."""
         if not self.out:
             raise UserError("no file given: dape plot learned RUN --out FILE")
-        for file in self.out:
-            check_format(file, FORMATS)
+        check_out(*self.out, formats=FORMATS)
         if self.length < 2:
             raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.query is not None and not 1 <= self.query < self.length:

@@ -16,7 +16,7 @@ from dape.chomsky.published import PUBLISHED
 from dape.chomsky.tasks import TASKS
 from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
-from dape.files import write_text
+from dape.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,7 @@ def write(benchmark: Benchmark, argv: Sequence[str]) -> list[Path]:
         UserError: if no cell is finished.
     """
     grid, out = gather(benchmark), benchmark.folder
+    check_writable(out / "table.md")
     write_text(out / "recipe.yaml", benchmarks.write(benchmark))
     write_text(out / "table.md", page(grid, list(argv)))
     figures = {

@@ -17,10 +17,10 @@ from dape.errors import UserError
 from dape.train import checkpoint, graphs
 from dape.train.checkpoint import Progress
 from dape.train.estimate import peak_flops
-from dape.train.objective import Batch, Objective
 from dape.train.optimize import learning_rate
 from dape.train.recipe import Settings
 from dape.train.sharding import gather_once
+from dape.train.task import Batch, Task
 from dape.train.track import Metrics, Reporter
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Session:
     """The objects of a run; `loss` is the module that computes the loss on the devices."""
 
-    objective: Objective
+    task: Task
     fabric: "Fabric"
     model: nn.Module
     loss: nn.Module
@@ -41,13 +41,13 @@ class Session:
     @property
     def recipe(self) -> Settings:
         """Return the recipe."""
-        return self.objective.recipe
+        return self.task.recipe
 
     def batch(self, split: str, step: int) -> Batch:
         """Return this rank's examples of batch `step` = 0, 1, ... of a split."""
         context = self.recipe.hardware.context_parallel
         group, groups = (n // context for n in (self.fabric.global_rank, self.fabric.world_size))
-        return self.objective.batch(split, step, group, groups)
+        return self.task.batch(split, step, group, groups)
 
 
 def fit(session: Session) -> None:
@@ -86,7 +86,7 @@ def updates(session: Session) -> Iterator[Metrics]:
         UserError: for a loss or gradient norm that is not finite.
     """
     recipe, fabric, optimizer = session.recipe, session.fabric, session.optimizer
-    steps, tokens = recipe.training.steps, session.objective.tokens
+    steps, tokens = recipe.training.steps, session.task.tokens
     batch = session.batch("train", session.progress.step)
     recording = record(session, micro_batches(session, batch))
     before = math.nan
@@ -109,7 +109,7 @@ def updates(session: Session) -> Iterator[Metrics]:
             "grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
         }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise divergence(session.objective, metrics, before)
+            raise divergence(session.task, metrics, before)
         before = metrics["loss"]
         for group in optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
@@ -188,14 +188,14 @@ def micro_batches(session: Session, batch: Batch) -> list[Batch]:
     return list(zip(*(tensor.split(rows) for tensor in batch), strict=True))
 
 
-def divergence(objective: Objective, metrics: Metrics, before: float) -> UserError:
+def divergence(task: Task, metrics: Metrics, before: float) -> UserError:
     """Return the error for a loss or gradient that is not finite, with place and remedies."""
     step = int(metrics["step"])
     return UserError(
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, at learning"
         f" rate {metrics['learning_rate']:.2e}; the previous loss was {before:.4f}. The batch was"
-        f" {objective.origin(step - 1)}. The update was not made and the checkpoints in"
-        f" {objective.recipe.run} are untouched. Try, under another --name, a lower"
+        f" {task.origin(step - 1)}. The update was not made and the checkpoints in"
+        f" {task.recipe.run} are untouched. Try, under another --name, a lower"
         " optimizer.learning_rate, a longer optimizer.warmup or training.precision=fp32"
     )
 
@@ -204,6 +204,6 @@ def _reporter(session: Session) -> "Reporter | nullcontext[None]":
     """Return the progress report of the run, which the first rank alone prints."""
     if not session.fabric.is_global_zero:
         return nullcontext()
-    flops, peak = session.objective.flops(session.model), peak_flops(session.fabric.device)
+    flops, peak = session.task.flops(session.model), peak_flops(session.fabric.device)
     ceiling = peak * session.fabric.world_size / flops if peak and flops else None
-    return Reporter(session.recipe, session.progress.step, session.objective.tokens, ceiling)
+    return Reporter(session.recipe, session.progress.step, session.task.tokens, ceiling)

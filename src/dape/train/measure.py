@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dape.errors import RankError
+from dape.errors import RankError, out_of_memory
 from dape.train.estimate import GIB, peak_flops
 from dape.train.loop import Session, updates
-from dape.train.objective import Batch, LanguageModelling, draw
-from dape.train.plan import entries_of
+from dape.train.plan import check_memory, entries_of
 from dape.train.recipe import Recipe, override
 from dape.train.run import lay_out
+from dape.train.task import Batch, LanguageModelling, draw
 
 # Usable fraction of a GPU's memory, because allocations leave gaps.
 USABLE = 0.95
@@ -79,17 +79,20 @@ def measure(
         RankError: if a device of several runs out of memory nevertheless.
     """
     recipe = override(recipe, {"training.steps": warm_up + steps, "hardware.micro_batch_size": 1})
+    check_memory(recipe)
     session = lay_out(RandomTokens(recipe))
     share = recipe.micro_batches(recipe.groups(session.fabric.world_size))
     found: list[Reading] = []
     for size in sizes or [n for n in range(1, share + 1) if share % n == 0]:
         if not _fits(found, size, session.fabric.device):
             return
-        objective = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
-        objective.context_parallel = session.objective.context_parallel
+        task = RandomTokens(override(recipe, {"hardware.micro_batch_size": size}))
+        task.context_parallel = session.task.context_parallel
         try:
-            found.append(_reading(replace(session, objective=objective), size, warm_up))
-        except torch.OutOfMemoryError:
+            found.append(_reading(replace(session, task=task), size, warm_up))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             if found and session.fabric.world_size == 1:
                 return
             raise RankError(
@@ -109,7 +112,7 @@ def _fits(found: list[Reading], size: int, device: torch.device) -> bool:
 
 
 def _reading(session: Session, size: int, warm_up: int) -> Reading:
-    fabric, objective = session.fabric, session.objective
+    fabric, task = session.fabric, session.task
     gpu = fabric.device.type == "cuda"
     gc.collect()
     if gpu:
@@ -118,11 +121,11 @@ def _reading(session: Session, size: int, warm_up: int) -> Reading:
     times = [float(metrics["update_seconds"]) for metrics in updates(session)][warm_up:]
     mean = torch.tensor(sum(times) / len(times), device=fabric.device)
     seconds = float(fabric.all_reduce(mean, reduce_op="max"))
-    speed = (objective.tokens or 0) / seconds
+    speed = (task.tokens or 0) / seconds
     gib = mfu = None
     if gpu:
         peak = torch.tensor(torch.cuda.max_memory_allocated() / GIB, device=fabric.device)
         gib = float(fabric.all_reduce(peak, reduce_op="max"))
-        ceiling, flops = peak_flops(fabric.device), objective.flops(session.model)
+        ceiling, flops = peak_flops(fabric.device), task.flops(session.model)
         mfu = speed * flops / (ceiling * fabric.world_size) if ceiling and flops else None
     return Reading(size, seconds, speed, gib, mfu)

@@ -13,11 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.train.drawing import Drawing, put
-from dape.train.objective import Objective
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
 from dape.train.sections import Hardware
 from dape.train.sharding import shard
+from dape.train.task import Task
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -28,12 +28,32 @@ PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
 
 def ranks() -> int:
     """Return the number of processes of this training, as started by `torchrun`, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return the number of this process among `ranks()`."""
+    return _from_environment("RANK", 0)
 
 
 def is_first_rank() -> bool:
     """Return whether this process is the first, which prints and writes for all."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
+
+
+def _from_environment(name: str, default: int) -> int:
+    """Return a number that a launcher such as `torchrun` sets.
+
+    Raises:
+        UserError: for a value that is no such number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {name}={text!r} is no whole number; start several processes"
+            " by `torchrun`, or unset the variable"
+        )
+    return int(text)
 
 
 def device(hardware: Hardware) -> torch.device:
@@ -42,7 +62,7 @@ def device(hardware: Hardware) -> torch.device:
     Raises:
         UserError: for fewer GPUs than processes on this machine.
     """
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, processes = torch.cuda.device_count(), _from_environment("LOCAL_WORLD_SIZE", 1)
     if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
@@ -70,7 +90,7 @@ def launch(recipe: Settings) -> "Fabric":
         strategy = ModelParallelStrategy(
             sharded, data_parallel_size=ranks(), tensor_parallel_size=1
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = _from_environment("LOCAL_WORLD_SIZE", 1)
     fabric = Fabric(
         accelerator=device(recipe.hardware).type,
         devices=local,
@@ -83,41 +103,39 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of an objective as a module, as an exchange of gradients requires.
+    """The loss of a task as a module, as an exchange of gradients requires.
 
     `drawn` holds this rank's rows of the parameters without memory before sharding.
     """
 
-    def __init__(
-        self, model: nn.Module, objective: Objective, drawn: dict[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.task = task
         self.drawn = drawn
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
         """Return the mean loss of the examples of a batch."""
-        return self.objective.loss(self.model, *batch)
+        return self.task.loss(self.model, *batch)
 
 
-def start(fabric: "Fabric", objective: Objective) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Return the model of an objective, drawn from the seed, and rows of its large parameters.
+def start(fabric: "Fabric", task: Task) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Return the model of a task, drawn from the seed, and rows of its large parameters.
 
     Under FSDP, large parameters are on the meta device, and their rows for this rank come second.
     """
-    if fabric.world_size == 1 or objective.recipe.hardware.strategy == "ddp":
-        return objective.build(fabric.device), {}
+    if fabric.world_size == 1 or task.recipe.hardware.strategy == "ddp":
+        return task.build(fabric.device), {}
     with Drawing(fabric.device, fabric.global_rank, fabric.world_size) as drawing:
-        model = objective.build(fabric.device)
+        model = task.build(fabric.device)
     return model, drawing.of(model)
 
 
 def parallelize(
-    fabric: "Fabric", model: nn.Module, objective: Objective, drawn: dict[str, torch.Tensor]
+    fabric: "Fabric", model: nn.Module, task: Task, drawn: dict[str, torch.Tensor]
 ) -> nn.Module:
     """Return the loss of `model` for the devices: checkpointed, compiled, sharded or copied."""
-    hardware = objective.recipe.hardware
+    hardware = task.recipe.hardware
     graphs = hardware.compile == "graphs" and fabric.device.type == "cuda"
     compiled, kept = graphs or hardware.compile == "blocks", hardware.activation_checkpointing
     for block in blocks(model) if compiled or kept != "none" else ():
@@ -136,7 +154,7 @@ def parallelize(
         for parameter in model.parameters():
             if 1 in parameter.shape and parameter.requires_grad:
                 parameter.register_hook(_with_plain_strides)
-    return fabric.setup_module(Loss(model, objective, drawn))
+    return fabric.setup_module(Loss(model, task, drawn))
 
 
 def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
@@ -174,7 +192,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def sharded(loss: Loss, mesh: "DeviceMesh") -> Loss:
     """Shard a model over all ranks (FSDP2); Fabric passes the mesh."""
-    low = loss.objective.recipe.training.precision == "bf16-mixed"
+    low = loss.task.recipe.training.precision == "bf16-mixed"
     shard(loss, blocks(loss.model), mesh["data_parallel"], low)
     put(loss, {f"model.{name}": rows for name, rows in loss.drawn.items()})
     loss.drawn.clear()

@@ -12,8 +12,8 @@ from dape.errors import UserError
 from dape.model.loading import load_causal
 from dape.runs import RunFolder
 from dape.train.checkpoint import load_weights, newest
-from dape.train.objective import draw, vocabulary
 from dape.train.recipe import Recipe, read
+from dape.train.task import draw, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

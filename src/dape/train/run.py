@@ -1,4 +1,4 @@
-"""From a recipe to a finished run: `train` and `finetune`, and `follow` for any objective."""
+"""From a recipe to a finished run: `train` and `finetune`, and `follow` for any task."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,10 +18,10 @@ from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
 from dape.train.faults import explained, wait_for
 from dape.train.loop import Session, fit
-from dape.train.objective import LanguageModelling, Objective, Retrofitting
 from dape.train.optimize import adamw
 from dape.train.plan import check, check_memory
 from dape.train.recipe import Recipe, Retrofit, Settings, differences, override, read, write
+from dape.train.task import LanguageModelling, Retrofitting, Task
 
 Source = str | PathLike[str]
 
@@ -87,28 +87,28 @@ def finetune(
     return follow(Retrofitting(chosen, Corpus(chosen.data)))
 
 
-def follow(objective: Objective) -> RunFolder:
-    """Train an objective to the last step of the recipe, save the result, and record the end.
+def follow(task: Task) -> RunFolder:
+    """Train a task to the last step of the recipe, save the result, and record the end.
 
     Raises:
         UserError: as `train`.
     """
-    run = objective.recipe.run
-    check_folder(objective.recipe, objective.data)
+    run = task.recipe.run
+    check_folder(task.recipe, task.data)
     if run.finished:
         if parallelize.is_first_rank():
             tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for the end, or give another --name"
-    with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
-        session = begin(objective)
+    lock = locked(run.path, busy) if parallelize.is_first_rank() else nullcontext()
+    with lock, explained(run, task.recipe.hardware, parallelize.rank(), parallelize.ranks()):
+        session = begin(task)
         fabric = session.fabric
-        with explained(run, objective.recipe.hardware, fabric.global_rank, fabric.world_size):
-            fit(session)
-            objective.save(fabric, session.model)
+        fit(session)
+        task.save(fabric, session.model)
         if fabric.is_global_zero:
             # A kill after the last step may have left older checkpoints.
-            checkpoint.prune(run, objective.recipe.tracking.keep_checkpoints)
+            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 
@@ -135,14 +135,14 @@ def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
         )
 
 
-def begin(objective: Objective) -> Session:
-    """Return the session of an objective, from the newest checkpoint if any."""
-    recipe, run = objective.recipe, objective.recipe.run
-    session = lay_out(objective)
+def begin(task: Task) -> Session:
+    """Return the session of a task, from the newest checkpoint if any."""
+    recipe, run = task.recipe, task.recipe.run
+    session = lay_out(task)
     fabric, model = session.fabric, session.model
     if fabric.is_global_zero:
-        facts = {"ranks": fabric.world_size, **objective.facts(model)}
-        _note_start(objective, provenance(fabric.device) | facts)
+        facts = {"ranks": fabric.world_size, **task.facts(model)}
+        _note_start(task, provenance(fabric.device) | facts)
     # A slow file system may show this process less than the first process.
     saved = fabric.broadcast(run.saved_checkpoints())
     for path in (run.recipe, *saved):
@@ -163,28 +163,26 @@ def begin(objective: Objective) -> Session:
     return replace(session, progress=progress)
 
 
-def lay_out(objective: Objective) -> Session:
-    """Return the session of an objective at the first step, with the model on all devices."""
-    fabric = parallelize.launch(objective.recipe)
-    torch.manual_seed(objective.recipe.seed)
-    model, drawn = parallelize.start(fabric, objective)
-    objective.context_parallel = parallelize.context_parallel(fabric, objective.recipe.hardware)
-    loss = parallelize.parallelize(fabric, model, objective, drawn)
-    return Session(
-        objective, fabric, model, loss, adamw(model, objective.recipe.optimizer), Progress()
-    )
+def lay_out(task: Task) -> Session:
+    """Return the session of a task at the first step, with the model on all devices."""
+    fabric = parallelize.launch(task.recipe)
+    torch.manual_seed(task.recipe.seed)
+    model, drawn = parallelize.start(fabric, task)
+    task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
+    loss = parallelize.parallelize(fabric, model, task, drawn)
+    return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 
-def _note_start(objective: Objective, facts: dict[str, Any]) -> None:
+def _note_start(task: Task, facts: dict[str, Any]) -> None:
     """Write the recipe and the record of an unfinished run."""
-    run = objective.recipe.run
+    run = task.recipe.run
     remove_leftovers(run.path)
-    write_text(run.recipe, write(objective.recipe))
+    write_text(run.recipe, write(task.recipe))
     run.update_record(
         {
             **facts,
-            "seed": objective.recipe.seed,
-            "data": objective.data,
+            "seed": task.recipe.seed,
+            "data": task.data,
             "started": run.read_record().get("started", _now()),
             "ended": None,
         }

@@ -1,4 +1,4 @@
-"""Objectives of the training loop: a model, batches, the loss, and the saved result."""
+"""Tasks of the training loop: a model, batches, the loss, and the saved result."""
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -31,7 +31,7 @@ Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
 TOKENS_AT_ONCE = 2**14
 
 
-class Objective(ABC):
+class Task(ABC):
     """A training problem from a recipe: model, batches, loss and result.
 
     `data` is the record's entry on the data, with the checksum, None for generated batches.
@@ -76,7 +76,7 @@ class Objective(ABC):
         return f"batch {step} of seed {self.recipe.seed}"
 
 
-class NextToken(Objective):
+class NextToken(Task):
     """Prediction of the next token in the windows of a corpus.
 
     Raises:
