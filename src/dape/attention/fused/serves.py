@@ -1,4 +1,4 @@
-"""Which calls the fused kernels serve."""
+"""The calls that the fused kernels serve."""
 
 import torch
 
@@ -12,14 +12,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
 # Taps of a convolution times heads or units, all padded; half as many in float32.
 MOST_CHANNELS = 256
-# CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
+# CUDA's limit of a grid along the second axis, for the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def obstacle(call: Call) -> str | None:
-    """Return why the fused kernels cannot serve a call, or None if they can."""
+    """Return why the fused kernels cannot serve a call, or None."""
     query, value, mask, shift = call.query, call.value, call.mask, call.shift
     if call.positioned:
         return "positions are given, and the kernels count indices"
@@ -40,7 +40,7 @@ def obstacle(call: Call) -> str | None:
 
 
 def size_obstacle(call: Call) -> str | None:
-    """Return why there are too many heads or hidden units, or None if there are not."""
+    """Return why there are too many heads or hidden units, or None."""
     query, bias, adapter = call.query, call.bias, call.adapter
     batch, heads, units = *query.shape[:2], hidden_units(adapter)
     most = max(units, len(bias.bias_in)) if isinstance(bias, FIRE) else units
@@ -68,7 +68,7 @@ def size_obstacle(call: Call) -> str | None:
 
 
 def cuda_obstacle(call: Call) -> str | None:
-    """Return why kernels in CUDA cannot mix the heads of a call, or None if they need not or can.
+    """Return why kernels in CUDA cannot mix the heads of a call, or None.
 
     FIRE and DAPE V2 are mixed in Triton.
     """
