@@ -2,12 +2,14 @@
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from dape.attention.fused.cuda import forward
 from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
 from dape.attention.fused.geometry import ALIGNMENT, diagonals
 from dape.attention.fused.mixers.mixed import MixedMixer, Slots
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import padded
@@ -57,14 +59,11 @@ class CudaMixer(MixedMixer):
         where = diagonals(self.problem, band, TILE, TILE)
         batch, rows, keys = band.sizes
         _, segments = self.share(batch, where.number, rows)
-        compiled(x.device.index, "mix", *self.macros())(
-            grid=(where.number, batch, self.shares * segments),
-            block=(32 * WARPS, 1, 1),
-            args=[
-                x, terms.weight_in, terms.weight_out, terms.hidden, mask,
-                rows, keys, len(terms.hidden),
-                where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-            ],
+        grid = (where.number, batch, self.shares * segments, 32 * WARPS, 1, 1)
+        start(compiled("mix", *self.macros()), grid)(
+            x, terms.weight_in, terms.weight_out, terms.hidden, mask,
+            rows, keys, len(terms.hidden),
+            where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         )  # fmt: skip
 
     def mix_backward(
@@ -75,17 +74,14 @@ class CudaMixer(MixedMixer):
         where = diagonals(self.problem, band, TILE, TILE)
         batch, count, keys = band.sizes
         groups = len(slots.sums) // slots.segments
-        compiled(x.device.index, "mix_backward", *self.macros())(
-            grid=(where.number, groups, self.shares * slots.segments),
-            block=(32 * WARPS, 1, 1),
-            args=[
-                x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-                rows.lse, rows.delta, mask, *self.problem.gated().values(),
-                slots.sums[:, where.slot * self.shares :], batch, slots.elements,
-                count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
-                *slots.sums.shape[1:], int(slots.add),
-                *x.stride()[:2], *rows.lse.stride(), mask.stride(0),
-            ],
+        grid = (where.number, groups, self.shares * slots.segments, 32 * WARPS, 1, 1)
+        start(compiled("mix_backward", *self.macros()), grid)(
+            x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
+            rows.lse, rows.delta, mask, *self.problem.gated().values(),
+            slots.sums[:, where.slot * self.shares :], batch, slots.elements,
+            count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
+            *slots.sums.shape[1:], int(slots.add),
+            *x.stride()[:2], *rows.lse.stride(), mask.stride(0),
         )  # fmt: skip
         return x, y
 
@@ -119,8 +115,13 @@ def source(name: str, *values: int) -> str:
     return source_of(defines, "mix.cuh", f"{name}.cu")
 
 
+def compiled(name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device."""
+    return compiled_on(torch.cuda.current_device(), name, *values)
+
+
 @cache
-def compiled(device: int, name: str, *values: int) -> Kernel:
+def compiled_on(device: int, name: str, *values: int) -> Kernel:
     """Return a named kernel for some macros, on the current device, which must be `device`."""
     size = shared_memory(name, *values[2:4])
     return kernel(source(name, *values), name, shared_memory=size)
