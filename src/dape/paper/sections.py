@@ -148,9 +148,14 @@ def trainings(panel: Panel) -> Table:
     rows = []
     for arm in panel.arms:
         cells = [cell for cell in panel.cells if cell.arm == arm]
-        steps = [cell.record.read_metrics() for cell in cells if cell.name not in panel.errors]
+        steps = [record.metrics(cell) for cell in cells if cell.name not in panel.errors]
         losses = [each[-1]["validation_loss"] for each in steps]
-        speeds = [step["tokens_per_second"] for each in steps for step in each]
+        speeds = [
+            step["tokens_per_second"]
+            for each in steps
+            for step in each
+            if "tokens_per_second" in step
+        ]
         rows.append(
             [
                 arm,
