@@ -61,7 +61,7 @@ def check_data(experiments: Iterable[Experiment], data: Mapping[str, str]) -> No
     Raises:
         UserError: naming the corpora.
     """
-    own = {setting.corpus for each in experiments for setting in each.settings}
+    own = {regime.corpus for each in experiments for regime in each.regimes}
     known = own.union(*(MEASURED_ON.get(name, ()) for name in own))
     for name in data:
         if name not in known:
