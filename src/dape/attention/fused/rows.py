@@ -21,8 +21,8 @@ class Rows(NamedTuple):
     """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
 
     `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
-    of the log-sum-exp, if there is one. Where heads meet, log-sum-exp and delta of all heads of a
-    row lie side by side.
+    of the log-sum-exp, if there is one. Where heads meet, the log-sum-exps of all heads of a row
+    lie side by side.
     """
 
     lse: Float[Tensor, "batch heads rows"]
@@ -42,14 +42,12 @@ class Rows(NamedTuple):
         batch, heads, rows, value_dim = found.out.shape
         lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
         scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
-        if mixed:
-            copied, delta = lse.new_empty(batch, rows, 2, heads).permute(2, 0, 3, 1)
-        else:
-            copied, delta = lse, torch.empty_like(lse)
+        copied = lse.new_empty(batch, rows, heads).transpose(1, 2) if mixed else lse
+        delta = torch.empty_like(lse)
         kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
             found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, unit,
             scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
-            *lse.stride()[:2], *strides(scaled), *delta.stride(),
+            *lse.stride()[:2], *strides(scaled), *copied.stride(),
             heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=found.exact,
             COPIED=mixed, SUMMED=grad_lse is not None, M=64, num_warps=4,
         )  # fmt: skip

@@ -41,9 +41,9 @@ class Mixer(ABC, Generic[Kind]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and dP in Y, both overwritten; add to the slots.
+        """Return P and dA of a band from scores X and dP - delta in Y, both overwritten.
 
-        `rows` are those of the band.
+        Add to the slots. `rows` are those of the band.
         """
 
     @abstractmethod
