@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import Layers, check_format
+from dape.cli.options import Layers, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 from dape.strict import default
 
 if TYPE_CHECKING:
-    from dape.evaluate.learned import Learned
+    from dape.evaluate.learned import LearnedRows
 
-FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+FORMATS = (*FIGURES, ".md", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,7 @@ class Arguments:
         """Refuse an absent file, unknown formats, and a query without an earlier key."""
         if not self.out:
             raise UserError("no file given: dape plot learned RUN --out FILE")
-        for file in self.out:
-            check_format(file, FORMATS)
+        check_out(*self.out, formats=FORMATS)
         if self.length < 2:
             raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.query is not None and not 1 <= self.query < self.length:
@@ -63,32 +63,24 @@ def main(argv: list[str]) -> None:
 
     record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
     from dape.figures.learned import draw, table
-    from dape.figures.style import save
-    from dape.files import write_text
 
     for file in arguments.out:
-        if file.suffix == ".json":
-            record.save(file)
-        elif file.suffix == ".md":
-            write_text(file, table(record).markdown() + "\n")
-        else:
-            save(draw(record), file)
-        print(f"wrote {file}")
+        write(file, lambda: draw(record), record, md=lambda: table(record).markdown() + "\n")
 
 
-def made(arguments: Arguments, argv: list[str]) -> "Learned":
+def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":
     """Return the record of the run's model."""
     from transformers.utils import logging
 
     from dape.device import choose_device
-    from dape.evaluate.learned import learned
+    from dape.evaluate.learned import learned_rows
     from dape.evaluate.opening import open_model
     from dape.provenance import provenance
 
     logging.disable_progress_bar()  # progress bars of loading
     device = choose_device(arguments.device)
     model = open_model(arguments.run)
-    return learned(
+    return learned_rows(
         model,
         model.corpus(arguments.data),
         layers=arguments.layers,
