@@ -1,4 +1,4 @@
-// P and dA from X and dP, with the sums of all gradients; `mix.cuh` has the legend.
+// P and dA from X and Y = dP - delta, with the sums of all gradients; `mix.cuh` has the legend.
 
 // The two layers of a lane, and their transposes.
 struct Layers {
@@ -6,10 +6,10 @@ struct Layers {
   __device__ Layers(const Weights& w, int lane)
       : in(w.in, lane), out(w.out, lane), out_turned(w.out_turned, lane), in_turned(w.in_turned, lane) {}
 };
-// A tile of scores and of dP under way, with log-sum-exp and delta of all heads of the row.
+// A tile of X and of Y under way, with the log-sum-exps of all heads of the row.
 struct Stage {
   Ring x, y;
-  float stats[2 * HEADS];
+  float lse[HEADS];
 };
 // The sums of a warp, in registers and in shared memory.
 struct Accumulators {
@@ -26,7 +26,7 @@ struct Cursor {
   uint32 at, stat, mask;
 };
 
-// P in place of the scores of half f of a tile, dS in place of dP; `risen` is phi(z) - phi(U).
+// P in place of the scores of half f of a tile, dS in place of Y; `risen` is phi(z) - phi(U).
 DEVICE void softmax_backward(Own& xs, Half& yf, const Half& xf, int f, const Stage& stage, const Tables& tables,
                              const Held& w_out, const uint2 (&risen)[UT], bool whole, const uint32 (&seen)[2], int g,
                              int lane) {
@@ -38,20 +38,20 @@ DEVICE void softmax_backward(Own& xs, Half& yf, const Half& xf, int f, const Sta
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int r = 2 * part + i;
-        const float log_sum = stage.stats[8 * r + g], mean = stage.stats[HEADS + 8 * r + g];
+        const float log_sum = stage.lse[8 * r + g];
         const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(i ? logits.y : logits.x)),
-                     dp = __half22float2(half2_of(yf[r][e]));
+                     y = __half22float2(half2_of(yf[r][e]));
         float p0 = exp2_fast(fmaf(v.x - log_sum, LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum, LOG2E, c.y));
         if (!whole) {
           p0 = seen[e] & 0xffffu ? p0 : 0.f;
           p1 = seen[e] >> 16 ? p1 : 0.f;
         }
         xs[r][2 * f + e] = pack(p0, p1);
-        yf[r][e] = pack(p0 * (dp.x - mean), p1 * (dp.y - mean));
+        yf[r][e] = pack(p0 * y.x, p1 * y.y);
       }
     }
 }
-// dA in place of dP of half f of a tile, from dS, with its summands of all sums.
+// dA in place of Y of half f of a tile, from dS, with its summands of all sums.
 DEVICE void layers_backward(Own& ys, Accumulators& acc, const Half& xf, const Half& ds, int f, const Layers& layers,
                             const uint2 (&risen)[UT], const uint2 (&z)[UT], uint32 ones) {
 #pragma unroll
@@ -147,8 +147,8 @@ DEVICE void add_up(float* slot, const Sums& sums, int add) {
 // X <- P, Y <- dA; the sums of U, C, W1 and W2 are stored in the block's slot, or added to the slot.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     mix_backward(__half* x, __half* y, const float* w1, const float* w2, const float* hidden_table,
-                 const float* static_table, const float* lse, const float* delta, const uint8* mask, const int* gate,
-                 int gated, float* slot, int batch, int elements, int rows, int keys, int table_size,
+                 const float* static_table, const float* lse, const uint8* mask, const int* gate, int gated,
+                 float* slot, int batch, int elements, int rows, int keys, int table_size,
                  int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add, int x_b, int x_t,
                  int stat_b, int stat_h, int stat_t, int mask_b) {
   struct Walk {
@@ -206,9 +206,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     fetch_tile(ring[into].x, x + from, real, g, lane);
     fetch_tile(ring[into].y, y + from, real, g, lane);
 #pragma unroll
-    for (int i = lane; i < 2 * HEADS; i += 32)
-      copy4(address(&ring[into].stats[i]),
-            (i < HEADS ? lse : delta) + (real ? next.stat + min(i % HEADS, H - 1) * stat_h : 0), real);
+    for (int i = lane; i < HEADS; i += 32)
+      copy4(address(&ring[into].lse[i]), lse + (real ? next.stat + min(i, H - 1) * stat_h : 0), real);
     commit();
     advance(next);
   };
