@@ -50,23 +50,24 @@ def scores(
     out: Tensor,
     part: Problem,
     scale: float,
-    unit: Tensor | None = None,
+    rows: Rows | None = None,
     flag: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given.
+    """Fill `out` with `scale left right^T` of a band; with `rows` in their unit, less their delta.
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    batch, heads, rows, size = left.shape
+    batch, heads, count, size = left.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
     keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles = cdiv(keys, tile.keys) * cdiv(rows, tile.rows)
+    tiles = cdiv(keys, tile.keys) * cdiv(count, tile.rows)
+    unit, delta = (left, left) if rows is None else (rows.unit, rows.delta)
     start(kernels.scores_kernel, (cdiv(tiles, span) * heads, batch))(
-        left, right, out, scale, left if unit is None else unit, rows, keys, part.offset,
-        *strides(left), *strides(right), *out.stride()[:2],
-        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=unit is not None,
+        left, right, out, scale, unit, delta, count, keys, part.offset,
+        *strides(left), *strides(right), *out.stride()[:2], *delta.stride()[:2],
+        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=rows is not None,
         SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
     )  # fmt: skip
 
@@ -95,7 +96,7 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
 
 
 def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
-    """Change delta, dO and dP in Y, such that rows of P and dS have exact sums; X are logits.
+    """Change dO and Y, such that rows of P and dS have exact sums; X are logits.
 
     The band has whole rows.
     """
@@ -104,9 +105,9 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     entries = rows.lse if table is None else table
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
     start(kernels.balance_kernel, (cdiv(count, tile.rows), batch * heads))(
-        x, y, entries, rows.lse, rows.delta, rows.scaled, wanted, rows.unit,
+        x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
-        *x.stride()[:2], *rows.delta.stride(), *strides(rows.scaled), *wanted.stride()[:2],
+        *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],
         heads, V=value_dim, WIDE_V=padded(value_dim), TABLED=table is not None,
         SUMMED=rows.grad_lse is not None, CAUSAL=part.causal, **part.gated(), **tile.launch(),
     )  # fmt: skip

@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
 
     `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
-    of the log-sum-exp, if given. For mixed heads, log-sum-exp and delta of all heads of a row are
+    of the log-sum-exp, if given. For mixed heads, the log-sum-exps of all heads of a row are
     neighbours in memory.
     """
 
@@ -44,14 +44,12 @@ class Rows(NamedTuple):
         batch, heads, rows, value_dim = found.out.shape
         lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
         scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
-        if mixed:
-            copied, delta = lse.new_empty(batch, rows, 2, heads).permute(2, 0, 3, 1)
-        else:
-            copied, delta = lse, torch.empty_like(lse)
+        copied = lse.new_empty(batch, rows, heads).transpose(1, 2) if mixed else lse
+        delta = torch.empty_like(lse)
         start(kernels.row_products_kernel, (cdiv(rows, 64), batch * heads))(
             found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, largest,
             unit, scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
-            *lse.stride()[:2], *strides(scaled), *delta.stride(),
+            *lse.stride()[:2], *strides(scaled), *copied.stride(),
             heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=found.exact,
             COPIED=mixed, SUMMED=grad_lse is not None,
             PARTS=0 if exact else len(largest), M=64, num_warps=4,

@@ -38,7 +38,7 @@ def store_half(
     E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Store some rows of X in fp16, at most the largest number that bf16 and fp16 hold."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first_row = tl.program_id(0) * M
     rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
     values_ME = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
@@ -77,16 +77,17 @@ def half_kernel(
 def row_products_kernel(
     out, rest, grad_out, lse, grad_lse, largest, unit, scaled, copied, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
-    scaled_b, scaled_h, scaled_t, delta_b, delta_h, delta_t,
+    scaled_b, scaled_h, scaled_t, copied_b, copied_h, copied_t,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
     SUMMED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Store the unit, dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
 
     g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). If COPIED, the log-sum-exp
-    goes beside delta. The unit is made of the largest numbers of so many PARTS, and 1 without.
+    is copied beside those of the other heads. The unit is made of the largest numbers of so many
+    PARTS, and 1 without.
     """
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     scale = 1.0
     if PARTS > 0:
         scale = power_above(tl.max(tl.load(largest + tl.arange(0, PARTS)), 0))
@@ -110,8 +111,9 @@ def row_products_kernel(
     if SUMMED:
         wanted_M = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
         products_M -= wanted_M / scale
-    at = b64 * delta_b + h * delta_h + line * delta_t
+    at = b64 * lse_b + h * lse_h + line
     tl.store(delta + at, products_M, line < num_rows)
     if COPIED:
-        log_sum_M = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
+        log_sum_M = tl.load(lse + at, line < num_rows)
+        at = b64 * copied_b + h * copied_h + line.to(tl.int64) * copied_t
         tl.store(copied + at, log_sum_M, line < num_rows)

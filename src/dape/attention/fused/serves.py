@@ -12,6 +12,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
 # Taps of a convolution times heads or units, all padded; half as many in float32.
 MOST_CHANNELS = 256
+# Rows of a band at least: `geometry.ALIGNMENT`.
+FEWEST_ROWS = 64
 # CUDA's limit of a grid along the second axis, for the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
@@ -79,6 +81,10 @@ def cuda_obstacle(call: Call) -> str | None:
 
     if call.query.dtype == torch.float32:
         return "its scratch is fp16, too narrow for float32"
+    _, heads, rows, size = call.query.shape
+    keys = call.key.shape[2]
+    if heads * max(FEWEST_ROWS * keys, max(rows, keys) * size) >= 2**31:
+        return f"{heads} heads of {max(rows, keys)} tokens are more than 32 bits count"
     return mix.obstacle(call.query.shape[1], hidden_units(adapter))
 
 

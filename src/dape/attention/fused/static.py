@@ -131,7 +131,7 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
-    start(kernels.grad_table_kernel, (heads, where.number))(
+    start(kernels.grad_table_kernel, (heads * where.number,))(
         *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0), heads, **how, M=size, **tile.pace(),
     )  # fmt: skip

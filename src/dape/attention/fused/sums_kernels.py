@@ -69,7 +69,8 @@ def fold_kernel(
     if unwanted(gate, GATED):
         return
     first = tl.program_id(0) * DISTANCES
-    d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    d = first + tl.arange(0, DISTANCES)
+    c = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     total = tl.zeros((DISTANCES, COLUMNS), tl.float32)
     for negative in tl.static_range(2):
         if (negative == 0) | (first <= -lowest):

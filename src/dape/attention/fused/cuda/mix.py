@@ -69,7 +69,7 @@ class CudaMixer(MixedMixer):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, TILE, TILE)
         batch, count, keys = band.sizes
@@ -77,7 +77,7 @@ class CudaMixer(MixedMixer):
         grid = (where.number, groups, self.shares * slots.segments, 32 * WARPS, 1, 1)
         start(compiled("mix_backward", *self.macros()), grid)(
             x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-            rows.lse, rows.delta, mask, *self.problem.gated().values(),
+            rows.lse, mask, *self.problem.gated().values(),
             slots.sums[:, where.slot * self.shares :], batch, slots.elements,
             count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
             *slots.sums.shape[1:], int(slots.add),
@@ -101,7 +101,7 @@ def shared_memory(name: str, heads: int, units: int) -> int:
     matrix, tile, hidden = 2 * heads * units, 2 * heads * TILE, 2 * TILE * units
     if name == "mix":
         return 2 * matrix + WARPS * (hidden + STAGES * tile)
-    walk = hidden + 4 * TILE * heads + STAGES * (2 * tile + 8 * heads)
+    walk = hidden + 4 * TILE * heads + STAGES * (2 * tile + 4 * heads)
     sums = 4 * (TILE * (units + heads) + 2 * heads * units)
     return 4 * matrix + WARPS * max(walk, sums)
 

@@ -68,12 +68,12 @@ class FeaturesMixer(Mixer[Features]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, count, keys = band.sizes
         pairs = x.new_empty(batch, count, keys, dtype=torch.float32)
         start(kernels.fire_mix_backward_kernel, (where.number, batch))(
-            x, y, *self.tables(band), rows.lse, rows.delta, mask,
+            x, y, *self.tables(band), rows.lse, mask,
             *(sums[:, where.slot :] for sums in slots[:-1]), pairs,
             count, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, slots.psi.shape[1],

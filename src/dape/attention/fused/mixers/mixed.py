@@ -87,13 +87,13 @@ class MixedMixer(Mixer[Mixed]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, count, keys = band.sizes
         start(kernels.mix_backward_kernel, (where.number, batch, slots.segments))(
             x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-            rows.lse, rows.delta, mask, slots.sums[:, where.slot :],
+            rows.lse, mask, slots.sums[:, where.slot :],
             count, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,

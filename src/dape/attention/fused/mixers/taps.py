@@ -123,7 +123,7 @@ class TapsMixer(Mixer[Taps]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and, in place, dP in Y; add to the slots."""
+        """Return P and dA of a band from scores X and, in place, Y; add to the slots."""
         given, terms = self.begin(x, band), self.terms
         batch, *size = band.sizes
         z, p, count = given.hidden, torch.empty_like(x), slots.static.shape[1]
@@ -135,7 +135,7 @@ class TapsMixer(Mixer[Taps]):
         strides = (*x.stride()[:2], *z.stride()[:2])
         lines, compiled = _lines_of(self.tile), {**self.compiled(), "num_stages": 1}
         start(kernels.convolution_backward_kernel, (given.keys.number, batch, slots.segments))(
-            x, p, y, z, terms.weight_out, terms.static, rows.lse, rows.delta, given.mask,
+            x, p, y, z, terms.weight_out, terms.static, rows.lse, given.mask,
             slots.static[:, at_key], slots.weight_out[:, at_key], *self.counted(),
             *size, band.shift, terms.static.shape[1], *by_key,
             *strides, *rows.lse.stride(), given.mask.stride(0), LINES=lines, **compiled,
