@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dape.attention.fused import plan
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -24,3 +26,9 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_plans_of_other_tests():
+    """Let a test that changes what launchers do make its own plans."""
+    plan.calls_of.cache_clear()

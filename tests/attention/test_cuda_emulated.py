@@ -73,7 +73,7 @@ def emulated(monkeypatch, folder, change):
     """Let the CUDA kernels run here, those across heads alone."""
 
     def compiled(module):
-        def found(device, name, *values):
+        def found(name, *values):
             source = module.source(name, *values)
             for old, new in change.items():
                 source = source.replace(old, new)

@@ -13,6 +13,13 @@ from dape.attention.call import Call
 from dape.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def every_machine_is_asked():
+    select.missing.cache_clear()
+    yield
+    select.missing.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("device", "missing", "hindered", "wanted", "expected"),
     [
@@ -57,7 +64,7 @@ def pretend(monkeypatch, capability=None, built=True, triton=True):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
-    monkeypatch.setattr(select, "find_spec", lambda name: SimpleNamespace() if triton else None)
+    monkeypatch.setattr(select, "has_triton", lambda: triton)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 from dape.strict import default
 
 if TYPE_CHECKING:
-    from dape.evaluate.learned import Learned
+    from dape.evaluate.learned import LearnedRows
 
-FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+FORMATS = (*FIGURES, ".md", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,9 @@ def main(argv: list[str]) -> None:
         _check_unused(arguments)
     record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
     from dape.figures.learned import draw, table
-    from dape.figures.style import save
-    from dape.files import write_text
 
     for file in arguments.out:
-        if file.suffix == ".json":
-            record.save(file)
-        elif file.suffix == ".md":
-            write_text(file, table(record).markdown() + "\n")
-        else:
-            save(draw(record), file)
-        print(f"wrote {file}")
+        write(file, lambda: draw(record), record, md=lambda: table(record).markdown() + "\n")
 
 
 def _check_unused(arguments: Arguments) -> None:
@@ -87,19 +80,19 @@ def _check_unused(arguments: Arguments) -> None:
             )
 
 
-def made(arguments: Arguments, argv: list[str]) -> "Learned":
+def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":
     """Return the record of the run's model."""
     from transformers.utils import logging
 
     from dape.device import choose_device
-    from dape.evaluate.learned import learned
+    from dape.evaluate.learned import learned_rows
     from dape.evaluate.opening import open_model
     from dape.provenance import provenance
 
     logging.disable_progress_bar()  # progress bars of loading
     device = choose_device(arguments.device)
     model = open_model(arguments.run)
-    return learned(
+    return learned_rows(
         model,
         model.corpus(arguments.data),
         layers=arguments.layers,

@@ -116,7 +116,7 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module around the model, as an exchange of gradients requires.
+    """The loss of a task as a module, as an exchange of gradients requires.
 
     `drawn` holds this rank's rows of the parameters without memory before sharding.
     """

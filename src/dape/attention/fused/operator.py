@@ -1,4 +1,4 @@
-"""The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back."""
+"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_2`."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,16 +8,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused.plan import planned
 from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.registered import below_autograd, register
+from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
 from dape.attention.fused.terms import terms_of
 
 
 def attend(call: Call, backend: str) -> Attended:
-    """Return output and log-sum-exp of a call that `serves.obstacle` lets pass.
+    """Return output and log-sum-exp of a call without an obstacle by `serves.obstacle`.
 
-    An output that is wider than the value has been rounded to two numbers of its dtype.
+    An output wider than the value is the sum of two numbers in the dtype of the value.
     """
     query, mask, shift = call.query, call.mask, cast(int, call.shift)
     rows, keys = query.shape[2], call.key.shape[2]
@@ -40,7 +42,7 @@ def attend(call: Call, backend: str) -> Attended:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """Return `x` with a contiguous last axis, as the kernels read it."""
+    """Return `x` with a contiguous last axis, for the kernels."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -85,12 +87,27 @@ def _forward(
     backend: str,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the `Result` of a `Problem` of these arguments."""
+    """Return the `Result` of a `Problem`, made of the arguments."""
+    given = (query, key, value, mask, begun, *tables)
+    how = scale, causal, offset, tuple(halo), backend, exact
+    return Result(*planned(_solved, given, *how, once=query.shape[2] <= MOST_ROWS))
+
+
+def _solved(
+    given: Sequence[Any],
+    scale: float,
+    causal: bool,
+    offset: int,
+    halo: tuple[int, int],
+    backend: str,
+    exact: bool,
+) -> Result:
+    """Return the result for the tensors of a problem."""
     from dape.attention.fused.passes import forward
 
+    query, key, value, mask, begun, *tables = given
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
-    with torch.cuda.device_of(query):
-        return forward(problem, backend, exact)
+    return forward(problem, backend, exact)
 
 
 def _forward_fake(
@@ -124,14 +141,27 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of query, key, value and the tables."""
+    if grad_lse is not None:  # rows without a visible key have no gradient
+        grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
+    given = (query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables)
+    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend)]
+
+
+def _gradients(
+    given: Sequence[Any],
+    scale: float,
+    causal: bool,
+    offset: int,
+    halo: tuple[int, int],
+    backend: str,
+) -> list[Tensor]:
+    """Return the gradients for the tensors of a problem, of its result and of its gradients."""
     from dape.attention.fused.passes import backward
 
+    query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables = given
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
-    if grad_lse is not None:  # a row that sees nothing has none
-        grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
-    with torch.cuda.device_of(query):
-        found = Result(out, lse, rest, flag)
-        return backward(problem, backend, found, with_rows(grad_out), grad_lse)
+    found = Result(out, lse, rest, flag)
+    return backward(problem, backend, found, with_rows(grad_out), grad_lse)
 
 
 def _backward_fake(

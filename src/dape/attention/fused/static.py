@@ -1,4 +1,4 @@
-"""Attention with a static bias, or none: an ordinary kernel of one head with a learnable table."""
+"""Attention with a static bias, or none: an ordinary kernel of a head with a learnable table."""
 
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from dape.attention.fused import static_kernels as kernels
 from dape.attention.fused.geometry import Extent, bands, diagonals, lowest_distance
 from dape.attention.fused.overflow import asking
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Gradients, Problem, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
@@ -29,7 +30,7 @@ LOG2E = 1.4426950408889634
 
 
 class Bias(NamedTuple):
-    """The table of a bias, its size, and a line of 0 or -inf over keys if needed."""
+    """The table of a bias, the size of the table, and a line of 0 or -inf over keys if needed."""
 
     table: Tensor
     size: int
@@ -37,12 +38,12 @@ class Bias(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> "Bias":
-        """Return the bias of a problem, with what nobody may see at -inf."""
+        """Return the bias of a problem, with -inf at masked keys."""
         (batch, _, rows, _), keys = problem.query.shape, problem.key.shape[2]
         table, size = problem.query, 0
         if isinstance(problem.terms, Static):
             table, size = problem.terms.static, problem.terms.static.shape[1]
-        # Where every row ends before the keys do, causality hides what is past the last key.
+        # Where every row ends before the keys do, causality hides columns past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
             return cls(table, size, None)
@@ -88,7 +89,7 @@ def forward(problem: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, visible, tile)
     parts, parts_lse = parts_of(found, spans)
     line = query if bias.line is None else bias.line
-    kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+    start(kernels.forward_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
         query, key, value, bias.table, line, parts, parts_lse, found.rest,
         rows, visible, bias.size, problem.offset,
         problem.scale * LOG2E, length,
@@ -100,7 +101,7 @@ def forward(problem: Problem, found: Result) -> None:
 
 
 def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | Static) -> None:
-    """Fill dQ, then with delta as that corrects it dK, dV, and dC `[H, N]` if there is a bias."""
+    """Fill dQ and correct delta, then fill dK, dV, and with a bias dC `[H, N]`."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, count, _ = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -113,13 +114,13 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
         *rows.lse.stride()[:2],
     )  # fmt: skip
     tile, how = tile_of("grad_query", problem), shared(problem, bias)
-    kernels.grad_query_kernel[(cdiv(count, tile.rows), batch * heads)](
+    start(kernels.grad_query_kernel, (cdiv(count, tile.rows), batch * heads))(
         *tensors, rows.lse if grad_lse is None else grad_lse, rows.unit, into.query,
         *sizes, problem.offset, problem.scale, *places, *strides(into.query), line.stride(0),
         heads, SUMMED=grad_lse is not None, **how, **tile.launch(),
     )  # fmt: skip
     tile = tile_of("grad_key_value", problem)
-    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
+    start(kernels.grad_key_value_kernel, (cdiv(keys, tile.keys), batch * kv_heads))(
         *tensors, rows.unit, into.key, into.value, *sizes, problem.offset, problem.scale,
         *places, *strides(into.key), *strides(into.value), line.stride(0),
         kv_heads, **how, **tile.launch(),
@@ -130,11 +131,11 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
-    kernels.grad_table_kernel[(heads, where.number)](
+    start(kernels.grad_table_kernel, (heads * where.number,))(
         *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0), heads, **how, M=size, **tile.pace(),
     )  # fmt: skip
-    # A row lies reversed, so that one line further is one column further in all of them.
+    # Rows lie reversed. A diagonal of dS is therefore a column.
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     first = lowest_distance(problem, size, size)

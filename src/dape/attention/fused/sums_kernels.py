@@ -1,4 +1,4 @@
-"""Triton kernels that put together what programs have summed; `tiles` has the legend."""
+"""Triton kernels that add partial sums of programs; `tiles` has the legend."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,14 @@ from dape.attention.fused.tiles import unwanted
 SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
-# Of any sizes: one kernel for all that share what is compiled.
+@triton.jit(do_not_specialize=("size",))
+def zero_kernel(x, size, N: tl.constexpr):
+    """Store zeros; grid (entries)."""
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(x + n, tl.zeros((N,), tl.float32), n < size)
+
+
+# Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
 def sum_kernel(
     slots, unit, table, second, count, slot_size, rows, columns, groups,
@@ -47,15 +54,16 @@ def fold_kernel(
     DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
+    """Sum the terms of all lines of a distance d or -d; grid (|d|, columns).
 
-    Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
-    more than SPANS slots.
+    Line r of slot q stands for the distance lowest + q K + r. Therefore at most SPANS slots have
+    lines of a distance.
     """
     if unwanted(gate, GATED):
         return
     first = tl.program_id(0) * DISTANCES
-    d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    d = first + tl.arange(0, DISTANCES)
+    c = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     total = tl.zeros((DISTANCES, COLUMNS), tl.float32)
     for negative in tl.static_range(2):
         if (negative == 0) | (first <= -lowest):

@@ -1,8 +1,10 @@
-"""The tables of a bias and an adapter as operators of PyTorch: a kernel there, and two back.
+"""The tables of a bias and an adapter as operators of PyTorch.
 
-`registered` says what the numbers in the names of operators are for.
+A kernel makes the tables, and two kernels take the gradients back. `registered` explains the
+numbers in the names of operators.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,25 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dape.attention.fused.plan import planned, start
 from dape.attention.fused.registered import below_autograd, register
 
 if TYPE_CHECKING:
     from dape.attention.fused.forms import Form
 
-# Entries of a tile, and programs of the way back, of which each sums a part of a gradient.
+# Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
 
 
 class How(NamedTuple):
-    """What is made of the inputs.
+    """How the tables follow from the inputs.
 
     Args:
-        form: the name of the bias's form; empty where B is given, or there is none.
+        form: the name of the form of the bias, empty for B from a tensor and for B = 0.
         entries: how many entries the tables have.
         heads: how many heads.
-        on_bias: the first column of W1 that meets B, or -1.
+        on_bias: the first column of W1 on B, or -1.
         residual: whether C holds B.
-        linear: whether C is without `W2 phi(U)`.
+        linear: whether C lacks `W2 phi(U)`.
         one_constant: whether b1 and b2 meet the first entry alone.
     """
 
@@ -49,9 +52,9 @@ _HOW = (
 
 
 def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
-    """Return the name of a bias's form and its parameters, or None if it has no form.
+    """Return name and parameters of the form of a bias, or None for a bias without a form.
 
-    That of no bias has no name.
+    Without a bias the name is empty.
     """
     from dape.attention.fused.forms import FORMS
 
@@ -70,7 +73,7 @@ def name_of(kind: type) -> str:
 
 @cache
 def form_named(name: str) -> "Form":
-    """Return the form of the class of that name; of none, B = 0."""
+    """Return the form of the class with a name, B = 0 for an empty name."""
     from dape.attention.fused.forms import FORMS, Form, nothing
 
     named = {name_of(kind): form for kind, form in FORMS.items()}
@@ -94,7 +97,7 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
 
 
 def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
-    """Return the other compile-time arguments."""
+    """Return the compile-time arguments besides sizes."""
     return {
         "FORM": form_named(how.form).function, "GIVEN": values is not None,
         "ON_BIAS": how.on_bias, "RESIDUAL": how.residual, "LINEAR": how.linear,
@@ -102,35 +105,29 @@ def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _forward(
-    values: Tensor | None,
-    p0: Tensor | None,
-    p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
+def _forward(*given: Any) -> list[Tensor]:
     """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    return [*planned(_made, given[:7], How(*given[7:]))]
+
+
+def _made(given: Sequence[Any], how: How) -> list[Tensor]:
+    """Return the tables of some tensors."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv
 
-    how = How(*rest)
-    found = _forward_fake(values, p0, p1, w1, b1, w2, b2, *rest)
+    values, p0, p1, w1, b1, w2, b2 = given
+    found = _forward_fake(*given, *how)
     static, grid = found[0], (cdiv(how.entries, ENTRIES),)
-    given = tuple(static if x is None else x for x in (values, p0, p1))
+    known = tuple(static if x is None else x for x in (values, p0, p1))
     compiled, switches = _compiled(w1, how), _switches(values, how)
-    with torch.cuda.device_of(static):
-        if w1 is None:
-            names = ("H", "HEADS"), ("FORM", "GIVEN")
-            kernels.static_table_kernel[grid](
-                *given, static, how.entries, **{name: compiled[name] for name in names[0]},
-                **{name: switches[name] for name in names[1]}, N=ENTRIES, num_warps=4,
-            )  # fmt: skip
-            return found
-        kernels.tables_kernel[grid](
-            *given, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
+    if w1 is None:
+        start(kernels.static_table_kernel, grid)(
+            *known, static, how.entries, H=compiled["H"], HEADS=compiled["HEADS"],
+            FORM=switches["FORM"], GIVEN=switches["GIVEN"], N=ENTRIES, num_warps=4,
+        )  # fmt: skip
+    else:
+        start(kernels.tables_kernel, grid)(
+            *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
             N=ENTRIES, num_warps=4,
         )  # fmt: skip
     return found
@@ -156,23 +153,19 @@ def _forward_fake(
     return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
-def _backward(
-    values: Tensor | None,
-    p0: Tensor | None,
-    p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    grads: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
-    """Return the gradients of the tensors that are given; that of b1 counts without taps alone."""
+def _backward(*given: Any) -> list[Tensor]:
+    """Return the gradients of all tensors but None. DAPE V2 ignores the gradient of b1."""
+    return [*planned(_gradients, (*given[:7], *given[7]), How(*given[8:]))]
+
+
+def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
+    """Return the gradients of some tensors from those of the tables, which follow them."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv, next_power_of_2
 
-    how = How(*rest)
-    found = _backward_fake(values, p0, p1, w1, b1, w2, b2, grads, *rest)
+    tensors, grads = given[:7], [x.contiguous() for x in given[7:]]
+    values, p0, p1, w1, b1, w2, _ = tensors
+    found = _backward_fake(*tensors, grads, *how)
     compiled, switches = _compiled(w1, how), _switches(values, how)
     heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
     size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
@@ -180,23 +173,22 @@ def _backward(
     programs = cdiv(how.entries, per_program)
     static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
     parts = static.new_empty(programs, size)
-    given = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
+    known = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
     into = iter(found)
     unused = static.new_empty(how.heads)
     grad_values, grad_p0, grad_p1, grad_w1, grad_b1, grad_w2, grad_b2 = (
-        unused if x is None else next(into) for x in (values, p0, p1, w1, b1, w2, b2)
+        unused if x is None else next(into) for x in tensors
     )
     channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
-    with torch.cuda.device_of(static):
-        kernels.tables_backward_kernel[(programs,)](
-            *given, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
-            **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
-        )  # fmt: skip
-        kernels.table_sums_kernel[(cdiv(size, 32),)](
-            parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
-            programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
-            MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
-        )  # fmt: skip
+    start(kernels.tables_backward_kernel, (programs,))(
+        *known, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
+        **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+    )  # fmt: skip
+    start(kernels.table_sums_kernel, (cdiv(size, 32),))(
+        parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
+        programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
+        MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+    )  # fmt: skip
     return found
 
 
@@ -216,7 +208,7 @@ def _backward_fake(
 
 
 class _Tables(torch.autograd.Function):
-    """The tables with their gradients."""
+    """The tables with gradients."""
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -228,7 +220,7 @@ class _Tables(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        found = iter(backward_operator(*tensors, [x.contiguous() for x in grads], *ctx.how))
+        found = iter(backward_operator(*tensors, grads, *ctx.how))
         return None, *(None if x is None else next(found) for x in tensors)
 
 
@@ -249,14 +241,20 @@ backward_operator = register(
 
 def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tuple[Tensor, Tensor]:
     """Return psi over the distances, and 1 / psi over the indices from `offset` on, for FIRE."""
+    psi, scale = planned(_fire_made, (log_c, log_threshold), count, offset)
+    return psi, scale
+
+
+def _fire_made(given: Sequence[Any], count: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Return FIRE's tables of its parameters."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv
 
+    log_c, log_threshold = given
     psi, scale = _fire_fake(log_c, log_threshold, count, offset)
-    with torch.cuda.device_of(psi):
-        kernels.fire_kernel[(cdiv(count, 1024),)](
-            log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
-        )
+    start(kernels.fire_kernel, (cdiv(count, 1024),))(
+        log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
+    )
     return psi, scale
 
 
@@ -269,23 +267,27 @@ def _fire_fake(
     )
 
 
-def _fire_backward(
-    log_c: Tensor, log_threshold: Tensor, grad_psi: Tensor, grad_scale: Tensor, offset: int
-) -> tuple[Tensor, Tensor]:
+def _fire_backward(*given: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients of log c and log L."""
+    by_c, by_threshold = planned(_fire_gradients, given[:4], given[4])
+    return by_c, by_threshold
+
+
+def _fire_gradients(given: Sequence[Any], offset: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of FIRE's parameters, which those of its tables follow."""
     from dape.attention.fused import table_kernels as kernels
 
+    log_c, log_threshold, grad_psi, grad_scale = (x.contiguous() for x in given)
     found = torch.empty_like(log_c), torch.empty_like(log_threshold)
-    with torch.cuda.device_of(grad_psi):
-        kernels.fire_backward_kernel[(1,)](
-            log_c, log_threshold, grad_psi, grad_scale, *found, len(grad_psi), offset,
-            N=1024, num_warps=4,
-        )  # fmt: skip
+    start(kernels.fire_backward_kernel, (1,))(
+        log_c, log_threshold, grad_psi, grad_scale, *found, len(grad_psi), offset,
+        N=1024, num_warps=4,
+    )  # fmt: skip
     return found
 
 
 class _Fire(torch.autograd.Function):
-    """FIRE's tables with their gradients."""
+    """The tables psi and 1 / psi of FIRE with gradients."""
 
     @staticmethod
     def forward(
@@ -298,8 +300,7 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = (*ctx.saved_tensors, *(x.contiguous() for x in grads), ctx.offset)
-        return *fire_backward_operator(*given), None, None
+        return *fire_backward_operator(*ctx.saved_tensors, *grads, ctx.offset), None, None
 
 
 def _fire_with_gradients(log_c: Tensor, log_threshold: Tensor, *how: int) -> tuple[Tensor, Tensor]:

@@ -2,65 +2,76 @@
 
 from collections.abc import Callable
 from ctypes import addressof, c_uint64, c_void_p
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.resources import files
 from struct import pack
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 
 
-class Kernel(NamedTuple):
-    """A kernel on the device that was current when it was compiled.
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel on the device that was current at compilation, started as kernels of Triton are.
 
-    What `torch.cuda._compile_kernel` returns looks at every argument anew when it is called, which
-    takes longer than many a kernel runs: 0.2 ms. Here each is a word of eight bytes.
+    Kernels of `torch.cuda._compile_kernel` look at every argument at every call, in 0.2 ms, longer
+    than many a kernel runs. `Kernel` turns an argument into a word of eight bytes.
     """
 
     function: c_void_p
     shared_memory: int
+    arg_names: tuple[str, ...] = ()
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        args: list[Tensor | int | float],
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return the function that starts the kernel, for three sizes of a grid, and of a block."""
+        return partial(self.start, grid)
+
+    def warmup(self, *args: Any, grid: tuple[int, ...]) -> "Kernel":
+        """Return the kernel, which is compiled."""
+        return self
+
+    def start(
+        self, grid: tuple[int, ...], *args: Tensor | int | float, stream: int | None = None
     ) -> None:
-        """Start the kernel on the current stream; integers are `int` there, floats `double`."""
+        """Start the kernel with `int` for integers, `double` for floats."""
         words = (c_uint64 * len(args))(*map(word, args))
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        if stream is None:
+            stream = torch.cuda.current_stream().cuda_stream
         _check_cuda(
-            launcher()(self.function, *grid, *block, self.shared_memory, stream, places, None)
+            launcher()(self.function, *grid, self.shared_memory, c_void_p(stream), places, None)
         )
 
 
 @cache
 def launcher() -> Callable[..., int]:
-    """Return the driver's function that starts a kernel."""
+    """Return the function of the driver for starting a kernel."""
     function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernel
     return function
 
 
 def word(argument: Tensor | int | float) -> int:
     """Return an argument as the low bytes of a word."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return argument if isinstance(argument, int) else int.from_bytes(pack("=d", argument), "little")
+    if isinstance(argument, int):
+        return argument
+    if isinstance(argument, float):
+        return int.from_bytes(pack("=d", argument), "little")
+    return argument.data_ptr()
 
 
 def source_of(defines: dict[str, int], *names: str) -> str:
-    """Return the sources of these names in this folder, behind some macros and `ptx.cuh`."""
+    """Return the named sources of the folder, after some macros and `ptx.cuh`."""
     folder = files("dape.attention.fused.cuda")
     texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", *names))
     return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 
 
 def kernel(source: str, name: str, capability: str | None = None, shared_memory: int = 0) -> Kernel:
-    """Return a compiled kernel with so much dynamic shared memory, on the current device."""
+    """Return a compiled kernel with some bytes of dynamic shared memory, on the current device."""
     found = torch.cuda._compile_kernel(source, name, compute_capability=capability)
     if shared_memory:
         found.set_shared_memory_config(shared_memory)

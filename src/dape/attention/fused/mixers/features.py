@@ -9,18 +9,19 @@ from torch import Tensor
 from dape.attention.fused.geometry import count_diagonals, diagonals, lowest_distance
 from dape.attention.fused.mixers import features_kernels as kernels
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import padded
 from dape.attention.fused.sums import add_up, fold, zeros
 from dape.attention.fused.terms import Features
 
-# A tile that fits the registers, and how many lines it has, padded.
+# A tile that fits the registers, and its padded number of lines.
 TILE_ROWS, TILE_KEYS, LINES = 8, 16, 32
 
 
 class Slots(NamedTuple):
-    """Where each diagonal of each element of a group sums its gradients; `scale` is for all."""
+    """Partial sums of gradients: a slot for an element and a diagonal; `scale` is for all slots."""
 
     weight_in: Float[Tensor, "group slots UNITS HEADS"]
     weight_out: Float[Tensor, "group slots HEADS UNITS"]
@@ -58,7 +59,7 @@ class FeaturesMixer(Mixer[Features]):
         """Turn the scores X of a band into logits, in place; -inf where unseen."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, rows, keys = band.sizes
-        kernels.fire_mix_kernel[(where.number, batch)](
+        start(kernels.fire_mix_kernel, (where.number, batch))(
             x, *self.tables(band), mask, rows, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
@@ -67,12 +68,12 @@ class FeaturesMixer(Mixer[Features]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, count, keys = band.sizes
         pairs = x.new_empty(batch, count, keys, dtype=torch.float32)
-        kernels.fire_mix_backward_kernel[(where.number, batch)](
-            x, y, *self.tables(band), rows.lse, rows.delta, mask,
+        start(kernels.fire_mix_backward_kernel, (where.number, batch))(
+            x, y, *self.tables(band), rows.lse, mask,
             *(sums[:, where.slot :] for sums in slots[:-1]), pairs,
             count, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, slots.psi.shape[1],
@@ -85,13 +86,13 @@ class FeaturesMixer(Mixer[Features]):
     def add_pairs(
         self, total: Float[Tensor, "indices"], pairs: Float[Tensor, "batch rows keys"], band: Band
     ) -> None:
-        """Add what each query and key of a band have for the later of their indices.
+        """Add the partial sum of every query and key of a band to the later of the two indices.
 
-        Indices are counted from the first key of the band. In causal use the later is the query's,
-        and what stands at later keys is nothing.
+        Indices are counted from the first key of the band. In causal use the later index is the
+        index of the query, and later keys hold zeros.
         """
         batch, rows, keys = band.sizes
-        kernels.add_pairs_kernel[(max(keys, band.shift + rows),)](
+        start(kernels.add_pairs_kernel, (max(keys, band.shift + rows),))(
             pairs, total, batch, rows, keys, band.shift, *pairs.stride()[:2],
             CAUSAL=self.problem.causal, K=128, **self.problem.gated(), num_warps=4,
         )  # fmt: skip
@@ -111,7 +112,7 @@ class FeaturesMixer(Mixer[Features]):
             add_up(problem, slots.weight_out, slots.weight_out.shape[2:], unit, into.weight_out)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of both kernels."""
+        """Return the compile-time arguments of the two kernels."""
         features = len(self.terms.weight)
         sizes = {"M": TILE_ROWS, "K": TILE_KEYS, "F": features, "FEATURES": padded(features)}
         return {**Mixer.compiled(self), **sizes}

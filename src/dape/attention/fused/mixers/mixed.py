@@ -1,7 +1,7 @@
 """Heads mixed by tables over the distance, in Triton: any GPU and dtype, and a CPU by interpreter.
 
-A program walks along a diagonal of tiles, sums gradients along the lines of its tile, and writes
-them to a slot of its own.
+A program walks along a diagonal of tiles, sums gradients along the lines of a tile, and writes the
+sums to its slot.
 """
 
 from typing import Any, NamedTuple
@@ -13,22 +13,23 @@ from torch import Tensor
 from dape.attention.fused.geometry import blocks, count_diagonals, diagonals, lowest_distance
 from dape.attention.fused.mixers import mixed_kernels as kernels
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.sums import add_up, fold
 from dape.attention.fused.terms import Mixed
 
-# Programs that fill a large GPU a few times over, so that short diagonals even out, and the rows
-# of a segment that are worth its start.
+# Programs that fill a large GPU a few times over, in order to even out short diagonals, and the
+# fewest rows of a segment.
 PROGRAMS, ROWS = 2048, 256
 
 
 class Slots(NamedTuple):
-    """Where each share of each diagonal sums its gradients, for some elements and a segment of it.
+    """Partial sums of gradients: a slot for some elements, a segment of a diagonal and a share.
 
-    A slot holds U `[lines, UNITS]`, C `[HEADS, lines]`, W1 `[HEADS, UNITS]` and W2 likewise. If
-    several bands `add` to it, it is zero at first, else what is written counts.
+    A slot holds U `[lines, UNITS]`, C `[HEADS, lines]`, W1 `[HEADS, UNITS]` and W2 likewise. Slots
+    are zero at first if several bands `add`. Without `add` a band overwrites the slots.
     """
 
     sums: Float[Tensor, "terms slots size"]
@@ -38,10 +39,10 @@ class Slots(NamedTuple):
 
 
 class MixedMixer(Mixer[Mixed]):
-    """A mixer whose programs walk along diagonals of tiles of one size.
+    """A mixer whose programs walk along diagonals of tiles of a fixed size.
 
-    Gradients are summed along the `lines` of a tile, or of each of its `shares` if several programs
-    have some of its rows each.
+    Gradients are summed along the `lines` of a tile. If several programs divide the rows of a tile
+    into `shares`, the gradients are summed along the lines of a share.
     """
 
     __slots__ = ()
@@ -50,9 +51,9 @@ class MixedMixer(Mixer[Mixed]):
 
     @staticmethod
     def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
-        """Return how many elements a program takes, and into how many segments to cut diagonals.
+        """Return the number of elements for a program, and of segments of a diagonal.
 
-        The diagonals are those of one element.
+        `diagonals` counts the diagonals of an element.
         """
         return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
 
@@ -77,7 +78,7 @@ class MixedMixer(Mixer[Mixed]):
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, rows, keys = band.sizes
         _, segments = self.share(batch, where.number, rows)
-        kernels.mix_kernel[(where.number, batch, segments)](
+        start(kernels.mix_kernel, (where.number, batch, segments))(
             x, terms.weight_in, terms.weight_out, terms.hidden, mask, rows, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
@@ -86,13 +87,13 @@ class MixedMixer(Mixer[Mixed]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, count, keys = band.sizes
-        kernels.mix_backward_kernel[(where.number, batch, slots.segments)](
+        start(kernels.mix_backward_kernel, (where.number, batch, slots.segments))(
             x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-            rows.lse, rows.delta, mask, slots.sums[:, where.slot :],
+            rows.lse, mask, slots.sums[:, where.slot :],
             count, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,
@@ -113,5 +114,5 @@ class MixedMixer(Mixer[Mixed]):
         add_up(problem, weights, (heads, units), unit, into.weight_in.t(), into.weight_out)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of both kernels."""
+        """Return the compile-time arguments of the two kernels."""
         return {**super().compiled(), "M": self.tile_rows, "K": self.tile_keys}
