@@ -24,3 +24,36 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def change():
+    """Return changes of the sources, old to new; a test may make some."""
+    return {}
+
+
+@pytest.fixture
+def emulated(monkeypatch, folder, change):
+    """Let the CUDA kernels run here, those across heads alone."""
+    import emulator
+
+    from dape.attention.fused.cuda import forward, mix, taps
+
+    def compiled(module):
+        def found(device, name, *values):
+            source = module.source(name, *values)
+            for old, new in change.items():
+                source = source.replace(old, new)
+            return emulator.compiled(source, name, folder)
+
+        return found
+
+    monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
+    monkeypatch.setattr(taps, "has_room", lambda device: True)
+    for module in (forward, mix, taps):
+        monkeypatch.setattr(module, "compiled", compiled(module))

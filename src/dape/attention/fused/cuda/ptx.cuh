@@ -82,6 +82,12 @@ DEVICE uint2 mma_half(uint4 a, uint32 b0, uint32 b1, uint32 c0, uint32 c1) {
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
   return d;
 }
+// Multiplies what belongs to the numbers of a pair of fp16 by a slope, unless the number is positive.
+DEVICE void slope_backward(float& low, float& high, uint32 pair, float slope) {
+  asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; @!p mul.f32 %0, %0, %4; @!q mul.f32 %1, %1, %4;}"
+      : "+f"(low), "+f"(high)
+      : "r"(pair), "r"(0), "f"(slope));
+}
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -69,6 +69,32 @@ def _lines_of(tile: Tile) -> int:
     return next_power_of_2(tile.rows + tile.keys - 1)
 
 
+def add_slots(
+    problem: Problem,
+    slots: Slots,
+    lowest: tuple[int, int],
+    step: int,
+    unit: Float[Tensor, ""],
+    into: Taps,
+) -> None:
+    """Fill the gradients of C, U, W1, W2 and b1, times `unit`, from the sums of all slots.
+
+    `lowest` are the distances to a key, and to the key of tap 0 from a column, of the first line of
+    the first diagonal. The lines of the next diagonal are `step` further.
+    """
+    bias = into.hidden_bias
+    fold(problem, slots.static, lowest[0], step, unit, into.static.t())
+    for tap, table in enumerate(into.hidden.split(len(bias), dim=1)):
+        fold(problem, slots.hidden[:, :, :, tap], lowest[1] - tap, step, unit, table)
+    padded_sizes = slots.weight_in.shape[3:]
+    for sums, layer in (
+        (slots.weight_in, into.weight_in),
+        (slots.weight_out, into.weight_out.t()),
+    ):
+        add_up(problem, sums, padded_sizes, unit, layer, groups=into.taps)
+    add_up(problem, slots.hidden_bias, (slots.hidden_bias.shape[2], 1), unit, bias[:, None])
+
+
 class TapsMixer(Mixer[Taps]):
     """A mixer whose layers see several keys at a time."""
 
@@ -104,8 +130,8 @@ class TapsMixer(Mixer[Taps]):
         )  # fmt: skip
         return given
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band, in place of scores X; -inf where unseen."""
         given, terms = self.begin(x, band), self.terms
         batch, rows, keys = band.sizes
         where, z = given.keys, given.hidden
@@ -116,6 +142,7 @@ class TapsMixer(Mixer[Taps]):
             where.first, where.band_tile, where.offset,
             *x.stride()[:2], *z.stride()[:2], given.mask.stride(0), **self.compiled(),
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
@@ -170,20 +197,12 @@ class TapsMixer(Mixer[Taps]):
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
-        problem, tile, taps, bias = self.problem, self.tile, into.taps, into.hidden_bias
-        first = lowest_distance(problem, *tile[:2])
-        fold(problem, slots.static, first, tile.keys, unit, into.static.t())
-        # A line of columns is r further than the distance to them, and t less to the key of tap t.
-        first = lowest_distance(problem, *tile[:2], taps // 2)
-        for tap, table in enumerate(into.hidden.split(len(bias), dim=1)):
-            fold(problem, slots.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
-        padded_sizes = slots.weight_in.shape[3:]
-        for sums, layer in (
-            (slots.weight_in, into.weight_in),
-            (slots.weight_out, into.weight_out.t()),
-        ):
-            add_up(problem, sums, padded_sizes, unit, layer, groups=taps)
-        add_up(problem, slots.hidden_bias, (slots.hidden_bias.shape[2], 1), unit, bias[:, None])
+        problem, tile = self.problem, self.tile
+        lowest = (
+            lowest_distance(problem, *tile[:2]),
+            lowest_distance(problem, *tile[:2], into.taps // 2),
+        )
+        add_slots(problem, slots, lowest, tile.keys, unit, into)
 
     def compiled(self) -> dict[str, Any]:
         """Return the compile-time arguments of every kernel, and how it is launched."""

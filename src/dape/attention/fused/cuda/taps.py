@@ -1,0 +1,179 @@
+"""Heads mixed by convolutions of three taps along the keys, in CUDA, for an fp16 scratch.
+
+A warp computes all layers of a window of keys from the scores alone. Hidden units never pass
+through memory.
+"""
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
+from dape.attention.fused.geometry import ALIGNMENT, blocks
+from dape.attention.fused.mixers import taps
+from dape.attention.fused.mixers.mixed import Slots
+from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.problem import Band, Problem
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.terms import Taps
+
+# Neighbouring keys that a lane has of a head, rows of a tile, and windows of a warp that are under
+# way or in work.
+TILES, ROWS, STAGES = 8, 8, 2
+# Keys of a window at each of its ends that only the layers between see, and keys that it fills.
+HALO = 4
+OUT = 8 * TILES - 2 * HALO
+HEADS, MOST_UNITS, TAPS = 16, 32, 3
+# Capabilities with 227 KiB of shared memory for a block: H100, B200 and B300.
+LARGE = ((9, 0), (10, 0), (10, 3))
+# Blocks that fill a large GPU a few times over, blocks of each kernel on a multiprocessor, and the
+# rows of a segment that are worth its start.
+BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
+
+
+def serves(problem: Problem, terms: Taps) -> bool:
+    """Return whether the kernels serve a problem: a causal one without a mask, of enough rows."""
+    heads, rows, keys = problem.query.shape[1], problem.query.shape[2], problem.key.shape[2]
+    units = len(terms.hidden_bias)
+    return (
+        problem.causal
+        and problem.mask is None
+        and problem.scratch == torch.float16
+        and problem.halo == (0, 0)
+        and terms.taps == TAPS
+        and heads <= HEADS
+        and units <= MOST_UNITS
+        and rows >= ROWS
+        and 0 <= problem.offset <= keys - rows
+        and has_room(problem.query.device)
+    )
+
+
+def has_room(device: torch.device) -> bool:
+    """Return whether a block of a GPU may have the shared memory that the backward pass takes."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE
+
+
+class CudaTapsMixer(Mixer[Taps]):
+    """A mixer whose warps have a window of keys of one row each.
+
+    Tile n of diagonal q has rows 8 n + m and windows from `base` - q OUT + 8 (n - 1) on, m < 8.
+    """
+
+    __slots__ = ()
+
+    def diagonals(self, band: Band) -> tuple[int, int, int]:
+        """Return the first diagonal, how many a band has, and its `base`."""
+        offset = self.problem.offset + HALO
+        # A row has a hidden unit past its own index.
+        first = -((offset % OUT + ROWS) // OUT)
+        base = offset // OUT * OUT + band.rows.start
+        last_tile = (band.sizes[1] - 1) // ROWS * ROWS
+        return first, (base + last_tile + OUT - 1 - HALO) // OUT + 1 - first, base
+
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band from scores X, in a scratch of their own; -inf where unseen."""
+        terms, logits = self.terms, torch.empty_like(x)
+        first, number, base = self.diagonals(band)
+        batch, rows, _ = band.sizes
+        most = RESIDENT["taps_mix"] * BLOCKS // (number * batch)
+        segments = max(1, min(16, rows // SEGMENT, most))
+        compiled(x.device.index, "taps_mix", *self.macros())(
+            grid=(number, batch, segments),
+            block=(32 * ROWS, 1, 1),
+            args=[
+                x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
+                terms.static, rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
+                (self.problem.offset + HALO) % OUT, *x.stride()[:2],
+            ],
+        )  # fmt: skip
+        return logits
+
+    def mix_backward(
+        self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band from scores X and dP in Y, in scratches of their own."""
+        terms, weights, grad = self.terms, torch.empty_like(x), torch.empty_like(x)
+        first, number, base = self.diagonals(band)
+        batch, count, _ = band.sizes
+        compiled(x.device.index, "taps_backward", *self.macros())(
+            grid=(number, cdiv(batch, slots.elements), slots.segments),
+            block=(32 * ROWS, 1, 1),
+            args=[
+                x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,
+                terms.hidden_bias, terms.static, rows.lse, rows.delta,
+                *self.problem.gated().values(), slots.sums, batch, slots.elements,
+                count, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
+                (self.problem.offset + HALO) % OUT, slots.sums.shape[1], int(slots.add),
+                *x.stride()[:2], *rows.lse.stride(),
+            ],
+        )  # fmt: skip
+        return weights, grad
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of what a slot holds of C, U, W1, W2 and b1."""
+        units = padded(len(self.terms.hidden_bias))
+        layer, lines = (TAPS, units, HEADS), OUT + ROWS
+        return [(lines, HEADS), (lines, TAPS, units), layer, layer, (units,)]
+
+    def slots(self) -> Slots:
+        """Return room for the bands of the problem."""
+        all_bands = blocks(self.problem)
+        group, rows = all_bands[0].batch.stop, max(band.sizes[1] for band in all_bands)
+        count = max(self.diagonals(band)[1] for band in all_bands)
+        elements = max(1, min(group, group * count // BLOCKS))
+        segments = max(1, min(16, rows // SEGMENT, BLOCKS // (group * count)))
+        shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
+        add = len(all_bands) > 1
+        make = self.problem.query.new_zeros if add else self.problem.query.new_empty
+        return Slots(make(shape, dtype=torch.float32), elements, segments, add)
+
+    def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
+        """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
+        shapes = self.shapes()
+        parts = slots.sums.split(list(map(prod, shapes)), dim=2)
+        static, hidden, weight_in, weight_out, bias = (
+            part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+        offset = (self.problem.offset + HALO) % OUT
+        lowest = self.diagonals(blocks(self.problem)[0])[0] * OUT + offset - (OUT - 1)
+        sums = taps.Slots(static, hidden, weight_in, weight_out, bias, slots.segments)
+        taps.add_slots(self.problem, sums, (lowest, lowest + TAPS // 2), OUT, unit, into)
+
+    def macros(self) -> tuple[int, ...]:
+        """Return what the source is compiled for, in the order of `NAMES`."""
+        units, heads = len(self.terms.hidden_bias), self.terms.weight_in.shape[1]
+        return heads, units, padded(units), TILES, ROWS, STAGES, ALIGNMENT
+
+
+NAMES = ["H", "D", "UNITS", "TILES", "ROWS", "STAGES", "BLOCK"]
+
+
+def shared_memory(name: str, units: int) -> int:
+    """Return the bytes of shared memory of a kernel for a padded number of hidden units."""
+    matrix, window = 2 * TAPS * HEADS * units, 2 * HEADS * 8 * TILES
+    tables = 4 * 8 * (ROWS + TILES - 1) * (units + 8 + HEADS)
+    if name == "taps_mix":
+        return 2 * matrix + tables + ROWS * STAGES * window
+    sums = 4 * (8 * TILES * (units + HEADS) + 8 * units)
+    return 4 * matrix + tables + ROWS * max(2 * STAGES * window + sums, 4 * matrix)
+
+
+def source(name: str, *values: int) -> str:
+    """Return the source of the kernel of that name for these macros."""
+    defines: dict[str, Any] = dict(zip(NAMES, values, strict=True))
+    defines |= {"SHARED": shared_memory(name, defines["UNITS"]), "BLOCKS": RESIDENT[name]}
+    if name == "taps_backward":
+        defines["BACKWARD"] = 1
+    return source_of(defines, "pairs.cuh", "taps.cuh", f"{name}.cu")
+
+
+@cache
+def compiled(device: int, name: str, *values: int) -> Kernel:
+    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    return kernel(source(name, *values), name, shared_memory=shared_memory(name, values[2]))
