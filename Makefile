@@ -19,6 +19,7 @@ data/python-stdlib: $(BIN)/dape
 check: $(BIN)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror src/dape/attention/fused/cuda/*.cu*
 	$(BIN)/mypy
 
 # The import hook that checks shapes breaks torch.compile and Triton's interpreter: they run without it.

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dape
+from dape.files import check_writable
 from dape.provenance import provenance
 
 HEADS, HEAD_DIM = 12, 64
@@ -143,6 +144,7 @@ def main() -> None:
         scheme, backend, length = options.measure
         print(measure(scheme, backend, int(length)))
         return
+    check_writable(options.out, options.out.with_suffix(".md"))
     results = []
     for scheme, length, backend in product(SCHEMES, LENGTHS, BACKENDS):
         case = {"scheme": scheme, "backend": backend, "length": length}

@@ -27,6 +27,7 @@ import dape
 from dape.bench import parity
 from dape.bench.case import FORWARD, TRAINING, Case, Parts, build, draw, sets, step
 from dape.bench.clock import Timing, measure
+from dape.files import check_writable
 from dape.provenance import provenance
 
 DEVICE = torch.device("cuda")
@@ -215,6 +216,7 @@ def main() -> None:
     unknown = [name for name in given.parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    check_writable(given.out)
     record = {"provenance": provenance(DEVICE), "results": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:

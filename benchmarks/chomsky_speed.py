@@ -30,7 +30,7 @@ from dape.chomsky.measure import Evaluation, accuracy
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.task import single
 from dape.chomsky.tasks import TASKS
-from dape.files import write_json
+from dape.files import check_writable, write_json
 from dape.provenance import provenance
 
 STEPS, RUNS, GPUS = 50_000, 495, 4
@@ -176,6 +176,7 @@ def main():
         "--prices", help="JSON file of the prices of the plan, to write or complete"
     )
     options = parser.parse_args()
+    check_writable(*(Path(file) for file in (options.out, options.prices) if file))
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     device, task = torch.device(options.device), TASKS[options.task]
     model = Model(hidden_size=options.width)
@@ -216,8 +217,7 @@ def main():
         print(f"{scheme:<16} about {took:.0f} s to test a model at lengths 1 to 500", flush=True)
         records.append({"scheme": scheme, "way": "test", "seconds": took})
     if options.out:
-        with open(options.out, "w") as file:
-            json.dump({"options": vars(options), "ways": records, **origin}, file, indent=1)
+        write_json(Path(options.out), {"options": vars(options), "ways": records, **origin})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The command should take 20 seconds at most.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import dape
 from dape import cli
 from dape.evaluate.evaluation import evaluate
 from dape.evaluate.watch import Watch
+from dape.files import check_writable, write_json
 from dape.provenance import provenance
 
 LIMIT = 20.0
@@ -99,6 +99,8 @@ def main():
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--out", help="JSON file to write")
     options = parser.parse_args()
+    if options.out:
+        check_writable(Path(options.out))
     lengths = [int(length) for length in options.lengths.split(",")]
     origin = provenance(options.device, ["(benchmarks/evaluation_speed.py)"])
     records = {}
@@ -119,8 +121,7 @@ def main():
                 flush=True,
             )
     if options.out:
-        with open(options.out, "w") as file:
-            json.dump({"options": vars(options), "schemes": records, **origin}, file, indent=1)
+        write_json(Path(options.out), {"options": vars(options), "schemes": records, **origin})
 
 
 if __name__ == "__main__":

@@ -311,6 +311,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.worker:
         work(Case(**arguments.worker), arguments.out)
         return
+    from dape.files import check_writable
+
+    check_writable(arguments.out)
     for case in [] if arguments.table else cases(arguments):
         done = [each["key"] for each in results(arguments.out) if "failed" not in each]
         if arguments.plan or (case.key in done and not arguments.again):

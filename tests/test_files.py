@@ -1,11 +1,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dape.errors import UserError
 from dape.files import (
+    check_writable,
     is_free,
     locked,
     parse_yaml,
@@ -216,3 +218,25 @@ def test_leftovers_go_unless_somebody_works_there(tmp_path):
     (tmp_path / ".lock").touch()  # of a process that was killed
     tidy(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    longest = os.statvfs(tmp_path).f_namemax - len(".partial")
+    for name, fault in {
+        "folder": "it is a folder",
+        "file/a/b.png": "file is no folder",
+        "nowhere/b.png": "nowhere is no folder",
+        f"new/{'x' * (longest + 1)}": f"a name has more than {longest} bytes",
+        f"new/{'é' * (longest // 2 + 1)}/b.png": f"a name has more than {longest} bytes",
+    }.items():
+        with pytest.raises(UserError, match=rf"cannot be written: .*{fault}; give another --out"):
+            check_writable(tmp_path / "fine.png", tmp_path / name)
+    check_writable(tmp_path / "file", tmp_path / "new" / ("x" * longest), Path("fine.png"))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write all
+    with pytest.raises(UserError, match=rf"new/a.png cannot be written: {tmp_path} is not writ"):
+        check_writable(tmp_path / "new" / "a.png")
+    check_writable(tmp_path / "folder" / "a.png")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "nowhere"]

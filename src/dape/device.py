@@ -1,8 +1,10 @@
-"""The device to compute on, by name, and a guard against waiting for a GPU."""
+"""The device to compute on, by name, Triton, and a guard against waiting for a GPU."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 
 import torch
@@ -32,6 +34,12 @@ def device_of(network: nn.Module, default: torch.device) -> torch.device:
     """Return the device of the first tensor of a model, where the model takes tokens."""
     tensors = chain(network.parameters(), network.buffers())
     return next((tensor.device for tensor in tensors), default)
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether Triton is installed; PyTorch for Windows comes without."""
+    return find_spec("triton") is not None
 
 
 @contextmanager

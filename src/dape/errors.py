@@ -1,10 +1,17 @@
 """Mistakes of a user, as one-line errors."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from numbers import Integral, Real
 
+# As PyTorch, the CUDA libraries, Triton, NCCL and the C++ library report too little memory.
+_EXHAUSTED = re.compile(
+    r"out of memory|(can't|cannot) allocate memory|ALLOC(ATION)?_FAILED|bad_alloc"
+    r"|Storage size calculation overflowed",
+    re.IGNORECASE,
+)
 _LARGEST = 2**63 - 1  # of PyTorch's whole numbers
 
 
@@ -58,9 +65,22 @@ def install(extra: str = "") -> str:
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports too little memory of a GPU or of the machine."""
-    import torch
+def behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, and the errors behind it that a traceback would show."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
-    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return exhausted or "can't allocate memory" in str(error)
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error reports too little memory of a GPU or of the machine.
+
+    Libraries of CUDA, compilers and the end of a recording raise errors of their own over the
+    first.
+    """
+    return any(
+        isinstance(each, MemoryError)
+        or type(each).__name__ == "OutOfMemoryError"
+        or _EXHAUSTED.search(str(each))
+        for each in behind(error)
+    )

@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from os.path import isdir, lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,6 +67,30 @@ def _code_of_disk(error: BaseException) -> int | None:
 def partial_of(path: Path) -> Path:
     """Return the temporary path from which `path` is renamed."""
     return path.with_name(path.name + PARTIAL)
+
+
+def check_writable(*paths: Path, remedy: str = "give another --out") -> None:
+    """Refuse files that cannot be written, before the work; nothing is created.
+
+    Raises:
+        UserError: for a folder in place of the file, a name that is too long, and a parent folder
+            that is a file or not writable.
+    """
+    for path in paths:
+        above = next(each for each in path.absolute().parents if lexists(each))
+        longest = os.statvfs(above).f_namemax - len(PARTIAL) if isdir(above) else 0
+        names = map(os.fsencode, path.absolute().relative_to(above).parts)
+        fault = ""
+        if isdir(path):
+            fault = "it is a folder"
+        elif not isdir(above):
+            fault = f"{above} is no folder"
+        elif not os.access(above, os.W_OK | os.X_OK):
+            fault = f"{above} is not writable"
+        elif any(len(name) > longest for name in names):
+            fault = f"a name has more than {longest} bytes"
+        if fault:
+            raise UserError(f"{path} cannot be written: {fault}; {remedy}")
 
 
 def write_text(path: Path, text: str) -> None:

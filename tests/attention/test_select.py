@@ -57,7 +57,7 @@ def pretend(monkeypatch, capability=None, built=True, triton=True):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
-    monkeypatch.setattr(select, "find_spec", lambda name: SimpleNamespace() if triton else None)
+    monkeypatch.setattr(select, "has_triton", lambda: triton)
 
 
 @pytest.mark.parametrize(

@@ -53,4 +53,4 @@ def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
 
 def test_the_score_is_over_the_lengths_beyond_training():
     found = cell("even-pairs", "kerple", 0, [100.0, 90.0, 50.0, 60.0, 40.0], trained=2)
-    assert found.score == pytest.approx(50) and found.learned == pytest.approx(95)
+    assert found.score == pytest.approx(50) and found.score_within == pytest.approx(95)

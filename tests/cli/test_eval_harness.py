@@ -227,9 +227,9 @@ def test_tasks_that_were_measured_are_not_measured_again(run, tasks, tmp_path, c
     assert not dape(*words, "rolling")
     first = capsys.readouterr().out
     asked = []
-    measure = harness._Request.ask
+    measure = harness.Request.ask
     monkeypatch.setattr(
-        harness._Request, "ask", lambda self, *of: asked.append(of[0]) or measure(self, *of)
+        harness.Request, "ask", lambda self, *of: asked.append(of[0]) or measure(self, *of)
     )
     assert not dape(*words, "rolling")
     again = capsys.readouterr()

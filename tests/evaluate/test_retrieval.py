@@ -11,8 +11,9 @@ import torch
 from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate.prompts import Prompt, passkey
-from dape.evaluate.retrieval import Cell, Plan, Retrieval, load, retrieve, score
+from dape.evaluate.retrieval import Retrieval, load
 from dape.evaluate.subject import Subject
+from dape.evaluate.trials import Cell, Plan, retrieve, score
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 from evaluations import PROVENANCE

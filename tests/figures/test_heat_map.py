@@ -7,8 +7,9 @@ import pytest
 from matplotlib import colormaps
 
 from dape.errors import UserError
-from dape.evaluate.retrieval import Cell, Plan, Retrieval
+from dape.evaluate.retrieval import Retrieval
 from dape.evaluate.subject import Subject
+from dape.evaluate.trials import Cell, Plan
 from dape.figures.retrieval import SCALES, heat_map, table
 
 LENGTHS, DEPTHS = (512, 1024), (0.0, 0.5, 1.0)

@@ -7,7 +7,7 @@ import pytest
 
 from dape.evaluate.capture import Row
 from dape.evaluate.heads import describe
-from dape.evaluate.learned import Layer, Learned, smooth
+from dape.evaluate.learned import Layer, LearnedRows, smooth
 from dape.evaluate.subject import Subject
 from dape.figures.learned import POINTS, draw, table
 
@@ -28,7 +28,7 @@ def row():
 @pytest.fixture
 def record(row):
     lines = (smooth(values, SPANS) for values in (row.scores, row.bias, row.change))
-    return Learned(
+    return LearnedRows(
         subject=Subject("runs/a", "dape-kerple", FAR, 0, None, 1),
         data="c0ffee",
         split="test",

@@ -8,7 +8,7 @@ from dape.cli import bench_model, retrofit, train
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.paper import experiments
-from dape.paper.cells import Setting, by_setting, once
+from dape.paper.cells import Regime, by_regime, once
 from dape.paper.experiment import smoke
 from dape.paper.plan import plan
 from dape.paper.record import command
@@ -28,7 +28,7 @@ def every_cell():
 
 
 def test_a_command_says_what_the_cell_says():
-    for cell in (members[-1] for members in by_setting(every_cell()).values()):
+    for cell in (members[-1] for members in by_regime(every_cell()).values()):
         name, *words = cell.steps[0].words
         parsed = {"train": train.parsed, "retrofit": retrofit.read}[name](words).recipe
         assert parsed == cell.training.recipe, command(cell.steps[0])
@@ -53,8 +53,8 @@ def test_a_step_has_the_tokens_of_its_size_and_a_training_those_asked_for():
             continue
         training = cell.training.recipe.training
         step = training.batch_size * training.length
-        assert step == SIZES[cell.setting.size].step
-        assert 0 <= training.steps * step - cell.setting.tokens < step
+        assert step == SIZES[cell.regime.size].step
+        assert 0 <= training.steps * step - cell.regime.tokens < step
         assert cell.training.recipe.micro_batches(groups=1) >= 1
 
 
@@ -62,8 +62,8 @@ def test_a_cell_is_named_by_what_sets_it_apart():
     found = every_cell()
     assert len({(cell.home, cell.name) for cell in found}) == len(found)
     assert len({repr(replace(cell.training.recipe, name="same")) for cell in found}) == len(found)
-    assert Setting("125m", "arxiv", 512).name == "125m-arxiv-512-150M"
-    assert Setting("smoke", "arxiv", 32, 8192).name == "smoke-arxiv-32-8.19k"
+    assert Regime("125m", "arxiv", 512).name == "125m-arxiv-512-150M"
+    assert Regime("smoke", "arxiv", 32, 8192).name == "smoke-arxiv-32-8.19k"
 
 
 def test_experiments_share_cells():
@@ -99,8 +99,8 @@ def test_in_miniature_each_arm_is_trained_once_and_claims_move_along():
         arms = {cell.arm for cell in experiment.cells()}
         assert sorted(cell.arm for cell in tiny.cells()) == sorted(arms)
         checks = [check for claim in tiny.claims for check in claim.checks]
-        settings = {check.setting for check in checks if hasattr(check, "setting")}
-        assert settings <= set(tiny.settings)
+        regimes = {check.regime for check in checks if hasattr(check, "regime")}
+        assert regimes <= set(tiny.regimes)
 
 
 def test_an_unknown_experiment_is_refused_with_the_near_name():
@@ -110,15 +110,15 @@ def test_an_unknown_experiment_is_refused_with_the_near_name():
 
 def test_claims_speak_of_arms_and_lengths_that_are_measured():
     for experiment in experiments.EXPERIMENTS.values():
-        measured = {(cell.setting, cell.arm) for cell in experiment.cells()}
+        measured = {(cell.regime, cell.arm) for cell in experiment.cells()}
         for claim in experiment.claims:
             for check in claim.checks:
                 arms = [getattr(check, name, None) for name in ("arm", "candidate", "baseline")]
                 for arm in filter(None, arms):
-                    setting = getattr(check, "setting", None)
-                    assert (setting, arm) in measured, (experiment.name, check)
-                if hasattr(check, "setting"):
-                    assert check.setting.length * getattr(check, "times", 1) <= 16_384
+                    regime = getattr(check, "regime", None)
+                    assert (regime, arm) in measured, (experiment.name, check)
+                if hasattr(check, "regime"):
+                    assert check.regime.length * getattr(check, "times", 1) <= 16_384
 
 
 def test_a_sweep_has_the_product_of_its_parts():

@@ -11,7 +11,7 @@ import evaluations
 from dape.evaluate.compare import Group
 from dape.evaluate.context import ContextUse, Tally
 from dape.evaluate.significance import PairedTest
-from dape.paper.cells import Cell, Setting
+from dape.paper.cells import Cell, Regime
 from dape.paper.claims import (
     Better,
     Claim,
@@ -25,10 +25,10 @@ from dape.paper.claims import (
     judge,
     percent,
 )
-from dape.paper.panel import Panel
+from dape.paper.study import Study
 from dape.paper.sweep import TINY
 
-SETTING = Setting("small", "arxiv", 128)
+REGIME = Regime("small", "arxiv", 128)
 DOCUMENTS = np.linspace(0.9, 1.1, 20)  # by which evaluations.make spreads a loss
 
 
@@ -37,12 +37,12 @@ def group(label, *losses_by_seed):
     return Group(label, tuple(made))
 
 
-def panel(*groups, setting=SETTING):
-    return Panel(setting, setting.corpus, (), groups, {})
+def study(*groups, regime=REGIME):
+    return Study(regime, regime.corpus, (), groups, {})
 
 
 def outcome(check, *groups):
-    return check.find([panel(*groups)]).outcome
+    return check.find([study(*groups)]).outcome
 
 
 FLAT = [3.0, 3.0, 3.0, 3.0, 3.0]
@@ -55,8 +55,8 @@ def flat(loss):
 def test_better_over_seeds_is_the_paired_t_test():
     ours = [[2.9, *flat(2.9)[1:]], [2.8, *flat(2.8)[1:]], [2.95, *flat(2.95)[1:]]]
     theirs = [flat(3.0), flat(2.98), flat(3.01)]
-    found = Better("dape-kerple", "kerple", SETTING).find(
-        [panel(group("dape-kerple", *ours), group("kerple", *theirs))]
+    found = Better("dape-kerple", "kerple", REGIME).find(
+        [study(group("dape-kerple", *ours), group("kerple", *theirs))]
     )
     expected = ttest_rel([2.9, 2.8, 2.95], [3.0, 2.98, 3.01])
     assert found.test.p_value == pytest.approx(expected.pvalue)
@@ -78,7 +78,7 @@ def test_better_is_decided_by_sign_and_p(shifts, expected):
     base = (3.0, 2.9, 3.1)
     ours = group("dape-kerple", *[flat(b + s) for b, s in zip(base, shifts, strict=True)])
     theirs = group("kerple", *[flat(b) for b in base])
-    assert outcome(Better("dape-kerple", "kerple", SETTING, times=16), ours, theirs) == expected
+    assert outcome(Better("dape-kerple", "kerple", REGIME, times=16), ours, theirs) == expected
 
 
 def test_seeds_are_paired_by_number_and_not_by_order():
@@ -90,8 +90,8 @@ def test_seeds_are_paired_by_number_and_not_by_order():
 
 
 def test_with_one_seed_the_test_is_over_documents():
-    found = Better("dape-kerple", "kerple", SETTING).find(
-        [panel(group("dape-kerple", flat(2.9)), group("kerple", flat(3.0)))]
+    found = Better("dape-kerple", "kerple", REGIME).find(
+        [study(group("dape-kerple", flat(2.9)), group("kerple", flat(3.0)))]
     )
     assert found.outcome == "reproduced" and found.seeds == 1
     assert found.test.pairs == 20 and "documents" in found.test.name
@@ -115,13 +115,13 @@ def test_a_rise_is_over_the_best_shorter_length_and_beyond_one_percent(change, s
     ]
     for curve in (group("kerple", losses), Group("kerple", tuple(jitter))):
         assert best_length(curve, 2048) == 256
-        assert outcome(Rise("kerple", SETTING, 16, rises=False), curve) == steady
-        assert outcome(Rise("kerple", SETTING, 16, rises=True), curve) == rising
+        assert outcome(Rise("kerple", REGIME, 16, rises=False), curve) == steady
+        assert outcome(Rise("kerple", REGIME, 16, rises=True), curve) == rising
 
 
 def test_a_rise_up_to_a_length_ignores_what_comes_after():
     losses = [3.0, 2.9, 2.8, 3.5, 2.0]
-    found = Rise("kerple", SETTING, 8, rises=True).find([panel(group("kerple", losses))])
+    found = Rise("kerple", REGIME, 8, rises=True).find([study(group("kerple", losses))])
     assert found.outcome == "reproduced"
     assert "+101.4 % at 1,024 over its best, at 512" in found.number
     assert percent(0.7) == "+101.4 %"
@@ -141,10 +141,10 @@ def test_a_claim_is_what_its_checks_are():
         *(group("alibi", flat(3.0)), group("dape-alibi", flat(3.1))),
         *(group("fire", flat(3.0)), group("dape-fire", flat(3.0))),
     ]
-    good, bad, even = (Better(f"dape-{x}", x, SETTING) for x in ("kerple", "alibi", "fire"))
-    absent = Better("dape-t5", "t5", SETTING)
-    elsewhere = Better("dape-kerple", "kerple", Setting("350m", "arxiv", 128))
-    too_long = Better("dape-kerple", "kerple", SETTING, times=64)
+    good, bad, even = (Better(f"dape-{x}", x, REGIME) for x in ("kerple", "alibi", "fire"))
+    absent = Better("dape-t5", "t5", REGIME)
+    elsewhere = Better("dape-kerple", "kerple", Regime("350m", "arxiv", 128))
+    too_long = Better("dape-kerple", "kerple", REGIME, times=64)
     for checks, expected, number in [
         ((good,), "reproduced", 1),
         ((good, absent, elsewhere, too_long), "reproduced", 1),
@@ -152,14 +152,14 @@ def test_a_claim_is_what_its_checks_are():
         ((good, even, bad), "not reproduced", 3),
         ((absent,), "not measured", 0),
     ]:
-        verdict = judge(Claim("it is", "section 0", checks), [panel(*groups)])
+        verdict = judge(Claim("it is", "section 0", checks), [study(*groups)])
         assert verdict.outcome == expected
         assert len(verdict.findings) == number
 
 
 def test_equal_losses_decide_nothing():
     same = [group(name, flat(3.0), flat(3.1), flat(2.9)) for name in ("a", "b")]
-    assert outcome(Better("a", "b", SETTING), *same) == "not decidable at this scale"
+    assert outcome(Better("a", "b", REGIME), *same) == "not decidable at this scale"
 
 
 def test_far_tokens_are_those_that_only_a_longer_window_holds(tmp_path):
@@ -185,13 +185,13 @@ def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
     long = [[10.0] * 25, [12.0 - gain * 4] * 24 + [0.0], [20.0] * 25]
     file = cell.record.evaluation("context")
     use(tokens, [short, long], lengths=[128, 256]).save(file)
-    where = replace(panel(), cells=(cell,))
-    found = Uses("kerple", SETTING).find([where])
+    where = replace(study(), cells=(cell,))
+    found = Uses("kerple", REGIME).find([where])
     assert found.outcome == expected
     assert found.test.difference == pytest.approx(-gain)
     assert found.test.pairs == 24, "a document without far tokens says nothing"
     assert "on 96 far tokens" in found.number
-    assert Uses("alibi", SETTING).find([where]) is None
+    assert Uses("alibi", REGIME).find([where]) is None
 
 
 def use(tokens, losses, lengths=(128, 256, 512)):
@@ -213,7 +213,7 @@ def test_few_documents_decide_nothing(tmp_path):
     losses = [[[10.0] * 19, [mean * 4.0] * 19, [20.0] * 19] for mean in (3.0, 2.0)]
     file = cell.record.evaluation("context")
     use(tokens, losses, lengths=[128, 256]).save(file)
-    found = Uses("kerple", SETTING).find([replace(panel(), cells=(cell,))])
+    found = Uses("kerple", REGIME).find([replace(study(), cells=(cell,))])
     assert found.test.p_value < 0.001 and found.outcome == "not decidable at this scale"
 
 

@@ -5,7 +5,7 @@ import pytest
 from laboratory import Pretended, cells, enter
 
 from dape.paper import record
-from dape.paper.cells import Setting
+from dape.paper.cells import Regime
 from dape.paper.experiments import CORE, RETROFIT
 from dape.paper.plan import choose, plan, table, without_corpus
 from dape.paper.spread import spread
@@ -106,7 +106,7 @@ def test_a_finished_base_is_trained_again_where_its_model_is_gone():
 
 
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
-    big = [cell for cell in CORE.cells() if cell.setting == Setting("125m", "arxiv", 512)]
+    big = [cell for cell in CORE.cells() if cell.regime == Regime("125m", "arxiv", 512)]
     prices = {each.cell.arm: each.minutes for each in plan(big)}
     assert prices["kerple"] == pytest.approx(150e6 / 400e3 / 60 + 2)
     assert prices["dape3-kerple"] == pytest.approx(2.1 * 150e6 / 400e3 / 60 + 2)
@@ -133,7 +133,7 @@ def test_the_plan_as_a_table_adds_up():
     run(found[:2])
     shown = table(plan(found), devices=1)
     assert shown.header == [
-        "setting",
+        "regime",
         *("finished", "failed", "missing", "changed"),
         "GPU minutes due",
     ]

@@ -14,11 +14,11 @@ from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
 from dape.paper.experiments import CORE
 from dape.paper.page import page
-from dape.paper.panel import panels
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
 from dape.paper.sections import perplexities
 from dape.paper.spread import spread
+from dape.paper.study import studies
 from dape.paper.sweep import TINY
 from dape.positions.scheme import SCHEMES
 
@@ -94,13 +94,13 @@ def test_where_all_failed_the_table_says_so():
 
 
 def test_the_papers_numbers_stand_under_ours():
-    cells = [c for c in CORE.cells() if c.setting.corpus == "arxiv" and c.arm == "dape-kerple"]
+    cells = [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == "dape-kerple"]
     pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
-    (panel,) = panels(cells)
-    ours, theirs = perplexities(panel).rows
+    (study,) = studies(cells)
+    ours, theirs = perplexities(study).rows
     assert ours[0] == "dape-kerple" and ours[2] == f"{math.exp(1.4):.2f}"
     assert theirs == ["dape-kerple, published", "", "4.49", "4.20", "4.17", "3.95", "3.70", ""]
-    assert "section 4.3" in perplexities(panel).note
+    assert "section 4.3" in perplexities(study).note
 
 
 def pretend(cells, losses):
@@ -153,7 +153,7 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
 
 def test_the_page_holds_everything_itself():
     found = run(experiment())
-    text = page([found, results(CORE)], beside(found.panels))
+    text = page([found, results(CORE)], beside(found.studies))
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert text.count("data:image/svg+xml;base64,") == 1
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
@@ -166,13 +166,13 @@ def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
     monkeypatch.setattr(record.End, "minutes", 90.0)
     hours = f"{1.5 * len(found.cells):.1f} GPU hours"
     for several in ([found], [found, found]):
-        assert f"experiments took {hours}" in page(several, beside(found.panels))
+        assert f"experiments took {hours}" in page(several, beside(found.studies))
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():
-    cells = [c for c in CORE.cells() if c.setting.corpus == "arxiv" and c.arm == "dape-kerple"]
+    cells = [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == "dape-kerple"]
     pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
-    table = beside(panels(cells))
+    table = beside(studies(cells))
     assert len(table.rows) == len(PUBLISHED)
     rows = {tuple(row[:4]): row[4] for row in table.rows}
     ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]

@@ -213,3 +213,20 @@ def test_devices_are_named_as_the_environment_names_them(monkeypatch, visible, c
 def test_records_are_where_the_plan_looks():
     (cell,) = cells("kerple")
     assert cell.record.path == Path("runs/smoke/cells/smoke-python-stdlib-32-8.19k/kerple-0")
+
+
+def test_the_error_of_a_cell_is_of_its_last_attempt(monkeypatch):
+    """Lack of memory is a result, and a process that was killed without a word is none."""
+    found = cells("kerple")
+    dies = "import os; print('much', flush=True); os.kill(os.getpid(), 9)"
+    warns = "print('dape: error: out of memory on cuda'); print('a warning at the exit'); exit(2)"
+    for code, state, error in (
+        (dies, "missing", "much (ended by SIGKILL)"),
+        (warns, "failed", "out of memory on cuda (status 2)"),
+        (dies, "failed", "much (ended by SIGKILL)"),
+    ):
+        workers = Workers(program=(sys.executable, "-c", code))
+        (end,) = spread(found, ["cpu"], workers, silent)
+        assert end.error == error
+        assert [each.state for each in plan(found)] == [state]
+    assert record.read(found[0]).error == "out of memory on cuda (status 2)"

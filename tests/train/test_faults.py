@@ -6,15 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small import losses, recipe
 
 from dape.cli import main
-from dape.errors import RankError
+from dape.errors import RankError, UserError, behind
 from dape.runs import RunFolder
-from dape.train import faults
+from dape.train import estimate, faults, graphs, parallelize
+from dape.train.plan import check_memory
 from dape.train.recipe import write
 from dape.train.run import train
 from dape.train.sections import Hardware
@@ -80,6 +83,11 @@ def test_a_killed_run_goes_on_with_fewer_ranks(disturbed, data, tmp_path):
     ("error", "line"),
     [
         (torch.OutOfMemoryError("CUDA"), "rank 1 of 2: out of memory: lower hardware.micro_batch"),
+        (MemoryError(), "rank 1 of 2: out of memory: lower hardware.micro_batch"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "rank 1 of 2: out of memory: lower hardware.micro_batch",
+        ),
         (
             RuntimeError("gloo: Connection closed by peer"),
             "rank 1 of 2: a process of the run has ended",
@@ -120,3 +128,101 @@ def test_a_folder_that_is_slow_is_waited_for(tmp_path):
         RankError, match=r"the first process sees .*never, and this process does not"
     ):
         faults.wait_for(tmp_path / "never", seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "dape.train.task.LanguageModelling.build",  # weights on the device
+        "dape.train.task.LanguageModelling.batch",  # windows on the host
+        "dape.train.task.LanguageModelling.loss",  # the forward pass
+        "torch.optim.AdamW.step",  # the moments
+        "dape.train.loop.validate",
+        "dape.train.checkpoint.save",
+        "dape.train.task.LanguageModelling.save",
+    ],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_memory_may_run_out_anywhere_in_a_training(place, error, data, tmp_path, monkeypatch):
+    """The run ends with a line, unlocked, and goes on where there is room."""
+
+    def fail(*_, **__):
+        raise error
+
+    settings = recipe(data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(place, fail)
+        with pytest.raises(RankError, match=r"^out of memory: lower hardware\.micro_batch_size"):
+            train(settings)
+    assert train(settings).finished
+
+
+def test_where_a_graph_finds_no_memory_the_run_ends(monkeypatch):
+    """Without the graph it would need as much."""
+    errors = {
+        torch.OutOfMemoryError("CUDA out of memory."): torch.OutOfMemoryError,
+        KeyboardInterrupt("stopped by SIGTERM"): KeyboardInterrupt,
+        RuntimeError("operation not permitted when stream is capturing"): graphs.Unrecordable,
+    }
+    monkeypatch.setattr(graphs, "_flat_gradients", lambda loss: torch.zeros(1))
+    for error, expected in errors.items():
+
+        def record(self, error=error):
+            try:
+                raise error
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        monkeypatch.setattr(graphs.Recording, "_warm_up", record)
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as found:
+            graphs.Recording(SimpleNamespace(device="cpu"), torch.nn.Linear(1, 1), (), 1)
+        kinds = {type(each) for each in behind(found.value)}
+        assert expected in kinds and (expected is graphs.Unrecordable) == (
+            type(found.value) is graphs.Unrecordable
+        )
+
+
+def test_a_host_without_room_for_a_batch_is_known_before_the_first(data, tmp_path, monkeypatch):
+    """80 GiB of a GPU, a terabyte of the host: 10^8 windows of 17 tokens would take 25 GiB."""
+    gpu = torch.device("cuda")
+    room = {"cpu": 2**40, "cuda": 80 * 2**30}
+    monkeypatch.setattr(estimate, "memory_of", lambda device: room[device.type])
+    monkeypatch.setattr(parallelize, "device", lambda hardware: gpu)
+    for hardware, name in (({}, "hardware.micro_batch_size takes 95 GiB"),
+                           ({"micro_batch_size": 1}, None)):  # fmt: skip
+        settings = recipe(
+            data, tmp_path, model={"hidden_size": 64}, training={"batch_size": 5 * 10**7},
+            hardware=hardware,
+        )  # fmt: skip
+        if name:
+            with pytest.raises(UserError, match=name):
+                check_memory(settings)
+        else:
+            check_memory(settings)
+    room["cpu"] = 12 * 2**30
+    with pytest.raises(UserError, match=r"training.batch_size takes 13 GiB at least, and cpu has"):
+        check_memory(settings)
+
+
+def test_a_limit_of_the_control_group_is_the_memory(tmp_path, monkeypatch):
+    """Linux would kill the process at the limit, without a word."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for folder, limit in {"": "max", "a": str(3 * 2**30), "a/b": str(5 * 2**30)}.items():
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(Path, "read_text", with_groups(Path.read_text, "7:pids:/x\n0::/a/b\n"))
+    monkeypatch.setattr(estimate, "_GROUPS", {"": (str(tmp_path), "memory.max")})
+    assert list(estimate._group_limits()) == [5 * 2**30, 3 * 2**30]
+    assert estimate.memory_of(torch.device("cpu")) <= 3 * 2**30
+
+
+def with_groups(read, groups):
+    return lambda path: groups if str(path) == "/proc/self/cgroup" else read(path)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["", "two", "-1", "1.5"])
+def test_variables_of_a_launcher_that_are_no_numbers_are_named(data, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    settings = recipe(data, "run")
+    with pytest.raises(UserError, match=rf"the environment variable {name}='{value}' is no whole"):
+        parallelize.is_first_rank(), parallelize.device(settings.hardware), parallelize.ranks()

@@ -227,7 +227,7 @@ def test_the_written_recipe_is_plain_yaml(data):
         ),
         (
             {"training.batch_size": 10**8},
-            r"hardware\.micro_batch_size takes .* take a smaller value",
+            r"(batch_size|micro_batch_size) takes .* take a smaller value",
         ),
         ({"model.hidden_size": 10**7}, "model takes .* GiB at least"),
         ({"model.num_hidden_layers": 10**9}, "must be at most 10000"),

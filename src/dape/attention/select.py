@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from dape.attention import chunked, cuda, reference, sdpa, triton
 from dape.attention.call import Attended, Call
+from dape.device import has_triton
 from dape.errors import UserError, unknown
 
 
@@ -50,7 +50,7 @@ def no_gpu() -> str | None:
 
 def no_triton() -> str | None:
     """Return the reason against Triton's kernels, or None, also under the interpreter."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     return None if os.environ.get("TRITON_INTERPRET") == "1" else no_gpu()
 

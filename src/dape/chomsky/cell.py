@@ -60,7 +60,7 @@ class Cell:
         return _mean(self.accuracy[self.trained :])
 
     @property
-    def learned(self) -> float:
+    def score_within(self) -> float:
         """Return the mean accuracy over the lengths of training, on new examples."""
         return _mean(self.accuracy[: self.trained])
 

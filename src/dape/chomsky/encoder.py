@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from dape.chomsky.task import Task
 from dape.errors import UserError
+from dape.model.blocks import DapeAttention
 from dape.model.configuration import DapeConfig
-from dape.model.modeling import DapeAttention
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Sinusoidal
 from dape.positions.adapter import DAPE

@@ -1,9 +1,13 @@
 """The `dape` command, with a module per command, imported on demand."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from dape.errors import RankError, UserError, out_of_memory, unknown
 from dape.text import one_line
@@ -44,6 +48,7 @@ MOVED = {
     ("info", "--schemes"): "info schemes",
 }
 COMPLETION = "`dape --completion > FILE` and `source FILE` complete words in bash and zsh."
+CONTINUED = "give the same command again to go on"
 HELP = ("-h", "--help", "help")
 
 
@@ -52,14 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
+    # The first of several processes reports an error of all processes.
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        return _run(words)
+        with _terminable():
+            return _run(words)
     except UserError as error:
-        # The first of several processes reports an error of all processes.
-        first = int(os.environ.get("RANK", 0)) == 0
         return _fail(str(error)) if first or isinstance(error, RankError) else 2
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        if first:
+            print(f"dape: {stop or 'interrupted'}; {CONTINUED}", file=sys.stderr)
+        return 143 if str(stop) else 130
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe; the interpreter's last flush would
         # complain.
@@ -72,6 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         return _fail("out of memory; take smaller batches, shorter lengths or a smaller model")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM, the signal of a time limit, into an interrupt from the keyboard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("stopped by SIGTERM")
 
 
 def _run(words: list[str]) -> int:

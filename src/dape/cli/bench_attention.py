@@ -69,8 +69,10 @@ def main(argv: list[str]) -> None:
     from dape.bench.record import load
     from dape.figures.speed import draw, page, tables
     from dape.figures.style import save
-    from dape.files import write_text
+    from dape.files import check_writable, write_text
 
+    out, console = arguments.out, Console(stderr=True)
+    check_writable(*(out / name for name in (RESULTS, TABLE, FIGURE)))
     device = bench_device(arguments.device)
     plan = Plan(
         scheme=arguments.scheme,
@@ -82,7 +84,6 @@ def main(argv: list[str]) -> None:
         device=device,
         seed=arguments.seed,
     )
-    out, console = arguments.out, Console(stderr=True)
 
     def keep(results: "Results") -> None:
         results.save(out / RESULTS)

@@ -60,7 +60,9 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape bench model")
     from dape.bench.model import Plan, run
     from dape.figures.costs import tables
+    from dape.files import check_writable
 
+    check_writable(arguments.out / RESULTS, arguments.out / TABLE)
     device = bench_device(arguments.device)
     plan = Plan(
         sizes=arguments.sizes,

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import at_least_one, check_format
+from dape.cli.options import at_least_one, check_out
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
@@ -41,8 +41,7 @@ class Arguments:
         at_least_one(self, "length", "examples")
         if not self.out:
             raise UserError("no file given: dape chomsky map FOLDER ... --out FILE")
-        for file in self.out:
-            check_format(file, FORMATS)
+        check_out(*self.out, formats=FORMATS)
 
 
 def main(argv: list[str]) -> None:

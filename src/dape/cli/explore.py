@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import Layers, check_format
+from dape.cli.options import Layers, check_out
 from dape.errors import UserError
 from dape.strict import default
 
@@ -52,7 +52,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Refuse unknown formats, a single token, and two sources of text."""
-        check_format(self.out, (".html",))
+        check_out(self.out, formats=(".html",))
         if self.length < 2:
             raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.text is not None and self.document is not None:

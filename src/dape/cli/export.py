@@ -8,7 +8,7 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.errors import UserError
-from dape.files import locked, whole
+from dape.files import check_writable, locked, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     """Write the folder, whole or not at all, and print its path."""
     arguments = parse(Arguments, argv, prog="dape export")
     out = arguments.out
+    check_writable(out / "README.md")
     with locked(out.absolute().parent, f"another process is writing {out}", out.name):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"--out {out} exists and is not empty; give another, or delete {out}")

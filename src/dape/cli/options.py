@@ -11,6 +11,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.files import check_writable
 from dape.strict import default
 
 
@@ -89,7 +90,9 @@ def at_least_one(arguments: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
-def check_format(out: Path, formats: tuple[str, ...]) -> None:
-    """Raise a `UserError` for a file with an unknown suffix."""
-    if out.suffix not in formats:
-        raise UserError(f"--out {out}: the name must end in {', '.join(formats)}")
+def check_out(*files: Path, formats: tuple[str, ...]) -> None:
+    """Raise a `UserError` for a file with an unknown suffix, or that cannot be written."""
+    for file in files:
+        if file.suffix not in formats:
+            raise UserError(f"--out {file}: the name must end in {', '.join(formats)}")
+    check_writable(*files)

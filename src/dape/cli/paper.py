@@ -1,8 +1,6 @@
 """`dape paper`: plan, run and report the experiments behind the paper's tables and figures."""
 
-import signal
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -15,6 +13,9 @@ from dape.strict import default
 if TYPE_CHECKING:
     from dape.paper.cells import Cell
     from dape.paper.results import Results
+
+
+REMEDY = "run the command in a folder of yours"
 
 
 def folders(text: str) -> tuple[tuple[str, str], ...]:
@@ -66,15 +67,18 @@ class Arguments:
 def main(argv: list[str]) -> int | None:
     """Plan, run cells that are due, and show the results so far."""
     arguments = parse(Arguments, argv, prog="dape paper")
+    from dape.files import check_writable
     from dape.paper.cells import once
     from dape.paper.experiment import smoke
     from dape.paper.experiments import find
-    from dape.paper.results import results
+    from dape.paper.results import TABLE, results
 
     experiments = [find(name) for name in arguments.names]
     if arguments.scale == "smoke":
         experiments = [smoke(each) for each in experiments]
     data = dict(arguments.data)
+    if not arguments.plan:
+        check_writable(*(each.folder / TABLE for each in experiments), remedy=REMEDY)
     status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
     if not arguments.plan:
         for each in experiments:
@@ -102,7 +106,6 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
         due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0
-    signal.signal(signal.SIGTERM, interrupt)
     ends = spread.spread(
         due,
         devices,
@@ -135,8 +138,3 @@ def show(found: "Results") -> None:
     if found.verdicts:
         verdicts_table(found.verdicts).show()
     print(f"wrote {found.experiment.folder}")
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """Treat the signal of a time limit as an interrupt from the keyboard."""
-    raise KeyboardInterrupt

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
-from dape.cli.paper import Folders
+from dape.cli.paper import REMEDY, Folders
 from dape.strict import default
 
 
@@ -25,7 +25,7 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Write the page and print its path."""
     arguments = parse(Arguments, argv, prog="dape paper report")
-    from dape.files import write_text
+    from dape.files import check_writable, write_text
     from dape.paper.beside import beside
     from dape.paper.experiment import smoke
     from dape.paper.experiments import PAPER
@@ -33,9 +33,10 @@ def main(argv: list[str]) -> None:
     from dape.paper.results import results
 
     experiments = [smoke(each) if arguments.scale == "smoke" else each for each in PAPER]
-    found = [results(each, dict(arguments.data)) for each in experiments]
-    table = beside(panel for each in found for panel in each.panels)
     home = experiments[0].home
+    check_writable(home / "report.html", home / "published.md", remedy=REMEDY)
+    found = [results(each, dict(arguments.data)) for each in experiments]
+    table = beside(study for each in found for study in each.studies)
     write_text(home / "report.html", page(found, table))
     write_text(home / "published.md", table.markdown() + "\n")
     print(f"wrote {home / 'report.html'} and {home / 'published.md'}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dape.cli.arguments import parse
-from dape.cli.options import Runs, check_format
+from dape.cli.options import Runs, check_out
 from dape.errors import UserError
 
 FORMATS = (".png", ".pdf", ".svg", ".md")
@@ -30,7 +30,7 @@ class Arguments:
         """Refuse unknown formats, and an empty list of runs."""
         if not self.runs:
             raise UserError("no run given: dape plot context RUN... --out FILE")
-        check_format(self.out, FORMATS)
+        check_out(self.out, formats=FORMATS)
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import check_format
+from dape.cli.options import check_out
 from dape.figures.view import View
 from dape.strict import default
 
@@ -35,7 +35,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Refuse unknown formats."""
-        check_format(self.file, FORMATS)
+        check_out(self.file, formats=FORMATS)
 
 
 def main(argv: list[str]) -> None:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import Layers, check_format
+from dape.cli.options import Layers, check_out
 from dape.errors import UserError
 from dape.strict import default
 
 if TYPE_CHECKING:
-    from dape.evaluate.learned import Learned
+    from dape.evaluate.learned import LearnedRows
 
 FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
 
@@ -48,8 +48,7 @@ class Arguments:
         """Refuse an absent file, unknown formats, and a query without an earlier key."""
         if not self.out:
             raise UserError("no file given: dape plot learned RUN --out FILE")
-        for file in self.out:
-            check_format(file, FORMATS)
+        check_out(*self.out, formats=FORMATS)
         if self.length < 2:
             raise UserError(f"--length {self.length}: must be at least 2, a query and a key before")
         if self.query is not None and not 1 <= self.query < self.length:
@@ -76,19 +75,19 @@ def main(argv: list[str]) -> None:
         print(f"wrote {file}")
 
 
-def made(arguments: Arguments, argv: list[str]) -> "Learned":
+def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":
     """Return the record of the run's model."""
     from transformers.utils import logging
 
     from dape.device import choose_device
-    from dape.evaluate.learned import learned
+    from dape.evaluate.learned import learned_rows
     from dape.evaluate.opening import open_model
     from dape.provenance import provenance
 
     logging.disable_progress_bar()  # progress bars of loading
     device = choose_device(arguments.device)
     model = open_model(arguments.run)
-    return learned(
+    return learned_rows(
         model,
         model.corpus(arguments.data),
         layers=arguments.layers,

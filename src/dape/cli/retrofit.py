@@ -15,6 +15,7 @@ from dape.cli.options import Lengths, at_least_one
 from dape.cli.progress import progress
 from dape.errors import UserError
 from dape.evaluate.lengths import doubled
+from dape.files import check_writable
 from dape.strict import default
 from dape.train.recipe import Retrofit
 from dape.train.recipe import read as read_recipe
@@ -87,6 +88,10 @@ def run(arguments: Arguments) -> None:
     base = open_model(Path(recipe.model.base))
     corpus = base.corpus(recipe.data)
     check_folder(recipe, {"path": recipe.data, "checksum": corpus.checksum})
+    check_writable(
+        base.folder.evaluation(arguments.protocol),
+        remedy="copy the model to a folder of yours, for the results of the base",
+    )
     lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
     rule = protocol(arguments.protocol, lengths)
     documents, blocks = arguments.documents, arguments.blocks

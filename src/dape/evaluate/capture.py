@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dape.errors import UserError
-from dape.model.modeling import DapeAttention
+from dape.model.blocks import DapeAttention
 from dape.positions.adapter import Rows
 
 

@@ -24,7 +24,7 @@ from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import protocol
 from dape.evaluate.record import Targets, restore, save
-from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
+from dape.evaluate.results import KEPT, Kept, repeats, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance, provenance
@@ -183,15 +183,11 @@ def _before(
     kept: Kept[ContextUse], model: Model, plan: Plan, origin: dict[str, Any]
 ) -> ContextUse | None:
     """Return what was measured before of the same model and windows, the same way."""
-    if model.weights is None:
-        return None
     same = (
         replace(each, provenance=origin)
         for each in kept.read()
-        if each.subject.weights == model.weights
-        and each.subject.run == str(model.folder)
+        if repeats(each, model, origin)
         and (each.targets, each.lengths) == (plan.targets, [each.length for each in plan.windows])
-        and same_origin(each.provenance, origin)
     )
     return max(same, key=lambda each: len(each.measured), default=None)
 

@@ -21,7 +21,7 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
-from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
+from dape.evaluate.results import KEPT, Kept, repeats, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import provenance
@@ -230,9 +230,11 @@ class _Session:
 
     def _before(self) -> Evaluation | None:
         """Return earlier measurements of the same model and tokens, with the same settings."""
-        if self.model.weights is None:
-            return None
-        found = [each for each in self.kept.read() if self._same(each)]
+        found = [
+            each
+            for each in self.kept.read()
+            if repeats(each, self.model, self.origin) and each.targets == self.plan.targets
+        ]
         if not found:
             return None
         asked = {windows.length for windows in self.plan.windows}
@@ -243,14 +245,6 @@ class _Session:
             measurements=[measured[length] for length in sorted(measured)],
             refused=refused,
             provenance=self.origin,
-        )
-
-    def _same(self, before: Evaluation) -> bool:
-        return (
-            before.subject.weights == self.model.weights
-            and before.subject.run == self.name
-            and before.targets == self.plan.targets
-            and same_origin(before.provenance, self.origin)
         )
 
     def _announce(self, before: Evaluation) -> None:

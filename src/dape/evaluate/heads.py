@@ -17,7 +17,7 @@ DENSER = 2.0  # least ratio of densities for a head named local or anti-local
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A head on near and far keys; a key is far at the distance `Learned.far` or more.
+    """A head on near and far keys; a key is far at the distance `LearnedRows.far` or more.
 
     Positive weight is the part of a row above the mean over the keys, because a softmax does not
     see a constant. A number is None for a constant row.

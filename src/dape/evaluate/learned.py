@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Learned:
+class LearnedRows:
     """The rows of a query in some layers of a model, and the numbers of all heads.
 
     `data` is the checksum of the corpus; the query is token `query` of the first `length` tokens of
@@ -61,17 +61,17 @@ class Learned:
         save(path, self)
 
 
-def load(path: Path) -> Learned:
-    """Read a file of `Learned.save`.
+def load(path: Path) -> LearnedRows:
+    """Read a file of `LearnedRows.save`.
 
     Raises:
         UserError: naming the command to run, for a missing file or a file of another version.
     """
     kind, remedy = "record of learned rows", "run `dape plot learned` on a run"
-    return restore(path, kind, FORMAT, remedy, Learned)
+    return restore(path, kind, FORMAT, remedy, LearnedRows)
 
 
-def learned(
+def learned_rows(
     model: Model,
     corpus: Corpus,
     *,
@@ -82,7 +82,7 @@ def learned(
     split: str = "test",
     device: torch.device,
     provenance: Provenance,
-) -> Learned:
+) -> LearnedRows:
     """Return the record of a query of a model.
 
     Args:
@@ -112,7 +112,7 @@ def learned(
     trained = model.train_length
     far = trained if trained and trained < keys else keys // 2
     spans = np.linspace(0, keys, min(SPANS, keys) + 1).astype(int)
-    return Learned(
+    return LearnedRows(
         subject=subject,
         data=corpus.checksum,
         split=split,

@@ -16,7 +16,7 @@ from dape.errors import UserError
 from dape.evaluate.capture import Row, attending, capture_all
 from dape.evaluate.learned import choose_document
 from dape.evaluate.subject import Model, Subject
-from dape.model.modeling import in_use
+from dape.model.blocks import in_use
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

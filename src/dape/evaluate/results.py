@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from dape.errors import UserError
 from dape.evaluate.record import save
-from dape.evaluate.subject import InMemory, Model
+from dape.evaluate.subject import InMemory, Model, Subject
 from dape.files import locked, remove
 from dape.runs import RunFolder, unfinished
 
@@ -90,9 +90,27 @@ class Kept(Generic[Record]):
             remove(unfinished(self.file))
 
 
-def same_origin(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Return whether two measurements agree in commit, versions, device and settings."""
-    return all(then.get(name) == now.get(name) for name in _SAME)
+class _Measured(Protocol):
+    """A record of a measurement."""
+
+    @property
+    def subject(self) -> Subject: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+def repeats(before: _Measured, model: Model, origin: Mapping[str, Any]) -> bool:
+    """Return whether an earlier record has the same model, commit, versions, device and settings.
+
+    A module in memory has no checksum of the weights, and is measured again.
+    """
+    return (
+        model.weights is not None
+        and before.subject.weights == model.weights
+        and before.subject.run == str(model.folder)
+        and all(before.provenance.get(name) == origin.get(name) for name in _SAME)
+    )
 
 
 def drawing(kind: str, runs: Sequence[str], out: Path | None) -> str:

@@ -1,16 +1,15 @@
 """Retrieval: a number hidden at a depth of a long text, asked for at the end."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import nn
 
 from dape.data.shards import Corpus
@@ -18,11 +17,11 @@ from dape.device import choose_device, device_of
 from dape.errors import UserError, check_finite, check_whole, unknown
 from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
-from dape.evaluate.prompts import TASKS, Prompt, Prompts, needle, passkey
+from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
-from dape.evaluate.refusal import Refused, explained
-from dape.evaluate.results import KEPT, Kept, results_folders, same_origin
+from dape.evaluate.results import KEPT, Kept, repeats, results_folders
 from dape.evaluate.subject import Model, Subject
+from dape.evaluate.trials import Cell, Plan, retrieve
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance, provenance
 from dape.runs import RunFolder
@@ -31,46 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 1
-Answer = tuple[Int[np.ndarray, " answer"], Float[np.ndarray, " answer"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Scores of the trials at a length and a depth.
-
-    The rank of a token of the answer is the number of tokens at least as likely, given the earlier
-    tokens of the answer. Rank 1 is the best.
-
-    Attributes:
-        length: tokens of the prompt.
-        depth: fraction of the text before the number, from 0 to 1.
-        exact: fraction of the trials in which greedy decoding gives the whole number.
-        accuracy: fraction of the answers' tokens with rank 1.
-        rank: mean rank of the answers' tokens.
-        log_probability: mean log-probability of the whole number, in nats.
-    """
-
-    length: int
-    depth: float
-    exact: float
-    accuracy: float
-    rank: float
-    log_probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The trials: `trials` numbers per length and depth, drawn by `seed`."""
-
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    trials: int
-    seed: int
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of input tokens for a model."""
-        return sum(self.lengths) * len(self.depths) * self.trials
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +215,7 @@ class _Session:
     def _before(self, kept: Kept[Retrieval], task: str, asked: "_Asked") -> Retrieval | None:
         """Return earlier measurements of the same model and prompts, with the same settings."""
         found = [each for each in kept.read() if self._same(each, task, asked)]
-        if self.model.weights is None or not found:
+        if not found:
             return None
         known = {n for each in found for n in each.lengths} & {*self.plan.lengths}
         cells = {(c.length, c.depth): c for each in found for c in each.cells if c.length in known}
@@ -269,11 +228,9 @@ class _Session:
 
     def _same(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
         return (
-            before.subject.weights == self.model.weights
-            and before.subject.run == str(self.model.folder)
+            repeats(before, self.model, self.origin)
             and (before.task, before.data) == (task, asked.data)
             and replace(before.plan, lengths=self.plan.lengths) == self.plan
-            and same_origin(before.provenance, self.origin)
         )
 
 
@@ -293,83 +250,3 @@ def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split:
     if tokenizer is None:
         raise UserError(f"{model.source} has no tokenizer.json; a passkey needs a tokenizer")
     return _Asked(passkey(tokenizer), None)
-
-
-def retrieve(
-    model: Callable[..., Any],
-    prompts: Prompts,
-    plan: Plan,
-    *,
-    device: torch.device | str = "cpu",
-    batch_tokens: int,
-    advance: Callable[[int], object] = lambda tokens: None,
-    announce: Callable[[int, str], object] = lambda length, outcome: None,
-) -> tuple[list[Cell], dict[int, str]]:
-    """Return the cells, and the lengths refused by the model or the prompt, with reasons.
-
-    `model` has the interface of a Hugging Face causal language model. `advance` gets the number of
-    tokens of a forward pass, and `announce` a length with the outcome.
-    """
-    cells: list[Cell] = []
-    refused: dict[int, str] = {}
-    for length in plan.lengths:
-        rows, left = max(1, batch_tokens // length), len(plan.depths) * plan.trials
-        try:
-            asked = [
-                prompts.make(length, depth, trial, plan.seed)
-                for depth, trial in product(plan.depths, range(plan.trials))
-            ]
-            answers: list[Answer] = []
-            for first in range(0, len(asked), rows):
-                batch = asked[first : first + rows]
-                with explained(length, len(batch)):
-                    answers += score(model, batch, device)
-                advance(length * len(batch))
-                left -= len(batch)
-        except Refused as reason:
-            advance(length * left)
-            refused[length] = str(reason)
-            announce(length, f"refused: {reason}")
-            continue
-        found = list(_cells(length, plan, answers))
-        cells += found
-        announce(length, f"exact {np.mean([cell.exact for cell in found]):.0%}")
-    return cells, refused
-
-
-@torch.inference_mode()
-def score(
-    model: Callable[..., Any], prompts: Sequence[Prompt], device: torch.device | str
-) -> list[Answer]:
-    """Return rank and log-probability of the tokens of answers, for prompts of equal length.
-
-    Greedy decoding gives an answer if and only if every token of the answer has rank 1 after the
-    earlier tokens. Therefore a single forward pass with the answer in place replaces decoding token
-    by token.
-    """
-    tokens = torch.from_numpy(np.stack([prompt.tokens for prompt in prompts])).to(device)
-    kept = max(prompt.answer for prompt in prompts)
-    output = model(input_ids=tokens[:, :-1], logits_to_keep=kept, use_cache=False)
-    logits = output.logits[:, -kept:].float()
-    own = logits.gather(-1, tokens[:, -kept:, None])
-    ranks = logits.shape[-1] - (logits < own).sum(-1)  # the worst rank for ties and NaN
-    log_probabilities = (own - logits.logsumexp(-1, keepdim=True))[..., 0]
-    columns = zip(ranks.cpu().numpy(), log_probabilities.cpu().numpy(), prompts, strict=True)
-    return [
-        (rank[-prompt.answer :], log_probability[-prompt.answer :])
-        for rank, log_probability, prompt in columns
-    ]
-
-
-def _cells(length: int, plan: Plan, answers: Sequence[Answer]) -> Iterator[Cell]:
-    for place, depth in enumerate(plan.depths):
-        trials = answers[place * plan.trials : (place + 1) * plan.trials]
-        ranks = np.concatenate([rank for rank, _ in trials])
-        yield Cell(
-            length=length,
-            depth=depth,
-            exact=float(np.mean([(rank == 1).all() for rank, _ in trials])),
-            accuracy=float((ranks == 1).mean()),
-            rank=float(ranks.mean()),
-            log_probability=float(np.mean([each.sum(dtype=np.float64) for _, each in trials])),
-        )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_LEARNED_BY = ("data", "model", "training", "optimizer")
+_SETTINGS = ("data", "model", "training", "optimizer")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 
@@ -83,7 +83,7 @@ class Model:
         """Return a checksum of the recipe without seed, layout and output."""
         if self.recipe is None:
             return None
-        return _checksum({name: self.recipe.get(name) for name in _LEARNED_BY})
+        return _checksum({name: self.recipe.get(name) for name in _SETTINGS})
 
     @property
     def weights(self) -> str | None:
@@ -200,10 +200,10 @@ class Finetuned(Model):
     @property
     def settings(self) -> str | None:
         """Return a checksum of the recipe and of the base's settings, without both seeds."""
-        learned = {name: self.recipe.get(name) for name in _LEARNED_BY}  # type: ignore[union-attr]
+        settings = {name: self.recipe.get(name) for name in _SETTINGS}  # type: ignore[union-attr]
         base = self.base.settings or self.base.source  # type: ignore[union-attr]
-        learned["model"] = {**self._chosen, "base": base}
-        return _checksum(learned)
+        settings["model"] = {**self._chosen, "base": base}
+        return _checksum(settings)
 
     @property
     def weights(self) -> str | None:

@@ -16,7 +16,7 @@ from dape.chomsky.published import PUBLISHED
 from dape.chomsky.tasks import TASKS
 from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
-from dape.files import write_text
+from dape.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +34,7 @@ def write(benchmark: Benchmark, argv: Sequence[str]) -> list[Path]:
         UserError: if no cell is finished.
     """
     grid, out = gather(benchmark), benchmark.folder
+    check_writable(out / "table.md")
     write_text(out / "recipe.yaml", benchmarks.write(benchmark))
     write_text(out / "table.md", page(grid, list(argv)))
     figures = {
@@ -48,7 +49,7 @@ def write(benchmark: Benchmark, argv: Sequence[str]) -> list[Path]:
 
 def page(grid: Grid, argv: list[str]) -> str:
     """Return all tables as a page of Markdown, with the settings behind the numbers."""
-    tables = [scores(grid), best(grid), learned(grid), published()]
+    tables = [scores(grid), best(grid), within(grid), published()]
     parts = [
         "# The Chomsky-hierarchy benchmark",
         *(table.markdown() for table in tables),
@@ -80,13 +81,13 @@ def best(grid: Grid) -> Table:
     )
 
 
-def learned(grid: Grid) -> Table:
+def within(grid: Grid) -> Table:
     """Return the accuracy of each model at the lengths of training, and the last loss."""
     return _table(
         grid,
         "Within the lengths of training: percent right on new examples, and the last training loss",
         lambda found: (
-            f"{np.mean([each.learned for each in found]):.1f} "
+            f"{np.mean([each.score_within for each in found]):.1f} "
             f"({np.mean([each.loss[-1][1] for each in found]):.3f})"
         ),
         "The loss, in nats a symbol, is the mean over the last percent of the steps.",

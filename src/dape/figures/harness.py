@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dape.evaluate.harness import Harnessed, Score
+from dape.evaluate.request import Harnessed, Score
 from dape.figures.tables import NOTHING, Table
 
 

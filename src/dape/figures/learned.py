@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dape.evaluate.heads import DENSER, Head
-from dape.evaluate.learned import Layer, Learned
+from dape.evaluate.learned import Layer, LearnedRows
 from dape.figures.bias_maps import value_axis
 from dape.figures.style import ACCENT, theme
 from dape.figures.tables import NOTHING, Table
@@ -23,7 +23,7 @@ SCALES = {"local": "crest", "even": "Greys", "anti-local": "OrRd"}
 POINTS = 64  # most points of a line of scores, because scores are noisy
 
 
-def draw(record: Learned) -> "Figure":
+def draw(record: LearnedRows) -> "Figure":
     """Draw A, B and f(A, B) against the position of the key: a row per layer, a line per head.
 
     Lines are means over spans of neighbouring keys.
@@ -61,7 +61,7 @@ def _panels(layer: Layer) -> dict[str, np.ndarray]:
     }
 
 
-def _coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
+def _coarser(record: LearnedRows, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return positions of keys and lines to draw, with at most `POINTS` points for noisy lines."""
     edges, spans = np.array(record.spans), values.shape[1]
     step = -(-spans // POINTS) if noisy else 1
@@ -71,12 +71,12 @@ def _coarser(record: Learned, values: np.ndarray, noisy: bool) -> tuple[np.ndarr
     return (edges[:-1] + edges[1:] - 1) / 2, sums / np.diff(edges)
 
 
-def _title(record: Learned) -> str:
+def _title(record: LearnedRows) -> str:
     """Return a title with model and query."""
     return f"{record.subject.scheme}, query {record.query + 1:,} of document {record.document}"
 
 
-def note(record: Learned) -> str:
+def note(record: LearnedRows) -> str:
     """Return the explanation of the lines."""
     keys = record.query + 1
     widths = (keys / min(keys, POINTS), keys / (len(record.spans) - 1))
@@ -126,7 +126,7 @@ def _legend(axes: "Axes", heads: Sequence[Head]) -> None:
             )
 
 
-def table(record: Learned) -> Table:
+def table(record: LearnedRows) -> Table:
     """Return the numbers by head."""
     keys_far = 1 - record.far / (record.query + 1)
     rows = [

@@ -2,7 +2,11 @@
 
 Python asks the finders of `sys.meta_path` for every imported module. The finder of `dape` answers
 only for the module of `AutoConfig`. The finder lets the standard finders find the module, and adds
-the import of `DapeConfig` to the loading. `DapeConfig` then registers the models.
+the import of `CONFIGURATION` to the loading.
+
+The first `DapeConfig` imports `MODELS`, since an Auto class may get the configuration next. An
+earlier import fails, because the models import the Auto classes. The modules stand here by name:
+`configuration` knows no model.
 """
 
 import sys
@@ -13,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 AUTO_CONFIG = "transformers.models.auto.configuration_auto"
+CONFIGURATION, MODELS = "dape.model.configuration", "dape.model.huggingface"
 
 
 class Announcement(MetaPathFinder):
@@ -30,7 +35,7 @@ class Announcement(MetaPathFinder):
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
-                import_module("dape.model.configuration")
+                import_module(CONFIGURATION)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec
@@ -39,6 +44,11 @@ class Announcement(MetaPathFinder):
 def announce() -> None:
     """Register with the Auto classes, now or at their import."""
     if AUTO_CONFIG in sys.modules:
-        import_module("dape.model.configuration")
+        import_module(CONFIGURATION)
     else:
         sys.meta_path.insert(0, Announcement())
+
+
+def models() -> None:
+    """Register the models, at the first call."""
+    import_module(MODELS)

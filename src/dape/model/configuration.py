@@ -4,7 +4,6 @@ import math
 import shutil
 import warnings
 from dataclasses import field, fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, no_type_check
 
@@ -14,6 +13,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from dape.attention.select import BACKENDS
 from dape.errors import UserError, check_finite, check_switch, check_whole, unknown
+from dape.model import announce
 from dape.positions import scheme
 
 BLOCKS = ("paper", "modern")
@@ -112,9 +112,7 @@ class DapeConfig(PreTrainedConfig):
         self.check()
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
-        # An Auto class may get the configuration next, and must know the models by then. The Auto
-        # classes cannot import the models, because the models import the Auto classes.
-        import_module("dape.model.huggingface")
+        announce.models()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
 """Registration of the models with the Auto classes of transformers.
 
-The module is imported late by `import dape`. `dape.model.announce` imports the configuration
-together with the Auto classes, and the first `DapeConfig` imports the models.
+`dape.model.announce` decides when the module is imported.
 """
 
 from transformers.modeling_layers import GenericForSequenceClassification

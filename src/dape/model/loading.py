@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dape.data.hub import fetch
-from dape.errors import UserError
+from dape.errors import UserError, out_of_memory
 
 _NAMED = 3  # weights named in an error
 
@@ -58,6 +58,8 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
             **options,
         )
     except (SafetensorError, RuntimeError, UnpicklingError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"the weights of {source} cannot be read: {reason}") from None
     except (AttributeError, KeyError, TypeError) as error:  # of generation_config.json, mostly

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 import numpy as np
 
 from dape.figures.tables import NOTHING, Table, number
-from dape.paper.panel import Panel
 from dape.paper.published import PUBLISHED, Published
+from dape.paper.study import Study
 
 CORPORA = ("arxiv", "books")
 
 
-def beside(panels: Iterable[Panel]) -> Table:
+def beside(studies: Iterable[Study]) -> Table:
     """Return the published numbers by row, and the means of ours over seeds."""
-    found = {panel.name: panel for panel in panels}.values()
+    found = {study.name: study for study in studies}.values()
     rows = [
         [
             f"{each.scheme}, {each.size}, {each.corpus}",
@@ -35,18 +35,18 @@ def beside(panels: Iterable[Panel]) -> Table:
     )
 
 
-def _ours(each: Published, panels: Iterable[Panel]) -> list[str]:
+def _ours(each: Published, studies: Iterable[Study]) -> list[str]:
     """Return our means at the same training length, for all our sizes.
 
     The means come from the corresponding corpus, or from every corpus without a correspondence.
     """
     values = []
-    for panel in panels:
-        group = panel.group(each.scheme)
-        like = each.corpus == panel.corpus or each.corpus not in CORPORA
-        if group and like and panel.setting.length == each.trained:
+    for study in studies:
+        group = study.group(each.scheme)
+        like = each.corpus == study.corpus or each.corpus not in CORPORA
+        if group and like and study.regime.length == each.trained:
             measured = [e.by_length.get(each.length) for e in group.evaluations]
             known = [m.perplexity for m in measured if m is not None]
             if known:
-                values.append(f"{number(float(np.mean(known)))} ({panel.setting.name})")
+                values.append(f"{number(float(np.mean(known)))} ({study.regime.name})")
     return values

@@ -3,8 +3,8 @@
 | word | meaning |
 |---|---|
 | arm | a row of a comparison, as options over a recipe, usually the scheme alone |
-| setting | size of the model, corpus, training length and tokens, shared by all arms of a table |
-| cell | an arm in a setting with a seed: a training and measurements |
+| regime | size of the model, corpus, training length and tokens, shared by all arms of a table |
+| cell | an arm in a regime with a seed: a training and measurements |
 | step | a command of a cell, and the files of the run folder to keep |
 """
 
@@ -20,8 +20,8 @@ TRAINED = {path: path for path in (INSIDE.recipe, INSIDE.record, INSIDE.metrics)
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """The setting of a table, shared by all arms; `length` and `tokens` are of the training."""
+class Regime:
+    """The regime of a table, shared by all arms; `length` and `tokens` are of the training."""
 
     size: str
     corpus: str
@@ -50,7 +50,7 @@ class Step:
 class Training:
     """The training of a cell: the recipe for comparison with the record, and the corpus folder."""
 
-    setting: Setting
+    regime: Regime
     seed: int
     data: str
     recipe: Recipe | Retrofit
@@ -75,9 +75,9 @@ class Cell:
     minutes: float | None = None
 
     @property
-    def setting(self) -> Setting | None:
-        """Return the setting of the training."""
-        return self.training.setting if self.training else None
+    def regime(self) -> Regime | None:
+        """Return the regime of the training."""
+        return self.training.regime if self.training else None
 
     @property
     def run(self) -> RunFolder:
@@ -106,10 +106,10 @@ def once(cells: Iterable[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-def by_setting(cells: Iterable[Cell]) -> dict[Setting, list[Cell]]:
-    """Return the trainings by setting, in order of appearance."""
-    found: dict[Setting, list[Cell]] = {}
+def by_regime(cells: Iterable[Cell]) -> dict[Regime, list[Cell]]:
+    """Return the trainings by regime, in order of appearance."""
+    found: dict[Regime, list[Cell]] = {}
     for cell in cells:
-        if cell.setting:
-            found.setdefault(cell.setting, []).append(cell)
+        if cell.regime:
+            found.setdefault(cell.regime, []).append(cell)
     return found

@@ -27,7 +27,7 @@ from dape.errors import UserError
 from dape.evaluate.significance import PairedTest
 from dape.figures import chomsky as figures
 from dape.figures import chomsky_map
-from dape.paper.cells import Cell, Setting
+from dape.paper.cells import Cell, Regime
 from dape.paper.claims import SIGNIFICANT, Evidence, Finding, Outcome
 from dape.paper.sections import Section
 
@@ -97,12 +97,12 @@ def training(ended: Sequence[Cell]) -> list[Section]:
     """Return the section of training losses."""
     caption = "Training loss against steps, means over seeds."
     return [
-        Section("training", (figures.learned(grid),), figures.over_training(grid), caption)
+        Section("training", (figures.within(grid),), figures.over_training(grid), caption)
         for grid in grids(ended)
     ]
 
 
-def learned(ended: Sequence[Cell]) -> list[Section]:
+def map_sections(ended: Sequence[Cell]) -> list[Section]:
     """Return the sections of A, B and f(A, B) for a placeholder."""
     made = [maps.load(file) for file in _kept(ended, "maps")]
     return [
@@ -122,7 +122,7 @@ SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
     "scores": scores,
     "lengths": lengths,
     "training": training,
-    "maps": learned,
+    "maps": map_sections,
 }
 
 
@@ -161,8 +161,8 @@ class Above:
             test=test,
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Above":
-        """Return the check, independent of the setting."""
+    def moved(self, move: Callable[[Regime], Regime]) -> "Above":
+        """Return the check, independent of the regime."""
         return self
 
 
@@ -194,8 +194,8 @@ class BestOf:
             ),
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "BestOf":
-        """Return the check, independent of the setting."""
+    def moved(self, move: Callable[[Regime], Regime]) -> "BestOf":
+        """Return the check, independent of the regime."""
         return self
 
 
@@ -238,8 +238,8 @@ class Near:
             ),
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Near":
-        """Return the check, independent of the setting."""
+    def moved(self, move: Callable[[Regime], Regime]) -> "Near":
+        """Return the check, independent of the regime."""
         return self
 
 

@@ -39,11 +39,11 @@ from dape.evaluate.significance import (
     paired_bootstrap,
     paired_t,
 )
-from dape.paper.cells import Setting
-from dape.paper.panel import Panel
+from dape.paper.cells import Regime
+from dape.paper.study import Study
 from dape.paper.sweep import CONTEXT
 
-Evidence = Sequence[Panel | Grid]  # the outcome of measurements
+Evidence = Sequence[Study | Grid]  # the outcome of measurements
 Documents = Float[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
@@ -72,16 +72,16 @@ class Better:
 
     candidate: str
     baseline: str
-    setting: Setting
+    regime: Regime
     times: int = 1
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
-        length = self.setting.length * self.times
-        panel = _panel(evidence, self.setting, self.corpus)
+        length = self.regime.length * self.times
+        study = _study(evidence, self.regime, self.corpus)
         candidate, baseline = (
-            _measured(panel, arm, length) for arm in (self.candidate, self.baseline)
+            _measured(study, arm, length) for arm in (self.candidate, self.baseline)
         )
         if candidate is None or baseline is None:
             return None
@@ -89,14 +89,14 @@ class Better:
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
-            f" at {length:,} ({self.setting.name})",
+            f" at {length:,} ({self.regime.name})",
             seeds=min(len(candidate.evaluations), len(baseline.evaluations)),
             test=test,
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Better":
-        """Return the check in another setting, measured on the corpus of the setting."""
-        return replace(self, setting=move(self.setting), corpus=None)
+    def moved(self, move: Callable[[Regime], Regime]) -> "Better":
+        """Return the check in another regime, measured on the corpus of the regime."""
+        return replace(self, regime=move(self.regime), corpus=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +104,15 @@ class Rise:
     """The perplexity of an arm rises, or stays steady, up to `times` the training length."""
 
     arm: str
-    setting: Setting
+    regime: Regime
     times: int
     rises: bool
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
-        length = self.setting.length * self.times
-        group = _measured(_panel(evidence, self.setting, self.corpus), self.arm, length)
+        length = self.regime.length * self.times
+        group = _measured(_study(evidence, self.regime, self.corpus), self.arm, length)
         if group is None:
             return None
         best = best_length(group, length)
@@ -120,14 +120,14 @@ class Rise:
         return Finding(
             outcome=_decided(test, MARGIN, holds_below=not self.rises),
             number=f"{self.arm} {percent(test.difference)} at {length:,} over its best, at {best:,}"
-            f" ({self.setting.name})",
+            f" ({self.regime.name})",
             seeds=len(group.evaluations),
             test=test,
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Rise":
-        """Return the check in another setting, measured on the corpus of the setting."""
-        return replace(self, setting=move(self.setting), corpus=None)
+    def moved(self, move: Callable[[Regime], Regime]) -> "Rise":
+        """Return the check in another regime, measured on the corpus of the regime."""
+        return replace(self, regime=move(self.regime), corpus=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +135,13 @@ class Uses:
     """An arm predicts far tokens better in a window with the last occurrence."""
 
     arm: str
-    setting: Setting
+    regime: Regime
     corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
-        panel = _panel(evidence, self.setting, self.corpus)
-        cells = [cell for cell in panel.cells if cell.arm == self.arm] if panel else []
+        study = _study(evidence, self.regime, self.corpus)
+        cells = [cell for cell in study.cells if cell.arm == self.arm] if study else []
         files = [cell.record.path / CONTEXT for cell in cells]
         records = [context.load(file) for file in files if file.is_file()]
         if not records:
@@ -155,14 +155,14 @@ class Uses:
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.arm} {percent(test.difference)} by windows of {lengths[-1]:,} over"
-            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({self.setting.name})",
+            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({self.regime.name})",
             seeds=len(records),
             test=test,
         )
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Uses":
-        """Return the check in another setting, measured on the corpus of the setting."""
-        return replace(self, setting=move(self.setting), corpus=None)
+    def moved(self, move: Callable[[Regime], Regime]) -> "Uses":
+        """Return the check in another regime, measured on the corpus of the regime."""
+        return replace(self, regime=move(self.regime), corpus=None)
 
 
 def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Documents]:
@@ -183,8 +183,8 @@ class Check(Protocol):
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Check":
-        """Return the check in another setting, measured on the corpus of the setting."""
+    def moved(self, move: Callable[[Regime], Regime]) -> "Check":
+        """Return the check in another regime, measured on the corpus of the regime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,8 @@ class Claim:
     place: str
     checks: tuple[Check, ...]
 
-    def moved(self, move: Callable[[Setting], Setting]) -> "Claim":
-        """Return the claim in other settings, measured on their own corpora."""
+    def moved(self, move: Callable[[Regime], Regime]) -> "Claim":
+        """Return the claim in other regimes, measured on their own corpora."""
         checks = (each.moved(move) for each in self.checks)
         return replace(self, checks=tuple(dict.fromkeys(checks)))
 
@@ -278,15 +278,15 @@ def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
     return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
 
 
-def _panel(evidence: Evidence, setting: Setting, corpus: str | None) -> Panel | None:
-    place = setting, corpus or setting.corpus
-    panels = (each for each in evidence if isinstance(each, Panel))
-    return next((each for each in panels if (each.setting, each.corpus) == place), None)
+def _study(evidence: Evidence, regime: Regime, corpus: str | None) -> Study | None:
+    place = regime, corpus or regime.corpus
+    studies = (each for each in evidence if isinstance(each, Study))
+    return next((each for each in studies if (each.regime, each.corpus) == place), None)
 
 
-def _measured(panel: Panel | None, arm: str, length: int) -> Group | None:
-    """Return an arm of a panel if all runs were measured at a length."""
-    group = panel.group(arm) if panel else None
+def _measured(study: Study | None, arm: str, length: int) -> Group | None:
+    """Return an arm of a study if all runs were measured at a length."""
+    group = study.group(arm) if study else None
     if group and all(length in each.by_length for each in group.evaluations):
         return group
     return None

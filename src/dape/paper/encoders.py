@@ -10,7 +10,7 @@ from dape.chomsky import cell as cells
 from dape.chomsky.benchmark import SCHEMES
 from dape.chomsky.tasks import TASKS
 from dape.files import read_json
-from dape.paper.cells import INSIDE, Cell, Setting, Step, run_folder
+from dape.paper.cells import INSIDE, Cell, Regime, Step, run_folder
 from dape.strict import build
 
 RECIPE = "recipes/chomsky.yaml"
@@ -55,8 +55,8 @@ class Encoders:
     options: tuple[str, ...] = ()
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Return no settings, because encoders are no language models."""
+    def regimes(self) -> tuple[Regime, ...]:
+        """Return no regimes, because encoders are no language models."""
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dape.paper.cells import Cell, Setting, once
+from dape.paper.cells import Cell, Regime, once
 from dape.paper.claims import Claim
 from dape.paper.encoders import Encoders
 from dape.paper.sweep import TINY, Bench, Sweep, Tuning
@@ -14,7 +14,7 @@ Part = Sweep | Tuning | Bench | Encoders
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """An experiment: sweeps over settings, with a table and a figure per setting, and claims.
+    """An experiment: sweeps over regimes, with a table and a figure per regime, and claims.
 
     `shows` names the reproduced tables and figures, and `sections` the kinds of results
     (`results.SECTIONS`). Results lie in `folder`. Records of cells lie in `home`, shared by
@@ -35,9 +35,9 @@ class Experiment:
         return self.home if self.home.name == self.name else self.home / self.name
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Return the settings of all parts, without repetition."""
-        return tuple(dict.fromkeys(setting for part in self.parts for setting in part.settings))
+    def regimes(self) -> tuple[Regime, ...]:
+        """Return the regimes of all parts, without repetition."""
+        return tuple(dict.fromkeys(regime for part in self.parts for regime in part.regimes))
 
     def cells(self, data: Mapping[str, str] | None = None) -> list[Cell]:
         """Return the cells of all parts, without repetition."""
@@ -49,6 +49,6 @@ def smoke(experiment: Experiment) -> Experiment:
     return replace(
         experiment,
         parts=tuple(part.tiny() for part in experiment.parts),
-        claims=tuple(claim.moved(lambda setting: TINY) for claim in experiment.claims),
+        claims=tuple(claim.moved(lambda regime: TINY) for claim in experiment.claims),
         home=Path("runs/smoke"),
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dape.errors import unknown
-from dape.paper.cells import Setting
+from dape.paper.cells import Regime
 from dape.paper.chomsky import Above, BestOf, Near
 from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.encoders import GROUPS, Encoders
@@ -16,28 +16,28 @@ FOUR = PAIRS[:4]
 BIASES = ("alibi", "kerple", "fire")
 
 
-def _pairs(setting: Setting, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
+def _pairs(regime: Regime, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
     """Return the checks of DAPE on every bias against the bias alone."""
-    return tuple(Better(f"dape-{bias}", bias, setting, n) for n in times for bias in biases)
+    return tuple(Better(f"dape-{bias}", bias, regime, n) for n in times for bias in biases)
 
 
-def _steady(*checks: tuple[Setting, int]) -> tuple[Claim, Claim]:
+def _steady(*checks: tuple[Regime, int]) -> tuple[Claim, Claim]:
     """Return the claims about Kerple's curve with and without DAPE, up to `times` the length."""
     return (
         Claim(
             "DAPE-Kerple's perplexity does not rise beyond the training length",
             "section 4.1",
-            tuple(Rise("dape-kerple", setting, times, rises=False) for setting, times in checks),
+            tuple(Rise("dape-kerple", regime, times, rises=False) for regime, times in checks),
         ),
         Claim(
             "Kerple's perplexity rises beyond the training length",
             "section 4.1",
-            tuple(Rise("kerple", setting, times, rises=True) for setting, times in checks),
+            tuple(Rise("kerple", regime, times, rises=True) for regime, times in checks),
         ),
     )
 
 
-ARXIV, BOOKS = Setting("125m", "arxiv", 512), Setting("125m", "books", 512)
+ARXIV, BOOKS = Regime("125m", "arxiv", 512), Regime("125m", "books", 512)
 
 CORE = Experiment(
     name="core",
@@ -71,11 +71,11 @@ LENGTHS = Experiment(
             "DAPE-X is better than X at 64 times the training length",
             "section 4.1",
             (
-                *_pairs(Setting("small", "arxiv", 128), 64),
-                *_pairs(Setting("125m", "arxiv", 128), 64, biases=BIASES[:2]),
+                *_pairs(Regime("small", "arxiv", 128), 64),
+                *_pairs(Regime("125m", "arxiv", 128), 64, biases=BIASES[:2]),
             ),
         ),
-        *_steady((Setting("small", "arxiv", 128), 64), (Setting("125m", "arxiv", 128), 64)),
+        *_steady((Regime("small", "arxiv", 128), 64), (Regime("125m", "arxiv", 128), 64)),
     ),
 )
 EVERY = schemes(
@@ -96,13 +96,13 @@ ALL = Experiment(
             "DAPE-Kerple is better than CoPE and Transformer-XL at 16 times the training length",
             "Table 6, which is trained at 128",
             tuple(
-                Better("dape-kerple", other, Setting("small", "books", 512), 16)
+                Better("dape-kerple", other, Regime("small", "books", 512), 16)
                 for other in ("cope", "transformer-xl")
             ),
         ),
     ),
 )
-SEEDED = Setting("small", "arxiv", 512)
+SEEDED = Regime("small", "arxiv", 512)
 SIGNIFICANCE = Experiment(
     name="significance",
     title="Is the difference more than chance?",
@@ -136,7 +136,7 @@ SIZE = Experiment(
         Claim(
             "DAPE-X is better than X at 350M too",
             "section 4.2",
-            _pairs(Setting("350m", "arxiv", 512), 1, 16, biases=BIASES[:2]),
+            _pairs(Regime("350m", "arxiv", 512), 1, 16, biases=BIASES[:2]),
         ),
     ),
 )
@@ -151,7 +151,7 @@ AMOUNTS = Experiment(
             "Kerple's perplexity rises up to 64 times the training length, at every amount",
             "section 4.1 at 6.6B tokens",
             tuple(
-                Rise("kerple", Setting("125m", "mixed", 128, tokens), 64, True, corpus)
+                Rise("kerple", Regime("125m", "mixed", 128, tokens), 64, True, corpus)
                 for tokens in TOKENS
                 for corpus in ("arxiv", "books")
             ),
@@ -190,7 +190,7 @@ ABLATION = Experiment(
             "A hidden width of 4 still helps",
             "section 4.4",
             tuple(
-                Better("dape-alibi-d4", "alibi", Setting("small", "arxiv", 128), times)
+                Better("dape-alibi-d4", "alibi", Regime("small", "arxiv", 128), times)
                 for times in (1, 64)
             ),
         ),
@@ -198,7 +198,7 @@ ABLATION = Experiment(
             "A + B + f(A, B) is better than A + B + f(B), and that better than A + B",
             "Table 7",
             tuple(
-                Better(better, worse, Setting("small", "books", 512), times)
+                Better(better, worse, Regime("small", "books", 512), times)
                 for better, worse in (
                     ("dape-kerple", "dape-bias-kerple"),
                     ("dape-bias-kerple", "kerple"),
@@ -210,7 +210,7 @@ ABLATION = Experiment(
             "Concatenating scores and bias is better than adding them",
             "section 4.3",
             tuple(
-                Better(form, "dape-add-kerple", Setting("small", "arxiv", length), times)
+                Better(form, "dape-add-kerple", Regime("small", "arxiv", length), times)
                 for length, times in ((128, 64), (512, 16))
                 for form in ("dape-kerple", "dape-concat-kerple")
             ),
@@ -254,7 +254,7 @@ V2 = Experiment(
             "V2 is better than V1 on Kerple, within and beyond the training length",
             "DAPE V2",
             tuple(
-                Better("dape3-kerple", "dape-kerple", Setting("small", "arxiv", length), times)
+                Better("dape3-kerple", "dape-kerple", Regime("small", "arxiv", length), times)
                 for length, times in ((128, 1), (128, 64), (512, 1), (512, 16))
             ),
         ),
@@ -262,7 +262,7 @@ V2 = Experiment(
             "V2 is worse than V1 on ALiBi trained at 128",
             "a review of DAPE V2",
             tuple(
-                Better("dape-alibi", "dape3-alibi", Setting("small", "arxiv", 128), times)
+                Better("dape-alibi", "dape3-alibi", Regime("small", "arxiv", 128), times)
                 for times in (1, 64)
             ),
         ),
@@ -289,9 +289,7 @@ USE = Experiment(
         Claim(
             "DAPE uses text beyond the training length",
             "section 4.1",
-            tuple(
-                Uses(f"dape-{bias}", setting) for setting in (ARXIV, BOOKS) for bias in BIASES[:2]
-            ),
+            tuple(Uses(f"dape-{bias}", regime) for regime in (ARXIV, BOOKS) for bias in BIASES[:2]),
         ),
     ),
     sections=("uses",),

@@ -83,10 +83,10 @@ def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
-    """Return the plan as a table, a row per setting, with the cost of cells that are due."""
+    """Return the plan as a table, a row per regime, with the cost of cells that are due."""
     groups: dict[str, list[Planned]] = {}
     for each in planned:
-        name = each.cell.setting.name if each.cell.setting else each.cell.name
+        name = each.cell.regime.name if each.cell.regime else each.cell.name
         groups.setdefault(name, []).append(each)
     rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
     note = "Changed: settings, data or measurements differ now; runs again."
@@ -96,27 +96,27 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
         note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
     if any(each.due and each.minutes is None for each in planned):
         note += f" {NOTHING}: no price was measured (docs/chomsky.md for encoders)."
-    return Table("Plan", ["setting", *get_args(State), "GPU minutes due"], rows, note)
+    return Table("Plan", ["regime", *get_args(State), "GPU minutes due"], rows, note)
 
 
 def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
     """Return the estimated minutes of a cell, from similar finished cells or from a table."""
-    setting = cell.setting
-    if setting is None:
+    regime = cell.regime
+    if regime is None:
         return cell.minutes
     alike = [
-        spent[other.name] * setting.tokens / other.setting.tokens
+        spent[other.name] * regime.tokens / other.regime.tokens
         for other in cells
-        if other.setting and other.name in spent
-        if (other.arm, other.setting.size) == (cell.arm, setting.size)
+        if other.regime and other.name in spent
+        if (other.arm, other.regime.size) == (cell.arm, regime.size)
     ]
     if alike:
         return median(alike)
-    speed = TOKENS_PER_SECOND.get(setting.size)
+    speed = TOKENS_PER_SECOND.get(regime.size)
     if speed is None:
         return None
     factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
-    return setting.tokens * factor / speed / 60 + AROUND[setting.size]
+    return regime.tokens * factor / speed / 60 + AROUND[regime.size]
 
 
 def _row(name: str, group: Sequence[Planned]) -> list[str]:

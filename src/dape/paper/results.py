@@ -11,8 +11,8 @@ from dape.paper import chomsky, record, sections
 from dape.paper.cells import Cell
 from dape.paper.claims import Evidence, Verdict, judge
 from dape.paper.experiment import Experiment
-from dape.paper.panel import Panel, panels
 from dape.paper.sections import Section
+from dape.paper.study import Study, studies
 
 SECTIONS = sections.SECTIONS | chomsky.SECTIONS
 TABLE, VERDICTS = "table.md", "verdicts.json"
@@ -27,7 +27,7 @@ class Results:
 
     experiment: Experiment
     cells: tuple[Cell, ...]
-    panels: tuple[Panel, ...]
+    studies: tuple[Study, ...]
     sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...]
     planned: int
@@ -90,7 +90,7 @@ def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Re
     cells = experiment.cells(data)
     here = record.checksums(cells)
     ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
-    found = tuple(panels(ended))
+    found = tuple(studies(ended))
     evidence: Evidence = (*found, *chomsky.grids(ended))
     return Results(
         experiment,

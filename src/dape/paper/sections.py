@@ -17,9 +17,9 @@ from dape.figures import tables
 from dape.figures.curves import over_length
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
-from dape.paper.cells import Cell, by_setting
-from dape.paper.panel import Panel, panels
+from dape.paper.cells import Cell, by_regime
 from dape.paper.published import Published, published
+from dape.paper.study import Study, studies
 from dape.paper.sweep import CONTEXT, COSTS, LEARNED
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ class Section:
 
 
 def curves(cells: Sequence[Cell]) -> list[Section]:
-    """Return the perplexities of each setting beside published perplexities, and the tests."""
-    return [_curves(panel) for panel in panels(cells)]
+    """Return the perplexities of each regime beside published perplexities, and the tests."""
+    return [_curves(study) for study in studies(cells)]
 
 
 def heads(cells: Sequence[Cell]) -> list[Section]:
@@ -72,13 +72,13 @@ def uses(cells: Sequence[Cell]) -> list[Section]:
     """Return the gains from far text, by the last occurrence of the predicted token."""
     caption = "Gain in nats a token, by where the predicted token occurred last before."
     found = []
-    for setting, members in by_setting(cells).items():
+    for regime, members in by_regime(cells).items():
         files = [cell.record.path / CONTEXT for cell in members]
         records = [context.load(file) for file in files if file.is_file()]
         if records:
             shown = tuple(context_figures.tables(records))
             figure = context_figures.draw(records)
-            found.append(Section(f"{setting.name}-context", shown, figure, caption))
+            found.append(Section(f"{regime.name}-context", shown, figure, caption))
     return found
 
 
@@ -104,34 +104,34 @@ SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
 }
 
 
-def _curves(panel: Panel) -> Section:
-    """Return the perplexities of a panel beside the paper's, and the tests between arms."""
-    if not panel.groups:
-        return Section(panel.name, (trainings(panel),))
-    comparisons = compare(panel.groups)
+def _curves(study: Study) -> Section:
+    """Return the perplexities of a study beside the paper's, and the tests between arms."""
+    if not study.groups:
+        return Section(study.name, (trainings(study),))
+    comparisons = compare(study.groups)
     tested = [tables.significance(comparisons)] if comparisons else []
-    shown = (perplexities(panel), *tested, trainings(panel))
-    values = np.concatenate([group.values("perplexity").ravel() for group in panel.groups])
+    shown = (perplexities(study), *tested, trainings(study))
+    values = np.concatenate([group.values("perplexity").ravel() for group in study.groups])
     top = TALLEST * np.nanmin(values)
     caption = (
         "Perplexity against the length of the window, trained at"
-        f" {panel.setting.length:,} tokens. Dashed: without an adapter; solid: with one."
+        f" {study.regime.length:,} tokens. Dashed: without an adapter; solid: with one."
     )
     if np.nanmax(values) > top:
         caption += f" Lines leave the figure at {TALLEST:g} times the lowest value."
     else:
         top = None
-    return Section(panel.name, shown, over_length(panel.groups, top=top), caption)
+    return Section(study.name, shown, over_length(study.groups, top=top), caption)
 
 
-def perplexities(panel: Panel) -> Table:
+def perplexities(study: Study) -> Table:
     """Return the perplexity by arm and length, with published perplexities below."""
-    base = tables.results(panel.groups)
-    lengths = panel.groups[0].evaluations[0].lengths
+    base = tables.results(study.groups)
+    lengths = study.groups[0].evaluations[0].lengths
     rows = []
     for arm, *cells in base.rows:
         rows.append([arm, *cells])
-        known = {each.length: each for each in _published(panel, arm)}
+        known = {each.length: each for each in _published(study, arm)}
         if known:
             numbers = [tables.number(known[n].perplexity) if n in known else "" for n in lengths]
             rows.append([f"{arm}, {OURS}", "", *numbers])
@@ -139,16 +139,16 @@ def perplexities(panel: Panel) -> Table:
         base,
         header=["arm", *base.header[1:]],
         rows=rows,
-        note=" ".join(filter(None, [base.note, _places(panel)])),
+        note=" ".join(filter(None, [base.note, _places(study)])),
     )
 
 
-def trainings(panel: Panel) -> Table:
+def trainings(study: Study) -> Table:
     """Return loss, cost and failures of the trainings, by arm."""
     rows = []
-    for arm in panel.arms:
-        cells = [cell for cell in panel.cells if cell.arm == arm]
-        steps = [cell.record.read_metrics() for cell in cells if cell.name not in panel.errors]
+    for arm in study.arms:
+        cells = [cell for cell in study.cells if cell.arm == arm]
+        steps = [cell.record.read_metrics() for cell in cells if cell.name not in study.errors]
         losses = [each[-1]["validation_loss"] for each in steps]
         speeds = [step["tokens_per_second"] for each in steps for step in each]
         rows.append(
@@ -161,30 +161,30 @@ def trainings(panel: Panel) -> Table:
             ]
         )
     header = ["arm", "runs", "validation loss", "tokens a second", "minutes"]
-    return Table("Trainings", header, rows, note=_training_note(panel))
+    return Table("Trainings", header, rows, note=_training_note(study))
 
 
-def _published(panel: Panel, arm: str) -> list[Published]:
-    return published(arm, panel.corpus, panel.setting.length, panel.setting.size)
+def _published(study: Study, arm: str) -> list[Published]:
+    return published(arm, study.corpus, study.regime.length, study.regime.size)
 
 
-def _places(panel: Panel) -> str:
+def _places(study: Study) -> str:
     """Return source and reliability of the published numbers."""
-    known = [each for arm in panel.arms for each in _published(panel, arm)]
+    known = [each for arm in study.arms for each in _published(study, arm)]
     if not known:
         return ""
     places = dict.fromkeys(f"{each.place} ({each.sure})" for each in known)
     return f"Published, {known[0].size} on {known[0].corpus} of its own: {'; '.join(places)}."
 
 
-def _training_note(panel: Panel) -> str:
+def _training_note(study: Study) -> str:
     notes = [
-        f"{panel.setting.tokens:,} tokens, {panel.epochs:.2g} epochs of a corpus with checksum"
-        f" {panel.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
+        f"{study.regime.tokens:,} tokens, {study.epochs:.2g} epochs of a corpus with checksum"
+        f" {study.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
         " token. Minutes on one device: all commands of the arm."
     ]
-    notes += [f"{NOTHING} {name} failed: {error}." for name, error in panel.errors.items()]
-    risen = panel.repeated_too_often()
+    notes += [f"{NOTHING} {name} failed: {error}." for name, error in study.errors.items()]
+    risen = study.repeated_too_often()
     if risen:
         notes.append(f"Repeated too often, the validation loss rose again: {'; '.join(risen)}.")
     return " ".join(notes)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import IO
 
@@ -188,13 +188,15 @@ def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
     """Run a command, keep the files, and return the error of a failure."""
     log = record.log(cell)
     with log.open("ab") as output:
+        begin = output.tell()
         status = workers.call(step.words, device, output)
     record.collect(cell, step)
-    return _last_line(log, status) if status else None
+    return _error(log.read_bytes()[begin:].decode("utf-8", "replace"), status) if status else None
 
 
-def _last_line(log: Path, status: int) -> str:
-    """Return the error of a command: the error line, or the last line of a traceback."""
-    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
-    last = lines[-1].removeprefix(ERROR) if lines else ""
-    return f"{last} (status {status})" if last else f"status {status}"
+def _error(said: str, status: int) -> str:
+    """Return the error of a command: the line of the error, or else the last line."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
+    end = f"status {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
+    return f"{errors[-1]} ({end})" if errors else " ".join([*lines[-1:], f"({end})"])

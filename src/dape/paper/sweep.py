@@ -1,4 +1,4 @@
-"""Parts of an experiment: sweeps over settings, arms and seeds, and the cells that follow."""
+"""Parts of an experiment: sweeps over regimes, arms and seeds, and the cells that follow."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from dape.paper.cells import INSIDE, TRAINED, Cell, Setting, Step, Training, run_folder
+from dape.paper.cells import INSIDE, TRAINED, Cell, Regime, Step, Training, run_folder
 from dape.runs import RunFolder
 from dape.train.recipe import Recipe, Retrofit, override, read
 
 LONGEST = 16_384
-TINY = Setting("smoke", "python-stdlib", 32, 2**13)
+TINY = Regime("smoke", "python-stdlib", 32, 2**13)
 TINY_READS = "32,...,512"
 # Below a run folder.
 CONTEXT, LEARNED, COSTS = INSIDE.evaluation("context"), Path("learned"), Path("results.json")
@@ -67,9 +67,9 @@ class Measure:
     keeps: str
     times: int = 1
 
-    def step(self, run: RunFolder, setting: Setting, reads: str) -> Step:
+    def step(self, run: RunFolder, regime: Regime, reads: str) -> Step:
         """Return the command on a run."""
-        length = self.times * setting.length
+        length = self.times * regime.length
         kept = Path(self.keeps.format(length=length))
         words = (word.format(run=run, length=length, reads=reads) for word in self.words)
         return Step(tuple(words), {kept: kept})
@@ -87,7 +87,7 @@ def heads(times: int) -> Measure:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All arms with all seeds in all settings, measured at the lengths in `reads`.
+    """All arms with all seeds in all regimes, measured at the lengths in `reads`.
 
     `reads` is the value of `dape eval --lengths`, with {length} for the training length; `options`
     are further words of `dape eval`, and `measures` further commands.
@@ -104,43 +104,41 @@ class Sweep:
     measures: tuple[Measure, ...] = ()
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Return the settings."""
+    def regimes(self) -> tuple[Regime, ...]:
+        """Return the regimes."""
         combined = product(self.corpora, self.lengths, self.tokens)
-        return tuple(Setting(self.size, *values) for values in combined)
+        return tuple(Regime(self.size, *values) for values in combined)
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
         """Return the cells; `data` maps corpora to folders other than data/CORPUS."""
-        for setting, arm, seed in product(self.settings, self.arms, self.seeds):
-            name = f"{setting.name}/{arm.label}-{seed}"
+        for regime, arm, seed in product(self.regimes, self.arms, self.seeds):
+            name = f"{regime.name}/{arm.label}-{seed}"
             options = {
                 "name": f"{home.name}/{name}",
                 "seed": seed,
-                "data": data_folder(setting.corpus, data),
-                **setting_options(setting),
+                "data": data_folder(regime.corpus, data),
+                **regime_options(regime),
                 **arm.options,
             }
-            file = SIZES[setting.size].recipe
+            file = SIZES[regime.size].recipe
             training = Training(
-                setting, seed, options["data"], override(read(file, Recipe), options)
+                regime, seed, options["data"], override(read(file, Recipe), options)
             )
             train = Step(("train", file, *words(options)), TRAINED)
-            measured = self._measured(run_folder(home, name), setting, data)
+            measured = self._measured(run_folder(home, name), regime, data)
             yield Cell(home, name, arm.label, (train, *measured), training)
 
-    def _measured(
-        self, run: RunFolder, setting: Setting, data: Mapping[str, str]
-    ) -> Iterator[Step]:
-        lengths = self.reads.format(length=setting.length)
-        for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,)):
-            own = corpus == setting.corpus
+    def _measured(self, run: RunFolder, regime: Regime, data: Mapping[str, str]) -> Iterator[Step]:
+        lengths = self.reads.format(length=regime.length)
+        for corpus in MEASURED_ON.get(regime.corpus, (regime.corpus,)):
+            own = corpus == regime.corpus
             on = () if own else ("--data", data_folder(corpus, data))
             yield Step(
                 ("eval", str(run), "--lengths", lengths, *self.options, *on),
-                {evaluation(setting, corpus): INSIDE.evaluation("last")},
+                {evaluation(regime, corpus): INSIDE.evaluation("last")},
             )
         for measure in self.measures:
-            yield measure.step(run, setting, lengths)
+            yield measure.step(run, regime, lengths)
 
     def tiny(self) -> "Sweep":
         """Return every arm once, with a tiny model of bytes on a CPU."""
@@ -162,9 +160,9 @@ class Tuning:
     options: Options
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Return the settings of the base models."""
-        return self.base.settings
+    def regimes(self) -> tuple[Regime, ...]:
+        """Return the regimes of the base models."""
+        return self.base.regimes
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
         """Return the cells of the base models, followed by the cells of their fine-tuning."""
@@ -175,8 +173,8 @@ class Tuning:
 
     def _cell(self, base: Cell, arm: Arm) -> Cell:
         assert base.training is not None
-        setting, seed, data = base.training.setting, base.training.seed, base.training.data
-        name = f"{setting.name}/{arm.label}-{seed}"
+        regime, seed, data = base.training.regime, base.training.seed, base.training.data
+        name = f"{regime.name}/{arm.label}-{seed}"
         options = {
             "name": f"{base.home.name}/{name}",
             "seed": seed,
@@ -185,11 +183,11 @@ class Tuning:
             **arm.options,
         }
         recipe = override(read(self.recipe, Retrofit), {**options, "model.base": str(base.run)})
-        lengths = self.base.reads.format(length=setting.length)
+        lengths = self.base.reads.format(length=regime.length)
         command = ("retrofit", str(base.run), "--recipe", self.recipe, *words(options))
         last = INSIDE.evaluation("last")
         step = Step((*command, "--lengths", lengths), {**TRAINED, last: last})
-        training = Training(setting, seed, data, recipe)
+        training = Training(regime, seed, data, recipe)
         return Cell(base.home, name, arm.label, (step,), training, needs=base.name)
 
     def tiny(self) -> "Tuning":
@@ -221,8 +219,8 @@ class Bench:
     minutes: float
 
     @property
-    def settings(self) -> tuple[Setting, ...]:
-        """Return no settings."""
+    def regimes(self) -> tuple[Regime, ...]:
+        """Return no regimes."""
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
@@ -241,20 +239,20 @@ def data_folder(corpus: str, data: Mapping[str, str]) -> str:
     return data.get(corpus, f"data/{corpus}")
 
 
-def evaluation(setting: Setting, corpus: str) -> Path:
+def evaluation(regime: Regime, corpus: str) -> Path:
     """Return the path in a record of the evaluation on a corpus."""
     kept = INSIDE.evaluation("last")
-    return kept if corpus == setting.corpus else kept.with_stem(f"last-{corpus}")
+    return kept if corpus == regime.corpus else kept.with_stem(f"last-{corpus}")
 
 
-def setting_options(setting: Setting) -> Options:
-    """Return a setting as options over the recipe of the size; the last step is whole."""
-    size = SIZES[setting.size]
-    micro = {"hardware.micro_batch_size": size.micro // setting.length} if size.micro else {}
+def regime_options(regime: Regime) -> Options:
+    """Return a regime as options over the recipe of the size; the last step is whole."""
+    size = SIZES[regime.size]
+    micro = {"hardware.micro_batch_size": size.micro // regime.length} if size.micro else {}
     return {
-        "training.length": setting.length,
-        "training.batch_size": size.step // setting.length,
-        "training.steps": -(-setting.tokens // size.step),
+        "training.length": regime.length,
+        "training.batch_size": size.step // regime.length,
+        "training.steps": -(-regime.tokens // size.step),
         **micro,
     }
 

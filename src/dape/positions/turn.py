@@ -3,13 +3,13 @@
 Without a compiler the formula takes eight kernels, and passes float32 numbers through memory.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from dape.device import has_triton
 
 Rows = Float[Tensor, "batch heads length head_dim"]
 Waves = Float[Tensor, "... length pairs"]
@@ -25,12 +25,6 @@ def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
         turned: Tensor = Turn.apply(x, cos, sin, 1.0)
         return turned
     return formula(x, cos, sin)
-
-
-@cache
-def has_triton() -> bool:
-    """Return whether Triton is installed; PyTorch for Windows comes without."""
-    return find_spec("triton") is not None
 
 
 def captured() -> bool:

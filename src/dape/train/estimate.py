@@ -1,7 +1,10 @@
 """The cost of a recipe: parameters, arithmetic and memory, computed without training."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,11 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 GIB = 2**30
+# Folder and file of the limits of control groups, in versions 2 and 1.
+_GROUPS = {
+    "": ("/sys/fs/cgroup", "memory.max"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,19 @@ def memory_of(device: torch.device) -> int:
     """Return the memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_group_limits())
+
+
+def _group_limits() -> Iterator[int]:
+    """Yield the limits of this process's control groups, at which Linux kills without a word."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            root, name = _GROUPS.get(kind, ("/", ""))
+            place = Path(root, group.lstrip("/"))
+            for folder in (place, *place.parents):
+                with suppress(OSError, ValueError):  # no such file, or no limit
+                    yield int((folder / name).read_text())
 
 
 def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict[str, float]:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
 from torch.distributed import DistError
 
-from dape.errors import RankError
+from dape.errors import RankError, out_of_memory
 from dape.runs import RunFolder
 from dape.train.sections import Hardware
 
@@ -31,13 +30,14 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
     with _ended_by_sigterm(run, name) if ranks > 1 else nullcontext():
         try:
             yield
-        except torch.OutOfMemoryError:
-            size = hardware.micro_batch_size or "the whole batch"
-            raise RankError(
-                f"{name}out of memory: lower hardware.micro_batch_size (now {size}), take"
-                " hardware.activation_checkpointing=blocks, or shard with hardware.strategy=fsdp"
-            ) from None
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                size = hardware.micro_batch_size or "the whole batch"
+                raise RankError(
+                    f"{name}out of memory: lower hardware.micro_batch_size (now {size}), take"
+                    " hardware.activation_checkpointing=blocks, or shard with"
+                    " hardware.strategy=fsdp"
+                ) from None
             if ranks == 1 or not _of_a_peer(error):
                 raise
             raise RankError(f"{name}a process of the run has ended; {_resumption(run)}") from None
@@ -94,7 +94,7 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-def _of_a_peer(error: RuntimeError) -> bool:
+def _of_a_peer(error: Exception) -> bool:
     """Return whether the error of an exchange reports the end of a process."""
     return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
 

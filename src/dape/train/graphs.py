@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dape.device import waiting_forbidden
+from dape.errors import behind, out_of_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -52,6 +53,11 @@ class Recording:
             with torch.cuda.graph(self._graph):
                 self._part_loss = self._pass()
         except RuntimeError as error:
+            for each in behind(error):  # the end of a recording has an error of its own
+                if isinstance(each, KeyboardInterrupt):
+                    raise each from None
+            if out_of_memory(error):
+                raise
             raise Unrecordable(str(error).splitlines()[0]) from error
         finally:
             self._gradients.zero_()

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dape.errors import RankError
+from dape.errors import RankError, out_of_memory
 from dape.train.estimate import GIB, peak_flops
 from dape.train.loop import Session, updates
-from dape.train.plan import entries_of
+from dape.train.plan import check_memory, entries_of
 from dape.train.recipe import Recipe, override
 from dape.train.run import lay_out
 from dape.train.task import Batch, LanguageModelling, draw
@@ -79,6 +79,7 @@ def measure(
         RankError: if a device of several runs out of memory nevertheless.
     """
     recipe = override(recipe, {"training.steps": warm_up + steps, "hardware.micro_batch_size": 1})
+    check_memory(recipe)
     session = lay_out(RandomTokens(recipe))
     share = recipe.micro_batches(recipe.groups(session.fabric.world_size))
     found: list[Reading] = []
@@ -89,7 +90,9 @@ def measure(
         task.context_parallel = session.task.context_parallel
         try:
             found.append(_reading(replace(session, task=task), size, warm_up))
-        except torch.OutOfMemoryError:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             if found and session.fabric.world_size == 1:
                 return
             raise RankError(

@@ -28,12 +28,32 @@ PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
 
 def ranks() -> int:
     """Return the number of processes of this training, as started by `torchrun`, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return _from_environment("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Return the number of this process among `ranks()`."""
+    return _from_environment("RANK", 0)
 
 
 def is_first_rank() -> bool:
     """Return whether this process is the first, which prints and writes for all."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
+
+
+def _from_environment(name: str, default: int) -> int:
+    """Return a number that a launcher such as `torchrun` sets.
+
+    Raises:
+        UserError: for a value that is no such number.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {name}={text!r} is no whole number; start several processes"
+            " by `torchrun`, or unset the variable"
+        )
+    return int(text)
 
 
 def device(hardware: Hardware) -> torch.device:
@@ -42,7 +62,7 @@ def device(hardware: Hardware) -> torch.device:
     Raises:
         UserError: for fewer GPUs than processes on this machine.
     """
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, processes = torch.cuda.device_count(), _from_environment("LOCAL_WORLD_SIZE", 1)
     if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
@@ -70,7 +90,7 @@ def launch(recipe: Settings) -> "Fabric":
         strategy = ModelParallelStrategy(
             sharded, data_parallel_size=ranks(), tensor_parallel_size=1
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = _from_environment("LOCAL_WORLD_SIZE", 1)
     fabric = Fabric(
         accelerator=device(recipe.hardware).type,
         devices=local,
@@ -83,7 +103,7 @@ def launch(recipe: Settings) -> "Fabric":
 
 
 class Loss(nn.Module):
-    """The loss of a task as a module around the model, as an exchange of gradients requires.
+    """The loss of a task as a module, as an exchange of gradients requires.
 
     `drawn` holds this rank's rows of the parameters without memory before sharding.
     """

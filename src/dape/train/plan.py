@@ -109,7 +109,7 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
     """
     training, hardware = recipe.training, recipe.hardware
     rows = training.batch_size // recipe.groups(parallelize.ranks())
-    tokens = 8 * rows * (training.length + 1)
+    tokens = 2 * 8 * rows * (training.length + 1)  # windows of 64-bit tokens, and their stack
     _fit({"training.batch_size": tokens}, torch.device("cpu"))
     if isinstance(recipe, Recipe):
         width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers

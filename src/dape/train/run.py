@@ -100,14 +100,15 @@ def follow(task: Task) -> RunFolder:
             tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for the end, or give another --name"
-    with locked(run.path, busy) if parallelize.is_first_rank() else nullcontext():
+    lock = locked(run.path, busy) if parallelize.is_first_rank() else nullcontext()
+    with lock, explained(run, task.recipe.hardware, parallelize.rank(), parallelize.ranks()):
         session = begin(task)
         fabric = session.fabric
-        with explained(run, task.recipe.hardware, fabric.global_rank, fabric.world_size):
-            fit(session)
-            task.save(fabric, session.model)
+        fit(session)
+        task.save(fabric, session.model)
         if fabric.is_global_zero:
-            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)  # after a kill in the last
+            # A kill after the last step may have left older checkpoints.
+            checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
     return run
 
@@ -163,7 +164,7 @@ def begin(task: Task) -> Session:
 
 
 def lay_out(task: Task) -> Session:
-    """Return the session of a task at the first step, with the model laid out over the devices."""
+    """Return the session of a task at the first step, with the model on all devices."""
     fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
     model, drawn = parallelize.start(fabric, task)

@@ -1,4 +1,4 @@
-"""What several kernels do with the heads of a tile's positions: functions in Triton.
+"""Functions of several kernels on the heads of a tile's positions, in Triton.
 
 `tiles` has the legend.
 """
@@ -27,7 +27,7 @@ def load_static(static, delta, heads, size, H: tl.constexpr):
 
 @triton.jit
 def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
-    """Return W1^T and W2, both `[H, D]`."""
+    """Return W1^T `[H, D]` and W2 `[H, D]`."""
     inside = (heads[:, None] < H) & (units[None, :] < D)
     w1_HD = tl.load(w1 + units[None, :] * H + heads[:, None], inside, 0.0)
     return w1_HD, tl.load(w2 + heads[:, None] * D + units[None, :], inside, 0.0)
@@ -37,16 +37,16 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 def rise(w_ND, u_ND):
     """Return phi(w + u) - phi(u), exact however large u is.
 
-    For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at each sign of u.
+    For relu(w + u) - relu(u) = max(w, -u) + min(u, 0), at either sign of u.
     """
     return 0.01 * w_ND + 0.99 * (tl.maximum(w_ND, -u_ND) + tl.minimum(u_ND, 0.0))
 
 
 @triton.jit
 def lies(rows, keys, num_rows, num_keys):
-    """Return which positions lie in the scratch.
+    """Return whether positions lie in the scratch.
 
-    Its keys end with a block, so that a vector of keys lies in it or does not.
+    Keys of the scratch end with a block, so a vector of keys lies inside or outside as a whole.
     """
     return (rows < num_rows) & (keys >= 0) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
 
@@ -56,7 +56,7 @@ def tile_positions(
     tile, start, n, delta_ij, num_rows, num_keys, mask,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return rows and keys of a tile's positions, which lie in the scratch, and which are seen."""
+    """Return rows and keys of a tile's positions, inside the scratch or not, visible or not."""
     rows, keys = tile * M + n // K, start + tile * M + n % K
     there = lies(rows, keys, num_rows, num_keys)
     seen = there & (keys < num_keys)
@@ -69,14 +69,14 @@ def tile_positions(
 
 @triton.jit
 def places_of_heads(rows, keys, heads, row_size, H: tl.constexpr):
-    """Return where all heads of a tile's positions `[N]` lie in the scratch, `[N, HEADS]`."""
+    """Return the places of all heads of a tile's positions `[N]` in the scratch, `[N, HEADS]`."""
     at = rows.to(tl.int64) * row_size + keys // BLOCK * (BLOCK * H) + keys % BLOCK
     return at[:, None] + heads[None, :] * BLOCK
 
 
 @triton.jit
 def add_or_store(at, share, ADD: tl.constexpr):
-    """Store a share, or add it to what is there."""
+    """Store a share, or add a share to the stored numbers."""
     if ADD:
         share += tl.load(at)
     tl.store(at, share)

@@ -1,4 +1,4 @@
-"""The kernels of one head that pass over the scores of a band, of which `part` is the problem."""
+"""Launchers of the kernels of a head that pass over the scores of a band, the problem `part`."""
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
-# Tiles of scores for a program that may have nothing to do.
+# Tiles of scores for a program that a gate may stop.
 TILES_PER_PROGRAM = 16
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
     """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory.
 
-    What wide heads have under way fits the 99 KiB of shared memory of smaller GPUs.
+    The loads under way of wide heads fit the 99 KiB of shared memory of smaller GPUs.
     """
     tile = TILES[kernel]
     if max(part.query.shape[3], part.value.shape[3]) > 64:
@@ -39,7 +39,7 @@ def tile_of(kernel: str, part: Problem) -> Tile:
 
 
 def static_table(part: Problem) -> Tensor | None:
-    """Return C if logits in the scratch are without: where it is a table over the distance."""
+    """Return C if logits in the scratch lack C, a table over the distance."""
     return part.terms.static if isinstance(part.terms, Mixed) else None
 
 
@@ -54,7 +54,7 @@ def scores(
 ) -> None:
     """Fill `out` with `scale left right^T` of a band, divided by `unit` if given.
 
-    A score that is too large for 16 bits sets the `flag`, if given.
+    A score too large for 16 bits sets the `flag`, if given.
     """
     batch, heads, rows, size = left.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
@@ -73,7 +73,7 @@ def scores(
 def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
     """Fill the result of a band from its logits, over spans of keys where rows alone are too few.
 
-    A log-sum-exp that is too large for 16 bits sets the flag.
+    A log-sum-exp too large for 16 bits sets the flag.
     """
     value, table, tile = part.value, static_table(part), tile_of("softmax_value", part)
     batch, heads, rows, value_dim = found.out.shape
@@ -94,7 +94,7 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
 
 
 def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
-    """Change delta, dO and dP in Y so that rows of P and dS have their sums; X are logits.
+    """Change delta, dO and dP in Y, such that rows of P and dS have exact sums; X are logits.
 
     The band has whole rows.
     """
@@ -112,7 +112,7 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
 
 
 def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dQ from dA of a band, or add to it."""
+    """Fill dQ from dA of a band, or add to dQ."""
     batch, heads, count, size = part.query.shape
     tile = tile_of("grad_query", part)
     kernels.grad_query_kernel[(cdiv(count, tile.rows) * heads, batch)](
@@ -124,7 +124,7 @@ def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
 
 
 def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dK and dV from P and dA of a band, or add to them."""
+    """Fill dK and dV from P and dA of a band, or add to dK and dV."""
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = into.value.shape[1:]
     tile = tile_of("grad_key_value", part)

@@ -1,4 +1,4 @@
-"""Triton kernels of one head that pass over the scores of a band; those across heads are mixers'.
+"""Triton kernels of a head that pass over the scores of a band; mixers compute across heads.
 
     scores           X = scale Q K^T                tiles of rows and keys
     softmax_value    O = softmax(X + C) V           rows against a span of keys
@@ -6,8 +6,8 @@
     grad_query       dQ = scale dA K                rows
     grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
 
-In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours: a tile
-across heads is one piece, and a kernel of one head still finds whole sectors. `tiles` has the
+In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours. A tile
+across heads is contiguous, and a kernel of a head still reads whole sectors. `tiles` has the
 legend.
 """
 
@@ -28,7 +28,7 @@ from dape.attention.fused.tiles import (
 
 @triton.jit
 def places(rows, first_key, row_size, heads, K: tl.constexpr):
-    """Return where K keys of one head lie in the scratch, from a multiple of K on."""
+    """Return the places of K keys of a head in the scratch, from a multiple of K on."""
     keys = tl.arange(0, K)[None, :]
     if K < BLOCK:
         keys += first_key
@@ -44,7 +44,7 @@ def score_tile(
     E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of X, unless causality hides it, and set `gate` for a score above LIMIT."""
+    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT."""
     across = tl.cdiv(num_keys, K)
     first_row, first_key = tile // across * M, tile % across * K
     if not CAUSAL or first_key <= first_row + M - 1 + shift:
@@ -69,7 +69,7 @@ def scores_kernel(
     SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for SPAN tiles of rows and keys of one head; grid (spans H, B).
+    """X = scale left right^T for SPAN tiles of rows and keys of a head; grid (spans H, B).
 
     If IN_UNITS, divided by `unit`. A score above a LIMIT sets `gate`.
     """
@@ -105,10 +105,10 @@ def softmax_value_kernel(
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(X) V of one head, rows against a span of keys; grid (rows, B H, spans).
+    """O = softmax(X) V of a head, rows against a span of keys; grid (rows, B H, spans).
 
-    If TABLED, C is added to X. If EXACT, what rounding took from P meets V too. A log-sum-exp
-    beyond a LIMIT sets `gate`.
+    If TABLED, C is added to X. If EXACT, the rounding error of P meets V too. A log-sum-exp beyond
+    a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
@@ -170,12 +170,13 @@ def balance_kernel(
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Give rows of P the sum one, and rows of dS = P (dP - delta) theirs; grid (rows, B H).
+    """Give rows of P the sum 1, and rows of dS = P (dP - delta) exact sums; grid (rows, B H).
 
-    That is the gradient of the row's log-sum-exp, zero unless SUMMED. Where logits are large, the
-    rounding of the log-sum-exp and of logits makes P, as `mix_backward` finds it from logits X,
-    differ from that of the forward pass; and what a row of dS has too much meets tables that are as
-    large. So delta is made anew, and the sum of P taken off what P meets: dP in Y, delta and dO.
+    A row of dS sums to the gradient of the log-sum-exp of the row, zero unless SUMMED. For large
+    logits X, rounded logits and a rounded log-sum-exp give `mix_backward` another P than the
+    forward pass had, and the error of a row of dS meets tables as large as the logits. Therefore
+    the kernel computes delta anew, and divides the factors of P by the sum of P: dP in Y, delta and
+    dO.
     """
     if unwanted(gate, GATED):
         return
@@ -232,7 +233,7 @@ def grad_query_kernel(
     ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dQ = unit scale dA K of one head; grid (rows H, B)."""
+    """Store, or ADD, dQ = unit scale dA K of a head; grid (rows H, B)."""
     if unwanted(gate, GATED):
         return
     b, h = tl.program_id(1), tl.program_id(0) % HEADS
@@ -303,7 +304,7 @@ def grad_key_value_kernel(
     b64 = b.to(tl.int64)
     dk_KE = tl.zeros((K, WIDE), tl.float32)
     dv_KV = tl.zeros((K, WIDE_V), tl.float32)
-    low, whole = 0, 0  # the first rows that see any, and all, of these keys
+    low, whole = 0, 0  # the first rows that see any key, and all keys
     if CAUSAL:
         low = tl.maximum(0, first_key - shift) // M * M
         whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)

@@ -1,7 +1,7 @@
-"""Few queries against many keys, by one kernel over spans of keys and no scratch.
+"""Few queries against many keys, by a kernel over spans of keys, without a scratch.
 
-A program holds the logits of all heads of its rows, tile by tile of a span of keys, so that keys
-and values are read once and nothing else of their size is.
+A program holds the logits of all heads of its rows, tile by tile of a span of keys. Keys and values
+are read once, and no buffer is as large as the keys.
 """
 
 from dape.attention.fused import decode_kernels as kernels
@@ -12,11 +12,11 @@ from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, p
 from dape.attention.fused.spans import PROGRAMS, combine, parts_of
 from dape.attention.fused.terms import Mixed
 
-# More queries, or fewer keys for each, are left to the bands, which read keys once: an estimate.
+# Bands serve more queries, or fewer keys for a query, and read keys once: an estimate.
 MOST_ROWS, KEYS_PER_ROW = 16, 16
-# Columns of a tile, each a head of a row: with more, its products of all with all are what costs.
+# Columns of a tile, a column for a head of a row. Beyond, products of all with all cost most.
 MOST_COLUMNS = 64
-# Numbers of one row and head that `combine` holds at a time.
+# Numbers of a row and head that `combine` holds at a time.
 MOST_PARTS = 2**14
 
 
@@ -27,9 +27,9 @@ def serves(problem: Problem) -> bool:
 
 
 def tile_of(problem: Problem, heads: int) -> Tile:
-    """Return the tile for so many heads: 64 keys are the rows of a product on Hopper.
+    """Return the tile for a number of heads: 64 keys are the rows of a product on Hopper.
 
-    Two blocks of one row fit a multiprocessor, each with 24 KiB of keys or values under way.
+    Two blocks of a row fit a multiprocessor, with 24 KiB of keys or values under way in a block.
     """
     rows = min(next_power_of_2(problem.query.shape[2]), MOST_COLUMNS // heads)
     num_warps = 4 if rows * heads <= 16 else 8
@@ -39,7 +39,7 @@ def tile_of(problem: Problem, heads: int) -> Tile:
 
 
 def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """Return over how many spans the keys are split, a power of two, and their length."""
+    """Return the number of spans of the keys, a power of two, and the length of a span."""
     batch, _, rows, _ = problem.query.shape
     keys = Extent.of(problem).visible(rows)
     wanted = cdiv(PROGRAMS, batch * cdiv(rows, tile.rows))
@@ -51,7 +51,7 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
 def forward(problem: Problem, terms: Mixed, found: Result) -> None:
     """Fill a result.
 
-    Logits are in float32 throughout, so that it serves what leaves the range of 16 bits too.
+    Logits are in float32 throughout. Numbers beyond the range of 16 bits are therefore served.
     """
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, rows, head_dim = query.shape

@@ -1,10 +1,10 @@
-"""Triton kernel of decoding: few queries against many keys, all heads of a span in one program.
+"""Triton kernel of decoding: few queries against many keys, all heads of a span in a program.
 
-A tile has K keys against C columns (m, h), the heads of M rows. Each key head is multiplied with
-all columns, and what belongs to other heads is dropped: a tensor core takes eight columns at least,
-and reading the keys is what costs. Logits are `[K, C]`, outputs `[V, C]`, so that the statistics of
-the softmax lie along the same axis; between the two loops over key heads all stays in registers.
-`tiles` has the legend.
+A tile has K keys against C columns (m, h), the heads of M rows. Every key head is multiplied with
+all columns, and products with columns of foreign heads are dropped. A tensor core takes eight
+columns at least, and reading the keys costs most. Logits are `[K, C]` and outputs `[V, C]`, with
+the statistics of the softmax along C. Between the two loops over key heads all numbers stay in
+registers. `tiles` has the legend.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 from dape.attention.fused.across_heads import load_hidden, load_static, load_weights, rise
 from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
 
-# These change with every token: no kernel of its own for those that 16 divides.
+# Sizes that change with every token. Triton would compile a further kernel for multiples of 16.
 GROWING = ("num_keys", "table_size", "shift")
 
 
@@ -33,7 +33,7 @@ def decode_kernel(
 ):  # fmt: skip
     """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B).
 
-    If EXACT, what rounding took from P meets V too.
+    If EXACT, the rounding error of P meets V too.
     """
     if unwanted(gate, GATED):
         return

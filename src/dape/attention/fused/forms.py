@@ -1,9 +1,9 @@
-"""Biases of few parameters as Triton sees them: B and its derivatives at one distance.
+"""Biases of few parameters in Triton: B and the derivatives at a distance.
 
-A form is called with the distance, the head, the number of heads, and two parameters of the head as
-the module keeps them; it returns B and the derivatives by both. Everything is float64: a table has
-few entries, and what comes of B is then as exact as float32 is. A bias without a form is a table
-too, made by its own module, and autograd takes the way back.
+A form takes the distance, the head, the number of heads, and two parameters of the head as in the
+module, and returns B and the derivatives by both. All numbers are float64, which is cheap for a
+table of few entries and keeps float32 results exact. For a bias without a form, the module makes
+the table, and autograd takes the gradients back.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from dape.positions.bias import ALiBi, Kerple, KerplePower, NoBias
 
 
 class Form(NamedTuple):
-    """A function in Triton, and the names of up to two parameters `[H]` that it takes."""
+    """A function in Triton, and the names of up to two parameters `[H]`."""
 
     function: Any
     parameters: tuple[str, ...] = ()
@@ -24,7 +24,7 @@ class Form(NamedTuple):
 
 @triton.jit
 def softplus(x):
-    """Return log(1 + exp(x)) and its derivative."""
+    """Return log(1 + exp(x)) and the derivative."""
     shrunk = tl.exp(-tl.abs(x))
     sigmoid = tl.where(x > 0, 1.0, shrunk) / (1.0 + shrunk)
     return tl.maximum(x, 0.0) + tl.log(1.0 + shrunk), sigmoid

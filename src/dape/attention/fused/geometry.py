@@ -1,4 +1,4 @@
-"""The bands of a problem, the scratch that holds one, and the diagonals of its tiles."""
+"""The bands of a problem, the scratch for a band, and the diagonals of tiles."""
 
 from functools import lru_cache
 from math import isqrt, prod
@@ -13,19 +13,20 @@ from dape.attention.fused.sizes import cdiv
 from dape.attention.fused.terms import Nothing, Static, Taps
 from dape.attention.fused.tiles import BLOCK
 
-# Scores that stand in the scratch at a time, two bytes each; half as many of four bytes.
+# Scores of two bytes in the scratch at a time; half as many of four bytes.
 SCORES_PER_BAND = 2**28
-# Keys to a row of a band that is cut between keys.
+# Keys to a row of a band with cuts between keys.
 ASPECT = 4
-# Bands start, and keys of the scratch are padded, at multiples of this: whole tiles of every mixer.
+# Bands start, and keys of the scratch are padded, at multiples, for whole tiles of every mixer.
 ALIGNMENT = BLOCK.value
 
 
 class Extent(NamedTuple):
-    """What the bands of a problem depend on; without mixing there is no scratch.
+    """The sizes of a problem that decide the bands.
 
-    `numbers` is how many one of two scratches holds for a query and a key, one for each head; with
-    convolutions there are four: scores, P, dA, and the hidden units.
+    `numbers` counts the numbers for a query and a key in either of two scratches, a number for
+    every head. DAPE V2 has four scratches: scores, P, dA, and hidden units. Without mixing
+    `numbers` is None, since a scratch is not needed.
     """
 
     batch: int
@@ -37,7 +38,7 @@ class Extent(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> "Extent":
-        """Return that of a problem."""
+        """Return the extent of a problem."""
         batch, heads, rows, _ = problem.query.shape
         numbers = None if isinstance(problem.terms, Nothing | Static) else heads
         if isinstance(problem.terms, Taps):
@@ -45,24 +46,24 @@ class Extent(NamedTuple):
         return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:
-        """Return how many keys the first `rows` queries see among them, at least one."""
+        """Return how many keys the first `rows` queries see together, at least 1."""
         return min(self.keys, max(1, self.offset + rows)) if self.causal else self.keys
 
 
 def bands(problem: Problem) -> tuple[Band, ...]:
-    """Return the bands of a problem: the whole, unless a scratch limits their size.
+    """Return the bands of a problem: the whole, unless a scratch limits the size.
 
-    Rows that see fewer keys come in higher bands, so that all are about as large.
+    Rows that see fewer keys come in higher bands, for bands of about equal size.
     """
     return bands_of(Extent.of(problem), room(problem), False)
 
 
 def blocks(problem: Problem) -> tuple[Band, ...]:
-    """Return the bands of a problem, cut between keys where they would be wide and low.
+    """Return the bands of a problem, with cuts between keys for wide and low bands.
 
-    What the backward pass adds to for every band, dQ by row, dK and dV by key and the tables by
-    distance, is then little beside its scores, however long the sequence. Convolutions along the
-    keys need whole rows, and so does what balances them in float32.
+    The backward pass adds every band to dQ by row, to dK and dV by key, and to tables by distance.
+    With cuts the additions stay few beside the scores, however long the sequence. Convolutions
+    along the keys need whole rows, and so does `balance` in float32.
     """
     cut = not isinstance(problem.terms, Taps) and problem.scratch == torch.float16
     return bands_of(Extent.of(problem), room(problem), cut)
@@ -75,7 +76,7 @@ def room(problem: Problem) -> int:
 
 @lru_cache(maxsize=256)
 def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
-    """Return the bands for a scratch of so many scores; if `cut`, none far wider than high."""
+    """Return the bands for a scratch of some scores; if `cut`, no band is far wider than high."""
     batch, rows = extent.batch, extent.rows
     found, start, largest = [], 0, 1
     while start < rows:
@@ -106,12 +107,12 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
 
 
 def _whole_blocks(size: int) -> int:
-    """Return the largest multiple of `ALIGNMENT` that is no more than a size."""
+    """Return the largest multiple of `ALIGNMENT` up to a size."""
     return size // ALIGNMENT * ALIGNMENT
 
 
 def highest(extent: Extent, start: int, room: int) -> int:
-    """Return how many rows from `start` on fit a scratch of so many scores a head."""
+    """Return how many rows from `start` on fit a scratch with `room` scores for a head."""
     height = room // (cdiv(extent.keys, ALIGNMENT) * ALIGNMENT)
     if extent.causal:
         # Of h rows the last sees c + h keys, and the scratch is padded by less than a block.
@@ -121,7 +122,7 @@ def highest(extent: Extent, start: int, room: int) -> int:
 
 
 class Scratch(NamedTuple):
-    """A buffer for the scores of one band at a time."""
+    """A buffer for the scores of a band at a time."""
 
     buffer: Tensor
     heads: int
@@ -148,7 +149,7 @@ class Scratch(NamedTuple):
 class Diagonals(NamedTuple):
     """The diagonals of tiles of a band: q holds distances q K + offset + m - n, m < M, n < K.
 
-    The first of them has place `slot` among those of the whole problem.
+    `slot` numbers the first diagonal among the diagonals of the whole problem.
     """
 
     first: int
@@ -163,7 +164,7 @@ def diagonals(
 ) -> Diagonals:
     """Return the diagonals of a band for tiles of M rows and K keys, M dividing K.
 
-    With a `reach` rows see so many keys more, and past the last: the hidden units of convolutions.
+    With a `reach` rows see `reach` further keys, for the hidden units of convolutions.
     """
     _, rows, keys = band.sizes
     lowest = _lowest_diagonal(problem, tile_rows, tile_keys, reach)

@@ -1,4 +1,4 @@
-"""What each kind of terms makes of scores, in plain PyTorch: the truth that mixers are tested by.
+"""The logits of every kind of terms from scores, in plain PyTorch: the truth for tests of mixers.
 
 A band has scores X `[B, H, R, K]` of rows with indices i and of keys with indices j.
 """
@@ -18,7 +18,7 @@ def logits(
     keys: Int[Tensor, "keys"],
     seen: Bool[Tensor, "#batch 1 rows keys"],
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """Return the logits of the keys that are seen, -inf elsewhere."""
+    """Return the logits of visible keys, -inf elsewhere."""
     distances = (rows[:, None] - keys).abs()
     scores = scores.masked_fill(~seen, 0)
     match terms:
@@ -49,8 +49,8 @@ def _convolved(
 ) -> Float[Tensor, "batch heads rows keys"]:
     """Return `sum_t W2_t Z[j + t - r]` for `Z[c] = phi(b1 + sum_t (W1_t X[c + t - r] + U_t))`.
 
-    r = k // 2. Hidden units stand at columns c from the first key that the mask shows to r past the
-    row's own index. A tap adds where it sees a key.
+    r = k // 2. Columns c of hidden units begin at the first key that the mask shows, and end r past
+    the index of the row. A tap adds only at a visible key.
     """
     taps, units, reach = terms.taps, len(terms.hidden_bias), terms.taps // 2
     batch, _, rows, keys = scores.shape

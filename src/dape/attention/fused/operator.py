@@ -1,4 +1,4 @@
-"""The fused kernels as operators of PyTorch: `dape::attend_2`, and its way back."""
+"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_2`."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,9 +15,9 @@ from dape.attention.fused.terms import terms_of
 
 
 def attend(call: Call, backend: str) -> Attended:
-    """Return output and log-sum-exp of a call that `serves.obstacle` lets pass.
+    """Return output and log-sum-exp of a call without an obstacle by `serves.obstacle`.
 
-    An output that is wider than the value has been rounded to two numbers of its dtype.
+    An output wider than the value is the sum of two numbers in the dtype of the value.
     """
     query, mask, shift = call.query, call.mask, cast(int, call.shift)
     rows, keys = query.shape[2], call.key.shape[2]
@@ -40,7 +40,7 @@ def attend(call: Call, backend: str) -> Attended:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """Return `x` with a contiguous last axis, as the kernels read it."""
+    """Return `x` with a contiguous last axis, for the kernels."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -85,7 +85,7 @@ def _forward(
     backend: str,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the `Result` of a `Problem` of these arguments."""
+    """Return the `Result` of a `Problem`, made of the arguments."""
     from dape.attention.fused.passes import forward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
@@ -127,7 +127,7 @@ def _backward(
     from dape.attention.fused.passes import backward
 
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
-    if grad_lse is not None:  # a row that sees nothing has none
+    if grad_lse is not None:  # rows without a visible key have no gradient
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     with torch.cuda.device_of(query):
         found = Result(out, lse, rest, flag)

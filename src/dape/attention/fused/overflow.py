@@ -1,4 +1,4 @@
-"""Whether numbers leave the range of 16 bits: a flag on the device, set by whoever sees one."""
+"""Whether numbers leave the range of 16 bits: a flag on the device that kernels set."""
 
 from typing import Any
 
@@ -11,23 +11,23 @@ from dape.attention.fused.sizes import cdiv, next_power_of_2
 from dape.attention.fused.terms import Features, Mixing, Taps
 
 # The largest score, or entry of a table in the scratch, that 16 bits hold well enough. The largest
-# log-sum-exp, which says how large tables are where they count: gradients of weights are sums of
-# them. The largest number that may be made of scores on the way.
+# log-sum-exp, a measure of the tables at keys of large weight, which gradients of weights sum. The
+# largest number between scores and logits.
 LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 
 
 def asking(problem: Problem, flag: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a kernel that sets a flag, or without one may not be wanted."""
+    """Return the arguments of a kernel that sets a flag, or without a flag obeys a gate."""
     if flag is None or not flag.numel():
         return {**problem.gated(), "LIMIT": None}
     return {"gate": flag, "GATED": -1, "LIMIT": LARGEST_SUM}
 
 
 def flag_of(terms: Mixing) -> Tensor:
-    """Return a flag that is 1 if weights or tables alone leave the range of 16 bits.
+    """Return a flag, 1 if weights or tables alone leave the range of 16 bits.
 
-    Tables over the distance stay in float32 where heads are mixed at each key. Others, and what
-    FIRE's features make of them, stand in the scratch with the logits and hidden units.
+    Tables of `Mixed` stay in float32. Tables of DAPE V2 and FIRE enter the logits and hidden units
+    of the scratch.
     """
     flag = terms.static.new_empty(1, dtype=torch.int32)
     (units, heads), most = terms.weight_in.shape, LARGEST_NUMBER / LARGEST_SCORE

@@ -1,4 +1,4 @@
-"""Triton kernels that look whether numbers leave the range of 16 bits; `tiles` has the legend."""
+"""Triton kernels that test whether numbers leave the range of 16 bits; `tiles` has the legend."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ import triton.language as tl
 def weights_kernel(
     gate, w1, w2, limit, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr
 ):
-    """Set `gate` to whether |W1| or |W2| |W1| may make more than `limit` of ones, else to 0."""
+    """Set `gate` to 1 if |W1| or |W2| |W1| may take scores of 1 beyond `limit`, else to 0."""
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     inside = (units[:, None] < D) & (heads[None, :] < H)
     w1_DH = tl.load(w1 + units[:, None] * H + heads[None, :], inside, 0.0)

@@ -1,8 +1,8 @@
-"""Which kernels run in which order, forward and backward.
+"""The order of the kernels, forward and backward.
 
-Only the output and the log-sum-exp of each row are kept for the backward pass. Everything is a
-fixed sequence of kernels without atomics, so that two passes agree bit for bit. `naive` says what
-the kernels of each kind of terms compute.
+Only the output and the log-sum-exp of every row are kept for the backward pass. The sequence of
+kernels is fixed, and no kernel uses atomics. Two passes therefore agree bit for bit. `naive` has
+the formulas for every kind of terms.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, T
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     """Return the mixer of a problem that mixes heads.
 
-    CUDA has one for tables over the distance, and one for most calls with three taps, both for a
-    scratch of two bytes. All else is in Triton.
+    CUDA has a mixer for `Mixed`, and one for most problems with three taps, both for a scratch of
+    two bytes. Triton serves the remaining problems.
     """
     terms, in_cuda = problem.terms, backend == "cuda" and problem.scratch == torch.float16
     if isinstance(terms, Features):
@@ -41,20 +41,18 @@ def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
 
 
 def forward(problem: Problem, backend: str, exact: bool) -> Result:
-    """Return the result of a problem, with what rounding left of the output if `exact`.
+    """Return the result of a problem, if `exact` with the rounding error of the output.
 
-    The backward pass takes dO O by row from all of dS. An error there is the same for every key and
-    grows in the sums of tables and weights. If `exact`, P therefore meets V in two parts, and what
-    rounding took from the output is kept beside it.
+    The backward pass subtracts dO O by row from all of dS. An error of O is equal for all keys, and
+    grows in the sums of tables and weights. If `exact`, P therefore meets V in two parts, and the
+    result keeps the rounding error of the output.
     """
     found, terms = Result.of(problem, exact), problem.terms
     narrow = problem.query.dtype != torch.float32
     if isinstance(terms, Nothing | Static):
         static.forward(problem, found)
-    elif isinstance(terms, Mixed) and decode.serves(
-        problem
-    ):  # in the wide range, and so is the little there is on the way back
-        decode.forward(problem, terms, found)
+    elif isinstance(terms, Mixed) and decode.serves(problem):
+        decode.forward(problem, terms, found)  # in float32, and with flag 1 backward too
         if narrow:
             found = found._replace(flag=problem.query.new_ones(1, dtype=torch.int32))
     elif not narrow:
@@ -73,7 +71,7 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
 
 
 def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
-    """Fill the result of a mixer's problem, band by band; too large numbers set its flag if any."""
+    """Fill the result of a mixer's problem, band by band; too large numbers set a flag, if any."""
     problem, all_bands = mixer.problem, bands(mixer.problem)
     scratch = Scratch.of(problem, all_bands)
     for band in all_bands:
@@ -85,7 +83,7 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
 def backward(
     problem: Problem, backend: str, found: Result, grad_out: Tensor, grad_lse: Tensor | None
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v and of the tables in their order.
+    """Return the gradients of q, k, v and of the tables in order.
 
     Where the flag of the result is 1 the scratch is in float32.
     """
@@ -100,13 +98,13 @@ def backward(
     if isinstance(tables, Nothing | Static):
         static.backward(problem, rows, into, tables)
     else:
-        for way in ways:  # one of them runs, and fills all
+        for way in ways:  # the gates let a single way run
             backward_by_bands(mixer_of(way, backend), rows, into, tables)
     return [*(gradient.to(dtype) for gradient in into[:3]), *tables]
 
 
 def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
-    """Return room for dQ, dK and dV, in float32 where blocks of the bands add to them."""
+    """Return room for dQ, dK and dV, in float32 where several bands add up."""
     given = problem.query, problem.key, problem.value
     if all(band.rows.start == band.keys.start == 0 for band in blocks(problem)):
         query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)

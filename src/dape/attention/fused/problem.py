@@ -1,4 +1,4 @@
-"""One call as the kernels take it, a part of it, and its result."""
+"""A call in the form for kernels, bands of a call, and the result."""
 
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ from dape.attention.fused.terms import Features, Terms
 
 
 class Gate(NamedTuple):
-    """A number on the device, 1 if a problem needs a scratch of four bytes, and for which it is.
+    """A flag on the device, and the value of the flag for which a kernel runs.
 
-    Both ways are started, and a kernel that is not wanted returns at once: the host need not wait
-    to learn which it is.
+    The flag is 1 if a problem needs a scratch of four bytes. The host starts the kernels for two
+    and for four bytes without waiting for the flag. An unwanted kernel returns at once.
     """
 
     flag: Int[Tensor, "1"]
@@ -21,9 +21,9 @@ class Gate(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Some rows of some elements of the batch, and keys that they see, as the scratch holds them.
+    """Some rows of some elements of the batch, and some visible keys, the content of the scratch.
 
-    `shift` is the index of the first row, counted from the first of the keys.
+    `shift` is the index of the first row, counted from the first key of the band.
     """
 
     batch: slice
@@ -33,17 +33,17 @@ class Band(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Return how many elements, rows and keys it has."""
+        """Return the numbers of elements, rows and keys."""
         batch, rows, keys = (part.stop - part.start for part in self[:3])
         return batch, rows, keys
 
 
 class Problem(NamedTuple):
-    """One call: the arguments every kernel needs, checked and in their final layout.
+    """A call for kernels: arguments of every kernel, checked and in the final layout.
 
-    `mask` is true for keys that may be seen. `halo` is how many of the first and last keys have no
-    weight, and `begun` is true for elements that have seen a key before the first: both are of
-    `Taps` alone. With a `gate` the kernels run if it says so.
+    `mask` is true for visible keys. `halo` and `begun` are for `Taps` alone: the numbers of first
+    and last keys without weight, and elements with a visible key before the first key. With a
+    `gate` kernels run if the flag agrees.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -65,13 +65,13 @@ class Problem(NamedTuple):
         return torch.float32 if wide or self.query.dtype == torch.float32 else torch.float16
 
     def gated(self) -> dict[str, Any]:
-        """Return the arguments by which a kernel knows whether it is wanted."""
+        """Return the arguments of a kernel for the gate."""
         if self.gate is None:
             return {"gate": self.query, "GATED": -1}
         return {"gate": self.gate.flag, "GATED": int(self.gate.wide)}
 
     def part(self, band: Band) -> "Problem":
-        """Return the problem of a band alone, whose first row has the index `band.shift`."""
+        """Return the problem of a band, with the index `band.shift` for the first row."""
         terms = self.terms
         if isinstance(terms, Features):
             terms = terms.part(band.keys)
@@ -87,11 +87,11 @@ class Problem(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Output, log-sum-exp of each row, what rounding left of the output, and a flag.
+    """Output, log-sum-exp of every row, rounding error of the output, and a flag.
 
-    A query that sees no key has zeros and -inf. `rest` is empty if nobody asks for it. The flag is
-    1 where numbers leave the range of 16 bits, and all was computed in a wider one; it is empty
-    where nothing stands in 16 bits.
+    A query without a visible key has output 0 and log-sum-exp -inf. `rest` is the rounding error,
+    empty unless wanted. The flag is 1 if numbers left the range of 16 bits, and the result comes
+    from wider numbers. Without numbers in 16 bits the flag is empty.
     """
 
     out: Float[Tensor, "batch heads rows value_dim"]
@@ -101,7 +101,7 @@ class Result(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, exact: bool) -> "Result":
-        """Return room for the result of a problem, the flag empty; float32 leaves no rest."""
+        """Return room for the result of a problem, without a flag; float32 leaves no rest."""
         query = problem.query
         out = query.new_empty(*query.shape[:3], problem.value.shape[3])
         lse = query.new_empty(out.shape[:3], dtype=torch.float32)
@@ -116,17 +116,17 @@ class Result(NamedTuple):
         return Result(self.out[place], self.lse[place], rest, self.flag)
 
     def silent(self) -> "Result":
-        """Return the same without a flag, for kernels that set none."""
+        """Return the result without the flag, for kernels that set no flag."""
         return self._replace(flag=self.flag[:0])
 
     @property
     def exact(self) -> bool:
-        """Return whether there is room for what rounding leaves."""
+        """Return whether the result has room for the rounding error."""
         return self.rest.numel() > 0
 
 
 class Gradients(NamedTuple):
-    """Where dQ, dK and dV go; `add` if several bands add to them."""
+    """Room for dQ, dK and dV; with `add` several bands add to dQ, dK and dV."""
 
     query: Float[Tensor, "batch heads rows head_dim"]
     key: Float[Tensor, "batch kv_heads keys head_dim"]
@@ -134,7 +134,7 @@ class Gradients(NamedTuple):
     add: bool
 
     def at(self, band: Band) -> "Gradients":
-        """Return those of a band, where it alone fills them with those of the keys nobody sees."""
+        """Return the gradients of a band. Without `add` a band fills dK and dV of all keys."""
         keys = band.keys if self.add else slice(None)
         return Gradients(
             self.query[band.batch, :, band.rows],

@@ -1,7 +1,7 @@
 """How an operator is registered with PyTorch.
 
-Inductor keeps compiled graphs on disk, and they hold the schema of each operator. A change of a
-schema takes a new number in the name: graphs of an older version would call with old arguments.
+Inductor keeps compiled graphs on disk, with the schema of every operator. A change of a schema
+takes a new number in the name, because older graphs would call with old arguments.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ def register(
     fake: Callable[..., Any],
     with_gradients: Callable[..., Any] | None = None,
 ) -> Any:
-    """Return an operator; what `custom_op` puts around one costs several times as much host time.
+    """Return an operator, at a fraction of the host time of `torch.library.custom_op`.
 
     Args:
-        schema: its name, arguments and results.
-        function: computes it on every device.
-        fake: returns what it returns, without numbers.
-        with_gradients: the same as `function`, for arguments that may require gradients.
+        schema: name, arguments and results.
+        function: computes the results on every device.
+        fake: returns results of equal shape and dtype, without numbers.
+        with_gradients: `function` for arguments with gradients.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -36,6 +36,6 @@ def register(
 
 
 def below_autograd(operator: Any, *given: Any) -> Any:
-    """Return what an operator computes, without gradients."""
+    """Return the results of an operator without gradients."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*given)

@@ -1,8 +1,8 @@
-"""What the backward pass knows of each row, and how it computes in 16 bits.
+"""Numbers of every row for the backward pass, and the computation in 16 bits.
 
-Two-byte types compute in fp16, which has more digits than bf16: the gradient of the output is
-brought to order one by a power of two, `unit`, by which all gradients are multiplied in the end,
-exactly. It is no less than the gradient of the log-sum-exp either.
+Two-byte types compute in fp16, which has more digits than bf16. The gradient of the output is
+divided by a power of two, `unit`, to order 1. All gradients are multiplied by `unit` in the end,
+exactly. `unit` is no less than the gradient of the log-sum-exp either.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,8 @@ class Rows(NamedTuple):
     """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
 
     `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
-    of the log-sum-exp, if there is one. Where heads meet, log-sum-exp and delta of all heads of a
-    row lie side by side.
+    of the log-sum-exp, if given. For mixed heads, log-sum-exp and delta of all heads of a row are
+    neighbours in memory.
     """
 
     lse: Float[Tensor, "batch heads rows"]
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     def of(
         cls, problem: Problem, found: Result, grad_out: Tensor, grad_lse: Tensor | None
     ) -> "Rows":
-        """Return the rows of a problem in fp16, or float32, from its result and gradients."""
+        """Return the rows of a problem in fp16, or float32, from result and gradients."""
         exact = problem.query.dtype == torch.float32
         unit = found.lse.new_ones(()) if exact else _power_above(grad_out, grad_lse)
         batch, heads, rows, value_dim = found.out.shape
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
         return cls(copied, delta, scaled, grad_out, grad_lse, unit)
 
     def at(self, band: Band) -> "Rows":
-        """Return those of a band."""
+        """Return the rows of a band."""
         place, grad_lse = (band.batch, slice(None), band.rows), self.grad_lse
         return self._replace(
             lse=self.lse[place],
@@ -68,7 +68,7 @@ class Rows(NamedTuple):
 
 
 def _power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
-    """Return the least power of two that is no less than any number in some tensors."""
+    """Return the least power of two above or equal to all numbers in some tensors."""
     norms = [
         torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
         for tensor in tensors
@@ -80,9 +80,9 @@ def _power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
 
 
 def in_half(problem: Problem) -> Problem:
-    """Return a problem with bf16 in fp16, where it goes beyond its range at the border of both.
+    """Return a problem with bf16 in fp16, at most the largest number that both types hold.
 
-    V stays as it is where heads mix: it meets dO, not what stands in the scratch.
+    V keeps its dtype where heads mix, since V meets dO and no number of the scratch.
     """
     given = problem.query, problem.key, problem.value
     if problem.query.dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Triton kernels that make rows ready for a backward pass in fp16; `tiles` has the legend."""
+"""Triton kernels that prepare rows for a backward pass in fp16; `tiles` has the legend."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from dape.attention.fused.tiles import load_rows
 
 @triton.jit
 def unit_kernel(largest, other, unit):
-    """Store the least power of two that is no less than two numbers, by the exponent's bits."""
+    """Store the least power of two above or equal to two numbers, by the bits of the exponent."""
     x = tl.maximum(tl.load(largest), tl.load(other))
     bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
     tl.store(unit, ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True))
@@ -19,7 +19,7 @@ def store_half(
     x, half, num_rows, heads, x_b, x_h, x_t, half_b, half_h, half_t,
     E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Store some rows of X in fp16, no larger than the largest number that bf16 has too."""
+    """Store some rows of X in fp16, at most the largest number that bf16 and fp16 hold."""
     b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
     first_row = tl.program_id(0) * M
     rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]

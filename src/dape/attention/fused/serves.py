@@ -1,4 +1,4 @@
-"""Which calls the fused kernels serve."""
+"""The calls that the fused kernels serve."""
 
 import torch
 
@@ -11,14 +11,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
 # Taps of a convolution times heads or units, all padded; half as many in float32.
 MOST_CHANNELS = 256
-# CUDA's limit of a grid along its second axis, on which stand the heads of a batch.
+# CUDA's limit of a grid along the second axis, for the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def obstacle(call: Call) -> str | None:
-    """Return why the fused kernels cannot serve a call, or None if they can."""
+    """Return why the fused kernels cannot serve a call, or None."""
     query, value, bias, adapter, mask = call[0], call.value, call.bias, call.adapter, call.mask
     batch, heads, units = *query.shape[:2], hidden_units(adapter)
     taps = getattr(adapter, "kernel_size", 1)
@@ -59,7 +59,7 @@ def obstacle(call: Call) -> str | None:
 
 
 def cuda_obstacle(call: Call) -> str | None:
-    """Return why kernels in CUDA cannot mix the heads of a call, or None if they need not or can.
+    """Return why kernels in CUDA cannot mix the heads of a call, or None.
 
     FIRE and DAPE V2 are mixed in Triton.
     """

@@ -1,4 +1,4 @@
-"""Sizes of what kernels work on. Triton's functions of these names cost microseconds a call."""
+"""Sizes for kernels. Functions of equal name in Triton cost microseconds a call."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ PRECISION = "ieee"
 
 
 class Tile(NamedTuple):
-    """Rows and keys of a program, its warps, and the loads it has under way."""
+    """Rows and keys of a program, its warps, and its loads under way."""
 
     rows: int
     keys: int
@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     num_stages: int
 
     def launch(self) -> dict[str, int]:
-        """Return the arguments of a kernel with such a tile."""
+        """Return the arguments of a kernel with the tile."""
         return {"M": self.rows, "K": self.keys, **self.pace()}
 
     def pace(self) -> dict[str, int]:
@@ -31,12 +31,12 @@ def cdiv(size: int, part: int) -> int:
 
 
 def next_power_of_2(size: int) -> int:
-    """Return the least power of two that is no less than a size."""
+    """Return the least power of two from a size on."""
     return 1 << (size - 1).bit_length()
 
 
 def padded(size: int) -> int:
-    """Return a number of heads, units or columns as products take it."""
+    """Return a number of heads, units or columns, padded for products."""
     return max(16, next_power_of_2(size))
 
 

@@ -1,4 +1,4 @@
-"""Few rows against many keys: the keys are split into spans, and their results merged."""
+"""Few rows against many keys: the keys are split into spans, and the results merged."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from dape.attention.fused import spans_kernels as kernels
 from dape.attention.fused.problem import Result
 from dape.attention.fused.sizes import Tile, cdiv, next_power_of_2, strides
 
-# Programs that keep a large GPU busy; few rows are split over spans of keys to have as many.
+# Programs that keep a large GPU busy. Few rows are split over spans of keys to have as many.
 PROGRAMS = 256
 
 
 def key_spans(heads: int, rows: int, keys: int, tile: Tile) -> tuple[int, int]:
-    """Return over how many spans keys are split, a power of two, and their length.
+    """Return the number of spans of the keys, a power of two, and the length of a span.
 
-    The heads are those of all elements.
+    `heads` counts the heads of all elements.
     """
     wanted = max(1, min(PROGRAMS // (cdiv(rows, tile.rows) * heads), keys // 256, 64))
     spans = 1 << (wanted.bit_length() - 1)
@@ -24,7 +24,7 @@ def key_spans(heads: int, rows: int, keys: int, tile: Tile) -> tuple[int, int]:
 
 
 def parts_of(found: Result, spans: int) -> tuple[Tensor, Tensor]:
-    """Return room for output and log-sum-exp of each span: that of the result if there is one."""
+    """Return room for output and log-sum-exp of every span; a single span fills the result."""
     if spans == 1:
         return found.out[None], found.lse[None]
     parts = found.out.new_empty(spans, *found.out.shape, dtype=torch.float32)
@@ -32,7 +32,7 @@ def parts_of(found: Result, spans: int) -> tuple[Tensor, Tensor]:
 
 
 def combine(parts: Tensor, parts_lse: Tensor, asks: dict[str, Any], found: Result) -> None:
-    """Fill a result from the parts of its spans, on the first axis, if there are several.
+    """Fill a result from the results of several spans, on the first axis.
 
     `asks` are the arguments of `overflow.asking`.
     """

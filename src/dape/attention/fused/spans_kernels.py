@@ -13,7 +13,7 @@ def combine_kernel(
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """O of a row from those of its spans, weighted by their softmax mass; grid (rows, B H).
+    """O of a row from the outputs of all spans, weighted by softmax mass; grid (rows, B H).
 
     A log-sum-exp beyond a LIMIT sets `gate`.
     """

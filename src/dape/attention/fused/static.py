@@ -1,4 +1,4 @@
-"""Attention with a static bias, or none: an ordinary kernel of one head with a learnable table."""
+"""Attention with a static bias, or none: an ordinary kernel of a head with a learnable table."""
 
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ LOG2E = 1.4426950408889634
 
 
 class Bias(NamedTuple):
-    """The table of a bias, its size, and a line of 0 or -inf over keys if needed."""
+    """The table of a bias, the size of the table, and a line of 0 or -inf over keys if needed."""
 
     table: Tensor
     size: int
@@ -37,12 +37,12 @@ class Bias(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem) -> "Bias":
-        """Return the bias of a problem, with what nobody may see at -inf."""
+        """Return the bias of a problem, with -inf at masked keys."""
         (batch, _, rows, _), keys = problem.query.shape, problem.key.shape[2]
         table, size = problem.query, 0
         if isinstance(problem.terms, Static):
             table, size = problem.terms.static, problem.terms.static.shape[1]
-        # Where every row ends before the keys do, causality hides what is past the last key.
+        # Where every row ends before the keys do, causality hides columns past the last key.
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
             return cls(table, size, None)
@@ -100,7 +100,7 @@ def forward(problem: Problem, found: Result) -> None:
 
 
 def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | Static) -> None:
-    """Fill dQ, then with delta as that corrects it dK, dV, and dC `[H, N]` if there is a bias."""
+    """Fill dQ and correct delta, then fill dK, dV, and with a bias dC `[H, N]`."""
     query, key, value = problem.query, problem.key, problem.value
     batch, heads, count, _ = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -134,7 +134,7 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
         *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0), heads, **how, M=size, **tile.pace(),
     )  # fmt: skip
-    # A row lies reversed, so that one line further is one column further in all of them.
+    # Rows lie reversed. A diagonal of dS is therefore a column.
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     first = lowest_distance(problem, size, size)

@@ -1,8 +1,8 @@
-"""Triton kernels of attention with a static bias: one head a program, nothing in memory between.
+"""Triton kernels of attention with a static bias: a head in a program, without a scratch.
 
 The bias is a table over the distance. A tile has -inf where causality hides a key, and needs no
-mask. Where keys alone are hidden (padding, an end within a tile), a line over the keys holds 0 or
--inf: `LINED`. `tiles` has the legend.
+mask. For hidden keys (padding, an end within a tile), a line over the keys holds 0 or -inf,
+`LINED`. `tiles` has the legend.
 """
 
 import triton
@@ -28,8 +28,8 @@ def logits(
 def row_statistics(lse, delta, rows, num_rows):
     """Return log-sum-exp in base 2 and delta of rows.
 
-    The first is 0 for rows that see nothing, and infinite past the last row, where P is then 0:
-    there a bias above zero would make it large, and infinite in fp16.
+    Rows without a visible key have log-sum-exp 0. Past the last row the log-sum-exp is infinite and
+    P therefore 0. A bias above zero would else make P large, and infinite in fp16.
     """
     log_sum_M = tl.load(lse + rows, rows < num_rows, float("inf"))
     log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M) * LOG2E
@@ -46,7 +46,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr, RESTED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(scale Q K^T + C) V of one head over a span of keys; grid (rows, B H, spans)."""
+    """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows, B H, spans)."""
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)
@@ -101,11 +101,11 @@ def grad_query_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr, SUMMED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dS K of one head; grid (rows, B H).
+    """Store dQ = unit scale dS K of a head, and correct delta; grid (rows, B H).
 
-    A row of dS sums to the gradient of its log-sum-exp, zero unless SUMMED. What it sums to beside
-    that is the error of `delta`, caused by the rounding of the output: taken off here, it does not
-    reach the sums along keys and diagonals.
+    A row of dS sums to the gradient of the log-sum-exp, zero unless SUMMED. The difference is the
+    error of `delta` from the rounding of the output. The kernel takes the error off `delta`, before
+    the sums along keys and diagonals.
     """
     b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
@@ -212,14 +212,14 @@ def grad_table_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum dS of one head over the tiles of one diagonal and the batch; grid (H, diagonals).
+    """Sum dS of a head over the tiles of a diagonal and the batch; grid (H, diagonals).
 
-    The long diagonals of all heads come first. What is stored has its rows reversed.
+    The long diagonals of all heads come first. Rows are stored in reverse.
     """
     h = tl.program_id(0)
     q = tl.program_id(1) + first_diagonal
     positions = tl.arange(0, M)
-    # On a diagonal every tile has the same distances, so its entries are loaded once.
+    # All tiles of a diagonal have equal distances, so table entries are loaded once.
     entries = table + h.to(tl.int64) * table_size
     c_MM = toeplitz(entries, table_size, q * M + offset, LOG2E, M, M, False, CAUSAL)
     ds_MM = tl.zeros((M, M), tl.float32)

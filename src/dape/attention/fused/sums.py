@@ -1,4 +1,4 @@
-"""What programs have summed, each in a slot of its own, is put together in one fixed order."""
+"""Partial sums of programs, a slot for every program, added in a fixed order."""
 
 from collections.abc import Sequence
 from math import prod
@@ -21,9 +21,9 @@ def add_up(
     second: Float[Tensor, "rows columns"] | None = None,
     groups: int = 1,
 ) -> None:
-    """Fill a table, times `unit`, from matrices of `padded` sizes, of which each slot has one.
+    """Fill a table, times `unit`, from matrices of `padded` sizes, a matrix in every slot.
 
-    Of a table of several groups each slot has as many matrices, and then those of a second table.
+    For a table of several groups a slot has as many matrices, followed by those of a second table.
     """
     entries, (rows, width) = 16, padded
     size = rows * width * groups * (1 if second is None else 2)
@@ -45,15 +45,15 @@ def fold(
     table: Float[Tensor, "distances columns"],
     skewed: bool = False,
 ) -> None:
-    """Fill a table over the distance, times `unit`, from the sums of the lines of each slot.
+    """Fill a table over the distance, times `unit`, from the sums of the lines of every slot.
 
-    Line r of slot q is the distance i - j = first + q step + r: the lines of neighbouring slots
-    overlap, and negative ones fold onto positive ones, since |i - j| is what counts. If `skewed`,
-    term m of line r is column r - m of row m of a tile step x step, nothing where it has none.
+    Line r of slot q is the distance i - j = first + q step + r. Lines of neighbouring slots
+    overlap. Negative distances fold onto positive distances, since |i - j| counts. If `skewed`,
+    term m of line r is column r - m of row m of a tile step x step, and 0 outside the tile.
     """
     terms, slots, reach, _ = lines.shape
     count, columns = table.shape
-    # What lies side by side, columns or lines, is read so.
+    # Neighbours in memory, columns or lines, are read together.
     distances, width = (4, next_power_of_2(columns)) if lines.stride(3) == 1 else (32, 1)
     kernels.fold_kernel[(cdiv(count, distances), cdiv(columns, width))](
         lines, unit, table, terms, slots, reach, first, step, count, columns,
@@ -65,7 +65,7 @@ def fold(
 
 
 def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Return zeros of several shapes, in one piece of memory that one operation fills."""
+    """Return zeros of several shapes, in a common buffer that a single operation fills."""
     sizes = [prod(shape) for shape in shapes]
     whole = like.new_zeros(sum(sizes), dtype=torch.float32)
     return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Triton kernels that put together what programs have summed; `tiles` has the legend."""
+"""Triton kernels that add partial sums of programs; `tiles` has the legend."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from dape.attention.fused.tiles import unwanted
 SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
-# Of any sizes: one kernel for all that share what is compiled.
+# Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
 def sum_kernel(
     slots, unit, table, second, count, slot_size, rows, columns, groups,
@@ -47,10 +47,10 @@ def fold_kernel(
     DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Sum the terms of the lines that stand for a distance or its negative; grid (|d|, columns).
+    """Sum the terms of all lines of a distance d or -d; grid (|d|, columns).
 
-    Line r of slot q stands for the distance lowest + q K + r, so that a distance is found in no
-    more than SPANS slots.
+    Line r of slot q stands for the distance lowest + q K + r. Therefore at most SPANS slots have
+    lines of a distance.
     """
     if unwanted(gate, GATED):
         return

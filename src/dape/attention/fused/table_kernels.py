@@ -1,12 +1,12 @@
-"""Triton kernels of the tables U and C of a bias and an adapter, and of their way back.
+"""Triton kernels of the tables U and C of a bias and an adapter, forward and backward.
 
-Entries n are distances, or FIRE's features. B is a form of few parameters, or given. For the parts
-V of W1 on the bias and A on the scores:
+Entries n are distances, or features of FIRE. B comes from a form of few parameters, or is given.
+For the parts V of W1 on the bias and A on the scores:
 
     U = V B + b1        C = [B] + b2 + W2 phi(U)        W1 = A
 
-With LINEAR tables (DAPE V2, FIRE) C has no W2 phi(U). DAPE V2 has U for each tap, without b1; for
-FIRE only the first entry is the constant that b1 and b2 meet (ONE_CONSTANT).
+LINEAR tables (DAPE V2, FIRE) have no W2 phi(U) in C. DAPE V2 has U for every tap, without b1. For
+FIRE, b1 and b2 meet only the first entry, the constant feature (ONE_CONSTANT).
 
 `tiles` has the legend; N are the entries of a tile.
 """
@@ -14,7 +14,8 @@ FIRE only the first entry is the constant that b1 and b2 meet (ONE_CONSTANT).
 import triton
 import triton.language as tl
 
-# These change with every token of decoding: no kernel of its own for those that 16 divides.
+# Sizes that change with every token of decoding. Triton would compile a further kernel for
+# multiples of 16.
 GROWING = ("count", "offset")
 
 
@@ -23,7 +24,7 @@ def bias_values(
     values, p0, p1, n, heads, count,
     H: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """Return B `[N, HEADS]` and its derivatives by both parameters, zeros outside."""
+    """Return B `[N, HEADS]` and the derivatives by the two parameters, zeros outside."""
     inside = (n < count)[:, None] & (heads < H)[None, :]
     if GIVEN:
         b_NH = tl.load(values + heads[None, :].to(tl.int64) * count + n[:, None], inside, 0.0)
@@ -80,7 +81,7 @@ def tables_kernel(
 ):  # fmt: skip
     """C `[H, N]`, U `[N, T D]`, W1 `[T D, H]` and W2 `[H, T D]`; grid (entries).
 
-    ON_BIAS is the first column of W1 that meets B, or -1.
+    ON_BIAS is the first column of W1 on B, or -1.
     """
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
     units = tl.arange(0, UNITS)
@@ -124,10 +125,10 @@ def tables_backward_kernel(
     FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """A program's part of the gradients by p, b2, b1, V and W2, of some entries; grid (parts).
+    """Partial sums of the gradients by p, b2, b1, V and W2 over some entries; grid (parts).
 
-    A part holds them one after the other, padded. Without MIXED there is C = B alone. A B that is
-    given has its gradient stored.
+    A part holds the padded sums in a row. Without MIXED the only table is C = B. For a given B the
+    kernel stores the gradient of B.
     """
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     sum_x = tl.zeros((HEADS,), tl.float32)
@@ -195,7 +196,7 @@ def table_sums_kernel(
     ON_BIAS: tl.constexpr, LINEAR: tl.constexpr, MIXED: tl.constexpr,
     PROGRAMS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Sum all parts, and store them and what meets the scores as gradients; grid (entries)."""
+    """Sum all parts, add the gradients of W1 and W2 on scores, and store; grid (entries)."""
     n, p = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, PROGRAMS)
     at = p[:, None].to(tl.int64) * size + n[None, :]
     total = tl.sum(tl.load(parts + at, (p < programs)[:, None] & (n < size)[None, :], 0.0), 0)
@@ -243,7 +244,7 @@ def fire_backward_kernel(
     log_c, log_threshold, grad_psi, grad_scale, grad_c, grad_threshold, count, offset,
     N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of log c and log L from those of both tables; one program."""
+    """Gradients of log c and log L from the gradients of psi and 1 / psi; a single program."""
     c = tl.exp(tl.load(log_c).to(tl.float64))
     threshold = tl.exp(tl.load(log_threshold).to(tl.float64))
     by_c, by_threshold = tl.zeros((N,), tl.float64), tl.zeros((N,), tl.float64)

@@ -1,6 +1,7 @@
-"""The tables of a bias and an adapter as operators of PyTorch: a kernel there, and two back.
+"""The tables of a bias and an adapter as operators of PyTorch.
 
-`registered` says what the numbers in the names of operators are for.
+A kernel makes the tables, and two kernels take the gradients back. `registered` explains the
+numbers in the names of operators.
 """
 
 from functools import cache
@@ -15,20 +16,20 @@ from dape.attention.fused.registered import below_autograd, register
 if TYPE_CHECKING:
     from dape.attention.fused.forms import Form
 
-# Entries of a tile, and programs of the way back, of which each sums a part of a gradient.
+# Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
 
 
 class How(NamedTuple):
-    """What is made of the inputs.
+    """How the tables follow from the inputs.
 
     Args:
-        form: the name of the bias's form; empty where B is given, or there is none.
+        form: the name of the form of the bias, empty for B from a tensor and for B = 0.
         entries: how many entries the tables have.
         heads: how many heads.
-        on_bias: the first column of W1 that meets B, or -1.
+        on_bias: the first column of W1 on B, or -1.
         residual: whether C holds B.
-        linear: whether C is without `W2 phi(U)`.
+        linear: whether C lacks `W2 phi(U)`.
         one_constant: whether b1 and b2 meet the first entry alone.
     """
 
@@ -49,9 +50,9 @@ _HOW = (
 
 
 def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
-    """Return the name of a bias's form and its parameters, or None if it has no form.
+    """Return name and parameters of the form of a bias, or None for a bias without a form.
 
-    That of no bias has no name.
+    Without a bias the name is empty.
     """
     from dape.attention.fused.forms import FORMS
 
@@ -70,7 +71,7 @@ def name_of(kind: type) -> str:
 
 @cache
 def form_named(name: str) -> "Form":
-    """Return the form of the class of that name; of none, B = 0."""
+    """Return the form of the class with a name, B = 0 for an empty name."""
     from dape.attention.fused.forms import FORMS, Form, nothing
 
     named = {name_of(kind): form for kind, form in FORMS.items()}
@@ -94,7 +95,7 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
 
 
 def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
-    """Return the other compile-time arguments."""
+    """Return the compile-time arguments besides sizes."""
     return {
         "FORM": form_named(how.form).function, "GIVEN": values is not None,
         "ON_BIAS": how.on_bias, "RESIDUAL": how.residual, "LINEAR": how.linear,
@@ -167,7 +168,7 @@ def _backward(
     grads: list[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    """Return the gradients of the tensors that are given; that of b1 counts without taps alone."""
+    """Return the gradients of all tensors but None. DAPE V2 ignores the gradient of b1."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv, next_power_of_2
 
@@ -216,7 +217,7 @@ def _backward_fake(
 
 
 class _Tables(torch.autograd.Function):
-    """The tables with their gradients."""
+    """The tables with gradients."""
 
     @staticmethod
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -285,7 +286,7 @@ def _fire_backward(
 
 
 class _Fire(torch.autograd.Function):
-    """FIRE's tables with their gradients."""
+    """The tables psi and 1 / psi of FIRE with gradients."""
 
     @staticmethod
     def forward(

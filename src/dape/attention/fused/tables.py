@@ -1,19 +1,19 @@
 r"""A bias and an adapter as tables over the distance, by ordinary differentiable code.
 
-If B depends on the distance alone, then so does all that DAPE makes of it. With W1 = [W1a, W1b] on
-[A; B] and tables `U = W1b B + b1` and `C = B + b2 + W2 phi(U)`, the logits are
+If B depends on the distance alone, then the hidden units of DAPE at A = 0 do too. With
+W1 = [W1a, W1b] on [A; B] and tables `U = W1b B + b1` and `C = B + b2 + W2 phi(U)`, the logits are
 
     A + C + W2 (phi(W1a A + U) - phi(U)).
 
-C is what they are where A = 0, and stays in float32: a bias of 1e5 is as exact as elsewhere. What
-the kernels compute in 16 bits is no larger than the scores make it, whatever the bias. They take
-the tables and give their gradients; what stands behind them is autograd's. That of U is the whole:
-the kernels know how U enters C.
+C holds the logits at A = 0 and stays in float32. A bias of 1e5 is therefore as exact as in other
+backends. Numbers in 16 bits grow with the scores, never with the bias. The kernels take the tables
+and return the gradients of the tables. Autograd takes the gradients from there to the parameters.
+The gradient of U is complete, since the kernels count how U enters C.
 
-FIRE depends on the row too, but is linear in features `f = (1, relu(v x + c))` of the one number
-`x = psi(|i - j|) / psi(max(i, j, L))`: the logits are `A + C f + W2 phi(W1a A + U f)`, with tables
-over the features instead of the distances, made by the same code. x itself is an entry of a table
-over the distance times one of a table over the later slot.
+FIRE depends on the row too. FIRE is linear in features `f = (1, relu(v x + c))` of the number
+`x = psi(|i - j|) / psi(max(i, j, L))`. The logits are `A + C f + W2 phi(W1a A + U f)`, with tables
+over the features instead of the distances. x is an entry of a table over the distance, times an
+entry of a table over the later index.
 """
 
 import torch
@@ -35,15 +35,13 @@ def hidden_units(adapter: nn.Module | None) -> int:
 
 
 def obstacle(bias: nn.Module | None, adapter: nn.Module | None) -> str | None:
-    """Return why a bias and an adapter are no tables, or None if they are."""
+    """Return why no tables serve a bias and an adapter, or None."""
     if not (bias is None or type(bias) is FIRE or getattr(bias, "relative", False)):
         return f"{type(bias).__name__} depends on more than the distance"
     if adapter is not None and type(adapter) not in (DAPE, TalkingHeads):
         return f"the fused kernels do not know the adapter {type(adapter).__name__}"
     if type(bias) is FIRE and isinstance(adapter, DAPE) and adapter.kernel_size > 1:
-        return (
-            f"behind FIRE they mix heads at each key alone, and kernel_size={adapter.kernel_size}"
-        )
+        return f"FIRE with kernel_size={adapter.kernel_size}: the fused kernels serve kernel_size=1"
     return None
 
 
@@ -57,9 +55,9 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    In float32. For DAPE V2 axes of units hold D for each tap, and b1 comes last. Where no scores
-    are mixed there is C alone, and nothing without a bias. For FIRE they are over its features, and
-    what makes the features follows. C is without `W2 phi(U)` for both, as U is no table of its own.
+    Tables are float32. Without mixing only C is returned, and without a bias nothing. For DAPE V2
+    axes of hidden units hold D for every tap, b1 comes last, and C lacks `W2 phi(U)`. For FIRE
+    entries are features, `fire_tables` names the further tables, and C lacks `W2 phi(U)` too.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
@@ -81,7 +79,7 @@ def tables(
 def values_of(
     bias: nn.Module | None, num_heads: int, count: int, device: torch.device
 ) -> Float[Tensor, "heads distances"]:
-    """Return B over the distances, by the module itself."""
+    """Return B over the distances, from the `forward` of the module."""
     if bias is None:
         return torch.zeros(num_heads, count, dtype=torch.float32, device=device)
     distances = torch.arange(count, device=device)
@@ -97,9 +95,9 @@ def fast_tables(
     device: torch.device,
     features: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return C, and U, W1a, W2 and b1 where they are, by one kernel.
+    """Return C, and with an adapter U, W1a, W2 and perhaps b1, from a single kernel.
 
-    B has a form, or its values are given. With `features` entries are FIRE's.
+    B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
     name, parameters = form
     p0, p1 = (*parameters, None, None)[:2]
@@ -120,7 +118,7 @@ def fast_tables(
 
 
 def with_free_bias(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return both layers with a b1 that has no gradient here: behind taps it is no table."""
+    """Return the layers with b1 detached, since b1 enters no table of DAPE V2."""
     weight_in, bias_in, weight_out, bias_out = layers
     return weight_in, bias_in.detach(), weight_out, bias_out
 
@@ -130,8 +128,8 @@ def fire_tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, 1 + F]`, U `[1 + F, D]`, W1a and W2 over features, psi, 1 / psi, v and c.
 
-    psi `[N]` is over distances, 1 / psi(max(i, L)) `[N]` over the indices i from that of the first
-    key on, v and c are `[F]`. Without an adapter D = 0.
+    psi `[N]` is over distances. 1 / psi(max(i, L)) `[N]` is over indices i from `key_offset` on.
+    v and c are `[F]`. Without an adapter D = 0.
     """
     psi, scale = operators.fire_operator(bias.log_c, bias.log_threshold, count, key_offset)
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
@@ -161,7 +159,7 @@ def feature_tables_alone(
     adapter: DAPE, values: Float[Tensor, "heads features"]
 ) -> tuple[Tensor, ...]:
     """Return the tables of `A + B + f(B)` over FIRE's features."""
-    # Not by assignment, which copies from the host and so cannot be part of a CUDA graph.
+    # An assignment would copy from the host, and a CUDA graph cannot hold a copy from the host.
     constant = (torch.arange(values.shape[1], device=values.device) == 0).to(values)
     return dape_tables(adapter, values, constant)
 
@@ -169,11 +167,11 @@ def feature_tables_alone(
 def dape_tables(
     adapter: DAPE, values: Float[Tensor, "heads entries"], constant: Float[Tensor, "#entries"]
 ) -> tuple[Tensor, ...]:
-    """Return C, U, W1a and W2 of `A + B + f(B)`; with taps, b1 too, and U without it.
+    """Return C, U, W1a and W2 of `A + B + f(B)`; for DAPE V2 U without b1, and b1.
 
-    `constant` is the number one as a table, of one entry if all are alike.
+    `constant` is the number 1 as a table, of a single entry if all entries are alike.
     """
-    # Taps and units on one axis.
+    # Taps and units on a common axis.
     on_bias = adapter.weight_in.float().permute(2, 0, 1).flatten(0, 1)
     weight_out = adapter.weight_out.float().transpose(1, 2).flatten(1)
     bias_in, bias_out = adapter.bias_in.float(), adapter.bias_out.float()

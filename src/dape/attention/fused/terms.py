@@ -1,9 +1,8 @@
-"""What a call adds to its scores A: one of five kinds, each a type that holds its tables.
+"""Terms: the tables and weights that a call adds to its scores A, a type for every kind.
 
-C is what the logits are where A = 0, U what the hidden units are there; W1 and W2 are the layers of
-the adapter on the scores, and phi is a LeakyReLU. `naive` has the formula of each kind. Tables are
-float32, in the order in which the operators of PyTorch take them. A gradient has the type of what
-it is the gradient of.
+At A = 0 the logits are C and the hidden units U. W1 and W2 are the layers of the adapter on the
+scores, and phi is a LeakyReLU. `naive` has the formula of every kind. Tables are float32, in the
+order of the operators' arguments. Gradients of terms are terms too.
 """
 
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ class Static(NamedTuple):
 
 
 class Mixed(NamedTuple):
-    """Heads are mixed at each key, by tables over the distance: DAPE V1 and talking heads.
+    """DAPE V1 and talking heads: heads mixed at every key, by tables over the distance.
 
-    C holds `W2 phi(U)`, and the gradient of U counts what U has by C. That of W2 does not.
+    C holds `W2 phi(U)`. The gradient of U counts the way through C. The gradient of W2 does not.
     """
 
     static: Float[Tensor, "heads distances"]
@@ -38,9 +37,9 @@ class Mixed(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Heads are mixed at each key, by tables over the features of FIRE, f = (1, relu(v x + c)).
+    """FIRE: heads mixed at every key, by tables over features f = (1, relu(v x + c)).
 
-    `x = psi[|i - j|] scale[max(i, j)]`. Without an adapter there are no hidden units.
+    `x = psi[|i - j|] scale[max(i, j)]`. Without an adapter D = 0.
     """
 
     static: Float[Tensor, "heads 1+features"]
@@ -58,10 +57,10 @@ class Features(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """Heads are mixed by convolutions along the keys, by tables over the distance: DAPE V2.
+    """DAPE V2: heads mixed by convolutions along the keys, by tables over the distance.
 
-    The axes of units hold D for each tap. b1 stands apart from U, which a tap adds where it sees a
-    key.
+    Axes of hidden units hold D for every tap. A tap adds U only at a visible key, while b1 counts
+    everywhere, and is therefore no part of U.
     """
 
     static: Float[Tensor, "heads distances"]
@@ -72,7 +71,7 @@ class Taps(NamedTuple):
 
     @property
     def taps(self) -> int:
-        """Return how many keys each layer sees at a time."""
+        """Return the kernel size of the convolutions."""
         return len(self.weight_in) // len(self.hidden_bias)
 
 
@@ -84,5 +83,5 @@ _KINDS: dict[int, type[Terms]] = {
 
 
 def terms_of(tables: Sequence[Tensor]) -> Terms:
-    """Return the terms of an operator's tables, whose number says of which kind they are."""
+    """Return the terms of an operator's tables. The number of tables decides the kind."""
     return _KINDS[len(tables)](*tables)

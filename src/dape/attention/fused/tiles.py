@@ -1,28 +1,28 @@
-"""What several kernels do with a tile: functions in Triton, and the legend of all kernels.
+"""Functions of several kernels on a tile, in Triton, and the legend of all kernels.
 
-A suffix names the axes of what a variable holds, a letter for each:
+A suffix names the axes of a variable, a letter for an axis:
 
     M rows    K keys    N positions, M x K of them, row by row    S spans of keys
     H heads   D hidden units   F features of FIRE   T taps of DAPE V2
     E head_dim of queries and keys   V head_dim of values
-    L lines, which are the diagonals of a tile   C columns or channels   A, B any
+    L lines, the diagonals of a tile   C columns or channels   A, B any
 
 `u_ND` is `[N, D]`. Sizes in capitals are fixed when a kernel is compiled. HEADS, UNITS, FEATURES,
-TAPS, WIDE and WIDE_V are those of H, D, F, T, E and V with padding. Strides of span, batch, head
-and row come as `_s, _b, _h, _t`.
+TAPS, WIDE and WIDE_V are H, D, F, T, E and V with padding. Strides of span, batch, head and row end
+with `_s, _b, _h, _t`.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Keys of one head that lie side by side in the scratch.
+# Keys of a head that are neighbours in the scratch.
 BLOCK = tl.constexpr(64)
 
 
 @triton.jit
 def unwanted(gate, GATED: tl.constexpr):
-    """Return whether a kernel has nothing to do: whether `gate` is not GATED, if that is 0 or 1."""
+    """Return whether a kernel must not run: whether `gate` differs from a GATED of 0 or 1."""
     if GATED < 0:
         return False
     return tl.load(gate) != GATED
@@ -38,7 +38,7 @@ def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, W
 
 @triton.jit
 def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
-    """Return which of `keys` each of `rows` may see; `shift` is the index of the first row."""
+    """Return whether `rows` see `keys`; `shift` is the index of the first row."""
     seen = (rows < num_rows) & (keys < num_keys)
     if CAUSAL:
         seen &= keys <= rows + shift
@@ -52,10 +52,10 @@ def toeplitz(
 ):  # fmt: skip
     """Return the entries of a table, times `factor`, of a tile `[rows, keys]`, or KEYS_FIRST.
 
-    They are over the distance |i - j| < `size`, and `distance` is i - j of the first row and key.
-    If CAUSAL, keys that come later have -inf. No table has `size` 0.
-    The entries of its diagonals are loaded once and spread by a gather, which takes place where the
-    product of queries and keys lies: a load for every element would cost more than that product.
+    The table is over the distance |i - j| < `size`, and `distance` is i - j of the first row and
+    key. If CAUSAL, later keys have -inf. A `size` of 0 stands for no table.
+    The entries of the diagonals are loaded once. A gather spreads the entries in the layout of the
+    product of queries and keys, since a load for every element would cost more than the product.
     """
     DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
     LAST: tl.constexpr = (A if KEYS_FIRST else B) - 1
@@ -73,8 +73,8 @@ def toeplitz(
 def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.constexpr):
     """Return the row tiles of this program on diagonal q, and the key where row tile 0 starts.
 
-    Tile t of diagonal q holds rows t M + m and keys start + t M + n: i - j is the same for all t.
-    The programs of axis 2 share them, each a segment.
+    Tile t of diagonal q holds rows t M + m and keys start + t M + n: i - j is equal for all t.
+    A program of axis 2 takes a segment.
     """
     start = (band_tile - q) * K
     first = tl.cdiv(tl.maximum(0, 1 - start - K), M)
@@ -86,13 +86,13 @@ def diagonal_tiles(q, band_tile, num_rows, num_keys, M: tl.constexpr, K: tl.cons
 
 @triton.jit
 def beyond(log_sum, LIMIT: tl.constexpr):
-    """Return 1 where a log-sum-exp is beyond a limit; rows that see nothing have none."""
+    """Return 1 where a log-sum-exp is beyond a limit, and 0 for rows without a visible key."""
     return ((tl.abs(log_sum) > LIMIT) & (log_sum != float("-inf"))).to(tl.int32)
 
 
 @triton.jit
 def store_output(out, rest, at, o, inside, RESTED: tl.constexpr):
-    """Store O in the dtype of `out`, and what rounding left of it, as a tensor of the same kind."""
+    """Store O in the dtype of `out`, and if RESTED the rounding error in the dtype of `rest`."""
     rounded = o.to(out.dtype.element_ty)
     tl.store(out + at, rounded, inside)
     if RESTED:

@@ -21,7 +21,7 @@ from transformers.utils import is_tracing, logging
 
 from dape.attention import attention
 from dape.errors import UserError
-from dape.model.modeling import in_use
+from dape.model.blocks import in_use
 
 NAME = "dape"
 logger = logging.get_logger(__name__)

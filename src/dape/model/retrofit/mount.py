@@ -15,7 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
-from dape.model.modeling import DapePreTrainedModel, in_use
+from dape.model.blocks import in_use
+from dape.model.modeling import DapePreTrainedModel
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.interface import NAME
 from dape.model.retrofit.storage import write

@@ -13,7 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from dape.errors import UserError
-from dape.model.modeling import DapeAttention
+from dape.model.blocks import DapeAttention
 from dape.model.retrofit.architectures import architecture_of
 from dape.model.retrofit.interface import layer_mask
 

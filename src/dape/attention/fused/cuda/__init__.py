@@ -1,1 +1,1 @@
-"""Kernels in CUDA, each with its launcher."""
+"""Kernels in CUDA with their launchers."""

@@ -1,4 +1,4 @@
-"""The whole forward pass across heads as one kernel, for Hopper; compiled by NVRTC."""
+"""The whole forward pass across heads in a single kernel, for Hopper; compiled by NVRTC."""
 
 from functools import cache
 from typing import NamedTuple
@@ -14,14 +14,14 @@ from dape.attention.fused.terms import Mixed
 
 CAPABILITY = (9, 0)
 MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
-# Distances of a tile that stand in shared memory.
+# Distances of a tile in shared memory.
 SPAN = 64
-# What a block may have on a GPU of this capability.
+# Registers and bytes of shared memory of a block, on a GPU of `CAPABILITY`.
 REGISTERS, SHARED_MEMORY = 65536, 227 * 1024
 
 
 class Layout(NamedTuple):
-    """What the source is compiled for: a tile's rows and keys, and what kinds of warps have."""
+    """Constants of the compiled source: rows and keys of a tile, registers of kinds of warps."""
 
     rows: int
     keys: int
@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
 
 def layout(heads: int, head_dim: int, units: int) -> Layout | None:
-    """Return the layout for a block that holds all heads, or None where none fits."""
+    """Return the layout for a block that holds all heads, or None if no layout fits."""
     head_warps, mixers = cdiv(heads, 4) * 4, 4
     rows = 32 if head_dim <= 64 and head_warps <= 12 else 16
     if head_dim > 64 and head_warps > 12:
@@ -53,9 +53,9 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
 
 
 def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
-    """Return the layout for a problem, or None if this kernel does not serve it.
+    """Return the layout for a problem, or None for a problem that the kernel does not serve.
 
-    Nor does it where few rows would leave most of the GPU without a block.
+    A problem of few rows, which would leave most of the GPU without a block, is not served.
     """
     device = problem.query.device
     batch, heads, rows, head_dim = problem.query.shape
@@ -84,7 +84,7 @@ def padded_units(terms: Mixed) -> int:
 
 
 def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> None:
-    """Fill a result; numbers that are too large set its flag."""
+    """Fill a result; numbers too large for 16 bits set the flag of the result."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows = query.shape[:3]
     keys, units = key.shape[2], padded_units(terms)
@@ -119,7 +119,7 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return `x` with rows that begin at multiples of 16 bytes."""
+    """Return `x` with rows at multiples of 16 bytes."""
     fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
     return x if fits else x.contiguous()
 
@@ -131,7 +131,7 @@ NAMES = (
 
 
 def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple[int, ...]:
-    """Return what the source is compiled for, in the order of `NAMES`."""
+    """Return the constants of the compiled source, in the order of `NAMES`."""
     query, key, value = problem.query, problem.key, problem.value
     heads, units = query.shape[1], padded_units(terms)
     switches = problem.causal, problem.mask is not None, query.dtype == torch.bfloat16, rested
@@ -142,13 +142,13 @@ def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple
 
 
 def source(name: str, *values: int) -> str:
-    """Return the source of the kernel of that name for these macros."""
+    """Return the source of a named kernel for some macros."""
     parts = ("lines.cuh", "forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
     return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 
 @cache
 def compiled(device: int, name: str, *values: int) -> Kernel:
-    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    """Return a named kernel for some macros, on the current device, which must be `device`."""
     shared_memory = values[-1] if name == "forward" else 0
     return kernel(source(name, *values), name, capability="90a", shared_memory=shared_memory)

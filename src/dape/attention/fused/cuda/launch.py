@@ -13,10 +13,10 @@ from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 
 
 class Kernel(NamedTuple):
-    """A kernel on the device that was current when it was compiled.
+    """A kernel on the device that was current at compilation.
 
-    What `torch.cuda._compile_kernel` returns looks at every argument anew when it is called, which
-    takes longer than many a kernel runs: 0.2 ms. Here each is a word of eight bytes.
+    Kernels of `torch.cuda._compile_kernel` look at every argument at every call, in 0.2 ms, longer
+    than many a kernel runs. `Kernel` turns an argument into a word of eight bytes.
     """
 
     function: c_void_p
@@ -28,7 +28,7 @@ class Kernel(NamedTuple):
         block: tuple[int, int, int],
         args: list[Tensor | int | float],
     ) -> None:
-        """Start the kernel on the current stream; integers are `int` there, floats `double`."""
+        """Start the kernel on the current stream, with `int` for integers, `double` for floats."""
         words = (c_uint64 * len(args))(*map(word, args))
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
@@ -40,7 +40,7 @@ class Kernel(NamedTuple):
 
 @cache
 def launcher() -> Callable[..., int]:
-    """Return the driver's function that starts a kernel."""
+    """Return the function of the driver for starting a kernel."""
     function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernel
     return function
 
@@ -53,14 +53,14 @@ def word(argument: Tensor | int | float) -> int:
 
 
 def source_of(defines: dict[str, int], *names: str) -> str:
-    """Return the sources of these names in this folder, behind some macros and `ptx.cuh`."""
+    """Return the named sources of the folder, after some macros and `ptx.cuh`."""
     folder = files("dape.attention.fused.cuda")
     texts = (folder.joinpath(name).read_text() for name in ("ptx.cuh", *names))
     return "\n".join([*(f"#define {name} {value}" for name, value in defines.items()), *texts])
 
 
 def kernel(source: str, name: str, capability: str | None = None, shared_memory: int = 0) -> Kernel:
-    """Return a compiled kernel with so much dynamic shared memory, on the current device."""
+    """Return a compiled kernel with some bytes of dynamic shared memory, on the current device."""
     found = torch.cuda._compile_kernel(source, name, compute_capability=capability)
     if shared_memory:
         found.set_shared_memory_config(shared_memory)

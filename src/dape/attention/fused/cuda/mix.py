@@ -14,24 +14,24 @@ from dape.attention.fused.sizes import padded
 
 # Rows of a tile, and keys.
 TILE = 32
-# Rows of a tile that a block has, blocks that fill a large GPU a few times over, how many of them a
-# multiprocessor holds, and the rows of a segment that are worth its start.
+# Rows of a tile in a block, blocks that fill a large GPU a few times over, blocks that a
+# multiprocessor holds, and the fewest rows of a segment.
 WARPS, BLOCKS, RESIDENT, ROWS = 4, 1024, 2, 256
-# Tiles of a warp that are under way or in work.
+# Tiles of a warp under way or in work.
 STAGES = 3
-# Past so many weights of a layer, padded, the accumulators of a warp no longer fit its registers.
+# Most padded weights of a layer whose accumulators fit the registers of a warp.
 MOST_WEIGHTS = 1024
 
 
 def obstacle(heads: int, units: int) -> str | None:
-    """Return why the kernels do not serve so many heads and hidden units, or None if they do."""
+    """Return why the kernels do not serve a number of heads and hidden units, or None."""
     if padded(heads) * padded(units) <= MOST_WEIGHTS:
         return None
-    return f"{heads} heads with hidden={units}: it serves 32 heads with 32 units, or 16 with 64"
+    return f"{heads} heads with hidden={units}: at most 32 heads with 32 units, or 16 with 64"
 
 
 class CudaMixer(MixedMixer):
-    """A mixer whose blocks have some rows of a tile each."""
+    """A mixer whose blocks have some rows of a tile."""
 
     __slots__ = ()
     tile_rows = tile_keys = TILE
@@ -45,7 +45,7 @@ class CudaMixer(MixedMixer):
         return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
 
     def whole(self, found: Result) -> bool:
-        """Fill a result by one kernel; return whether there is one for the problem."""
+        """Fill a result by a single kernel, if a kernel serves the problem; return whether."""
         where = forward.layout_of(self.problem, self.terms)
         if where is not None:
             forward.forward(self.problem, self.terms, where, found)
@@ -91,7 +91,7 @@ class CudaMixer(MixedMixer):
         return x, y
 
     def macros(self) -> tuple[int, ...]:
-        """Return what the source is compiled for, in the order of `NAMES`."""
+        """Return the constants of the compiled source, in the order of `NAMES`."""
         units, heads = self.terms.weight_in.shape
         switches = int(self.problem.causal), int(self.problem.mask is not None)
         sizes = TILE, TILE, WARPS, STAGES, ALIGNMENT
@@ -112,7 +112,7 @@ def shared_memory(name: str, heads: int, units: int) -> int:
 
 
 def source(name: str, *values: int) -> str:
-    """Return the source of the kernel of that name for these macros."""
+    """Return the source of a named kernel for some macros."""
     defines = dict(zip(NAMES, values, strict=True))
     defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
     if name == "mix_backward":
@@ -122,6 +122,6 @@ def source(name: str, *values: int) -> str:
 
 @cache
 def compiled(device: int, name: str, *values: int) -> Kernel:
-    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+    """Return a named kernel for some macros, on the current device, which must be `device`."""
     size = shared_memory(name, *values[2:4])
     return kernel(source(name, *values), name, shared_memory=size)

@@ -89,7 +89,7 @@ DEVICE int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_
 DEVICE void lay_out(Sums& sums, const Accumulators& acc, int warp, int g, int t) {
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    auto pair = [&](const float(&c)[4]) { return make_float2(c[2 * i], c[2 * i + 1]); };
+    auto pair = [&](const float (&c)[4]) { return make_float2(c[2 * i], c[2 * i + 1]); };
 #pragma unroll
     for (int n = 0; n < UT; n++) {
       const int unit = unit_place(8 * n + 2 * t, g);

@@ -1,1 +1,1 @@
-"""The kernels across heads: an object for each kind of terms that mixes heads."""
+"""The kernels across heads: an object for every kind of terms that mixes heads."""

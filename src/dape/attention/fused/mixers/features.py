@@ -15,12 +15,12 @@ from dape.attention.fused.sizes import padded
 from dape.attention.fused.sums import add_up, fold, zeros
 from dape.attention.fused.terms import Features
 
-# A tile that fits the registers, and how many lines it has, padded.
+# A tile that fits the registers, and its padded number of lines.
 TILE_ROWS, TILE_KEYS, LINES = 8, 16, 32
 
 
 class Slots(NamedTuple):
-    """Where each diagonal of each element of a group sums its gradients; `scale` is for all."""
+    """Partial sums of gradients: a slot for an element and a diagonal; `scale` is for all slots."""
 
     weight_in: Float[Tensor, "group slots UNITS HEADS"]
     weight_out: Float[Tensor, "group slots HEADS UNITS"]
@@ -86,10 +86,10 @@ class FeaturesMixer(Mixer[Features]):
     def add_pairs(
         self, total: Float[Tensor, "indices"], pairs: Float[Tensor, "batch rows keys"], band: Band
     ) -> None:
-        """Add what each query and key of a band have for the later of their indices.
+        """Add the partial sum of every query and key of a band to the later of the two indices.
 
-        Indices are counted from the first key of the band. In causal use the later is the query's,
-        and what stands at later keys is nothing.
+        Indices are counted from the first key of the band. In causal use the later index is the
+        index of the query, and later keys hold zeros.
         """
         batch, rows, keys = band.sizes
         kernels.add_pairs_kernel[(max(keys, band.shift + rows),)](
@@ -112,7 +112,7 @@ class FeaturesMixer(Mixer[Features]):
             add_up(problem, slots.weight_out, slots.weight_out.shape[2:], unit, into.weight_out)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of both kernels."""
+        """Return the compile-time arguments of the two kernels."""
         features = len(self.terms.weight)
         sizes = {"M": TILE_ROWS, "K": TILE_KEYS, "F": features, "FEATURES": padded(features)}
         return {**Mixer.compiled(self), **sizes}

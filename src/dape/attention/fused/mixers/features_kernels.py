@@ -1,11 +1,11 @@
 """Triton kernels that mix heads by tables over the features of FIRE; `tiles` has the legend.
 
     mix              X <- X + W2 phi(W1 X + U f) + C f
-    mix_backward     X <- P, Y <- dA from Y = dO V^T, and the gradients of all that makes f
+    mix_backward     X <- P, Y <- dA from Y = dO V^T, and the gradients of psi, scale, v and c
 
-with `f = (1, relu(v x + c))` of `x = psi[|i - j|] scale[max(i, j)]` at each query and key. A tile
-that moves along a diagonal sees the same psi all the way. Without hidden units, D = 0, X + C f is
-what remains. The feature that is 1 comes first in the tables, and stays apart here.
+with `f = (1, relu(v x + c))` of `x = psi[|i - j|] scale[max(i, j)]` at every query and key. A tile
+that moves along a diagonal meets equal psi all the way. Without hidden units, D = 0, the logits are
+X + C f. Tables begin with the constant feature 1, which kernels keep apart.
 """
 
 import triton
@@ -20,7 +20,7 @@ def load_feature_tables(
     hidden, static, heads, units, places,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
-    """Return U `[F, D]`, C `[F, H]`, and their rows `[D]` and `[H]` for the feature 1."""
+    """Return U `[F, D]` and C `[F, H]` of the features, and `[D]` and `[H]` of the constant 1."""
     u_row, c_row = hidden + units, static + heads * (F + 1)
     u_D = tl.load(u_row, units < D, 0.0)
     c_H = tl.load(c_row, heads < H, 0.0)
@@ -56,7 +56,7 @@ def fire_mix_kernel(
     PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- X + W2 phi(W1 X + U f) + C f along one diagonal, -inf if unseen; grid (diagonals, B)."""
+    """X <- X + W2 phi(W1 X + U f) + C f along a diagonal, -inf if unseen; grid (diagonals, B)."""
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -105,11 +105,11 @@ def fire_mix_backward_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- P, Y <- dA along one diagonal, and its share of every gradient; grid (diagonals, B).
+    """X <- P, Y <- dA along a diagonal, and partial sums of all gradients; grid (diagonals, B).
 
-    dS and dz as in `mix_backward_kernel`; df = C^T dS + U^T dz where f > 0, dx = v . df, so that
-    dpsi += dx scale along the diagonal. Rows cross diagonals: each pair's share of dscale, dx psi,
-    is stored for itself.
+    dS and dz as in `mix_backward_kernel`; df = C^T dS + U^T dz where f > 0, dx = v . df, and
+    dpsi += dx scale along the diagonal. Rows cross diagonals, so dx psi, the summand of dscale, is
+    stored for every query and key.
     """
     if unwanted(gate, GATED):
         return
@@ -159,7 +159,7 @@ def fire_mix_backward_kernel(
         z_ND, h_ND, s_NH = feature_mlp(
             a_NH, f_NF, w1_HD, tl.trans(w2_HD), one_HH, u_FD, c_FH, u_D, c_H, D, PRECISION
         )
-        s_NH = s_NH.to(compute).to(tl.float32)  # as the forward pass stored it
+        s_NH = s_NH.to(compute).to(tl.float32)  # rounded as in the forward pass
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum_NH = tl.load(lse + stat, seen_heads, 0.0)
         shared_NH = tl.load(delta + stat, seen_heads, 0.0)
@@ -218,9 +218,9 @@ def add_pairs_kernel(
     pairs, total, batch, num_rows, num_keys, shift, pair_b, pair_t,
     CAUSAL: tl.constexpr, K: tl.constexpr, gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Add what pairs have to `total`, by the later of their indices; grid (indices).
+    """Add the numbers of pairs (i, j) to `total`, by the later index max(i, j); grid (indices).
 
-    Indices are counted from the first key, and `shift` is that of the first row.
+    Indices are counted from the first key, and `shift` is the index of the first row.
     """
     if unwanted(gate, GATED):
         return

@@ -1,7 +1,7 @@
 """Heads mixed by tables over the distance, in Triton: any GPU and dtype, and a CPU by interpreter.
 
-A program walks along a diagonal of tiles, sums gradients along the lines of its tile, and writes
-them to a slot of its own.
+A program walks along a diagonal of tiles, sums gradients along the lines of a tile, and writes the
+sums to its slot.
 """
 
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.sums import add_up, fold
 from dape.attention.fused.terms import Mixed
 
-# Programs that fill a large GPU a few times over, so that short diagonals even out, and the rows
-# of a segment that are worth its start.
+# Programs that fill a large GPU a few times over, in order to even out short diagonals, and the
+# fewest rows of a segment.
 PROGRAMS, ROWS = 2048, 256
 
 
 class Slots(NamedTuple):
-    """Where each share of each diagonal sums its gradients, for some elements and a segment of it.
+    """Partial sums of gradients: a slot for some elements, a segment of a diagonal and a share.
 
-    A slot holds U `[lines, UNITS]`, C `[HEADS, lines]`, W1 `[HEADS, UNITS]` and W2 likewise. If
-    several bands `add` to it, it is zero at first, else what is written counts.
+    A slot holds U `[lines, UNITS]`, C `[HEADS, lines]`, W1 `[HEADS, UNITS]` and W2 likewise. Slots
+    are zero at first if several bands `add`. Without `add` a band overwrites the slots.
     """
 
     sums: Float[Tensor, "terms slots size"]
@@ -38,10 +38,10 @@ class Slots(NamedTuple):
 
 
 class MixedMixer(Mixer[Mixed]):
-    """A mixer whose programs walk along diagonals of tiles of one size.
+    """A mixer whose programs walk along diagonals of tiles of a fixed size.
 
-    Gradients are summed along the `lines` of a tile, or of each of its `shares` if several programs
-    have some of its rows each.
+    Gradients are summed along the `lines` of a tile. If several programs divide the rows of a tile
+    into `shares`, the gradients are summed along the lines of a share.
     """
 
     __slots__ = ()
@@ -50,9 +50,9 @@ class MixedMixer(Mixer[Mixed]):
 
     @staticmethod
     def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
-        """Return how many elements a program takes, and into how many segments to cut diagonals.
+        """Return the number of elements for a program, and of segments of a diagonal.
 
-        The diagonals are those of one element.
+        `diagonals` counts the diagonals of an element.
         """
         return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
 
@@ -114,5 +114,5 @@ class MixedMixer(Mixer[Mixed]):
         add_up(problem, weights, (heads, units), unit, into.weight_in.t(), into.weight_out)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of both kernels."""
+        """Return the compile-time arguments of the two kernels."""
         return {**super().compiled(), "M": self.tile_rows, "K": self.tile_keys}

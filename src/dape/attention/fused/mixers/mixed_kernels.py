@@ -1,7 +1,7 @@
 """Triton kernels that mix heads by tables over the distance; `tiles` has the legend.
 
-A tile that moves along a diagonal sees the same entries of U and C all the way: they are loaded
-once, and their gradients are summed in registers before one reduction.
+A tile that moves along a diagonal meets equal entries of U and C all the way. The entries are
+loaded once, and the gradients are summed in registers before a single reduction.
 """
 
 import triton
@@ -23,7 +23,7 @@ from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 def mlp(x_NH, w1_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
     """Return z = W1 x + u, r = phi(z) - phi(u) and y = x + W2 r of `[N, H]` scores.
 
-    The residual is a product with the identity `one`: x already lies where a product reads it.
+    The residual is a product with the identity `one`, since x has the layout of a product's input.
     """
     w_ND = tl.dot(x_NH, w1_HD, input_precision=PRECISION)
     r_ND = rise(w_ND, u_ND).to(x_NH.dtype)
@@ -74,12 +74,12 @@ def mix_backward_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """X <- P, Y <- dA along one diagonal, and its share of every weight's gradient.
+    """X <- P, Y <- dA along a diagonal, and partial sums of the gradients of all weights.
 
-    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. U has dz, and W2 has
-    dS r^T for r = phi(z) - phi(U), beside what it has in C. Grid (diagonals, B, segments). Shares
-    are added to those of earlier bands, if any, in the segment's own slot, so that the sum over the
-    slots, and with it every gradient, has one order.
+    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. The gradient of U is dz.
+    The gradient of W2 is dS r^T for r = phi(z) - phi(U), beside the gradient through C. Grid
+    (diagonals, B, segments). Bands add to the slot of a segment, and slots are added in a fixed
+    order.
     """
     if unwanted(gate, GATED):
         return
@@ -110,7 +110,7 @@ def mix_backward_kernel(
         a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp_NH = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z_ND, r_ND, s_NH = mlp(a_NH, w1_HD, tl.trans(w2_HD), one_HH, u_ND, PRECISION)
-        s_NH = s_NH.to(compute).to(tl.float32) + c_NH  # as the forward pass had it
+        s_NH = s_NH.to(compute).to(tl.float32) + c_NH  # rounded as in the forward pass
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum_NH = tl.load(lse + stat, seen_heads, 0.0)
         shared_NH = tl.load(delta + stat, seen_heads, 0.0)
@@ -127,7 +127,7 @@ def mix_backward_kernel(
         sum_c_NH += ds_NH
     slot = (b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)
     sums += slot.to(tl.int64) * slot_size
-    # Summing a tile along its diagonals is a product with zeros and ones.
+    # A product with zeros and a 1 on every diagonal sums a tile along diagonals.
     lines = tl.arange(0, LINES)
     pick_LN = (lines[:, None] == (n // K - n % K + K - 1)[None, :]).to(tl.float32)
     at_u = lines[:, None] * UNITS + units[None, :]

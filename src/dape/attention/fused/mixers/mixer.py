@@ -1,4 +1,4 @@
-"""The form of a mixer, which holds its problem and its terms."""
+"""The interface of a mixer, with a problem and its terms."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ Kind = TypeVar("Kind", bound=Mixing)
 
 @dataclass(frozen=True, slots=True)
 class Mixer(ABC, Generic[Kind]):
-    """Kernels across heads for one problem and its terms."""
+    """Kernels across heads for a problem and its terms."""
 
     problem: Problem
     terms: Kind
 
     def whole(self, found: Result) -> bool:
-        """Fill a result by one kernel; return whether there is one for the problem."""
+        """Fill a result by a single kernel, if a kernel serves the problem; return whether."""
         return False
 
     @abstractmethod
     def mix(self, x: Tensor, band: Band) -> Tensor:
         """Return logits of a band from scores X, which may be overwritten; -inf where unseen.
 
-        Logits of `Mixed` are without C, which stays in float32.
+        Logits of `Mixed` lack C, since C stays in float32.
         """
 
     @abstractmethod
@@ -43,9 +43,7 @@ class Mixer(ABC, Generic[Kind]):
     ) -> tuple[Tensor, Tensor]:
         """Return P and dA of a band from scores X and dP in Y; add to the slots.
 
-        X and Y may be overwritten.
-
-        `rows` are those of the band.
+        X and Y may be overwritten. `rows` are the rows of the band.
         """
 
     @abstractmethod
@@ -53,7 +51,7 @@ class Mixer(ABC, Generic[Kind]):
         """Fill the gradients of the terms from the slots, times `unit`."""
 
     def mask(self, x: Tensor, band: Band) -> Tensor:
-        """Return the mask of a band, or what may stand in its place if there is none."""
+        """Return the mask of a band, or `x` in place of a missing mask."""
         mask = self.problem.mask
         return x if mask is None else mask[band.batch, band.keys]
 

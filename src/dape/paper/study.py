@@ -1,4 +1,4 @@
-"""A panel: all arms of a setting, measured on the test texts of a corpus."""
+"""A study: all arms of a regime, measured on the test texts of a corpus."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from dape.evaluate.compare import Group, check_comparable
 from dape.evaluate.record import Evaluation, load
 from dape.paper import record
-from dape.paper.cells import Cell, Setting, by_setting
+from dape.paper.cells import Cell, Regime, by_regime
 from dape.paper.sweep import MEASURED_ON, evaluation
 
 RISEN = 0.01  # a training was too long from this rise of the validation loss, in nats
 
 
 @dataclass(frozen=True, slots=True)
-class Panel:
-    """The finished cells of a setting, and the cells that failed because of the model.
+class Study:
+    """The finished cells of a regime, and the cells that failed because of the model.
 
     `groups` holds the evaluations by arm, and `errors` the reasons of failed cells by name.
     """
 
-    setting: Setting
+    regime: Regime
     corpus: str
     cells: tuple[Cell, ...]
     groups: tuple[Group, ...]
@@ -28,8 +28,8 @@ class Panel:
     @property
     def name(self) -> str:
         """Return the name, as `125m-mixed-128-150M-on-books`."""
-        own = self.corpus == self.setting.corpus
-        return self.setting.name if own else f"{self.setting.name}-on-{self.corpus}"
+        own = self.corpus == self.regime.corpus
+        return self.regime.name if own else f"{self.regime.name}-on-{self.corpus}"
 
     @property
     def arms(self) -> list[str]:
@@ -48,7 +48,7 @@ class Panel:
     @property
     def epochs(self) -> float:
         """Return the number of passes over the training text."""
-        return self.setting.tokens / record.read(self.cells[0]).train_tokens
+        return self.regime.tokens / record.read(self.cells[0]).train_tokens
 
     def repeated_too_often(self) -> list[str]:
         """Return the arms and seeds with a rise of the validation loss, with both losses."""
@@ -62,27 +62,27 @@ class Panel:
         return found
 
 
-def panels(ended: Sequence[Cell]) -> list[Panel]:
-    """Return the panels of finished and failed cells.
+def studies(ended: Sequence[Cell]) -> list[Study]:
+    """Return the studies of finished and failed cells.
 
     Raises:
-        UserError: for evaluations in a panel with different scored tokens.
+        UserError: for evaluations in a study with different scored tokens.
     """
     found = []
-    for setting, cells in by_setting(ended).items():
+    for regime, cells in by_regime(ended).items():
         errors = {cell.name: error for cell in cells if (error := record.read(cell).error)}
         finished = [cell for cell in cells if cell.name not in errors]
         found += [
-            Panel(setting, corpus, tuple(cells), _groups(finished, setting, corpus), errors)
-            for corpus in MEASURED_ON.get(setting.corpus, (setting.corpus,))
+            Study(regime, corpus, tuple(cells), _groups(finished, regime, corpus), errors)
+            for corpus in MEASURED_ON.get(regime.corpus, (regime.corpus,))
         ]
     return found
 
 
-def _groups(cells: Sequence[Cell], setting: Setting, corpus: str) -> tuple[Group, ...]:
+def _groups(cells: Sequence[Cell], regime: Regime, corpus: str) -> tuple[Group, ...]:
     by_arm: dict[str, list[Evaluation]] = {}
     for cell in cells:
-        found = load(cell.record.path / evaluation(setting, corpus))
+        found = load(cell.record.path / evaluation(regime, corpus))
         by_arm.setdefault(cell.arm, []).append(found)
     if by_arm:
         check_comparable([each for arm in by_arm.values() for each in arm], "perplexity")
