@@ -25,7 +25,7 @@ class Extent(NamedTuple):
     """The sizes of a problem that decide the bands.
 
     `numbers` counts the numbers for a query and a key in either of two scratches, a number for
-    every head. DAPE V2 has four scratches: scores, P, dA, and hidden units. Without mixing
+    every head. DAPE V2 has four scratches: scores, dP, P, and hidden units or dA. Without mixing
     `numbers` is None, since a scratch is not needed.
     """
 
@@ -42,7 +42,7 @@ class Extent(NamedTuple):
         batch, heads, rows, _ = problem.query.shape
         numbers = None if isinstance(problem.terms, Nothing | Static) else heads
         if isinstance(problem.terms, Taps):
-            numbers = cdiv(3 * heads + len(problem.terms.hidden_bias), 2)
+            numbers = cdiv(3 * heads + max(heads, len(problem.terms.hidden_bias)), 2)
         return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:

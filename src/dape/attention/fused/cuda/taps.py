@@ -22,17 +22,16 @@ from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.terms import Taps
 
-# Neighbouring keys that a lane has of a head, rows of a tile, and windows of a warp that are under
-# way or in work.
+# Neighbouring keys of a column, rows of a tile, and windows in the ring of a warp.
 TILES, ROWS, STAGES = 8, 8, 2
-# Keys of a window at each of its ends that only the layers between see, and keys that it fills.
+# Keys that the layers lose at each end of a window, and keys that a window keeps.
 HALO = 4
 OUT = 8 * TILES - 2 * HALO
 HEADS, MOST_UNITS, TAPS = 16, 32, 3
 # Capabilities with 227 KiB of shared memory for a block: H100, B200 and B300.
 LARGE = ((9, 0), (10, 0), (10, 3))
-# Blocks that fill a large GPU a few times over, blocks of each kernel on a multiprocessor, and the
-# rows of a segment that are worth its start.
+# Blocks that fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
+# and the least rows of a segment of a diagonal.
 BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
 
 
@@ -62,13 +61,14 @@ def has_room(device: torch.device) -> bool:
 class CudaTapsMixer(Mixer[Taps]):
     """A mixer whose warps have a window of keys of one row each.
 
-    Tile n of diagonal q has rows 8 n + m and windows from `base` - q OUT + 8 (n - 1) on, m < 8.
+    Tile n of diagonal q has the rows 8 n + m for m < 8. Its windows begin with the key
+    `base` - q OUT + 8 (n - 1).
     """
 
     __slots__ = ()
 
     def diagonals(self, band: Band) -> tuple[int, int, int]:
-        """Return the first diagonal, how many a band has, and its `base`."""
+        """Return the first diagonal of a band, the number of diagonals, and `base`."""
         offset = self.problem.offset + HALO
         # A row has a hidden unit past its own index.
         first = -((offset % OUT + ROWS) // OUT)
@@ -116,13 +116,13 @@ class CudaTapsMixer(Mixer[Taps]):
         return weights, grad
 
     def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of what a slot holds of C, U, W1, W2 and b1."""
+        """Return the shapes of the partial sums of C, U, W1, W2 and b1."""
         units = padded(len(self.terms.hidden_bias))
         layer, lines = (TAPS, units, HEADS), OUT + ROWS
         return [(lines, HEADS), (lines, TAPS, units), layer, layer, (units,)]
 
     def slots(self) -> Slots:
-        """Return room for the bands of the problem."""
+        """Return room for the partial sums of all bands."""
         all_bands = blocks(self.problem)
         group, rows = all_bands[0].batch.stop, max(band.sizes[1] for band in all_bands)
         count = max(self.diagonals(band)[1] for band in all_bands)
@@ -146,7 +146,7 @@ class CudaTapsMixer(Mixer[Taps]):
         taps.add_slots(self.problem, sums, (lowest, lowest + TAPS // 2), OUT, unit, into)
 
     def macros(self) -> tuple[int, ...]:
-        """Return what the source is compiled for, in the order of `NAMES`."""
+        """Return the macros of the sources, in the order of `NAMES`."""
         units, heads = len(self.terms.hidden_bias), self.terms.weight_in.shape[1]
         return heads, units, padded(units), TILES, ROWS, STAGES, ALIGNMENT
 

@@ -23,16 +23,16 @@ from dape.attention.fused.terms import Taps
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)
-# What fits the registers where a position's taps have more bytes of hidden units, padded, or still
-# more.
+# Tiles that fit the registers if the padded hidden units of a position's taps have more than
+# MOST_BYTES, and more than twice as many.
 SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 8, 1), Tile(4, 4, 8, 1), 256
 
 
 class Pass(NamedTuple):
-    """What all kernels of a band take: the mask, the diagonals of keys and of columns, and Z.
+    """The arguments of all kernels of a band: diagonals of keys and of columns, the mask, and Z.
 
-    Columns are the hidden units' positions. `started` is the first key of each element that its
-    mask shows: before it a row has no hidden units.
+    A column is a position of hidden units. `started` is the first key of each element that the mask
+    shows. Before `started` a row has no hidden units.
     """
 
     keys: Diagonals
@@ -43,9 +43,10 @@ class Pass(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where each segment of each diagonal of each element of a group sums its gradients.
+    """The partial sums of gradients, for each segment of each diagonal of each element of a group.
 
-    Those of U and b1 belong to diagonals of columns, of which there may be one more.
+    U and b1 are summed along the diagonals of columns, which may be one more than the diagonals of
+    keys.
     """
 
     static: Float[Tensor, "terms slots lines HEADS"]
@@ -65,7 +66,7 @@ def tile_of(problem: Problem, terms: Taps) -> Tile:
 
 
 def _lines_of(tile: Tile) -> int:
-    """Return how many diagonals of a tile there are, and one."""
+    """Return the number of diagonals of a tile, rounded up to a power of two."""
     return next_power_of_2(tile.rows + tile.keys - 1)
 
 
@@ -96,7 +97,7 @@ def add_slots(
 
 
 class TapsMixer(Mixer[Taps]):
-    """A mixer whose layers see several keys at a time."""
+    """A mixer whose layers are convolutions of any odd width, by four kernels."""
 
     __slots__ = ()
 
@@ -106,7 +107,7 @@ class TapsMixer(Mixer[Taps]):
         return tile_of(self.problem, self.terms)
 
     def begin(self, x: Tensor, band: Band) -> Pass:
-        """Return what the kernels of a band take, with the hidden units of its scores."""
+        """Return the arguments of the kernels of a band, with the hidden units of its scores."""
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
         mask, started = self.mask(x, band), torch.zeros(batch, dtype=torch.int32, device=x.device)
@@ -178,12 +179,12 @@ class TapsMixer(Mixer[Taps]):
         return p, y
 
     def counted(self) -> tuple[int, int]:
-        """Return the first key that has a weight, and the end of those that have."""
+        """Return the first key with a weight, and the key after the last."""
         first, last = self.problem.halo
         return first, self.problem.key.shape[2] - last
 
     def slots(self) -> Slots:
-        """Return zeros for the bands of the problem."""
+        """Return partial sums of zero for the bands of the problem."""
         compiled, tile = self.compiled(), self.tile
         taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
         reach, lines = self.terms.taps // 2, _lines_of(tile)
@@ -205,7 +206,7 @@ class TapsMixer(Mixer[Taps]):
         add_slots(problem, slots, lowest, tile.keys, unit, into)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of every kernel, and how it is launched."""
+        """Return the compile-time arguments and the launch options of every kernel."""
         units, tile, taps = len(self.terms.hidden_bias), self.tile, self.terms.taps
         return {
             **Mixer.compiled(self), "M": tile.rows, "K": tile.keys,
