@@ -42,6 +42,7 @@ def emulated(monkeypatch, folder, change):
     """Let the CUDA kernels run here, those across heads alone."""
     import emulator
 
+    from dape.attention.fused import windows
     from dape.attention.fused.cuda import forward, mix, taps
 
     def compiled(module):
@@ -54,6 +55,6 @@ def emulated(monkeypatch, folder, change):
         return found
 
     monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
-    monkeypatch.setattr(taps, "has_room", lambda device: True)
+    monkeypatch.setattr(windows, "has_room", lambda device: True)
     for module in (forward, mix, taps):
         monkeypatch.setattr(module, "compiled", compiled(module))

@@ -23,6 +23,7 @@
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define DEVICE inline
+#define NEVER (-INFINITY)
 #define _Pragma(x)
 
 typedef unsigned int uint32;

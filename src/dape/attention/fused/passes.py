@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dape.attention.fused import decode, overflow, static
+from dape.attention.fused import decode, overflow, static, windows
 from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
 from dape.attention.fused.cuda import taps
 from dape.attention.fused.cuda.mix import CudaMixer
@@ -34,7 +34,7 @@ def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     if isinstance(terms, Features):
         return FeaturesMixer(problem, terms)
     if isinstance(terms, Taps):
-        fast = in_cuda and taps.serves(problem, terms)
+        fast = in_cuda and windows.serves(problem, terms)
         return taps.CudaTapsMixer(problem, terms) if fast else TapsMixer(problem, terms)
     assert isinstance(terms, Mixed)
     return CudaMixer(problem, terms) if in_cuda else MixedMixer(problem, terms)

@@ -1,6 +1,5 @@
 // Pairs of fp16 in a register.
 constexpr float LOG2E = 1.4426950408889634f;
-#define NEVER (-1.f / 0.f)
 
 DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
 DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }

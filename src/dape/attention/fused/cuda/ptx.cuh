@@ -5,6 +5,7 @@
 typedef unsigned int uint32;
 typedef unsigned char uint8;
 #define DEVICE __device__ __forceinline__
+#define NEVER __int_as_float(0xff800000)  // -inf; as a quotient it would be divided anew
 
 // Copies to shared memory that are under way: 16 bytes around the L1 cache, or 4, zeros if not `real`.
 DEVICE uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }

@@ -17,45 +17,20 @@ from dape.attention.fused.geometry import ALIGNMENT, blocks
 from dape.attention.fused.mixers import taps
 from dape.attention.fused.mixers.mixed import Slots
 from dape.attention.fused.mixers.mixer import Mixer
-from dape.attention.fused.problem import Band, Problem
+from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.terms import Taps
+from dape.attention.fused.windows import HEADS, ROWS, TAPS
 
-# Neighbouring keys of a column, rows of a tile, and windows in the ring of a warp.
-TILES, ROWS, STAGES = 8, 8, 2
+# Neighbouring keys of a column, and windows in the ring of a warp.
+TILES, STAGES = 8, 2
 # Keys that the layers lose at each end of a window, and keys that a window keeps.
 HALO = 4
 OUT = 8 * TILES - 2 * HALO
-HEADS, MOST_UNITS, TAPS = 16, 32, 3
-# Capabilities with 227 KiB of shared memory for a block: H100, B200 and B300.
-LARGE = ((9, 0), (10, 0), (10, 3))
 # Blocks that fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
 # and the least rows of a segment of a diagonal.
 BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
-
-
-def serves(problem: Problem, terms: Taps) -> bool:
-    """Return whether the kernels serve a problem: a causal one without a mask, of enough rows."""
-    heads, rows, keys = problem.query.shape[1], problem.query.shape[2], problem.key.shape[2]
-    units = len(terms.hidden_bias)
-    return (
-        problem.causal
-        and problem.mask is None
-        and problem.scratch == torch.float16
-        and problem.halo == (0, 0)
-        and terms.taps == TAPS
-        and heads <= HEADS
-        and units <= MOST_UNITS
-        and rows >= ROWS
-        and 0 <= problem.offset <= keys - rows
-        and has_room(problem.query.device)
-    )
-
-
-def has_room(device: torch.device) -> bool:
-    """Return whether a block of a GPU may have the shared memory that the backward pass takes."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE
 
 
 class CudaTapsMixer(Mixer[Taps]):
