@@ -132,20 +132,21 @@ struct Window {
   }
 };
 
-// A window on its way: a lane's vectors of heads g and g + 8.
+// A window on its way, by heads g and g + 8: vector 4 v + t of a head is a lane's copy v, so that a copy has whole
+// sectors. Odd copies change places by pairs, and a lane finds its vectors in different banks.
 typedef uint4 Ring[2][VECTORS][32];
 // Where a key lies in a row of the scratch.
 DEVICE int along(int key) { return (key & -BLOCK) * H + (key & (BLOCK - 1)); }
-// `key` is the lane's first, `row` is where head g of its row lies, `keys` are those of the scratch.
+// `key` is the first of the window, `row` is where head g of its row lies, `keys` are those of the scratch.
 DEVICE void fetch_window(Ring& ring, const __half* x, uint32 row, int key, int keys, bool real, int g, int lane) {
 #pragma unroll
   for (int v = 0; v < VECTORS; v++) {
-    const int at = key + 8 * v;
+    const int at = key + 8 * (4 * v + lane % 4);
     const bool inside = real && at >= 0 && at < keys;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const bool wanted = inside && 8 * r + g < H;
-      copy16(address(&ring[r][v][lane]), x + (wanted ? row + along(at) + r * 8 * BLOCK : 0), wanted);
+      copy16(address(&ring[r][v][lane ^ v]), x + (wanted ? row + along(at) + r * 8 * BLOCK : 0), wanted);
     }
   }
 }
@@ -154,7 +155,10 @@ DEVICE void take_window(Heads& x, const Ring& ring, int lane) {
   for (int r = 0; r < 2; r++) {
     uint32 own[TILES];
 #pragma unroll
-    for (int v = 0; v < VECTORS; v++) *(uint4*)&own[4 * v] = ring[r][v][lane];
+    for (int e = 0; e < VECTORS; e++) {
+      const int vector = VECTORS * (lane % 4) + e, v = vector / 4;
+      *(uint4*)&own[4 * e] = ring[r][v][((lane & -4) + vector % 4) ^ v];
+    }
 #pragma unroll
     for (int p = 0; p < TILES; p++) {
       const uint32 left = own[p / 2], right = own[TILES / 2 + p / 2];

@@ -37,7 +37,7 @@ class CudaTapsMixer(Mixer[Taps]):
     """A mixer whose warps have a window of keys of one row each.
 
     Tile n of diagonal q has the rows 8 n + m for m < 8. Its windows begin with the key
-    `base` - q OUT + 8 (n - 1).
+    `base` - q OUT + 8 (n - 1). The blocks of the longest diagonals start first.
     """
 
     __slots__ = ()
@@ -59,7 +59,7 @@ class CudaTapsMixer(Mixer[Taps]):
         most = RESIDENT["taps_mix"] * BLOCKS // (number * batch)
         segments = max(1, min(16, rows // SEGMENT, most))
         compiled(x.device.index, "taps_mix", *self.macros())(
-            grid=(number, batch, segments),
+            grid=(batch, number, segments),
             block=(32 * ROWS, 1, 1),
             args=[
                 x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
@@ -77,7 +77,7 @@ class CudaTapsMixer(Mixer[Taps]):
         first, number, base = self.diagonals(band)
         batch, count, _ = band.sizes
         compiled(x.device.index, "taps_backward", *self.macros())(
-            grid=(number, cdiv(batch, slots.elements), slots.segments),
+            grid=(cdiv(batch, slots.elements), number, slots.segments),
             block=(32 * ROWS, 1, 1),
             args=[
                 x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,

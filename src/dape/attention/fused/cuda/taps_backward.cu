@@ -234,10 +234,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (gated >= 0 && *gate != gated) return;
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
-  const int q = blockIdx.x + first_diagonal, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int q = blockIdx.y + first_diagonal, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(base, q, rows, keys);
   const int distance = q * OUT + offset + HALO, tiles = max(0, place.last - place.first);
-  const int first_element = blockIdx.y * elements, total = tiles * max(0, min(elements, batch - first_element));
+  const int first_element = blockIdx.x * elements, total = tiles * max(0, min(elements, batch - first_element));
   if (add && total == 0) return;
   Sums& sums = shared.walk.sums[m];
   load_weights(shared.w, w1, w2);
@@ -254,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto row_at = [&](const Cursor& c) { return (uint32)(c.element * x_b + (c.tile * ROWS + m) * x_t + g * BLOCK); };
   auto fetch = [&](int n) {
     const bool real = n < total && next.tile * ROWS + m < rows;
-    const int key = place.start + next.tile * ROWS + 2 * TILES * t;
+    const int key = place.start + next.tile * ROWS;
     fetch_window(ring[n % STAGES].x, x, row_at(next), key, keys, real, g, lane);
     fetch_window(ring[n % STAGES].y, y, row_at(next), key, keys, real, g, lane);
     commit();
@@ -304,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   wait<0>();
   __syncthreads();
-  slot += (long long)(blockIdx.y * gridDim.z + blockIdx.z) * slots + blockIdx.x;
+  slot += (long long)(blockIdx.x * gridDim.z + blockIdx.z) * slots + blockIdx.y;
   add_tables(*slot, shared.walk.sums, distance - (KEYS - HALO - 1), add);
   __syncthreads();
   lay_out(shared.fragments[m], acc, lane);

@@ -11,20 +11,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
-  const int q = blockIdx.x + first_diagonal, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int q = blockIdx.y + first_diagonal, m = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Place place(base, q, rows, keys);
   const int distance = q * OUT + offset + HALO;
   if (place.first >= place.last) return;
   load_weights(shared.w, w1, w2);
   load_tables(shared.tables, hidden_table, bias, static_table, table_size, distance);
   __syncthreads();
-  const uint32 first_row = (uint32)blockIdx.y * x_b + g * BLOCK;
+  const uint32 first_row = (uint32)blockIdx.x * x_b + g * BLOCK;
   Ring* const ring = shared.ring[m];
   auto fetch = [&](int tile) {
     const int row = tile * ROWS + m;
     const bool real = tile < place.last && row < rows;
-    fetch_window(ring[tile % STAGES], x, first_row + row * x_t, place.start + tile * ROWS + 2 * TILES * t, keys, real,
-                 g, lane);
+    fetch_window(ring[tile % STAGES], x, first_row + row * x_t, place.start + tile * ROWS, keys, real, g, lane);
     commit();
   };
 #pragma unroll
