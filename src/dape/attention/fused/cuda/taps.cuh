@@ -90,6 +90,7 @@ DEVICE float u_of(const float* hidden_table, int size, int tap, int unit, int di
 // `distance` is that of the first key of a window in row 0.
 DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* bias, const float* static_table,
                         int size, int distance) {
+#pragma unroll 5
   for (int i = threadIdx.x; i < (ROWS + TILES - 1) * 8 * UNITS; i += THREADS) {
     const int unit = i % UNITS, c = i / UNITS % 8, v = i / UNITS / 8, d = distance + v - (TILES - 1) - TILES * c;
     float sum = 0.f;
@@ -100,6 +101,7 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
     }
     tables.u[v][c][unit] = sum;
   }
+#pragma unroll 4
   for (int i = threadIdx.x; i < (ROWS + TILES - 1) * 8 * HEADS; i += THREADS) {
     const int c = i % 8, head = i / 8 % HEADS, v = i / 8 / HEADS, d = distance + v - (TILES - 1) - TILES * c;
     tables.c[v][head][c] = head < H && d >= 0 && d < size ? static_table[(long long)head * size + d] : 0.f;

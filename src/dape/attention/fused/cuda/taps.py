@@ -101,7 +101,7 @@ class CudaTapsMixer(Mixer[Taps]):
         all_bands = blocks(self.problem)
         group, rows = all_bands[0].batch.stop, max(band.sizes[1] for band in all_bands)
         count = max(self.diagonals(band)[1] for band in all_bands)
-        elements = max(1, min(group, group * count // BLOCKS))
+        elements = min(group, cdiv(group * count, BLOCKS))
         segments = max(1, min(16, rows // SEGMENT, BLOCKS // (group * count)))
         shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
         add = len(all_bands) > 1

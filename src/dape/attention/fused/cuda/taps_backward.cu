@@ -164,15 +164,20 @@ DEVICE void along_line(int line, F f) {
     if (w >= HALO && w < KEYS - HALO) f(m, w);
   }
 }
-// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line.
-DEVICE void add_tables(Slot& slot, const Sums (&sums)[ROWS], int distance, int add) {
+// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line. `room`
+// holds a number for every thread.
+DEVICE void add_tables(Slot& slot, const Sums (&sums)[ROWS], float* room, int distance, int add) {
   auto put = [&](float& at, float sum) { at = add ? at + sum : sum; };
+#pragma unroll 2
   for (int i = threadIdx.x; i < LINES * HEADS; i += THREADS) {
     const int line = i / HEADS, head = i % HEADS;
     float sum = 0.f;
     along_line(line, [&](int m, int w) { sum += c_sum(sums[m], w, head); });
     put(slot.c[line][head], sum);
   }
+  static_assert(THREADS % UNITS == 0, "a thread has lines of one unit");
+  float total = 0.f;
+#pragma unroll 2
   for (int i = threadIdx.x; i < LINES * UNITS; i += THREADS) {
     const int line = i / UNITS, unit = i % UNITS;
     float sum = 0.f, begin = 0.f;
@@ -180,23 +185,26 @@ DEVICE void add_tables(Slot& slot, const Sums (&sums)[ROWS], int distance, int a
 #pragma unroll
     for (int tap = 0; tap < TAPS; tap++)  // of keys that come later a tap has nothing
       put(slot.u[line][tap][unit], distance + line + 1 - tap < 0 ? 0.f : tap ? sum : sum - begin);
+    total += sum;
   }
+  room[threadIdx.x] = total;
+  __syncthreads();
   if (threadIdx.x < UNITS) {
     float sum = 0.f;
-    for (int m = 0; m < ROWS; m++)
-      for (int w = HALO; w < KEYS - HALO; w++) sum += u_sum(sums[m], w, threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < THREADS; i += UNITS) sum += room[i + threadIdx.x];
     put(slot.b1[threadIdx.x], sum);
   }
 }
 DEVICE void add_weights(Slot& slot, const Fragments (&fragments)[ROWS], int add) {
   float* const all = &slot.w1[0][0][0];
+#pragma unroll 4
   for (int i = threadIdx.x; i < 2 * TAPS * UNITS * HEADS; i += THREADS) {
     const int head = i % HEADS, unit = i / HEADS % UNITS, layer = i / HEADS / UNITS;
+    const int lane = 4 * (head % 8) + unit % 8 / 2, e = head / 8 * 2 + unit % 2;
     float sum = 0.f;
 #pragma unroll
-    for (int m = 0; m < ROWS; m++)
-      sum +=
-          ((const float*)&fragments[m][layer * UT + unit / 8][4 * (head % 8) + unit % 8 / 2])[head / 8 * 2 + unit % 2];
+    for (int m = 0; m < ROWS; m++) sum += ((const float*)&fragments[m][layer * UT + unit / 8][lane])[e];
     all[i] = add ? all[i] + sum : sum;
   }
 }
@@ -305,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   wait<0>();
   __syncthreads();
   slot += (long long)(blockIdx.x * gridDim.z + blockIdx.z) * slots + blockIdx.y;
-  add_tables(*slot, shared.walk.sums, distance - (KEYS - HALO - 1), add);
+  add_tables(*slot, shared.walk.sums, &shared.tables.u[0][0][0], distance - (KEYS - HALO - 1), add);
   __syncthreads();
   lay_out(shared.fragments[m], acc, lane);
   __syncthreads();
