@@ -10,7 +10,6 @@ import re
 import sys
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from textwrap import shorten
 from types import ModuleType
 
 import dape
@@ -160,7 +159,7 @@ def _docstring(name: str) -> str:
 
 
 def _results() -> str:
-    """Return the page that lists all results by their headings."""
+    """Return the page that lists all results by their first lines."""
     lines = [
         "# Results\n",
         "A command of this package measured every table, and every table names the command.\n",
@@ -168,10 +167,9 @@ def _results() -> str:
     ]
     for name, place in _sources().items():
         if place.startswith("results/"):
-            found = re.search(r"^#+ (.*)", _read(name), flags=re.MULTILINE)
-            title = f": {shorten(found[1], 90, placeholder=' ...')}" if found else ""
+            title = re.split("[:\n]", _read(name), maxsplit=1)[0].strip("#* ")
             inner = place.removeprefix("results/")
-            lines.append(f"- [{inner}]({inner}){title}")
+            lines.append(f"- [{inner}]({inner}): {title}")
     return "\n".join([*lines, ""])
 
 

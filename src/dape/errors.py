@@ -30,8 +30,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """Return the error for a `name` outside the `known` names, with the nearest known name."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1)
+    listed = f"known: {', '.join(names)}" if names else "there is none"
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(names)})")
+    return UserError(f"unknown {what} {name!r}{hint} ({listed})")
 
 
 def check_whole(least: int = 1, **values: object) -> None:

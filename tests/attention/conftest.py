@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dape.attention.fused import plan
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -24,6 +26,12 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_plans_of_other_tests():
+    """Let a test that changes what launchers do make its own plans."""
+    plan.calls_of.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +54,7 @@ def emulated(monkeypatch, folder, change):
     from dape.attention.fused.cuda import forward, mix, taps
 
     def compiled(module):
-        def found(device, name, *values):
+        def found(name, *values):
             source = module.source(name, *values)
             for old, new in change.items():
                 source = source.replace(old, new)
@@ -55,6 +63,6 @@ def emulated(monkeypatch, folder, change):
         return found
 
     monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
-    monkeypatch.setattr(windows, "has_room", lambda device: True)
+    monkeypatch.setattr(windows, "has_room", lambda: True)
     for module in (forward, mix, taps):
         monkeypatch.setattr(module, "compiled", compiled(module))

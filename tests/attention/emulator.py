@@ -2,9 +2,12 @@
 
 import ctypes
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
+from typing import NamedTuple
 
 from dape.attention.fused.cuda.launch import word
 
@@ -31,6 +34,23 @@ def _header(folder):
     return folder
 
 
+class Kernel(NamedTuple):
+    """A kernel of the form of `launch.Kernel`."""
+
+    entry: Callable[..., None]
+    arg_names: tuple[str, ...] = ()
+
+    def __getitem__(self, grid):
+        return partial(self.start, grid)
+
+    def warmup(self, *args, grid):
+        return self
+
+    def start(self, grid, *args, stream=None):
+        words = (ctypes.c_uint64 * len(args))(*map(word, args))
+        self.entry(words, (ctypes.c_int * 3)(*grid[:3]), grid[3])
+
+
 def compiled(source, name, folder):
     """Return the kernel of a source as `launch.kernel` does, for tensors on a CPU."""
     assert PTX in source
@@ -40,10 +60,4 @@ def compiled(source, name, folder):
         given = folder / f"{path.stem}.cpp"
         given.write_text(text)
         _translate(given, path, "-shared", f"-I{_header(folder)}", "-include", HEADER.name)
-    entry = ctypes.CDLL(str(path)).entry
-
-    def start(grid, block, args):
-        words = (ctypes.c_uint64 * len(args))(*map(word, args))
-        entry(words, (ctypes.c_int * 3)(*grid), block[0])
-
-    return start
+    return Kernel(ctypes.CDLL(str(path)).entry)

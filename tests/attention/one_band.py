@@ -21,7 +21,8 @@ def solutions(mixer):
     (band,) = bands(problem)
     batch, heads, rows, _ = problem.query.shape
     keys = problem.key.shape[2]
-    scores, grads = (torch.randn(batch, heads, rows, keys).to(problem.scratch) for _ in range(2))
+    scores, grads = torch.randn(2, batch, heads, rows, keys)
+    scores, grads = (x.to(problem.scratch) for x in (scores, grads - torch.randn(heads, rows, 1)))
     i, j = torch.arange(rows) + problem.offset, torch.arange(keys)
     seen = torch.ones(batch, 1, rows, keys, dtype=torch.bool)
     if problem.causal:
@@ -46,9 +47,9 @@ def solutions(mixer):
         given = given._replace(static=given.static + of_hidden - of_hidden.detach())
     true = naive.logits(given, leaves[0], i, j, seen)
     lse = true.logsumexp(3).detach()
-    rows_of = Rows(lse, torch.randn_like(lse), lse, lse, None, torch.ones(()))
+    rows_of = Rows(lse, lse, lse, lse, None, torch.ones(()))
     weights = (true - lse[..., None]).exp().masked_fill(~seen, 0).detach()
-    ds = weights * (grads.float() - rows_of.delta[..., None])
+    ds = weights * grads.float()  # dP - delta
     true_grads = torch.autograd.grad(true.masked_fill(~seen, 0), leaves, ds)
 
     x = in_scratch(scores)

@@ -152,7 +152,9 @@ def test_calls_that_cuda_does_not_serve_are_mixed_in_triton(emulated, given, ser
 @pytest.mark.parametrize(("capability", "served"), [((9, 0), True), ((8, 0), False)])
 def test_gpus_with_less_shared_memory_mix_in_triton(monkeypatch, capability, served):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    has_room = windows.has_room.__wrapped__
-    assert has_room(torch.device("cuda")) == served
-    assert not has_room(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(windows, "_has_room", windows._has_room.__wrapped__)
+    for available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert windows.has_room() == (served and available)
     assert taps.shared_memory("taps_backward", windows.MOST_UNITS) <= 227 * 1024

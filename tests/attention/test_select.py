@@ -13,6 +13,13 @@ from dape.attention.call import Call
 from dape.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def every_machine_is_asked():
+    select.missing.cache_clear()
+    yield
+    select.missing.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("device", "missing", "hindered", "wanted", "expected"),
     [

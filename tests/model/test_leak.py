@@ -2,10 +2,12 @@
 
 import pytest
 from models import SIZES, fresh, grown, tokens
+from pretrained import pretrained
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import dape
 from dape.errors import UserError
 from dape.model.modeling import DapeForCausalLM
 
@@ -53,8 +55,11 @@ def test_ours_refuses_an_attention_of_transformers(name, tmp_path):
 
 
 def test_ours_refuses_batches_that_are_packed_into_pages():
-    with pytest.raises(UserError, match=r"attn_implementation='paged\|eager'"):
-        fresh(eos_token_id=1).generate_batch([[2, 3, 4], [5, 6]])
+    retrofitted = pretrained("llama")
+    dape.retrofit(retrofitted)
+    for model in (fresh(eos_token_id=1), retrofitted):
+        with pytest.raises(UserError, match=r"continuous batching keep the keys .* call generate"):
+            model.generate_batch([[2, 3, 4], [5, 6]])
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])

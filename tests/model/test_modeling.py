@@ -131,6 +131,8 @@ def test_the_last_logits_alone_equal_the_last_of_all():
     whole = model(ids).logits
     assert_close(model(ids, logits_to_keep=2).logits, whole[:, 5:])
     assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+    with pytest.raises(UserError, match="leave logits_to_keep out"):
+        model(ids, logits_to_keep=2, labels=ids)
 
 
 @pytest.mark.parametrize("scheme", ["dape-kerple", "rope", "sinusoidal", "fire"])

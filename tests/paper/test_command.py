@@ -48,6 +48,17 @@ def test_what_is_asked_for_must_be_there(capsys):
     line = refused(capsys, "paper", "core", "--only", "kerpel")
     assert "did you mean 'kerple'" in line
     assert "NAME=FOLDER" in refused(capsys, "paper", "core", "--data", "arxiv")
+    assert "names a corpus twice" in refused(capsys, "paper", "core", "--data", "arxiv=a,arxiv=b")
+    for words in (("paper", "core"), ("paper", "report")):
+        line = refused(capsys, *words, "--data", "arxvi=data/python-stdlib")
+        assert "unknown corpus 'arxvi'; did you mean 'arxiv'?" in line
+        assert "no finished corpus in nowhere" in refused(capsys, *words, "--data", "arxiv=nowhere")
+    for minutes in ("nan", "inf", "-1", "0"):
+        assert f"--minutes {minutes}: must be" in refused(
+            capsys, "paper", "core", "--minutes", minutes
+        )
+    for only in ("", ","):
+        assert f"--only: {only!r} names nothing" in refused(capsys, "paper", "core", "--only", only)
 
 
 def test_the_list_names_every_experiment(capsys):

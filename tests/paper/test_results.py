@@ -188,3 +188,42 @@ def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_
     assert len({(e.scheme, e.size, e.corpus, e.trained, e.length) for e in PUBLISHED}) == len(
         PUBLISHED
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cell.json", "{}"),
+        ("cell.json", '{"train_tokens": 0}'),
+        ("config.yaml", ""),
+        ("metrics.jsonl", ""),
+        ("metrics.jsonl", '{"step": 16}\n'),
+        ("metrics.jsonl", "null\n"),
+        ("run.json", "["),
+        ("evaluation/last.json", '{"format": 0}'),
+    ],
+)
+def test_a_damaged_record_is_named_with_the_folder_to_delete(name, content):
+    chosen = experiment("kerple", "dape-kerple")
+    run(chosen)
+    cell = chosen.cells()[1]
+    file = cell.record.path / name
+    if name == "cell.json" and content != "{}":
+        content = json.dumps(json.loads(file.read_text()) | json.loads(content))
+    file.write_text(content)
+    remedy = f"; delete {cell.record}, and `dape paper` makes the record anew"
+    with pytest.raises(UserError) as found:
+        results(chosen).markdown()
+    assert str(file) in str(found.value) and str(found.value).endswith(remedy)
+    assert str(found.value).count("delete") == 1
+
+
+def test_half_of_the_records_are_half_of_the_results():
+    chosen = experiment("kerple", "dape-kerple", seeds=(0, 1))
+    run(chosen)
+    for cell in chosen.cells()[::2]:
+        (cell.record.path / "cell.json").unlink()
+    found = results(chosen)
+    table = found.sections[0].tables[0]
+    assert [row[:2] for row in table.rows] == [["kerple", "1"], ["dape-kerple", "1"]]
+    assert len(found.cells) == 2 and found.planned == 4

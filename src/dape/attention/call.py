@@ -176,34 +176,44 @@ def check(
     query: Tensor, key: Tensor, value: Tensor, bias: nn.Module | None, adapter: nn.Module | None
 ) -> None:
     """Raise a `UserError` for tensors and modules that do not fit together."""
-    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-    if not query.ndim == key.ndim == value.ndim == 4:
-        raise UserError(f"{shapes}: each needs four axes [batch, heads, length, head_dim]")
+    reason = _misfit(query, key, value)
+    if reason is not None:
+        shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+        raise UserError(f"{shapes}: {reason}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not tensor.is_floating_point():
             raise UserError(
                 f"the {name} is {tensor.dtype}; attention takes floating-point numbers, such as "
                 f"{name}.float()"
             )
-    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise UserError(f"{shapes}: query and key differ in batch or head_dim")
-    if key.shape[:3] != value.shape[:3]:
-        raise UserError(f"{shapes}: key and value differ in batch, heads or length")
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
-        raise UserError(f"{shapes}: the query heads must be a multiple of the key heads")
-    if 0 in (*query.shape, *key.shape):
-        raise UserError(f"{shapes}: an axis is empty; there must be a query and a key")
     if query.dtype != key.dtype:
         raise UserError(
             f"the query is {query.dtype}, but the key {key.dtype}; give both in one dtype"
         )
     for name, module in (("bias", bias), ("adapter", adapter)):
-        if module is not None and not callable(module):
+        if module is None:
+            continue
+        if not callable(module):
             raise UserError(f"{name}={module!r} is no module; dape.Kerple and dape.DAPE make such")
         for size, axis in (("num_heads", 1), ("head_dim", 3)):
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:
                 raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+
+
+def _misfit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Return why the shapes of query, key and value do not fit together, or None."""
+    if not query.ndim == key.ndim == value.ndim == 4:
+        return "each needs four axes [batch, heads, length, head_dim]"
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return "query and key differ in batch or head_dim"
+    if key.shape[:3] != value.shape[:3]:
+        return "key and value differ in batch, heads or length"
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        return "the query heads must be a multiple of the key heads"
+    if 0 in (*query.shape, *key.shape):
+        return "an axis is empty; there must be a query and a key"
+    return None
 
 
 def check_numbers(

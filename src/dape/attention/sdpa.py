@@ -19,33 +19,28 @@ def obstacle(call: Call) -> str | None:
     """
     query, value = call.query, call.value
     head_dim, grouped = query.shape[3], query.shape[1] != value.shape[1]
-    on_gpu = query.device.type == "cuda"
+    on_gpu, half = query.device.type == "cuda", query.dtype in HALF
+    if call.bias is not None or call.adapter is not None:
+        return "sdpa knows neither a bias nor an adapter"
+    if call.mask is not None:
+        return "a mask would exclude the fast kernels of sdpa"
     moved = not (isinstance(call.shift, int) and call.shift == 0)
-    hiding, half = call.causal and not sees_all(call), query.dtype in HALF
-    reasons = [
-        (
-            call.bias is not None or call.adapter is not None,
-            "sdpa knows neither a bias nor an adapter",
-        ),
-        (call.mask is not None, "a mask would exclude the fast kernels of sdpa"),
-        (
-            hiding and moved and not (ends_together(call) and on_gpu and not grouped and half),
-            "the causality of sdpa knows no query_offset",
-        ),
-        (call.result != value.dtype, f"the output of sdpa is {value.dtype}, as the value"),
-        (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
-        (head_dim != value.shape[3], "the kernels of sdpa want values as wide as queries"),
-        (
-            on_gpu and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD),
-            f"on a GPU head_dim={head_dim} is no multiple of 8 up to {WIDEST_HEAD}",
-        ),
-        (on_gpu and query.dtype == torch.float64, "sdpa has no kernel for torch.float64 on a GPU"),
-        (
-            on_gpu and grouped and query.dtype not in HALF,
-            f"sdpa has no kernel for grouped heads in {query.dtype} on a GPU",
-        ),
-    ]
-    return next((reason for holds, reason in reasons if holds), None)
+    hiding = call.causal and not sees_all(call)
+    if hiding and moved and not (ends_together(call) and on_gpu and not grouped and half):
+        return "the causality of sdpa knows no query_offset"
+    if call.result != value.dtype:
+        return f"the output of sdpa is {value.dtype}, as the value"
+    if query.dtype != value.dtype:
+        return f"the query is {query.dtype}, but the value {value.dtype}"
+    if head_dim != value.shape[3]:
+        return "the kernels of sdpa want values as wide as queries"
+    if on_gpu and (head_dim % 8 != 0 or head_dim > WIDEST_HEAD):
+        return f"on a GPU head_dim={head_dim} is no multiple of 8 up to {WIDEST_HEAD}"
+    if on_gpu and query.dtype == torch.float64:
+        return "sdpa has no kernel for torch.float64 on a GPU"
+    if on_gpu and grouped and not half:
+        return f"sdpa has no kernel for grouped heads in {query.dtype} on a GPU"
+    return None
 
 
 def sees_all(call: Call) -> bool:

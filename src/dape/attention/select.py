@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -101,6 +102,7 @@ def select(call: Call, backend: str = "auto", wanted: str | None = None) -> Modu
     if backend == "auto":
         names = order(call.query.device.type)
         backend = next(name for name in names if obstacle(name, call, wanted) is None)
+        return BACKENDS[backend].module
     check_backend(backend)
     reason = obstacle(backend, call, wanted)
     if reason is not None:
@@ -129,6 +131,12 @@ def check_backend(backend: str) -> None:
 @torch.compiler.assume_constant_result
 def absent(backend: str) -> str | None:
     """Return the reason against a backend on this machine, or None."""
+    return missing(backend)
+
+
+@cache
+def missing(backend: str) -> str | None:
+    """Return the same; to ask PyTorch for GPUs at each call takes the host too long."""
     return BACKENDS[backend].absent()
 
 

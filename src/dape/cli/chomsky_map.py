@@ -8,9 +8,10 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import at_least_one, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 
-FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+FORMATS = (*FIGURES, ".md", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,6 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape chomsky map")
     from dape.chomsky.maps import make
     from dape.figures.chomsky_map import draw, table
-    from dape.figures.style import save
-    from dape.files import write_text
     from dape.provenance import provenance
 
     made = make(
@@ -63,10 +62,4 @@ def main(argv: list[str]) -> None:
         provenance=provenance("cpu", ["chomsky", "map", *argv]),
     )
     for file in arguments.out:
-        if file.suffix == ".json":
-            made.save(file)
-        elif file.suffix == ".md":
-            write_text(file, table(made).markdown() + "\n")
-        else:
-            save(draw(made), file)
-        print(f"wrote {file}")
+        write(file, lambda: draw(made), made, md=lambda: table(made).markdown() + "\n")

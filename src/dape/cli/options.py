@@ -41,7 +41,10 @@ def commas(metavar: str, read: Callable[[str], tuple[Any, ...]]) -> PrimitiveCon
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(filter(None, text.split(","))))
+    found = tuple(dict.fromkeys(filter(None, text.split(","))))
+    if not found:
+        raise ValueError(f"{text!r} names nothing")
+    return found
 
 
 Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]

@@ -1,5 +1,6 @@
 """`dape paper`: plan, run and report the experiments behind the paper's tables and figures."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,6 +24,8 @@ def folders(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [each.partition("=") for each in text.split(",")]
     if not all(name and folder for name, _, folder in pairs):
         raise ValueError(f"{text!r} is not of the form NAME=FOLDER,...")
+    if len({name for name, *_ in pairs}) < len(pairs):
+        raise ValueError(f"{text!r} names a corpus twice")
     return tuple((name, folder) for name, _, folder in pairs)
 
 
@@ -57,19 +60,22 @@ class Arguments:
     """delete checkpoints and model of a finished cell, and keep small results"""
 
     def __post_init__(self) -> None:
-        """Refuse an empty list of experiments."""
+        """Refuse an empty list of experiments, and a time that is none."""
         if not self.names:
             raise UserError(
                 "name an experiment: dape paper NAME (`dape paper list` lists all names)"
             )
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise UserError(f"--minutes {self.minutes:g}: must be a finite number above 0")
 
 
 def main(argv: list[str]) -> int | None:
     """Plan, run cells that are due, and show the results so far."""
     arguments = parse(Arguments, argv, prog="dape paper")
+    from dape.data.shards import Corpus
     from dape.files import check_writable
     from dape.paper.cells import once
-    from dape.paper.experiment import smoke
+    from dape.paper.experiment import check_data, smoke
     from dape.paper.experiments import find
     from dape.paper.results import TABLE, results
 
@@ -77,7 +83,10 @@ def main(argv: list[str]) -> int | None:
     if arguments.scale == "smoke":
         experiments = [smoke(each) for each in experiments]
     data = dict(arguments.data)
+    check_data(experiments, data)
     if not arguments.plan:
+        for folder in data.values():
+            Corpus(folder)  # or an error that names the folder
         check_writable(*(each.folder / TABLE for each in experiments), remedy=REMEDY)
     status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
     if not arguments.plan:

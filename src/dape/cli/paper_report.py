@@ -25,15 +25,19 @@ class Arguments:
 def main(argv: list[str]) -> None:
     """Write the page and print its path."""
     arguments = parse(Arguments, argv, prog="dape paper report")
+    from dape.data.shards import Corpus
     from dape.files import check_writable, write_text
     from dape.paper.beside import beside
-    from dape.paper.experiment import smoke
+    from dape.paper.experiment import check_data, smoke
     from dape.paper.experiments import PAPER
     from dape.paper.page import page
     from dape.paper.results import results
 
     experiments = [smoke(each) if arguments.scale == "smoke" else each for each in PAPER]
     home = experiments[0].home
+    check_data(experiments, dict(arguments.data))
+    for _, folder in arguments.data:
+        Corpus(folder)  # or an error that names the folder
     check_writable(home / "report.html", home / "published.md", remedy=REMEDY)
     found = [results(each, dict(arguments.data)) for each in experiments]
     table = beside(study for each in found for study in each.studies)

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Runs, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 from dape.strict import default
 
-FORMATS = (".png", ".pdf", ".svg", ".html", ".md")
+FORMATS = (*FIGURES, ".html", ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,6 @@ def main(argv: list[str]) -> None:
     from dape.evaluate.record import load
     from dape.figures.curves import over_length
     from dape.figures.report import Report
-    from dape.figures.style import save
-    from dape.files import write_text
     from dape.runs import RunFolder
 
     place = (arguments.protocol, arguments.stride, arguments.split)
@@ -58,10 +57,9 @@ def main(argv: list[str]) -> None:
     note_repeats(evaluations)
     check_comparable(evaluations, arguments.metric)
     report = Report(group(evaluations), arguments.metric, shlex.join(["dape", "plot", *argv]))
-    if arguments.out.suffix == ".html":
-        write_text(arguments.out, report.html())
-    elif arguments.out.suffix == ".md":
-        write_text(arguments.out, report.markdown())
-    else:
-        save(over_length(report.groups, report.metric), arguments.out)
-    print(f"wrote {arguments.out}")
+    write(
+        arguments.out,
+        lambda: over_length(report.groups, report.metric),
+        html=report.html,
+        md=report.markdown,
+    )

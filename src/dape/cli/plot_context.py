@@ -6,9 +6,10 @@ from typing import Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Runs, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 
-FORMATS = (".png", ".pdf", ".svg", ".md")
+FORMATS = (*FIGURES, ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,13 @@ def main(argv: list[str]) -> None:
     from dape.cli.progress import note_repeats
     from dape.evaluate.context import load
     from dape.figures.context import draw, tables
-    from dape.figures.style import save
-    from dape.files import write_text
     from dape.runs import RunFolder
 
     place = ("context", None, arguments.split)
     records = [load(RunFolder(run).evaluation(*place)) for run in arguments.runs]
     note_repeats(records)
-    if arguments.out.suffix == ".md":
-        text = "\n\n".join(table.markdown() for table in tables(records))
-        write_text(arguments.out, text + "\n")
-    else:
-        save(draw(records), arguments.out)
-    print(f"wrote {arguments.out}")
+    write(
+        arguments.out,
+        lambda: draw(records),
+        md=lambda: "\n\n".join(table.markdown() for table in tables(records)) + "\n",
+    )

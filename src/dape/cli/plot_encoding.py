@@ -8,10 +8,9 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import check_out
+from dape.cli.output import FIGURES, write
 from dape.figures.view import View
 from dape.strict import default
-
-FORMATS = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +34,12 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Refuse unknown formats."""
-        check_out(self.file, formats=FORMATS)
+        check_out(self.file, formats=FIGURES)
 
 
 def main(argv: list[str]) -> None:
     """Write the file and print its path."""
     arguments = parse(Arguments, argv, prog="dape plot encoding")
     from dape.figures.encodings import draw
-    from dape.figures.style import save
 
-    figure = draw(arguments.name, arguments.view)
-    save(figure, arguments.file)
-    print(f"wrote {arguments.file}")
+    write(arguments.file, lambda: draw(arguments.name, arguments.view))

@@ -8,13 +8,14 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.cli.options import Layers, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 from dape.strict import default
 
 if TYPE_CHECKING:
     from dape.evaluate.learned import LearnedRows
 
-FORMATS = (".png", ".pdf", ".svg", ".md", ".json")
+FORMATS = (*FIGURES, ".md", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,9 @@ def main(argv: list[str]) -> None:
 
     record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
     from dape.figures.learned import draw, table
-    from dape.figures.style import save
-    from dape.files import write_text
 
     for file in arguments.out:
-        if file.suffix == ".json":
-            record.save(file)
-        elif file.suffix == ".md":
-            write_text(file, table(record).markdown() + "\n")
-        else:
-            save(draw(record), file)
-        print(f"wrote {file}")
+        write(file, lambda: draw(record), record, md=lambda: table(record).markdown() + "\n")
 
 
 def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":

@@ -6,9 +6,10 @@ from typing import Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Runs, check_out
+from dape.cli.output import FIGURES, write
 from dape.errors import UserError
 
-FORMATS = (".png", ".pdf", ".svg", ".md")
+FORMATS = (*FIGURES, ".md")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +41,12 @@ def main(argv: list[str]) -> None:
     from dape.cli.progress import note_repeats
     from dape.evaluate.retrieval import load
     from dape.figures.retrieval import heat_map, table
-    from dape.figures.style import save
-    from dape.files import write_text
     from dape.runs import RunFolder
 
     records = [load(RunFolder(run).retrieval(arguments.task)) for run in arguments.runs]
     note_repeats(records)
-    if arguments.out.suffix == ".md":
-        write_text(arguments.out, table(records, arguments.metric).markdown() + "\n")
-    else:
-        save(heat_map(records, arguments.metric), arguments.out)
-    print(f"wrote {arguments.out}")
+    write(
+        arguments.out,
+        lambda: heat_map(records, arguments.metric),
+        md=lambda: table(records, arguments.metric).markdown() + "\n",
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -65,6 +65,14 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
                 )
         elif name not in _TAKEN | _IMPLIED:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
+
+
+def refuse_pages(*_: Any, **__: Any) -> NoReturn:
+    """Raise a `UserError` for continuous batching, whose cache of pages only its kernels read."""
+    raise UserError(
+        "generate_batch and continuous batching keep the keys of all prompts in pages, which "
+        "biases and adapters do not read: pad the prompts on the left, and call generate"
+    )
 
 
 def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:

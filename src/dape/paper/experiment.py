@@ -1,13 +1,14 @@
 """An experiment as data: sweeps, and claims of the paper to decide."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dape.errors import unknown
 from dape.paper.cells import Cell, Regime, once
 from dape.paper.claims import Claim
 from dape.paper.encoders import Encoders
-from dape.paper.sweep import TINY, Bench, Sweep, Tuning
+from dape.paper.sweep import MEASURED_ON, TINY, Bench, Sweep, Tuning
 
 Part = Sweep | Tuning | Bench | Encoders
 
@@ -52,3 +53,16 @@ def smoke(experiment: Experiment) -> Experiment:
         claims=tuple(claim.moved(lambda regime: TINY) for claim in experiment.claims),
         home=Path("runs/smoke"),
     )
+
+
+def check_data(experiments: Iterable[Experiment], data: Mapping[str, str]) -> None:
+    """Refuse names of corpora that no experiment reads.
+
+    Raises:
+        UserError: naming the corpora.
+    """
+    own = {regime.corpus for each in experiments for regime in each.regimes}
+    known = own.union(*(MEASURED_ON.get(name, ()) for name in own))
+    for name in data:
+        if name not in known:
+            raise unknown("corpus", name, known)

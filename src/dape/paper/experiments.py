@@ -210,9 +210,9 @@ ABLATION = Experiment(
             "Concatenating scores and bias is better than adding them",
             "section 4.3",
             tuple(
-                Better(form, "dape-add-kerple", Regime("small", "arxiv", length), times)
+                Better(variant, "dape-add-kerple", Regime("small", "arxiv", length), times)
                 for length, times in ((128, 64), (512, 16))
-                for form in ("dape-kerple", "dape-concat-kerple")
+                for variant in ("dape-kerple", "dape-concat-kerple")
             ),
         ),
     ),

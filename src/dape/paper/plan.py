@@ -43,10 +43,13 @@ class Planned:
 def plan(cells: Sequence[Cell]) -> list[Planned]:
     """Return the cells with state and cost, measured for cells like a finished cell."""
     here = record.checksums(cells)
-    states = {cell.name: record.state(cell, here) for cell in cells}
-    spent = {
-        cell.name: record.read(cell).minutes for cell in cells if states[cell.name] == "finished"
-    }
+    with record.repairable(cells):
+        states = {cell.name: record.state(cell, here) for cell in cells}
+        spent = {
+            cell.name: record.read(cell).minutes
+            for cell in cells
+            if states[cell.name] == "finished"
+        }
     return [
         Planned(cell, states[cell.name], spent.get(cell.name) or _price(cell, cells, spent))
         for cell in cells

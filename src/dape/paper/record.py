@@ -5,14 +5,15 @@ commands and `cell.json`, the end of the cell, are files of the record too.
 """
 
 import math
+import os
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
@@ -60,7 +61,38 @@ def read(cell: Cell) -> End:
     Raises:
         UserError: for an unfinished cell.
     """
-    return read_json(_file(cell), partial(build, End), "run the cell again")
+    end = read_json(_file(cell), partial(build, End), _remedy(cell))
+    if cell.training and end.train_tokens < 1:
+        raise UserError(f"{_file(cell)}: train_tokens={end.train_tokens}; {_remedy(cell)}")
+    return end
+
+
+def metrics(cell: Cell) -> list[dict[str, Any]]:
+    """Return the metrics of a finished training, with the validation loss at the end.
+
+    Raises:
+        UserError: for metrics that are damaged or end earlier.
+    """
+    found = cell.record.read_metrics()
+    if not found or "validation_loss" not in found[-1]:
+        raise UserError(f"{cell.record.metrics} lacks the end of the training")
+    return found
+
+
+@contextmanager
+def repairable(cells: Iterable[Cell]) -> Iterator[None]:
+    """Add the remedy to an error on a file of a record."""
+    try:
+        yield
+    except UserError as error:
+        for cell in cells:
+            if f"{cell.record}{os.sep}" in str(error) and _remedy(cell) not in str(error):
+                raise UserError(f"{error}; {_remedy(cell)}") from None
+        raise
+
+
+def _remedy(cell: Cell) -> str:
+    return f"delete {cell.record}, and `dape paper` makes the record anew"
 
 
 def minutes(cells: Iterable[Cell]) -> float:

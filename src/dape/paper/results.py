@@ -44,7 +44,8 @@ class Results:
 
     def origin(self) -> dict[str, str]:
         """Return the devices, commits and versions of the trainings."""
-        made = [cell.record.read_record() for cell in self.cells]
+        with record.repairable(self.cells):
+            made = [cell.record.read_record() for cell in self.cells]
         found: dict[str, dict[str, None]] = {"device": {}, "commit": {}, "versions": {}}
         for each in made:
             versions = [f"{name} {number}" for name, number in each.get("versions", {}).items()]
@@ -88,18 +89,19 @@ class Results:
 def results(experiment: Experiment, data: Mapping[str, str] | None = None) -> Results:
     """Return the results so far of an experiment; `data` holds the folders of corpora by name."""
     cells = experiment.cells(data)
-    here = record.checksums(cells)
-    ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
-    found = tuple(studies(ended))
-    evidence: Evidence = (*found, *chomsky.grids(ended))
-    return Results(
-        experiment,
-        ended,
-        found,
-        tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
-        tuple(judge(claim, evidence) for claim in experiment.claims),
-        len(cells),
-    )
+    with record.repairable(cells):
+        here = record.checksums(cells)
+        ended = tuple(cell for cell in cells if record.state(cell, here) in ("finished", "failed"))
+        found = tuple(studies(ended))
+        evidence: Evidence = (*found, *chomsky.grids(ended))
+        return Results(
+            experiment,
+            ended,
+            found,
+            tuple(section for name in experiment.sections for section in SECTIONS[name](ended)),
+            tuple(judge(claim, evidence) for claim in experiment.claims),
+            len(cells),
+        )
 
 
 def verdicts_table(verdicts: Sequence[Verdict]) -> Table:

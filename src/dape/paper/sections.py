@@ -148,9 +148,14 @@ def trainings(study: Study) -> Table:
     rows = []
     for arm in study.arms:
         cells = [cell for cell in study.cells if cell.arm == arm]
-        steps = [cell.record.read_metrics() for cell in cells if cell.name not in study.errors]
+        steps = [record.metrics(cell) for cell in cells if cell.name not in study.errors]
         losses = [each[-1]["validation_loss"] for each in steps]
-        speeds = [step["tokens_per_second"] for each in steps for step in each]
+        speeds = [
+            step["tokens_per_second"]
+            for each in steps
+            for step in each
+            if "tokens_per_second" in step
+        ]
         rows.append(
             [
                 arm,

@@ -120,7 +120,7 @@ BASES = {
 }
 # Further variants in the DAPE paper (section 4.3 and Table 7): A + B + f(A + B), A + f([A; B]) and
 # A + B + f(B).
-DAPE_FORMS: dict[str, dict[str, Any]] = {
+DAPE_VARIANTS: dict[str, dict[str, Any]] = {
     "add": {"inputs": "sum"},
     "concat": {"residual": False},
     "bias": {"inputs": "bias"},
@@ -142,13 +142,13 @@ ADAPTERS = {
         ),
         *(
             Scheme(
-                f"dape-{form}",
+                f"dape-{variant}",
                 "Zheng et al.",
                 2024,
                 "further than its base",
                 adapter=Part(DAPE, options),
             )
-            for form, options in DAPE_FORMS.items()
+            for variant, options in DAPE_VARIANTS.items()
         ),
         Scheme("talking-heads", "Shazeer et al.", 2020, "as its base", adapter=Part(TalkingHeads)),
     )
@@ -161,8 +161,10 @@ def fits(adapter: Scheme, base: Scheme) -> bool:
     A base with an adapter takes no second adapter. Without a bias the variants of DAPE are equal,
     and only `dape` precedes the base.
     """
-    forms = adapter.adapter is not None and adapter.adapter.options.keys() & {"inputs", "residual"}
-    return base.adapter is None and not (forms and base.bias is None)
+    is_variant = adapter.adapter is not None and bool(
+        adapter.adapter.options.keys() & {"inputs", "residual"}
+    )
+    return base.adapter is None and not (is_variant and base.bias is None)
 
 
 def compose(adapter: Scheme, base: Scheme) -> Scheme:

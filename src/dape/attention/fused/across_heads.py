@@ -34,6 +34,26 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def in_parts(x, dtype: tl.constexpr):
+    """Return a float32 matrix in two parts of a dtype, the second what rounding left of it."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def add_dot(a, high, low, acc, PRECISION: tl.constexpr):
+    """Return a (high + low) + acc; of a float32 matrix nothing is left for `low`.
+
+    A hidden unit near zero has the gradient of its sign. The rounding of a layer would turn the
+    units of all keys alike, and those of the scores, which are random, add up to less.
+    """
+    acc = tl.dot(a, high, acc, input_precision=PRECISION)
+    if a.dtype != tl.float32:
+        acc = tl.dot(a, low, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def rise(w_ND, u_ND):
     """Return phi(w + u) - phi(u), exact however large u is.
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from dape.attention.fused import bands_kernels as kernels
 from dape.attention.fused import overflow
 from dape.attention.fused.overflow import asking
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Gradients, Problem, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, padded, strides
@@ -49,23 +50,24 @@ def scores(
     out: Tensor,
     part: Problem,
     scale: float,
-    unit: Tensor | None = None,
+    rows: Rows | None = None,
     flag: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band, divided by `unit` if given.
+    """Fill `out` with `scale left right^T` of a band; with `rows` in their unit, less their delta.
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    batch, heads, rows, size = left.shape
+    batch, heads, count, size = left.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
     keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles = cdiv(keys, tile.keys) * cdiv(rows, tile.rows)
-    kernels.scores_kernel[(cdiv(tiles, span) * heads, batch)](
-        left, right, out, scale, left if unit is None else unit, rows, keys, part.offset,
-        *strides(left), *strides(right), *out.stride()[:2],
-        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=unit is not None,
+    tiles = cdiv(keys, tile.keys) * cdiv(count, tile.rows)
+    unit, delta = (left, left) if rows is None else (rows.unit, rows.delta)
+    start(kernels.scores_kernel, (cdiv(tiles, span) * heads, batch))(
+        left, right, out, scale, unit, delta, count, keys, part.offset,
+        *strides(left), *strides(right), *out.stride()[:2], *delta.stride()[:2],
+        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=rows is not None,
         SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
     )  # fmt: skip
 
@@ -81,7 +83,7 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
     asks, entries = asking(part, found.flag), found.lse if table is None else table
-    kernels.softmax_value_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+    start(kernels.softmax_value_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
         entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
@@ -94,7 +96,7 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
 
 
 def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
-    """Change delta, dO and dP in Y, such that rows of P and dS have exact sums; X are logits.
+    """Change dO and Y, such that rows of P and dS have exact sums; X are logits.
 
     The band has whole rows.
     """
@@ -102,10 +104,10 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     table, tile = static_table(part), tile_of("softmax_value", part)
     entries = rows.lse if table is None else table
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
-    kernels.balance_kernel[(cdiv(count, tile.rows), batch * heads)](
-        x, y, entries, rows.lse, rows.delta, rows.scaled, wanted, rows.unit,
+    start(kernels.balance_kernel, (cdiv(count, tile.rows), batch * heads))(
+        x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
-        *x.stride()[:2], *rows.delta.stride(), *strides(rows.scaled), *wanted.stride()[:2],
+        *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],
         heads, V=value_dim, WIDE_V=padded(value_dim), TABLED=table is not None,
         SUMMED=rows.grad_lse is not None, CAUSAL=part.causal, **part.gated(), **tile.launch(),
     )  # fmt: skip
@@ -115,7 +117,7 @@ def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
     """Fill dQ from dA of a band, or add to dQ."""
     batch, heads, count, size = part.query.shape
     tile = tile_of("grad_query", part)
-    kernels.grad_query_kernel[(cdiv(count, tile.rows) * heads, batch)](
+    start(kernels.grad_query_kernel, (cdiv(count, tile.rows) * heads, batch))(
         y, part.key, rows.unit, into.query, count, part.key.shape[2], part.offset, part.scale,
         *y.stride()[:2], *strides(part.key), *strides(into.query),
         heads, heads // part.key.shape[1], E=size, WIDE=padded(size), ADD=into.add,
@@ -128,7 +130,7 @@ def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, into: Gradie
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = into.value.shape[1:]
     tile = tile_of("grad_key_value", part)
-    kernels.grad_key_value_kernel[(cdiv(stored, tile.keys) * kv_heads, batch)](
+    start(kernels.grad_key_value_kernel, (cdiv(stored, tile.keys) * kv_heads, batch))(
         x, y, part.query, rows.scaled, rows.unit, into.key, into.value,
         stored, count, part.key.shape[2], part.offset, part.scale,
         *x.stride()[:2], *strides(part.query), *strides(rows.scaled),

@@ -1,8 +1,8 @@
 """Triton kernels of a head that pass over the scores of a band; mixers compute across heads.
 
-    scores           X = scale Q K^T                tiles of rows and keys
+    scores           X = scale Q K^T, Y = dO V^T - delta    tiles of rows and keys
     softmax_value    O = softmax(X + C) V           rows against a span of keys
-    balance          dP, dO and delta in float32    rows
+    balance          Y and dO in float32            rows
     grad_query       dQ = scale dA K                rows
     grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
 
@@ -40,11 +40,16 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 @triton.jit
 def score_tile(
-    gate, left, right, x, scale, tile, heads, num_rows, num_keys, shift, left_t, right_t, x_t,
-    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LIMIT: tl.constexpr,
+    gate, left, right, x, scale, delta, tile, heads, num_rows, num_keys, shift,
+    left_t, right_t, x_t,
+    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
+    LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT."""
+    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT.
+
+    If LESS, delta is taken off each row.
+    """
     across = tl.cdiv(num_keys, K)
     first_row, first_key = tile // across * M, tile % across * K
     if not CAUSAL or first_key <= first_row + M - 1 + shift:
@@ -53,6 +58,9 @@ def score_tile(
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
             tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
+        if LESS:
+            line = first_row + tl.arange(0, M)
+            s_MK -= tl.load(delta + line, line < num_rows, 0.0)[:, None]
         if x.dtype.element_ty == tl.float16:
             s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
         rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
@@ -63,35 +71,38 @@ def score_tile(
 
 @triton.jit
 def scores_kernel(
-    left, right, x, scale, unit, num_rows, num_keys, shift,
-    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t,
+    left, right, x, scale, unit, delta, num_rows, num_keys, shift,
+    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t, delta_b, delta_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
     SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X = scale left right^T for SPAN tiles of rows and keys of a head; grid (spans H, B).
 
-    If IN_UNITS, divided by `unit`. A score above a LIMIT sets `gate`.
+    If IN_UNITS, divided by `unit`, and less by delta, before they are rounded: where a row has one
+    key alone, dP is delta, and nothing is left. A score above a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h, first = tl.program_id(1), tl.program_id(0) % HEADS, tl.program_id(0) // HEADS * SPAN
+    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
+    first = tl.program_id(0) // HEADS * SPAN
     left += b.to(tl.int64) * left_b + h * left_h
     right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
     x += b.to(tl.int64) * x_b + h * BLOCK
+    delta += b.to(tl.int64) * delta_b + h * delta_h
     if IN_UNITS:
         scale = scale / tl.load(unit)
     if SPAN == 1:
         score_tile(
-            gate, left, right, x, scale, first, HEADS, num_rows, num_keys, shift,
-            left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+            gate, left, right, x, scale, delta, first, HEADS, num_rows, num_keys, shift,
+            left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
         )  # fmt: skip
     else:
         last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
         for tile in range(first, last):
             score_tile(
-                gate, left, right, x, scale, tile, HEADS, num_rows, num_keys, shift,
-                left_t, right_t, x_t, E, WIDE, CAUSAL, LIMIT, M, K, PRECISION,
+                gate, left, right, x, scale, delta, tile, HEADS, num_rows, num_keys, shift,
+                left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
             )  # fmt: skip
 
 
@@ -112,13 +123,13 @@ def softmax_value_kernel(
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)[:, None]
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size
+    table += h * table_size
     top_M = tl.full((M,), float("-inf"), tl.float32)
     total_M = tl.zeros((M,), tl.float32)
     acc_MV = tl.zeros((M, WIDE_V), tl.float32)
@@ -149,7 +160,13 @@ def softmax_value_kernel(
         top_M = new_top_M
     acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
-    at = tl.program_id(2) * out_s + b64 * out_b + h * out_h + rows.to(tl.int64) * out_t + columns
+    at = (
+        tl.program_id(2).to(tl.int64) * out_s
+        + b64 * out_b
+        + h * out_h
+        + rows.to(tl.int64) * out_t
+        + columns
+    )
     store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
     line = first_row + tl.arange(0, M)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
@@ -163,34 +180,32 @@ def softmax_value_kernel(
 
 @triton.jit
 def balance_kernel(
-    x, y, table, lse, delta, scaled, grad_lse, unit,
+    x, y, table, lse, scaled, grad_lse, unit,
     num_rows, num_keys, shift, table_size,
     x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Give rows of P the sum 1, and rows of dS = P (dP - delta) exact sums; grid (rows, B H).
+    """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows, B H).
 
     A row of dS sums to the gradient of the log-sum-exp of the row, zero unless SUMMED. For large
     logits X, rounded logits and a rounded log-sum-exp give `mix_backward` another P than the
     forward pass had, and the error of a row of dS meets tables as large as the logits. Therefore
-    the kernel computes delta anew, and divides the factors of P by the sum of P: dP in Y, delta and
-    dO.
+    the kernel takes the mean off Y, and divides the factors of P, Y and dO, by the sum of P.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     first_row = tl.program_id(0) * M
     line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
     rows = line[:, None]
     x += b64 * x_b + h * BLOCK
     y += b64 * x_b + h * BLOCK
-    table += h.to(tl.int64) * table_size
+    table += h * table_size
     stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
     log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
     log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
-    shared_M = tl.load(delta + stat, line < num_rows, 0.0)
     total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
     high = num_keys
     if CAUSAL:
@@ -204,20 +219,20 @@ def balance_kernel(
             distance = first_row + shift - first_key
             s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
         p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
-        dp_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
+        y_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
         total_M += tl.sum(p_MK, 1)
-        excess_M += tl.sum(p_MK * (dp_MK - shared_M[:, None]), 1)
+        excess_M += tl.sum(p_MK * y_MK, 1)
     part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
-    shared_M += excess_M * part_M
+    excess_M *= part_M
     if SUMMED:
         wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
-        shared_M -= wanted_M / tl.load(unit)
-    tl.store(delta + stat, shared_M * part_M, line < num_rows)
+        excess_M -= wanted_M / tl.load(unit)
     for first_key in range(0, high, K):
         keys = first_key + tl.arange(0, K)[None, :]
         inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
         at = y + places(rows, first_key, x_t, HEADS, K)
-        tl.store(at, tl.load(at, inside, 0.0) * part_M[:, None], inside)
+        y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
+        tl.store(at, y_MK * part_M[:, None], inside)
     scaled += b64 * out_b + h * out_h
     do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
@@ -236,7 +251,7 @@ def grad_query_kernel(
     """Store, or ADD, dQ = unit scale dA K of a head; grid (rows H, B)."""
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1), tl.program_id(0) % HEADS
+    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
     line = first_row + tl.arange(0, M)
     rows = line[:, None]
@@ -299,7 +314,7 @@ def grad_key_value_kernel(
     """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
     if unwanted(gate, GATED):
         return
-    b, kv = tl.program_id(1), tl.program_id(0) % KV_HEADS
+    b, kv = tl.program_id(1), (tl.program_id(0) % KV_HEADS).to(tl.int64)
     first_key = tl.program_id(0) // KV_HEADS * K
     b64 = b.to(tl.int64)
     dk_KE = tl.zeros((K, WIDE), tl.float32)

@@ -7,13 +7,22 @@ are read once, and no buffer is as large as the keys.
 from dape.attention.fused import decode_kernels as kernels
 from dape.attention.fused.geometry import Extent
 from dape.attention.fused.overflow import asking
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem, Result
-from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.sizes import (
+    MOST_ROWS,
+    PRECISION,
+    Tile,
+    cdiv,
+    next_power_of_2,
+    padded,
+    strides,
+)
 from dape.attention.fused.spans import PROGRAMS, combine, parts_of
 from dape.attention.fused.terms import Mixed
 
 # Bands serve more queries, or fewer keys for a query, and read keys once: an estimate.
-MOST_ROWS, KEYS_PER_ROW = 16, 16
+KEYS_PER_ROW = 16
 # Columns of a tile, a column for a head of a row. Beyond, products of all with all cost most.
 MOST_COLUMNS = 64
 # Numbers of a row and head that `combine` holds at a time.
@@ -60,7 +69,7 @@ def forward(problem: Problem, terms: Mixed, found: Result) -> None:
     spans, length = key_spans(problem, tile)
     parts, parts_lse = parts_of(found, spans)
     mask = query if problem.mask is None else problem.mask
-    kernels.decode_kernel[(cdiv(rows, tile.rows), spans, batch)](
+    start(kernels.decode_kernel, (cdiv(rows, tile.rows), spans, batch))(
         query, key, value, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
         mask, parts, parts_lse, found.rest,
         rows, Extent.of(problem).visible(rows), len(terms.hidden),

@@ -100,7 +100,7 @@ def decode_kernel(
     total_C = tl.where(total_C > 0, total_C, 1.0)
     acc_VC /= total_C[None, :]
     dims_v = tl.arange(0, WIDE_V)
-    at = tl.program_id(1) * out_s + b64 * out_b + head.to(tl.int64) * out_h
+    at = tl.program_id(1).to(tl.int64) * out_s + b64 * out_b + head.to(tl.int64) * out_h
     at += rows.to(tl.int64) * out_t
     inside = stored[None, :] & (dims_v < V)[:, None]
     store_output(out, rest, at[None, :] + dims_v[:, None], acc_VC, inside, RESTED)

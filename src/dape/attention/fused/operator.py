@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused.plan import planned
 from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.registered import below_autograd, register
+from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
 from dape.attention.fused.terms import terms_of
 
@@ -86,11 +88,26 @@ def _forward(
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the `Result` of a `Problem`, made of the arguments."""
+    given = (query, key, value, mask, begun, *tables)
+    how = scale, causal, offset, tuple(halo), backend, exact
+    return Result(*planned(_solved, given, *how, once=query.shape[2] <= MOST_ROWS))
+
+
+def _solved(
+    given: Sequence[Any],
+    scale: float,
+    causal: bool,
+    offset: int,
+    halo: tuple[int, int],
+    backend: str,
+    exact: bool,
+) -> Result:
+    """Return the result for the tensors of a problem."""
     from dape.attention.fused.passes import forward
 
+    query, key, value, mask, begun, *tables = given
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
-    with torch.cuda.device_of(query):
-        return forward(problem, backend, exact)
+    return forward(problem, backend, exact)
 
 
 def _forward_fake(
@@ -124,14 +141,27 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Return the gradients of query, key, value and the tables."""
-    from dape.attention.fused.passes import backward
-
-    problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     if grad_lse is not None:  # rows without a visible key have no gradient
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
-    with torch.cuda.device_of(query):
-        found = Result(out, lse, rest, flag)
-        return backward(problem, backend, found, with_rows(grad_out), grad_lse)
+    given = (query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables)
+    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend)]
+
+
+def _gradients(
+    given: Sequence[Any],
+    scale: float,
+    causal: bool,
+    offset: int,
+    halo: tuple[int, int],
+    backend: str,
+) -> list[Tensor]:
+    """Return the gradients for the tensors of a problem, of its result and of its gradients."""
+    from dape.attention.fused.passes import backward
+
+    query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables = given
+    problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
+    found = Result(out, lse, rest, flag)
+    return backward(problem, backend, found, with_rows(grad_out), grad_lse)
 
 
 def _backward_fake(

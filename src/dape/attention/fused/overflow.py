@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import overflow_kernels as kernels
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.sizes import cdiv, next_power_of_2
 from dape.attention.fused.terms import Features, Mixing, Taps
@@ -32,13 +33,13 @@ def flag_of(terms: Mixing) -> Tensor:
     flag = terms.static.new_empty(1, dtype=torch.int32)
     (units, heads), most = terms.weight_in.shape, LARGEST_NUMBER / LARGEST_SCORE
     taps = terms.taps if isinstance(terms, Taps) else 1
-    kernels.weights_kernel[(1,)](
+    start(kernels.weights_kernel, (1,))(
         flag, terms.weight_in, terms.weight_out, most / taps**2, H=heads, D=units,
         HEADS=next_power_of_2(heads), UNITS=max(1, next_power_of_2(units)), num_warps=4,
     )  # fmt: skip
     if isinstance(terms, Features):
         features = len(terms.weight)
-        kernels.feature_range_kernel[(1,)](
+        start(kernels.feature_range_kernel, (1,))(
             flag, terms.hidden, terms.static, terms.weight, terms.bias, LARGEST_SCORE,
             H=heads, D=units, F=features, HEADS=next_power_of_2(heads),
             UNITS=max(1, next_power_of_2(units)), FEATURES=next_power_of_2(1 + features),
@@ -46,7 +47,7 @@ def flag_of(terms: Mixing) -> Tensor:
         )  # fmt: skip
     elif isinstance(terms, Taps):
         sizes = terms.hidden.numel(), terms.static.numel()
-        kernels.range_kernel[(cdiv(max(sizes), 2048),)](
+        start(kernels.range_kernel, (cdiv(max(sizes), 2048),))(
             flag, terms.hidden, terms.static, *sizes, LARGEST_SCORE, N=2048, num_warps=4
         )
     return flag

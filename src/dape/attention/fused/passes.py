@@ -126,7 +126,7 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
         part, its, gradients = problem.part(band), rows.at(band), into.at(band)
-        scores(its.grad_out, part.value, y, part, 1.0, rows.unit)
+        scores(its.grad_out, part.value, y, part, 1.0, its)
         scores(part.query, part.key, x, part, part.scale)
         if problem.scratch == torch.float32:
             balance(mixer.mix(x, band), y, part, its)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dape.attention.fused import rows_kernels as kernels
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem, Result
 from dape.attention.fused.sizes import cdiv, next_power_of_2, padded, strides
 from dape.attention.fused.terms import Nothing, Static
@@ -21,7 +22,7 @@ class Rows(NamedTuple):
     """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
 
     `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
-    of the log-sum-exp, if given. For mixed heads, log-sum-exp and delta of all heads of a row are
+    of the log-sum-exp, if given. For mixed heads, the log-sum-exps of all heads of a row are
     neighbours in memory.
     """
 
@@ -38,20 +39,20 @@ class Rows(NamedTuple):
     ) -> "Rows":
         """Return the rows of a problem in fp16, or float32, from result and gradients."""
         exact = problem.query.dtype == torch.float32
-        unit = found.lse.new_ones(()) if exact else _power_above(grad_out, grad_lse)
+        unit = found.lse.new_empty(())
+        largest = unit[None] if exact else _largest(grad_out, grad_lse)
         batch, heads, rows, value_dim = found.out.shape
         lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
         scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
-        if mixed:
-            copied, delta = lse.new_empty(batch, rows, 2, heads).permute(2, 0, 3, 1)
-        else:
-            copied, delta = lse, torch.empty_like(lse)
-        kernels.row_products_kernel[(cdiv(rows, 64), batch * heads)](
-            found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, unit,
-            scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
-            *lse.stride()[:2], *strides(scaled), *delta.stride(),
+        copied = lse.new_empty(batch, rows, heads).transpose(1, 2) if mixed else lse
+        delta = torch.empty_like(lse)
+        start(kernels.row_products_kernel, (cdiv(rows, 64), batch * heads))(
+            found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, largest,
+            unit, scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
+            *lse.stride()[:2], *strides(scaled), *copied.stride(),
             heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=found.exact,
-            COPIED=mixed, SUMMED=grad_lse is not None, M=64, num_warps=4,
+            COPIED=mixed, SUMMED=grad_lse is not None,
+            PARTS=0 if exact else len(largest), M=64, num_warps=4,
         )  # fmt: skip
         return cls(copied, delta, scaled, grad_out, grad_lse, unit)
 
@@ -67,16 +68,17 @@ class Rows(NamedTuple):
         )
 
 
-def _power_above(*tensors: Tensor | None) -> Float[Tensor, ""]:
-    """Return the least power of two above or equal to all numbers in some tensors."""
-    norms = [
-        torch.linalg.vector_norm(tensor, float("inf"), dtype=torch.float32)
-        for tensor in tensors
-        if tensor is not None
-    ]
-    unit = torch.empty_like(norms[0])
-    kernels.unit_kernel[(1,)](norms[0], norms[-1], unit, num_warps=1)
-    return unit
+def _largest(grad_out: Tensor, grad_lse: Tensor | None) -> Float[Tensor, "parts"]:
+    """Return the largest numbers of so many parts of both gradients, a power of two."""
+    batch, heads, rows, value_dim = grad_out.shape
+    lines = batch * heads * rows
+    found = grad_out.new_empty(min(1024, next_power_of_2(cdiv(lines, 32))), dtype=torch.float32)
+    start(kernels.largest_kernel, (len(found),))(
+        grad_out, grad_out if grad_lse is None else grad_lse, found, rows, heads, lines,
+        *strides(grad_out), V=value_dim, WIDE_V=next_power_of_2(value_dim),
+        SUMMED=grad_lse is not None, M=32, num_warps=4,
+    )  # fmt: skip
+    return found
 
 
 def in_half(problem: Problem) -> Problem:
@@ -91,7 +93,7 @@ def in_half(problem: Problem) -> Problem:
     query, key, value = halves = [torch.empty_like(x, dtype=torch.float16) for x in given]
     batch, heads, rows, head_dim = query.shape
     kv_heads, keys, value_dim = value.shape[1:]
-    kernels.half_kernel[(cdiv(max(rows, keys), 64), batch * heads, number)](
+    start(kernels.half_kernel, (cdiv(max(rows, keys), 64), batch * heads, number))(
         *given, *halves, rows, keys, batch, heads, kv_heads,
         *(stride for x in (*given, *halves) for stride in strides(x)),
         E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim), M=64,

@@ -7,11 +7,29 @@ from dape.attention.fused.tiles import load_rows
 
 
 @triton.jit
-def unit_kernel(largest, other, unit):
-    """Store the least power of two above or equal to two numbers, by the bits of the exponent."""
-    x = tl.maximum(tl.load(largest), tl.load(other))
+def largest_kernel(
+    x, y, found, num_rows, heads, lines, x_b, x_h, x_t,
+    V: tl.constexpr, WIDE_V: tl.constexpr, SUMMED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Store the largest |x| of some rows of X, and of `y` by row if SUMMED; grid (parts)."""
+    columns, largest_M = tl.arange(0, WIDE_V)[None, :], tl.zeros((M,), tl.float32)
+    for start in range(tl.program_id(0) * M, lines, tl.num_programs(0) * M):
+        line_M = start + tl.arange(0, M)
+        b, h, t = line_M // (heads * num_rows), line_M // num_rows % heads, line_M % num_rows
+        at_M = b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + t.to(tl.int64) * x_t
+        inside = (line_M < lines)[:, None] & (columns < V)
+        x_MV = tl.load(x + at_M[:, None] + columns, inside, 0.0).to(tl.float32)
+        largest_M = tl.maximum(largest_M, tl.max(tl.abs(x_MV), 1))
+        if SUMMED:
+            largest_M = tl.maximum(largest_M, tl.abs(tl.load(y + line_M, line_M < lines, 0.0)))
+    tl.store(found + tl.program_id(0), tl.max(largest_M, 0))
+
+
+@triton.jit
+def power_above(x):
+    """Return the least power of two above or equal to a number, by the bits of the exponent."""
     bits = tl.maximum(x, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
-    tl.store(unit, ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True))
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -20,7 +38,7 @@ def store_half(
     E: tl.constexpr, WIDE: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Store some rows of X in fp16, at most the largest number that bf16 and fp16 hold."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     first_row = tl.program_id(0) * M
     rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
     values_ME = load_rows(x + b * x_b + h * x_h, x_t, first_row, num_rows, E, M, WIDE)
@@ -57,18 +75,24 @@ def half_kernel(
 
 @triton.jit
 def row_products_kernel(
-    out, rest, grad_out, lse, grad_lse, unit, scaled, copied, delta, num_rows,
+    out, rest, grad_out, lse, grad_lse, largest, unit, scaled, copied, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
-    scaled_b, scaled_h, scaled_t, delta_b, delta_h, delta_t,
+    scaled_b, scaled_h, scaled_t, copied_b, copied_h, copied_t,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
-    SUMMED: tl.constexpr, M: tl.constexpr,
+    SUMMED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Store dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
+    """Store the unit, dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
 
     g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). If COPIED, the log-sum-exp
-    goes beside delta.
+    is copied beside those of the other heads. The unit is made of the largest numbers of so many
+    PARTS, and 1 without.
     """
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
+    scale = 1.0
+    if PARTS > 0:
+        scale = power_above(tl.max(tl.load(largest + tl.arange(0, PARTS)), 0))
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(unit, scale)
     first_row = tl.program_id(0) * M
     line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
     at = b64 * out_b + h * out_h
@@ -78,7 +102,7 @@ def row_products_kernel(
     do_MV = load_rows(
         grad_out + b64 * grad_b + h * grad_h, grad_t, first_row, num_rows, V, M, WIDE_V
     )
-    do_MV = do_MV.to(tl.float32) / tl.load(unit)
+    do_MV = do_MV.to(tl.float32) / scale
     columns = tl.arange(0, WIDE_V)[None, :]
     at = scaled + b64 * scaled_b + h * scaled_h + line[:, None].to(tl.int64) * scaled_t + columns
     inside = (line < num_rows)[:, None] & (columns < V)
@@ -86,9 +110,10 @@ def row_products_kernel(
     products_M = tl.sum(o_MV * do_MV, 1)
     if SUMMED:
         wanted_M = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
-        products_M -= wanted_M / tl.load(unit)
-    at = b64 * delta_b + h * delta_h + line * delta_t
+        products_M -= wanted_M / scale
+    at = b64 * lse_b + h * lse_h + line
     tl.store(delta + at, products_M, line < num_rows)
     if COPIED:
-        log_sum_M = tl.load(lse + b64 * lse_b + h * lse_h + line, line < num_rows)
+        log_sum_M = tl.load(lse + at, line < num_rows)
+        at = b64 * copied_b + h * copied_h + line.to(tl.int64) * copied_t
         tl.store(copied + at, log_sum_M, line < num_rows)

@@ -3,6 +3,7 @@
 import torch
 
 from dape.attention.call import Call
+from dape.attention.fused.sizes import next_power_of_2, padded
 from dape.attention.fused.tables import hidden_units
 from dape.attention.fused.tables import obstacle as table_obstacle
 from dape.positions.bias import FIRE
@@ -11,6 +12,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD, MOST_HEADS, MOST_UNITS = 128, 32, 64
 # Taps of a convolution times heads or units, all padded; half as many in float32.
 MOST_CHANNELS = 256
+# Rows of a band at least: `geometry.ALIGNMENT`.
+FEWEST_ROWS = 64
 # CUDA's limit of a grid along the second axis, for the heads of a batch.
 MOST_PROGRAMS = 65535
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
@@ -19,43 +22,51 @@ LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 def obstacle(call: Call) -> str | None:
     """Return why the fused kernels cannot serve a call, or None."""
-    query, value, bias, adapter, mask = call[0], call.value, call.bias, call.adapter, call.mask
+    query, value, mask, shift = call.query, call.value, call.mask, call.shift
+    if call.positioned:
+        return "positions are given, and the kernels count indices"
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return "Triton's interpreter multiplies no bfloat16"
+    if not isinstance(shift, int):
+        return "query_offset is a tensor"
+    if mask is not None and mask.shape[2] > 1:
+        return "the mask differs between queries"
+    if query.dtype not in DTYPES:
+        return f"the dtype is {query.dtype}"
+    if query.dtype != value.dtype:
+        return f"the query is {query.dtype}, but the value {value.dtype}"
+    widest = max(query.shape[3], value.shape[3])
+    if widest > WIDEST_HEAD:
+        return f"head_dim={widest} is more than {WIDEST_HEAD}"
+    return size_obstacle(call) or table_obstacle(call.bias, call.adapter)
+
+
+def size_obstacle(call: Call) -> str | None:
+    """Return why there are too many heads or hidden units, or None."""
+    query, bias, adapter = call.query, call.bias, call.adapter
     batch, heads, units = *query.shape[:2], hidden_units(adapter)
+    most = max(units, len(bias.bias_in)) if isinstance(bias, FIRE) else units
+    if heads > MOST_HEADS:
+        return f"{heads} heads are more than {MOST_HEADS}"
+    if batch * heads > MOST_PROGRAMS:
+        return f"batch * heads is more than {MOST_PROGRAMS}"
+    if most > MOST_UNITS:
+        return f"hidden={most} is more than {MOST_UNITS}"
+    if heads > 16 and units > 32 and is_small(query.device):
+        return f"{heads} heads and hidden={units} need more shared memory than it has"
     taps = getattr(adapter, "kernel_size", 1)
-    channels = (1 << (taps - 1).bit_length()) * (1 << (max(16, heads, units) - 1).bit_length())
-    most_channels = MOST_CHANNELS // (2 if query.dtype == torch.float32 else 1)
-    features = len(bias.bias_in) if isinstance(bias, FIRE) else 0
-    most, widest = max(units, features), max(query.shape[3], value.shape[3])
-    reasons = [
-        (call.positioned, "positions are given, and the kernels count indices"),
-        (
-            query.dtype == torch.bfloat16 and query.device.type == "cpu",
-            "Triton's interpreter multiplies no bfloat16",
-        ),
-        (not isinstance(call.shift, int), "query_offset is a tensor"),
-        (mask is not None and mask.shape[2] > 1, "the mask differs between queries"),
-        (query.dtype not in DTYPES, f"the dtype is {query.dtype}"),
-        (query.dtype != value.dtype, f"the query is {query.dtype}, but the value {value.dtype}"),
-        (widest > WIDEST_HEAD, f"head_dim={widest} is more than {WIDEST_HEAD}"),
-        (heads > MOST_HEADS, f"{heads} heads are more than {MOST_HEADS}"),
-        (batch * heads > MOST_PROGRAMS, f"batch * heads is more than {MOST_PROGRAMS}"),
-        (most > MOST_UNITS, f"hidden={most} is more than {MOST_UNITS}"),
-        (
-            taps > 1 and channels > most_channels,
-            f"kernel_size={taps} with {heads} heads and hidden={units} needs {channels} padded "
-            f"channels, more than {most_channels}",
-        ),
-        (
-            heads > 16 and units > 32 and is_small(query.device),
-            f"{heads} heads and hidden={units} need more shared memory than it has",
-        ),
-        (
-            call.halo != (0, 0) and taps == 1,
-            f"halo={call.halo} is for DAPE V2, whose kernels look at neighbouring keys",
-        ),
-    ]
-    found = next((reason for holds, reason in reasons if holds), None)
-    return found or table_obstacle(bias, adapter)
+    if taps == 1:
+        if call.halo == (0, 0):
+            return None
+        return f"halo={call.halo} is for DAPE V2, whose kernels look at neighbouring keys"
+    channels = next_power_of_2(taps) * padded(max(heads, units))
+    most = MOST_CHANNELS // (2 if query.dtype == torch.float32 else 1)
+    if channels <= most:
+        return None
+    return (
+        f"kernel_size={taps} with {heads} heads and hidden={units} needs {channels} padded "
+        f"channels, more than {most}"
+    )
 
 
 def cuda_obstacle(call: Call) -> str | None:
@@ -70,6 +81,10 @@ def cuda_obstacle(call: Call) -> str | None:
 
     if call.query.dtype == torch.float32:
         return "its scratch is fp16, too narrow for float32"
+    _, heads, rows, size = call.query.shape
+    keys = call.key.shape[2]
+    if heads * max(FEWEST_ROWS * keys, max(rows, keys) * size) >= 2**31:
+        return f"{heads} heads of {max(rows, keys)} tokens are more than 32 bits count"
     return mix.obstacle(call.query.shape[1], hidden_units(adapter))
 
 

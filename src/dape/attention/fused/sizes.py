@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
+# Queries of a step of decoding.
+MOST_ROWS = 16
 
 
 class Tile(NamedTuple):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import spans_kernels as kernels
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Result
 from dape.attention.fused.sizes import Tile, cdiv, next_power_of_2, strides
 
@@ -39,7 +40,7 @@ def combine(parts: Tensor, parts_lse: Tensor, asks: dict[str, Any], found: Resul
     spans, batch, heads, rows, value_dim = parts.shape
     if spans == 1:
         return
-    kernels.combine_kernel[(rows, batch * heads)](
+    start(kernels.combine_kernel, (rows, batch * heads))(
         parts, parts_lse, found.out, found.lse, found.rest, rows,
         parts.stride(0), value_dim, parts_lse.stride(0),
         *strides(found.out), *found.lse.stride()[:2],

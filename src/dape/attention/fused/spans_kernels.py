@@ -19,7 +19,7 @@ def combine_kernel(
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     row = tl.program_id(1) * num_rows + tl.program_id(0)
     spans, columns = tl.arange(0, SPANS), tl.arange(0, WIDE_V)
     mass_S = tl.load(part_lse + spans * lse_s + row)
@@ -29,7 +29,7 @@ def combine_kernel(
     at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
     parts_SV = tl.load(part + at, (columns < V)[None, :], 0.0)
     o_V = tl.sum(parts_SV * weight_S[:, None], 0) / tl.where(total > 0, total, 1.0)
-    at = b.to(tl.int64) * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
+    at = b * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
     store_output(out, rest, at, o_V, columns < V, RESTED)
     log_sum = top + tl.log(tl.where(total > 0, total, 1.0))
     tl.store(lse + b * lse_b + h * lse_h + tl.program_id(0), log_sum)

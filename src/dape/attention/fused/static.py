@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from dape.attention.fused import static_kernels as kernels
 from dape.attention.fused.geometry import Extent, bands, diagonals, lowest_distance
 from dape.attention.fused.overflow import asking
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Gradients, Problem, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
@@ -88,7 +89,7 @@ def forward(problem: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, visible, tile)
     parts, parts_lse = parts_of(found, spans)
     line = query if bias.line is None else bias.line
-    kernels.forward_kernel[(cdiv(rows, tile.rows), batch * heads, spans)](
+    start(kernels.forward_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
         query, key, value, bias.table, line, parts, parts_lse, found.rest,
         rows, visible, bias.size, problem.offset,
         problem.scale * LOG2E, length,
@@ -113,13 +114,13 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
         *rows.lse.stride()[:2],
     )  # fmt: skip
     tile, how = tile_of("grad_query", problem), shared(problem, bias)
-    kernels.grad_query_kernel[(cdiv(count, tile.rows), batch * heads)](
+    start(kernels.grad_query_kernel, (cdiv(count, tile.rows), batch * heads))(
         *tensors, rows.lse if grad_lse is None else grad_lse, rows.unit, into.query,
         *sizes, problem.offset, problem.scale, *places, *strides(into.query), line.stride(0),
         heads, SUMMED=grad_lse is not None, **how, **tile.launch(),
     )  # fmt: skip
     tile = tile_of("grad_key_value", problem)
-    kernels.grad_key_value_kernel[(cdiv(keys, tile.keys), batch * kv_heads)](
+    start(kernels.grad_key_value_kernel, (cdiv(keys, tile.keys), batch * kv_heads))(
         *tensors, rows.unit, into.key, into.value, *sizes, problem.offset, problem.scale,
         *places, *strides(into.key), *strides(into.value), line.stride(0),
         kv_heads, **how, **tile.launch(),
@@ -130,7 +131,7 @@ def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | St
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
     cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
-    kernels.grad_table_kernel[(heads, where.number)](
+    start(kernels.grad_table_kernel, (heads * where.number,))(
         *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
         *places, line.stride(0), heads, **how, M=size, **tile.pace(),
     )  # fmt: skip

@@ -47,14 +47,14 @@ def forward_kernel(
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows, B H, spans)."""
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)
     b64 = b.to(tl.int64)
     query += b64 * query_b + h * query_h
     key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size
+    table += h * table_size
     line += b64 * line_b
     q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     top_M = tl.full((M,), float("-inf"), tl.float32)
@@ -84,7 +84,7 @@ def forward_kernel(
     total_M = tl.where(total_M > 0, total_M, 1.0)
     acc_MV /= total_M[:, None]
     columns = tl.arange(0, WIDE_V)[None, :]
-    at = tl.program_id(2) * out_s + b64 * out_b + h * out_h
+    at = tl.program_id(2).to(tl.int64) * out_s + b64 * out_b + h * out_h
     at += rows[:, None].to(tl.int64) * out_t + columns
     store_output(out, rest, at, acc_MV, (rows < num_rows)[:, None] & (columns < V), RESTED)
     at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + rows
@@ -107,7 +107,7 @@ def grad_query_kernel(
     error of `delta` from the rounding of the output. The kernel takes the error off `delta`, before
     the sums along keys and diagonals.
     """
-    b, h = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
     rows = first_row + tl.arange(0, M)
     b64 = b.to(tl.int64)
@@ -115,7 +115,7 @@ def grad_query_kernel(
     grad_out += b64 * out_b + h * out_h
     key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
-    table += h.to(tl.int64) * table_size
+    table += h * table_size
     line += b64 * line_b
     q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     do_MV = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
@@ -159,7 +159,7 @@ def grad_key_value_kernel(
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys, B Hkv)."""
-    b, kv = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    b, kv = tl.program_id(1) // KV_HEADS, (tl.program_id(1) % KV_HEADS).to(tl.int64)
     first_key = tl.program_id(0) * K
     keys = first_key + tl.arange(0, K)
     b64 = b.to(tl.int64)
@@ -177,7 +177,7 @@ def grad_key_value_kernel(
         h = kv * GROUP + member
         q_base = query + b64 * query_b + h * query_h
         do_base = grad_out + b64 * out_b + h * out_h
-        entries = table + h.to(tl.int64) * table_size
+        entries = table + h * table_size
         stat = b64 * stat_b + h * stat_h
         for first_row in range(low, num_rows, M):
             q_ME = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
@@ -212,15 +212,15 @@ def grad_table_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sum dS of a head over the tiles of a diagonal and the batch; grid (H, diagonals).
+    """Sum dS of a head over the tiles of a diagonal and the batch; grid (diagonals H).
 
     The long diagonals of all heads come first. Rows are stored in reverse.
     """
-    h = tl.program_id(0)
-    q = tl.program_id(1) + first_diagonal
+    h, slot = (tl.program_id(0) % HEADS).to(tl.int64), tl.program_id(0) // HEADS
+    q = slot + first_diagonal
     positions = tl.arange(0, M)
     # All tiles of a diagonal have equal distances, so table entries are loaded once.
-    entries = table + h.to(tl.int64) * table_size
+    entries = table + h * table_size
     c_MM = toeplitz(entries, table_size, q * M + offset, LOG2E, M, M, False, CAUSAL)
     ds_MM = tl.zeros((M, M), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, M)
@@ -253,4 +253,5 @@ def grad_table_kernel(
         delta += stat_b
         line += line_b
     cells = positions[:, None] * M + (M - 1 - positions)[None, :]
-    tl.store(sums + (h * tl.num_programs(1) + tl.program_id(1)) * M * M + cells, ds_MM)
+    slots = tl.num_programs(0) // HEADS
+    tl.store(sums + (h * slots + slot) * M * M + cells, ds_MM)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dape.attention.fused import sums_kernels as kernels
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.sizes import cdiv, next_power_of_2
 
@@ -28,7 +29,7 @@ def add_up(
     entries, (rows, width) = 16, padded
     size = rows * width * groups * (1 if second is None else 2)
     also = table if second is None else second
-    kernels.sum_kernel[(cdiv(size, entries),)](
+    start(kernels.sum_kernel, (cdiv(size, entries),))(
         slots, unit, table, also, slots.shape[0] * slots.shape[1], slots.stride(1),
         len(table) // groups, table.shape[1], groups, *table.stride(), *also.stride(),
         WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=128, OUT=entries,
@@ -55,7 +56,7 @@ def fold(
     count, columns = table.shape
     # Neighbours in memory, columns or lines, are read together.
     distances, width = (4, next_power_of_2(columns)) if lines.stride(3) == 1 else (32, 1)
-    kernels.fold_kernel[(cdiv(count, distances), cdiv(columns, width))](
+    start(kernels.fold_kernel, (cdiv(count, distances), cdiv(columns, width)))(
         lines, unit, table, terms, slots, reach, first, step, count, columns,
         *lines.stride(), *table.stride(),
         SPANS=cdiv(reach, step), SKEWED=skewed, DISTANCES=distances, COLUMNS=width,
@@ -65,7 +66,8 @@ def fold(
 
 
 def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Return zeros of several shapes, in a common buffer that a single operation fills."""
+    """Return zeros of several shapes, in a common buffer that a single kernel fills."""
     sizes = [prod(shape) for shape in shapes]
-    whole = like.new_zeros(sum(sizes), dtype=torch.float32)
+    whole = like.new_empty(sum(sizes), dtype=torch.float32)
+    start(kernels.zero_kernel, (cdiv(len(whole), 4096),))(whole, len(whole), N=4096, num_warps=4)
     return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]

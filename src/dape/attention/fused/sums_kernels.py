@@ -8,6 +8,13 @@ from dape.attention.fused.tiles import unwanted
 SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
+@triton.jit(do_not_specialize=("size",))
+def zero_kernel(x, size, N: tl.constexpr):
+    """Store zeros; grid (entries)."""
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(x + n, tl.zeros((N,), tl.float32), n < size)
+
+
 # Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
 def sum_kernel(
@@ -55,7 +62,8 @@ def fold_kernel(
     if unwanted(gate, GATED):
         return
     first = tl.program_id(0) * DISTANCES
-    d, c = first + tl.arange(0, DISTANCES), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    d = first + tl.arange(0, DISTANCES)
+    c = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     total = tl.zeros((DISTANCES, COLUMNS), tl.float32)
     for negative in tl.static_range(2):
         if (negative == 0) | (first <= -lowest):

@@ -4,6 +4,7 @@ A kernel makes the tables, and two kernels take the gradients back. `registered`
 numbers in the names of operators.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dape.attention.fused.plan import planned, start
 from dape.attention.fused.registered import below_autograd, register
 
 if TYPE_CHECKING:
@@ -103,35 +105,29 @@ def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _forward(
-    values: Tensor | None,
-    p0: Tensor | None,
-    p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    *rest: Any,
-) -> list[Tensor]:
+def _forward(*given: Any) -> list[Tensor]:
     """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    return [*planned(_made, given[:7], How(*given[7:]))]
+
+
+def _made(given: Sequence[Any], how: How) -> list[Tensor]:
+    """Return the tables of some tensors."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv
 
-    how = How(*rest)
-    found = _forward_fake(values, p0, p1, w1, b1, w2, b2, *rest)
+    values, p0, p1, w1, b1, w2, b2 = given
+    found = _forward_fake(*given, *how)
     static, grid = found[0], (cdiv(how.entries, ENTRIES),)
-    given = tuple(static if x is None else x for x in (values, p0, p1))
+    known = tuple(static if x is None else x for x in (values, p0, p1))
     compiled, switches = _compiled(w1, how), _switches(values, how)
-    with torch.cuda.device_of(static):
-        if w1 is None:
-            names = ("H", "HEADS"), ("FORM", "GIVEN")
-            kernels.static_table_kernel[grid](
-                *given, static, how.entries, **{name: compiled[name] for name in names[0]},
-                **{name: switches[name] for name in names[1]}, N=ENTRIES, num_warps=4,
-            )  # fmt: skip
-            return found
-        kernels.tables_kernel[grid](
-            *given, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
+    if w1 is None:
+        start(kernels.static_table_kernel, grid)(
+            *known, static, how.entries, H=compiled["H"], HEADS=compiled["HEADS"],
+            FORM=switches["FORM"], GIVEN=switches["GIVEN"], N=ENTRIES, num_warps=4,
+        )  # fmt: skip
+    else:
+        start(kernels.tables_kernel, grid)(
+            *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
             N=ENTRIES, num_warps=4,
         )  # fmt: skip
     return found
@@ -157,23 +153,19 @@ def _forward_fake(
     return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
-def _backward(
-    values: Tensor | None,
-    p0: Tensor | None,
-    p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
-    grads: list[Tensor],
-    *rest: Any,
-) -> list[Tensor]:
+def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of all tensors but None. DAPE V2 ignores the gradient of b1."""
+    return [*planned(_gradients, (*given[:7], *given[7]), How(*given[8:]))]
+
+
+def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
+    """Return the gradients of some tensors from those of the tables, which follow them."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv, next_power_of_2
 
-    how = How(*rest)
-    found = _backward_fake(values, p0, p1, w1, b1, w2, b2, grads, *rest)
+    tensors, grads = given[:7], [x.contiguous() for x in given[7:]]
+    values, p0, p1, w1, b1, w2, _ = tensors
+    found = _backward_fake(*tensors, grads, *how)
     compiled, switches = _compiled(w1, how), _switches(values, how)
     heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
     size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
@@ -181,23 +173,22 @@ def _backward(
     programs = cdiv(how.entries, per_program)
     static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
     parts = static.new_empty(programs, size)
-    given = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
+    known = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
     into = iter(found)
     unused = static.new_empty(how.heads)
     grad_values, grad_p0, grad_p1, grad_w1, grad_b1, grad_w2, grad_b2 = (
-        unused if x is None else next(into) for x in (values, p0, p1, w1, b1, w2, b2)
+        unused if x is None else next(into) for x in tensors
     )
     channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
-    with torch.cuda.device_of(static):
-        kernels.tables_backward_kernel[(programs,)](
-            *given, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
-            **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
-        )  # fmt: skip
-        kernels.table_sums_kernel[(cdiv(size, 32),)](
-            parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
-            programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
-            MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
-        )  # fmt: skip
+    start(kernels.tables_backward_kernel, (programs,))(
+        *known, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
+        **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+    )  # fmt: skip
+    start(kernels.table_sums_kernel, (cdiv(size, 32),))(
+        parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
+        programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
+        MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+    )  # fmt: skip
     return found
 
 
@@ -229,7 +220,7 @@ class _Tables(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        found = iter(backward_operator(*tensors, [x.contiguous() for x in grads], *ctx.how))
+        found = iter(backward_operator(*tensors, grads, *ctx.how))
         return None, *(None if x is None else next(found) for x in tensors)
 
 
@@ -250,14 +241,20 @@ backward_operator = register(
 
 def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tuple[Tensor, Tensor]:
     """Return psi over the distances, and 1 / psi over the indices from `offset` on, for FIRE."""
+    psi, scale = planned(_fire_made, (log_c, log_threshold), count, offset)
+    return psi, scale
+
+
+def _fire_made(given: Sequence[Any], count: int, offset: int) -> tuple[Tensor, Tensor]:
+    """Return FIRE's tables of its parameters."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv
 
+    log_c, log_threshold = given
     psi, scale = _fire_fake(log_c, log_threshold, count, offset)
-    with torch.cuda.device_of(psi):
-        kernels.fire_kernel[(cdiv(count, 1024),)](
-            log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
-        )
+    start(kernels.fire_kernel, (cdiv(count, 1024),))(
+        log_c, log_threshold, psi, scale, count, offset, N=1024, num_warps=4
+    )
     return psi, scale
 
 
@@ -270,18 +267,22 @@ def _fire_fake(
     )
 
 
-def _fire_backward(
-    log_c: Tensor, log_threshold: Tensor, grad_psi: Tensor, grad_scale: Tensor, offset: int
-) -> tuple[Tensor, Tensor]:
+def _fire_backward(*given: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients of log c and log L."""
+    by_c, by_threshold = planned(_fire_gradients, given[:4], given[4])
+    return by_c, by_threshold
+
+
+def _fire_gradients(given: Sequence[Any], offset: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of FIRE's parameters, which those of its tables follow."""
     from dape.attention.fused import table_kernels as kernels
 
+    log_c, log_threshold, grad_psi, grad_scale = (x.contiguous() for x in given)
     found = torch.empty_like(log_c), torch.empty_like(log_threshold)
-    with torch.cuda.device_of(grad_psi):
-        kernels.fire_backward_kernel[(1,)](
-            log_c, log_threshold, grad_psi, grad_scale, *found, len(grad_psi), offset,
-            N=1024, num_warps=4,
-        )  # fmt: skip
+    start(kernels.fire_backward_kernel, (1,))(
+        log_c, log_threshold, grad_psi, grad_scale, *found, len(grad_psi), offset,
+        N=1024, num_warps=4,
+    )  # fmt: skip
     return found
 
 
@@ -299,8 +300,7 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = (*ctx.saved_tensors, *(x.contiguous() for x in grads), ctx.offset)
-        return *fire_backward_operator(*given), None, None
+        return *fire_backward_operator(*ctx.saved_tensors, *grads, ctx.offset), None, None
 
 
 def _fire_with_gradients(log_c: Tensor, log_threshold: Tensor, *how: int) -> tuple[Tensor, Tensor]:

@@ -27,11 +27,15 @@ def serves(problem: Problem, terms: Taps) -> bool:
         and units <= MOST_UNITS
         and rows >= ROWS
         and 0 <= problem.offset <= keys - rows
-        and has_room(problem.query.device)
+        and has_room()
     )
 
 
+def has_room() -> bool:
+    """Return whether a block of the current GPU may have the shared memory of the backward pass."""
+    return torch.cuda.is_available() and _has_room(torch.cuda.current_device())
+
+
 @cache
-def has_room(device: torch.device) -> bool:
-    """Return whether a block of a GPU may have the shared memory that the backward pass takes."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in LARGE
+def _has_room(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) in LARGE

@@ -1,4 +1,4 @@
-// The kernel of `forward.cuh`: a block has warps of heads, and warps that mix.
+// The kernel of `forward.cuh`: a block has head warps and mixer warps.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward(const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse,
             const float* w1, const float* w2, const __half* hidden, const float* fixed, const float* linear,

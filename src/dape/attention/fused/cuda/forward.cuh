@@ -1,25 +1,24 @@
-// The whole forward pass of an attention that mixes heads, in one kernel, for Hopper (see docs/kernels.md).
+// The whole forward pass of an attention that mixes heads, in a single kernel, for Hopper (see docs/kernels.md).
 //
-// A score that is too large for X, or a log-sum-exp, sets a flag, and another kernel then takes the call.
+// A score too large for X, or a log-sum-exp, sets a flag, and a kernel in Triton then takes the call.
 //
-// A block takes ROWS query rows of all heads. Each head has a warp (scores, softmax, values), and four mixer
-// warps take the scores of a tile across heads. They meet in shared memory, in X[head][slot] of fp16, where a
-// slot is wherever the accumulator of q k^T already sits: a lane moves 16 bytes, the mixers read fragments
-// [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers,
-// so that heads compute the next scores while the mixers are busy with these.
+// A block takes ROWS query rows of all heads. Every head has a warp (scores, softmax, values), and four mixer
+// warps take the scores of a tile across heads. Warps exchange numbers in shared memory, in X[head][slot] of fp16. The
+// order of slots is the order of the accumulators of q k^T: a lane moves 16 bytes, the mixers read fragments
+// [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers. Heads
+// compute the scores of the next tile while the mixers are busy.
 //
 //   x = q k^T      w = scale W1 x      y = x + W2 (leaky(w + U) - leaky(U)) / scale
 //   P = exp(scale y + C), masked by C = -inf
 //
-// leaky(z) = s z + (1 - s) relu(z), and its linear part is no work: s W2 W1 is one more product with x. What is left of
-// the first layer after its product is relu(w + U) - relu(U) = max(w, -U) - max(-U, 0): no larger than w, however large
-// U is.
+// leaky(z) = s z + (1 - s) relu(z). The linear part costs a further product with x, by s W2 W1. The remaining part is
+// relu(w + U) - relu(U) = max(w, -U) - max(-U, 0), no larger than w, however large U is.
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
-// c + s % 2 + 8 (s / 4 % 2), so that 16 slots are two lanes' and their distances lie close together.
+// c + s % 2 + 8 (s / 4 % 2). Therefore 16 slots belong to two lanes and to close distances.
 //
 // Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
-// V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: what rounding left of the output is stored too, ROWS and KEYS of a
+// V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: the rounding error of the output is stored too, ROWS and KEYS of a
 // tile, MIXERS warps, QUERIES_SHARED: queries in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0:
 // as launched).
 #if BF16
@@ -33,7 +32,7 @@ constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
 constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
-// A running maximum is only brought up to date when it is this far behind (base 2): P stays below 2^8.
+// A running maximum is updated only for a difference beyond SLACK (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {
   Element k[H][KEYS * E], v[H][KEYS * E];
@@ -45,7 +44,7 @@ struct Shared {
   float c[H][C_LINE];
 };
 
-// Scores of buffer `b` are there for the mixers; its logits are there for the heads.
+// Scores of buffer `b` are ready for the mixers; logits of buffer `b` are ready for the heads.
 DEVICE void scores_there(int b) {
   if (b)
     arrive<2>(MEMBERS);
@@ -77,7 +76,7 @@ DEVICE void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
   mma(c, a[0], a[1], a[2], a[3], b0, b1);
 #endif
 }
-// d = a b + c in fp16, whose accumulators are the next product's operand.
+// d = a b + c in fp16, with d in the layout of an operand of the next product.
 DEVICE void mma_half(uint32 (&d)[2], const uint32 (&a)[4], const uint32 (&b)[2], uint32 c0, uint32 c1) {
   const uint2 sum = mma_half(make_uint4(a[0], a[1], a[2], a[3]), b[0], b[1], c0, c1);
   d[0] = sum.x;

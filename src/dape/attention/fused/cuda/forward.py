@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dape.attention.fused import overflow
 from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.sizes import cdiv, strides
 from dape.attention.fused.terms import Mixed
@@ -57,11 +58,10 @@ def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
 
     A problem of few rows, which would leave most of the GPU without a block, is not served.
     """
-    device = problem.query.device
     batch, heads, rows, head_dim = problem.query.shape
     units = padded_units(terms)
     served = (
-        torch.cuda.get_device_capability(device) == CAPABILITY
+        torch.cuda.get_device_capability() == CAPABILITY
         and problem.query.element_size() == 2
         and problem.offset >= 0
         and heads <= MOST_HEADS
@@ -73,7 +73,7 @@ def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
     if not served:
         return None
     where = layout(heads, head_dim, units)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = torch.cuda.get_device_properties().multi_processor_count
     busy = where is not None and batch * cdiv(rows, where.rows) >= processors // 8
     return where if busy else None
 
@@ -96,25 +96,21 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
     mask = query if problem.mask is None else problem.mask
     given = problem._replace(query=query, key=key, value=value)
     values = macros(given, terms, where, found.exact)
-    compiled(query.device.index, "pack_tables", *values)(
-        grid=(min(cdiv(distances * (units + heads), 256), 2048), 1, 1),
-        block=(256, 1, 1),
-        args=[
-            terms.hidden, terms.static, terms.weight_in, terms.weight_out,
-            hidden, fixed, linear, len(terms.hidden), low, distances,
-        ],
+    start(
+        compiled("pack_tables", *values),
+        (min(cdiv(distances * (units + heads), 256), 2048), 1, 1, 256, 1, 1),
+    )(
+        terms.hidden, terms.static, terms.weight_in, terms.weight_out,
+        hidden, fixed, linear, len(terms.hidden), low, distances,
     )  # fmt: skip
-    compiled(query.device.index, "forward", *values)(
-        grid=(cdiv(rows, where.rows), batch, 1),
-        block=(32 * (cdiv(heads, 4) * 4 + where.mixers), 1, 1),
-        args=[
-            query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
-            hidden, fixed, linear, mask, found.flag,
-            rows, keys, distances, low, problem.offset, float(problem.scale),
-            overflow.LARGEST_SCORE, overflow.LARGEST_SUM,
-            *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(found.out),
-            *found.lse.stride()[:2], mask.stride(0),
-        ],
+    block = 32 * (cdiv(heads, 4) * 4 + where.mixers)
+    start(compiled("forward", *values), (cdiv(rows, where.rows), batch, 1, block, 1, 1))(
+        query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
+        hidden, fixed, linear, mask, found.flag,
+        rows, keys, distances, low, problem.offset, float(problem.scale),
+        overflow.LARGEST_SCORE, overflow.LARGEST_SUM,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(found.out),
+        *found.lse.stride()[:2], mask.stride(0),
     )  # fmt: skip
 
 
@@ -147,8 +143,13 @@ def source(name: str, *values: int) -> str:
     return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 
+def compiled(name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device."""
+    return compiled_on(torch.cuda.current_device(), name, *values)
+
+
 @cache
-def compiled(device: int, name: str, *values: int) -> Kernel:
+def compiled_on(device: int, name: str, *values: int) -> Kernel:
     """Return a named kernel for some macros, on the current device, which must be `device`."""
     shared_memory = values[-1] if name == "forward" else 0
     return kernel(source(name, *values), name, capability="90a", shared_memory=shared_memory)

@@ -1,6 +1,6 @@
-// The head warps of `forward.cu`: scores, softmax and values of one head.
+// The head warps of `forward.cu`: scores, softmax and values of a head.
 
-// What a head warp holds of its rows: O before the division, the running maximum in base 2 and the sum of P, and the
+// Numbers of a head warp for its rows: O before the division, the running maximum in base 2, the sum of P, and the
 // largest score.
 struct Running {
   float o[MT][E / 8][4] = {}, top[MT][2], total[MT][2], largest = 0.f;
@@ -15,7 +15,7 @@ struct Running {
 typedef float Scores[MT][NT][4];
 typedef uint32 Weights[MT][NT][2];
 #if QUERIES_SHARED
-typedef uint32 Queries;  // where they lie in shared memory
+typedef uint32 Queries;  // an address in shared memory
 #else
 typedef uint32 Queries[MT][ET][4];
 DEVICE void load_queries(Queries& q, const Arguments& a, int g, int t) {
@@ -55,7 +55,7 @@ DEVICE void add_scores(Scores& x, const Queries& queries, uint32 to_k, int lane)
     }
   }
 }
-// Scores to the mixers, as they lie.
+// Scores to the mixers, in the order of the accumulators.
 DEVICE void store_scores(__half* to, const Scores& x, float& largest, int lane) {
 #pragma unroll
   for (int m = 0; m < MT; m++)
@@ -74,7 +74,7 @@ DEVICE void store_scores(__half* to, const Scores& x, float& largest, int lane) 
     }
 }
 
-// Logits of 16 rows in base 2 from those of the mixers and C, by (row - key) / 8; -inf for keys that are not seen.
+// Logits of 16 rows in base 2 from the mixers' logits and C, by (row - key) / 8; -inf for hidden keys.
 DEVICE void load_logits(float (&y)[NT][4], const __half* from, const float2 (&c)[MT * 2 + NT - 1], int m, float scale,
                         uint32 seen, int lane) {
 #pragma unroll
@@ -97,7 +97,7 @@ DEVICE void load_logits(float (&y)[NT][4], const __half* from, const float2 (&c)
         if (!(seen >> (8 * tile + 2 * (lane & 3) + (i & 1)) & 1)) y[tile][i] = NEVER;
   }
 }
-// The maximum of 16 rows brought up to date where it is too far behind, and O and the sum with it.
+// Updates the maximum of 16 rows for a difference beyond SLACK, and O and the sum with the maximum.
 DEVICE void raise_top(Running& run, const float (&y)[NT][4], int m) {
   float most[2] = {y[0][0], y[0][2]};
 #pragma unroll
@@ -120,7 +120,7 @@ DEVICE void raise_top(Running& run, const float (&y)[NT][4], int m) {
     }
   }
 }
-// P of 16 rows, and if asked for what rounding took from it: the gradients of tables are sums in which it counts.
+// P of 16 rows, and if wanted the rounding error of P, which counts in the gradients of tables.
 DEVICE void softmax(Weights& weight, Weights& weight_rest, Running& run, const float (&y)[NT][4], int m) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
@@ -159,7 +159,7 @@ DEVICE void add_values(Running& run, const Weights& weight, const Weights& weigh
       }
     }
 }
-// Output and log-sum-exp of the rows, and the flag for numbers that are too large.
+// Output and log-sum-exp of the rows, and the flag for numbers beyond a limit.
 DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
 #pragma unroll
   for (int m = 0; m < MT; m++)
@@ -188,13 +188,13 @@ DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
     }
 }
 
-// The walk of a head warp over the tiles of keys: the scores of the next tile first, then softmax and values of this
-// one.
+// The walk of a head warp over the tiles of keys: scores of the next tile first, then softmax and values of the
+// present tile.
 DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const uint32 to_k = address(s.k[h]), to_v = address(s.v[h]), to_c = address(s.c[h]);
   const float* fixed = a.fixed + (long long)h * a.distances;
-  // C of a tile, from the largest distance down, and a copy one place on: every lane then reads aligned pairs.
+  // C of a tile, from the largest distance down, and a copy shifted by 1, for aligned pairs in every lane.
   auto load_static = [&](int n) {
     const float* from = fixed + a.row0 + a.offset + ROWS - 1 - n * KEYS - a.low;
 #pragma unroll
@@ -245,7 +245,7 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       int key = n * KEYS + lane;
       seen = __ballot_sync(~0u, lane >= KEYS || (key < a.keys && (!MASKED || a.mask[key])));
     }
-    wait<1>();  // V and C of this tile
+    wait<1>();  // V and C of the present tile
     await_logits(n & 1);
     float2 c[MT * 2 + NT - 1];
 #pragma unroll

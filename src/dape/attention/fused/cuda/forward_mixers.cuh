@@ -10,7 +10,7 @@ DEVICE void load_units(uint32 (&u)[UT], const char* table, int distance) {
       *(uint4*)(u + m) = *(const uint4*)(from + m * 4);
 }
 
-// Two groups of 16 slots, 64 bytes apart: -U of their rows g is in `first`, of their rows g + 8 in `second`.
+// Two groups of 16 slots, 64 bytes apart: -U of rows g is in `first`, of rows g + 8 in `second`.
 DEVICE void mix_pair(uint32 at, const uint32 (&first)[2][UT], const uint32 (&second)[2][UT], const uint32 (&w1)[UT][2],
                      const uint32 (&w2)[2][UT / 2][2], const uint32 (&w21)[2][2]) {
   uint32 x[2][4], y[2][2][2];
@@ -79,13 +79,13 @@ DEVICE void mix(Shared& s, const Arguments& a, int mixer, int lane) {
       address(s.x[0]) + (((lane & 7) + 8 * (lane >> 4)) * SLOTS + first * 16 + 8 * ((lane >> 3) & 1)) * 2;
   for (int n = 0; n < a.tiles; n++) {
     wait<0>();
-    meet<5>(32 * MIXERS);  // U of this tile is there for all, and that of the last is no longer read
+    meet<5>(32 * MIXERS);  // all mixers have U of the present tile, and no mixer reads U of the last tile
     load_hidden(n + 1);
     const uint32 at = slot + (n & 1) * sizeof(s.x[0]);
     const char* u = (const char*)s.u[n & 1] + place;
     await_scores(n & 1);
-    // Group 2 k of 16 slots has rows at distances k and k - 2, group 2 k + 1 at k - 4 and k - 6, so that a walk over
-    // the distances d needs each entry of U once.
+    // Group 2 k of 16 slots has rows at distances k and k - 2, group 2 k + 1 at k - 4 and k - 6. A walk over the
+    // distances d therefore reads every entry of U once.
     uint32 low[2][UT], high[2][UT];
     load_units(high[0], u, -6);
     load_units(high[1], u, -5);

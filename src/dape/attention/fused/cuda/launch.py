@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from ctypes import addressof, c_uint64, c_void_p
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from importlib.resources import files
 from struct import pack
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 
 
-class Kernel(NamedTuple):
-    """A kernel on the device that was current at compilation.
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel on the device that was current at compilation, started as kernels of Triton are.
 
     Kernels of `torch.cuda._compile_kernel` look at every argument at every call, in 0.2 ms, longer
     than many a kernel runs. `Kernel` turns an argument into a word of eight bytes.
@@ -21,20 +23,27 @@ class Kernel(NamedTuple):
 
     function: c_void_p
     shared_memory: int
+    arg_names: tuple[str, ...] = ()
 
-    def __call__(
-        self,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        args: list[Tensor | int | float],
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        """Return the function that starts the kernel, for three sizes of a grid, and of a block."""
+        return partial(self.start, grid)
+
+    def warmup(self, *args: Any, grid: tuple[int, ...]) -> "Kernel":
+        """Return the kernel, which is compiled."""
+        return self
+
+    def start(
+        self, grid: tuple[int, ...], *args: Tensor | int | float, stream: int | None = None
     ) -> None:
-        """Start the kernel on the current stream, with `int` for integers, `double` for floats."""
+        """Start the kernel with `int` for integers, `double` for floats."""
         words = (c_uint64 * len(args))(*map(word, args))
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
-        stream = c_void_p(torch.cuda.current_stream().cuda_stream)
+        if stream is None:
+            stream = torch.cuda.current_stream().cuda_stream
         _check_cuda(
-            launcher()(self.function, *grid, *block, self.shared_memory, stream, places, None)
+            launcher()(self.function, *grid, self.shared_memory, c_void_p(stream), places, None)
         )
 
 
@@ -47,9 +56,11 @@ def launcher() -> Callable[..., int]:
 
 def word(argument: Tensor | int | float) -> int:
     """Return an argument as the low bytes of a word."""
-    if isinstance(argument, Tensor):
-        return argument.data_ptr()
-    return argument if isinstance(argument, int) else int.from_bytes(pack("=d", argument), "little")
+    if isinstance(argument, int):
+        return argument
+    if isinstance(argument, float):
+        return int.from_bytes(pack("=d", argument), "little")
+    return argument.data_ptr()
 
 
 def source_of(defines: dict[str, int], *names: str) -> str:

@@ -1,10 +1,10 @@
-// Lines of queries, keys or values in shared memory, as copies fill them and ldmatrix reads them, for kernels that give
-// each head a warp. An Element has two bytes. Elements lie in blocks of 64 columns, and 32 and 16 for the rest of E. In
-// a line the pieces of 16 bytes change places, so that copies fill whole lines and ldmatrix finds eight lines in
+// Lines of queries, keys or values in shared memory, filled by copies and read by ldmatrix, for kernels with a warp for
+// every head. An Element has two bytes. Elements lie in blocks of 64 columns, and 32 and 16 for the remaining columns.
+// In a line the pieces of 16 bytes are permuted. Copies then fill whole lines, and ldmatrix finds eight lines in
 // different banks.
 //
 // Macro: E, a multiple of 16.
-// The block of column 16 e: its first column and its width.
+// The block of column 16 e: first column and width.
 __host__ __device__ constexpr int width_at(int e) { return 16 * e < E / 64 * 64 ? 64 : 16 * e < E / 32 * 32 ? 32 : 16; }
 __host__ __device__ constexpr int block_at(int e) {
   return 16 * e < E / 64 * 64 ? 16 * e / 64 * 64 : 16 * e < E / 32 * 32 ? E / 64 * 64 : E / 32 * 32;
@@ -12,7 +12,7 @@ __host__ __device__ constexpr int block_at(int e) {
 DEVICE constexpr int swap_of(int line, int width) {
   return width == 64 ? line & 7 : width == 32 ? line >> 1 & 3 : line >> 2 & 1;
 }
-// A lane's line of an ldmatrix of columns 16 e .. 16 e + 15 of COUNT lines; `line` is its place in 16 of them, `upper`
+// A lane's line of an ldmatrix of columns 16 e .. 16 e + 15 of COUNT lines; `line` is the place among 16 lines, `upper`
 // is set for the upper 8 columns.
 template <int COUNT>
 DEVICE uint32 line_address(uint32 base, int p, int e, int line, int upper) {
@@ -20,7 +20,7 @@ DEVICE uint32 line_address(uint32 base, int p, int e, int line, int upper) {
   return base + (COUNT * first + (16 * p + line) * width) * 2 +
          (((16 * e - first) / 8) ^ upper ^ swap_of(line, width)) * 16;
 }
-// A lane's share of the copies of a block of columns; `from` is the lane's own piece of the first line.
+// The copies of a lane for a block of columns; `from` is the lane's piece of the first line.
 template <int COUNT, int WIDTH, int FIRST, int STRIDE, bool WHOLE>
 DEVICE void load_block(uint32 to, const Element* from, int lines, int lane) {
   constexpr int PIECES = WIDTH / 8, STEP = 32 / PIECES;
@@ -38,10 +38,10 @@ DEVICE int own_piece(int lane) {
   return lane / (WIDTH / 8) * STRIDE + lane % (WIDTH / 8) * 8;
 }
 
-// The lines of one tile after the other, zero past the last.
+// The lines of tile after tile, zero past the last.
 template <int COUNT, int STRIDE>
 struct Lines {
-  const Element* from;  // the lane's own piece of the next tile, in blocks of 64 columns if there are any
+  const Element* from;  // the lane's piece of the next tile, in a block of 64 columns if E has such a block
   uint32 to;
   int left, lane;
   static constexpr int WIDEST = E >= 64 ? 64 : E >= 32 ? 32 : 16;

@@ -1,4 +1,4 @@
-// X <- X + W2 (phi(W1 X + U) - phi(U)), -inf where a key is not seen; `mix.cuh` has the legend.
+// X <- X + W2 (phi(W1 X + U) - phi(U)), -inf for hidden keys; `mix.cuh` has the legend.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     mix(__half* x, const float* w1, const float* w2, const float* hidden_table, const uint8* mask, int rows, int keys,
         int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {

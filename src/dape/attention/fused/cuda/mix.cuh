@@ -9,7 +9,7 @@
 // rows of a tile, on a segment of the diagonal.
 //
 //   w[key, unit] = x[key, head] W1^T         z = w + U              r = leaky(z) - leaky(U)
-//   y[head, key] = x + W2 r^T                P = exp(y + C - lse)   dS = P (dP - delta)
+//   y[head, key] = x + W2 r^T                P = exp(y + C - lse)   dS = P (dP - delta) = P Y
 //   dz = leaky'(z) dS W2                     dA[head, key] = dS + W1^T dz^T
 //
 // However large U is, r is no larger than w: relu(w + U) - relu(U) = max(w, -U) - max(-U, 0).

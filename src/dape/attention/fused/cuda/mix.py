@@ -2,12 +2,14 @@
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from dape.attention.fused.cuda import forward
 from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
 from dape.attention.fused.geometry import ALIGNMENT, diagonals
 from dape.attention.fused.mixers.mixed import MixedMixer, Slots
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import padded
@@ -57,36 +59,30 @@ class CudaMixer(MixedMixer):
         where = diagonals(self.problem, band, TILE, TILE)
         batch, rows, keys = band.sizes
         _, segments = self.share(batch, where.number, rows)
-        compiled(x.device.index, "mix", *self.macros())(
-            grid=(where.number, batch, self.shares * segments),
-            block=(32 * WARPS, 1, 1),
-            args=[
-                x, terms.weight_in, terms.weight_out, terms.hidden, mask,
-                rows, keys, len(terms.hidden),
-                where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-            ],
+        grid = (where.number, batch, self.shares * segments, 32 * WARPS, 1, 1)
+        start(compiled("mix", *self.macros()), grid)(
+            x, terms.weight_in, terms.weight_out, terms.hidden, mask,
+            rows, keys, len(terms.hidden),
+            where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         )  # fmt: skip
         return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, TILE, TILE)
         batch, count, keys = band.sizes
         groups = len(slots.sums) // slots.segments
-        compiled(x.device.index, "mix_backward", *self.macros())(
-            grid=(where.number, groups, self.shares * slots.segments),
-            block=(32 * WARPS, 1, 1),
-            args=[
-                x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-                rows.lse, rows.delta, mask, *self.problem.gated().values(),
-                slots.sums[:, where.slot * self.shares :], batch, slots.elements,
-                count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
-                *slots.sums.shape[1:], int(slots.add),
-                *x.stride()[:2], *rows.lse.stride(), mask.stride(0),
-            ],
+        grid = (where.number, groups, self.shares * slots.segments, 32 * WARPS, 1, 1)
+        start(compiled("mix_backward", *self.macros()), grid)(
+            x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
+            rows.lse, mask, *self.problem.gated().values(),
+            slots.sums[:, where.slot * self.shares :], batch, slots.elements,
+            count, keys, len(terms.hidden), where.first, where.band_tile, where.offset,
+            *slots.sums.shape[1:], int(slots.add),
+            *x.stride()[:2], *rows.lse.stride(), mask.stride(0),
         )  # fmt: skip
         return x, y
 
@@ -106,7 +102,7 @@ def shared_memory(name: str, heads: int, units: int) -> int:
     matrix, tile, hidden = 2 * heads * units, 2 * heads * TILE, 2 * TILE * units
     if name == "mix":
         return 2 * matrix + WARPS * (hidden + STAGES * tile)
-    walk = hidden + 4 * TILE * heads + STAGES * (2 * tile + 8 * heads)
+    walk = hidden + 4 * TILE * heads + STAGES * (2 * tile + 4 * heads)
     sums = 4 * (TILE * (units + heads) + 2 * heads * units)
     return 4 * matrix + WARPS * max(walk, sums)
 
@@ -120,8 +116,13 @@ def source(name: str, *values: int) -> str:
     return source_of(defines, "pairs.cuh", "mix.cuh", f"{name}.cu")
 
 
+def compiled(name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device."""
+    return compiled_on(torch.cuda.current_device(), name, *values)
+
+
 @cache
-def compiled(device: int, name: str, *values: int) -> Kernel:
+def compiled_on(device: int, name: str, *values: int) -> Kernel:
     """Return a named kernel for some macros, on the current device, which must be `device`."""
     size = shared_memory(name, *values[2:4])
     return kernel(source(name, *values), name, shared_memory=size)

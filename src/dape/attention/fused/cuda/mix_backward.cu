@@ -1,17 +1,17 @@
-// P and dA from X and dP, with the sums of all gradients; `mix.cuh` has the legend.
+// P and dA from X and Y = dP - delta, with the sums of all gradients; `mix.cuh` has the legend.
 
-// The two layers of a lane, and both turned.
+// The two layers of a lane, and their transposes.
 struct Layers {
   Held in, out, out_turned, in_turned;
   __device__ Layers(const Weights& w, int lane)
       : in(w.in, lane), out(w.out, lane), out_turned(w.out_turned, lane), in_turned(w.in_turned, lane) {}
 };
-// A tile of scores and of dP on its way, with log-sum-exp and delta of its row's heads.
+// A tile of X and of Y under way, with the log-sum-exps of all heads of the row.
 struct Stage {
   Ring x, y;
-  float stats[2 * HEADS];
+  float lse[HEADS];
 };
-// The sums of each warp: in its registers, and in shared memory.
+// The sums of a warp, in registers and in shared memory.
 struct Accumulators {
   float u[2][UT][4] = {}, c[PARTS][4][4] = {}, w1[PARTS][UT][4] = {}, w2[PARTS][UT][4] = {};
 };
@@ -19,14 +19,14 @@ struct Sums {
   float u[WARPS][KEYS * UNITS], c[WARPS][HEADS * KEYS], w1[WARPS][HEADS * UNITS], w2[WARPS][HEADS * UNITS];
 };
 
-// A warp's walk over the same diagonal of some elements, one after the other: the tiles that are left of an element,
-// the rows that are left from that of the tile on, the tile's first key, and where its row lies.
+// A warp's walk over a diagonal, element after element: the remaining tiles of an element, the remaining rows from the
+// row of the tile on, the first key of the tile, and the place of the row.
 struct Cursor {
   int tiles, left, key;
   uint32 at, stat, mask;
 };
 
-// P in place of the scores of half f of a tile, dS in place of dP; `risen` is how far the hidden units are above U's.
+// P in place of the scores of half f of a tile, dS in place of Y; `risen` is phi(z) - phi(U).
 DEVICE void softmax_backward(Own& xs, Half& yf, const Half& xf, int f, const Stage& stage, const Tables& tables,
                              const Held& w_out, const uint2 (&risen)[UT], bool whole, const uint32 (&seen)[2], int g,
                              int lane) {
@@ -38,20 +38,20 @@ DEVICE void softmax_backward(Own& xs, Half& yf, const Half& xf, int f, const Sta
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int r = 2 * part + i;
-        const float log_sum = stage.stats[8 * r + g], mean = stage.stats[HEADS + 8 * r + g];
+        const float log_sum = stage.lse[8 * r + g];
         const float2 c = tables.c[r][2 * f + e][lane], v = __half22float2(half2_of(i ? logits.y : logits.x)),
-                     dp = __half22float2(half2_of(yf[r][e]));
+                     y = __half22float2(half2_of(yf[r][e]));
         float p0 = exp2_fast(fmaf(v.x - log_sum, LOG2E, c.x)), p1 = exp2_fast(fmaf(v.y - log_sum, LOG2E, c.y));
         if (!whole) {
           p0 = seen[e] & 0xffffu ? p0 : 0.f;
           p1 = seen[e] >> 16 ? p1 : 0.f;
         }
         xs[r][2 * f + e] = pack(p0, p1);
-        yf[r][e] = pack(p0 * (dp.x - mean), p1 * (dp.y - mean));
+        yf[r][e] = pack(p0 * y.x, p1 * y.y);
       }
     }
 }
-// dA in place of dP of half f of a tile, from dS, with its part of all sums.
+// dA in place of Y of half f of a tile, from dS, with its summands of all sums.
 DEVICE void layers_backward(Own& ys, Accumulators& acc, const Half& xf, const Half& ds, int f, const Layers& layers,
                             const uint2 (&risen)[UT], const uint2 (&z)[UT], uint32 ones) {
 #pragma unroll
@@ -82,7 +82,7 @@ DEVICE void layers_backward(Own& ys, Accumulators& acc, const Half& xf, const Ha
     }
 }
 
-// Where a float2 of row g goes within a line of sums, so that the lanes of a store meet different banks.
+// The place of a float2 of row g within a line of sums. The lanes of a store meet different banks.
 DEVICE int unit_place(int unit, int g) { return unit ^ 8 * (UNITS == 16 ? g >> 1 & 1 : g & 3); }
 DEVICE int key_place(int key, int g) { return key ^ 2 * (g & 3); }
 DEVICE int row_of(int key) { return 2 * (key >> 3) + (key & 1); }  // g of `key_of`
@@ -109,8 +109,8 @@ DEVICE void lay_out(Sums& sums, const Accumulators& acc, int warp, int g, int t)
         *(float2*)&sums.c[warp][(16 * part + 8 * i + g) * KEYS + key_place(8 * t + 2 * p, g)] = pair(acc.c[part][p]);
   }
 }
-// The sums of the warps, in their order, to a slot or added to it; line r is the distance of row m and key m + KEYS - 1
-// - r.
+// The sums of the warps, in order, stored in a slot or added to a slot; line r is the distance of row m and key
+// m + KEYS - 1 - r.
 DEVICE void add_up(float* slot, const Sums& sums, int add) {
   constexpr int THREADS = 32 * WARPS;
   auto put = [&](int at, float sum) { slot[at] = add ? slot[at] + sum : sum; };
@@ -144,11 +144,11 @@ DEVICE void add_up(float* slot, const Sums& sums, int add) {
   }
 }
 
-// X <- P, Y <- dA; the sums of U, C, W1 and W2 go to the block's slot, or are added to what is there.
+// X <- P, Y <- dA; the sums of U, C, W1 and W2 are stored in the block's slot, or added to the slot.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     mix_backward(__half* x, __half* y, const float* w1, const float* w2, const float* hidden_table,
-                 const float* static_table, const float* lse, const float* delta, const uint8* mask, const int* gate,
-                 int gated, float* slot, int batch, int elements, int rows, int keys, int table_size,
+                 const float* static_table, const float* lse, const uint8* mask, const int* gate, int gated,
+                 float* slot, int batch, int elements, int rows, int keys, int table_size,
                  int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add, int x_b, int x_t,
                  int stat_b, int stat_h, int stat_t, int mask_b) {
   struct Walk {
@@ -206,15 +206,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     fetch_tile(ring[into].x, x + from, real, g, lane);
     fetch_tile(ring[into].y, y + from, real, g, lane);
 #pragma unroll
-    for (int i = lane; i < 2 * HEADS; i += 32)
-      copy4(address(&ring[into].stats[i]),
-            (i < HEADS ? lse : delta) + (real ? next.stat + min(i % HEADS, H - 1) * stat_h : 0), real);
+    for (int i = lane; i < HEADS; i += 32)
+      copy4(address(&ring[into].lse[i]), lse + (real ? next.stat + min(i, H - 1) * stat_h : 0), real);
     commit();
     advance(next);
   };
 #pragma unroll
   for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead);
-  // Rows past the last are no work, but the walk of a warp is as long as that of its block.
+  // All warps of a block walk equally far, and skip rows past the last.
   for (int n = 0, stage_of = 0; n < total; n++, advance(here), stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
     fetch(stage_of == 0 ? STAGES - 1 : stage_of - 1);
     const bool whole = sees_all(delta0) && here.left > 0 && here.key + KEYS <= keys;

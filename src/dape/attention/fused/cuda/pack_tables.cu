@@ -1,5 +1,5 @@
-// Tables for `forward`, from distance `low` on: -U in fp16, [distance][t][unit tile][pair], so that a lane's units
-// are neighbours, and C in base 2 with the causal mask; and s W2 W1, [head][head].
+// Tables for `forward`, from distance `low` on: -U in fp16, [distance][t][unit tile][pair], with the units of a lane as
+// neighbours, C in base 2 with the causal mask, and s W2 W1, [head][head].
 extern "C" __global__ void pack_tables(const float* hidden_table, const float* static_table, const float* w1,
                                        const float* w2, __half* hidden, float* fixed, float* linear, int table_size,
                                        int low, int distances) {

@@ -2,7 +2,7 @@
 // `taps_backward.cu` share.
 //
 //   z[c, unit] = b1 + sum_t W1_t x[c + t - 1] + U_t       r = leaky(z)
-//   s[key, head] = x + C + sum_t W2_t r[key + t - 1]      P = exp(s - lse)      dS = P (dP - delta)
+//   s[key, head] = x + C + sum_t W2_t r[key + t - 1]      P = exp(s - lse)      dS = P (dP - delta) = P Y
 //   dz[c, unit] = leaky'(z) sum_t W2_t^T dS[c + 1 - t]    dA[key, head] = dS + sum_t W1_t^T dz[key + 1 - t]
 //
 // A warp has a window of KEYS neighbouring keys of one row. Every layer loses a key at each end of the window, so the
@@ -46,10 +46,11 @@ DEVICE void turn_line(Line& to, const Line& from) {
 }
 
 // The weights as fragments: W1 [unit, head] and W2^T [unit, head] as B operands of two unit tiles each, W2 [head, unit]
-// and W1^T [head, unit] as A operands of 16 units each.
+// and W1^T [head, unit] as A operands of 16 units each. `rest` is what rounding left of W1: a hidden unit near zero has
+// the gradient of its sign, and the rounding of a layer would turn the units of all keys alike.
 typedef uint4 Matrix[TAPS][STEPS][32];
 struct Weights {
-  Matrix in, out;
+  Matrix in, rest, out;
 #ifdef BACKWARD
   Matrix out_turned, in_turned;
 #endif
@@ -64,8 +65,15 @@ DEVICE void load_weights(Weights& weights, const float* w1, const float* w2) {
     const int unit = 16 * s + g, head = 2 * t, column = 16 * s + 2 * t;
     auto two_in = [&](int n, int h) { return pack(in(tap, n, h), in(tap, n, h + 1)); };
     auto two_out = [&](int h, int n) { return pack(out(tap, h, n), out(tap, h, n + 1)); };
+    auto two_left = [&](int n, int h) {
+      const float a = in(tap, n, h), b = in(tap, n, h + 1);
+      const float2 rounded = __half22float2(half2_of(pack(a, b)));
+      return pack(a - rounded.x, b - rounded.y);
+    };
     weights.in[tap][s][lane] =
         make_uint4(two_in(unit, head), two_in(unit, head + 8), two_in(unit + 8, head), two_in(unit + 8, head + 8));
+    weights.rest[tap][s][lane] = make_uint4(two_left(unit, head), two_left(unit, head + 8), two_left(unit + 8, head),
+                                            two_left(unit + 8, head + 8));
     weights.out[tap][s][lane] =
         make_uint4(two_out(g, column), two_out(g + 8, column), two_out(g, column + 8), two_out(g + 8, column + 8));
 #ifdef BACKWARD
@@ -213,7 +221,7 @@ DEVICE void never(Heads& s, const Window& window, int t) {
 
 // r = leaky(z) from X. At the first of all keys a tap has nothing, which is taken off U, and the column before it,
 // which key 0 meets, is zero.
-DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, const Matrix& w, const Window& window,
+DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, const Weights& w, const Window& window,
                         const float* hidden_table, int size, int m, int lane) {
   const int g = lane / 4, t = lane % 4, column = window.key + TILES * g;
   float2 missing[UT] = {};
@@ -228,9 +236,12 @@ DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, con
   }
 #pragma unroll
   for (int n = 0; n < UT; n++) {
-    uint2 b[TAPS];
+    uint2 b[TAPS], rest[TAPS];
 #pragma unroll
-    for (int tap = 0; tap < TAPS; tap++) b[tap] = ((const uint2*)&w[tap][n / 2][lane])[n % 2];
+    for (int tap = 0; tap < TAPS; tap++) {
+      b[tap] = ((const uint2*)&w.in[tap][n / 2][lane])[n % 2];
+      rest[tap] = ((const uint2*)&w.rest[tap][n / 2][lane])[n % 2];
+    }
 #pragma unroll
     for (int i = 0; i < HALF; i++) {
       const float2 low = *(const float2*)&tables.u[m - i + TILES - 1][g][8 * n + 2 * t],
@@ -241,6 +252,7 @@ DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, con
       for (int tap = 0; tap < TAPS; tap++) {
         const int p = i + tap;
         mma(z, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], b[tap].x, b[tap].y);
+        mma(z, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], rest[tap].x, rest[tap].y);
       }
       r[n][i + 1] = pack(leaky(z[0]), leaky(z[1]));
       r[n][i + 1 + HALF] = pack(leaky(z[2]), leaky(z[3]));

@@ -17,6 +17,7 @@ from dape.attention.fused.geometry import ALIGNMENT, blocks
 from dape.attention.fused.mixers import taps
 from dape.attention.fused.mixers.mixed import Slots
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
@@ -58,35 +59,28 @@ class CudaTapsMixer(Mixer[Taps]):
         batch, rows, _ = band.sizes
         most = RESIDENT["taps_mix"] * BLOCKS // (number * batch)
         segments = max(1, min(16, rows // SEGMENT, most))
-        compiled(x.device.index, "taps_mix", *self.macros())(
-            grid=(batch, number, segments),
-            block=(32 * ROWS, 1, 1),
-            args=[
-                x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
-                terms.static, rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
-                (self.problem.offset + HALO) % OUT, *x.stride()[:2],
-            ],
+        grid = (batch, number, segments, 32 * ROWS, 1, 1)
+        start(compiled("taps_mix", *self.macros()), grid)(
+            x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
+            terms.static, rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
+            (self.problem.offset + HALO) % OUT, *x.stride()[:2],
         )  # fmt: skip
         return logits
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and dP in Y, in scratches of their own."""
+        """Return P and dA of a band from scores X and Y, in scratches of their own."""
         terms, weights, grad = self.terms, torch.empty_like(x), torch.empty_like(x)
         first, number, base = self.diagonals(band)
         batch, count, _ = band.sizes
-        compiled(x.device.index, "taps_backward", *self.macros())(
-            grid=(cdiv(batch, slots.elements), number, slots.segments),
-            block=(32 * ROWS, 1, 1),
-            args=[
-                x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,
-                terms.hidden_bias, terms.static, rows.lse, rows.delta,
-                *self.problem.gated().values(), slots.sums, batch, slots.elements,
-                count, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
-                (self.problem.offset + HALO) % OUT, slots.sums.shape[1], int(slots.add),
-                *x.stride()[:2], *rows.lse.stride(),
-            ],
+        grid = (cdiv(batch, slots.elements), number, slots.segments, 32 * ROWS, 1, 1)
+        start(compiled("taps_backward", *self.macros()), grid)(
+            x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,
+            terms.hidden_bias, terms.static, rows.lse, *self.problem.gated().values(),
+            slots.sums, batch, slots.elements, count, x.shape[2] * ALIGNMENT, len(terms.hidden),
+            first, base, (self.problem.offset + HALO) % OUT, slots.sums.shape[1], int(slots.add),
+            *x.stride()[:2], *rows.lse.stride(),
         )  # fmt: skip
         return weights, grad
 
@@ -134,9 +128,9 @@ def shared_memory(name: str, units: int) -> int:
     matrix, window = 2 * TAPS * HEADS * units, 2 * HEADS * 8 * TILES
     tables = 4 * 8 * (ROWS + TILES - 1) * (units + 8 + HEADS)
     if name == "taps_mix":
-        return 2 * matrix + tables + ROWS * STAGES * window
+        return 3 * matrix + tables + ROWS * STAGES * window
     sums = 4 * (8 * TILES * (units + HEADS) + 8 * units)
-    return 4 * matrix + tables + ROWS * max(2 * STAGES * window + sums, 4 * matrix)
+    return 5 * matrix + tables + ROWS * max(2 * STAGES * window + sums, 4 * matrix)
 
 
 def source(name: str, *values: int) -> str:
@@ -148,7 +142,12 @@ def source(name: str, *values: int) -> str:
     return source_of(defines, "pairs.cuh", "taps.cuh", f"{name}.cu")
 
 
+def compiled(name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device."""
+    return compiled_on(torch.cuda.current_device(), name, *values)
+
+
 @cache
-def compiled(device: int, name: str, *values: int) -> Kernel:
-    """Return the kernel of that name for these macros, on the current device, which is `device`."""
+def compiled_on(device: int, name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device, which must be `device`."""
     return kernel(source(name, *values), name, shared_memory=shared_memory(name, values[2]))

@@ -1,6 +1,6 @@
-// P and dA from X and dP, with the sums of all gradients; `taps.cuh` has the legend.
+// P and dA from X and Y = dP - delta, with the sums of all gradients; `taps.cuh` has the legend.
 
-// A window of scores and of dP on its way.
+// A window of X and of Y on its way.
 struct Stage {
   Ring x, y;
 };
@@ -22,8 +22,8 @@ struct Slot {
 struct Cursor {
   int element, tile;
 };
-struct Row {  // log-sum-exp, times -log2(e), and delta of heads g and g + 8
-  float log_sum[2], mean[2];
+struct Row {  // log-sum-exp, times -log2(e), of heads g and g + 8
+  float log_sum[2];
 };
 
 DEVICE void add4(float4& sum, float a, float b, float c, float d) {
@@ -31,7 +31,7 @@ DEVICE void add4(float4& sum, float a, float b, float c, float d) {
   own.x += a, own.y += b, own.z += c, own.w += d;
   sum = own;
 }
-// P, and dS in place of dP, with its sums by key.
+// P, and dS in place of Y, with its sums by key.
 DEVICE void softmax_backward(Heads& ps, Heads& ys, const Heads& xs, const Units& r, const Row& of_row, Sums& sums,
                              const Tables& tables, const Matrix& w_out, const Window& window, int m, int lane) {
 #pragma unroll
@@ -46,11 +46,11 @@ DEVICE void softmax_backward(Heads& ps, Heads& ys, const Heads& xs, const Units&
     float ds[2][2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float2 s = __half22float2(half2_of(ps[i][p + 1])), dp = __half22float2(half2_of(ys[i][p + 1]));
+      const float2 s = __half22float2(half2_of(ps[i][p + 1])), y = __half22float2(half2_of(ys[i][p + 1]));
       const float p0 = exp2_fast(fmaf(s.x, LOG2E, of_row.log_sum[i])),
                   p1 = exp2_fast(fmaf(s.y, LOG2E, of_row.log_sum[i]));
-      ds[i][0] = p0 * (dp.x - of_row.mean[i]);
-      ds[i][1] = p1 * (dp.y - of_row.mean[i]);
+      ds[i][0] = p0 * y.x;
+      ds[i][1] = p1 * y.y;
       ps[i][p + 1] = pack(p0, p1);
       ys[i][p + 1] = pack(ds[i][0], ds[i][1]);
     }
@@ -223,9 +223,9 @@ DEVICE void lay_out(Fragments& to, const Accumulators& acc, int lane) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     taps_backward(const __half* x, const __half* y, __half* weights, __half* grad, const float* w1, const float* w2,
                   const float* hidden_table, const float* bias, const float* static_table, const float* lse,
-                  const float* delta, const int* gate, int gated, Slot* slot, int batch, int elements, int rows,
-                  int keys, int table_size, int first_diagonal, int base, int offset, int slots, int add, int x_b,
-                  int x_t, int stat_b, int stat_h, int stat_t) {
+                  const int* gate, int gated, Slot* slot, int batch, int elements, int rows, int keys, int table_size,
+                  int first_diagonal, int base, int offset, int slots, int add, int x_b, int x_t, int stat_b,
+                  int stat_h, int stat_t) {
   struct Walk {
     Stage ring[ROWS][STAGES];
     Sums sums[ROWS];
@@ -278,7 +278,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const bool real = row < rows && 8 * i + g < H;
       const int at = real ? here.element * stat_b + row * stat_t + (8 * i + g) * stat_h : 0;
       of_row.log_sum[i] = real ? -LOG2E * lse[at] : NEVER;  // heads that are padding have no weight
-      of_row.mean[i] = real ? delta[at] : 0.f;
     }
     fetch(n + STAGES - 1);
     wait<STAGES - 1>();
@@ -299,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           xs[i][0] = turn(turned[i][0]);
           xs[i][TILES + 1] = turn(turned[i][TILES + 1]);
         }
-        first_layer(r, turned, shared.tables, shared.w.in, window, hidden_table, table_size, m, lane);
+        first_layer(r, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
       }
       take_window(ys, stage.y, lane);
       if (window.partial()) hide(ys, window, t);

@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       if (window.partial()) hide(xs, window, t);
       turn_line(turned[0], xs[0]);
       turn_line(turned[1], xs[1]);
-      first_layer(r, turned, shared.tables, shared.w.in, window, hidden_table, table_size, m, lane);
+      first_layer(r, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
 #pragma unroll
       for (int p = 0; p < TILES; p++) {
         const uint2 s = second_layer(xs, r, p, shared.tables, shared.w.out, m, lane);

@@ -9,6 +9,7 @@ from torch import Tensor
 from dape.attention.fused.geometry import count_diagonals, diagonals, lowest_distance
 from dape.attention.fused.mixers import features_kernels as kernels
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import padded
@@ -58,7 +59,7 @@ class FeaturesMixer(Mixer[Features]):
         """Return logits of a band, in place of scores X; -inf where unseen."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, rows, keys = band.sizes
-        kernels.fire_mix_kernel[(where.number, batch)](
+        start(kernels.fire_mix_kernel, (where.number, batch))(
             x, *self.tables(band), mask, rows, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
@@ -68,12 +69,12 @@ class FeaturesMixer(Mixer[Features]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, count, keys = band.sizes
         pairs = x.new_empty(batch, count, keys, dtype=torch.float32)
-        kernels.fire_mix_backward_kernel[(where.number, batch)](
-            x, y, *self.tables(band), rows.lse, rows.delta, mask,
+        start(kernels.fire_mix_backward_kernel, (where.number, batch))(
+            x, y, *self.tables(band), rows.lse, mask,
             *(sums[:, where.slot :] for sums in slots[:-1]), pairs,
             count, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, slots.psi.shape[1],
@@ -92,7 +93,7 @@ class FeaturesMixer(Mixer[Features]):
         index of the query, and later keys hold zeros.
         """
         batch, rows, keys = band.sizes
-        kernels.add_pairs_kernel[(max(keys, band.shift + rows),)](
+        start(kernels.add_pairs_kernel, (max(keys, band.shift + rows),))(
             pairs, total, batch, rows, keys, band.shift, *pairs.stride()[:2],
             CAUSAL=self.problem.causal, K=128, **self.problem.gated(), num_warps=4,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Triton kernels that mix heads by tables over the features of FIRE; `tiles` has the legend.
 
     mix              X <- X + W2 phi(W1 X + U f) + C f
-    mix_backward     X <- P, Y <- dA from Y = dO V^T, and the gradients of psi, scale, v and c
+    mix_backward     X <- P, Y <- dA from Y = dO V^T - delta; gradients of psi, scale, v and c
 
 with `f = (1, relu(v x + c))` of `x = psi[|i - j|] scale[max(i, j)]` at every query and key. A tile
 that moves along a diagonal meets equal psi all the way. Without hidden units, D = 0, the logits are
@@ -11,7 +11,13 @@ X + C f. Tables begin with the constant feature 1, which kernels keep apart.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.across_heads import load_weights, places_of_heads, tile_positions
+from dape.attention.fused.across_heads import (
+    add_dot,
+    in_parts,
+    load_weights,
+    places_of_heads,
+    tile_positions,
+)
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 
 
@@ -32,15 +38,22 @@ def load_feature_tables(
 
 @triton.jit
 def feature_mlp(
-    x_NH, f_NF, w1_HD, w2_DH, one_HH, u_FD, c_FH, u_D, c_H, D: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return z = W1 x + U f, phi(z) and y = x + W2 phi(z) + C f; if D = 0, y is x + C f."""
+    x_NH, f_NF, f_rest_NF, w1_HD, w1_rest_HD, w2_DH, one_HH, u_FD, u_rest_FD, c_FH, u_D, c_H,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return z = W1 x + U f, phi(z) and y = x + W2 phi(z) + C f; if D = 0, y is x + C f.
+
+    f, W1 and U come in two parts.
+    """
     y_NH = tl.dot(x_NH, one_HH, input_precision=PRECISION) + c_H[None, :]
     y_NH = tl.dot(f_NF, c_FH, y_NH, input_precision=PRECISION)
     z_ND, h_ND = y_NH, x_NH
     if D > 0:
-        z_ND = tl.dot(x_NH, w1_HD, input_precision=PRECISION) + u_D[None, :]
-        z_ND = tl.dot(f_NF, u_FD, z_ND, input_precision=PRECISION)
+        z_ND = tl.zeros((x_NH.shape[0], u_D.shape[0]), tl.float32) + u_D[None, :]
+        z_ND = add_dot(x_NH, w1_HD, w1_rest_HD, z_ND, PRECISION)
+        z_ND = add_dot(f_NF, u_FD, u_rest_FD, z_ND, PRECISION)
+        if x_NH.dtype != tl.float32:
+            z_ND = tl.dot(f_rest_NF, u_FD, z_ND, input_precision=PRECISION)
         h_ND = tl.where(z_ND > 0, z_ND, 0.01 * z_ND).to(x_NH.dtype)
         y_NH = tl.dot(h_ND, w2_DH, y_NH, input_precision=PRECISION)
     return z_ND, h_ND, y_NH
@@ -67,9 +80,11 @@ def fire_mix_kernel(
     u_FD, c_FH, u_D, c_H = load_feature_tables(
         hidden_table, static_table, heads, units, places, H, D, F
     )
-    u_FD, c_FH = u_FD.to(compute), c_FH.to(compute)
+    u_FD, u_rest_FD = in_parts(u_FD, compute)
+    c_FH = c_FH.to(compute)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w_in_HD, w_out_DH = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
+    w1_HD, w1_rest_HD = in_parts(w1_HD, compute)
+    w2_DH = tl.trans(w2_HD.to(compute))
     one_HH = (heads[:, None] == heads[None, :]).to(compute)
     v_F = tl.load(weight + places, places < F, 0.0)[None, :]
     c_F = tl.load(bias + places, places < F, 0.0)[None, :]
@@ -82,20 +97,21 @@ def fire_mix_kernel(
         )  # fmt: skip
         live = there & (keys < num_keys)
         x_N = along_N * tl.load(scale + keys + tl.maximum(delta_ij, 0), live, 0.0)
-        f_NF = tl.maximum(v_F * x_N[:, None] + c_F, 0.0).to(compute)
+        f_NF, f_rest_NF = in_parts(tl.maximum(v_F * x_N[:, None] + c_F, 0.0), compute)
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
         a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         _z, _hidden, y_NH = feature_mlp(
-            a_NH, f_NF, w_in_HD, w_out_DH, one_HH, u_FD, c_FH, u_D, c_H, D, PRECISION
-        )
+            a_NH, f_NF, f_rest_NF, w1_HD, w1_rest_HD, w2_DH, one_HH, u_FD, u_rest_FD, c_FH,
+            u_D, c_H, D, PRECISION,
+        )  # fmt: skip
         s_NH = tl.where(seen[:, None], y_NH, float("-inf"))
         tl.store(x + at, s_NH.to(compute), inside)
 
 
 @triton.jit
 def fire_mix_backward_kernel(
-    x, y, w1, w2, hidden_table, static_table, psi, scale, weight, bias, lse, delta, mask,
+    x, y, w1, w2, hidden_table, static_table, psi, scale, weight, bias, lse, mask,
     grad_w1, grad_w2, grad_hidden, grad_static, grad_psi, grad_weight, grad_bias, grad_scale,
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_t, stat_b, stat_h, stat_t, mask_b, pair_b, pair_t,
@@ -121,9 +137,11 @@ def fire_mix_backward_kernel(
     u_FD, c_FH, u_D, c_H = load_feature_tables(
         hidden_table, static_table, heads, units, places, H, D, F
     )
-    u_FD, c_FH = u_FD.to(compute), c_FH.to(compute)
+    u_FD, u_rest_FD = in_parts(u_FD, compute)
+    c_FH = c_FH.to(compute)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w1_HD, w2_HD = w1_HD.to(compute), w2_HD.to(compute)
+    w1_HD, w1_rest_HD = in_parts(w1_HD, compute)
+    w2_HD = w2_HD.to(compute)
     one_HH = (heads[:, None] == heads[None, :]).to(compute)
     v_F = tl.load(weight + places, places < F, 0.0)[None, :]
     c_F = tl.load(bias + places, places < F, 0.0)[None, :]
@@ -152,19 +170,19 @@ def fire_mix_backward_kernel(
         x_N = (along_N * across_N)[:, None]
         f_NF = tl.maximum(v_F * x_N + c_F, 0.0)
         positive_NF = f_NF > 0
-        f_NF = f_NF.to(compute)
+        f_NF, f_rest_NF = in_parts(f_NF, compute)
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp_NH = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
         z_ND, h_ND, s_NH = feature_mlp(
-            a_NH, f_NF, w1_HD, tl.trans(w2_HD), one_HH, u_FD, c_FH, u_D, c_H, D, PRECISION
-        )
+            a_NH, f_NF, f_rest_NF, w1_HD, w1_rest_HD, tl.trans(w2_HD), one_HH, u_FD, u_rest_FD,
+            c_FH, u_D, c_H, D, PRECISION,
+        )  # fmt: skip
         s_NH = s_NH.to(compute).to(tl.float32)  # rounded as in the forward pass
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum_NH = tl.load(lse + stat, seen_heads, 0.0)
-        shared_NH = tl.load(delta + stat, seen_heads, 0.0)
         p_NH = tl.where(seen_heads, tl.exp2((s_NH - log_sum_NH) * LOG2E), 0.0)
-        ds_NH = p_NH * (dp_NH - shared_NH)
+        ds_NH = p_NH * dp_NH
         lean_NH = ds_NH.to(compute)
         df_NF = tl.dot(lean_NH, tl.trans(c_FH), input_precision=PRECISION)
         da_NH = ds_NH
@@ -189,7 +207,7 @@ def fire_mix_backward_kernel(
         sum_psi_N += dx_N * across_N
         at = b.to(tl.int64) * pair_b + rows.to(tl.int64) * pair_t + keys
         tl.store(grad_scale + at, dx_N * along_N, live)
-    slot = b * slots + tl.program_id(0)
+    slot = (b * slots + tl.program_id(0)).to(tl.int64)
     if D > 0:
         at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
         tl.store(grad_w1 + at_w1, tl.load(grad_w1 + at_w1) + sum_w1_DH)

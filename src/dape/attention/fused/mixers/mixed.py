@@ -13,6 +13,7 @@ from torch import Tensor
 from dape.attention.fused.geometry import blocks, count_diagonals, diagonals, lowest_distance
 from dape.attention.fused.mixers import mixed_kernels as kernels
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
@@ -77,7 +78,7 @@ class MixedMixer(Mixer[Mixed]):
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, rows, keys = band.sizes
         _, segments = self.share(batch, where.number, rows)
-        kernels.mix_kernel[(where.number, batch, segments)](
+        start(kernels.mix_kernel, (where.number, batch, segments))(
             x, terms.weight_in, terms.weight_out, terms.hidden, mask, rows, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
@@ -87,13 +88,13 @@ class MixedMixer(Mixer[Mixed]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band in place of scores X and dP in Y; add to the slots."""
+        """Return P and dA of a band in place of scores X and of Y; add to the slots."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, count, keys = band.sizes
-        kernels.mix_backward_kernel[(where.number, batch, slots.segments)](
+        start(kernels.mix_backward_kernel, (where.number, batch, slots.segments))(
             x, y, terms.weight_in, terms.weight_out, terms.hidden, terms.static,
-            rows.lse, rows.delta, mask, slots.sums[:, where.slot :],
+            rows.lse, mask, slots.sums[:, where.slot :],
             count, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,

@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 
 from dape.attention.fused.across_heads import (
+    add_dot,
     add_or_store,
+    in_parts,
     load_hidden,
     load_static,
     load_weights,
@@ -20,12 +22,13 @@ from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 
 
 @triton.jit
-def mlp(x_NH, w1_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
+def mlp(x_NH, w1_HD, rest_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
     """Return z = W1 x + u, r = phi(z) - phi(u) and y = x + W2 r of `[N, H]` scores.
 
-    The residual is a product with the identity `one`, since x has the layout of a product's input.
+    W1 comes in two parts. The residual is a product with the identity `one`, since x has the layout
+    of a product's input.
     """
-    w_ND = tl.dot(x_NH, w1_HD, input_precision=PRECISION)
+    w_ND = add_dot(x_NH, w1_HD, rest_HD, tl.zeros_like(u_ND), PRECISION)
     r_ND = rise(w_ND, u_ND).to(x_NH.dtype)
     y_NH = tl.dot(x_NH, one_HH, input_precision=PRECISION)
     return w_ND + u_ND, r_ND, tl.dot(r_ND, w2_DH, y_NH, input_precision=PRECISION)
@@ -48,7 +51,8 @@ def mix_kernel(
     delta_ij = q * K + offset + n // K - n % K
     u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w_in_HD, w_out_DH = w1_HD.to(compute), tl.trans(w2_HD.to(compute))
+    w_in_HD, rest_HD = in_parts(w1_HD, compute)
+    w_out_DH = tl.trans(w2_HD.to(compute))
     one_HH = (heads[:, None] == heads[None, :]).to(compute)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys, M, K)
     for tile in range(first, last):
@@ -59,14 +63,14 @@ def mix_kernel(
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         inside = there[:, None] & (heads[None, :] < H)
         a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
-        _z, _rise, y_NH = mlp(a_NH, w_in_HD, w_out_DH, one_HH, u_ND, PRECISION)
+        _z, _rise, y_NH = mlp(a_NH, w_in_HD, rest_HD, w_out_DH, one_HH, u_ND, PRECISION)
         s_NH = tl.where(seen[:, None], y_NH, float("-inf"))
         tl.store(x + at, s_NH.to(compute), inside)
 
 
 @triton.jit
 def mix_backward_kernel(
-    x, y, w1, w2, hidden_table, static_table, lse, delta, mask,
+    x, y, w1, w2, hidden_table, static_table, lse, mask,
     sums, num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots, slot_size,
     x_b, x_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
@@ -76,8 +80,8 @@ def mix_backward_kernel(
 ):  # fmt: skip
     """X <- P, Y <- dA along a diagonal, and partial sums of the gradients of all weights.
 
-    dS = P (dP - delta), dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. The gradient of U is dz.
-    The gradient of W2 is dS r^T for r = phi(z) - phi(U), beside the gradient through C. Grid
+    Y is dP - delta, dS = P Y, dh = W2^T dS, dz = phi'(z) dh, dA = dS + W1^T dz. The gradient of U
+    is dz. The gradient of W2 is dS r^T for r = phi(z) - phi(U), beside the gradient through C. Grid
     (diagonals, B, segments). Bands add to the slot of a segment, and slots are added in a fixed
     order.
     """
@@ -90,7 +94,8 @@ def mix_backward_kernel(
     u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
     c_NH = load_static(static_table, delta_ij, heads, table_size, H)
     w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w1_HD, w2_HD = w1_HD.to(compute), w2_HD.to(compute)
+    w1_HD, rest_HD = in_parts(w1_HD, compute)
+    w2_HD = w2_HD.to(compute)
     one_HH = (heads[:, None] == heads[None, :]).to(compute)
     sum_u_ND = tl.zeros((M * K, UNITS), tl.float32)
     sum_c_NH = tl.zeros((M * K, HEADS), tl.float32)
@@ -109,13 +114,12 @@ def mix_backward_kernel(
         at = b.to(tl.int64) * x_b + places_of_heads(rows, keys, heads, x_t, H)
         a_NH = tl.where(seen[:, None], tl.load(x + at, inside, 0.0), 0.0)
         dp_NH = tl.where(seen[:, None], tl.load(y + at, inside, 0.0), 0.0).to(tl.float32)
-        z_ND, r_ND, s_NH = mlp(a_NH, w1_HD, tl.trans(w2_HD), one_HH, u_ND, PRECISION)
+        z_ND, r_ND, s_NH = mlp(a_NH, w1_HD, rest_HD, tl.trans(w2_HD), one_HH, u_ND, PRECISION)
         s_NH = s_NH.to(compute).to(tl.float32) + c_NH  # rounded as in the forward pass
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum_NH = tl.load(lse + stat, seen_heads, 0.0)
-        shared_NH = tl.load(delta + stat, seen_heads, 0.0)
         p_NH = tl.where(seen_heads, tl.exp2((s_NH - log_sum_NH) * LOG2E), 0.0)
-        ds_NH = p_NH * (dp_NH - shared_NH)
+        ds_NH = p_NH * dp_NH
         dh_ND = tl.dot(ds_NH.to(compute), w2_HD, input_precision=PRECISION)
         dz_ND = tl.where(z_ND > 0, dh_ND, 0.01 * dh_ND)
         da_NH = tl.dot(dz_ND.to(compute), tl.trans(w1_HD), ds_NH, input_precision=PRECISION)

@@ -41,7 +41,7 @@ class Mixer(ABC, Generic[Kind]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and dP in Y; add to the slots.
+        """Return P and dA of a band from scores X and Y = dP - delta; add to the slots.
 
         X and Y may be overwritten. `rows` are the rows of the band.
         """

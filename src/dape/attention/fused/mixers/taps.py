@@ -15,6 +15,7 @@ from dape.attention.fused.geometry import (
 from dape.attention.fused.mixers import taps_kernels as kernels
 from dape.attention.fused.mixers.mixed import MixedMixer
 from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import Tile, next_power_of_2, padded
@@ -124,7 +125,7 @@ class TapsMixer(Mixer[Taps]):
         )
         where, z, terms = given.columns, given.hidden, self.terms
         _, segments = MixedMixer.share(batch, where.number, rows)
-        kernels.hidden_kernel[(where.number, batch, segments)](
+        start(kernels.hidden_kernel, (where.number, batch, segments))(
             x, z, terms.weight_in, terms.hidden, terms.hidden_bias, mask, started,
             rows, keys, band.shift, len(terms.hidden), where.first, where.band_tile, where.offset,
             *x.stride()[:2], *z.stride()[:2], mask.stride(0), **self.compiled(),
@@ -137,7 +138,7 @@ class TapsMixer(Mixer[Taps]):
         batch, rows, keys = band.sizes
         where, z = given.keys, given.hidden
         _, segments = MixedMixer.share(batch, where.number, rows)
-        kernels.convolution_mix_kernel[(where.number, batch, segments)](
+        start(kernels.convolution_mix_kernel, (where.number, batch, segments))(
             x, z, terms.weight_out, terms.static, given.mask, *self.counted(),
             rows, keys, band.shift, terms.static.shape[1],
             where.first, where.band_tile, where.offset,
@@ -148,7 +149,7 @@ class TapsMixer(Mixer[Taps]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and, in place, dP in Y; add to the slots."""
+        """Return P and dA of a band from scores X and, in place, Y; add to the slots."""
         given, terms = self.begin(x, band), self.terms
         batch, *size = band.sizes
         z, p, count = given.hidden, torch.empty_like(x), slots.static.shape[1]
@@ -159,19 +160,19 @@ class TapsMixer(Mixer[Taps]):
         at_key, at_column = (slice(where.slot, None) for where in (given.keys, given.columns))
         strides = (*x.stride()[:2], *z.stride()[:2])
         lines, compiled = _lines_of(self.tile), {**self.compiled(), "num_stages": 1}
-        kernels.convolution_backward_kernel[(given.keys.number, batch, slots.segments)](
-            x, p, y, z, terms.weight_out, terms.static, rows.lse, rows.delta, given.mask,
+        start(kernels.convolution_backward_kernel, (given.keys.number, batch, slots.segments))(
+            x, p, y, z, terms.weight_out, terms.static, rows.lse, given.mask,
             slots.static[:, at_key], slots.weight_out[:, at_key], *self.counted(),
             *size, band.shift, terms.static.shape[1], *by_key,
             *strides, *rows.lse.stride(), given.mask.stride(0), LINES=lines, **compiled,
         )  # fmt: skip
-        kernels.hidden_backward_kernel[(given.columns.number, batch, slots.segments)](
+        start(kernels.hidden_backward_kernel, (given.columns.number, batch, slots.segments))(
             y, z, terms.weight_out, given.mask, given.started,
             slots.hidden[:, at_column], slots.hidden_bias[:, at_column],
             *size, band.shift, *by_column,
             *strides, given.mask.stride(0), LINES=lines, **compiled,
         )  # fmt: skip
-        kernels.grad_scores_kernel[(given.keys.number, batch, slots.segments)](
+        start(kernels.grad_scores_kernel, (given.keys.number, batch, slots.segments))(
             x, y, z, terms.weight_in, given.mask, slots.weight_in[:, at_key],
             *size, band.shift, *by_key[:2], count,
             *strides, given.mask.stride(0), **compiled,

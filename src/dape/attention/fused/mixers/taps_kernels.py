@@ -2,7 +2,7 @@
 
     hidden           Z <- phi(b1 + sum_t W1_t X[j + t - r] + U_t)   r = k // 2, 0 where unseen
     mix              X <- X + sum_t W2_t Z[j + t - r] + C
-    mix_backward     P, and Y <- dS from Y = dO V^T
+    mix_backward     P, and Y <- dS from Y = dO V^T - delta
     hidden_backward  Z <- dZ from dS, and the gradients of U and b1
     grad_scores      Y <- dA from dZ and dS
 
@@ -19,7 +19,14 @@ Weights are `[T D, H]` and `[H, T D]`. U is over the distance of the key that a 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.across_heads import add_or_store, lies, load_static, places_of_heads
+from dape.attention.fused.across_heads import (
+    add_dot,
+    add_or_store,
+    in_parts,
+    lies,
+    load_static,
+    places_of_heads,
+)
 from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, unwanted
 
 
@@ -118,7 +125,8 @@ def hidden_kernel(
         entries[:, :, None] + units[None, None, :],
         inside[:, :, None] & (units < D)[None, None, :], 0.0,
     )  # fmt: skip
-    w1_THD = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS).to(compute)
+    w1_THD = load_layer(w1, D * H, 1, H, units, T, H, D, TAPS, HEADS)
+    w1_THD, rest_THD = in_parts(w1_THD, compute)
     b1_D = tl.load(bias + units, units < D, 0.0)[None, :]
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):
@@ -132,7 +140,7 @@ def hidden_kernel(
             x + in_scores(rows, keys, x_t, H), seen, heads, BLOCK, H, M * K, TAPS, HEADS
         )
         u_ND = tl.sum(tl.where(seen[:, :, None], u_NTD, 0.0), 1)
-        z_ND = tl.dot(a_NTH, w1_THD, u_ND + b1_D, input_precision=PRECISION)
+        z_ND = add_dot(a_NTH, w1_THD, rest_THD, u_ND + b1_D, PRECISION)
         z_ND = tl.where(z_ND > 0, z_ND, 0.01 * z_ND)
         z_ND = tl.where((columns >= start_key)[:, None], z_ND, 0.0)
         at = in_hidden(rows, columns, z_t, UNITS)[:, None] + units[None, :]
@@ -206,7 +214,7 @@ def along_diagonals(at, sums_NC, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH:
 
 @triton.jit
 def convolution_backward_kernel(
-    x, p, y, z, w2, static_table, lse, delta, mask, grad_static, grad_w2, counted, counted_end,
+    x, p, y, z, w2, static_table, lse, mask, grad_static, grad_w2, counted, counted_end,
     num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots,
     x_b, x_t, z_b, z_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
@@ -214,7 +222,7 @@ def convolution_backward_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """P, and Y <- dS = P (dP - delta), along one diagonal; sums of C and W2; grid as `mix`."""
+    """P, and Y <- dS = P Y, along one diagonal; sums of C and W2; grid as `mix`."""
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -242,9 +250,8 @@ def convolution_backward_kernel(
         inside &= ((keys >= counted) & (keys < counted_end))[:, None]
         stat = b * stat_b + heads[None, :] * stat_h + rows[:, None] * stat_t
         log_sum_NH = tl.load(lse + stat, inside, 0.0)
-        shared_NH = tl.load(delta + stat, inside, 0.0)
         p_NH = tl.where(inside, tl.exp2((s_NH - log_sum_NH) * LOG2E), 0.0)
-        ds_NH = (p_NH * (tl.load(y + at, inside, 0.0).to(tl.float32) - shared_NH)).to(compute)
+        ds_NH = (p_NH * tl.load(y + at, inside, 0.0).to(tl.float32)).to(compute)
         there = lies(rows, keys, num_rows, num_keys)
         stored = there[:, None] & (heads[None, :] < H)
         tl.store(p + at, p_NH.to(compute), stored)
