@@ -5,6 +5,9 @@
 
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -24,9 +27,15 @@ class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTra
     """
 
 
-for auto_class, model_class in (
-    (AutoModel, DapeModel),
-    (AutoModelForCausalLM, DapeForCausalLM),
-    (AutoModelForSequenceClassification, DapeForSequenceClassification),
+# By the names, `Trainer` shifts smoothed labels, and pipelines know the models.
+for auto_class, model_class, names in (
+    (AutoModel, DapeModel, MODEL_MAPPING_NAMES),
+    (AutoModelForCausalLM, DapeForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        DapeForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
 ):
     auto_class.register(DapeConfig, model_class, exist_ok=True)
+    names[DapeConfig.model_type] = model_class.__name__
