@@ -168,3 +168,17 @@ def test_the_trainer_smooths_the_labels_of_the_next_token(wrapped, tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in ids]
     found = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trainer_keeps_a_column_of_documents(tmp_path):
+    model, ids = fresh(scheme="dape-kerple"), tokens(2, 9)
+    move(model, 0.2)
+    number = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    expected = model(ids, labels=ids, seq_idx=number).loss.item()
+    rows = {"input_ids": ids.tolist(), "labels": ids.tolist(), "seq_idx": number.tolist()}
+    rows = pytest.importorskip("datasets").Dataset.from_dict(rows)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert model(ids, labels=ids).loss.item() != pytest.approx(expected, rel=1e-2)

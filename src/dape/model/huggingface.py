@@ -26,6 +26,8 @@ class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTra
         config: the configuration, with `num_labels` and `pad_token_id`.
     """
 
+    accepts_loss_kwargs = False  # so that `Trainer` divides the loss among accumulated batches
+
 
 # By the names, `Trainer` shifts smoothed labels, and pipelines know the models.
 for auto_class, model_class, names in (
