@@ -21,6 +21,7 @@ from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
+from dape.attention.fused.sums import cleared, rounded
 from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, Terms
 
 
@@ -100,7 +101,7 @@ def backward(
     else:
         for way in ways:  # the gates let a single way run
             backward_by_bands(mixer_of(way, backend), rows, into, tables)
-    return [*(gradient.to(dtype) for gradient in into[:3]), *tables]
+    return [*(rounded(gradient, dtype) for gradient in into[:3]), *tables]
 
 
 def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
@@ -109,7 +110,7 @@ def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
     if all(band.rows.start == band.keys.start == 0 for band in blocks(problem)):
         query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
         return Gradients(query, key, value, add=False)
-    query, key, value = (torch.zeros_like(x, dtype=torch.float32) for x in given)
+    query, key, value = (cleared(torch.empty_like(x, dtype=torch.float32)) for x in given)
     return Gradients(query, key, value, add=True)
 
 

@@ -111,8 +111,10 @@ class TapsMixer(Mixer[Taps]):
         """Return the arguments of the kernels of a band, with the hidden units of its scores."""
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
-        mask, started = self.mask(x, band), torch.zeros(batch, dtype=torch.int32, device=x.device)
-        if problem.mask is not None:
+        mask = self.mask(x, band)
+        if problem.mask is None:
+            started = zeros(x, (batch,))[0].view(torch.int32)
+        else:
             started = mask.to(torch.uint8).argmax(1).to(torch.int32)
             if problem.begun is not None:
                 started.masked_fill_(problem.begun[band.batch], 0)
