@@ -27,10 +27,10 @@ from dape.attention.fused.windows import HEADS, ROWS, TAPS
 
 # Neighbouring keys of a column, and windows in the ring of a warp.
 TILES, STAGES = 8, 2
-# Keys that the layers lose at each end of a window, and keys that a window keeps.
+# Keys lost to the layers at each end of a window, and keys kept in the middle.
 HALO = 4
 OUT = 8 * TILES - 2 * HALO
-# Blocks that fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
+# Blocks to fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
 # and the least rows of a segment of a diagonal.
 BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
 
