@@ -7,7 +7,7 @@
 //
 // A warp has a window of KEYS neighbouring keys of one row. Every layer loses a key at each end of the window, so the
 // window overlaps its neighbours: it computes all layers from X alone, and keeps the OUT keys in its middle. Nothing
-// but X, dP, P and dA passes through memory. What a window reads, another overwrites no earlier than the next kernel:
+// but X, Y, P and dA passes through memory. What a window reads, another overwrites no earlier than the next kernel:
 // results go to scratches of their own.
 //
 // Key TILES c + p of a window is column c of tile p, 8 columns a tile. A tap then is a neighbouring tile: the same
