@@ -22,12 +22,7 @@
 constexpr int SHARES = ROWS / WARPS, LINES = WARPS + KEYS;
 constexpr int UT = UNITS / 8, STEPS = UNITS / 16, HT = HEADS / 8, PARTS = HEADS / 16;  // tiles of 8, and of 16
 static_assert(ROWS == KEYS && BLOCK % KEYS == 0, "a line of a tile lies within a block of the scratch");
-constexpr float LOG2E = 1.4426950408889634f;
-#define NEVER (-1.f / 0.f)
 
-DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
-DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
-DEVICE uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
 constexpr float LARGEST = 65504.f;
 // leaky(w + U) - leaky(U), and in `z` w + U, for a pair of -U.
 DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& z) {

@@ -5,6 +5,7 @@
 typedef unsigned int uint32;
 typedef unsigned char uint8;
 #define DEVICE __device__ __forceinline__
+#define NEVER __int_as_float(0xff800000)  // -inf; as a quotient it would be divided anew
 
 // Copies to shared memory under way: 16 bytes around the L1 cache, or 4, zeros if not `real`.
 DEVICE uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }
@@ -80,6 +81,12 @@ DEVICE uint2 mma_half(uint4 a, uint32 b0, uint32 b1, uint32 c0, uint32 c1) {
       : "=r"(d.x), "=r"(d.y)
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c0), "r"(c1));
   return d;
+}
+// Multiplies what belongs to the numbers of a pair of fp16 by a slope, unless the number is positive.
+DEVICE void slope_backward(float& low, float& high, uint32 pair, float slope) {
+  asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; @!p mul.f32 %0, %0, %4; @!q mul.f32 %1, %1, %4;}"
+      : "+f"(low), "+f"(high)
+      : "r"(pair), "r"(0), "f"(slope));
 }
 DEVICE float exp2_fast(float x) {
   float y;
