@@ -47,7 +47,7 @@ def _names(text: str) -> tuple[str, ...]:
     return found
 
 
-def _numbers(kind: type[float]) -> Callable[[str], tuple[float, ...]]:
+def _numbers(kind: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
     """Return the reader of a list of numbers, each once."""
 
     def read(text: str) -> tuple[float, ...]:
