@@ -43,10 +43,7 @@ class Kernel(NamedTuple):
     def __getitem__(self, grid):
         return partial(self.start, grid)
 
-    def warmup(self, *args, grid):
-        return self
-
-    def start(self, grid, *args, stream=None):
+    def start(self, grid, *args):
         words = (ctypes.c_uint64 * len(args))(*map(word, args))
         self.entry(words, (ctypes.c_int * 3)(*grid[:3]), grid[3])
 

@@ -9,6 +9,12 @@ import dape.attention.fused as fused
 FOLDER = Path(fused.__path__[0])
 
 
+def test_launchers_start_kernels_so_that_a_plan_may_note_them():
+    texts = [path.read_text() for path in FOLDER.rglob("*.py")]
+    assert sum(text.count("start(kernels.") for text in texts) > 30
+    assert not [text for text in texts if re.search(r"_kernel\[", text)]
+
+
 def test_functions_outside_kernels_have_80_lines_at_most_and_kernels_120():
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

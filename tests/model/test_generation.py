@@ -82,6 +82,7 @@ def test_positions_that_the_caller_gives_are_honoured(model, cache, beams):
 WAYS = {
     "prompt lookup": {"prompt_lookup_num_tokens": 3},
     "an assistant": {"assistant_model": None},
+    "an early exit": {"assistant_early_exit": 1},
     "a prompt in pieces": {"prefill_chunk_size": 2},
     "checkpointed layers": {},
 }

@@ -2,14 +2,16 @@
 
 import pytest
 from models import SIZES, fresh, grown, tokens
+from pretrained import pretrained
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import dape
 from dape.errors import UserError
 from dape.model.modeling import DapeForCausalLM
 
-LEAKY = "without_its_mask"
+LEAKY, HUB = "without_its_mask", "kernels-community/flash-attn"
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_an_attention_without_its_mask_function_sees_the_future_in_another_model
     assert change_before_the_last(LlamaForCausalLM(config).eval()) == 0
 
 
-@pytest.mark.parametrize("name", [LEAKY, "sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", [LEAKY, "sdpa", "flash_attention_2", "flex_attention", HUB])
 def test_ours_refuses_an_attention_of_transformers(name, tmp_path):
     fresh().save_pretrained(tmp_path)
     words = f"attn_implementation='{name}': .* by backend='auto' .*; leave it out, or say 'eager'"
@@ -53,8 +55,11 @@ def test_ours_refuses_an_attention_of_transformers(name, tmp_path):
 
 
 def test_ours_refuses_batches_that_are_packed_into_pages():
-    with pytest.raises(UserError, match=r"attn_implementation='paged\|eager'"):
-        fresh(eos_token_id=1).generate_batch([[2, 3, 4], [5, 6]])
+    retrofitted = pretrained("llama")
+    dape.retrofit(retrofitted)
+    for model in (fresh(eos_token_id=1), retrofitted):
+        with pytest.raises(UserError, match=r"continuous batching keep the keys .* call generate"):
+            model.generate_batch([[2, 3, 4], [5, 6]])
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])

@@ -131,6 +131,8 @@ def test_the_last_logits_alone_equal_the_last_of_all():
     whole = model(ids).logits
     assert_close(model(ids, logits_to_keep=2).logits, whole[:, 5:])
     assert_close(model(ids, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+    with pytest.raises(UserError, match="leave logits_to_keep out"):
+        model(ids, logits_to_keep=2, labels=ids)
 
 
 @pytest.mark.parametrize("scheme", ["dape-kerple", "rope", "sinusoidal", "fire"])
@@ -228,6 +230,12 @@ def test_layers_that_are_computed_twice_keep_no_cache():
     assert model(ids).past_key_values is None
     with pytest.raises(UserError, match="gradient checkpointing computes each layer twice, and a"):
         model(ids, past_key_values=DynamicCache())
+
+
+@pytest.mark.unhooked
+def test_tuples_of_tensors_are_no_cache():
+    with pytest.raises(UserError, match="is a tuple; give a Cache of transformers, such as Dyn"):
+        fresh()(tokens(1, 4), past_key_values=((torch.zeros(1), torch.zeros(1)),))
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

@@ -5,13 +5,11 @@ import functools
 import pytest
 import torch
 from models import SIZES, grown, tokens
-from pretrained import move, pretrained
 from test_blocks import llama, modern
 from test_schemes import NAMES
 from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-import dape
 from dape.errors import UserError
 
 LENGTHS = (4, 1, 7)
@@ -124,21 +122,6 @@ def test_packed_rows_go_through_a_cache_that_covers_their_positions(cache):
         for piece in (slice(0, 3), slice(3, 8), slice(8, 9), slice(9, 12))
     ]
     near(torch.cat(pieces, 1), expected)
-
-
-def test_documents_of_a_retrofitted_model_are_computed_as_if_alone():
-    model, texts = pretrained("llama", torch.float64), documents()
-    mounted = dape.retrofit(model, "dape3", "kerple")
-    move(mounted.adapters, 0.3)
-    with torch.no_grad():
-        expected = torch.cat([model(ids[None]).logits[0] for ids in texts])
-        out = model(**packed("position_ids", texts), use_cache=False).logits[0]
-        assert_close(out, expected, rtol=0, atol=1e-5)  # Llama's angles are float32
-        for way in ("seq_idx", "cu_seq_lens"):
-            with pytest.raises(UserError, match="give restarting position_ids, no attention_m"):
-                model(**packed(way, texts), use_cache=False)
-        with pytest.raises(UserError, match="is_causal=False: with adapters mounted"):
-            model(texts[0][None], is_causal=False)
 
 
 def test_padding_and_documents_hide_keys_together():

@@ -131,10 +131,6 @@ def test_packed_sequences_are_as_each_alone():
     both = model(torch.cat([first, second], 1), position_ids=where, use_cache=False).logits
     alone = [model(ids, use_cache=False).logits for ids in (first, second)]
     assert_close(both, torch.cat(alone, 1), rtol=1e-9, atol=1e-9)
-    with pytest.raises(UserError, match="FIRE depends on more than the distance"):
-        grown("llama", bias="fire")(
-            torch.cat([first, second], 1), position_ids=where, use_cache=False
-        )
 
 
 def test_a_mask_of_four_axes_is_boolean():
@@ -144,6 +140,10 @@ def test_a_mask_of_four_axes_is_boolean():
     assert_close(found, model(ids, use_cache=False).logits, rtol=1e-9, atol=1e-9)
     with pytest.raises(UserError, match=r"of torch.float64: .* must be torch.bool"):
         model(ids, attention_mask=causal.double(), use_cache=False)
+    with pytest.raises(UserError, match="FIRE depends on more than the distance"):
+        grown("llama", bias="fire")(ids, attention_mask=causal, use_cache=False)
+    with pytest.raises(UserError, match="is_causal=False: with adapters mounted"):
+        model(ids, is_causal=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mpt", "falcon", "gemma2"])

@@ -68,6 +68,14 @@ def test_a_saved_model_and_the_adapters_beside_it_are_the_model(name, tmp_path):
     assert torch.equal(logits(base, ids), logits(model, ids))
 
 
+def test_what_is_shared_holds_the_adapters(tmp_path):
+    model, _ = mounted_and_moved("llama")
+    with pytest.raises(UserError, match=r"call model\.push_to_hub") as error:
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model").exists()
+
+
 def test_parts_that_trained_are_in_the_saved_model_itself(tmp_path):
     model, ids = pretrained("llama"), tokens(2, 9)
     dape.retrofit(model, bias="kerple", train=["adapters", "lm_head"])
@@ -131,6 +139,11 @@ def test_the_trainer_saves_and_resumes_the_adapters(tmp_path):
     assert torch.equal(logits(loaded, ids), logits(first.eval(), ids))
 
 
+def beside_peft():
+    """Expect the warning about adapters outside PEFT's folders; ours train by themselves."""
+    return pytest.warns(UserWarning, match="folders, .* leave out the mounted adapters: say Lora")
+
+
 def lora(name, **options):
     options["fan_in_fan_out"] = name == "gpt2"  # its linear layers are transposed
     return LoraConfig(r=2, target_modules=LORA[name], **options)
@@ -157,7 +170,8 @@ def test_lora_and_adapters_train_save_and_load_beside_each_other(name, tmp_path)
         learn(model, steps=1)
     mounted.adapters.requires_grad_(True)
     before = [each.detach().clone() for each in mounted.adapters.parameters()]
-    learn(model)
+    with beside_peft():
+        learn(model)
     changed = [
         not torch.equal(*pair) for pair in zip(before, mounted.adapters.parameters(), strict=True)
     ]
@@ -284,3 +298,26 @@ def test_adapters_of_a_model_on_disk_are_in_memory(name, tmp_path):
     mounted.save(tmp_path / "adapters")
     dape.load_adapters(model, tmp_path / "adapters")
     assert_close(logits(placed, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_the_trainer_resumes_lora_and_the_adapters_that_peft_saves(tmp_path):
+    """As the first run goes on; without `modules_to_save` a warning names what would be lost."""
+
+    def begin(folder, **options):
+        torch.manual_seed(1)
+        model = pretrained("llama")
+        dape.retrofit(model, bias="kerple")
+        return trainer(get_peft_model(model, lora("llama", **options)), folder)
+
+    whole = {"modules_to_save": ["adapter", "position_bias"]}
+    first = begin(tmp_path / "first", **whole)
+    first.train()
+    second = begin(tmp_path / "second", **whole)
+    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    third = begin(tmp_path / "third")
+    for name, parameter in third.model.named_parameters():
+        parameter.requires_grad_("adapter." in name)
+    with beside_peft():
+        third.train()

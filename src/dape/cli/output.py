@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 FIGURES = (".png", ".pdf", ".svg")
 
 
+@runtime_checkable
 class Record(Protocol):
     """A result that writes JSON."""
 

@@ -2,33 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float
 
 from dape.errors import UserError
-from dape.evaluate.record import Evaluation
+from dape.evaluate.record import Evaluation, Recorded
 from dape.evaluate.significance import (
     FEWEST_DOCUMENTS,
     PairedTest,
     paired_bootstrap,
     paired_t,
 )
-from dape.evaluate.subject import Subject
 from dape.positions.scheme import ADAPTERS, BASES
 from dape.text import one_line
 
 METRICS = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
-
-
-@runtime_checkable
-class Recorded(Protocol):
-    """A record of a measurement, with subject and targets."""
-
-    @property
-    def subject(self) -> Subject:
-        """The model."""
 
 
 Record = TypeVar("Record", bound=Recorded)

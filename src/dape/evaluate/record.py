@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from dape import strict
 from dape.errors import UserError
@@ -14,6 +14,19 @@ from dape.provenance import Provenance
 FORMAT = 1
 _REMEDY = "run `dape eval` on the model"
 Record = TypeVar("Record")
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A record of a measurement."""
+
+    @property
+    def subject(self) -> Subject:
+        """The model."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Command, commit, versions and device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dape.errors import UserError
-from dape.evaluate.record import save
-from dape.evaluate.subject import InMemory, Model, Subject
+from dape.evaluate.record import Recorded, save
+from dape.evaluate.subject import InMemory, Model
 from dape.files import locked, remove
 from dape.runs import RunFolder, unfinished
 
@@ -90,17 +90,7 @@ class Kept(Generic[Record]):
             remove(unfinished(self.file))
 
 
-class _Measured(Protocol):
-    """A record of a measurement."""
-
-    @property
-    def subject(self) -> Subject: ...
-
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
-
-
-def repeats(before: _Measured, model: Model, origin: Mapping[str, Any]) -> bool:
+def repeats(before: Recorded, model: Model, origin: Mapping[str, Any]) -> bool:
     """Return whether an earlier record has the same model, commit, versions, device and settings.
 
     A module in memory has no checksum of the weights, and is measured again.

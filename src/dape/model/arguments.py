@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -67,8 +67,22 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
 
 
+def refuse_pages(*_: Any, **__: Any) -> NoReturn:
+    """Raise a `UserError` for continuous batching, whose cache of pages only its kernels read."""
+    raise UserError(
+        "generate_batch and continuous batching keep the keys of all prompts in pages, which "
+        "biases and adapters do not read: pad the prompts on the left, and call generate"
+    )
+
+
 def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """Return the cache; raise a `UserError` for two of them."""
+    """Return the cache; raise a `UserError` for two of them, or tuples of tensors."""
+    for each in (past_key_values, cache):
+        if not isinstance(each, Cache | None):
+            raise UserError(
+                f"past_key_values is a {type(each).__name__}; give a Cache of transformers, such "
+                "as DynamicCache()"
+            )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise UserError("past_key_values and cache are two names of one argument: give one of them")
     return past_key_values if cache is None else cache

@@ -9,7 +9,7 @@
 """
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from dape.model.arguments import (
     CACHE_NAMES,
     by_either_name,
     packed_documents,
+    refuse_pages,
     refuse_unused,
 )
 from dape.model.blocks import INTO_STREAM, DapeAttention, DapeDecoderLayer, norm
@@ -87,6 +88,10 @@ class DapePreTrainedModel(PreTrainedModel):
                 "say 'eager'"
             )
         return "eager"
+
+    def _check_and_adjust_attn_implementation(self, name: str | None, *_: Any, **__: Any) -> str:
+        """Refuse a kernel of the hub too, which transformers would ask for first."""
+        return self.get_correct_attn_implementation(name)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -196,7 +201,7 @@ class DapeModel(DapePreTrainedModel):
                 index = torch.arange(length, device=hidden_states.device)
                 positions = index + where["query_offset"]
             hidden_states = self.position_embedding(hidden_states, positions)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in an early exit
             hidden_states = layer(
                 hidden_states,
                 cache=cache,
@@ -272,8 +277,10 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             kwargs: further arguments of `DapeModel.forward`.
 
         Raises:
-            UserError: as `DapeModel.forward`.
+            UserError: as `DapeModel.forward`, and for `labels` with `logits_to_keep`.
         """
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise UserError("labels need the logits of all tokens: leave logits_to_keep out")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -312,6 +319,10 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             return inputs
         mask = mask_of_generation(inputs, position_ids)
         return {**inputs, "position_ids": position_ids, "attention_mask": mask}
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse `generate_batch`, at whose beginning transformers calls this method."""
+        refuse_pages()
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:

@@ -1,8 +1,9 @@
 """The kernels of a call as a list, made once for all calls of the same sizes.
 
-A launcher works out a grid and some forty numbers for a kernel, which takes the host longer than a
-short kernel runs. All of them follow from sizes. A plan is what the launchers start for tensors
-without memory. It is run by giving out memory, and by starting the kernels with its addresses.
+A launcher computes a grid and about forty numbers for a kernel, and the host needs longer for them
+than a short kernel runs. Grids and numbers follow from sizes. `plan_of` therefore runs launchers on
+tensors without memory, and notes the kernels in a `Plan`. Later calls allocate results and a common
+workspace, and start the compiled kernels with addresses.
 """
 
 import threading
@@ -19,6 +20,10 @@ from dape.attention.fused.sizes import cdiv
 
 # Where plans are made; Triton's interpreter on a CPU compiles nothing.
 DEVICES = ("cuda",)
+# Kernels of a plan. Longer calls wait for the GPU, not for the host.
+MOST_KERNELS = 512
+# Bytes. Kernels with a plan take tensors at multiples.
+ALIGNMENT = 16
 # Memory is given out in multiples of so many bytes, as by PyTorch.
 _PIECE = 512
 _ALLOCATIONS = {
@@ -27,40 +32,27 @@ _ALLOCATIONS = {
 }
 
 
-class Layout(NamedTuple):
-    """The sizes of a tensor whose first number is at a multiple of 16 bytes."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, x: Tensor) -> "Layout":
-        """Return that of a tensor."""
-        return cls(x.shape, x.stride(), x.dtype)
-
-    def empty(self, device: torch.device | str) -> Tensor:
-        """Return a tensor of these sizes."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+# Shape, strides and dtype of a tensor.
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """A tensor as far as a kernel is compiled for it."""
+    """The dtype and address of a tensor, for which a kernel is compiled."""
 
     dtype: torch.dtype
     address: int
 
     def data_ptr(self) -> int:
-        """Return the address, or one that is as divisible."""
+        """Return the address from the start of a tensor, as divisible as the whole address."""
         return self.address
 
 
 class Start(NamedTuple):
-    """A kernel on its grid, and its arguments.
+    """A kernel on a grid, and the arguments, of which the first is the stream.
 
-    `places` tells which arguments are addresses: the place of each, the number of the tensor that
-    holds it, and the bytes from the begin of that tensor.
+    `places` lists the arguments that are addresses, by place, number of the tensor, and bytes from
+    the start of the tensor. Numbers count the given tensors, the results, and the workspace.
     """
 
     kernel: Callable[..., None]
@@ -69,24 +61,26 @@ class Start(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The kernels of a call in order, the results, and the bytes of all that is between."""
+    """The kernels of a call in order, the results, and the bytes of the workspace between."""
 
     starts: list[Start]
     results: list[Layout]
     workspace: int
 
-    def run(self, given: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-        """Return the results for tensors of the sizes that the plan was made for."""
-        found = [layout.empty(device) for layout in self.results]
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
-        pieces = (*given, *found, workspace)
-        addresses = [0 if x is None else x.data_ptr() for x in pieces]
+    def run(self, addresses: list[int], device: torch.device) -> list[Tensor]:
+        """Return the results for tensors at some addresses."""
+        found = [empty(layout, device) for layout in self.results]
+        addresses = [*addresses, *[x.data_ptr() for x in found]]
+        if self.workspace:
+            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+            addresses.append(workspace.data_ptr())
         stream = current_stream(device)
         for kernel, arguments, places in self.starts:
             arguments = arguments.copy()
+            arguments[0] = stream
             for place, piece, offset in places:
                 arguments[place] = addresses[piece] + offset
-            kernel(*arguments, stream=stream)
+            kernel(*arguments)
         return found
 
 
@@ -106,6 +100,8 @@ class _Recorder(TorchDispatchMode):
 
     def note(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Note the start of a kernel, with its arguments in order."""
+        if len(self.noted) == MOST_KERNELS:
+            raise NotImplementedError("a call of many bands")
         arguments = [*args, *(options.pop(name) for name in kernel.arg_names[len(args) :])]
         self.noted.append((kernel, grid, arguments, options))
 
@@ -120,7 +116,7 @@ _current = _Current()
 
 
 def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """Return the function that starts a kernel on a grid, or notes it while a plan is made."""
+    """Return the function that starts a kernel on a grid, or notes the start for a plan."""
     if _current.recorder is None:
         found: Callable[..., None] = kernel[grid]
         return found
@@ -133,27 +129,38 @@ def planned(
     *how: Any,
     once: bool = False,
 ) -> Sequence[Tensor]:
-    """Return what a function makes of tensors and numbers, by a plan if there is one.
+    """Return the results of a function of tensors and numbers, by a plan if possible.
 
-    The second call of the same sizes makes one, unless they come but `once`, as in decoding. The
-    function must compute by kernels alone, which it starts by `start`.
+    The second call of the same sizes makes the plan. Sizes of decoding come `once` and get no plan,
+    nor does a function that computes otherwise than by kernels that `start` starts.
     """
     like = next(x for x in given if x is not None)
+    device = like.device
     with torch.cuda.device_of(like):
-        if not once and like.device.type in DEVICES and all(map(_aligned, given)):
-            layouts = tuple([None if x is None else Layout.of(x) for x in given])
-            calls = calls_of(function, layouts, like.device, *how)
-            calls.number += 1
-            if calls.number == 2:
-                calls.plan = plan_of(function, layouts, *how)
-            if calls.plan is not None:
-                return calls.plan.run(given, like.device)
-        return function(given, *how)
+        if once or device.type not in DEVICES:
+            return function(given, *how)
+        addresses = [0 if x is None else x.data_ptr() for x in given]
+        if any([address % ALIGNMENT for address in addresses]):
+            return function(given, *how)
+        layouts = tuple([None if x is None else layout_of(x) for x in given])
+        calls = calls_of(function, layouts, device, *how)
+        calls.number += 1
+        if calls.number == 2:
+            calls.plan = plan_of(function, layouts, *how)
+        if calls.plan is None:
+            return function(given, *how)
+        return calls.plan.run(addresses, device)
 
 
-def _aligned(x: Tensor | None) -> bool:
-    """Return whether a tensor begins where kernels with a plan want it."""
-    return x is None or x.data_ptr() % 16 == 0
+def layout_of(x: Tensor) -> Layout:
+    """Return the layout of a tensor."""
+    return x.shape, x.stride(), x.dtype
+
+
+def empty(layout: Layout, device: torch.device | str) -> Tensor:
+    """Return a tensor of a layout."""
+    shape, strides, dtype = layout
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 @dataclass(slots=True)
@@ -174,7 +181,7 @@ def plan_of(
     function: Callable[..., Sequence[Tensor]], layouts: Sequence[Layout | None], *how: Any
 ) -> Plan | None:
     """Return the plan of a function for tensors of some sizes, or None if it has none."""
-    given = [None if layout is None else layout.empty("meta") for layout in layouts]
+    given = [None if layout is None else empty(layout, "meta") for layout in layouts]
     recorder = _Recorder()
     _current.recorder = recorder
     try:
@@ -193,22 +200,24 @@ def plan_of(
     starts = []
     for kernel, grid, arguments, options in recorder.noted:
         places = []
-        for place, x in enumerate(arguments):
+        for n, x in enumerate(arguments):
             if isinstance(x, Tensor):
                 piece, begin = memory[_memory_of(x)]
-                places.append((place, piece, begin + int(x.storage_offset()) * x.itemsize))
-                arguments[place] = Pointer(x.dtype, places[-1][2])
-        starts.append(Start(prepared(kernel, grid, arguments, options), arguments, places))
-    return Plan(starts, [Layout.of(x) for x in results], size)
+                places.append((n, piece, begin + int(x.storage_offset()) * x.itemsize))
+                arguments[n] = Pointer(x.dtype, places[-1][2])
+        run, first = prepared(kernel, grid, arguments, options)
+        places = [(len(first) + n, piece, offset) for n, piece, offset in places]
+        starts.append(Start(run, [*first, *arguments], places))
+    return Plan(starts, [layout_of(x) for x in results], size)
 
 
 def _memory_of(x: Tensor) -> int:
-    """Return what tells the memory of a tensor from that of others."""
+    """Return a number for the memory of a tensor, equal for views."""
     return x.untyped_storage()._cdata
 
 
 class _Life(NamedTuple):
-    """The bytes of what lies in the workspace, and the first and last kernel that use it."""
+    """The bytes of a tensor in the workspace, and the first and last kernel that use the tensor."""
 
     size: int
     first: int
@@ -216,7 +225,7 @@ class _Life(NamedTuple):
 
 
 def _lives(noted: Sequence[Any], outside: Container[int]) -> dict[int, _Life]:
-    """Return what the kernels use that is not `outside`."""
+    """Return the lives of all tensors of the kernels that are not `outside`."""
     found: dict[int, _Life] = {}
     for n, (_, _, arguments, _) in enumerate(noted):
         for x in arguments:
@@ -227,9 +236,9 @@ def _lives(noted: Sequence[Any], outside: Container[int]) -> dict[int, _Life]:
 
 
 def _packed(lives: dict[int, _Life]) -> tuple[dict[int, int], int]:
-    """Return the place of each of some lives in a workspace, and its size; the largest come first.
+    """Return places in a workspace, found for the largest tensor first, and the size in bytes.
 
-    Those that no kernel finds at the same time may have the same place.
+    Tensors whose lives do not overlap may share a place.
     """
     places: dict[int, int] = {}
     for key, life in sorted(lives.items(), key=lambda item: -item[1].size):
@@ -245,13 +254,18 @@ def _packed(lives: dict[int, _Life]) -> tuple[dict[int, int], int]:
 
 def prepared(
     kernel: Any, grid: tuple[int, ...], arguments: list[Any], options: dict[str, Any]
-) -> Callable[..., None]:
-    """Return the function that starts a kernel on a grid, compiled for such arguments."""
+) -> tuple[Callable[..., None], list[Any]]:
+    """Return the function that starts a compiled kernel, and what goes before the arguments.
+
+    The function is the launcher that Triton calls too, without hooks of a profiler.
+    """
     whole = (*grid, 1, 1)[: max(3, len(grid))]
-    found: Callable[..., None] = kernel.warmup(*arguments, grid=whole, **options)[whole]
-    return found
+    compiled = kernel.warmup(*arguments, grid=whole, **options)
+    run = partial(compiled.run, *whole)  # loads the kernel
+    return run, [0, compiled.function, compiled.packed_metadata, None, None, None]
 
 
 def current_stream(device: torch.device) -> int:
-    """Return the current stream of a GPU."""
-    return torch.cuda.current_stream(device).cuda_stream
+    """Return the current stream of a GPU, without the object that PyTorch makes for a user."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream

@@ -12,6 +12,9 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.sizes import cdiv, next_power_of_2
 
+# Numbers that a program clears or rounds.
+ENTRIES = 4096
+
 
 def add_up(
     problem: Problem,
@@ -68,6 +71,21 @@ def fold(
 def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Return zeros of several shapes, in a common buffer that a single kernel fills."""
     sizes = [prod(shape) for shape in shapes]
-    whole = like.new_empty(sum(sizes), dtype=torch.float32)
-    start(kernels.zero_kernel, (cdiv(len(whole), 4096),))(whole, len(whole), N=4096, num_warps=4)
+    whole = cleared(like.new_empty(sum(sizes), dtype=torch.float32))
     return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+
+
+def cleared(x: Tensor) -> Tensor:
+    """Return a tensor without gaps in memory, filled with zeros."""
+    size = x.numel()
+    start(kernels.zero_kernel, (cdiv(size, ENTRIES),))(x, size, N=ENTRIES, num_warps=4)
+    return x
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of a tensor without gaps in memory in another dtype."""
+    if x.dtype == dtype:
+        return x
+    found, size = torch.empty_like(x, dtype=dtype), x.numel()
+    start(kernels.round_kernel, (cdiv(size, ENTRIES),))(x, found, size, N=ENTRIES, num_warps=4)
+    return found

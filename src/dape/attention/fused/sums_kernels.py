@@ -15,6 +15,13 @@ def zero_kernel(x, size, N: tl.constexpr):
     tl.store(x + n, tl.zeros((N,), tl.float32), n < size)
 
 
+@triton.jit(do_not_specialize=("size",))
+def round_kernel(x, rounded, size, N: tl.constexpr):
+    """Store numbers in another dtype; grid (entries)."""
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    tl.store(rounded + n, tl.load(x + n, n < size).to(rounded.dtype.element_ty), n < size)
+
+
 # Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("count", "slot_size", "rows", "columns", "groups", *SUM_STRIDES))
 def sum_kernel(

@@ -22,6 +22,8 @@ from transformers.utils import is_tracing, logging
 from dape.attention import attention
 from dape.errors import UserError
 from dape.model.blocks import in_use
+from dape.model.masking import count_within, documents_of_keys
+from dape.model.retrofit.asked import asked
 
 NAME = "dape"
 logger = logging.get_logger(__name__)
@@ -32,7 +34,8 @@ class LayerMask(NamedTuple):
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
     dropped by a sliding cache before the first key. `tokens` is false for padding, among the
-    dropped tokens and the keys, and None without padding.
+    dropped tokens and the keys, and None without padding. `documents` numbers the documents packed
+    in a row, and `weights` says whether softmax weights are returned.
     """
 
     mask: Tensor | None
@@ -40,6 +43,8 @@ class LayerMask(NamedTuple):
     query_offset: int | Tensor
     key_offset: int = 0
     tokens: Tensor | None = None
+    documents: Tensor | None = None
+    weights: bool = False
 
     @property
     def ndim(self) -> int:
@@ -53,12 +58,15 @@ class LayerMask(NamedTuple):
     def positions(
         self, rows: int, keys: int, device: torch.device
     ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
-        """Return the positions of queries and keys, without padding."""
+        """Return the positions of queries and keys, within a document or without padding."""
         index = torch.arange(keys, device=device) + self.key_offset
         query_index = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
-        if self.tokens is None:
+        if self.documents is not None:
+            counted = count_within(self.documents)
+        elif self.tokens is not None:
+            counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
+        else:
             return query_index, index
-        counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
         return counted[:, query_index], counted[:, index]
 
 
@@ -78,7 +86,11 @@ def layer_mask(
 
     Sliding windows shorter than the keys, packed sequences and further patterns become a whole mask
     `[B, 1, Tq, Tk]`. Causality and padding need no whole mask.
+
+    Raises:
+        UserError: for documents packed in a row behind cached keys.
     """
+    documents, weights = asked()
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
         tokens = None
@@ -92,8 +104,12 @@ def layer_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, tokens,
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
+    if documents is not None:
+        documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
+        same = (documents[:, :q_length, None] == documents[:, None, kv_offset:])[:, None]
+        mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
     # A static cache updates its tensor in place; the difference is a new tensor.
-    return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens)
+    return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens, documents, weights)
 
 
 def layer_mask_of(
@@ -135,7 +151,7 @@ def attend(
 ]:
     """Return the output of `dape.attention` with the bias and adapter of `module`.
 
-    The weights are returned with `output_attentions`, and with the backend `reference`. Attention
+    The weights are returned if asked for, and with the backend `reference`. Attention
     dropout is not applied, because the fused kernels have no dropout.
 
     Raises:
@@ -144,7 +160,8 @@ def attend(
     """
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied with adapters mounted")
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
+    wide = query.dtype == torch.float64  # which autocast leaves alone, in PyTorch's own too
+    if torch.is_autocast_enabled(query.device.type) and not wide:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     adapter: nn.Module | None = in_use(getattr(module, "adapter", None))
@@ -157,7 +174,7 @@ def attend(
     positions: tuple[Tensor | None, Tensor | None] = None, None
     if bias is not None and not getattr(bias, "relative", False):
         positions = known_positions(seen, bias, query.shape[2], key.shape[2], query.device)
-    weighted = bool(output_attentions) or backend == "reference"
+    weighted = bool(output_attentions) or seen.weights or backend == "reference"
     out = attention(
         query, key, value, bias, adapter,
         causal=seen.causal, scale=scaling, query_offset=seen.query_offset,
@@ -182,11 +199,15 @@ def refuse_unused(
     """
     if is_causal is False:
         raise UserError("is_causal=False: with adapters mounted attention is causal; unmount first")
-    packed = cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2
-    if seen.causal and (packed or (seq_idx is not None and seq_idx.any())):
+    if seen.documents is not None or not seen.causal:
+        return
+    if (cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2) or (
+        seq_idx is not None and seq_idx.any()
+    ):
         raise UserError(
-            "seq_idx and cu_seq_lens_q do not separate documents with adapters mounted; give "
-            "restarting position_ids, no attention_mask, and use_cache=False"
+            "seq_idx and cu_seq_lens_q separate documents only in a call of the whole model with "
+            "adapters mounted; give a part of the model restarting position_ids, no "
+            "attention_mask, and use_cache=False"
         )
 
 
@@ -194,7 +215,7 @@ def known_positions(
     seen: LayerMask, bias: nn.Module, rows: int, keys: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return the positions of queries and keys, if given by causality and padding alone."""
-    if rows > 1 and not seen.causal:
+    if rows > 1 and not seen.causal and seen.documents is None:
         raise UserError(
             f"{type(bias).__name__} depends on more than the distance, and packed sequences or a "
             "mask of four axes begin anywhere; take a relative bias, such as kerple"

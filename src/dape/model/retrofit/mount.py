@@ -1,7 +1,6 @@
 """Adapters into the attentions of a pretrained model, and out again."""
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
+from dape.model.arguments import refuse_pages
 from dape.model.blocks import in_use
 from dape.model.modeling import DapePreTrainedModel
 from dape.model.retrofit.choice import Choice, Factory
+from dape.model.retrofit.hooks import (
+    around,
+    before_each,
+    refuse_another,
+    warn_if_frozen,
+    warn_if_unsaved,
+)
 from dape.model.retrofit.interface import NAME
 from dape.model.retrofit.storage import write
 from dape.model.retrofit.survey import Attention, attentions
@@ -128,12 +135,15 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
             install(undo, each, choice, model, backend)
         if not {ADAPTERS, ALL}.isdisjoint(train):
             before_each(undo, modules, warn_if_frozen)
+            before_each(undo, [model], warn_if_unsaved)
         if isinstance(model, DapePreTrainedModel):
             put(undo, model.config, "backend", backend)
         else:
             attend_by(undo, model.config.get_text_config(), NAME)
             before_each(undo, modules, partial(refuse_another, model.config.get_text_config()))
             put(undo, model, "create_masks_for_generate", mask_as_given)
+            put(undo, model, "init_continuous_batching", refuse_pages)
+            around(undo, model)
         parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
         check_unchanged(model, own)
         put(undo, model, "retrofitted", (modules, choice))
@@ -155,7 +165,15 @@ def save_pretrained(
     """Save a model with adapters as the class does, and the files for `load_adapters`.
 
     Trained parts are saved with the model.
+
+    Raises:
+        UserError: for `push_to_hub=True`, at which the class would upload too early.
     """
+    if kwargs.get("push_to_hub"):
+        raise UserError(
+            "save_pretrained(push_to_hub=True) would upload the model without its adapters; call "
+            "model.push_to_hub(NAME), which uploads both"
+        )
     type(self).save_pretrained(self, save_directory, is_main_process, **kwargs)
     if is_main_process:
         modules, choice = self.retrofitted
@@ -216,35 +234,6 @@ def attend_by(undo: ExitStack, config: PreTrainedConfig, name: str) -> None:
     """Let a model attend by the registered function `name`, until undone."""
     undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
     config._attn_implementation = name
-
-
-def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..., None]) -> None:
-    """Call `hook(module, arguments)` before every forward of the modules, until undone."""
-    for module in modules:
-        undo.callback(module.register_forward_pre_hook(hook).remove)
-
-
-def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
-    """Raise a `UserError` if an attention is about to leave out the adapter."""
-    found = config._attn_implementation
-    if found != NAME:
-        raise UserError(
-            f"attn_implementation={found!r} would leave out the mounted adapters; call "
-            f"set_attn_implementation({NAME!r}), or unmount the adapters first"
-        )
-
-
-def warn_if_frozen(module: nn.Module, _: Any) -> None:
-    """Warn in training about a frozen adapter that was mounted to train, as left by PEFT."""
-    if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    parameters = list(in_use(module.adapter).parameters())
-    if parameters and not any(each.requires_grad for each in parameters):
-        warnings.warn(
-            "the mounted adapters do not train: their parameters are frozen, as get_peft_model "
-            "leaves them; say mounted.adapters.requires_grad_(True) after it",
-            stacklevel=2,
-        )
 
 
 def mask_as_given(attention_mask: Tensor | None, **_: Any) -> Tensor | None:

@@ -22,29 +22,28 @@ class Kernel:
     """
 
     function: c_void_p
-    shared_memory: int
+    packed_metadata: int
     arg_names: tuple[str, ...] = ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         """Return the function that starts the kernel, for three sizes of a grid, and of a block."""
-        return partial(self.start, grid)
+        stream = torch.cuda.current_stream().cuda_stream
+        return partial(self.run, *grid, stream, self.function, self.packed_metadata, *[None] * 3)
 
     def warmup(self, *args: Any, grid: tuple[int, ...]) -> "Kernel":
         """Return the kernel, which is compiled."""
         return self
 
-    def start(
-        self, grid: tuple[int, ...], *args: Tensor | int | float, stream: int | None = None
-    ) -> None:
-        """Start the kernel with `int` for integers, `double` for floats."""
+    def run(self, *given: Any) -> None:
+        """Start the kernel with `int` for integers, `double` for floats.
+
+        Arguments follow six sizes, stream, function, bytes of shared memory, and three of Triton.
+        """
+        sizes, (stream, function, shared_memory), args = given[:6], given[6:9], given[12:]
         words = (c_uint64 * len(args))(*map(word, args))
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
-        if stream is None:
-            stream = torch.cuda.current_stream().cuda_stream
-        _check_cuda(
-            launcher()(self.function, *grid, self.shared_memory, c_void_p(stream), places, None)
-        )
+        _check_cuda(launcher()(function, *sizes, shared_memory, c_void_p(stream), places, None))
 
 
 @cache

@@ -17,7 +17,7 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
-from dape.attention.fused.sums import add_up, fold
+from dape.attention.fused.sums import add_up, cleared, fold
 from dape.attention.fused.terms import Mixed
 
 # Programs that fill a large GPU a few times over, in order to even out short diagonals, and the
@@ -69,11 +69,11 @@ class MixedMixer(Mixer[Mixed]):
         elements, segments = self.share(group, count, rows)
         shape = cdiv(group, elements) * segments, count * self.shares, sum(self.sizes())
         add = len(blocks(problem)) > 1
-        make = problem.query.new_zeros if add else problem.query.new_empty
-        return Slots(make(shape, dtype=torch.float32), elements, segments, add)
+        sums = problem.query.new_empty(shape, dtype=torch.float32)
+        return Slots(cleared(sums) if add else sums, elements, segments, add)
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits without C of a band, in place of scores X; -inf where unseen."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, rows, keys = band.sizes
@@ -83,6 +83,7 @@ class MixedMixer(Mixer[Mixed]):
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots

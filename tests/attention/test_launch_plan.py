@@ -1,12 +1,13 @@
 """Plans of fused calls: what they start gives the numbers of the launchers, bit for bit."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
 
 import dape
-from dape.attention.fused import plan
+from dape.attention.fused import geometry, plan
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -21,6 +22,7 @@ PARTS = {
     "dape-kerple": (dape.Kerple, dape.DAPE),
     "fire": (dape.FIRE, None),
     "dape-fire": (dape.FIRE, dape.DAPE),
+    "dape3-kerple": (dape.Kerple, partial(dape.DAPE, hidden=5, kernel_size=3)),
 }
 
 
@@ -39,11 +41,12 @@ def started(monkeypatch):
     def prepared(kernel, grid, arguments, options):
         dtypes = {n: x.dtype for n, x in enumerate(arguments) if isinstance(x, plan.Pointer)}
 
-        def run(*given, stream):
+        def run(stream, *given):
+            assert stream == 7
             given = [at(x, dtypes[n]) if n in dtypes else x for n, x in enumerate(given)]
             kernel[grid](*given, **options)
 
-        return run
+        return run, [None]
 
     def run(self, *given):
         found.append(len(self.starts))
@@ -52,7 +55,7 @@ def started(monkeypatch):
     whole = plan.Plan.run
     monkeypatch.setattr(plan.Plan, "run", run)
     monkeypatch.setattr(plan, "prepared", prepared)
-    monkeypatch.setattr(plan, "current_stream", lambda device: 0)
+    monkeypatch.setattr(plan, "current_stream", lambda device: 7)
     monkeypatch.setattr(plan, "DEVICES", ("cpu",))
     plan.calls_of.cache_clear()
     yield found
@@ -89,3 +92,13 @@ def test_a_plan_gives_the_numbers_of_the_launchers(name, dtype, started, monkeyp
         assert bool(started) == (number > 0)  # the first call is computed without
     half = len(started) // 2
     assert started[:half] == started[half:] and min(started) > 0
+
+
+@pytest.mark.parametrize("name", ["dape-kerple", "dape-fire", "dape3-kerple"])
+def test_bands_have_a_plan_too(name, started, monkeypatch):
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 4 * 64 * 64)
+    modules, qkv = [make(4) for make in PARTS[name]], drawn(torch.float16, rows=100)[:1]
+    first, _, third = (solve(qkv, *modules) for _ in range(3))
+    assert max(started) > 30
+    for mine, other in zip(third, first, strict=True):
+        assert torch.equal(mine, other)

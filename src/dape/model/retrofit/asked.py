@@ -1,0 +1,92 @@
+"""What a call of a retrofitted model asks of every attention.
+
+Models of transformers drop some arguments on the way to the attentions. A hook before the forward
+of the model keeps the arguments, and the mask function hands them to every layer.
+"""
+
+import inspect
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dape.model.arguments import CACHE_NAMES, packed_documents
+from dape.model.masking import count_within, documents_of_positions
+
+
+class Asked(NamedTuple):
+    """What a call asks of every attention.
+
+    `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
+    `weights` says whether the softmax weights are returned.
+    """
+
+    documents: Tensor | None = None
+    weights: bool = False
+
+
+class _Traced:
+    """The value while `torch.compile` traces, which knows no `ContextVar`."""
+
+    asked: Asked = Asked()
+
+
+_asked: ContextVar[Asked] = ContextVar("asked", default=_Traced.asked)
+
+
+def asked() -> Asked:
+    """Return what the present call of the model asks."""
+    return _Traced.asked if torch.compiler.is_compiling() else _asked.get()
+
+
+def keep(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Keep what a call asks, before the forward; give a model positions within the documents."""
+    documents, weights = _documents(args, kwargs), kwargs.get("output_attentions")
+    if weights is None:
+        weights = model.config.get_text_config().output_attentions
+    _set(Asked(documents, bool(weights)))
+    if documents is None or not _lacks_positions(model, kwargs):
+        return args, kwargs
+    return args, {**kwargs, "position_ids": count_within(documents)}
+
+
+def forget(*_: Any) -> None:
+    """Ask nothing, after the forward."""
+    _set(Asked())
+
+
+def _set(value: Asked) -> None:
+    if torch.compiler.is_compiling():
+        _Traced.asked = value
+    else:
+        _asked.set(value)
+
+
+def _documents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the documents that arguments of a model name, or None.
+
+    As in transformers, `position_ids` tell documents apart without a mask and without a cache.
+    """
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")]
+    tokens = next((each for each in (*args[:1], *named[:2]) if each is not None), None)
+    if tokens is None:
+        return None
+    bounds = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
+    found = packed_documents(*tokens.shape[:2], *bounds)
+    positions = named[2]
+    others = ("attention_mask", *CACHE_NAMES)
+    if found is not None or positions is None or positions.ndim != 2:
+        return found
+    if any(kwargs.get(name) is not None for name in others):
+        return None
+    return documents_of_positions(positions.expand(tokens.shape[0], -1), 0)
+
+
+def _lacks_positions(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a model takes positions, and finds none in the arguments or a mask."""
+    given = any(kwargs.get(name) is not None for name in ("position_ids", "attention_mask"))
+    return not given and "position_ids" in inspect.signature(type(model).forward).parameters

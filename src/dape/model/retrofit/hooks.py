@@ -1,0 +1,68 @@
+"""Hooks before the forward of a retrofitted model and of its attentions."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from dape.errors import UserError
+from dape.model.blocks import in_use
+from dape.model.retrofit import asked
+from dape.model.retrofit.interface import NAME
+
+
+def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..., None]) -> None:
+    """Call `hook(module, arguments)` before every forward of the modules, until undone."""
+    for module in modules:
+        undo.callback(module.register_forward_pre_hook(hook).remove)
+
+
+def around(undo: ExitStack, model: nn.Module) -> None:
+    """Keep what a call of the model asks of every attention, until undone."""
+    undo.callback(model.register_forward_pre_hook(asked.keep, with_kwargs=True).remove)
+    undo.callback(model.register_forward_hook(asked.forget, always_call=True).remove)
+
+
+def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
+    """Raise a `UserError` if an attention is about to leave out the adapter."""
+    found = config._attn_implementation
+    if found != NAME:
+        raise UserError(
+            f"attn_implementation={found!r} would leave out the mounted adapters; call "
+            f"set_attn_implementation({NAME!r}), or unmount the adapters first"
+        )
+
+
+def warn_if_frozen(module: nn.Module, _: Any) -> None:
+    """Warn in training about a frozen adapter that was mounted to train, as left by PEFT."""
+    parameters = list(in_use(module.adapter).parameters())
+    if _trains(module) and parameters and not any(each.requires_grad for each in parameters):
+        warnings.warn(
+            "the mounted adapters do not train: their parameters are frozen, as get_peft_model "
+            "leaves them; say LoraConfig(modules_to_save=['adapter', 'position_bias']), or "
+            "mounted.adapters.requires_grad_(True) after it",
+            stacklevel=2,
+        )
+
+
+def warn_if_unsaved(model: nn.Module, _: Any) -> None:
+    """Warn in training about adapters that train beside PEFT, whose folders leave them out."""
+    if not hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    modules, _ = model.retrofitted  # type: ignore[misc]
+    own = [each.adapter for each in modules if not hasattr(each.adapter, "modules_to_save")]
+    if _trains(model) and any(each.requires_grad for part in own for each in part.parameters()):
+        warnings.warn(
+            "PEFT's folders, and the Trainer's checkpoints of a PEFT model, leave out the mounted "
+            "adapters: say LoraConfig(modules_to_save=['adapter', 'position_bias']), or call "
+            "mounted.save yourself",
+            stacklevel=2,
+        )
+
+
+def _trains(module: nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()

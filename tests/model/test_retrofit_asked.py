@@ -1,0 +1,146 @@
+"""What a call asks of all attentions of a retrofitted model: documents apart, and the weights."""
+
+import pytest
+import torch
+from pretrained import NAMES, bias_for, move, pretrained, tokens
+from torch.testing import assert_close
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+
+import dape
+from dape.errors import UserError
+
+LENGTHS = (4, 1, 7)
+FORMS = {
+    "position_ids": {"return_position_ids": True},
+    "seq_idx": {"return_position_ids": False, "return_seq_idx": True},
+    "cu_seq_lens": {"return_position_ids": False, "return_flash_attn_kwargs": True},
+    "all": {"return_seq_idx": True, "return_flash_attn_kwargs": True},
+}
+
+
+def grown(name, adapter="dape", bias=None):
+    """Return a float64 model whose adapters have learned something."""
+    model = pretrained(name, torch.float64)
+    mounted = dape.retrofit(model, adapter, bias or bias_for(name))
+    move(mounted.adapters.double(), 0.3)
+    return model
+
+
+def packed(form):
+    """Return three documents, and their batch of one row as transformers' collator packs it."""
+    texts = [tokens(length) for length in LENGTHS]
+    return texts, DataCollatorWithFlattening(**FORMS[form])([{"input_ids": ids} for ids in texts])
+
+
+def alone(model, texts):
+    return torch.cat([model(ids[None], use_cache=False).logits[0] for ids in texts])
+
+
+def near(ours, theirs):
+    assert_close(ours, theirs, rtol=0, atol=1e-5)  # angles of transformers are float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_each_document_has_the_logits_it_has_alone(name, form):
+    model, (texts, batch) = grown(name), packed(form)
+    expected = alone(model, texts)
+    near(model(**batch).logits[0], expected)
+    near(model(**batch, use_cache=False).logits[0], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom"])
+@torch.no_grad()
+def test_documents_are_apart_behind_caches_and_for_a_bias_of_absolute_positions(name):
+    model, (texts, batch) = grown(name), packed("seq_idx")
+    expected = alone(model, texts)
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=16)):
+        near(model(**batch, past_key_values=cache).logits[0], expected)
+    with pytest.raises(UserError, match="do not cover 12 cached keys") as error:
+        model(**batch, past_key_values=cache)
+    assert "\n" not in str(error.value)
+    if bias_for(name):
+        model = grown(name, "dape3", "fire")
+        near(model(**batch).logits[0], alone(model, texts))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_loss_and_gradients_are_those_of_the_documents_alone(reentrant):
+    model, (texts, batch) = grown("llama"), packed("all")
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    count = torch.tensor(sum(LENGTHS) - len(LENGTHS))
+    losses = [
+        model(ids[None], labels=ids[None], num_items_in_batch=count).loss
+        for ids in texts
+        if len(ids) > 1
+    ]
+    expected = torch.autograd.grad(sum(losses), adapters)
+    model.train().enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    first, second = (model(**batch).loss for _ in range(2))
+    model(texts[0][None])  # the layers of the second pass are computed again after this one
+    second.backward()
+    assert_close(second, sum(losses), rtol=1e-6, atol=1e-6)
+    assert torch.equal(first, second)
+    for parameter, gradient in zip(adapters, expected, strict=True):
+        assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.unhooked
+@torch.no_grad()
+def test_a_compiled_model_keeps_documents_apart():
+    torch._dynamo.reset()
+    model, (texts, batch) = grown("llama"), packed("seq_idx")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    near(compiled(**batch).logits[0], alone(model, texts))
+
+
+@torch.no_grad()
+def test_documents_are_those_of_the_present_call():
+    model, (_, batch) = grown("llama"), packed("seq_idx")
+    ids = batch["input_ids"]
+    expected = model(ids).logits
+    assert (model(**batch).logits - expected).abs().max() > 0.1
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(IndexError):
+        model(input_ids=ids * 1000, seq_idx=batch["seq_idx"])
+    assert torch.equal(model.model(ids)[0], model(ids, output_hidden_states=True).hidden_states[-1])
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_or_cached_keys_say_that_a_row_is_one_document():
+    """As in transformers, whose `generate` gives such positions."""
+    model, ids = grown("llama"), tokens(2, 6)
+    positions = torch.tensor([[0, 2, 4, 7, 8, 9]])
+    whole = model(ids, position_ids=positions, attention_mask=torch.ones(2, 6)).logits
+    cached = model(ids, position_ids=positions, past_key_values=DynamicCache()).logits
+    assert_close(cached, whole, rtol=1e-9, atol=1e-9)
+    assert (whole - model(ids, position_ids=positions).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_part_of_the_model_says_that_only_the_whole_model_reads_bounds():
+    model, (_, batch) = grown("llama"), packed("seq_idx")
+    with pytest.raises(UserError, match="only in a call of the whole model") as error:
+        model.model(batch["input_ids"], seq_idx=batch["seq_idx"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("by", ["argument", "generate"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom", "mpt", "falcon", "gemma2"])
+@torch.no_grad()
+def test_every_model_returns_the_weights_of_its_attentions(name, by):
+    model, ids = pretrained(name), tokens(2, 7)
+    model.config._attn_implementation = "eager"
+    own = model(ids, output_attentions=True, use_cache=False).attentions
+    dape.retrofit(model)
+    if by == "argument":
+        found = model(ids, output_attentions=True).attentions
+    else:
+        options = {"max_new_tokens": 1, "output_attentions": True, "return_dict_in_generate": True}
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **options).attentions[0]
+    assert len(found) == 2
+    for ours, theirs in zip(found, own, strict=True):
+        assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert not model(ids).attentions
