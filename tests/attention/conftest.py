@@ -1,6 +1,7 @@
 """Fixtures of the tests of attention."""
 
-from importlib.util import module_from_spec, spec_from_file_location
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,17 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="session")
-def random_calls():
+def benchmarks():
+    """Return a module of the folder `benchmarks` by name; they import each other as scripts do."""
+    sys.path.append(str(BENCHMARKS))
+    yield import_module
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="session")
+def random_calls(benchmarks):
     """Return `benchmarks/random_calls.py`."""
-    spec = spec_from_file_location("random_calls", BENCHMARKS / "random_calls.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmarks("random_calls")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.testing import assert_close
 import dape
 import textbook
 from dape.attention import cuda, triton
-from dape.attention.call import Call
+from dape.attention.call import Call, checked
 from dape.attention.fused import geometry, operator, passes
 from dape.attention.fused.mixers.features import FeaturesMixer
 from dape.attention.fused.problem import Problem as FusedProblem
@@ -215,13 +214,11 @@ def test_more_units_than_the_kernels_hold_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rows", [129, 512])
 def test_on_a_gpu_no_further_from_float64_than_the_textbook_in_its_dtype(
-    backend, dtype, rows, adapter, random_calls
+    backend, dtype, rows, adapter, benchmarks
 ):
     """The textbook rounds what kernels round: weights, outputs, scores in the scratch."""
     tensors = [torch.randn(2, 12, rows, 64, device="cuda", dtype=dtype) for _ in range(3)]
     modules = FireProblem(heads=12, threshold=100.5, units=32, adapter=adapter).modules()
-    shape = SimpleNamespace(heads=12, kv_heads=12, head_dim=64, causal=True)
-    call = SimpleNamespace(shape=shape, offset=0)
     results = []
     for name, wide, widest in (
         (backend, dtype, torch.float32),
@@ -234,7 +231,7 @@ def test_on_a_gpu_no_further_from_float64_than_the_textbook_in_its_dtype(
         if name == "textbook":
             if found[1] is not None and dtype is not torch.float32:
                 found[1] = RoundedScores(found[1])
-            out = random_calls.textbook(call, inputs, tuple(found), None)
+            out, _ = benchmarks("judged_calls").textbook(checked(*inputs, *found))
         else:
             out = dape.attention(*inputs, *found, backend=name)
         torch.manual_seed(1)
