@@ -10,7 +10,6 @@ from dape.files import (
     check_writable,
     is_free,
     locked,
-    parse_yaml,
     partial_of,
     read_json,
     read_text,
@@ -21,6 +20,7 @@ from dape.files import (
     write_json,
     write_text,
 )
+from dape.plain_yaml import parse
 
 
 def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
@@ -129,7 +129,7 @@ def test_what_may_never_end_is_not_read(tmp_path):
 
 def test_numbers_are_those_of_yaml_1_2():
     text = "[0, -7, 50_000, 0x1f, 1.5, -.5, 1.0e3, 1.0e+3, 1:30, 010, 1:30.5, 6e-4, 08, .inf]"
-    assert parse_yaml(text) == [
+    assert parse(text) == [
         *(0, -7, 50_000, 31, 1.5, -0.5, 1000.0, 1000.0),
         *("1:30", "010", "1:30.5", "6e-4", "08", float("inf")),
     ]
@@ -144,7 +144,7 @@ def test_a_key_may_override_a_merged_one():
     last: {<<: *inner, b: 8}
     """
     base = {"a": 1, "b": {"c": 2}}
-    assert parse_yaml(text) == {
+    assert parse(text) == {
         "base": base,
         "other": base | {"a": 3},
         "both": {"a": 1, "b": 6, "d": 4},

@@ -24,10 +24,13 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: {reason}; use cpu, or see `dape info`") from None
+    if device.type == "meta":
+        raise UserError(f"--device {name}: it computes nothing; use cpu, or see `dape info`")
+    return device
 
 
 def device_of(network: nn.Module, default: torch.device) -> torch.device:

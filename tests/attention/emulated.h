@@ -23,6 +23,7 @@
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define DEVICE inline
+#define NEVER (-INFINITY)
 #define _Pragma(x)
 
 typedef unsigned int uint32;
@@ -31,9 +32,11 @@ using std::max;
 using std::min;
 struct dim3 { int x = 1, y = 1, z = 1; };
 struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { uint32 x, y; };
 struct alignas(16) uint4 { uint32 x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32 x, uint32 y) { return {x, y}; }
 inline uint4 make_uint4(uint32 x, uint32 y, uint32 z, uint32 w) { return {x, y, z, w}; }
 
@@ -141,6 +144,25 @@ inline uint32 __ballot_sync(uint32, bool holds) {
   return own.second;
 }
 inline bool __any_sync(uint32 mask, bool holds) { return __ballot_sync(mask, holds) != 0; }
+inline uint32 __byte_perm(uint32 a, uint32 b, uint32 selector) {
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32 found = 0;
+  for (int i = 0; i < 4; i++) found |= (uint32)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
+}
+// Lanes past an end of the warp keep their own.
+inline uint32 shift_lanes(uint32 x, int distance) {
+  std::tuple<uint32, uint32, int> own{x, x, distance};
+  together(own, [](auto of) {
+    for (int lane = 0; lane < 32; lane++) {
+      const int from = lane + std::get<2>(of(lane));
+      if (from >= 0 && from < 32) std::get<1>(of(lane)) = std::get<0>(of(from));
+    }
+  });
+  return std::get<1>(own);
+}
+inline uint32 __shfl_up_sync(uint32, uint32 x, int distance) { return shift_lanes(x, -distance); }
+inline uint32 __shfl_down_sync(uint32, uint32 x, int distance) { return shift_lanes(x, distance); }
 inline float __shfl_xor_sync(uint32, float x, int distance) {
   std::tuple<float, float, int> own{x, 0.f, distance};
   together(own, [](auto of) {
@@ -166,6 +188,10 @@ template <int N> void fewer_registers() {}
 inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline float low_of(uint32 pair) { return to_float(__half{(uint16_t)pair}); }
+inline void slope_backward(float& low, float& high, uint32 pair, float slope) {
+  if (!(low_of(pair) > 0)) low *= slope;
+  if (!(low_of(pair >> 16) > 0)) high *= slope;
+}
 inline uint16_t part(uint32 pair, int upper) { return (uint16_t)(upper ? pair >> 16 : pair); }
 // Number (row, column) of a matrix of 8 x 8 pairs of which lane (g, t) = (lane / 4, lane % 4) holds row g, columns 2 t and 2 t + 1.
 template <class Of> uint16_t entry(Of of, int row, int column) { return part(of(4 * row + column / 2), column % 2); }

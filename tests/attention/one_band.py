@@ -53,8 +53,7 @@ def solutions(mixer):
     true_grads = torch.autograd.grad(true.masked_fill(~seen, 0), leaves, ds)
 
     x = in_scratch(scores)
-    mixer.mix(x, band)
-    logits = values(x)
+    logits = values(mixer.mix(x, band))
     if isinstance(terms, Mixed):
         logits = (logits + terms.static[:, (i[:, None] - j).abs()]).masked_fill(~seen, 0)
     slots, into = mixer.slots(), type(terms)(*map(torch.empty_like, terms))

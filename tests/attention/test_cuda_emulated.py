@@ -1,18 +1,16 @@
 """What the CUDA kernels compute, against the float64 textbook, on a CPU: `emulated.h` runs them."""
 
-import copy
 import shutil
 from dataclasses import replace
 
-import emulator
 import one_band
 import pytest
 import torch
+from emulated_calls import check, drawn, relative, solve, tables_of, textbook
 from problems import Problem
 from problems import fused as operate
 from torch.testing import assert_close
 
-import dape
 from dape.attention.fused import geometry, operator, overflow, passes
 from dape.attention.fused.cuda import forward, mix
 from dape.attention.fused.problem import Result
@@ -52,97 +50,9 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture
-def change():
-    """Return changes of the sources, old to new; a test may make some."""
-    return {}
-
-
 def layout(problem, terms):
     heads, head_dim = problem.query.shape[1], problem.query.shape[3]
     return forward.layout(heads, head_dim, forward.padded_units(terms))
-
-
-@pytest.fixture
-def emulated(monkeypatch, folder, change):
-    """Let the CUDA kernels run here, those across heads alone."""
-
-    def compiled(module):
-        def found(name, *values):
-            source = module.source(name, *values)
-            for old, new in change.items():
-                source = source.replace(old, new)
-            return emulator.compiled(source, name, folder)
-
-        return found
-
-    monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
-    for module in (forward, mix):
-        monkeypatch.setattr(module, "compiled", compiled(module))
-
-
-def drawn(problem):
-    """Return query, key, value, the keys that are seen, the bias and the adapter."""
-    return *problem.tensors(torch.float32), problem.draw_mask(), *problem.modules()
-
-
-def tables_of(problem, bias, adapter):
-    count = max(problem.keys - min(0, problem.query_offset), problem.rows + problem.query_offset)
-    return operator.tables(bias, adapter, problem.heads, count, torch.device("cpu"))
-
-
-def textbook(problem, query, key, value, seen, bias, adapter):
-    mask = None if seen is None else seen[:, None, None]
-    return dape.attention(
-        query, key, value, bias, adapter, mask=mask, causal=problem.causal,
-        query_offset=problem.query_offset, backend="reference", return_lse=True,
-    )  # fmt: skip
-
-
-def solve(problem, given=None):
-    """Return output and gradients: the kernels' in fp16, the textbook's in float64 and bf16."""
-    *tensors, seen, bias, adapter = drawn(problem) if given is None else given
-    weight = torch.randn_like(tensors[0])
-
-    def solution(attend, dtype, bias, adapter):
-        inputs = [x.to(dtype).requires_grad_() for x in tensors]
-        parameters = [*bias.named_parameters(), *adapter.named_parameters()]
-        used = [p for name, p in parameters if name != "bias_out"]  # whose gradient is zero
-        out = attend(*inputs, bias, adapter)
-        return [out, *torch.autograd.grad(out, [*inputs, *used], weight.to(dtype))]
-
-    def fused(query, key, value, bias, adapter):
-        how = (problem.head_dim**-0.5, problem.causal, problem.query_offset, "cuda", True)
-        return operate(query, key, value, tables_of(problem, bias, adapter), seen, *how)[0]
-
-    def exact(query, key, value, bias, adapter):
-        return textbook(problem, query, key, value, seen, bias, adapter)[0]
-
-    doubles = copy.deepcopy(bias).double(), copy.deepcopy(adapter).double()
-    return (
-        solution(fused, torch.float16, bias, adapter),
-        solution(exact, torch.float64, *doubles),
-        solution(exact, torch.bfloat16, bias, adapter),
-    )
-
-
-def relative(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
-
-
-def check(problem, given=None):
-    """Compare with float64, by the errors of the textbook in bf16.
-
-    A hidden unit that is zero but for rounding has one of two slopes, which is much in gradients of
-    so few keys; a wrong kernel is off by 30 times the textbook's error.
-    """
-    for i, (found, exact, rounded) in enumerate(zip(*solve(problem, given), strict=True)):
-        assert relative(found, exact) <= (2 if i < 4 else 4) * relative(rounded, exact)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

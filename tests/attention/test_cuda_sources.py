@@ -13,7 +13,7 @@ from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
 from dape.attention.fused import operator, passes
-from dape.attention.fused.cuda import forward, mix
+from dape.attention.fused.cuda import forward, mix, taps
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -56,6 +56,18 @@ def refusal(source, capability):
 def test_the_kernels_across_heads_compile(kind, name, capability):
     given = problem(**KINDS[kind])
     source = mix.source(name, *passes.mixer_of(given, "cuda").macros())
+    assert refusal(source, capability) == ""
+
+
+@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("name", taps.RESIDENT)
+@pytest.mark.parametrize(("heads", "hidden"), [(12, 32), (5, 7)])
+def test_the_kernels_with_taps_compile(heads, hidden, name, capability):
+    query = torch.zeros(1, heads, 64, 64, dtype=torch.bfloat16)
+    adapter = dape.DAPE(heads, hidden, kernel_size=3)
+    tables = operator.tables(dape.Kerple(heads), adapter, heads, 64, query.device)
+    given = operator.problem_of(query, query, query, tables, None, 1.0, True, 0)
+    source = taps.source(name, *taps.CudaTapsMixer(given, given.terms).macros())
     assert refusal(source, capability) == ""
 
 

@@ -13,6 +13,7 @@ from dape.attention import parallel
 from dape.attention.call import Attended, checked
 from dape.errors import UserError
 from dape.positions.adapter import CoPE
+from dape.positions.bias import Bias
 
 INTERPRETED = [  # with the interpreter's own warnings, of NumPy
     pytest.mark.unhooked,
@@ -63,7 +64,7 @@ def drawn_mask(problem):
     return mask
 
 
-def solved(problem, tensors, modules, mask, backend, dtype, parts=None):
+def solved(problem, tensors, modules, mask, backend, dtype, parts=None, of_lse=1.0):
     """Return output, log-sum-exp, and the gradients of a random functional of both."""
     tensors, (bias, adapter), parameters = leaves(tensors, modules, dtype)
     tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
@@ -78,7 +79,7 @@ def solved(problem, tensors, modules, mask, backend, dtype, parts=None):
     weight = torch.randn(found.lse.shape, generator=torch.Generator().manual_seed(2))
     cotangent = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1))
     kept = found.lse.where(found.lse.isfinite(), 0)
-    total = (found.out * cotangent.to(found.out)).sum() + (kept * weight.to(kept)).sum()
+    total = (found.out * cotangent.to(found.out)).sum() + of_lse * (kept * weight.to(kept)).sum()
     nothing = sum(0 * p.sum() for p in parameters)
     gradients = torch.autograd.grad(total + nothing, [*tensors, *parameters])
     return [found.out, found.lse, *gradients]
@@ -109,6 +110,30 @@ def test_fused_parts_merge_to_the_whole(scheme):
     given = (problem, problem.tensors(torch.float32), modules, None)
     whole = solved(*given, "reference", torch.float64)
     near(solved(*given, "triton", torch.float32, CUTS), whole, 1e-4)
+
+
+class Raised(Bias):
+    """Kerple and 10,000, of which float32 holds the log-sum-exp to 0.0005."""
+
+    relative = True
+
+    def __init__(self, num_heads):
+        super().__init__(num_heads)
+        self.inner = dape.Kerple(num_heads)
+
+    def forward(self, query_positions, key_positions):
+        return self.inner(query_positions, key_positions) + 1e4
+
+
+@pytest.mark.parametrize(
+    "backend", ["reference", "chunked", pytest.param("triton", marks=INTERPRETED)]
+)
+def test_gradients_of_parts_with_large_logits_cancel(backend):
+    """A row of dS sums to zero over all parts; a rest would meet the 10,000."""
+    problem, modules = CALLS["causal"], (Raised(4), dape.DAPE(4, 5))
+    given = (problem, problem.tensors(torch.float32), modules, None)
+    exact = solved(*given, "reference", torch.float64, of_lse=0.0)
+    near(solved(*given, backend, torch.float32, CUTS, of_lse=0.0), exact, 3e-3)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

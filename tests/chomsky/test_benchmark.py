@@ -234,6 +234,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="exists and is no benchmark; give another --out"):
         run_cpu(small(tmp_path))
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    run = tmp_path / "run"  # of a language model, whose record has the same name
+    run.mkdir()
+    for name in ("config.yaml", "run.json"):
+        (run / name).write_text("{}")
+    with pytest.raises(UserError, match="exists and is no benchmark; give another --out"):
+        run_cpu(small(run))
+    assert (run / "run.json").read_text() == "{}" and len(list(run.iterdir())) == 2
 
 
 def test_a_second_process_does_not_train_in_the_same_folder(tmp_path):

@@ -76,6 +76,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert "nothing.yaml" in refused(capsys, "train", tmp_path / "nothing.yaml")
     assert "unknown task 'sort'" in refused(capsys, "train", recipe, "--tasks", "sort")
     assert "--count 0" in refused(capsys, "sample", "even-pairs", "--count", 0)
-    assert "length=0" in refused(capsys, "sample", "even-pairs", "--length", 0)
+    assert "--length 0" in refused(capsys, "sample", "even-pairs", "--length", 0)
     assert "no finished cell" in refused(capsys, "table", recipe, "--out", tmp_path / "none")
     assert "--together 0" in refused(capsys, "train", recipe, "--together", 0)

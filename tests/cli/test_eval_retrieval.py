@@ -122,7 +122,7 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     ("words", "message"),
     [
         (["--tasks", "paskey"], "unknown task 'paskey'; did you mean 'passkey'?"),
-        (["--tasks", ""], "--tasks names no task: passkey, needle"),
+        (["--tasks", ""], "--tasks: '' names nothing; expected --tasks NAME,..."),
         (["--depths", "0,2"], "--depths 0.0,2.0: give depths from 0 to 1"),
         (["--depths", "a"], "--depths"),
         (["--trials", "0"], "--trials 0: must be at least 1"),

@@ -83,3 +83,15 @@ def test_half_of_the_keys_are_far_where_none_is_beyond_the_training_length(run, 
 )
 def test_mistakes_are_one_line(run, capsys, words, message):
     assert message in refused(capsys, "plot", "learned", run, *words)
+
+
+@pytest.mark.parametrize("words", [("--layers", "0"), ("--length", "9"), ("--query", "3")])
+def test_a_record_is_drawn_as_it_is(run, tmp_path, capsys, words):
+    assert dape("plot", "learned", run, "--length", 16, "--out", tmp_path / "a.json") == 0
+    capsys.readouterr()
+    drawn = ("plot", "learned", tmp_path / "a.json", "--out", tmp_path / "a.md")
+    line = refused(capsys, *drawn, *words)
+    assert f"{words[0]}: the record" in line and line.endswith(
+        "give the run in place of the record"
+    )
+    assert dape(*drawn) == 0

@@ -11,7 +11,7 @@ import dape
 from dape.errors import UserError
 from dape.model.modeling import DapeForCausalLM
 
-LEAKY = "without_its_mask"
+LEAKY, HUB = "without_its_mask", "kernels-community/flash-attn"
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_an_attention_without_its_mask_function_sees_the_future_in_another_model
     assert change_before_the_last(LlamaForCausalLM(config).eval()) == 0
 
 
-@pytest.mark.parametrize("name", [LEAKY, "sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", [LEAKY, "sdpa", "flash_attention_2", "flex_attention", HUB])
 def test_ours_refuses_an_attention_of_transformers(name, tmp_path):
     fresh().save_pretrained(tmp_path)
     words = f"attn_implementation='{name}': .* by backend='auto' .*; leave it out, or say 'eager'"

@@ -232,6 +232,12 @@ def test_layers_that_are_computed_twice_keep_no_cache():
         model(ids, past_key_values=DynamicCache())
 
 
+@pytest.mark.unhooked
+def test_tuples_of_tensors_are_no_cache():
+    with pytest.raises(UserError, match="is a tuple; give a Cache of transformers, such as Dyn"):
+        fresh()(tokens(1, 4), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_is_taken_and_returned_by_the_name_of_any_release(name):
     model, ids, kept = grown(), tokens(2, 7), DynamicCache()

@@ -87,6 +87,7 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(reentrant):
         assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.unhooked
 @torch.no_grad()
 def test_a_compiled_model_keeps_documents_apart():
     torch._dynamo.reset()

@@ -97,6 +97,9 @@ def test_autocast_attends_in_half_precision_as_pytorchs_own(monkeypatch):
             half = model(ids, use_cache=False).logits
     assert seen[-4:] == [{torch.float32}] * 2 + [{torch.bfloat16}] * 2
     assert 0 < (half - exact).abs().max() < 0.05 * exact.abs().max()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # leaves float64 alone
+        model.double()(ids, use_cache=False)
+    assert seen[-2:] == [{torch.float64}] * 2
 
 
 def test_attention_dropout_that_is_left_out_is_told_of(monkeypatch):

@@ -68,6 +68,14 @@ def test_a_saved_model_and_the_adapters_beside_it_are_the_model(name, tmp_path):
     assert torch.equal(logits(base, ids), logits(model, ids))
 
 
+def test_what_is_shared_holds_the_adapters(tmp_path):
+    model, _ = mounted_and_moved("llama")
+    with pytest.raises(UserError, match=r"call model\.push_to_hub") as error:
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model").exists()
+
+
 def test_parts_that_trained_are_in_the_saved_model_itself(tmp_path):
     model, ids = pretrained("llama"), tokens(2, 9)
     dape.retrofit(model, bias="kerple", train=["adapters", "lm_head"])

@@ -1,12 +1,13 @@
 """Others' training tools on the models: PEFT's LoRA, TRL and the Trainer of transformers."""
 
+import copy
 import math
 
 import pytest
 import torch
 from models import fresh, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from pretrained import move
+from pretrained import move, pretrained
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.testing import assert_close
@@ -127,3 +128,25 @@ def test_the_trainer_learns_and_resumes_to_the_same_weights(block, tmp_path):
     second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-6"))
     for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("way", ["a copy", "PEFT"])
+def test_trl_compares_with_a_retrofitted_model_as_it_was_mounted(way, tmp_path):
+    """At the start of DPO the model is its reference, and the loss ln 2."""
+    trl = pytest.importorskip("trl", reason="TRL is in the environment of `make newest`")
+    model = pretrained("llama")
+    move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    both = LoraConfig(target_modules=["q_proj"], modules_to_save=["adapter", "position_bias"])
+    reference = {"ref_model": copy.deepcopy(model)} if way == "a copy" else {"peft_config": both}
+    options = trl.DPOConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, use_cpu=True,
+        bf16=False, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    rows = [{"prompt": "3", "chosen": "5", "rejected": "7"}] * 2
+    rows = pytest.importorskip("datasets").Dataset.from_list(rows)
+    trainer = trl.DPOTrainer(
+        model, args=options, train_dataset=rows, processing_class=numbers(), **reference
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)

@@ -11,7 +11,6 @@ from dape.paper import experiments
 from dape.paper.cells import Regime, by_regime, once
 from dape.paper.experiment import smoke
 from dape.paper.plan import plan
-from dape.paper.record import command
 from dape.paper.sweep import SIZES
 from dape.positions.scheme import resolve
 
@@ -29,15 +28,15 @@ def every_cell():
 
 def test_a_command_says_what_the_cell_says():
     for cell in (members[-1] for members in by_regime(every_cell()).values()):
-        name, *words = cell.steps[0].words
+        name, *words = cell.commands[0].words
         parsed = {"train": train.parsed, "retrofit": retrofit.read}[name](words).recipe
-        assert parsed == cell.training.recipe, command(cell.steps[0])
+        assert parsed == cell.training.recipe, str(cell.commands[0])
 
 
 def test_a_benchmark_is_a_command_too_and_needs_no_corpus():
     for scale in (lambda each: each, smoke):
         for cell in scale(experiments.COST).cells():
-            first, second, *words = cell.steps[0].words
+            first, second, *words = cell.commands[0].words
             assert (first, second, words[0]) == ("bench", "model", "--sizes")
             arguments = parse(bench_model.Arguments, words, "dape bench model")
             assert arguments.out == cell.run.path
@@ -74,23 +73,23 @@ def test_experiments_share_cells():
 
 def test_the_evaluation_reads_from_the_training_length():
     (cell,) = [c for c in experiments.CORE.cells() if c.name == "125m-arxiv-512-150M/kerple-0"]
-    assert command(cell.steps[1]) == (
+    assert str(cell.commands[1]) == (
         "dape eval runs/paper/125m-arxiv-512-150M/kerple-0 --lengths 512,...,16384"
     )
 
 
 def test_a_model_of_two_corpora_is_measured_on_each():
     cell = next(iter(experiments.AMOUNTS.cells({"books": "elsewhere"})))
-    measures = [shlex.join(step.words) for step in cell.steps[1:]]
+    measures = [shlex.join(each.words) for each in cell.commands[1:]]
     assert [words.partition("--data ")[2] for words in measures] == ["data/arxiv", "elsewhere"]
-    kept = [str(kept) for step in cell.steps[1:] for kept in step.keeps]
+    kept = [str(kept) for each in cell.commands[1:] for kept in each.keeps]
     assert kept == ["evaluation/last-arxiv.json", "evaluation/last-books.json"]
 
 
 def test_cells_of_two_sweeps_are_one_with_the_steps_of_both():
     plain, more = cells("kerple"), cells("kerple", reads="32,64")
     (both,) = once([*plain, *more])
-    assert both.steps == (*plain[0].steps, more[0].steps[1])
+    assert both.commands == (*plain[0].commands, more[0].commands[1])
 
 
 def test_in_miniature_each_arm_is_trained_once_and_claims_move_along():

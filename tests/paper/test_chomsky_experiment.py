@@ -45,7 +45,7 @@ class Here(Workers):
 
 
 def test_every_task_scheme_and_seed_is_trained_once():
-    kept = [file for cell in CELLS for file in cell.steps[0].keeps if "cells" in str(file)]
+    kept = [file for cell in CELLS for file in cell.commands[0].keeps if "cells" in str(file)]
     every = product(TASKS, SCHEMES, (0, 1, 2))
     assert sorted(map(str, kept)) == sorted(f"cells/{t}/{s}-{seed}.json" for t, s, seed in every)
 
@@ -53,7 +53,7 @@ def test_every_task_scheme_and_seed_is_trained_once():
 @pytest.mark.parametrize("name", ["regular/dape-kerple", "bucket-sort/kerple"])
 def test_a_command_trains_as_the_recipe_says(name):
     (cell,) = [each for each in CELLS if each.name == name]
-    chomsky, train, *words = cell.steps[0].words
+    chomsky, train, *words = cell.commands[0].words
     assert (chomsky, train) == ("chomsky", "train")
     arguments = chomsky_train.read_arguments(words, "", chomsky_train.Arguments)
     benchmark = arguments.benchmark
@@ -61,12 +61,12 @@ def test_a_command_trains_as_the_recipe_says(name):
     assert benchmark.settings() == expected
     assert benchmark.folder == cell.run.path and benchmark.schemes == (cell.arm,)
     assert arguments.together == len(benchmark.tasks) == (4 if "regular" in name else 1)
-    for step in cell.steps[1:]:
-        chosen = parse(chomsky_map.Arguments, step.words[2:], "dape chomsky map")
+    for command in cell.commands[1:]:
+        chosen = parse(chomsky_map.Arguments, command.words[2:], "dape chomsky map")
         assert chosen.folder == cell.run.path and chosen.scheme == cell.arm
         assert chosen.task in benchmark.tasks
-        assert chosen.out == tuple(cell.run.path / kept for kept in step.keeps)
-    assert len(cell.steps) == 2
+        assert chosen.out == tuple(cell.run.path / kept for kept in command.keeps)
+    assert len(cell.commands) == 2
 
 
 def test_in_miniature_from_the_cells_to_the_page():
@@ -97,7 +97,7 @@ def save(task, scheme, seed, score, **training):
         models=1,
         provenance=PROVENANCE,
     )
-    (cell,) = [each for each in CELLS if each.arm == scheme and task in each.steps[0].words]
+    (cell,) = [each for each in CELLS if each.arm == scheme and task in each.commands[0].words]
     file = path(cell.record.path, task, scheme, seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(made)))

@@ -107,7 +107,7 @@ def pretend(cells, losses):
     """Leave records as if the cells had been run on a GPU."""
     import evaluations
     from dape.paper import record
-    from dape.paper.record import End, command
+    from dape.paper.record import End
     from dape.train.recipe import write
 
     for cell in cells:
@@ -118,7 +118,7 @@ def pretend(cells, losses):
         lengths = (512, 1024, 2048, 4096, 8192, 16384)
         made = evaluations.make(cell.arm, losses, train_length=512, lengths=lengths)
         made.save(cell.record.evaluation("last"))
-        commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
+        commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
         end = End(commands, {"all": 60.0}, None, "c0ffee", 50_000_000)
         record.write(cell, end)
 

@@ -219,10 +219,27 @@ def with_groups(read, groups):
     return lambda path: groups if str(path) == "/proc/self/cgroup" else read(path)
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
-@pytest.mark.parametrize("value", ["", "two", "-1", "1.5"])
-def test_variables_of_a_launcher_that_are_no_numbers_are_named(data, monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    settings = recipe(data, "run")
-    with pytest.raises(UserError, match=rf"the environment variable {name}='{value}' is no whole"):
-        parallelize.is_first_rank(), parallelize.device(settings.hardware), parallelize.ranks()
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "two"}, "RANK='two', no whole number"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', no whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1', no whole number"),
+        ({"LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE='1.5', no whole number"),
+        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_named(
+    data, tmp_path, monkeypatch, capsys, variables, message
+):
+    """The process would wait for others, or train without a lock."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "r.yaml").write_text(write(recipe(data, tmp_path / "run")))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith(f"dape: error: the environment has {message}; start several processes")
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.call import Attended, Call
+from dape.attention.reference import fine_log_sum
 from dape.attention.select import select
 from dape.errors import UserError
 
@@ -105,8 +106,10 @@ def merge(parts: Sequence[Attended]) -> Attended:
     unseen = (sums == -torch.inf).all(0)
     # The lowest finite number instead of -inf: the gradient of a row that is all -inf is NaN.
     sums = sums.clamp(min=torch.finfo(sums.dtype).min)
-    total = sums.logsumexp(0)
-    weights = (sums - total).exp()[..., None]
+    total = fine_log_sum(sums, 0)
+    # Not exp(sums - total): of a total of 1e5, float32 has no digit behind the second, and weights
+    # would not sum to one.
+    weights = sums.softmax(0)[..., None]
     out = weights[0] * parts[0].out
     for weight, part in zip(weights[1:], parts[1:], strict=True):
         out = out + weight * part.out

@@ -66,4 +66,14 @@ def log_sum_exp(
     logits: Float[Tensor, "batch heads query key"], visible: Bool[Tensor, "#batch 1 query key"]
 ) -> Float[Tensor, "batch heads query"]:
     """Return `log sum_j exp(logits_ij)` over the visible keys; -inf without visible keys."""
-    return logits.logsumexp(-1).masked_fill(~visible.any(-1), -torch.inf)
+    return fine_log_sum(logits, -1).masked_fill(~visible.any(-1), -torch.inf)
+
+
+def fine_log_sum(logits: Tensor, dim: int) -> Tensor:
+    """Return the log-sum-exp along an axis, with a gradient that sums to that of the result.
+
+    The gradient of `logsumexp` is exp(logits - result). float32 holds a result of 1e5 to 0.008, and
+    the gradient would sum to as much too little or too much.
+    """
+    top = logits.detach().amax(dim, keepdim=True)
+    return (logits - top).logsumexp(dim) + top.squeeze(dim)

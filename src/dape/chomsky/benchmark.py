@@ -18,6 +18,8 @@ from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
 
+DEEPEST = 1_000  # layers
+LONGEST = 10_000  # symbols of an input; a model is tested at every length
 SCHEMES = (
     *("sinusoidal", "rope", "randomized-rope", "transformer-xl", "alibi", "kerple", "fire"),
     *("dape-alibi", "dape-kerple", "dape-fire", "dape3-kerple"),
@@ -90,6 +92,12 @@ def _check(benchmark: Benchmark) -> None:
     ):
         for name in names:
             check_whole(**{f"{section}.{name}": getattr(getattr(benchmark, section), name)})
+    for name, value, most in (
+        ("model.num_hidden_layers", benchmark.model.num_hidden_layers, DEEPEST),
+        ("evaluation.longest", evaluation.longest, LONGEST),
+    ):
+        if value > most:
+            raise UserError(f"{name}={value} must be at most {most}")
     for name in ("learning_rate", "clip"):
         value = getattr(training, name)
         check_finite(**{f"training.{name}": value})

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 
 from dape.chomsky import cell as cells
+from dape.chomsky.benchmark import LONGEST
 from dape.chomsky.measure import TEST
 from dape.chomsky.task import single
 from dape.chomsky.tasks import resolve
-from dape.errors import UserError
+from dape.errors import UserError, check_whole
 from dape.evaluate.capture import Row, rows_of
 from dape.files import read_json, write_json
 from dape.positions.rotary import RandomizedRoPE
@@ -103,6 +104,9 @@ def make(
     Raises:
         UserError: for an untrained model, absent parameters, or random positions.
     """
+    check_whole(length=length, examples=examples)
+    if length > LONGEST:
+        raise UserError(f"--length {length} must be at most {LONGEST}")
     problem = resolve(task)
     encoder = cells.load_model(folder, task, scheme, seed)
     if any(isinstance(module, RandomizedRoPE) for module in encoder.modules()):

@@ -90,7 +90,7 @@ def run(
         UserError: for a folder with other content, and for a folder of another process.
     """
     folder = RunFolder(benchmark.folder)
-    if not (is_free(folder.path) or folder.record.is_file()):
+    if folder.exists or not (is_free(folder.path) or folder.record.is_file()):
         raise UserError(f"{folder} exists and is no benchmark; give another --out")
     with locked(folder.path, f"another process trains in {folder}; wait for its end"):
         folder.update_record(provenance(device, argv))

@@ -55,6 +55,7 @@ HELP = ("-h", "--help", "help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a mistake becomes a line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    os.environ.pop("MPLBACKEND", None)  # figures are files; a wrong name would end the command
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
     # The first of several processes reports an error of all processes.

@@ -1,6 +1,7 @@
 """A frozen dataclass as a command line, with attribute docstrings as help and one-line errors."""
 
 import inspect
+import os
 import re
 import shutil
 import textwrap
@@ -17,6 +18,7 @@ from tyro import _errors as mistakes
 from dape.errors import UserError, unknown
 
 Arguments = TypeVar("Arguments")
+NARROWEST = 20  # columns of a terminal, for a page of help
 _TIE = "\x1f"  # a space at which no line is broken
 
 
@@ -34,6 +36,8 @@ def parse(
             the choices, a missing value, and for the `ValueError` of a `__post_init__`.
     """
     defaults = {} if default is None else {"default": default}
+    if shutil.get_terminal_size().columns < NARROWEST:  # tyro would break lines for ever
+        os.environ["COLUMNS"] = str(NARROWEST)
 
     def refuse(mistake: mistakes.ParseErrorEvent) -> None:
         raise _error(mistake, cls, prog)

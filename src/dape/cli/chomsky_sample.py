@@ -6,7 +6,10 @@ from typing import Annotated
 import tyro
 
 from dape.cli.arguments import parse
+from dape.cli.options import at_least_one
 from dape.errors import UserError
+
+MOST = 1_000_000  # symbols
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +26,12 @@ class Arguments:
     """seed of the examples"""
 
     def __post_init__(self) -> None:
-        """Refuse a count below 1."""
-        if self.count < 1:
-            raise UserError(f"--count {self.count}: at least 1")
+        """Refuse counts below 1, and a text that nobody reads."""
+        at_least_one(self, "length", "count")
+        if self.length * self.count > MOST:
+            raise UserError(
+                f"--length {self.length} times --count {self.count} must be at most {MOST} symbols"
+            )
 
 
 def main(argv: list[str]) -> None:

@@ -35,12 +35,10 @@ class Arguments(Measuring):
     """measure finished lengths again, instead of skipping finished lengths"""
 
     def __post_init__(self) -> None:
-        """Refuse depths outside the text, empty tasks and trials below 1."""
+        """Refuse depths outside the text, and trials below 1."""
         super().__post_init__()
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise UserError(f"--depths {','.join(map(str, self.depths))}: give depths from 0 to 1")
-        if not self.tasks:
-            raise UserError("--tasks names no task: passkey, needle, or passkey,needle")
         at_least_one(self, "trials")
 
 

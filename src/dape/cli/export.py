@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -50,4 +51,5 @@ def export(run: Path, out: Path) -> None:
         trained.model.save_pretrained(partial)
         trained.tokenizer.save_pretrained(partial)
         written.save(partial / "README.md")
-    print(f"wrote {out}, the model after {trained.step:,} steps; to share: hf upload NAME {out}")
+    share = f"hf upload NAME {quote(str(out))}"
+    print(f"wrote {out}, the model after {trained.step:,} steps; to share: {share}")

@@ -47,13 +47,21 @@ def _names(text: str) -> tuple[str, ...]:
     return found
 
 
+def _numbers(kind: type[float]) -> Callable[[str], tuple[float, ...]]:
+    """Return the reader of a list of numbers, each once."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            return tuple(dict.fromkeys(map(kind, text.split(","))))
+        except ValueError:
+            raise ValueError(f"{text!r} is not a list of numbers") from None
+
+    return read
+
+
 Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
-Fractions = Annotated[
-    tuple[float, ...], commas("FLOAT,...", lambda text: tuple(map(float, text.split(","))))
-]
-Layers = Annotated[
-    tuple[int, ...], commas("INT,...", lambda text: tuple(map(int, text.split(","))))
-]
+Fractions = Annotated[tuple[float, ...], commas("FLOAT,...", _numbers(float))]
+Layers = Annotated[tuple[int, ...], commas("INT,...", _numbers(int))]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
 Runs = Annotated[
     tyro.conf.Positional[tuple[Path, ...]],

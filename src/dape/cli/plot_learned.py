@@ -1,6 +1,6 @@
 """`dape plot learned`: A, B and f(A, B) of a trained model, as a figure, a table or a record."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,11 +61,23 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape plot learned")
     from dape.evaluate.learned import load
 
+    if arguments.run.suffix == ".json":
+        _check_unused(arguments)
     record = load(arguments.run) if arguments.run.suffix == ".json" else made(arguments, argv)
     from dape.figures.learned import draw, table
 
     for file in arguments.out:
         write(file, lambda: draw(record), record, md=lambda: table(record).markdown() + "\n")
+
+
+def _check_unused(arguments: Arguments) -> None:
+    """Raise a `UserError` for an option of the computation, which a record has behind it."""
+    for field in fields(Arguments):
+        if field.name not in ("run", "out") and getattr(arguments, field.name) != field.default:
+            raise UserError(
+                f"--{field.name}: the record {arguments.run} is drawn as it is; leave the option"
+                " out, or give the run in place of the record"
+            )
 
 
 def made(arguments: Arguments, argv: list[str]) -> "LearnedRows":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -103,7 +104,8 @@ def ending(folder: "RunFolder") -> str:
     try:
         return (
             f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
-            f" validation loss {done['validation_loss']:.4f}; to measure: dape eval {folder}"
+            f" validation loss {done['validation_loss']:.4f}; to measure: dape eval"
+            f" {quote(str(folder))}"
         )
     except KeyError as error:
         raise UserError(

@@ -139,7 +139,9 @@ def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     try:
         names = sorted(entry.name for entry in os.scandir(folder))
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from None
+        raise UserError(
+            f"cannot read {folder}: {error.strerror}; make it readable, or leave it out"
+        ) from None
     for path in (folder / name for name in names if not name.startswith(".")):
         if path.is_dir():
             yield from _files(path, (*above, real))
@@ -187,7 +189,7 @@ def _dataset(name: str) -> Source:
     if not reachable():
         raise UserError(
             f"no file or folder {name!r}, and the Hugging Face hub cannot be reached to look for "
-            "a dataset of this name"
+            "a dataset of this name; give a file or folder of texts"
         )
     return Source(name, tuple(_dataset_parts(name)), 0, {})
 
@@ -212,4 +214,7 @@ def open_dataset(name: str) -> Any:
         return load_dataset(repository, configuration or None, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"the Hugging Face dataset {name!r} cannot be opened: {reason}") from error
+        raise UserError(
+            f"the Hugging Face dataset {name!r} cannot be opened: {reason}; a name has the form"
+            " OWNER/DATASET or OWNER/DATASET:CONFIGURATION"
+        ) from error

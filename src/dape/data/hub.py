@@ -42,7 +42,7 @@ def fetch(load: Callable[..., Any], source: str, **options: Any) -> Any:
     if not reachable():
         raise UserError(
             f"no model {source!r}: there is no such folder, the Hugging Face cache has not all of "
-            "it, and the hub cannot be reached"
+            "it, and the hub cannot be reached; give the folder of a run or of a model"
         )
     try:
         return load(source, **options)

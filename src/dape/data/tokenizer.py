@@ -92,7 +92,10 @@ def _from_path(path: Path) -> "PreTrainedTokenizerFast":
             return PreTrainedTokenizerFast.from_pretrained(str(file.parent))
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:  # the Rust parser raises bare exceptions
-        raise UserError(f"{file} is not a Hugging Face tokenizer: {error}") from error
+        raise UserError(
+            f"{file} is not a Hugging Face tokenizer: {error}; give byte, gpt2, or a folder with a"
+            " tokenizer.json"
+        ) from error
 
 
 def of_model(source: str) -> "PreTrainedTokenizerFast | None":

@@ -70,7 +70,7 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
         remedy = (
             f"; `dape export {folder} --out DIR` makes a model of the latest checkpoint"
             if folder.checkpoints.is_dir()
-            else ""
+            else "; give the folder of a run or of a model"
         )
         raise UserError(
             f"no model in {folder}: neither model/config.json of a finished `dape train` "

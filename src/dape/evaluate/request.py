@@ -111,7 +111,10 @@ class Request:
             reason = str(error) or f"an answer alone is longer than {self.length} tokens"
             return [harnessed(task=task, refused=reason, parts=[task])]
         except OSError as error:
-            raise UserError(f"the data of {task} are not available: {error}") from None
+            raise UserError(
+                f"the data of {task} are not available: {error}; run the task once with a network,"
+                " or take another of --tasks"
+            ) from None
         return [
             harnessed(
                 task=name,

@@ -164,7 +164,9 @@ class Model:
         """Return the model's token for the beginning of a text, a `UserError` without any."""
         found = getattr(self.config, "bos_token_id", None)
         if found is None:
-            raise UserError(f"--bos: the configuration of {self.source} has no bos_token_id")
+            raise UserError(
+                f"--bos: the configuration of {self.source} has no bos_token_id; leave --bos out"
+            )
         return int(found)
 
     def refusing(self) -> AbstractContextManager[Any]:

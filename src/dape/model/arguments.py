@@ -76,7 +76,13 @@ def refuse_pages(*_: Any, **__: Any) -> NoReturn:
 
 
 def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """Return the cache; raise a `UserError` for two of them."""
+    """Return the cache; raise a `UserError` for two of them, or tuples of tensors."""
+    for each in (past_key_values, cache):
+        if not isinstance(each, Cache | None):
+            raise UserError(
+                f"past_key_values is a {type(each).__name__}; give a Cache of transformers, such "
+                "as DynamicCache()"
+            )
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise UserError("past_key_values and cache are two names of one argument: give one of them")
     return past_key_values if cache is None else cache

@@ -89,6 +89,10 @@ class DapePreTrainedModel(PreTrainedModel):
             )
         return "eager"
 
+    def _check_and_adjust_attn_implementation(self, name: str | None, *_: Any, **__: Any) -> str:
+        """Refuse a kernel of the hub too, which transformers would ask for first."""
+        return self.get_correct_attn_implementation(name)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         """Let `set_attn_implementation` call the method above, and raise the error."""

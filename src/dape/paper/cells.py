@@ -5,9 +5,10 @@
 | arm | a row of a comparison, as options over a recipe, usually the scheme alone |
 | regime | size of the model, corpus, training length and tokens, shared by all arms of a table |
 | cell | an arm in a regime with a seed: a training and measurements |
-| step | a command of a cell, and the files of the run folder to keep |
+| command | words after `dape`, and the files of the run folder to keep |
 """
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ class Regime:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Command:
     """The words after `dape`, and the files to keep.
 
     keeps: paths of files below the run folder, by their paths below the record.
@@ -44,6 +45,10 @@ class Step:
 
     words: tuple[str, ...]
     keeps: Mapping[Path, Path]
+
+    def __str__(self) -> str:
+        """Return the words for a shell."""
+        return shlex.join(["dape", *self.words])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class Cell:
     home: Path
     name: str
     arm: str
-    steps: tuple[Step, ...]
+    commands: tuple[Command, ...]
     training: Training | None = None
     needs: str | None = None
     minutes: float | None = None
@@ -96,13 +101,13 @@ def run_folder(home: Path, name: str) -> RunFolder:
 
 
 def once(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the cells without repeated names, with the steps of all cells of a name."""
+    """Return the cells without repeated names, with the commands of all cells of a name."""
     found: dict[tuple[Path, str], Cell] = {}
     for cell in cells:
         key = cell.home, cell.name
         known = found.setdefault(key, cell)
-        steps = {step.words: step for step in (*known.steps, *cell.steps)}
-        found[key] = replace(known, steps=tuple(steps.values()))
+        commands = {each.words: each for each in (*known.commands, *cell.commands)}
+        found[key] = replace(known, commands=tuple(commands.values()))
     return list(found.values())
 
 

@@ -57,8 +57,8 @@ def _kept(ended: Sequence[Cell], folder: str) -> list[Path]:
     files = [
         cell.record.path / kept
         for cell in ended
-        for step in cell.steps
-        for kept in step.keeps
+        for command in cell.commands
+        for kept in command.keeps
         if kept.parts[0] == folder
     ]
     return [file for file in files if file.is_file()]

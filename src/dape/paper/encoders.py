@@ -10,7 +10,7 @@ from dape.chomsky import cell as cells
 from dape.chomsky.benchmark import SCHEMES
 from dape.chomsky.tasks import TASKS
 from dape.files import read_json
-from dape.paper.cells import INSIDE, Cell, Regime, Step, run_folder
+from dape.paper.cells import INSIDE, Cell, Command, Regime, run_folder
 from dape.strict import build
 
 RECIPE = "recipes/chomsky.yaml"
@@ -63,20 +63,25 @@ class Encoders:
         """Return the cells."""
         for (group, tasks), scheme in product(self.groups.items(), self.schemes):
             name = f"{group}/{scheme}"
-            steps = (self._train(home, name, tasks, scheme), *self._maps(home, name, tasks, scheme))
+            commands = (
+                self._train(home, name, tasks, scheme),
+                *self._maps(home, name, tasks, scheme),
+            )
             minutes = self._minutes(home, tasks, scheme)
-            yield Cell(home, name, scheme, steps, minutes=minutes)
+            yield Cell(home, name, scheme, commands, minutes=minutes)
 
-    def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Step:
+    def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Command:
         kept = [cells.path(Path(), task, scheme, seed) for task, seed in product(tasks, self.seeds)]
         words = (
             *("chomsky", "train", RECIPE, "--out", str(run_folder(home, name))),
             *("--tasks", *tasks, "--schemes", scheme, "--seeds", *map(str, self.seeds)),
             *("--training.steps", str(self.steps), "--together", str(len(tasks)), *self.options),
         )
-        return Step(words, {path: path for path in (*kept, INSIDE.record)})
+        return Command(words, {path: path for path in (*kept, INSIDE.record)})
 
-    def _maps(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Iterator[Step]:
+    def _maps(
+        self, home: Path, name: str, tasks: tuple[str, ...], scheme: str
+    ) -> Iterator[Command]:
         run = run_folder(home, name)
         for task in tasks if scheme in self.map_schemes else ():
             if task in self.mapped:
@@ -85,7 +90,7 @@ class Encoders:
                     *("chomsky", "map", str(run), "--task", task, "--scheme", scheme),
                     *("--seed", str(self.seeds[0]), "--out", str(run.path / kept)),
                 )
-                yield Step(words, {kept: kept})
+                yield Command(words, {kept: kept})
 
     def _minutes(self, home: Path, tasks: tuple[str, ...], scheme: str) -> float | None:
         """Return the minutes on a GPU by the record of `benchmarks/chomsky_speed.py`, if any."""

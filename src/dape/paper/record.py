@@ -6,7 +6,6 @@ commands and `cell.json`, the end of the cell, are files of the record too.
 
 import math
 import os
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import locked, read_json, remove, write_json
-from dape.paper.cells import Cell, Step
+from dape.paper.cells import Cell, Command
 from dape.strict import build
 from dape.train import recipe as recipes
 
@@ -138,9 +137,9 @@ def prepare(cell: Cell) -> None:
     cell.record.path.mkdir(parents=True, exist_ok=True)
 
 
-def collect(cell: Cell, step: Step) -> None:
-    """Copy existing files of a step from the run folder to the record."""
-    for kept, place in step.keeps.items():
+def collect(cell: Cell, command: Command) -> None:
+    """Copy existing files of a command from the run folder to the record."""
+    for kept, place in command.keeps.items():
         if (cell.run.path / place).is_file():
             target = cell.record.path / kept
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +152,8 @@ def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:
     For an interrupted training, the run's own record gives the seconds.
     """
     before = read(cell) if _file(cell).is_file() else None
-    commands = {str(kept): command(step) for step in cell.steps for kept in step.keeps}
-    first = command(cell.steps[0])
+    commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
+    first = str(cell.commands[0])
     seconds[first] = max(seconds[first], cell.record.read_record().get("seconds", 0.0))
     corpus = Corpus(cell.training.data) if cell.training else None
     end = End(
@@ -176,11 +175,6 @@ def discard(cell: Cell) -> None:
     """Delete checkpoints and model of a cell."""
     remove(cell.run.checkpoints)
     remove(cell.run.model)
-
-
-def command(step: Step) -> str:
-    """Return the command of a step as words for a shell."""
-    return shlex.join(["dape", *step.words])
 
 
 def checksums(cells: Sequence[Cell]) -> dict[str, str]:
@@ -213,8 +207,8 @@ def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
 
 def _measured(cell: Cell, end: End) -> bool:
     """Return whether the record holds the files of all commands, measured as asked."""
-    measures = cell.steps[1:] if cell.training else cell.steps
-    kept = [cell.record.path / path for step in cell.steps for path in step.keeps]
+    measures = cell.commands[1:] if cell.training else cell.commands
+    kept = [cell.record.path / path for each in cell.commands for path in each.keeps]
     return all(path.is_file() for path in kept) and all(
-        end.commands.get(str(path)) == command(step) for step in measures for path in step.keeps
+        end.commands.get(str(path)) == str(each) for each in measures for path in each.keeps
     )

@@ -56,7 +56,7 @@ class Results:
 
     def commands(self) -> list[str]:
         """Return the commands of the cells."""
-        return [record.command(step) for cell in self.cells for step in cell.steps]
+        return [str(command) for cell in self.cells for command in cell.commands]
 
     def markdown(self) -> str:
         """Return the tables in GitHub's Markdown, with links to the figures."""

@@ -54,8 +54,8 @@ def heads(cells: Sequence[Cell]) -> list[Section]:
     files = [
         (cell, kept)
         for cell in cells
-        for step in cell.steps
-        for kept in step.keeps
+        for command in cell.commands
+        for kept in command.keeps
         if kept.parent == LEARNED and (cell.record.path / kept).is_file()
     ]
     caption = "Scores A, bias B and adapter f(A, B) of one query over the keys, a line a head."

@@ -15,7 +15,7 @@ from typing import IO
 
 from dape.errors import UserError
 from dape.paper import record
-from dape.paper.cells import Cell, Step
+from dape.paper.cells import Cell, Command
 
 # Errors caused by the model, with which the cell is a result.
 TELLING = re.compile(r"out of memory|step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
@@ -155,7 +155,7 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitSt
     begun = time.monotonic()
     with claim:
         try:
-            error = _steps(cell, device, workers)
+            error = _commands(cell, device, workers)
             if not weights and _tells(error):
                 record.discard(cell)
         except (OSError, UserError) as failure:
@@ -163,15 +163,15 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitSt
     return Outcome(cell, device, time.monotonic() - begun, error)
 
 
-def _steps(cell: Cell, device: str, workers: Workers) -> str | None:
+def _commands(cell: Cell, device: str, workers: Workers) -> str | None:
     """Run the commands in order, keep their files, and return the first error."""
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
-    for step in cell.steps:
+    for command in cell.commands:
         begun = time.monotonic()
-        error = _step(cell, step, device, workers)
-        seconds[record.command(step)] = time.monotonic() - begun
+        error = _command(cell, command, device, workers)
+        seconds[str(command)] = time.monotonic() - begun
         if error:
             break
     if _tells(error):
@@ -184,13 +184,13 @@ def _tells(error: str | None) -> bool:
     return error is None or bool(TELLING.search(error))
 
 
-def _step(cell: Cell, step: Step, device: str, workers: Workers) -> str | None:
+def _command(cell: Cell, command: Command, device: str, workers: Workers) -> str | None:
     """Run a command, keep the files, and return the error of a failure."""
     log = record.log(cell)
     with log.open("ab") as output:
         begin = output.tell()
-        status = workers.call(step.words, device, output)
-    record.collect(cell, step)
+        status = workers.call(command.words, device, output)
+    record.collect(cell, command)
     return _error(log.read_bytes()[begin:].decode("utf-8", "replace"), status) if status else None
 
 

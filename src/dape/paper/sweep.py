@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dape.paper.cells import INSIDE, TRAINED, Cell, Regime, Step, Training, run_folder
+from dape.paper.cells import INSIDE, TRAINED, Cell, Command, Regime, Training, run_folder
 from dape.runs import RunFolder
 from dape.train.recipe import Recipe, Retrofit, override, read
 
@@ -67,12 +67,12 @@ class Measure:
     keeps: str
     times: int = 1
 
-    def step(self, run: RunFolder, regime: Regime, reads: str) -> Step:
+    def command(self, run: RunFolder, regime: Regime, reads: str) -> Command:
         """Return the command on a run."""
         length = self.times * regime.length
         kept = Path(self.keeps.format(length=length))
         words = (word.format(run=run, length=length, reads=reads) for word in self.words)
-        return Step(tuple(words), {kept: kept})
+        return Command(tuple(words), {kept: kept})
 
 
 USES = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), str(CONTEXT))
@@ -124,21 +124,23 @@ class Sweep:
             training = Training(
                 regime, seed, options["data"], override(read(file, Recipe), options)
             )
-            train = Step(("train", file, *words(options)), TRAINED)
+            train = Command(("train", file, *words(options)), TRAINED)
             measured = self._measured(run_folder(home, name), regime, data)
             yield Cell(home, name, arm.label, (train, *measured), training)
 
-    def _measured(self, run: RunFolder, regime: Regime, data: Mapping[str, str]) -> Iterator[Step]:
+    def _measured(
+        self, run: RunFolder, regime: Regime, data: Mapping[str, str]
+    ) -> Iterator[Command]:
         lengths = self.reads.format(length=regime.length)
         for corpus in MEASURED_ON.get(regime.corpus, (regime.corpus,)):
             own = corpus == regime.corpus
             on = () if own else ("--data", data_folder(corpus, data))
-            yield Step(
+            yield Command(
                 ("eval", str(run), "--lengths", lengths, *self.options, *on),
                 {evaluation(regime, corpus): INSIDE.evaluation("last")},
             )
         for measure in self.measures:
-            yield measure.step(run, regime, lengths)
+            yield measure.command(run, regime, lengths)
 
     def tiny(self) -> "Sweep":
         """Return every arm once, with a tiny model of bytes on a CPU."""
@@ -186,9 +188,9 @@ class Tuning:
         lengths = self.base.reads.format(length=regime.length)
         command = ("retrofit", str(base.run), "--recipe", self.recipe, *words(options))
         last = INSIDE.evaluation("last")
-        step = Step((*command, "--lengths", lengths), {**TRAINED, last: last})
+        tuned = Command((*command, "--lengths", lengths), {**TRAINED, last: last})
         training = Training(regime, seed, data, recipe)
-        return Cell(base.home, name, arm.label, (step,), training, needs=base.name)
+        return Cell(base.home, name, arm.label, (tuned,), training, needs=base.name)
 
     def tiny(self) -> "Tuning":
         """Return every arm once, with a tiny model of bytes on a CPU."""
@@ -226,8 +228,8 @@ class Bench:
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
         """Return the single cell."""
         words = ("bench", *self.words, "--out", str(run_folder(home, self.name)))
-        step = Step(words, {COSTS: COSTS})
-        yield Cell(home, self.name, self.name, (step,), minutes=self.minutes)
+        command = Command(words, {COSTS: COSTS})
+        yield Cell(home, self.name, self.name, (command,), minutes=self.minutes)
 
     def tiny(self) -> "Bench":
         """Return the measurement for a CPU."""

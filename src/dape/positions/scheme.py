@@ -206,7 +206,9 @@ def check(name: str, options: Mapping[str, Any]) -> None:
             raise unknown("place in scheme_options", place, PLACES)
         part: Part | None = getattr(found, place)
         if part is None:
-            raise UserError(f"scheme_options.{place} is set, but scheme {name!r} has no {place}")
+            raise UserError(
+                f"scheme_options.{place} is set, but scheme {name!r} has no {place}; leave it out"
+            )
         if not isinstance(chosen, Mapping):
             raise UserError(f"scheme_options.{place}={chosen!r} must map option names to values")
         part.check(chosen)

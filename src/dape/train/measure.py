@@ -96,7 +96,8 @@ def measure(
             if found and session.fabric.world_size == 1:
                 return
             raise RankError(
-                f"hardware.micro_batch_size={size} does not fit on {session.fabric.device}"
+                f"hardware.micro_batch_size={size} does not fit on {session.fabric.device}; take a"
+                " shorter training.length or hardware.activation_checkpointing=blocks"
             ) from None
         yield found[-1]
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dape.attention.context_parallel import ContextParallel
-from dape.errors import UserError
+from dape.errors import RankError, UserError
 from dape.train.drawing import Drawing, put
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
@@ -26,14 +26,24 @@ if TYPE_CHECKING:
 PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
 
 
+_LAUNCHED = "start several processes by `torchrun`, or unset its variables"
+
+
 def ranks() -> int:
     """Return the number of processes of this training, as started by `torchrun`, or 1."""
     return _from_environment("WORLD_SIZE", 1)
 
 
 def rank() -> int:
-    """Return the number of this process among `ranks()`."""
-    return _from_environment("RANK", 0)
+    """Return the number of this process among `ranks()`.
+
+    Raises:
+        RankError: for a number that a launcher cannot have set.
+    """
+    found = _from_environment("RANK", 0)
+    if found >= ranks():
+        raise RankError(f"the environment has RANK={found} and WORLD_SIZE={ranks()}; {_LAUNCHED}")
+    return found
 
 
 def is_first_rank() -> bool:
@@ -45,14 +55,11 @@ def _from_environment(name: str, default: int) -> int:
     """Return a number that a launcher such as `torchrun` sets.
 
     Raises:
-        UserError: for a value that is no such number.
+        RankError: for a value that is no such number.
     """
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(
-            f"the environment variable {name}={text!r} is no whole number; start several processes"
-            " by `torchrun`, or unset the variable"
-        )
+        raise RankError(f"the environment has {name}={text!r}, no whole number; {_LAUNCHED}")
     return int(text)
 
 
@@ -77,6 +84,12 @@ def device(hardware: Hardware) -> torch.device:
 
 def launch(recipe: Settings) -> "Fabric":
     """Return Lightning's Fabric, started: a single device, DDP, or FSDP2."""
+    absent = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if ranks() > 1 and absent:  # it would wait for processes that nobody started
+        raise RankError(
+            f"the environment has WORLD_SIZE={ranks()} without {', '.join(sorted(absent))};"
+            f" {_LAUNCHED}"
+        )
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 

@@ -86,7 +86,8 @@ class Settings(ABC):
             )
         if batch % groups:
             raise UserError(
-                f"training.batch_size={batch} cannot be shared evenly by {groups} {devices}"
+                f"training.batch_size={batch} cannot be shared evenly by {groups} {devices}; take a"
+                f" multiple of {groups}"
             )
         return batch // (groups * size) if size else 1
 
@@ -221,4 +222,7 @@ def _check_name(name: str, filled: str) -> None:
         )
     parts = PurePosixPath(filled).parts
     if not parts or "/" in parts or ".." in parts or not filled.isprintable():
-        raise UserError(f"name={name!r} is not a valid name for a folder below runs")
+        raise UserError(
+            f"name={name!r} is not a valid name for a folder below runs; give one such as"
+            " demo/kerple-0, or --out for another place"
+        )

@@ -9,7 +9,7 @@ from tyro.conf import Suppress
 from tyro.constructors import PrimitiveConstructorSpec
 
 from dape.errors import UserError, check_finite, check_whole
-from dape.files import parse_yaml
+from dape.plain_yaml import parse
 from dape.strict import Switch, default
 
 DEEPEST = 10_000  # layers
@@ -18,7 +18,7 @@ DEEPEST = 10_000  # layers
 def _mapping(text: str) -> dict[str, Any]:
     """Return the mapping in one-line YAML; a `ValueError` for any other value."""
     try:
-        value = parse_yaml(text)
+        value = parse(text)
     except (ValueError, yaml.YAMLError):
         value = None
     if not isinstance(value, dict):

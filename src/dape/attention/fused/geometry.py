@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dape.attention.fused import windows
 from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.sizes import cdiv
 from dape.attention.fused.terms import Nothing, Static, Taps
@@ -25,8 +26,8 @@ class Extent(NamedTuple):
     """The sizes of a problem that decide the bands.
 
     `numbers` counts the numbers for a query and a key in either of two scratches, a number for
-    every head. DAPE V2 has four scratches: scores, P, dA, and hidden units. Without mixing
-    `numbers` is None, since a scratch is not needed.
+    every head. DAPE V2 has four scratches: scores, dP, P, and dA or, in Triton, hidden units.
+    Without mixing `numbers` is None, since a scratch is not needed.
     """
 
     batch: int
@@ -42,7 +43,9 @@ class Extent(NamedTuple):
         batch, heads, rows, _ = problem.query.shape
         numbers = None if isinstance(problem.terms, Nothing | Static) else heads
         if isinstance(problem.terms, Taps):
-            numbers = cdiv(3 * heads + len(problem.terms.hidden_bias), 2)
+            numbers = 2 * heads
+            if not windows.serves(problem, problem.terms):
+                numbers = cdiv(3 * heads + len(problem.terms.hidden_bias), 2)
         return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:
@@ -97,7 +100,8 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
         ]
         start += height
     room = batch * largest if extent.numbers is None else scores // extent.numbers
-    group = max(1, min(batch, room // largest))
+    groups = cdiv(batch, max(1, min(batch, room // largest)))
+    group = cdiv(batch, groups)  # no small group at the end
     return tuple(
         Band(slice(first, min(batch, first + group)), band, keys, shift)
         for first in range(0, batch, group)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dape.attention.fused import decode, overflow, static
+from dape.attention.fused import decode, overflow, static, windows
 from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
+from dape.attention.fused.cuda import taps
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
 from dape.attention.fused.mixers.features import FeaturesMixer
@@ -27,15 +28,16 @@ from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, T
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     """Return the mixer of a problem that mixes heads.
 
-    CUDA has a mixer for `Mixed` with a scratch of two bytes. Triton serves the remaining problems.
+    CUDA has a mixer for `Mixed`, and one for most problems with three taps, both for a scratch of
+    two bytes. Triton serves the remaining problems.
     """
-    terms = problem.terms
+    terms, in_cuda = problem.terms, backend == "cuda" and problem.scratch == torch.float16
     if isinstance(terms, Features):
         return FeaturesMixer(problem, terms)
     if isinstance(terms, Taps):
-        return TapsMixer(problem, terms)
+        fast = in_cuda and windows.serves(problem, terms)
+        return taps.CudaTapsMixer(problem, terms) if fast else TapsMixer(problem, terms)
     assert isinstance(terms, Mixed)
-    in_cuda = backend == "cuda" and problem.scratch == torch.float16
     return CudaMixer(problem, terms) if in_cuda else MixedMixer(problem, terms)
 
 
@@ -76,8 +78,7 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
         scores(part.query, part.key, x, part, part.scale, flag=found.flag)
-        mixer.mix(x, band)
-        softmax_value(x, part, found.at(band))
+        softmax_value(mixer.mix(x, band), part, found.at(band))
 
 
 def backward(
@@ -129,8 +130,7 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
         scores(its.grad_out, part.value, y, part, 1.0, its)
         scores(part.query, part.key, x, part, part.scale)
         if problem.scratch == torch.float32:
-            mixer.mix(x, band)
-            balance(x, y, part, its)
+            balance(mixer.mix(x, band), y, part, its)
             scores(part.query, part.key, x, part, part.scale)
         x, y = mixer.mix_backward(x, y, band, its, slots)
         grad_query(y, part, its, gradients)

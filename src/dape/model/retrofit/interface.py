@@ -160,7 +160,8 @@ def attend(
     """
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied with adapters mounted")
-    if torch.is_autocast_enabled(query.device.type):  # as autocast does for PyTorch's own
+    wide = query.dtype == torch.float64  # which autocast leaves alone, in PyTorch's own too
+    if torch.is_autocast_enabled(query.device.type) and not wide:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     adapter: nn.Module | None = in_use(getattr(module, "adapter", None))

@@ -165,7 +165,15 @@ def save_pretrained(
     """Save a model with adapters as the class does, and the files for `load_adapters`.
 
     Trained parts are saved with the model.
+
+    Raises:
+        UserError: for `push_to_hub=True`, at which the class would upload too early.
     """
+    if kwargs.get("push_to_hub"):
+        raise UserError(
+            "save_pretrained(push_to_hub=True) would upload the model without its adapters; call "
+            "model.push_to_hub(NAME), which uploads both"
+        )
     type(self).save_pretrained(self, save_directory, is_main_process, **kwargs)
     if is_main_process:
         modules, choice = self.retrofitted

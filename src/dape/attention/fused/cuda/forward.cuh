@@ -32,7 +32,6 @@ constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
 constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
 constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
 constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
-#define NEVER (-1.f / 0.f)
 // A running maximum is updated only for a difference beyond SLACK (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {

@@ -1,20 +1,20 @@
-// Heads mixed with explicit layouts, for an fp16 scratch: what `mix.cu` and `mix_backward.cu` share.
+// Heads mixed with explicit layouts, for an fp16 scratch: the common part of `mix.cu` and `mix_backward.cu`.
 //
-// A warp owns 32 neighbouring keys of one row and walks down a diagonal of tiles (ROWS rows, one a warp,
-// times KEYS keys), so that its distances, and with them its entries of U and C, never change. Lane
-// (g, t) = (lane / 4, lane % 4) loads 16 bytes for each of heads g, g + 8, ...: keys 8 t .. 8 t + 7. Pair p of
-// them is column pair (2 t, 2 t + 1) of key tile p, an 8 x 8 block [head, key] that mma.sync takes as it is
-// and movmatrix turns into [key, head]. The next tiles are on their way meanwhile, by cp.async into a ring
-// that is each warp's own: with few warps on a multiprocessor, latency is what costs. A block has WARPS of the
-// rows of a tile, on a segment of the diagonal.
+// A warp owns 32 neighbouring keys of a row and walks down a diagonal of tiles (ROWS rows, a row for every warp,
+// times KEYS keys). The distances of a warp, and the entries of U and C, never change. Lane
+// (g, t) = (lane / 4, lane % 4) loads 16 bytes, keys 8 t .. 8 t + 7, for heads g, g + 8, ... Pair p of
+// the keys is column pair (2 t, 2 t + 1) of key tile p, an 8 x 8 block [head, key], an operand of mma.sync, which
+// movmatrix turns into [key, head]. Meanwhile cp.async copies the next tiles into the ring of the warp, because
+// latency costs most with few warps on a multiprocessor. A block has WARPS of the rows of a tile, on a segment of the
+// diagonal.
 //
 //   w[key, unit] = x[key, head] W1^T         z = w + U              r = leaky(z) - leaky(U)
 //   y[head, key] = x + W2 r^T                P = exp(y + C - lse)   dS = P (dP - delta) = P Y
 //   dz = leaky'(z) dS W2                     dA[head, key] = dS + W1^T dz^T
 //
 // However large U is, r is no larger than w: relu(w + U) - relu(U) = max(w, -U) - max(-U, 0).
-// Products of layers are summed in fp16, since that is what the next one reads; sums over pairs in float32,
-// on the tensor cores too: dU and dC are products with the unit matrix.
+// Products of layers are summed in fp16, the input of the next layer. Sums over pairs are float32, on the tensor cores
+// too: dU and dC are products with the unit matrix.
 //
 // Macros: H heads padded to HEADS (16 or 32), D hidden units padded to UNITS (16, 32 or 64), CAUSAL, MASKED, ROWS, KEYS
 // of a tile, WARPS, STAGES of the ring, BLOCK keys of a head side by side in the scratch, SHARED bytes of shared
@@ -22,12 +22,7 @@
 constexpr int SHARES = ROWS / WARPS, LINES = WARPS + KEYS;
 constexpr int UT = UNITS / 8, STEPS = UNITS / 16, HT = HEADS / 8, PARTS = HEADS / 16;  // tiles of 8, and of 16
 static_assert(ROWS == KEYS && BLOCK % KEYS == 0, "a line of a tile lies within a block of the scratch");
-constexpr float LOG2E = 1.4426950408889634f;
-#define NEVER (-1.f / 0.f)
 
-DEVICE __half2 half2_of(uint32 x) { return *(__half2*)&x; }
-DEVICE uint32 bits(__half2 x) { return *(uint32*)&x; }
-DEVICE uint32 pack(float a, float b) { return bits(__floats2half2_rn(a, b)); }
 constexpr float LARGEST = 65504.f;
 // leaky(w + U) - leaky(U), and in `z` w + U, for a pair of -U.
 DEVICE uint32 rise(uint32 w, uint32 minus_u, uint32& z) {
@@ -41,12 +36,12 @@ DEVICE uint32 leaky_backward(uint32 d, uint32 z) {
   __half2 signed_d = half2_of(d ^ (z & 0x80008000u));
   return bits(__hfma2(half2_of(d), __float2half2_rn(0.505f), __hmul2(signed_d, __float2half2_rn(0.495f))));
 }
-// Where a line of a tile lies in a row of the scratch, by its first key.
+// The place of a line of a tile in a row of the scratch, by the first key.
 DEVICE int along(int key) { return (key & -BLOCK) * H + (key & (BLOCK - 1)); }
-// The key of a warp's 32 that is column c of key tile p.
+// The key, among 32 of a warp, in column c of key tile p.
 DEVICE int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
 
-struct Place {  // the tiles of a block: a segment of its diagonal, and its first row of each
+struct Place {  // the tiles of a block: a segment of the diagonal, and the first row in a tile
   int first, last, start, row;
   __device__ Place(int q, int band_tile, int rows, int keys)
       : start((band_tile - q) * KEYS), row(blockIdx.z % SHARES * WARPS) {
@@ -59,8 +54,8 @@ struct Place {  // the tiles of a block: a segment of its diagonal, and its firs
   }
 };
 
-// The weights as fragments of 16 heads each, 16 bytes a lane: W1 [unit, head] and W2^T [unit, head] as B operands of
-// two unit tiles each, W2 [head, unit] and W1^T [head, unit] as A operands of 16 units each.
+// The weights as fragments of 16 heads, 16 bytes a lane: W1 [unit, head] and W2^T [unit, head] as B operands of
+// two unit tiles, W2 [head, unit] and W1^T [head, unit] as A operands of 16 units.
 typedef uint4 Matrix[PARTS][STEPS][32];
 struct Weights {
   Matrix in, out;
@@ -92,7 +87,7 @@ DEVICE void load_weights(Weights& w, const float* w1, const float* w2) {
 #endif
   }
 }
-// A lane's part of a matrix: in registers, unless there are so many that the sums fill them.
+// A lane's part of a matrix: in registers, or in shared memory where sums fill the registers.
 struct Held {
 #if HEADS == 16 && UNITS <= 32
   uint4 own[STEPS];
@@ -110,7 +105,7 @@ struct Held {
 };
 
 // -U and C at a warp's keys, constant along the diagonal: -U as accumulators [key tile pair][unit tile], C, in base 2,
-// as scores lie.
+// in the order of the scores.
 struct Tables {
   uint2 minus_u[2][UT][32];
 #ifdef BACKWARD
@@ -139,7 +134,7 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
   for (int r = 0; r < HT; r++) {
     const int head = 8 * r + g;
     const float* line = static_table + head * size;
-    // Heads that are padding have no weight.
+    // Padding heads have no weight.
     auto at = [&](int delta) { return head < H ? delta < size ? LOG2E * line[delta] : 0.f : NEVER; };
 #pragma unroll
     for (int p = 0; p < 4; p++)
@@ -148,7 +143,8 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
 #endif
 }
 
-// A tile on its way, 32 scores of every eighth head, 16 bytes a lane; the lane's own; and the half of them for 16 keys.
+// A tile under way, 32 scores of every eighth head, 16 bytes a lane; the scores of a lane; and half of a lane's scores,
+// for 16 keys.
 typedef uint4 Ring[HT][32];
 typedef uint32 Own[HT][4];
 typedef uint32 Half[HT][2];
@@ -172,7 +168,7 @@ DEVICE void store_tile(const Own& x, __half* to, bool inside, int g) {
     if (inside && 8 * r + g < H) *(uint4*)(to + r * 8 * BLOCK) = *(const uint4*)x[r];
 }
 
-// Which keys of half f of a tile a warp's row sees, as masks of halves.
+// The keys of half f of a tile that a warp's row sees, as masks of halves.
 DEVICE void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_key, int t, int keys,
                  const uint8* mask) {
 #pragma unroll
@@ -183,7 +179,7 @@ DEVICE void look(uint32 (&seen)[2], int f, bool real_row, int delta0, int first_
     seen[e] = (sees_low ? 0xffffu : 0u) | (sees_high ? 0xffff0000u : 0u);
   }
 }
-// Whether a row at that distance from the first of its keys may see them all.
+// Whether a row at a distance from the first key of a warp may see all keys of the warp.
 DEVICE bool sees_all(int delta0) { return !MASKED && (!CAUSAL || delta0 >= KEYS - 1); }
 DEVICE void hide(Half& x, const uint32 (&seen)[2]) {
 #pragma unroll

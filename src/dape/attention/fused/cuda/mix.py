@@ -53,8 +53,8 @@ class CudaMixer(MixedMixer):
             forward.forward(self.problem, self.terms, where, found)
         return where is not None
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits without C of a band, in place of scores X; -inf where unseen."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, TILE, TILE)
         batch, rows, keys = band.sizes
@@ -65,6 +65,7 @@ class CudaMixer(MixedMixer):
             rows, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
@@ -112,7 +113,7 @@ def source(name: str, *values: int) -> str:
     defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
     if name == "mix_backward":
         defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
-    return source_of(defines, "mix.cuh", f"{name}.cu")
+    return source_of(defines, "pairs.cuh", "mix.cuh", f"{name}.cu")
 
 
 def compiled(name: str, *values: int) -> Kernel:

@@ -148,9 +148,9 @@ DEVICE void add_up(float* slot, const Sums& sums, int add) {
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     mix_backward(__half* x, __half* y, const float* w1, const float* w2, const float* hidden_table,
                  const float* static_table, const float* lse, const uint8* mask, const int* gate, int gated,
-                 float* slot, int batch, int elements, int rows, int keys, int table_size,
-                 int first_diagonal, int band_tile, int offset, int slots, int slot_size, int add, int x_b, int x_t,
-                 int stat_b, int stat_h, int stat_t, int mask_b) {
+                 float* slot, int batch, int elements, int rows, int keys, int table_size, int first_diagonal,
+                 int band_tile, int offset, int slots, int slot_size, int add, int x_b, int x_t, int stat_b, int stat_h,
+                 int stat_t, int mask_b) {
   struct Walk {
     Tables tables[WARPS];
     Stage ring[WARPS][STAGES];

@@ -55,8 +55,8 @@ class FeaturesMixer(Mixer[Features]):
         static, hidden, weight_in, weight_out, *features = self.terms.part(band.keys)
         return [weight_in, weight_out, hidden, static, *features]
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band, in place of scores X; -inf where unseen."""
         where, mask = diagonals(self.problem, band, TILE_ROWS, TILE_KEYS), self.mask(x, band)
         batch, rows, keys = band.sizes
         start(kernels.fire_mix_kernel, (where.number, batch))(
@@ -64,6 +64,7 @@ class FeaturesMixer(Mixer[Features]):
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots

@@ -72,8 +72,8 @@ class MixedMixer(Mixer[Mixed]):
         sums = problem.query.new_empty(shape, dtype=torch.float32)
         return Slots(cleared(sums) if add else sums, elements, segments, add)
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits without C, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits without C of a band, in place of scores X; -inf where unseen."""
         terms, mask = self.terms, self.mask(x, band)
         where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
         batch, rows, keys = band.sizes
@@ -83,6 +83,7 @@ class MixedMixer(Mixer[Mixed]):
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
             **self.compiled(), num_warps=4,
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots

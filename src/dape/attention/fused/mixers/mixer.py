@@ -27,8 +27,8 @@ class Mixer(ABC, Generic[Kind]):
         return False
 
     @abstractmethod
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen.
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band from scores X, which may be overwritten; -inf where unseen.
 
         Logits of `Mixed` lack C, since C stays in float32.
         """
@@ -41,9 +41,9 @@ class Mixer(ABC, Generic[Kind]):
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return P and dA of a band from scores X and Y = dP - delta, in place; add to the slots.
+        """Return P and dA of a band from scores X and Y = dP - delta; add to the slots.
 
-        `rows` are the rows of the band.
+        X and Y may be overwritten. `rows` are the rows of the band.
         """
 
     @abstractmethod

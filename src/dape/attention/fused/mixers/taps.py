@@ -24,16 +24,16 @@ from dape.attention.fused.terms import Taps
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
 TILE = Tile(4, 16, 4, 3)
-# What fits the registers where a position's taps have more bytes of hidden units, padded, or still
-# more.
+# Tiles that fit the registers if the padded hidden units of a position's taps have more than
+# MOST_BYTES, and more than twice as many.
 SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 8, 1), Tile(4, 4, 8, 1), 256
 
 
 class Pass(NamedTuple):
-    """What all kernels of a band take: the mask, the diagonals of keys and of columns, and Z.
+    """The arguments of all kernels of a band: diagonals of keys and of columns, the mask, and Z.
 
-    Columns are the hidden units' positions. `started` is the first key of each element that its
-    mask shows: before it a row has no hidden units.
+    A column is a position of hidden units. `started` is the first key of each element that the mask
+    shows. Before `started` a row has no hidden units.
     """
 
     keys: Diagonals
@@ -44,9 +44,10 @@ class Pass(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where each segment of each diagonal of each element of a group sums its gradients.
+    """The partial sums of gradients, for each segment of each diagonal of each element of a group.
 
-    Those of U and b1 belong to diagonals of columns, of which there may be one more.
+    U and b1 are summed along the diagonals of columns, which may be one more than the diagonals of
+    keys.
     """
 
     static: Float[Tensor, "terms slots lines HEADS"]
@@ -66,12 +67,38 @@ def tile_of(problem: Problem, terms: Taps) -> Tile:
 
 
 def _lines_of(tile: Tile) -> int:
-    """Return how many diagonals of a tile there are, and one."""
+    """Return the number of diagonals of a tile, rounded up to a power of two."""
     return next_power_of_2(tile.rows + tile.keys - 1)
 
 
+def add_slots(
+    problem: Problem,
+    slots: Slots,
+    lowest: tuple[int, int],
+    step: int,
+    unit: Float[Tensor, ""],
+    into: Taps,
+) -> None:
+    """Fill the gradients of C, U, W1, W2 and b1, times `unit`, from the sums of all slots.
+
+    `lowest` are the distances to a key, and to the key of tap 0 from a column, of the first line of
+    the first diagonal. The lines of the next diagonal are `step` further.
+    """
+    bias = into.hidden_bias
+    fold(problem, slots.static, lowest[0], step, unit, into.static.t())
+    for tap, table in enumerate(into.hidden.split(len(bias), dim=1)):
+        fold(problem, slots.hidden[:, :, :, tap], lowest[1] - tap, step, unit, table)
+    padded_sizes = slots.weight_in.shape[3:]
+    for sums, layer in (
+        (slots.weight_in, into.weight_in),
+        (slots.weight_out, into.weight_out.t()),
+    ):
+        add_up(problem, sums, padded_sizes, unit, layer, groups=into.taps)
+    add_up(problem, slots.hidden_bias, (slots.hidden_bias.shape[2], 1), unit, bias[:, None])
+
+
 class TapsMixer(Mixer[Taps]):
-    """A mixer whose layers see several keys at a time."""
+    """A mixer whose layers are convolutions of any odd width, by four kernels."""
 
     __slots__ = ()
 
@@ -81,7 +108,7 @@ class TapsMixer(Mixer[Taps]):
         return tile_of(self.problem, self.terms)
 
     def begin(self, x: Tensor, band: Band) -> Pass:
-        """Return what the kernels of a band take, with the hidden units of its scores."""
+        """Return the arguments of the kernels of a band, with the hidden units of its scores."""
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
         mask = self.mask(x, band)
@@ -107,8 +134,8 @@ class TapsMixer(Mixer[Taps]):
         )  # fmt: skip
         return given
 
-    def mix(self, x: Tensor, band: Band) -> None:
-        """Turn the scores X of a band into logits, in place; -inf where unseen."""
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band, in place of scores X; -inf where unseen."""
         given, terms = self.begin(x, band), self.terms
         batch, rows, keys = band.sizes
         where, z = given.keys, given.hidden
@@ -119,6 +146,7 @@ class TapsMixer(Mixer[Taps]):
             where.first, where.band_tile, where.offset,
             *x.stride()[:2], *z.stride()[:2], given.mask.stride(0), **self.compiled(),
         )  # fmt: skip
+        return x
 
     def mix_backward(
         self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
@@ -154,12 +182,12 @@ class TapsMixer(Mixer[Taps]):
         return p, y
 
     def counted(self) -> tuple[int, int]:
-        """Return the first key that has a weight, and the end of those that have."""
+        """Return the first key with a weight, and the key after the last."""
         first, last = self.problem.halo
         return first, self.problem.key.shape[2] - last
 
     def slots(self) -> Slots:
-        """Return zeros for the bands of the problem."""
+        """Return partial sums of zero for the bands of the problem."""
         compiled, tile = self.compiled(), self.tile
         taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
         reach, lines = self.terms.taps // 2, _lines_of(tile)
@@ -173,23 +201,15 @@ class TapsMixer(Mixer[Taps]):
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
-        problem, tile, taps, bias = self.problem, self.tile, into.taps, into.hidden_bias
-        first = lowest_distance(problem, *tile[:2])
-        fold(problem, slots.static, first, tile.keys, unit, into.static.t())
-        # A line of columns is r further than the distance to them, and t less to the key of tap t.
-        first = lowest_distance(problem, *tile[:2], taps // 2)
-        for tap, table in enumerate(into.hidden.split(len(bias), dim=1)):
-            fold(problem, slots.hidden[:, :, :, tap], first - tap, tile.keys, unit, table)
-        padded_sizes = slots.weight_in.shape[3:]
-        for sums, layer in (
-            (slots.weight_in, into.weight_in),
-            (slots.weight_out, into.weight_out.t()),
-        ):
-            add_up(problem, sums, padded_sizes, unit, layer, groups=taps)
-        add_up(problem, slots.hidden_bias, (slots.hidden_bias.shape[2], 1), unit, bias[:, None])
+        problem, tile = self.problem, self.tile
+        lowest = (
+            lowest_distance(problem, *tile[:2]),
+            lowest_distance(problem, *tile[:2], into.taps // 2),
+        )
+        add_slots(problem, slots, lowest, tile.keys, unit, into)
 
     def compiled(self) -> dict[str, Any]:
-        """Return the compile-time arguments of every kernel, and how it is launched."""
+        """Return the compile-time arguments and the launch options of every kernel."""
         units, tile, taps = len(self.terms.hidden_bias), self.tile, self.terms.taps
         return {
             **Mixer.compiled(self), "M": tile.rows, "K": tile.keys,

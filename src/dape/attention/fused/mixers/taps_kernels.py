@@ -6,14 +6,14 @@
     hidden_backward  Z <- dZ from dS, and the gradients of U and b1
     grad_scores      Y <- dA from dZ and dS
 
-A column of Z is a hidden position: there are r more than keys, and a row sees them up to r past its
-own index. Before a row's first key that may be seen they are zero. A layer is one product: each
-position meets all its taps side by side. What the taps need lies beside each other in memory, so a
-tile is loaded once for each tap, the later times from the cache; nothing is exchanged between tiles
-but through Z, which is why there is one pass more than layers. Units lie side by side in Z, padded,
-so that a shift along the keys leaves them whole vectors.
+A column of Z is a position of hidden units. There are r more columns than keys. A row sees columns
+up to r past its own index. Columns before the first visible key are zero. A layer is one product of
+a position with all its taps side by side. A tile is loaded once for each tap, after the first from
+the cache. Tiles exchange data through Z alone, and the kernels are therefore one more than the
+layers. The units of a column are padded and stand side by side in Z, so that a shift along the keys
+moves whole vectors.
 
-Weights are `[T D, H]` and `[H, T D]`, and U is over the distance of the key that a tap meets.
+Weights are `[T D, H]` and `[H, T D]`. U is over the distance of the key that a tap meets.
 """
 
 import triton
@@ -45,7 +45,7 @@ def load_layer(
 
 @triton.jit
 def sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL: tl.constexpr, MASKED: tl.constexpr):
-    """Return which keys, any number of them for each row, the rows may see."""
+    """Return whether rows may see keys, given as several keys for each row."""
     seen = (rows < num_rows) & (keys >= 0) & (keys < num_keys)
     if MASKED:
         seen &= tl.load(mask + keys, seen, 0) != 0
@@ -74,7 +74,7 @@ def load_taps(
     at, inside, channels, STEP: tl.constexpr, COUNT: tl.constexpr,
     N: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Return what channels, STEP apart, hold at the places `[N, taps]`: `[N, taps WIDTH]`."""
+    """Return the channels, STEP apart, at addresses `[N, taps]` as `[N, taps WIDTH]`."""
     at = at[:, :, None] + channels[None, None, :] * STEP
     found_NTC = tl.load(at, inside[:, :, None] & (channels < COUNT)[None, None, :], 0.0)
     return tl.reshape(found_NTC, (N, TAPS * WIDTH))
@@ -82,13 +82,13 @@ def load_taps(
 
 @triton.jit
 def in_scores(rows, keys, row_size, H: tl.constexpr):
-    """Return where the first head of keys `[N, taps]` of some rows lies in the scratch."""
+    """Return the offset of the first head of keys `[N, taps]` of some rows in the scratch."""
     return rows[:, None].to(tl.int64) * row_size + keys // BLOCK * (BLOCK * H) + keys % BLOCK
 
 
 @triton.jit
 def in_hidden(rows, columns, row_size, UNITS: tl.constexpr):
-    """Return where the first unit of columns, one or some of each row, lies in Z."""
+    """Return the offset of the first unit of columns, one or several for each row, in Z."""
     return rows.to(tl.int64) * row_size + columns * UNITS
 
 
@@ -104,7 +104,7 @@ def hidden_kernel(
 ):  # fmt: skip
     """Z <- phi(b1 + sum_t W1_t X + U_t) along one diagonal of columns; grid (diagonals, B, parts).
 
-    `started` is the first key of each element that its mask shows.
+    `started` is the first key of each element that the mask shows.
     """
     if unwanted(gate, GATED):
         return
@@ -116,7 +116,7 @@ def hidden_kernel(
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
     start_key = tl.load(started + b)
-    # The distance to the key of tap t is that to the column, r more, less t.
+    # The distance to the key of tap t is r - t more than the distance to the column.
     line = q * K + offset + n // K - n % K
     distance = tl.abs(line[:, None] - taps[None, :])
     inside = (distance < table_size) & (taps < T)[None, :]
@@ -153,7 +153,7 @@ def logits(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, UNITS: tl.constexpr, TAPS: tl.constexpr,
     N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return which pairs are seen, where they lie, the hidden units of their taps, and logits."""
+    """Return the visible pairs, their offsets, the hidden units of their taps, and logits."""
     seen = sees(rows, keys, num_rows, num_keys, shift, mask, CAUSAL, MASKED)
     at = places_of_heads(rows, keys, heads, x_t, H)
     inside = seen[:, None] & (heads[None, :] < H)
@@ -287,7 +287,7 @@ def hidden_backward_kernel(
     start_key = tl.load(started + b)
     w2_THD = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
     sum_u_NTD = tl.zeros((M * K, TAPS, UNITS), tl.float32)
-    sum_all_ND = tl.zeros((M * K, UNITS), tl.float32)  # where all taps have the same share
+    sum_all_ND = tl.zeros((M * K, UNITS), tl.float32)  # of tiles whose taps are all visible
     sum_b_D = tl.zeros((UNITS,), tl.float32)
     first, last, start = diagonal_tiles(q, band_tile, num_rows, num_keys + T // 2, M, K)
     for tile in range(first, last):

@@ -1,0 +1,153 @@
+"""Heads mixed by convolutions of three taps along the keys, in CUDA, for an fp16 scratch.
+
+A warp computes all layers of a window of keys from the scores alone. Hidden units never pass
+through memory.
+"""
+
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dape.attention.fused.cuda.launch import Kernel, kernel, source_of
+from dape.attention.fused.geometry import ALIGNMENT, blocks
+from dape.attention.fused.mixers import taps
+from dape.attention.fused.mixers.mixed import Slots
+from dape.attention.fused.mixers.mixer import Mixer
+from dape.attention.fused.plan import start
+from dape.attention.fused.problem import Band
+from dape.attention.fused.rows import Rows
+from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.terms import Taps
+from dape.attention.fused.windows import HEADS, ROWS, TAPS
+
+# Neighbouring keys of a column, and windows in the ring of a warp.
+TILES, STAGES = 8, 2
+# Keys that the layers lose at each end of a window, and keys that a window keeps.
+HALO = 4
+OUT = 8 * TILES - 2 * HALO
+# Blocks that fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
+# and the least rows of a segment of a diagonal.
+BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
+
+
+class CudaTapsMixer(Mixer[Taps]):
+    """A mixer whose warps have a window of keys of one row each.
+
+    Tile n of diagonal q has the rows 8 n + m for m < 8. Its windows begin with the key
+    `base` - q OUT + 8 (n - 1). The blocks of the longest diagonals start first.
+    """
+
+    __slots__ = ()
+
+    def diagonals(self, band: Band) -> tuple[int, int, int]:
+        """Return the first diagonal of a band, the number of diagonals, and `base`."""
+        offset = self.problem.offset + HALO
+        # A row has a hidden unit past its own index.
+        first = -((offset % OUT + ROWS) // OUT)
+        base = offset // OUT * OUT + band.rows.start
+        last_tile = (band.sizes[1] - 1) // ROWS * ROWS
+        return first, (base + last_tile + OUT - 1 - HALO) // OUT + 1 - first, base
+
+    def mix(self, x: Tensor, band: Band) -> Tensor:
+        """Return logits of a band from scores X, in a scratch of their own; -inf where unseen."""
+        terms, logits = self.terms, torch.empty_like(x)
+        first, number, base = self.diagonals(band)
+        batch, rows, _ = band.sizes
+        most = RESIDENT["taps_mix"] * BLOCKS // (number * batch)
+        segments = max(1, min(16, rows // SEGMENT, most))
+        grid = (batch, number, segments, 32 * ROWS, 1, 1)
+        start(compiled("taps_mix", *self.macros()), grid)(
+            x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
+            terms.static, rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
+            (self.problem.offset + HALO) % OUT, *x.stride()[:2],
+        )  # fmt: skip
+        return logits
+
+    def mix_backward(
+        self, x: Tensor, y: Tensor, band: Band, rows: Rows, slots: Slots
+    ) -> tuple[Tensor, Tensor]:
+        """Return P and dA of a band from scores X and Y, in scratches of their own."""
+        terms, weights, grad = self.terms, torch.empty_like(x), torch.empty_like(x)
+        first, number, base = self.diagonals(band)
+        batch, count, _ = band.sizes
+        grid = (cdiv(batch, slots.elements), number, slots.segments, 32 * ROWS, 1, 1)
+        start(compiled("taps_backward", *self.macros()), grid)(
+            x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,
+            terms.hidden_bias, terms.static, rows.lse, *self.problem.gated().values(),
+            slots.sums, batch, slots.elements, count, x.shape[2] * ALIGNMENT, len(terms.hidden),
+            first, base, (self.problem.offset + HALO) % OUT, slots.sums.shape[1], int(slots.add),
+            *x.stride()[:2], *rows.lse.stride(),
+        )  # fmt: skip
+        return weights, grad
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the partial sums of C, U, W1, W2 and b1."""
+        units = padded(len(self.terms.hidden_bias))
+        layer, lines = (TAPS, units, HEADS), OUT + ROWS
+        return [(lines, HEADS), (lines, TAPS, units), layer, layer, (units,)]
+
+    def slots(self) -> Slots:
+        """Return room for the partial sums of all bands."""
+        all_bands = blocks(self.problem)
+        group, rows = all_bands[0].batch.stop, max(band.sizes[1] for band in all_bands)
+        count = max(self.diagonals(band)[1] for band in all_bands)
+        elements = min(group, cdiv(group * count, BLOCKS))
+        segments = max(1, min(16, rows // SEGMENT, BLOCKS // (group * count)))
+        shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
+        add = len(all_bands) > 1
+        make = self.problem.query.new_zeros if add else self.problem.query.new_empty
+        return Slots(make(shape, dtype=torch.float32), elements, segments, add)
+
+    def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
+        """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
+        shapes = self.shapes()
+        parts = slots.sums.split(list(map(prod, shapes)), dim=2)
+        static, hidden, weight_in, weight_out, bias = (
+            part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+        offset = (self.problem.offset + HALO) % OUT
+        lowest = self.diagonals(blocks(self.problem)[0])[0] * OUT + offset - (OUT - 1)
+        sums = taps.Slots(static, hidden, weight_in, weight_out, bias, slots.segments)
+        taps.add_slots(self.problem, sums, (lowest, lowest + TAPS // 2), OUT, unit, into)
+
+    def macros(self) -> tuple[int, ...]:
+        """Return the macros of the sources, in the order of `NAMES`."""
+        units, heads = len(self.terms.hidden_bias), self.terms.weight_in.shape[1]
+        return heads, units, padded(units), TILES, ROWS, STAGES, ALIGNMENT
+
+
+NAMES = ["H", "D", "UNITS", "TILES", "ROWS", "STAGES", "BLOCK"]
+
+
+def shared_memory(name: str, units: int) -> int:
+    """Return the bytes of shared memory of a kernel for a padded number of hidden units."""
+    matrix, window = 2 * TAPS * HEADS * units, 2 * HEADS * 8 * TILES
+    tables = 4 * 8 * (ROWS + TILES - 1) * (units + 8 + HEADS)
+    if name == "taps_mix":
+        return 3 * matrix + tables + ROWS * STAGES * window
+    sums = 4 * (8 * TILES * (units + HEADS) + 8 * units)
+    return 5 * matrix + tables + ROWS * max(2 * STAGES * window + sums, 4 * matrix)
+
+
+def source(name: str, *values: int) -> str:
+    """Return the source of the kernel of that name for these macros."""
+    defines: dict[str, Any] = dict(zip(NAMES, values, strict=True))
+    defines |= {"SHARED": shared_memory(name, defines["UNITS"]), "BLOCKS": RESIDENT[name]}
+    if name == "taps_backward":
+        defines["BACKWARD"] = 1
+    return source_of(defines, "pairs.cuh", "taps.cuh", f"{name}.cu")
+
+
+def compiled(name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device."""
+    return compiled_on(torch.cuda.current_device(), name, *values)
+
+
+@cache
+def compiled_on(device: int, name: str, *values: int) -> Kernel:
+    """Return a named kernel for some macros, on the current device, which must be `device`."""
+    return kernel(source(name, *values), name, shared_memory=shared_memory(name, values[2]))
