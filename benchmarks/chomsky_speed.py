@@ -181,7 +181,7 @@ def main():
     device, task = torch.device(options.device), TASKS[options.task]
     model = Model(hidden_size=options.width)
     training = Training(length=options.length, batch_size=options.batch_size)
-    origin = provenance(device, ["(benchmarks/chomsky_speed.py)"])
+    origin = provenance(device)
     print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
     if options.prices:
         prices(options, model, training, device, origin)

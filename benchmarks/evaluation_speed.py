@@ -102,7 +102,7 @@ def main():
     if options.out:
         check_writable(Path(options.out))
     lengths = [int(length) for length in options.lengths.split(",")]
-    origin = provenance(options.device, ["(benchmarks/evaluation_speed.py)"])
+    origin = provenance(options.device)
     records = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

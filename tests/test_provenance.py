@@ -80,3 +80,16 @@ def test_versions_and_device_are_those_of_this_process():
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"]["dape"] == dape.__version__
     assert found["device"].startswith("cpu (") and "threads" in found["device"]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("/usr/bin/dape", "dape"),
+        ("/lib/dape/__main__.py", "dape"),
+        ("benchmarks/bars.py", "python benchmarks/bars.py"),
+    ],
+)
+def test_the_command_is_the_one_that_started_the_process(monkeypatch, script, words):
+    monkeypatch.setattr(sys, "argv", [script, "attention"])
+    assert provenance.provenance("cpu")["command"] == f"{words} attention"

@@ -35,16 +35,23 @@ Provenance = Annotated[
 def provenance(device: torch.device | str, argv: list[str] | None = None) -> Provenance:
     """Return command, commit, versions, device and time of this process, for JSON.
 
-    `argv` gives the words after `dape`, by default the arguments of this process.
+    `argv` gives the words after `dape`, by default the words of this process.
     """
     return {
-        "command": shlex.join(["dape", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(_words() if argv is None else ["dape", *argv]),
         "commit": commit(),
         "versions": {"python": platform.python_version(), "dape": dape.__version__}
         | {name: version(name) for name in PACKAGES},
         "device": device_name(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _words() -> list[str]:
+    """Return the words that started this process, `dape ...` or `python SCRIPT ...`."""
+    script, *words = sys.argv
+    own = Path(script).stem in ("dape", "__main__")
+    return ["dape", *words] if own else ["python", script, *words]
 
 
 def commit() -> str | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from dape.positions import turn as module
 from dape.positions.rotary import RoPE, YaRN
 from dape.positions.turn import Turn, formula, turn
 
@@ -115,3 +116,16 @@ def test_on_a_gpu_rotations_are_those_of_a_cpu(rotation, dtype):
     tolerance = max(2e-4, 1.2 * TOLERANCE[dtype])
     for ours, theirs in zip([*found, *moved], [*true, *gradients], strict=True):
         assert_close(ours.cpu().double(), theirs.double(), rtol=tolerance, atol=2 * tolerance)
+
+
+def test_a_compiler_reads_the_formula_alone(monkeypatch):
+    """On a GPU `served` looks for Triton, and no whole graph can hold the look."""
+
+    def unreadable(x, cos):
+        torch._dynamo.graph_break()
+        return True
+
+    monkeypatch.setattr(module, "served", unreadable)
+    x, cos, sin = drawn(*CASES[0])
+    compiled = torch.compile(turn, fullgraph=True, backend="eager")
+    assert_close(compiled(x, cos, sin).double(), exact(x, cos, sin), rtol=1e-6, atol=1e-6)

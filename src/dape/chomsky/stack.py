@@ -35,7 +35,7 @@ class Training:
     """examples in an update, all of equal length"""
     length: int = 40
     """longest training input; lengths are uniform from 1"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """constant rate of Adam"""
     clip: float = 1.0
     """largest norm of the gradient"""

@@ -20,11 +20,16 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     """Return x with the leading pairs turned, scaled like cosine and sine."""
-    own = x.is_cuda and x.dtype in SERVED and not cos.requires_grad
-    if own and has_triton() and not captured():
-        turned: Tensor = Turn.apply(x, cos, sin, 1.0)
-        return turned
-    return formula(x, cos, sin)
+    # A compiler cannot read the look for Triton in `served`.
+    if captured() or not served(x, cos):
+        return formula(x, cos, sin)
+    turned: Tensor = Turn.apply(x, cos, sin, 1.0)
+    return turned
+
+
+def served(x: Rows, cos: Waves) -> bool:
+    """Return whether the kernel serves a call."""
+    return x.is_cuda and x.dtype in SERVED and not cos.requires_grad and has_triton()
 
 
 def captured() -> bool:
