@@ -8,7 +8,7 @@ import torch
 from emulated_calls import check, relative, solve
 from problems import Problem
 
-from dape.attention.fused import geometry, passes, windows
+from dape.attention.fused import geometry, passes, plan, windows
 from dape.attention.fused.cuda import taps
 from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate
@@ -99,6 +99,19 @@ def test_two_backward_passes_agree_bit_for_bit(emulated):
         runs.append(solve(PROBLEMS["one window"])[0])
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_plan_notes_all_that_several_bands_start(emulated, monkeypatch):
+    """PyTorch's own operations, such as zeros, would leave the call without a plan."""
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 14 * 64 * 64)
+    noted, unit = plan._Recorder(), torch.ones(())
+    monkeypatch.setattr(plan._current, "recorder", noted)
+    given = given_problem(66, 71, 5)
+    mixer = passes.mixer_of(given, "cuda")
+    with noted:
+        slots = mixer.slots()
+        mixer.gradients(slots, unit, given.terms)
+    assert slots.add and noted.noted[0][0].__name__ == "zero_kernel"
 
 
 @pytest.mark.parametrize(

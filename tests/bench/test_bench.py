@@ -160,7 +160,7 @@ def test_what_could_not_be_checked_is_not_timed(run, monkeypatch):
         (("attention", "--lengths", "8,x"), "'8,x' is not a list of lengths"),
         (("attention", "--tokens", "0"), "--tokens 0: must be at least 1"),
         (("attention", "--dtype", "fp8"), "fp8"),
-        (("attention", "--device", "meta"), "--device meta: the clock needs cuda or cpu"),
+        (("attention", "--device", "meta"), "--device meta: it computes nothing; use cpu"),
         (("attention", "--lenghts", "8"), "did you mean '--lengths'?"),
     ],
 )

@@ -99,8 +99,10 @@ SENTENCE = 4
 
 
 def written(file):
-    """Return docstrings, other strings of some words, and comments of a file of Python."""
+    """Return docstrings, other strings of some words, and comments of a file of Python or CUDA."""
     text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        return [], [], re.findall(r"//(.*)", text)
     tree = ast.parse(text)
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     strings = [
@@ -124,7 +126,8 @@ def written(file):
 def measure_room(room):
     """Return the number of words and the share of pointing ones, for each kind of text."""
     found = []
-    for texts in zip(*map(written, (SOURCE / room).glob("*.py")), strict=True):
+    files = [file for file in (SOURCE / room).iterdir() if file.suffix in (".py", ".cu", ".cuh")]
+    for texts in zip(*map(written, files), strict=True):
         words = words_of(re.sub(r"`[^`]+`", "CODE", each) for part in texts for each in part)
         found.append((len(words), sum(word in POINTING for word in words) / max(1, len(words))))
     return found
@@ -155,3 +158,6 @@ def test_a_pointing_word_is_counted_in_every_kind_of_text(tmp_path):
     docstrings, messages, comments = written(file)
     assert docstrings == ["Such a one."] and messages == [" is what it is"]
     assert comments == ["# which"]
+    kernel = tmp_path / "a.cu"
+    kernel.write_text("x += 1;  // what it is\n")
+    assert written(kernel) == ([], [], [" what it is"])

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from models import SIZES, tokens
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
 
 from dape.model.configuration import DapeConfig
 from dape.model.huggingface import DapeForSequenceClassification
@@ -53,3 +55,17 @@ def test_a_head_starts_on_the_stack_of_a_language_model(model, tmp_path):
     hidden = language.eval().model(ids).last_hidden_state
     assert torch.equal(loaded.model(ids).last_hidden_state, hidden)
     assert loaded(ids, labels=torch.ones(1, 5)).loss.isfinite() and loaded.score.out_features == 5
+
+
+def test_the_trainer_averages_the_loss_over_accumulated_batches(model, tmp_path):
+    rows = [{"input_ids": ids, "labels": each % 3} for each, ids in enumerate(tokens(4, 9))]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        learning_rate=0.0, logging_steps=1, save_strategy="no", use_cpu=True, report_to="none",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    logits = torch.cat([model(row["input_ids"][None]).logits for row in rows])
+    expected = cross_entropy(logits, torch.tensor([row["labels"] for row in rows])).item()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-5)

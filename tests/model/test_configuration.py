@@ -112,3 +112,4 @@ def test_sizes_left_out_follow_the_others():
     assert (config.head_dim, config.feed_forward_size, config.key_value_size) == (16, 384, 96)
     shared = DapeConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=2)
     assert shared.key_value_size == 32
+    assert config.num_key_value_heads == 6  # a number, as tools multiply by it

@@ -113,7 +113,10 @@ def test_a_mask_of_ones_or_cached_keys_say_that_a_row_is_one_document():
     """As in transformers, whose `generate` gives such positions."""
     model, ids = grown("llama"), tokens(2, 6)
     positions = torch.tensor([[0, 2, 4, 7, 8, 9]])
-    whole = model(ids, position_ids=positions, attention_mask=torch.ones(2, 6)).logits
+    whole = model(ids, torch.ones(2, 6), positions).logits
+    assert torch.equal(
+        whole, model(ids, position_ids=positions, attention_mask=torch.ones(2, 6)).logits
+    )
     cached = model(ids, position_ids=positions, past_key_values=DynamicCache()).logits
     assert_close(cached, whole, rtol=1e-9, atol=1e-9)
     assert (whole - model(ids, position_ids=positions).logits).abs().max() > 0.1

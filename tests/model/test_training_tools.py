@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pretrained import move, pretrained
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -150,3 +151,34 @@ def test_trl_compares_with_a_retrofitted_model_as_it_was_mounted(way, tmp_path):
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_trainer_smooths_the_labels_of_the_next_token(wrapped, tmp_path):
+    model, ids = fresh(scheme="dape-kerple"), tokens(4, 12)
+    move(model, 0.2)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.3).item()
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.3, per_device_eval_batch_size=4, use_cpu=True,
+        report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trainer_keeps_a_column_of_documents(tmp_path):
+    model, ids = fresh(scheme="dape-kerple"), tokens(2, 9)
+    move(model, 0.2)
+    number = torch.tensor([[0] * 4 + [1] * 5] * 2)
+    expected = model(ids, labels=ids, seq_idx=number).loss.item()
+    rows = {"input_ids": ids.tolist(), "labels": ids.tolist(), "seq_idx": number.tolist()}
+    rows = pytest.importorskip("datasets").Dataset.from_dict(rows)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    assert Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert model(ids, labels=ids).loss.item() != pytest.approx(expected, rel=1e-2)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error)) if first or isinstance(error, RankError) else 2
     except KeyboardInterrupt as stop:
         if first:
-            print(f"dape: {stop or 'interrupted'}; {CONTINUED}", file=sys.stderr)
+            print(f"dape: {str(stop) or 'interrupted'}; {CONTINUED}", file=sys.stderr)
         return 143 if str(stop) else 130
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe; the interpreter's last flush would

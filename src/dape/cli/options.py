@@ -47,10 +47,10 @@ def _names(text: str) -> tuple[str, ...]:
     return found
 
 
-def _numbers(kind: type[float]) -> Callable[[str], tuple[float, ...]]:
+def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """Return the reader of a list of numbers, each once."""
 
-    def read(text: str) -> tuple[float, ...]:
+    def read(text: str) -> tuple[Any, ...]:
         try:
             return tuple(dict.fromkeys(map(kind, text.split(","))))
         except ValueError:

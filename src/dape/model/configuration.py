@@ -110,6 +110,8 @@ class DapeConfig(PreTrainedConfig):
             if name not in _FOREIGN:
                 raise unknown("key of DapeConfig", name, [key.name for key in fields(self)])
         self.check()
+        if self.num_key_value_heads is None:  # a number, for tools that read the configuration
+            self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         announce.models()

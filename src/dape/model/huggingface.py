@@ -5,6 +5,9 @@
 
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,10 +26,18 @@ class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTra
         config: the configuration, with `num_labels` and `pad_token_id`.
     """
 
+    accepts_loss_kwargs = False  # so that `Trainer` divides the loss among accumulated batches
 
-for auto_class, model_class in (
-    (AutoModel, DapeModel),
-    (AutoModelForCausalLM, DapeForCausalLM),
-    (AutoModelForSequenceClassification, DapeForSequenceClassification),
+
+# By the names, `Trainer` shifts smoothed labels, and pipelines know the models.
+for auto_class, model_class, names in (
+    (AutoModel, DapeModel, MODEL_MAPPING_NAMES),
+    (AutoModelForCausalLM, DapeForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    (
+        AutoModelForSequenceClassification,
+        DapeForSequenceClassification,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
 ):
     auto_class.register(DapeConfig, model_class, exist_ok=True)
+    names[DapeConfig.model_type] = model_class.__name__

@@ -258,6 +258,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -273,6 +274,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
                 and -100 is not scored.
             use_cache: whether to return a cache.
             logits_to_keep: number of last tokens with logits, or indices of tokens; 0 keeps all.
+            seq_idx: document number of each token; by this name `Trainer` keeps a column.
             cache: newer name of `past_key_values`.
             kwargs: further arguments of `DapeModel.forward`.
 
@@ -288,6 +290,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            seq_idx=seq_idx,
             cache=cache,
             **kwargs,
         )

@@ -119,7 +119,7 @@ def highest(extent: Extent, start: int, room: int) -> int:
     """Return how many rows from `start` on fit a scratch with `room` scores for a head."""
     height = room // (cdiv(extent.keys, ALIGNMENT) * ALIGNMENT)
     if extent.causal:
-        # Of h rows the last sees c + h keys, and the scratch is padded by less than a block.
+        # The last of h rows sees c + h keys, and the scratch is padded by less than a block.
         c = max(0, extent.offset + start) + ALIGNMENT
         height = max(height, (isqrt(c * c + 4 * room) - c) // 2)
     return max(ALIGNMENT, _whole_blocks(height))

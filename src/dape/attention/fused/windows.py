@@ -6,6 +6,7 @@ import torch
 
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.terms import Taps
+from dape.attention.fused.tiles import BLOCK
 
 # Taps, most heads and units, and the rows of a tile.
 TAPS, HEADS, MOST_UNITS, ROWS = 3, 16, 32, 8
@@ -27,6 +28,7 @@ def serves(problem: Problem, terms: Taps) -> bool:
         and units <= MOST_UNITS
         and rows >= ROWS
         and 0 <= problem.offset <= keys - rows
+        and heads * keys * BLOCK.value < 2**31  # the least band, in offsets of 32 bits
         and has_room()
     )
 

@@ -45,11 +45,14 @@ def keep(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents."""
-    documents, weights = _documents(args, kwargs), kwargs.get("output_attentions")
-    if weights is None:
-        weights = model.config.get_text_config().output_attentions
-    _set(Asked(documents, bool(weights)))
-    if documents is None or not _lacks_positions(model, kwargs):
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    weights = model.config.get_text_config().output_attentions
+    documents = _documents(given)
+    _set(Asked(documents, bool(given.get("output_attentions", weights))))
+    placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
+    if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
     return args, {**kwargs, "position_ids": count_within(documents)}
 
@@ -66,27 +69,18 @@ def _set(value: Asked) -> None:
         _asked.set(value)
 
 
-def _documents(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _documents(given: Mapping[str, Any]) -> Tensor | None:
     """Return the documents that arguments of a model name, or None.
 
     As in transformers, `position_ids` tell documents apart without a mask and without a cache.
     """
-    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")]
-    tokens = next((each for each in (*args[:1], *named[:2]) if each is not None), None)
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
     if tokens is None:
         return None
-    bounds = (kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
-    found = packed_documents(*tokens.shape[:2], *bounds)
-    positions = named[2]
-    others = ("attention_mask", *CACHE_NAMES)
+    bounds = (given.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))
+    found, positions = packed_documents(*tokens.shape[:2], *bounds), given.get("position_ids")
     if found is not None or positions is None or positions.ndim != 2:
         return found
-    if any(kwargs.get(name) is not None for name in others):
+    if not {"attention_mask", *CACHE_NAMES}.isdisjoint(given):
         return None
     return documents_of_positions(positions.expand(tokens.shape[0], -1), 0)
-
-
-def _lacks_positions(model: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a model takes positions, and finds none in the arguments or a mask."""
-    given = any(kwargs.get(name) is not None for name in ("position_ids", "attention_mask"))
-    return not given and "position_ids" in inspect.signature(type(model).forward).parameters

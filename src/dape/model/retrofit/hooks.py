@@ -51,11 +51,12 @@ def warn_if_frozen(module: nn.Module, _: Any) -> None:
 
 def warn_if_unsaved(model: nn.Module, _: Any) -> None:
     """Warn in training about adapters that train beside PEFT, whose folders leave them out."""
-    if not hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+    beside = hasattr(model, "peft_config") and not getattr(model, "_hf_peft_config_loaded", False)
+    if not (beside and _trains(model)):
         return
     modules, _ = model.retrofitted  # type: ignore[misc]
     own = [each.adapter for each in modules if not hasattr(each.adapter, "modules_to_save")]
-    if _trains(model) and any(each.requires_grad for part in own for each in part.parameters()):
+    if any(each.requires_grad for part in own for each in part.parameters()):
         warnings.warn(
             "PEFT's folders, and the Trainer's checkpoints of a PEFT model, leave out the mounted "
             "adapters: say LoraConfig(modules_to_save=['adapter', 'position_bias']), or call "

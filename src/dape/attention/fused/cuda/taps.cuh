@@ -6,9 +6,8 @@
 //   dz[c, unit] = leaky'(z) sum_t W2_t^T dS[c + 1 - t]    dA[key, head] = dS + sum_t W1_t^T dz[key + 1 - t]
 //
 // A warp has a window of KEYS neighbouring keys of one row. Every layer loses a key at each end of the window, so the
-// window overlaps its neighbours: it computes all layers from X alone, and keeps the OUT keys in its middle. Nothing
-// but X, dP, P and dA passes through memory. What a window reads, another overwrites no earlier than the next kernel:
-// results go to scratches of their own.
+// window overlaps its neighbours: it computes all layers from X alone, and keeps the OUT keys in its middle. Only
+// X, Y, P and dA pass through memory. Results go to further scratches, since neighbouring windows read the same keys.
 //
 // Key TILES c + p of a window is column c of tile p, 8 columns a tile. A tap then is a neighbouring tile: the same
 // register of another number. Products take tiles p and p + TILES / 2 together, which a shift keeps together. Only the

@@ -21,15 +21,16 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.sums import cleared
 from dape.attention.fused.terms import Taps
 from dape.attention.fused.windows import HEADS, ROWS, TAPS
 
 # Neighbouring keys of a column, and windows in the ring of a warp.
 TILES, STAGES = 8, 2
-# Keys that the layers lose at each end of a window, and keys that a window keeps.
+# Keys lost to the layers at each end of a window, and keys kept in the middle.
 HALO = 4
 OUT = 8 * TILES - 2 * HALO
-# Blocks that fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
+# Blocks to fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
 # and the least rows of a segment of a diagonal.
 BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
 
@@ -99,8 +100,8 @@ class CudaTapsMixer(Mixer[Taps]):
         segments = max(1, min(16, rows // SEGMENT, BLOCKS // (group * count)))
         shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
         add = len(all_bands) > 1
-        make = self.problem.query.new_zeros if add else self.problem.query.new_empty
-        return Slots(make(shape, dtype=torch.float32), elements, segments, add)
+        sums = self.problem.query.new_empty(shape, dtype=torch.float32)
+        return Slots(cleared(sums) if add else sums, elements, segments, add)
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
