@@ -1,5 +1,6 @@
 """The fused kernels against the float64 textbook: on a CPU by Triton's interpreter."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -173,22 +174,28 @@ def test_what_it_cannot_serve_is_refused_in_a_line(options, message):
         dape.attention(query, key, value, backend="triton", **options)
 
 
+DRAWS = 4
+
+
 def close_as_the_textbook(scheme, backend, dtype, rows, device):
     """Compare output and gradients with float64, by the textbook's own errors in the same dtype.
 
     Mixed scores pass through a scratch in fp16 and products that are summed in it, so that in fp16
-    they are as exact as in bf16: no worse than the textbook in bf16.
+    they are as exact as in bf16: no worse than the textbook in bf16. Means of a few draws are
+    compared, because one error of a tensor of 12 numbers is a matter of chance.
     """
     case = Case(scheme, 12, 64, rows, 2, dtype, torch.device(device), 0)
-    parts, (inputs,) = build(case), draw(case, 1)
-    truth = parity.Truth.of(case, parts, inputs)
+    parts, ours, theirs = build(case), Counter(), Counter()
     attend = partial(dape.attention, bias=parts.bias, adapter=parts.adapter, backend=backend)
-    found = truth.errors_of(attend, TRAINING)
     yardstick = torch.bfloat16 if parts.adapter is not None else DTYPES[dtype]
-    textbook = parity.by_rows(case, parts, inputs, yardstick)
-    for name, error in parity.errors(textbook, truth.tensors).items():
-        limit = parity.ZERO_LIMIT if parity.vanishes(name, truth.tensors) else error
-        assert found[name] <= limit, name
+    for inputs in draw(case, DRAWS):
+        truth = parity.Truth.of(case, parts, inputs)
+        ours.update(truth.errors_of(attend, TRAINING))
+        textbook = parity.by_rows(case, parts, inputs, yardstick)
+        for name, error in parity.errors(textbook, truth.tensors).items():
+            theirs[name] += parity.ZERO_LIMIT if parity.vanishes(name, truth.tensors) else error
+    for name, error in theirs.items():
+        assert ours[name] <= error, name
 
 
 @pytest.mark.gpu
