@@ -56,6 +56,15 @@ CORE = Experiment(
             (*_pairs(ARXIV, 16), *_pairs(BOOKS, 16)),
         ),
         *_steady((ARXIV, 16), (BOOKS, 16)),
+        Claim(
+            "V2 is better than V1 on Kerple at 125M",
+            "DAPE V2",
+            tuple(
+                Better("dape3-kerple", "dape-kerple", regime, times)
+                for regime in (ARXIV, BOOKS)
+                for times in (1, 16)
+            ),
+        ),
     ),
 )
 LENGTHS = Experiment(
