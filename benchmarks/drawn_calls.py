@@ -14,16 +14,10 @@ import dape
 from dape.attention import call as attention_call
 from dape.attention.call import checked
 from dape.positions.bias import Bias
+from dape.positions.scheme import BASES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BIASES = {
-    "alibi": dape.ALiBi,
-    "kerple": dape.Kerple,
-    "kerple-power": dape.KerplePower,
-    "t5": dape.T5,
-    "sandwich": dape.Sandwich,
-    "fire": dape.FIRE,
-}
+BIASES = {name: scheme.bias.module for name, scheme in BASES.items() if scheme.bias is not None}
 TABLES = ("none", *(name for name in BIASES if name != "fire"))
 TAPS = {"dape3": 3, "dape5": 5}
 FORMS = ("none", "concat", "sum", "bias", "scores", "no residual", "talking heads", *TAPS)

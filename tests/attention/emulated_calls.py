@@ -1,12 +1,22 @@
 """Calls by the CUDA kernels on a CPU, beside the textbook in float64 and in bf16."""
 
 import copy
+import shutil
 
+import pytest
 import torch
 from problems import fused as operate
 
 import dape
 from dape.attention.fused import operator
+
+MARKS = [
+    pytest.mark.unhooked,
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+    # The interpreter's own warnings, of NumPy: the kernels of one head are Triton's.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
 
 
 def drawn(problem):

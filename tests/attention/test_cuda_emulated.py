@@ -1,12 +1,11 @@
 """What the CUDA kernels compute, against the float64 textbook, on a CPU: `emulated.h` runs them."""
 
-import shutil
 from dataclasses import replace
 
 import one_band
 import pytest
 import torch
-from emulated_calls import check, drawn, relative, solve, tables_of, textbook
+from emulated_calls import MARKS, check, drawn, relative, solve, tables_of, textbook
 from problems import Problem
 from problems import fused as operate
 from torch.testing import assert_close
@@ -17,13 +16,7 @@ from dape.attention.fused.problem import Result
 from dape.attention.fused.terms import Mixed
 from dape.positions.bias import Bias
 
-pytestmark = [
-    pytest.mark.unhooked,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-    # The interpreter's own warnings, of NumPy: the kernels of one head are Triton's.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
+pytestmark = MARKS
 
 
 def problem_of(hidden=16, inputs="concat", **given):

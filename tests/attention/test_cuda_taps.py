@@ -1,11 +1,9 @@
 """DAPE V2 in CUDA, on a CPU: against the formula, the textbook, and the kernels in Triton."""
 
-import shutil
-
 import one_band
 import pytest
 import torch
-from emulated_calls import check, relative, solve
+from emulated_calls import MARKS, check, relative, solve
 from problems import Problem
 
 from dape.attention.fused import geometry, passes, plan, windows
@@ -15,13 +13,7 @@ from dape.attention.fused.problem import Gate
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.terms import Taps
 
-pytestmark = [
-    pytest.mark.unhooked,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-    # The interpreter's own warnings, of NumPy: the kernels of one head are Triton's.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
-]
+pytestmark = MARKS
 
 
 def problem_of(hidden=16, inputs="concat", **given):

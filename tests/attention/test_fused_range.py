@@ -12,6 +12,7 @@ import dape
 from dape.attention.fused import geometry, operator, overflow, passes, table_operators
 from dape.attention.fused.problem import Gate
 from dape.positions.bias import Bias
+from dape.positions.scheme import BASES
 
 pytestmark = [
     pytest.mark.unhooked,
@@ -145,14 +146,7 @@ def test_large_biases_are_no_worse_than_in_float32(level, slope, adapter):
         assert error <= 5e-3 + 4 * yardstick
 
 
-BIASES = {
-    "alibi": dape.ALiBi,
-    "kerple": dape.Kerple,
-    "kerple-power": dape.KerplePower,
-    "t5": dape.T5,
-    "sandwich": dape.Sandwich,
-    "fire": dape.FIRE,
-}
+BIASES = {name: scheme.bias.module for name, scheme in BASES.items() if scheme.bias is not None}
 
 
 def far(name, adapter, offset):
