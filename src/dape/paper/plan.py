@@ -56,8 +56,13 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     ]
 
 
-def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
-    """Return the cells to run, the longest first, limited to the arms `only` if given.
+def choose(
+    planned: Sequence[Planned],
+    only: Sequence[str] = (),
+    retry: bool = False,
+    seeds: Sequence[int] = (),
+) -> list[Cell]:
+    """Return the cells to run, the longest first, limited to arms `only` and `seeds` if given.
 
     With `retry`, cells that diverged or ran out of memory run again. A finished cell runs again if
     another cell needs the model and the model is missing.
@@ -65,7 +70,9 @@ def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = F
     chosen = [
         each
         for each in planned
-        if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
+        if (each.due or (retry and each.state == "failed"))
+        and (not only or each.cell.arm in only)
+        and (not seeds or each.cell.training is None or each.cell.training.seed in seeds)
     ]
     needed = {each.cell.needs for each in chosen}
     chosen += [
@@ -116,8 +123,8 @@ def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> flo
     if alike:
         return median(alike)
     speed = TOKENS_PER_SECOND.get(regime.size)
-    if speed is None:
-        return None
+    if speed is None or cell.minutes is not None:
+        return cell.minutes
     factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
     return regime.tokens * factor / speed / 60 + AROUND[regime.size]
 
