@@ -7,12 +7,13 @@ import pytest
 from laboratory import enter
 
 import evaluations
+from dape.cli import paper
 from dape.evaluate.prompts import TASKS
 from dape.evaluate.retrieval import Retrieval
 from dape.evaluate.trials import Cell as Found
 from dape.evaluate.trials import Plan
 from dape.paper import record
-from dape.paper.plan import choose, plan, table
+from dape.paper.plan import choose, plan, table, without_model
 from dape.paper.record import End
 from dape.paper.results import results
 from dape.paper.smollm2 import REGIME, SMOLLM2
@@ -71,6 +72,25 @@ def test_the_first_seed_of_every_arm_comes_first_and_costs_at_most_twenty_minute
     assert sum(minutes) == pytest.approx(20, abs=0.5)
     assert first[0].arm == "yarn-dape-kerple", "the longest"
     assert "About" in table(planned, 2).note
+
+
+def test_cells_wait_for_the_corpus_and_for_the_model(capsys):
+    assert not paper.main(["smollm2", "--only", "plain"])
+    assert "no corpus in data/books-smollm2: 3 cells wait" in capsys.readouterr().out
+    assert not paper.main(
+        [
+            "smollm2",
+            "--only",
+            "plain",
+            "--seeds",
+            "0,2",
+            "--data",
+            "books-smollm2=data/python-stdlib",
+        ]
+    )
+    assert "no model in models/smollm2: 2 cells wait" in capsys.readouterr().out
+    Path("models/smollm2").mkdir(parents=True)
+    assert without_model(SMOLLM2.cells()) == {}
 
 
 def test_a_finished_arm_gives_the_price_of_further_seeds():

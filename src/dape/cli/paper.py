@@ -115,6 +115,9 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
             " (docs/paper.md), or give --data"
         )
         due = [cell for cell in due if cell not in waiting]
+    for folder, waiting in plan.without_model(due).items():
+        print(f"no model in {folder}: {len(waiting)} cells wait; make the model (docs/paper.md)")
+        due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0
     ends = spread.spread(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import get_args
 
@@ -9,6 +10,7 @@ from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.record import State
+from dape.train.recipe import Retrofit
 
 # Tokens a second of training on an H100 with CUDA graphs, and factors for slower schemes.
 TOKENS_PER_SECOND = {"small": 740_000, "125m": 400_000, "350m": 140_000}
@@ -89,6 +91,16 @@ def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     for cell in cells:
         if cell.training and cell.training.data not in here:
             found.setdefault(cell.training.data, []).append(cell)
+    return found
+
+
+def without_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells without a pretrained model on this machine, by the missing folder."""
+    found = dict[str, list[Cell]]()
+    for cell in cells:
+        recipe = cell.training.recipe if cell.training and not cell.needs else None
+        if isinstance(recipe, Retrofit) and not Path(recipe.model.base).is_dir():
+            found.setdefault(recipe.model.base, []).append(cell)
     return found
 
 
