@@ -87,6 +87,7 @@ def uses(cells: Sequence[Cell]) -> list[Section]:
 
 def retrievals(cells: Sequence[Cell]) -> list[Section]:
     """Return the fraction of hidden numbers found, by task, arm, depth and length."""
+    caption = "Fraction of the hidden numbers that an arm finds, by depth and length of the text."
     found = []
     for regime, members in by_regime(cells).items():
         for task in TASKS:
@@ -97,8 +98,7 @@ def retrievals(cells: Sequence[Cell]) -> list[Section]:
             if records:
                 shown = (retrieval_figures.table(records),)
                 figure = retrieval_figures.heat_map(records)
-                name = f"{regime.name}-{task}"
-                found.append(Section(name, shown, figure, retrieval_figures.describe(records[0])))
+                found.append(Section(f"{regime.name}-{task}", shown, figure, caption))
     return found
 
 
