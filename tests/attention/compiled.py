@@ -59,15 +59,17 @@ def shared_memory(kernel, args, options):
     return triton.compile(source, target=HOPPER, options=own).metadata.shared
 
 
-def call(heads, kv_heads, head_dim, hidden, rows=40, keys=40):
+def call(heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", gradients=True):
     """Run attention and its gradients in fp16; the kernels are not started, only noted."""
+    torch.set_grad_enabled(gradients)
     query, key, value = (
         torch.zeros(1, n, length, head_dim, dtype=torch.float16, requires_grad=True)
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
     )
-    parts = dape.Kerple(heads), dape.DAPE(heads, hidden)
+    parts = getattr(dape, bias)(heads), dape.DAPE(heads, hidden)
     out = dape.attention(query, key, value, *parts, query_offset=keys - rows, backend="triton")
-    out.sum().backward()
+    if gradients:
+        out.sum().backward()
 
 
 def main(name, *calls):

@@ -19,15 +19,28 @@ CALLS = [
     {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1},
 ]
 
+STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}
 
-def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
+
+def compiled(name, calls):
+    """Return the shared memory of the kernels of a name in each call, compiled for Hopper."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "decode_kernel", *map(json.dumps, CALLS)]
+    command = [sys.executable, str(SCRIPT), name, *map(json.dumps, calls)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) == len(CALLS) and all(len(each) == 1 for each in found)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
+    calls = [*CALLS, STEP, STEP | {"bias": "T5"}]
+    found = compiled("decode_kernel", calls)
+    assert len(found) == len(calls) and all(len(each) == 1 for each in found)
     assert all(0 < size <= HOPPER // 2 for (size,) in found)  # two programs on a multiprocessor
+
+
+@pytest.mark.parametrize("name", ["tables_kernel", "tables_backward_kernel", "table_sums_kernel"])
+def test_the_kernels_of_t5_s_tables_compile(name):
+    assert [len(each) for each in compiled(name, [CALLS[2] | {"bias": "T5", "rows": 40}])] == [1]
 
 
 @pytest.mark.gpu

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused import decode_operator
 from dape.attention.fused.plan import planned
-from dape.attention.fused.problem import Problem, Result
+from dape.attention.fused.problem import Result, problem_of, with_rows
 from dape.attention.fused.registered import below_autograd, register
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
-from dape.attention.fused.terms import terms_of
 
 
 def attend(call: Call, backend: str) -> Attended:
@@ -23,9 +23,13 @@ def attend(call: Call, backend: str) -> Attended:
     """
     query, mask, shift = call.query, call.mask, cast(int, call.shift)
     rows, keys = query.shape[2], call.key.shape[2]
+    seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
+    sources = decode_operator.sources_of(call)
+    if sources is not None:
+        given = query, call.key, call.value, seen, call.scale, call.causal, shift
+        return Attended(*decode_operator.operator(*given, *sources))
     count = max(keys - min(0, shift), rows + shift)
     found = tables(call.bias, call.adapter, query.shape[1], count, query.device, call.key_offset)
-    seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
     begun = call.begun
     if begun is not None:
         begun = begun[:, 0, 0].expand(query.shape[0]).contiguous()
@@ -39,38 +43,6 @@ def attend(call: Call, backend: str) -> Attended:
     if wide:
         out = out.to(call.result) + (rest.to(call.result) if rest.numel() else 0)
     return Attended(out, lse)
-
-
-def with_rows(x: Tensor) -> Tensor:
-    """Return `x` with a contiguous last axis, for the kernels."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def problem_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tables: Sequence[Tensor],
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    offset: int,
-    halo: Sequence[int] = (0, 0),
-    begun: Tensor | None = None,
-) -> Problem:
-    """Return the problem of an operator's arguments, with contiguous rows."""
-    return Problem(
-        query=with_rows(query),
-        key=with_rows(key),
-        value=with_rows(value),
-        terms=terms_of([table.contiguous() for table in tables]),
-        mask=mask,
-        scale=scale,
-        causal=causal,
-        offset=offset,
-        halo=(halo[0], halo[1]),
-        begun=begun,
-    )
 
 
 def _forward(

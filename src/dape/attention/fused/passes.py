@@ -53,9 +53,9 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     if isinstance(terms, Nothing | Static):
         static.forward(problem, found)
     elif isinstance(terms, Mixed) and decode.serves(problem):
-        decode.forward(problem, terms, found)  # in float32, and with flag 1 backward too
-        if narrow:
-            found = found._replace(flag=problem.query.new_ones(1, dtype=torch.int32))
+        # In float32, and with flag 1 backward too.
+        found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
+        decode.forward(problem, terms, found)
     elif not narrow:
         forward_by_bands(mixer_of(problem, backend), found)
     else:

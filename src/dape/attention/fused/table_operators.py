@@ -33,6 +33,7 @@ class How(NamedTuple):
         residual: whether C holds B.
         linear: whether C lacks `W2 phi(U)`.
         one_constant: whether b1 and b2 meet the first entry alone.
+        span: the whole number of a form whose parameter has rows, else 0.
     """
 
     form: str
@@ -42,28 +43,37 @@ class How(NamedTuple):
     residual: bool = True
     linear: bool = False
     one_constant: bool = False
+    span: int = 0
 
 
 _TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
 _HOW = (
     "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
-    "bool one_constant"
+    "bool one_constant, SymInt span"
 )
 
 
-def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
-    """Return name and parameters of the form of a bias, or None for a bias without a form.
+class Formed(NamedTuple):
+    """The name of the form of a bias, its parameters, and the span; B = 0 for an empty name."""
 
-    Without a bias the name is empty.
-    """
+    name: str = ""
+    p0: Tensor | None = None
+    p1: Tensor | None = None
+    span: int = 0
+
+
+def form_of(bias: nn.Module | None) -> Formed | None:
+    """Return the form of a bias with its parameters, or None for a bias without a form."""
     from dape.attention.fused.forms import FORMS
 
     if bias is None:
-        return "", []
+        return Formed()
     found = FORMS.get(type(bias))
     if found is None:
         return None
-    return name_of(type(bias)), [getattr(bias, name) for name in found.parameters]
+    p0, p1 = (*(getattr(bias, name) for name in found.parameters), None, None)[:2]
+    span = 0 if found.span is None else getattr(bias, found.span)
+    return Formed(name_of(type(bias)), p0, p1, span)
 
 
 def name_of(kind: type) -> str:
@@ -96,10 +106,16 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
+def rows_of(p0: Tensor | None, span: int) -> int:
+    """Return how many rows the parameter of a form has, 0 for a form without a span."""
+    return 0 if p0 is None or span == 0 else p0.shape[0]
+
+
+def _switches(values: Tensor | None, p0: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time arguments besides sizes."""
     return {
         "FORM": form_named(how.form).function, "GIVEN": values is not None,
+        "ROWS": rows_of(p0, how.span),
         "ON_BIAS": how.on_bias, "RESIDUAL": how.residual, "LINEAR": how.linear,
         "ONE_CONSTANT": how.one_constant,
     }  # fmt: skip
@@ -119,16 +135,17 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
     found = _forward_fake(*given, *how)
     static, grid = found[0], (cdiv(how.entries, ENTRIES),)
     known = tuple(static if x is None else x for x in (values, p0, p1))
-    compiled, switches = _compiled(w1, how), _switches(values, how)
+    compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     if w1 is None:
         start(kernels.static_table_kernel, grid)(
-            *known, static, how.entries, H=compiled["H"], HEADS=compiled["HEADS"],
-            FORM=switches["FORM"], GIVEN=switches["GIVEN"], N=ENTRIES, num_warps=4,
+            *known, static, how.entries, how.span, H=compiled["H"], HEADS=compiled["HEADS"],
+            FORM=switches["FORM"], GIVEN=switches["GIVEN"], ROWS=switches["ROWS"],
+            N=ENTRIES, num_warps=4,
         )  # fmt: skip
     else:
         start(kernels.tables_kernel, grid)(
-            *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
-            N=ENTRIES, num_warps=4,
+            *known, w1, b1, w2, b2, *found, how.entries, how.span, w1.shape[1],
+            **compiled, **switches, N=ENTRIES, num_warps=4,
         )  # fmt: skip
     return found
 
@@ -161,14 +178,17 @@ def _backward(*given: Any) -> list[Tensor]:
 def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     """Return the gradients of some tensors from those of the tables, which follow them."""
     from dape.attention.fused import table_kernels as kernels
-    from dape.attention.fused.sizes import cdiv, next_power_of_2
+    from dape.attention.fused.sizes import cdiv, next_power_of_2, padded
 
     tensors, grads = given[:7], [x.contiguous() for x in given[7:]]
     values, p0, p1, w1, b1, w2, _ = tensors
     found = _backward_fake(*tensors, grads, *how)
-    compiled, switches = _compiled(w1, how), _switches(values, how)
+    compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
+    rows = switches["ROWS"]
+    most_rows = padded(rows) if rows else 0
     size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
+    size += most_rows * heads
     per_program = cdiv(cdiv(how.entries, PROGRAMS), ENTRIES) * ENTRIES
     programs = cdiv(how.entries, per_program)
     static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
@@ -181,13 +201,14 @@ def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     )
     channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
     start(kernels.tables_backward_kernel, (programs,))(
-        *known, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
-        **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+        *known, static, hidden, grad_values, parts, how.entries, how.span, channels, per_program,
+        size, **compiled, **switches, MOST_ROWS=most_rows, MIXED=mixed, N=ENTRIES, num_warps=4,
     )  # fmt: skip
     start(kernels.table_sums_kernel, (cdiv(size, 32),))(
         parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
         programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
-        MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+        MIXED=mixed, ROWS=rows, MOST_ROWS=most_rows, PROGRAMS=next_power_of_2(programs), OUT=32,
+        num_warps=4,
     )  # fmt: skip
     return found
 
@@ -232,10 +253,10 @@ def _with_gradients(*given: Any) -> list[Tensor]:
 
 
 forward_operator = register(
-    f"tables_2({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
+    f"tables_3({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
 )
 backward_operator = register(
-    f"tables_backward_2({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
+    f"tables_backward_3({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
 )
 
 

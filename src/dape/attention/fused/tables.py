@@ -16,6 +16,8 @@ over the features instead of the distances. x is an entry of a table over the di
 entry of a table over the later index.
 """
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -65,15 +67,24 @@ def tables(
         if bias is None and adapter is None:
             return ()
         form = operators.form_of(bias)
-        mixes_scores = isinstance(adapter, DAPE) and adapter.inputs != "bias"
-        if form is not None and (adapter is None or mixes_scores):
+        if form is not None and (adapter is None or mixes_scores(adapter)):
             return fast_tables(adapter, form, None, num_heads, count, device)
         values = values_of(bias, num_heads, count, device)
         if isinstance(adapter, TalkingHeads):
             return talking_tables(adapter, values)
-        if mixes_scores:
-            return fast_tables(adapter, ("", []), values, num_heads, count, device)
+        if mixes_scores(adapter):
+            return fast_tables(adapter, operators.Formed(), values, num_heads, count, device)
         return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
+
+
+def mixes_scores(adapter: nn.Module | None) -> TypeGuard[DAPE]:
+    """Return whether an adapter is a DAPE whose layers see the scores."""
+    return isinstance(adapter, DAPE) and adapter.inputs != "bias"
+
+
+def first_column(adapter: DAPE) -> int:
+    """Return the first column of W1 on B, or -1 if the layers do not see B."""
+    return {"concat": adapter.num_heads, "sum": 0, "scores": -1}[adapter.inputs]
 
 
 def values_of(
@@ -88,7 +99,7 @@ def values_of(
 
 def fast_tables(
     adapter: nn.Module | None,
-    form: tuple[str, list[Tensor]],
+    form: operators.Formed,
     values: Float[Tensor, "heads entries"] | None,
     num_heads: int,
     count: int,
@@ -99,17 +110,15 @@ def fast_tables(
 
     B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
-    name, parameters = form
-    p0, p1 = (*parameters, None, None)[:2]
+    name, p0, p1, span = form
     if not isinstance(adapter, DAPE):
         if p0 is None:  # an operator knows the device by a tensor
             p0 = torch.empty(num_heads, device=device)
-        how = operators.How(name, count, num_heads)
+        how = operators.How(name, count, num_heads, span=span)
         return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
-    on_bias = {"concat": num_heads, "sum": 0, "scores": -1}[adapter.inputs]
     taps = adapter.kernel_size
-    linear = features or taps > 1
-    how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features)
+    linear, on_bias = features or taps > 1, first_column(adapter)
+    how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features, span)
     layers = adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out
     if taps > 1:
         found = operators.forward_operator(values, p0, p1, *with_free_bias(layers), *how)
@@ -137,14 +146,15 @@ def fire_tables(
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, TalkingHeads):
         mixing = talking_tables(adapter, values)
-    elif isinstance(adapter, DAPE) and adapter.inputs != "bias":
-        mixing = fast_tables(adapter, ("", []), values, heads, entries, values.device, True)
+    elif mixes_scores(adapter):
+        formed = operators.Formed()
+        mixing = fast_tables(adapter, formed, values, heads, entries, values.device, True)
     elif isinstance(adapter, DAPE):
         mixing = feature_tables_alone(adapter, values)
     else:
         shapes = (entries, 0), (0, heads), (heads, 0)
         mixing = (values, *(values.new_empty(shape) for shape in shapes))
-    return *mixing, psi, scale, bias.weight_in[:, 0].float(), bias.bias_in.float()
+    return *mixing, psi, scale, bias.weight_in.flatten().float(), bias.bias_in.float()
 
 
 def alone_tables(adapter: DAPE, values: Float[Tensor, "heads distances"]) -> tuple[Tensor, ...]:
