@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dape
+from dape.attention.fused import form_tables
 from dape.attention.fused import table_operators as operators
 from dape.attention.fused.tables import tables
 
@@ -62,6 +63,12 @@ def by_formula(bias, adapter):
     return [static + adapter.weight_out[:, :, 0] @ at_zero.T, hidden, *flat]
 
 
+def linear(static, jacobian, parameters):
+    """The table as a function of the parameters, with the Jacobian for its gradient."""
+    assert not static.requires_grad and not jacobian.requires_grad
+    return static + torch.einsum("phn,ph->hn", jacobian, parameters - parameters.detach())
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
@@ -72,6 +79,8 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
         return
     exact = [m and copy.deepcopy(m).double() for m in modules]
     found, true = tables(*modules, HEADS, COUNT, CPU), by_formula(*exact)
+    if len(found) == 3:  # `Static`, whose gradients attention itself takes to the parameters
+        found = (linear(*found),)
     assert [x.shape for x in found] == [x.shape for x in true]
     for ours, theirs in zip(found, true, strict=True):
         assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
@@ -90,7 +99,7 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
 def test_a_table_of_large_distances_is_as_exact_as_float32():
     bias = dape.KerplePower(HEADS)
     torch.nn.init.constant_(bias.raw_p, 3.0)
-    (found,) = tables(bias, None, HEADS, 1 << 13, CPU)
+    found, *_ = tables(bias, None, HEADS, 1 << 13, CPU)
     distances = torch.arange(1 << 13)
     true = copy.deepcopy(bias).double()(distances, distances[:1])[..., 0]
     assert_close(found.double(), true, rtol=2e-7, atol=0)
@@ -106,23 +115,30 @@ def test_two_passes_agree_bit_for_bit():
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
-def given(form, values, mixed):
-    """Arguments of the operator: parameters of a form or values, and layers if heads are mixed."""
+KERPLE = form_tables.name_of(dape.Kerple)
+
+
+@pytest.mark.parametrize(("form", "values"), [(KERPLE, False), ("", True)])
+def test_the_operator_passes_every_check_of_pytorch(form, values):
     p = [None, None] if values else [torch.randn(3, requires_grad=True) for _ in range(2)]
-    layers = [(4, 6, 1), (4,), (3, 4, 1), (3,)] if mixed else []
-    weights = [torch.randn(x, requires_grad=True) for x in layers] or [None] * 4
+    layers = (4, 6, 1), (4,), (3, 4, 1), (3,)
+    weights = [torch.randn(x, requires_grad=True) for x in layers]
     first = torch.randn(3, 5, requires_grad=True) if values else None
-    return first, *p, *weights, form, 5, 3, 3 if mixed else -1, True, False, False
+    given = first, *p, *weights, form, 5, 3, 3, True, False, False
+    torch.library.opcheck(operators.forward_operator, given)
 
 
-KERPLE = operators.name_of(dape.Kerple)
+@pytest.mark.parametrize("derivatives", [0, 2])
+def test_the_operator_of_a_form_passes_every_check_of_pytorch(derivatives):
+    given = [torch.randn(3), torch.randn(3)], KERPLE, 5, 3, derivatives
+    torch.library.opcheck(form_tables.operator, given)
 
 
-@pytest.mark.parametrize(
-    ("form", "values", "mixed"), [(KERPLE, False, False), (KERPLE, False, True), ("", True, True)]
-)
-def test_the_operator_passes_every_check_of_pytorch(form, values, mixed):
-    torch.library.opcheck(operators.forward_operator, given(form, values, mixed))
+def test_a_bias_that_learns_nothing_has_no_jacobian():
+    frozen = dape.Kerple(HEADS).requires_grad_(False)
+    assert [len(tables(x, None, HEADS, COUNT, CPU)) for x in (frozen, dape.ALiBi(HEADS))] == [1, 1]
+    with torch.no_grad():
+        assert len(tables(dape.Kerple(HEADS), None, HEADS, COUNT, CPU)) == 1
 
 
 def test_the_operator_of_fire_passes_every_check_of_pytorch():

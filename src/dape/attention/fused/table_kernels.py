@@ -61,15 +61,20 @@ def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=GROWING)
 def static_table_kernel(
-    values, p0, p1, static, count,
-    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
+    p0, p1, static, jacobian, count,
+    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, DERIVATIVES: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
-    """C = B; grid (entries)."""
+    """C = B, and so many DERIVATIVES by the parameters; grid (entries)."""
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
-    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+    b_NH, x_NH, y_NH = bias_values(static, p0, p1, n, heads, count, H, FORM, False)
     inside = (n < count)[:, None] & (heads < H)[None, :]
-    tl.store(static + heads[None, :].to(tl.int64) * count + n[:, None], b_NH, inside)
+    at = heads[None, :].to(tl.int64) * count + n[:, None]
+    tl.store(static + at, b_NH, inside)
+    if DERIVATIVES > 0:
+        tl.store(jacobian + at, x_NH, inside)
+    if DERIVATIVES > 1:
+        tl.store(jacobian + at + H * count.to(tl.int64), y_NH, inside)
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -123,12 +128,11 @@ def tables_backward_kernel(
     count, channels, per_program, size,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
+    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients by p, b2, b1, V and W2 over some entries; grid (parts).
 
-    A part holds the padded sums in a row. Without MIXED the only table is C = B. For a given B the
-    kernel stores the gradient of B.
+    A part holds the padded sums in a row. For a given B the kernel stores the gradient of B.
     """
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     sum_x = tl.zeros((HEADS,), tl.float32)
@@ -139,11 +143,10 @@ def tables_backward_kernel(
     first = tl.program_id(0) * per_program
     last = tl.minimum(first + per_program, count)
     of_taps = parts + tl.program_id(0).to(tl.int64) * size + 3 * HEADS + UNITS
-    if MIXED:
-        b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
-        for tap in tl.static_range(T):
-            begin = of_taps + tap * HEADS * UNITS + heads[:, None] * UNITS + units[None, :]
-            tl.store(begin, tl.zeros((HEADS, UNITS), tl.float32))
+    b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
+    for tap in tl.static_range(T):
+        begin = of_taps + tap * HEADS * UNITS + heads[:, None] * UNITS + units[None, :]
+        tl.store(begin, tl.zeros((HEADS, UNITS), tl.float32))
     for start in range(first, last, N):
         n = start + tl.arange(0, N)
         inside = (n < last)[:, None] & (heads < H)[None, :]
@@ -151,28 +154,27 @@ def tables_backward_kernel(
         at = heads[None, :].to(tl.int64) * count + n[:, None]
         gc_NH = tl.load(grad_static + at, inside, 0.0)
         gb_NH = gc_NH if RESIDUAL else gc_NH * 0.0
-        if MIXED:
-            constant_N = (n == 0).to(tl.float32) if ONE_CONSTANT else (n < last).to(tl.float32)
-            sum_b2 += tl.sum(gc_NH * constant_N[:, None], 0)
-            for tap in tl.static_range(T):
-                live = (n < last)[:, None] & (units < D)[None, :]
-                line = n[:, None].to(tl.int64) * (T * D) + tap * D + units[None, :]
-                gu_ND = tl.load(grad_hidden + line, live, 0.0)
-                u_ND = tl.zeros((N, UNITS), tl.float32) + constant_N[:, None] * b1_D[None, :]
-                if T == 1:
-                    sum_b1 += tl.sum(gu_ND * constant_N[:, None], 0)
-                if ON_BIAS >= 0:
-                    v_HD = load_tap(w1, tap, ON_BIAS, heads, units, channels, H, D, T)
-                    gb_NH = tl.dot(gu_ND, tl.trans(v_HD), gb_NH, input_precision="ieee")
-                    at_tap = of_taps + tap * HEADS * UNITS
-                    at_tap += heads[:, None] * UNITS + units[None, :]
-                    seen_NH = tl.where(inside, b_NH, 0.0)
-                    added = tl.dot(tl.trans(seen_NH), gu_ND, input_precision="ieee")
-                    tl.store(at_tap, tl.load(at_tap) + added)
-                    u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
-                if not LINEAR:
-                    phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
-                    sum_w2 = tl.dot(tl.trans(gc_NH), phi_ND, sum_w2, input_precision="ieee")
+        constant_N = (n == 0).to(tl.float32) if ONE_CONSTANT else (n < last).to(tl.float32)
+        sum_b2 += tl.sum(gc_NH * constant_N[:, None], 0)
+        for tap in tl.static_range(T):
+            live = (n < last)[:, None] & (units < D)[None, :]
+            line = n[:, None].to(tl.int64) * (T * D) + tap * D + units[None, :]
+            gu_ND = tl.load(grad_hidden + line, live, 0.0)
+            u_ND = tl.zeros((N, UNITS), tl.float32) + constant_N[:, None] * b1_D[None, :]
+            if T == 1:
+                sum_b1 += tl.sum(gu_ND * constant_N[:, None], 0)
+            if ON_BIAS >= 0:
+                v_HD = load_tap(w1, tap, ON_BIAS, heads, units, channels, H, D, T)
+                gb_NH = tl.dot(gu_ND, tl.trans(v_HD), gb_NH, input_precision="ieee")
+                at_tap = of_taps + tap * HEADS * UNITS
+                at_tap += heads[:, None] * UNITS + units[None, :]
+                seen_NH = tl.where(inside, b_NH, 0.0)
+                added = tl.dot(tl.trans(seen_NH), gu_ND, input_precision="ieee")
+                tl.store(at_tap, tl.load(at_tap) + added)
+                u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
+            if not LINEAR:
+                phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
+                sum_w2 = tl.dot(tl.trans(gc_NH), phi_ND, sum_w2, input_precision="ieee")
         if GIVEN:
             tl.store(grad_values + at, gb_NH, inside)
         else:
@@ -181,11 +183,10 @@ def tables_backward_kernel(
     parts += tl.program_id(0).to(tl.int64) * size
     tl.store(parts + heads, sum_x)
     tl.store(parts + HEADS + heads, sum_y)
-    if MIXED:
-        tl.store(parts + 2 * HEADS + heads, sum_b2)
-        tl.store(parts + 3 * HEADS + units, sum_b1)
-        at = heads[:, None] * UNITS + units[None, :]
-        tl.store(of_taps + T * HEADS * UNITS + at, sum_w2)
+    tl.store(parts + 2 * HEADS + heads, sum_b2)
+    tl.store(parts + 3 * HEADS + units, sum_b1)
+    at = heads[:, None] * UNITS + units[None, :]
+    tl.store(of_taps + T * HEADS * UNITS + at, sum_w2)
 
 
 @triton.jit
@@ -193,7 +194,7 @@ def table_sums_kernel(
     parts, grad_w_in, grad_w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
     programs, size, channels,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
-    ON_BIAS: tl.constexpr, LINEAR: tl.constexpr, MIXED: tl.constexpr,
+    ON_BIAS: tl.constexpr, LINEAR: tl.constexpr,
     PROGRAMS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Sum all parts, add the gradients of W1 and W2 on scores, and store; grid (entries)."""
@@ -203,29 +204,28 @@ def table_sums_kernel(
     h = n % HEADS
     tl.store(grad_p0 + h, total, (n < HEADS) & (h < H))
     tl.store(grad_p1 + h, total, (n >= HEADS) & (n < 2 * HEADS) & (h < H))
-    if MIXED:
-        tl.store(grad_b2 + h, total, (n >= 2 * HEADS) & (n < 3 * HEADS) & (h < H))
-        d = n - 3 * HEADS
-        if T == 1:
-            tl.store(grad_b1 + d, total, (d >= 0) & (d < D))
-        m = d - UNITS
-        tap, h, d = m // (HEADS * UNITS), m // UNITS % HEADS, m % UNITS
-        inside = (m >= 0) & (h < H) & (d < D)
-        of_w1 = inside & (tap < T)
-        on_scores = tl.load(grad_w_in + (tap * D + d) * H + h, of_w1, 0.0)
-        at = d * (channels * T) + h * T + tap
-        if ON_BIAS > 0:
-            tl.store(grad_w1 + at + ON_BIAS * T, total, of_w1)
-        if ON_BIAS == 0:
-            on_scores += total
-        tl.store(grad_w1 + at, on_scores, of_w1)
-        if LINEAR:
-            through = tl.load(grad_w_out + h * (T * D) + tap * D + d, of_w1, 0.0)
-            tl.store(grad_w2 + h * (D * T) + d * T + tap, through, of_w1)
-        else:
-            of_w2 = inside & (tap == T)
-            through = tl.load(grad_w_out + h * D + d, of_w2, 0.0)
-            tl.store(grad_w2 + h * D + d, total + through, of_w2)
+    tl.store(grad_b2 + h, total, (n >= 2 * HEADS) & (n < 3 * HEADS) & (h < H))
+    d = n - 3 * HEADS
+    if T == 1:
+        tl.store(grad_b1 + d, total, (d >= 0) & (d < D))
+    m = d - UNITS
+    tap, h, d = m // (HEADS * UNITS), m // UNITS % HEADS, m % UNITS
+    inside = (m >= 0) & (h < H) & (d < D)
+    of_w1 = inside & (tap < T)
+    on_scores = tl.load(grad_w_in + (tap * D + d) * H + h, of_w1, 0.0)
+    at = d * (channels * T) + h * T + tap
+    if ON_BIAS > 0:
+        tl.store(grad_w1 + at + ON_BIAS * T, total, of_w1)
+    if ON_BIAS == 0:
+        on_scores += total
+    tl.store(grad_w1 + at, on_scores, of_w1)
+    if LINEAR:
+        through = tl.load(grad_w_out + h * (T * D) + tap * D + d, of_w1, 0.0)
+        tl.store(grad_w2 + h * (D * T) + d * T + tap, through, of_w1)
+    else:
+        of_w2 = inside & (tap == T)
+        through = tl.load(grad_w_out + h * D + d, of_w2, 0.0)
+        tl.store(grad_w2 + h * D + d, total + through, of_w2)
 
 
 @triton.jit(do_not_specialize=GROWING)

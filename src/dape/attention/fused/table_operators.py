@@ -1,22 +1,19 @@
-"""The tables of a bias and an adapter as operators of PyTorch.
+"""The tables of a bias with an adapter, and of FIRE, as operators of PyTorch.
 
 A kernel makes the tables, and two kernels take the gradients back. `registered` explains the
 numbers in the names of operators.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dape.attention.fused.form_tables import form_named
 from dape.attention.fused.plan import planned, start
 from dape.attention.fused.registered import below_autograd, register
-
-if TYPE_CHECKING:
-    from dape.attention.fused.forms import Form
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
@@ -44,52 +41,18 @@ class How(NamedTuple):
     one_constant: bool = False
 
 
-_TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
+_TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor w1, Tensor b1, Tensor w2, Tensor b2"
 _HOW = (
     "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
     "bool one_constant"
 )
 
 
-def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
-    """Return name and parameters of the form of a bias, or None for a bias without a form.
-
-    Without a bias the name is empty.
-    """
-    from dape.attention.fused.forms import FORMS
-
-    if bias is None:
-        return "", []
-    found = FORMS.get(type(bias))
-    if found is None:
-        return None
-    return name_of(type(bias)), [getattr(bias, name) for name in found.parameters]
-
-
-def name_of(kind: type) -> str:
-    """Return the whole name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@cache
-def form_named(name: str) -> "Form":
-    """Return the form of the class with a name, B = 0 for an empty name."""
-    from dape.attention.fused.forms import FORMS, Form, nothing
-
-    named = {name_of(kind): form for kind, form in FORMS.items()}
-    return named.get(name, Form(nothing))
-
-
-def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
-    """Return the numbers of hidden units and taps."""
-    return (0, 1) if w1 is None else (w1.shape[0], w1.shape[2])
-
-
-def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
+def _compiled(w1: Tensor, how: How) -> dict[str, Any]:
     """Return the compile-time sizes."""
     from dape.attention.fused.sizes import padded
 
-    units, taps = _sizes(w1, how)
+    units, _, taps = w1.shape
     return {
         "H": how.heads, "D": units, "T": taps,
         "HEADS": padded(how.heads), "UNITS": padded(units),
@@ -106,7 +69,7 @@ def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    """Return C, U, W1 and W2, as `tables` does."""
     return [*planned(_made, given[:7], How(*given[7:]))]
 
 
@@ -117,19 +80,12 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
 
     values, p0, p1, w1, b1, w2, b2 = given
     found = _forward_fake(*given, *how)
-    static, grid = found[0], (cdiv(how.entries, ENTRIES),)
-    known = tuple(static if x is None else x for x in (values, p0, p1))
+    known = tuple(found[0] if x is None else x for x in (values, p0, p1))
     compiled, switches = _compiled(w1, how), _switches(values, how)
-    if w1 is None:
-        start(kernels.static_table_kernel, grid)(
-            *known, static, how.entries, H=compiled["H"], HEADS=compiled["HEADS"],
-            FORM=switches["FORM"], GIVEN=switches["GIVEN"], N=ENTRIES, num_warps=4,
-        )  # fmt: skip
-    else:
-        start(kernels.tables_kernel, grid)(
-            *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
-            N=ENTRIES, num_warps=4,
-        )  # fmt: skip
+    start(kernels.tables_kernel, (cdiv(how.entries, ENTRIES),))(
+        *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
+        N=ENTRIES, num_warps=4,
+    )  # fmt: skip
     return found
 
 
@@ -137,20 +93,16 @@ def _forward_fake(
     values: Tensor | None,
     p0: Tensor | None,
     p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
     *rest: Any,
 ) -> list[Tensor]:
     how = How(*rest)
-    like = next(x for x in (w1, values, p0) if x is not None)
-    units, taps = _sizes(w1, how)
-    shapes = [(how.heads, how.entries)]
-    if w1 is not None:
-        width = taps * units
-        shapes += [(how.entries, width), (width, how.heads), (how.heads, width)]
-    return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    width, heads, entries = w1.shape[0] * w1.shape[2], how.heads, how.entries
+    shapes = (heads, entries), (entries, width), (width, heads), (heads, width)
+    return [w1.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def _backward(*given: Any) -> list[Tensor]:
@@ -168,10 +120,10 @@ def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     found = _backward_fake(*tensors, grads, *how)
     compiled, switches = _compiled(w1, how), _switches(values, how)
     heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
-    size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
+    size = 3 * heads + units + (taps + 1) * heads * units
     per_program = cdiv(cdiv(how.entries, PROGRAMS), ENTRIES) * ENTRIES
     programs = cdiv(how.entries, per_program)
-    static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
+    static, hidden, w_in, w_out = grads
     parts = static.new_empty(programs, size)
     known = tuple(static if x is None else x for x in (values, p0, p1, w1, b1, w2))
     into = iter(found)
@@ -179,15 +131,15 @@ def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     grad_values, grad_p0, grad_p1, grad_w1, grad_b1, grad_w2, grad_b2 = (
         unused if x is None else next(into) for x in tensors
     )
-    channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
+    channels = w1.shape[1]
     start(kernels.tables_backward_kernel, (programs,))(
         *known, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
-        **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+        **compiled, **switches, N=ENTRIES, num_warps=4,
     )  # fmt: skip
     start(kernels.table_sums_kernel, (cdiv(size, 32),))(
         parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
         programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
-        MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+        PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
     )  # fmt: skip
     return found
 
@@ -196,10 +148,10 @@ def _backward_fake(
     values: Tensor | None,
     p0: Tensor | None,
     p1: Tensor | None,
-    w1: Tensor | None,
-    b1: Tensor | None,
-    w2: Tensor | None,
-    b2: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
     grads: list[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
@@ -232,10 +184,10 @@ def _with_gradients(*given: Any) -> list[Tensor]:
 
 
 forward_operator = register(
-    f"tables_2({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
+    f"tables_3({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
 )
 backward_operator = register(
-    f"tables_backward_2({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
+    f"tables_backward_3({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
 )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from dape.attention.fused import table_operators as operators
+from dape.attention.fused.form_tables import bias_tables, form_of
 from dape.attention.fused.terms import SLOPE
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
@@ -55,24 +56,27 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    Tables are float32. Without mixing only C is returned, and without a bias nothing. For DAPE V2
-    axes of hidden units hold D for every tap, b1 comes last, and C lacks `W2 phi(U)`. For FIRE
-    entries are features, `fire_tables` names the further tables, and C lacks `W2 phi(U)` too.
+    Tables are float32. Without mixing the tables of `Static` are returned, and without a bias
+    nothing. For DAPE V2 axes of hidden units hold D for every tap, b1 comes last, and C lacks
+    `W2 phi(U)`. For FIRE entries are features, `fire_tables` names the further tables, and C lacks
+    `W2 phi(U)` too.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
             return fire_tables(bias, adapter, count, key_offset)
         if bias is None and adapter is None:
             return ()
-        form = operators.form_of(bias)
-        mixes_scores = isinstance(adapter, DAPE) and adapter.inputs != "bias"
-        if form is not None and (adapter is None or mixes_scores):
-            return fast_tables(adapter, form, None, num_heads, count, device)
+        form = form_of(bias)
+        mixing = adapter if isinstance(adapter, DAPE) and adapter.inputs != "bias" else None
+        if form is not None and adapter is None:
+            return bias_tables(form, num_heads, count, device)
+        if form is not None and mixing is not None:
+            return fast_tables(mixing, form, None, num_heads, count)
         values = values_of(bias, num_heads, count, device)
         if isinstance(adapter, TalkingHeads):
             return talking_tables(adapter, values)
-        if mixes_scores:
-            return fast_tables(adapter, ("", []), values, num_heads, count, device)
+        if mixing is not None:
+            return fast_tables(mixing, ("", []), values, num_heads, count)
         return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
 
 
@@ -87,25 +91,19 @@ def values_of(
 
 
 def fast_tables(
-    adapter: nn.Module | None,
+    adapter: DAPE,
     form: tuple[str, list[Tensor]],
     values: Float[Tensor, "heads entries"] | None,
     num_heads: int,
     count: int,
-    device: torch.device,
     features: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return C, and with an adapter U, W1a, W2 and perhaps b1, from a single kernel.
+    """Return C, U, W1a, W2 and perhaps b1, from a single kernel.
 
     B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
     name, parameters = form
     p0, p1 = (*parameters, None, None)[:2]
-    if not isinstance(adapter, DAPE):
-        if p0 is None:  # an operator knows the device by a tensor
-            p0 = torch.empty(num_heads, device=device)
-        how = operators.How(name, count, num_heads)
-        return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
     on_bias = {"concat": num_heads, "sum": 0, "scores": -1}[adapter.inputs]
     taps = adapter.kernel_size
     linear = features or taps > 1
@@ -138,7 +136,7 @@ def fire_tables(
     if isinstance(adapter, TalkingHeads):
         mixing = talking_tables(adapter, values)
     elif isinstance(adapter, DAPE) and adapter.inputs != "bias":
-        mixing = fast_tables(adapter, ("", []), values, heads, entries, values.device, True)
+        mixing = fast_tables(adapter, ("", []), values, heads, entries, True)
     elif isinstance(adapter, DAPE):
         mixing = feature_tables_alone(adapter, values)
     else:
