@@ -3,7 +3,7 @@
 A form takes the distance, the head, the number of heads, and two parameters of the head as in the
 module, and returns B and the derivatives by both. All numbers are float64, which is cheap for a
 table of few entries and keeps float32 results exact. For a bias without a form, the module makes
-the table, and autograd takes the gradients back.
+the table, and autograd takes the gradient of the table back.
 """
 
 from typing import Any, NamedTuple
