@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import dape
 from dape.attention.fused import table_operators as operators
+from dape.attention.fused.formed import name_of
 from dape.attention.fused.tables import tables
 
 pytestmark = [
@@ -59,6 +60,12 @@ def by_formula(bias, adapter):
     return [static + adapter.weight_out[:, :, 0] @ at_zero.T, hidden, *flat]
 
 
+def linear(static, jacobian, parameters):
+    """The table as a function of the parameters, with the Jacobian for its gradient."""
+    assert not static.requires_grad and not jacobian.requires_grad
+    return static + torch.einsum("phn,ph->hn", jacobian, parameters - parameters.detach())
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
@@ -69,6 +76,8 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
         return
     exact = [m and copy.deepcopy(m).double() for m in modules]
     found, true = tables(*modules, HEADS, COUNT, CPU), by_formula(*exact)
+    if len(found) == 3:  # `Static`, whose gradients attention itself takes to the parameters
+        found = (linear(*found),)
     assert [x.shape for x in found] == [x.shape for x in true]
     for ours, theirs in zip(found, true, strict=True):
         assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
@@ -87,7 +96,7 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
 def test_a_table_of_large_distances_is_as_exact_as_float32():
     bias = dape.KerplePower(HEADS)
     torch.nn.init.constant_(bias.raw_p, 3.0)
-    (found,) = tables(bias, None, HEADS, 1 << 13, CPU)
+    found, *_ = tables(bias, None, HEADS, 1 << 13, CPU)
     distances = torch.arange(1 << 13)
     true = copy.deepcopy(bias).double()(distances, distances[:1])[..., 0]
     assert_close(found.double(), true, rtol=2e-7, atol=0)
@@ -129,18 +138,33 @@ def given(form, values, mixed):
     weights = [torch.randn(x, requires_grad=True) for x in layers] or [None] * 4
     first = torch.randn(3, 5, requires_grad=True) if values else None
     span = 9 if form == BUCKETS else 0
-    return first, *p, *weights, form, 5, 3, 3 if mixed else -1, True, False, False, span
+    on_bias = 3 if mixed else -1
+    return first, *p, *weights, form, 5, 3, on_bias, True, False, False, span, 0
 
 
-KERPLE, BUCKETS = (operators.name_of(kind) for kind in (dape.Kerple, dape.T5))
+KERPLE, BUCKETS = (name_of(kind) for kind in (dape.Kerple, dape.T5))
 
 
 @pytest.mark.parametrize(
     ("form", "values", "mixed"),
-    [(KERPLE, False, False), (KERPLE, False, True), (BUCKETS, False, True), ("", True, True)],
+    [(BUCKETS, False, False), (KERPLE, False, True), (BUCKETS, False, True), ("", True, True)],
 )
 def test_the_operator_passes_every_check_of_pytorch(form, values, mixed):
     torch.library.opcheck(operators.forward_operator, given(form, values, mixed))
+
+
+@pytest.mark.parametrize("derivatives", [0, 2])
+def test_the_operator_of_a_form_passes_every_check_of_pytorch(derivatives):
+    parameters = [torch.randn(3), torch.randn(3)]
+    how = operators.How(KERPLE, 5, 3, derivatives=derivatives)
+    torch.library.opcheck(operators.forward_operator, (None, *parameters, *[None] * 4, *how))
+
+
+def test_a_bias_that_learns_nothing_has_no_jacobian():
+    frozen = dape.Kerple(HEADS).requires_grad_(False)
+    assert [len(tables(x, None, HEADS, COUNT, CPU)) for x in (frozen, dape.ALiBi(HEADS))] == [1, 1]
+    with torch.no_grad():
+        assert len(tables(dape.Kerple(HEADS), None, HEADS, COUNT, CPU)) == 1
 
 
 def test_the_operator_of_fire_passes_every_check_of_pytorch():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import decode_kernels as kernels
+from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.geometry import Extent
 from dape.attention.fused.overflow import asking
 from dape.attention.fused.plan import start
@@ -24,7 +25,6 @@ from dape.attention.fused.sizes import (
     strides,
 )
 from dape.attention.fused.spans import PROGRAMS, combine, parts_of
-from dape.attention.fused.table_operators import form_named, rows_of
 from dape.attention.fused.terms import Mixed
 
 # Bands serve more queries, or fewer keys for a query, and read keys once: an estimate.

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dape.attention.call import Call
 from dape.attention.fused import decode
+from dape.attention.fused.formed import form_of
 from dape.attention.fused.problem import Result, problem_of
 from dape.attention.fused.registered import register
-from dape.attention.fused.table_operators import form_of
 from dape.attention.fused.tables import first_column, mixes_scores
 from dape.positions.adapter import DAPE
 

@@ -1,4 +1,4 @@
-"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_2`."""
+"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_3`."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -14,6 +14,7 @@ from dape.attention.fused.problem import Result, problem_of, with_rows
 from dape.attention.fused.registered import below_autograd, register
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
+from dape.attention.fused.terms import learned, mixes
 
 
 def attend(call: Call, backend: str) -> Attended:
@@ -35,7 +36,7 @@ def attend(call: Call, backend: str) -> Attended:
         begun = begun[:, 0, 0].expand(query.shape[0]).contiguous()
     wide = call.result != call.value.dtype
     trains = torch.is_grad_enabled() and any(table.requires_grad for table in found)
-    exact = wide or (trains and len(found) > 1)
+    exact = wide or (trains and mixes(found))
     out, lse, rest, _ = forward_operator(
         query, call.key, call.value, found, seen, begun, call.scale, call.causal, shift,
         call.halo, backend, exact,
@@ -89,7 +90,7 @@ def _forward_fake(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     narrow = query.dtype != torch.float32
     rest = torch.empty_like(out) if narrow and others[-1] else query.new_empty(0)
-    flags = int(narrow and len(tables) > 1)
+    flags = int(narrow and mixes(tables))
     return out, lse, rest, query.new_empty(flags, dtype=torch.int32)
 
 
@@ -111,12 +112,13 @@ def _backward(
     offset: int,
     halo: Sequence[int],
     backend: str,
+    learns: bool,
 ) -> list[Tensor]:
-    """Return the gradients of query, key, value and the tables."""
+    """Return the gradients of query, key, value and, if they learn, the tables."""
     if grad_lse is not None:  # rows without a visible key have no gradient
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     given = (query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables)
-    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend)]
+    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend, learns)]
 
 
 def _gradients(
@@ -126,6 +128,7 @@ def _gradients(
     offset: int,
     halo: tuple[int, int],
     backend: str,
+    learns: bool,
 ) -> list[Tensor]:
     """Return the gradients for the tensors of a problem, of its result and of its gradients."""
     from dape.attention.fused.passes import backward
@@ -133,14 +136,14 @@ def _gradients(
     query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables = given
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     found = Result(out, lse, rest, flag)
-    return backward(problem, backend, found, with_rows(grad_out), grad_lse)
+    return backward(problem, backend, found, with_rows(grad_out), grad_lse, learns)
 
 
 def _backward_fake(
-    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: object
+    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
     gradients = [torch.empty_like(with_rows(x)) for x in (query, key, value)]
-    return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
+    return [*gradients, *(torch.empty_like(x).contiguous() for x in learned(tables, rest[-1]))]
 
 
 class _Attend(torch.autograd.Function):
@@ -175,9 +178,10 @@ class _Attend(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward_operator(
             query, key, value, tables, mask, begun, out, lse, rest, flag, grad_out, grad_lse,
-            *ctx.how,
+            *ctx.how, any(ctx.needs_input_grad[7:]),
         )  # fmt: skip
-        return *found[:3], None, None, None, None, *found[3:]
+        without = [None] * (len(tables) - len(found) + 3)
+        return *found[:3], None, None, None, None, *without, *found[3:]
 
 
 def _with_gradients(
@@ -202,8 +206,8 @@ forward_operator = register(
     _forward, _forward_fake, _with_gradients,
 )  # fmt: skip
 backward_operator = register(
-    f"attend_backward_2({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
-    f"Tensor grad_out, Tensor? grad_lse, {_HOW}) -> Tensor[]",
+    f"attend_backward_3({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
+    f"Tensor grad_out, Tensor? grad_lse, {_HOW}, bool learns) -> Tensor[]",
     _backward,
     _backward_fake,
 )

@@ -22,7 +22,16 @@ from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
 from dape.attention.fused.sums import cleared, rounded
-from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, Terms
+from dape.attention.fused.terms import (
+    Features,
+    Mixed,
+    Nothing,
+    Static,
+    Taps,
+    Terms,
+    learned,
+    terms_of,
+)
 
 
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
@@ -77,14 +86,19 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     scratch = Scratch.of(problem, all_bands)
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
-        scores(part.query, part.key, x, part, part.scale, flag=found.flag)
+        scores(x, part, flag=found.flag)
         softmax_value(mixer.mix(x, band), part, found.at(band))
 
 
 def backward(
-    problem: Problem, backend: str, found: Result, grad_out: Tensor, grad_lse: Tensor | None
+    problem: Problem,
+    backend: str,
+    found: Result,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    learns: bool,
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v and of the tables in order.
+    """Return the gradients of q, k, v and of the tables in order, of a bias alone if it `learns`.
 
     Where the flag of the result is 1 the scratch is in float32.
     """
@@ -95,12 +109,14 @@ def backward(
         ways = [problem._replace(gate=Gate(found.flag, wide)) for wide in (False, True)]
     else:
         ways = [problem]
-    into, tables = room_for_gradients(ways[-1], dtype), like(problem.terms)
-    if isinstance(tables, Nothing | Static):
+    into, terms = room_for_gradients(ways[-1], dtype), problem.terms
+    given = [table for table in terms if table is not None]
+    tables = [torch.empty_like(table) for table in learned(given, learns)]
+    if isinstance(terms, Nothing | Static):
         static.backward(problem, rows, into, tables)
     else:
         for way in ways:  # the gates let a single way run
-            backward_by_bands(mixer_of(way, backend), rows, into, tables)
+            backward_by_bands(mixer_of(way, backend), rows, into, terms_of(tables))
     return [*(rounded(gradient, dtype) for gradient in into[:3]), *tables]
 
 
@@ -114,11 +130,6 @@ def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
     return Gradients(query, key, value, add=True)
 
 
-def like(terms: Terms) -> Terms:
-    """Return room for the gradients of tables."""
-    return type(terms)(*map(torch.empty_like, terms))
-
-
 def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:
     """Fill dQ, dK and dV block by block of the bands, and the gradients of tables and weights."""
     problem, all_bands = mixer.problem, blocks(mixer.problem)
@@ -127,11 +138,10 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
         part, its, gradients = problem.part(band), rows.at(band), into.at(band)
-        scores(its.grad_out, part.value, y, part, 1.0, its)
-        scores(part.query, part.key, x, part, part.scale)
+        scores(x, part, y, its)
         if problem.scratch == torch.float32:
             balance(mixer.mix(x, band), y, part, its)
-            scores(part.query, part.key, x, part, part.scale)
+            scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
         grad_query(y, part, its, gradients)
         grad_key_value(x, y, part, its, gradients)

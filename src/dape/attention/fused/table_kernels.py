@@ -69,15 +69,20 @@ def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=GROWING)
 def static_table_kernel(
-    values, p0, p1, static, count, span,
-    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
-    ROWS: tl.constexpr, N: tl.constexpr,
+    p0, p1, static, jacobian, count, span,
+    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr,
+    DERIVATIVES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """C = B; grid (entries)."""
+    """C = B of a form, and so many DERIVATIVES by the parameters; grid (entries)."""
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
-    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, span, H, FORM, GIVEN, ROWS)
+    b_NH, x_NH, y_NH = bias_values(static, p0, p1, n, heads, count, span, H, FORM, False, ROWS)
     inside = (n < count)[:, None] & (heads < H)[None, :]
-    tl.store(static + heads[None, :].to(tl.int64) * count + n[:, None], b_NH, inside)
+    at = heads[None, :].to(tl.int64) * count + n[:, None]
+    tl.store(static + at, b_NH, inside)
+    if DERIVATIVES > 0:
+        tl.store(jacobian + at, x_NH, inside)
+    if DERIVATIVES > 1:
+        tl.store(jacobian + at + H * count.to(tl.int64), y_NH, inside)
 
 
 @triton.jit(do_not_specialize=GROWING)
@@ -137,7 +142,7 @@ def tables_backward_kernel(
     """Partial sums of the gradients by p, b2, b1, V and W2 over some entries; grid (parts).
 
     A part holds the padded sums in a row, the sums of a parameter `[ROWS, H]` last. Without MIXED
-    the only table is C = B. For a given B the kernel stores the gradient of B.
+    the only table is C = B, with ROWS. For a given B the kernel stores the gradient of B.
     """
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     sum_x = tl.zeros((HEADS,), tl.float32)

@@ -5,18 +5,15 @@ numbers in the names of operators.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.plan import planned, start
 from dape.attention.fused.registered import below_autograd, register
-
-if TYPE_CHECKING:
-    from dape.attention.fused.forms import Form
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
@@ -34,6 +31,7 @@ class How(NamedTuple):
         linear: whether C lacks `W2 phi(U)`.
         one_constant: whether b1 and b2 meet the first entry alone.
         span: the whole number of a form whose parameter has rows, else 0.
+        derivatives: how many derivatives of C by parameters follow C, without an adapter.
     """
 
     form: str
@@ -44,50 +42,14 @@ class How(NamedTuple):
     linear: bool = False
     one_constant: bool = False
     span: int = 0
+    derivatives: int = 0
 
 
 _TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
 _HOW = (
     "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
-    "bool one_constant, SymInt span"
+    "bool one_constant, SymInt span, SymInt derivatives"
 )
-
-
-class Formed(NamedTuple):
-    """The name of the form of a bias, its parameters, and the span; B = 0 for an empty name."""
-
-    name: str = ""
-    p0: Tensor | None = None
-    p1: Tensor | None = None
-    span: int = 0
-
-
-def form_of(bias: nn.Module | None) -> Formed | None:
-    """Return the form of a bias with its parameters, or None for a bias without a form."""
-    from dape.attention.fused.forms import FORMS
-
-    if bias is None:
-        return Formed()
-    found = FORMS.get(type(bias))
-    if found is None:
-        return None
-    p0, p1 = (*(getattr(bias, name) for name in found.parameters), None, None)[:2]
-    span = 0 if found.span is None else getattr(bias, found.span)
-    return Formed(name_of(type(bias)), p0, p1, span)
-
-
-def name_of(kind: type) -> str:
-    """Return the whole name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@cache
-def form_named(name: str) -> "Form":
-    """Return the form of the class with a name, B = 0 for an empty name."""
-    from dape.attention.fused.forms import FORMS, Form, nothing
-
-    named = {name_of(kind): form for kind, form in FORMS.items()}
-    return named.get(name, Form(nothing))
 
 
 def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
@@ -106,11 +68,6 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def rows_of(p0: Tensor | None, span: int) -> int:
-    """Return how many rows the parameter of a form has, 0 for a form without a span."""
-    return 0 if p0 is None or span == 0 else p0.shape[0]
-
-
 def _switches(values: Tensor | None, p0: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time arguments besides sizes."""
     return {
@@ -122,7 +79,7 @@ def _switches(values: Tensor | None, p0: Tensor | None, how: How) -> dict[str, A
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    """Return C, with an adapter U, W1 and W2 as `tables` does, without the derivatives of C."""
     return [*planned(_made, given[:7], How(*given[7:]))]
 
 
@@ -138,9 +95,9 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
     compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     if w1 is None:
         start(kernels.static_table_kernel, grid)(
-            *known, static, how.entries, how.span, H=compiled["H"], HEADS=compiled["HEADS"],
-            FORM=switches["FORM"], GIVEN=switches["GIVEN"], ROWS=switches["ROWS"],
-            N=ENTRIES, num_warps=4,
+            *known[1:], static, found[-1], how.entries, how.span,
+            H=compiled["H"], HEADS=compiled["HEADS"], FORM=switches["FORM"],
+            ROWS=switches["ROWS"], DERIVATIVES=how.derivatives, N=ENTRIES, num_warps=4,
         )  # fmt: skip
     else:
         start(kernels.tables_kernel, grid)(
@@ -163,10 +120,12 @@ def _forward_fake(
     how = How(*rest)
     like = next(x for x in (w1, values, p0) if x is not None)
     units, taps = _sizes(w1, how)
-    shapes = [(how.heads, how.entries)]
+    shapes: list[tuple[int, ...]] = [(how.heads, how.entries)]
     if w1 is not None:
         width = taps * units
         shapes += [(how.entries, width), (width, how.heads), (how.heads, width)]
+    elif how.derivatives:
+        shapes.append((how.derivatives, how.heads, how.entries))
     return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from dape.attention.fused import table_operators as operators
+from dape.attention.fused.formed import Formed, form_of
 from dape.attention.fused.terms import SLOPE
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
@@ -57,23 +58,26 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    Tables are float32. Without mixing only C is returned, and without a bias nothing. For DAPE V2
-    axes of hidden units hold D for every tap, b1 comes last, and C lacks `W2 phi(U)`. For FIRE
-    entries are features, `fire_tables` names the further tables, and C lacks `W2 phi(U)` too.
+    Tables are float32. Without mixing the tables of `Static` are returned, and without a bias
+    nothing. For DAPE V2 axes of hidden units hold D for every tap, b1 comes last, and C lacks
+    `W2 phi(U)`. For FIRE entries are features, `fire_tables` names the further tables, and C lacks
+    `W2 phi(U)` too.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
             return fire_tables(bias, adapter, count, key_offset)
         if bias is None and adapter is None:
             return ()
-        form = operators.form_of(bias)
-        if form is not None and (adapter is None or mixes_scores(adapter)):
-            return fast_tables(adapter, form, None, num_heads, count, device)
+        form = form_of(bias)
+        if form is not None and adapter is None:
+            return bias_tables(form, num_heads, count, device)
+        if form is not None and mixes_scores(adapter):
+            return fast_tables(adapter, form, None, num_heads, count)
         values = values_of(bias, num_heads, count, device)
         if isinstance(adapter, TalkingHeads):
             return talking_tables(adapter, values)
         if mixes_scores(adapter):
-            return fast_tables(adapter, operators.Formed(), values, num_heads, count, device)
+            return fast_tables(adapter, Formed(), values, num_heads, count)
         return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
 
 
@@ -97,25 +101,41 @@ def values_of(
     return bias(distances, distances[:1])[..., 0].float().contiguous()
 
 
+def bias_tables(
+    form: Formed, num_heads: int, count: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return the tables of `Static` for a bias with a form.
+
+    Learnable parameters `[H]` have a Jacobian. The gradient of C goes back to a parameter
+    `[rows, H]`.
+    """
+    name, *given, span = form
+    parameters = [x for x in given if x is not None]
+    learn = torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
+    if learn and span == 0:
+        given = [None if x is None else x.detach() for x in given]
+        how = operators.How(name, count, num_heads, derivatives=len(parameters))
+        found = operators.forward_operator(None, *given, *[None] * 4, *how)
+        return *found, torch.stack(parameters)
+    if not parameters:  # an operator knows the device by a tensor
+        given[0] = torch.empty(num_heads, device=device)
+    how = operators.How(name, count, num_heads, span=span)
+    return tuple(operators.forward_operator(None, *given, *[None] * 4, *how))
+
+
 def fast_tables(
-    adapter: nn.Module | None,
-    form: operators.Formed,
+    adapter: DAPE,
+    form: Formed,
     values: Float[Tensor, "heads entries"] | None,
     num_heads: int,
     count: int,
-    device: torch.device,
     features: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return C, and with an adapter U, W1a, W2 and perhaps b1, from a single kernel.
+    """Return C, U, W1a, W2 and perhaps b1, from a single kernel.
 
     B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
     name, p0, p1, span = form
-    if not isinstance(adapter, DAPE):
-        if p0 is None:  # an operator knows the device by a tensor
-            p0 = torch.empty(num_heads, device=device)
-        how = operators.How(name, count, num_heads, span=span)
-        return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
     taps = adapter.kernel_size
     linear, on_bias = features or taps > 1, first_column(adapter)
     how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features, span)
@@ -147,8 +167,7 @@ def fire_tables(
     if isinstance(adapter, TalkingHeads):
         mixing = talking_tables(adapter, values)
     elif mixes_scores(adapter):
-        formed = operators.Formed()
-        mixing = fast_tables(adapter, formed, values, heads, entries, values.device, True)
+        mixing = fast_tables(adapter, Formed(), values, heads, entries, True)
     elif isinstance(adapter, DAPE):
         mixing = feature_tables_alone(adapter, values)
     else:
