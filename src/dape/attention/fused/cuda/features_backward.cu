@@ -1,0 +1,363 @@
+// P and dA from X and Y = dP - delta, with the sums of all gradients; `features.cuh` has the legend.
+//
+// Sums over the pairs of a piece are products with a matrix [slot, key] that has ones, and below them the ratios, where
+// a key lies in the piece of a slot. A warp has 8 slots in its registers, for neighbouring pieces. The slots move,
+// and leave their sums in shared memory, when a key lies in another piece.
+
+// The second layer of a lane, and the transposes of both.
+struct Layers {
+  Held out, out_turned, in_turned;
+  __device__ Layers(const Weights& w, int lane)
+      : out(w.out, lane), out_turned(w.out_turned, lane), in_turned(w.in_turned, lane) {}
+};
+// A tile of X and of Y under way, with the log-sum-exps of all heads of the row, and behind them its scale.
+struct Stage {
+  Ring x, y;
+  float numbers[HEADS + 4];
+};
+// The sums of a warp: in registers those of slots, of W1 and W2, of psi by key, and of scale by row; in shared memory
+// those of pieces, without and with the ratio, and at last all others.
+struct Accumulators {
+  float u[UT][4] = {}, c[HT][4] = {}, w1[UT][4] = {}, w2[UT][4] = {}, psi[4] = {}, row = 0.f;
+};
+typedef float PieceSums[PIECES][2][CHANNELS];
+struct Sums {
+  float w1[HEADS * UNITS], w2[HEADS * UNITS], psi[KEYS];
+};
+// A block's sums of all gradients.
+struct Slot {
+  PieceSums pieces;
+  float w1[HEADS * UNITS], w2[HEADS * UNITS], psi[LINES];
+};
+
+// The pieces of the slots, from `first` on; the number of the lane's slots in fp16, by row and by column of a product;
+// and slopes [head or unit, slot].
+struct Slots {
+  int first = 0;
+  uint32 of_row, of_column[2], of_heads[2], of_units[STEPS][2];
+  DEVICE void load(const Pieces& pieces, int to, int g, int t) {
+    first = to;
+    const float row = (float)(to + g), column = (float)(to + 2 * t);
+    of_row = pack(row, row);
+    of_column[0] = pack(0.f, column);
+    of_column[1] = pack(0.f, column + 1.f);
+    const uint32* const line = pieces.slope[min(to + g, PIECES - 1)] + t;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      of_heads[i] = line[4 * i];
+#pragma unroll
+      for (int s = 0; s < STEPS; s++) of_units[s][i] = line[HEADS / 2 + 8 * s + 4 * i];
+    }
+  }
+  DEVICE void leave(PieceSums& sums, Accumulators& acc, int g, int t) {
+    auto add = [&](float (&c)[4], int channel) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (first + g < PIECES) {
+          float2& to = *(float2*)&sums[first + g][i][channel];
+          to = make_float2(to.x + c[2 * i], to.y + c[2 * i + 1]);
+        }
+        c[2 * i] = c[2 * i + 1] = 0.f;
+      }
+    };
+#pragma unroll
+    for (int r = 0; r < HT; r++) add(acc.c[r], 8 * r + 2 * t);
+#pragma unroll
+    for (int n = 0; n < UT; n++) add(acc.u[n], HEADS + 8 * n + 2 * t);
+    __syncwarp();
+  }
+};
+
+// A warp's walk over a diagonal, element after element: the remaining tiles of an element, the remaining rows from the
+// row of the tile on, the first key of the tile, and the place of the row.
+struct Cursor {
+  int tiles, left, key;
+  uint32 at, stat, mask, pair;
+};
+
+// P in place of the scores of half f of a tile, dS in place of Y, from the logits.
+DEVICE void softmax_backward(Own& xs, Half& yf, const float (&s)[2][4], int f, const Stage& stage, bool whole,
+                             const uint32 (&seen)[2], int g) {
+#pragma unroll
+  for (int i = 0; i < HT; i++) {
+    const float log_sum = -LOG2E * stage.numbers[8 * i + g];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const float2 v = __half22float2(half2_of(pack(s[e][2 * i], s[e][2 * i + 1]))),  // as in the forward pass
+          y = __half22float2(half2_of(yf[i][e]));
+      const float p0 = exp2_fast(fmaf(v.x, LOG2E, log_sum)), p1 = exp2_fast(fmaf(v.y, LOG2E, log_sum));
+      xs[i][2 * f + e] = pack(p0, p1);
+      yf[i][e] = pack(p0 * y.x, p1 * y.y);
+    }
+  }
+  if (whole) return;
+#pragma unroll
+  for (int i = 0; i < HT; i++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) xs[i][2 * f + e] &= seen[e];
+  hide(yf, seen);
+}
+// d leaky'(z), by the sign of leaky(z).
+DEVICE uint32 leaky_backward(uint32 d, uint32 r) {
+  const __half2 positive = __hgt2(half2_of(r), __float2half2_rn(0.f));
+  return bits(__hmul2(half2_of(d), __hfma2(positive, __float2half2_rn(0.99f), __float2half2_rn(0.01f))));
+}
+// Sums over the pieces of half f of a tile, from dS and dz as they are and turned, and over psi and scale.
+DEVICE void sum_pieces(Accumulators& acc, Slots& slots, PieceSums& sums, const Half& ds, const uint4& ds_turned,
+                       const uint2 (&dz)[UT], const uint2 (&dz_turned)[UT], int f, bool spread, const Track& track,
+                       const Line& line, const Pieces& pieces, float scale, int g, int t) {
+  const uint4 tags = *(const uint4*)&line.tag[8 * t + 4 * f];
+  float drawn[2] = {};
+  // Almost always the slots have all pieces of the warp.
+  int first = track.lowest;
+  do {
+    if (spread) {
+      slots.leave(sums, acc, g, t);
+      slots.load(pieces, first, g, t);
+    }
+    uint32 ones[2], ratios[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const uint32 a = e ? tags.z : tags.x, b = e ? tags.w : tags.y;
+      const uint32 here = __heq2_mask(half2_of(__byte_perm(a, b, 0x7632)), half2_of(slots.of_row));
+      ones[e] = here & 0x3c003c00u;
+      ratios[e] = here & __byte_perm(a, b, 0x5410);
+    }
+#pragma unroll
+    for (int r = 0; r < HT; r++) mma(acc.c[r], ones[0], ratios[0], ones[1], ratios[1], ds[r][0], ds[r][1]);
+#pragma unroll
+    for (int n = 0; n < UT; n++) mma(acc.u[n], ones[0], ratios[0], ones[1], ratios[1], dz_turned[n].x, dz_turned[n].y);
+    float by_slot[4] = {};
+    mma(by_slot, ds_turned.x, ds_turned.y, ds_turned.z, ds_turned.w, slots.of_heads[0], slots.of_heads[1]);
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+      mma(by_slot, dz[2 * s].x, dz[2 * s].y, dz[2 * s + 1].x, dz[2 * s + 1].y, slots.of_units[s][0],
+          slots.of_units[s][1]);
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const uint32 piece = line.tag[key_of(2 * f + e, g)] & 0xffff0000u;
+#pragma unroll
+      for (int i = 0; i < 2; i++) drawn[e] += piece == slots.of_column[i] ? by_slot[2 * e + i] : 0.f;
+    }
+  } while (spread && (first += 8) <= track.highest);
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    acc.psi[2 * f + e] = fmaf(drawn[e], scale, acc.psi[2 * f + e]);
+    acc.row = fmaf(drawn[e], line.psi[key_of(2 * f + e, g)], acc.row);
+  }
+}
+// dA in place of Y of half f of a tile, from dS, with its summands of all sums.
+DEVICE void layers_backward(Own& ys, Accumulators& acc, Slots& slots, PieceSums& sums, const Half& xf, const Half& ds,
+                            const uint2 (&r)[UT], int f, const Layers& layers, uint32 ones, bool spread,
+                            const Track& track, const Line& line, const Pieces& pieces, float scale, int g, int t) {
+  const uint4 ds_turned = turned(ds);
+  uint2 dz[UT] = {}, dz_turned[UT];
+#pragma unroll
+  for (int s = 0; s < STEPS; s++) {
+    const uint4 b = layers.out_turned.at(0, s);
+    dz[2 * s] = mma_half(ds_turned, b.x, b.y, 0, 0);
+    dz[2 * s + 1] = mma_half(ds_turned, b.z, b.w, 0, 0);
+  }
+#pragma unroll
+  for (int n = 0; n < UT; n++) {
+    dz[n] = make_uint2(leaky_backward(dz[n].x, r[n].x), leaky_backward(dz[n].y, r[n].y));
+    dz_turned[n] = make_uint2(turn(dz[n].x), turn(dz[n].y));
+    add_product(acc.w2[n], ds, 0, turn(r[n].x), turn(r[n].y));
+    add_product(acc.w1[n], xf, 0, dz_turned[n].x, dz_turned[n].y);
+  }
+  sum_pieces(acc, slots, sums, ds, ds_turned, dz, dz_turned, f, spread, track, line, pieces, scale, g, t);
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    float da[4] = {};
+    add_heads(da, ones, ds_turned, e);
+    add_units(da, layers.in_turned, dz, e);
+    ys[0][2 * f + e] = pack(da[0], da[1]);
+    ys[1][2 * f + e] = pack(da[2], da[3]);
+  }
+}
+
+DEVICE void lay_out(Sums& sums, const Accumulators& acc, float unit, int g, int t) {
+#pragma unroll
+  for (int n = 0; n < UT; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int at = (8 * i + g) * UNITS + 8 * n + 2 * t;
+      *(float2*)&sums.w1[at] = make_float2(acc.w1[n][2 * i], acc.w1[n][2 * i + 1]);
+      *(float2*)&sums.w2[at] = make_float2(acc.w2[n][2 * i], acc.w2[n][2 * i + 1]);
+    }
+#pragma unroll
+  for (int p = 0; p < 4; p++) {
+    float sum = acc.psi[p];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    if (t == 0) sums.psi[key_of(p, g)] = unit * sum;
+  }
+}
+// The sums of the warps, in order, stored in a slot or added to a slot; line r is the distance of row m and key
+// m + KEYS - 1 - r.
+DEVICE void add_up(Slot& slot, const PieceSums (&pieces)[WARPS], const Sums (&sums)[WARPS], int add) {
+  constexpr int THREADS = 32 * WARPS;
+  auto put = [&](float& at, float sum) { at = add ? at + sum : sum; };
+  for (int i = threadIdx.x; i < PIECES * 2 * CHANNELS; i += THREADS) {
+    float sum = 0.f;
+#pragma unroll
+    for (int m = 0; m < WARPS; m++) sum += (&pieces[m][0][0][0])[i];
+    put((&slot.pieces[0][0][0])[i], sum);
+  }
+  for (int i = threadIdx.x; i < HEADS * UNITS; i += THREADS) {
+    float sum_w1 = 0.f, sum_w2 = 0.f;
+#pragma unroll
+    for (int m = 0; m < WARPS; m++) sum_w1 += sums[m].w1[i], sum_w2 += sums[m].w2[i];
+    put(slot.w1[i], sum_w1);
+    put(slot.w2[i], sum_w2);
+  }
+  for (int i = threadIdx.x; i < LINES; i += THREADS) {
+    float sum = 0.f;
+#pragma unroll
+    for (int m = 0; m < WARPS; m++) {
+      const int key = m + KEYS - 1 - i;
+      if (key >= 0 && key < KEYS) sum += sums[m].psi[key];
+    }
+    put(slot.psi[i], sum);
+  }
+}
+
+// X <- P, Y <- dA; the sums of a block are stored in its slot, or added to the slot, and the summands of scale are
+// stored for every row and KEYS neighbouring keys.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
+    features_backward(__half* x, __half* y, const float* w1, const float* w2, const Pieces* pieces, const float* psi,
+                      const float* scale, const float* lse, const uint8* mask, const int* gate, int gated, Slot* slot,
+                      float* pairs, int batch, int elements, int rows, int keys, int table_size, int shift,
+                      int first_diagonal, int band_tile, int offset, int slots, int add, int x_b, int x_t, int stat_b,
+                      int stat_h, int stat_t, int mask_b, int pair_b, int pair_t) {
+  struct Memory {
+    Pieces pieces;
+    Weights w;
+    Matrix rest;
+    Line line[WARPS];
+    PieceSums piece_sums[WARPS];
+    union {
+      Stage ring[WARPS][STAGES];
+      Sums sums[WARPS];
+    };
+  };
+  static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
+  if (gated >= 0 && *gate != gated) return;
+  extern __shared__ __align__(128) char memory[];
+  Memory& shared = *(Memory*)memory;
+  const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4,
+            t = lane % 4;
+  const Place place(q, band_tile, rows, keys);
+  const int m = place.row + warp, delta0 = q * KEYS + offset + m;
+  const int tiles = max(0, place.last - place.first), first_element = blockIdx.y * elements;
+  const int total = tiles * max(0, min(elements, batch - first_element));
+  if (add && total == 0) return;
+  load_weights(shared.w, w1, w2);
+  load_rest(shared.rest, w1);
+  load_pieces(shared.pieces, pieces);
+  PieceSums& piece_sums = shared.piece_sums[warp];
+  for (int i = lane; i < PIECES * 2 * CHANNELS; i += 32) (&piece_sums[0][0][0])[i] = 0.f;
+  Line& line = shared.line[warp];
+  Track track(line, psi, table_size, delta0, lane);
+  __syncthreads();
+  const Layers layers(shared.w, lane);
+  const uint32 ones = unit_matrix(g, t);
+  Accumulators acc;
+  Slots held;
+  held.load(shared.pieces, 0, g, t);
+  bool spread = false;  // whether the keys of the warp lie in more pieces than there are slots
+  const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS,
+            left0 = min(ROWS * tiles, rows - row0);
+  const int step = ROWS * x_t, stat_step = ROWS * stat_t, pair_step = ROWS * pair_t;
+  Cursor here = {tiles,
+                 left0,
+                 key0,
+                 (uint32)(first_element * x_b + row0 * x_t + g * BLOCK + 8 * t),
+                 (uint32)(first_element * stat_b + row0 * stat_t),
+                 (uint32)(first_element * mask_b),
+                 (uint32)(first_element * pair_b + row0 * pair_t)};
+  Cursor next = here;
+  auto advance = [&](Cursor& c) {
+    c.left -= ROWS, c.key += ROWS, c.at += step, c.stat += stat_step, c.pair += pair_step;
+    if (--c.tiles == 0) {
+      c.tiles = tiles, c.left = left0, c.key = key0;
+      c.at += x_b - tiles * step, c.stat += stat_b - tiles * stat_step, c.pair += pair_b - tiles * pair_step;
+      c.mask += mask_b;
+    }
+  };
+  Stage* const ring = shared.ring[warp];
+  int fetched = 0;
+  auto fetch = [&](int into) {
+    const bool real = fetched++ < total && next.left > 0;
+    const uint32 from = real ? next.at + along(next.key) : 0;
+    fetch_tile(ring[into].x, x + from, real, g, lane);
+    fetch_tile(ring[into].y, y + from, real, g, lane);
+    const int index = shift + row0 + left0 - next.left;  // of the row
+    const bool later = lane < HEADS ? real : real && index >= 0;
+    const float* const number =
+        lane < HEADS ? lse + (later ? next.stat + min(lane, H - 1) * stat_h : 0) : scale + (later ? index : 0);
+    if (lane <= HEADS) copy4(address(&ring[into].numbers[lane]), number, later);
+    commit();
+    advance(next);
+  };
+#pragma unroll
+  for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch(ahead);
+  // All warps of a block walk equally far, and skip rows past the last.
+  for (int n = 0, stage_of = 0; n < total; n++, advance(here), stage_of = stage_of == STAGES - 1 ? 0 : stage_of + 1) {
+    fetch(stage_of == 0 ? STAGES - 1 : stage_of - 1);
+    const bool whole = sees_all(delta0) && here.key + KEYS <= keys;
+    wait<STAGES - 1>();
+    __syncwarp();
+    if (here.left > 0) {
+      const Stage& stage = ring[stage_of];
+      const float own_scale = stage.numbers[HEADS];
+      if (track.find(line, shared.pieces, own_scale, lane)) {
+        spread = track.highest - track.lowest >= 8;
+        if (!spread && (track.lowest < held.first || track.highest >= held.first + 8)) {
+          held.leave(piece_sums, acc, g, t);
+          held.load(shared.pieces, track.lowest, g, t);
+        }
+      }
+      line.tag[lane] = track.tag(own_scale);
+      __syncwarp();
+      acc.row = 0.f;
+      Own xs, ys;
+      take_tile(xs, stage.x, lane);
+      take_tile(ys, stage.y, lane);
+#pragma unroll
+      for (int f = 0; f < 2; f++) {
+        Half xf, yf;
+        uint32 seen[2];
+        float s[2][4];
+        uint2 r[UT];
+        take_half(xf, xs, f);
+        take_half(yf, ys, f);
+        if (!whole) {
+          look(seen, f, true, delta0, here.key, t, keys, mask + here.mask);
+          hide(xf, seen);
+          hide(yf, seen);
+        }
+        both_layers(s, r, xf, f, shared.w.in, shared.rest, layers.out, ones, track, line, shared.pieces, own_scale, g,
+                    t);
+        softmax_backward(xs, yf, s, f, stage, whole, seen, g);
+        layers_backward(ys, acc, held, piece_sums, xf, yf, r, f, layers, ones, spread, track, line, shared.pieces,
+                        own_scale, g, t);
+      }
+      const uint32 to = here.at + along(here.key);
+      store_tile(xs, x + to, true, g);
+      store_tile(ys, y + to, true, g);
+#pragma unroll
+      for (int lanes = 16; lanes; lanes /= 2) acc.row += __shfl_xor_sync(~0u, acc.row, lanes);
+      if (lane == 0) pairs[here.pair + here.key / KEYS] = shared.pieces.unit * acc.row;
+    }
+    __syncwarp();
+  }
+  wait<0>();
+  held.leave(piece_sums, acc, g, t);
+  __syncthreads();
+  lay_out(shared.sums[warp], acc, shared.pieces.unit, g, t);
+  __syncthreads();
+  slot += (long long)(blockIdx.y * (gridDim.z / SHARES) + blockIdx.z / SHARES) * slots + blockIdx.x * SHARES +
+          blockIdx.z % SHARES;
+  add_up(*slot, shared.piece_sums, shared.sums, add);
+}
