@@ -145,7 +145,7 @@ def test_a_plan_notes_all_that_several_bands_start(emulated, monkeypatch):
         {"    wait<STAGES - 1>();\n": ""},
         {"piece += pieces.edge[p] < ratio;": "piece += pieces.edge[p] < 0.9f * ratio;"},
         {"sum += fmaf(v, m, c) * once": "sum += c * once"},
-        {"slots.leave(sums, acc, g, t);": ""},
+        {"slots.leave(acc, track);": ""},
     ],
 )
 def test_a_wrong_kernel_is_noticed(emulated):

@@ -40,23 +40,37 @@ struct Line {
   } at[KEYS];
   uint32 tag[KEYS];
 };
-// What lane l knows: psi and the piece of key l, whether all keys are in one piece, and the lane's entries of that.
+// What a lane knows of its warp: l follows the piece of key l. If all keys are `alike`, in one piece, the lane has its
+// own entries of that.
 struct Track {
-  float psi, lower, upper;
-  int piece, lowest, highest;
-  bool alike;
+  const Pieces& pieces;
+  Line& line;
+  const int lane, g, t;
+  const uint32 ones;  // of the unit matrix, as an A operand
+  float psi, scale = 0.f, lower = -NEVER, upper = NEVER;
+  int lowest = 0, highest = 0;
+  bool alike = false;
   float m;
   float4 u[UT];
   float2 c[HT];
-  __device__ Track(Line& line, const float* psi_table, int size, int delta0, int lane)
-      : psi(psi_table[min(max(delta0 - lane, 0), size - 1)]), lower(-NEVER), upper(NEVER), alike(false) {
+  __device__ Track(const Pieces& pieces, Line& line, const float* psi_table, int size, int delta0, int lane)
+      : pieces(pieces),
+        line(line),
+        lane(lane),
+        g(lane / 4),
+        t(lane % 4),
+        ones(2 * t == g       ? 0x3c00u
+             : 2 * t + 1 == g ? 0x3c000000u
+                              : 0u),
+        psi(psi_table[min(max(delta0 - lane, 0), size - 1)]) {
     line.psi[lane] = psi;
   }
-  // Finds the pieces of a row's keys, and returns whether any is another than before.
-  DEVICE bool find(Line& line, const Pieces& pieces, float scale, int lane) {
+  // Goes on to a row, and returns whether any key has another piece than before.
+  DEVICE bool find(float of_row) {
+    scale = of_row;
     const float ratio = psi * scale;
     if (!__any_sync(~0u, !(lower < ratio && ratio <= upper))) return false;
-    piece = 0;
+    int piece = 0;
 #pragma unroll 8
     for (int p = 1; p < PIECES; p++) piece += pieces.edge[p] < ratio;
     lower = pieces.edge[piece];
@@ -68,19 +82,20 @@ struct Track {
     alike = lowest == highest;
     m = lower_end(pieces.edge[lowest]);
 #pragma unroll
-    for (int n = 0; n < UT; n++) u[n] = pieces.u[lowest][n][lane % 4];
+    for (int n = 0; n < UT; n++) u[n] = pieces.u[lowest][n][t];
 #pragma unroll
-    for (int r = 0; r < HT; r++) c[r] = pieces.c[lowest][8 * r + lane / 4];
+    for (int r = 0; r < HT; r++) c[r] = pieces.c[lowest][8 * r + g];
     __syncwarp();
     return true;
   }
-  DEVICE uint32 tag(float scale) const { return pack(fmaf(psi, scale, -lower_end(lower)), (float)piece); }
 };
 
 // The logits' c and the hidden units' u of half f of a tile, as accumulators of products.
-DEVICE void load_tables(float (&s)[2][4], float (&z)[UT][4], int f, const Track& track, const Line& line,
-                        const Pieces& pieces, float scale, int g, int t) {
-  const int first = 8 * t + 4 * f;
+DEVICE void load_tables(float (&s)[2][4], float (&z)[UT][4], int f, const Track& track) {
+  const Pieces& pieces = track.pieces;
+  const Line& line = track.line;
+  const int g = track.g, t = track.t, first = 8 * t + 4 * f;
+  const float scale = track.scale;
   const float4 psi = *(const float4*)&line.psi[first];
   auto add_units = [&](int e, const float4(&own)[UT], float m) {
     const float risen = fmaf(line.psi[key_of(2 * f + e, g)], scale, -m);
@@ -145,25 +160,22 @@ DEVICE void add_units(float (&sum)[4], const Held& w, const uint2 (&v)[UT], int 
     mma(sum, a.x, a.y, a.z, a.w, e ? v[2 * s].y : v[2 * s].x, e ? v[2 * s + 1].y : v[2 * s + 1].x);
   }
 }
-// sum + v[head, key] for key tile e of the pair that was turned into `v`: a product with the unit matrix, of which a
-// lane has `ones`.
+// sum + v[head, key] for key tile e of the pair that was turned into `v`: a product with the unit matrix.
 DEVICE void add_heads(float (&sum)[4], uint32 ones, const uint4& v, int e) {
   mma(sum, ones, 0, 0, ones, e ? v.y : v.x, e ? v.w : v.z);
 }
-DEVICE uint32 unit_matrix(int g, int t) { return 2 * t == g ? 0x3c00u : 2 * t + 1 == g ? 0x3c000000u : 0u; }
 // The logits of half f of a tile, in float32, and the hidden units r.
 DEVICE void both_layers(float (&s)[2][4], uint2 (&r)[UT], const Half& xf, int f, const Matrix& in, const Matrix& rest,
-                        const Held& out, uint32 ones, const Track& track, const Line& line, const Pieces& pieces,
-                        float scale, int g, int t) {
+                        const Held& out, const Track& track) {
   float z[UT][4];
-  load_tables(s, z, f, track, line, pieces, scale, g, t);
+  load_tables(s, z, f, track);
   const uint4 x = turned(xf);
-  add_layer(z, x, in, rest, 4 * g + t);
+  add_layer(z, x, in, rest, track.lane);
 #pragma unroll
   for (int n = 0; n < UT; n++) r[n] = make_uint2(leaky(z[n][0], z[n][1]), leaky(z[n][2], z[n][3]));
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    add_heads(s[e], ones, x, e);
+    add_heads(s[e], track.ones, x, e);
     add_units(s[e], out, r, e);
   }
 }

@@ -4,11 +4,12 @@
 // a key lies in the piece of a slot. A warp has 8 slots in its registers, for neighbouring pieces. The slots move,
 // and leave their sums in shared memory, when a key lies in another piece.
 
-// The second layer of a lane, and the transposes of both.
+// The two layers, and their transposes, of which a lane has those in registers for which there is room.
 struct Layers {
+  const Matrix &in, &rest;
   Held out, out_turned, in_turned;
-  __device__ Layers(const Weights& w, int lane)
-      : out(w.out, lane), out_turned(w.out_turned, lane), in_turned(w.in_turned, lane) {}
+  __device__ Layers(const Weights& w, const Matrix& rest, int lane)
+      : in(w.in), rest(rest), out(w.out, lane), out_turned(w.out_turned, lane), in_turned(w.in_turned, lane) {}
 };
 // A tile of X and of Y under way, with the log-sum-exps of all heads of the row, and behind them its scale.
 struct Stage {
@@ -30,18 +31,25 @@ struct Slot {
   float w1[HEADS * UNITS], w2[HEADS * UNITS], psi[LINES];
 };
 
-// The pieces of the slots, from `first` on; the number of the lane's slots in fp16, by row and by column of a product;
-// and slopes [head or unit, slot].
+// The pieces of the slots, from `first` on, or several times 8 if the keys of a warp are `spread` over more; the number
+// of the lane's slots in fp16, by row and by column of a product; and slopes [head or unit, slot].
 struct Slots {
+  PieceSums& sums;
   int first = 0;
+  bool spread = false;
   uint32 of_row, of_column[2], of_heads[2], of_units[STEPS][2];
-  DEVICE void load(const Pieces& pieces, int to, int g, int t) {
+  __device__ Slots(PieceSums& sums, const Track& track) : sums(sums) {
+    for (int i = track.lane; i < PIECES * 2 * CHANNELS; i += 32) (&sums[0][0][0])[i] = 0.f;
+    load(track, 0);
+    __syncwarp();
+  }
+  DEVICE void load(const Track& track, int to) {
     first = to;
-    const float row = (float)(to + g), column = (float)(to + 2 * t);
+    const float row = (float)(to + track.g), column = (float)(to + 2 * track.t);
     of_row = pack(row, row);
     of_column[0] = pack(0.f, column);
     of_column[1] = pack(0.f, column + 1.f);
-    const uint32* const line = pieces.slope[min(to + g, PIECES - 1)] + t;
+    const uint32* const line = track.pieces.slope[min(to + track.g, PIECES - 1)] + track.t;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       of_heads[i] = line[4 * i];
@@ -49,22 +57,29 @@ struct Slots {
       for (int s = 0; s < STEPS; s++) of_units[s][i] = line[HEADS / 2 + 8 * s + 4 * i];
     }
   }
-  DEVICE void leave(PieceSums& sums, Accumulators& acc, int g, int t) {
+  DEVICE void leave(Accumulators& acc, const Track& track) {
     auto add = [&](float (&c)[4], int channel) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        if (first + g < PIECES) {
-          float2& to = *(float2*)&sums[first + g][i][channel];
+        if (first + track.g < PIECES) {
+          float2& to = *(float2*)&sums[first + track.g][i][channel + 2 * track.t];
           to = make_float2(to.x + c[2 * i], to.y + c[2 * i + 1]);
         }
         c[2 * i] = c[2 * i + 1] = 0.f;
       }
     };
 #pragma unroll
-    for (int r = 0; r < HT; r++) add(acc.c[r], 8 * r + 2 * t);
+    for (int r = 0; r < HT; r++) add(acc.c[r], 8 * r);
 #pragma unroll
-    for (int n = 0; n < UT; n++) add(acc.u[n], HEADS + 8 * n + 2 * t);
+    for (int n = 0; n < UT; n++) add(acc.u[n], HEADS + 8 * n);
     __syncwarp();
+  }
+  // Moves to the pieces of a row, if another row than before has others.
+  DEVICE void move(Accumulators& acc, const Track& track) {
+    spread = track.highest - track.lowest >= 8;
+    if (spread || (track.lowest >= first && track.highest < first + 8)) return;
+    leave(acc, track);
+    load(track, track.lowest);
   }
 };
 
@@ -103,17 +118,15 @@ DEVICE uint32 leaky_backward(uint32 d, uint32 r) {
   return bits(__hmul2(half2_of(d), __hfma2(positive, __float2half2_rn(0.99f), __float2half2_rn(0.01f))));
 }
 // Sums over the pieces of half f of a tile, from dS and dz as they are and turned, and over psi and scale.
-DEVICE void sum_pieces(Accumulators& acc, Slots& slots, PieceSums& sums, const Half& ds, const uint4& ds_turned,
-                       const uint2 (&dz)[UT], const uint2 (&dz_turned)[UT], int f, bool spread, const Track& track,
-                       const Line& line, const Pieces& pieces, float scale, int g, int t) {
-  const uint4 tags = *(const uint4*)&line.tag[8 * t + 4 * f];
+DEVICE void sum_pieces(Accumulators& acc, Slots& slots, const Half& ds, const uint4& ds_turned, const uint2 (&dz)[UT],
+                       const uint2 (&dz_turned)[UT], int f, const Track& track) {
+  const uint4 tags = *(const uint4*)&track.line.tag[8 * track.t + 4 * f];
   float drawn[2] = {};
-  // Almost always the slots have all pieces of the warp.
   int first = track.lowest;
-  do {
-    if (spread) {
-      slots.leave(sums, acc, g, t);
-      slots.load(pieces, first, g, t);
+  do {  // nearly always once
+    if (slots.spread) {
+      slots.leave(acc, track);
+      slots.load(track, first);
     }
     uint32 ones[2], ratios[2];
 #pragma unroll
@@ -135,23 +148,22 @@ DEVICE void sum_pieces(Accumulators& acc, Slots& slots, PieceSums& sums, const H
           slots.of_units[s][1]);
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const uint32 piece = line.tag[key_of(2 * f + e, g)] & 0xffff0000u;
+      const uint32 piece = track.line.tag[key_of(2 * f + e, track.g)] & 0xffff0000u;
 #pragma unroll
       for (int i = 0; i < 2; i++) drawn[e] += piece == slots.of_column[i] ? by_slot[2 * e + i] : 0.f;
     }
-  } while (spread && (first += 8) <= track.highest);
+  } while (slots.spread && (first += 8) <= track.highest);
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    acc.psi[2 * f + e] = fmaf(drawn[e], scale, acc.psi[2 * f + e]);
-    acc.row = fmaf(drawn[e], line.psi[key_of(2 * f + e, g)], acc.row);
+    acc.psi[2 * f + e] = fmaf(drawn[e], track.scale, acc.psi[2 * f + e]);
+    acc.row = fmaf(drawn[e], track.line.psi[key_of(2 * f + e, track.g)], acc.row);
   }
 }
 // dA in place of Y of half f of a tile, from dS, with its summands of all sums.
-DEVICE void layers_backward(Own& ys, Accumulators& acc, Slots& slots, PieceSums& sums, const Half& xf, const Half& ds,
-                            const uint2 (&r)[UT], int f, const Layers& layers, uint32 ones, bool spread,
-                            const Track& track, const Line& line, const Pieces& pieces, float scale, int g, int t) {
+DEVICE void layers_backward(Own& ys, Accumulators& acc, Slots& slots, const Half& xf, const Half& ds,
+                            const uint2 (&r)[UT], int f, const Layers& layers, const Track& track) {
   const uint4 ds_turned = turned(ds);
-  uint2 dz[UT] = {}, dz_turned[UT];
+  uint2 dz[UT], dz_turned[UT];
 #pragma unroll
   for (int s = 0; s < STEPS; s++) {
     const uint4 b = layers.out_turned.at(0, s);
@@ -165,15 +177,45 @@ DEVICE void layers_backward(Own& ys, Accumulators& acc, Slots& slots, PieceSums&
     add_product(acc.w2[n], ds, 0, turn(r[n].x), turn(r[n].y));
     add_product(acc.w1[n], xf, 0, dz_turned[n].x, dz_turned[n].y);
   }
-  sum_pieces(acc, slots, sums, ds, ds_turned, dz, dz_turned, f, spread, track, line, pieces, scale, g, t);
+  sum_pieces(acc, slots, ds, ds_turned, dz, dz_turned, f, track);
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     float da[4] = {};
-    add_heads(da, ones, ds_turned, e);
+    add_heads(da, track.ones, ds_turned, e);
     add_units(da, layers.in_turned, dz, e);
     ys[0][2 * f + e] = pack(da[0], da[1]);
     ys[1][2 * f + e] = pack(da[2], da[3]);
   }
+}
+// P and dA in place of X and Y of a tile, with its summands of all sums, in acc.row those of its row's scale.
+DEVICE void tile_backward(Own& xs, Own& ys, Accumulators& acc, Slots& slots, const Stage& stage, const Layers& layers,
+                          Track& track, bool whole, int delta0, int key, int keys, const uint8* mask) {
+  if (track.find(stage.numbers[HEADS])) slots.move(acc, track);
+  track.line.tag[track.lane] =
+      pack(fmaf(track.psi, track.scale, -lower_end(track.lower)), (float)track.line.at[track.lane].piece);
+  __syncwarp();
+  acc.row = 0.f;
+  take_tile(xs, stage.x, track.lane);
+  take_tile(ys, stage.y, track.lane);
+#pragma unroll
+  for (int f = 0; f < 2; f++) {
+    Half xf, yf;
+    uint32 seen[2];
+    float s[2][4];
+    uint2 r[UT];
+    take_half(xf, xs, f);
+    take_half(yf, ys, f);
+    if (!whole) {
+      look(seen, f, true, delta0, key, track.t, keys, mask);
+      hide(xf, seen);
+      hide(yf, seen);
+    }
+    both_layers(s, r, xf, f, layers.in, layers.rest, layers.out, track);
+    softmax_backward(xs, yf, s, f, stage, whole, seen, track.g);
+    layers_backward(ys, acc, slots, xf, yf, r, f, layers, track);
+  }
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) acc.row += __shfl_xor_sync(~0u, acc.row, lanes);
 }
 
 DEVICE void lay_out(Sums& sums, const Accumulators& acc, float unit, int g, int t) {
@@ -255,17 +297,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   load_weights(shared.w, w1, w2);
   load_rest(shared.rest, w1);
   load_pieces(shared.pieces, pieces);
-  PieceSums& piece_sums = shared.piece_sums[warp];
-  for (int i = lane; i < PIECES * 2 * CHANNELS; i += 32) (&piece_sums[0][0][0])[i] = 0.f;
-  Line& line = shared.line[warp];
-  Track track(line, psi, table_size, delta0, lane);
+  Track track(shared.pieces, shared.line[warp], psi, table_size, delta0, lane);
   __syncthreads();
-  const Layers layers(shared.w, lane);
-  const uint32 ones = unit_matrix(g, t);
+  const Layers layers(shared.w, shared.rest, lane);
   Accumulators acc;
-  Slots held;
-  held.load(shared.pieces, 0, g, t);
-  bool spread = false;  // whether the keys of the warp lie in more pieces than there are slots
+  Slots held(shared.piece_sums[warp], track);
   const int row0 = place.first * ROWS + m, key0 = place.start + place.first * ROWS,
             left0 = min(ROWS * tiles, rows - row0);
   const int step = ROWS * x_t, stat_step = ROWS * stat_t, pair_step = ROWS * pair_t;
@@ -309,51 +345,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     wait<STAGES - 1>();
     __syncwarp();
     if (here.left > 0) {
-      const Stage& stage = ring[stage_of];
-      const float own_scale = stage.numbers[HEADS];
-      if (track.find(line, shared.pieces, own_scale, lane)) {
-        spread = track.highest - track.lowest >= 8;
-        if (!spread && (track.lowest < held.first || track.highest >= held.first + 8)) {
-          held.leave(piece_sums, acc, g, t);
-          held.load(shared.pieces, track.lowest, g, t);
-        }
-      }
-      line.tag[lane] = track.tag(own_scale);
-      __syncwarp();
-      acc.row = 0.f;
       Own xs, ys;
-      take_tile(xs, stage.x, lane);
-      take_tile(ys, stage.y, lane);
-#pragma unroll
-      for (int f = 0; f < 2; f++) {
-        Half xf, yf;
-        uint32 seen[2];
-        float s[2][4];
-        uint2 r[UT];
-        take_half(xf, xs, f);
-        take_half(yf, ys, f);
-        if (!whole) {
-          look(seen, f, true, delta0, here.key, t, keys, mask + here.mask);
-          hide(xf, seen);
-          hide(yf, seen);
-        }
-        both_layers(s, r, xf, f, shared.w.in, shared.rest, layers.out, ones, track, line, shared.pieces, own_scale, g,
-                    t);
-        softmax_backward(xs, yf, s, f, stage, whole, seen, g);
-        layers_backward(ys, acc, held, piece_sums, xf, yf, r, f, layers, ones, spread, track, line, shared.pieces,
-                        own_scale, g, t);
-      }
+      tile_backward(xs, ys, acc, held, ring[stage_of], layers, track, whole, delta0, here.key, keys, mask + here.mask);
       const uint32 to = here.at + along(here.key);
       store_tile(xs, x + to, true, g);
       store_tile(ys, y + to, true, g);
-#pragma unroll
-      for (int lanes = 16; lanes; lanes /= 2) acc.row += __shfl_xor_sync(~0u, acc.row, lanes);
       if (lane == 0) pairs[here.pair + here.key / KEYS] = shared.pieces.unit * acc.row;
     }
     __syncwarp();
   }
   wait<0>();
-  held.leave(piece_sums, acc, g, t);
+  held.leave(acc, track);
   __syncthreads();
   lay_out(shared.sums[warp], acc, shared.pieces.unit, g, t);
   __syncthreads();

@@ -25,11 +25,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   load_weights(shared.w, w1, w2);
   load_rest(shared.rest, w1);
   load_pieces(shared.pieces, pieces);
-  Line& line = shared.line[warp];
-  Track track(line, psi, table_size, delta0, lane);
+  Track track(shared.pieces, shared.line[warp], psi, table_size, delta0, lane);
   __syncthreads();
   const Held out(shared.w.out, lane);
-  const uint32 ones = unit_matrix(g, t);
   x += (long long)blockIdx.y * x_b + g * BLOCK + 8 * t;
   mask += blockIdx.y * mask_b;
   Stage* const ring = shared.ring[warp];
@@ -51,10 +49,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     __syncwarp();
     if (row < rows) {
       const Stage& stage = ring[tile % STAGES];
-      const float own_scale = stage.scale[0];
       Own xs;
       take_tile(xs, stage.x, lane);
-      track.find(line, shared.pieces, own_scale, lane);
+      track.find(stage.scale[0]);
 #pragma unroll
       for (int f = 0; f < 2; f++) {
         Half xf;
@@ -66,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           look(seen, f, true, delta0, key, t, keys, mask);
           hide(xf, seen);
         }
-        both_layers(s, r, xf, f, shared.w.in, shared.rest, out, ones, track, line, shared.pieces, own_scale, g, t);
+        both_layers(s, r, xf, f, shared.w.in, shared.rest, out, track);
 #pragma unroll
         for (int e = 0; e < 2; e++)
 #pragma unroll
