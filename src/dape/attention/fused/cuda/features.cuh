@@ -9,8 +9,8 @@
 // Along a diagonal psi never changes, and no ratio where scale does not either. All keys of a warp mostly lie in one
 // piece, whose entries a lane has in registers. Otherwise a lane looks its entries up.
 
-// What rounding to fp16 left of W1: a hidden unit near zero has the gradient of its sign, and the
-// rounding of a layer would turn the units of all keys alike.
+// The rounding error of W1 in fp16. A hidden unit near zero has the gradient of its sign, and the rounding of a layer
+// would turn the units of all keys alike.
 DEVICE void load_rest(Matrix& rest, const float* w1) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   if (lane >= 32) return;
@@ -40,8 +40,8 @@ struct Line {
   } at[KEYS];
   uint32 tag[KEYS];
 };
-// What a lane knows of its warp: l follows the piece of key l. If all keys are `alike`, in one piece, the lane has its
-// own entries of that.
+// The pieces of a warp's keys. Lane l follows the piece of key l. If all keys are `alike`, in one piece, every lane has
+// its entries of that piece in registers.
 struct Track {
   const Pieces& pieces;
   Line& line;
