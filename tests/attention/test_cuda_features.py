@@ -144,7 +144,7 @@ def test_a_plan_notes_all_that_several_bands_start(emulated, monkeypatch):
     [
         {"    wait<STAGES - 1>();\n": ""},
         {"piece += pieces.edge[p] < ratio;": "piece += pieces.edge[p] < 0.9f * ratio;"},
-        {"sum += fmaf(v, m, c) * once": "sum += c * once"},
+        {"sum + (fmaf(v, m, c) * once": "sum + (c * once"},
         {"slots.leave(acc, track);": ""},
     ],
 )

@@ -175,7 +175,7 @@ def shared_memory(name: str, units: int, features: int) -> int:
     """Return the bytes of shared memory of a kernel for padded numbers of units and features."""
     pieces, channels = features + 1, HEADS + units
     if name.startswith("pieces"):
-        return 4 * (4 * features + pieces + 1 + 2 * channels)
+        return 4 * (5 * features + pieces + 1 + 2 * channels)
     matrix, tile, line = 2 * HEADS * units, 2 * HEADS * mix.TILE, 16 * mix.TILE
     tables = piece_tables(units, features)
     if name == "features_mix":

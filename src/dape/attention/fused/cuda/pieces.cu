@@ -14,14 +14,15 @@ extern "C" __global__ void pieces(Pieces* found, const float* hidden_table, cons
   const float m = lower_end(spans.edge[p]);
   float a = 0.f, b = 0.f, bound = 0.f;
   if (channel < CHANNELS) {
-    a = entry(hidden_table, static_table, channel, 0);
+    const Entries entries(hidden_table, static_table, channel);
+    a = entries.at(0);
+#pragma unroll 8
     for (int k = 0; k < F; k++) {
-      const float own = entry(hidden_table, static_table, channel, k + 1), rise = spans.v[k] * own;
+      const float own = entries.at(k + 1), rise = spans.v[k] * own;
       bound += fabsf(rise);
-      if (p >= spans.from[k] && p < spans.to[k]) {
-        a = fmaf(fmaf(spans.v[k], m, spans.c[k]), own, a);
-        b += rise;
-      }
+      const bool here = p >= spans.from[k] && p < spans.to[k];
+      a = here ? fmaf(fmaf(spans.v[k], m, spans.c[k]), own, a) : a;
+      b = here ? b + rise : b;
     }
     shared.bound[channel] = bound;
     shared.slope[channel] = b;

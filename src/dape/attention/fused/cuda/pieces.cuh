@@ -21,25 +21,24 @@ DEVICE float lower_end(float edge) { return edge > 0.f && edge < -NEVER ? edge :
 
 // The edges of the pieces, and the pieces [from, to) in which a feature is not zero.
 struct Spans {
-  float v[FEATURES], c[FEATURES], edge[PIECES + 1];
+  float v[FEATURES], c[FEATURES], end[FEATURES], edge[PIECES + 1];
   int from[FEATURES], to[FEATURES];
 };
-DEVICE float end_of(float v, float c) { return (v > 0.f && c <= 0.f) || (v < 0.f && c > 0.f) ? -c / v : -NEVER; }
 DEVICE void find_spans(Spans& spans, const float* weight, const float* bias) {
   const int k = threadIdx.x;
   if (k < FEATURES) {
-    spans.v[k] = k < F ? weight[k] : 0.f;
-    spans.c[k] = k < F ? bias[k] : 0.f;
+    const float v = k < F ? weight[k] : 0.f, c = k < F ? bias[k] : 0.f;
+    spans.v[k] = v;
+    spans.c[k] = c;
+    spans.end[k] = (v > 0.f && c <= 0.f) || (v < 0.f && c > 0.f) ? -c / v : -NEVER;
   }
   if (k <= PIECES) spans.edge[k] = k ? -NEVER : -1.f;
   __syncthreads();
   if (k < FEATURES) {
-    const float v = spans.v[k], c = spans.c[k], end = end_of(v, c);
+    const float v = spans.v[k], c = spans.c[k], end = spans.end[k];
     int rank = 0;
-    for (int j = 0; j < FEATURES; j++) {
-      const float other = end_of(spans.v[j], spans.c[j]);
-      rank += other < end || (other == end && j < k);
-    }
+#pragma unroll 8
+    for (int j = 0; j < FEATURES; j++) rank += spans.end[j] < end || (spans.end[j] == end && j < k);
     const bool ends = end < -NEVER, never = !ends && v <= 0.f && c <= 0.f;
     spans.from[k] = ends && v > 0.f ? rank + 1 : 0;
     spans.to[k] = never ? 0 : ends && v < 0.f ? rank + 1 : PIECES;
@@ -47,9 +46,14 @@ DEVICE void find_spans(Spans& spans, const float* weight, const float* bias) {
   }
   __syncthreads();
 }
-// Entry k of the table of a channel, a head or a unit; entry 0 is that of the feature 1.
-DEVICE float entry(const float* hidden_table, const float* static_table, int channel, int k) {
-  const int unit = channel - HEADS;
-  if (channel < HEADS) return channel < H ? static_table[channel * (F + 1) + k] : 0.f;
-  return unit < D ? hidden_table[k * D + unit] : 0.f;
-}
+// The entries of a channel, a head or a unit, in the tables; the first is that of the feature 1.
+struct Entries {
+  const float* from;
+  int step;
+  bool real;
+  __device__ Entries(const float* hidden_table, const float* static_table, int channel)
+      : from(channel < HEADS ? static_table + channel * (F + 1) : hidden_table + channel - HEADS),
+        step(channel < HEADS ? 1 : D),
+        real(channel < HEADS ? channel < H : channel - HEADS < D) {}
+  DEVICE float at(int k) const { return real ? from[k * step] : 0.f; }
+};

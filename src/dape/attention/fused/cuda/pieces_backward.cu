@@ -19,16 +19,18 @@ extern "C" __global__ void pieces_backward(const float* total, const float* hidd
     const float v = k ? spans.v[k - 1] : 0.f, c = k ? spans.c[k - 1] : 1.f;
     const int from = k ? spans.from[k - 1] : 0, to = k ? spans.to[k - 1] : PIECES;
     float sum = 0.f, of_v = 0.f, of_c = 0.f;
-    for (int p = from; p < to; p++) {
+#pragma unroll 8
+    for (int p = 0; p < PIECES; p++) {
+      const bool here = p >= from && p < to;
       const float m = lower_end(spans.edge[p]), once = total[2 * p * CHANNELS + channel],
                   risen = total[(2 * p + 1) * CHANNELS + channel];
-      sum += fmaf(v, m, c) * once + v * risen;
-      of_c += once;
-      of_v += fmaf(m, once, risen);
+      sum = here ? sum + (fmaf(v, m, c) * once + v * risen) : sum;
+      of_c = here ? of_c + once : of_c;
+      of_v = here ? of_v + fmaf(m, once, risen) : of_v;
     }
     if (channel < H) grad_static[channel * (F + 1) + k] = sum;
     if (unit >= 0 && unit < D) grad_hidden[k * D + unit] = sum;
-    const float own = entry(hidden_table, static_table, channel, k);
+    const float own = Entries(hidden_table, static_table, channel).at(k);
     shared.of_v[channel] = own * of_v;
     shared.of_c[channel] = own * of_c;
   }
