@@ -191,9 +191,10 @@ def source(name: str, *values: int) -> str:
     defines |= {"HEADS": HEADS, "CAUSAL": 1, "ROWS": mix.TILE, "KEYS": mix.TILE}
     defines |= {"WARPS": mix.WARPS, "STAGES": mix.STAGES, "BLOCK": ALIGNMENT}
     defines |= {"SHARED": shared_memory(name, *sizes), "BLOCKS": mix.RESIDENT}
+    shared: tuple[str, ...] = () if name.startswith("pieces") else ("features.cuh",)
     if name == "features_backward":
         defines["BACKWARD"] = 1
-    shared = () if name.startswith("pieces") else ("features.cuh",)
+        shared = *shared, "features_slots.cuh"
     return source_of(defines, "pairs.cuh", "tile.cuh", "pieces.cuh", *shared, f"{name}.cu")
 
 
