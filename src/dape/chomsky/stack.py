@@ -30,7 +30,6 @@ from dape.chomsky.mapped import (
 )
 from dape.chomsky.task import Draw, Sample, Task
 from dape.model.configuration import DapeConfig
-from dape.positions.bias import T5
 
 NOISE = 2**32  # added to a seed for dropout and randomised positions
 PART = 8  # examples of a product of weights; see `Stack.forward`
@@ -104,9 +103,7 @@ class Stack:
         self._draw = Draw(self._data, training.batch_size)
         self.losses = torch.zeros(len(self.seeds), device=self.device)
         self._graphs = Graphs([*self._data, *self._noise])
-        # T5 copies a table from the host at every call, forbidden in a capture.
-        has_table = any(isinstance(module, T5) for module in self.encoder.modules())
-        self._captures = on_gpu and not has_table
+        self._captures = on_gpu
         self._embed = stacked(Method(self.encoder, Encoder.embed), (0, None, 1))
         self._read = stacked(Method(self.encoder, Encoder.read), (0, None))
         self._layer_names = [name for name, _ in self.encoder.layers[0].named_parameters()]
