@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -26,6 +26,7 @@ class Evaluation:
     """most tokens in a forward pass; a longer sequence goes alone"""
 
 
+@runtime_checkable
 class Models(Protocol):
     """Models of a task that answer equal examples."""
 
