@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
+# Rows of a parameter that a program can sum by.
+MOST_ROWS = 128
 
 
 class How(NamedTuple):
@@ -73,6 +75,8 @@ def form_of(bias: nn.Module | None) -> Formed | None:
         return None
     p0, p1 = (*(getattr(bias, name) for name in found.parameters), None, None)[:2]
     span = 0 if found.span is None else getattr(bias, found.span)
+    if rows_of(p0, span) > MOST_ROWS:
+        return None
     return Formed(name_of(type(bias)), p0, p1, span)
 
 
