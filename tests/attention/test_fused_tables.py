@@ -103,10 +103,11 @@ def test_a_table_of_large_distances_is_as_exact_as_float32():
 
 
 @pytest.mark.parametrize(
-    ("num_buckets", "max_distance"), [(32, 128), (32, 256), (2, 9), (7, 50), (100, 700)]
+    ("num_buckets", "max_distance"), [(32, 128), (32, 256), (2, 9), (7, 50), (100, 700), (200, 700)]
 )
 def test_the_kernel_has_the_buckets_of_t5(num_buckets, max_distance):
     bias = dape.T5(HEADS, num_buckets, max_distance)
+    assert (operators.form_of(bias) is None) == (num_buckets > operators.MOST_ROWS)
     (found,) = tables(bias, None, HEADS, 1000, CPU)
     distances = torch.arange(1000)
     assert torch.equal(found, bias(distances, distances[:1])[..., 0])

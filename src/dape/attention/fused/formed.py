@@ -8,6 +8,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from dape.attention.fused.forms import Form
 
+# Rows of a parameter that a program of the backward pass can sum by.
+MOST_ROWS = 128
+
 
 class Formed(NamedTuple):
     """The name of the form of a bias, its parameters, and the span; B = 0 for an empty name."""
@@ -29,6 +32,8 @@ def form_of(bias: nn.Module | None) -> Formed | None:
         return None
     p0, p1 = (*(getattr(bias, name) for name in found.parameters), None, None)[:2]
     span = 0 if found.span is None else getattr(bias, found.span)
+    if rows_of(p0, span) > MOST_ROWS:
+        return None
     return Formed(name_of(type(bias)), p0, p1, span)
 
 
