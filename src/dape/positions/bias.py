@@ -255,7 +255,7 @@ class T5(Bias):
         """Draw W anew."""
         nn.init.xavier_normal_(self.weight)
 
-    def starts(self, device: torch.device | None = None) -> Float[Tensor, "buckets-1"]:
+    def starts(self, device: torch.device | None = None) -> Float[Tensor, " starts"]:
         """Return the first distance of each bucket except the bucket of 0, in float64.
 
         A list of Python would be copied from the host, and a CUDA graph holds no such copy.
