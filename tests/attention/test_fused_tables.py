@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import dape
+from dape.attention.fused import formed
 from dape.attention.fused import table_operators as operators
-from dape.attention.fused.formed import name_of
 from dape.attention.fused.tables import tables
 
 pytestmark = [
@@ -107,7 +107,7 @@ def test_a_table_of_large_distances_is_as_exact_as_float32():
 )
 def test_the_kernel_has_the_buckets_of_t5(num_buckets, max_distance):
     bias = dape.T5(HEADS, num_buckets, max_distance)
-    assert (operators.form_of(bias) is None) == (num_buckets > operators.MOST_ROWS)
+    assert (formed.form_of(bias) is None) == (num_buckets > formed.MOST_ROWS)
     (found,) = tables(bias, None, HEADS, 1000, CPU)
     distances = torch.arange(1000)
     assert torch.equal(found, bias(distances, distances[:1])[..., 0])
@@ -143,7 +143,7 @@ def given(form, values, mixed):
     return first, *p, *weights, form, 5, 3, on_bias, True, False, False, span, 0
 
 
-KERPLE, BUCKETS = (name_of(kind) for kind in (dape.Kerple, dape.T5))
+KERPLE, BUCKETS = (formed.name_of(kind) for kind in (dape.Kerple, dape.T5))
 
 
 @pytest.mark.parametrize(
