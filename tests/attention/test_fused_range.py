@@ -9,7 +9,7 @@ from problems import Problem, close, drawn, fused, leaves
 from test_large_scores import beside_sdpa, silent
 
 import dape
-from dape.attention.fused import form_tables, geometry, operator, overflow, passes, table_operators
+from dape.attention.fused import geometry, operator, overflow, passes, table_operators
 from dape.attention.fused.problem import Gate
 from dape.positions.bias import Bias
 from dape.positions.scheme import BASES
@@ -169,8 +169,7 @@ def close_to_float64(out, tensors, modules, name, offset):
 @pytest.mark.parametrize("name", BIASES)
 @torch.no_grad()
 def test_every_bias_is_finite_at_every_distance(name, adapter, offset, monkeypatch):
-    for module in (form_tables, table_operators):
-        monkeypatch.setattr(module, "ENTRIES", 2**15)  # few programs for the interpreter
+    monkeypatch.setattr(table_operators, "ENTRIES", 2**15)  # few programs for the interpreter
     tensors, modules = far(name, adapter, offset)
     out = dape.attention(*tensors, *modules, query_offset=offset, backend="triton")
     close_to_float64(out, tensors, modules, name, offset)

@@ -52,7 +52,7 @@ _HOW = (
 )
 
 
-def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
+def _sizes(w1: Tensor | None) -> tuple[int, int]:
     """Return the numbers of hidden units and taps."""
     return (0, 1) if w1 is None else (w1.shape[0], w1.shape[2])
 
@@ -61,7 +61,7 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time sizes."""
     from dape.attention.fused.sizes import padded
 
-    units, taps = _sizes(w1, how)
+    units, taps = _sizes(w1)
     return {
         "H": how.heads, "D": units, "T": taps,
         "HEADS": padded(how.heads), "UNITS": padded(units),
@@ -79,7 +79,7 @@ def _switches(values: Tensor | None, p0: Tensor | None, how: How) -> dict[str, A
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return C, with an adapter U, W1 and W2 as `tables` does, without the derivatives of C."""
+    """Return C, then U, W1 and W2 with an adapter, or the derivatives of C without an adapter."""
     return [*planned(_made, given[:7], How(*given[7:]))]
 
 
@@ -119,7 +119,7 @@ def _forward_fake(
 ) -> list[Tensor]:
     how = How(*rest)
     like = next(x for x in (w1, values, p0) if x is not None)
-    units, taps = _sizes(w1, how)
+    units, taps = _sizes(w1)
     shapes: list[tuple[int, ...]] = [(how.heads, how.entries)]
     if w1 is not None:
         width = taps * units
