@@ -17,12 +17,12 @@ MOST = {
     "kerple": (lambda: (dape.Kerple(4), None), 2, 8),
     "kerple-power": (lambda: (dape.KerplePower(4), None), 2, 8),
     "t5": (lambda: (dape.T5(4), None), 2, 10),
-    "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 27),
-    "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 27),
-    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 6, 27),
-    "fire": (lambda: (dape.FIRE(4), None), 10, 38),
-    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 47),
-    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 13, 54),
+    "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 29),
+    "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 29),
+    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 6, 29),
+    "fire": (lambda: (dape.FIRE(4), None), 10, 40),
+    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 49),
+    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 13, 56),
 }
 
 

@@ -20,8 +20,8 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
-# Tiles of scores for a program, and for a program that a gate may stop.
-SPAN, SPAN_IF_GATED = 4, 16
+# Tiles of scores for a program that a gate may stop.
+TILES_PER_PROGRAM = 16
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -45,31 +45,30 @@ def static_table(part: Problem) -> Tensor | None:
 
 
 def scores(
-    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
     part: Problem,
-    y: Tensor | None = None,
+    scale: float,
     rows: Rows | None = None,
     flag: Tensor | None = None,
 ) -> None:
-    """Fill X with the scores of a band, and for `rows` Y with dP in their unit, less their delta.
+    """Fill `out` with `scale left right^T` of a band; with `rows` in their unit, less their delta.
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    query, key, value = part.query, part.key, part.value
-    batch, heads, count, size = query.shape
+    batch, heads, count, size = left.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
-    keys, span = key.shape[2], SPAN_IF_GATED if asks["GATED"] == 1 else SPAN
+    keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    programs = cdiv(count, tile.rows) * cdiv(keys, tile.keys * span) * heads
-    grad_out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
-    start(kernels.scores_kernel, (programs, batch, 1 if rows is None else 2))(
-        query, key, x, grad_out, value, x if y is None else y, part.scale, unit, delta,
-        count, keys, part.offset, *strides(query), *strides(key), *x.stride()[:2],
-        *strides(grad_out), *strides(value), *delta.stride()[:2],
-        heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
-        WIDE_V=padded(value.shape[3]), SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION,
-        **asks, **tile.launch(),
+    tiles = cdiv(keys, tile.keys) * cdiv(count, tile.rows)
+    unit, delta = (left, left) if rows is None else (rows.unit, rows.delta)
+    start(kernels.scores_kernel, (cdiv(tiles, span) * heads, batch))(
+        left, right, out, scale, unit, delta, count, keys, part.offset,
+        *strides(left), *strides(right), *out.stride()[:2], *delta.stride()[:2],
+        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=rows is not None,
+        SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Triton kernels of a head that pass over the scores of a band; mixers compute across heads.
 
-    scores           X = scale Q K^T, Y = dO V^T - delta    rows against a span of keys
+    scores           X = scale Q K^T, Y = dO V^T - delta    tiles of rows and keys
     softmax_value    O = softmax(X + C) V           rows against a span of keys
     balance          Y and dO in float32            rows
     grad_query       dQ = scale dA K                rows
@@ -39,24 +39,31 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
-def store_products(
-    left, right, x, scale, less_M, gate, first_row, low, high, heads, num_rows, num_keys,
+def score_tile(
+    gate, left, right, x, scale, delta, tile, heads, num_rows, num_keys, shift,
     left_t, right_t, x_t,
-    E: tl.constexpr, WIDE: tl.constexpr, LIMIT: tl.constexpr,
+    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
+    LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store X = scale left right^T - less for some rows and keys; above LIMIT set `gate`."""
-    rows = first_row + tl.arange(0, M)[:, None]
-    a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
-    for first_key in range(low, high, K):
+    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT.
+
+    If LESS, delta is taken off each row.
+    """
+    across = tl.cdiv(num_keys, K)
+    first_row, first_key = tile // across * M, tile % across * K
+    if not CAUSAL or first_key <= first_row + M - 1 + shift:
+        a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
             tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
-        s_MK -= less_M[:, None]
+        if LESS:
+            line = first_row + tl.arange(0, M)
+            s_MK -= tl.load(delta + line, line < num_rows, 0.0)[:, None]
         if x.dtype.element_ty == tl.float16:
             s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
-        keys = first_key + tl.arange(0, K)[None, :]
+        rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
         inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
         at = x + places(rows, first_key, x_t, heads, K)
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
@@ -64,41 +71,39 @@ def store_products(
 
 @triton.jit
 def scores_kernel(
-    query, key, x, grad_out, value, y, scale, unit, delta, num_rows, num_keys, shift,
-    query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
-    out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
+    left, right, x, scale, unit, delta, num_rows, num_keys, shift,
+    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t, delta_b, delta_h,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale Q K^T, and Y = dO V^T / unit - delta, of a head; grid (rows spans H, B, 1 or 2).
+    """X = scale left right^T for SPAN tiles of rows and keys of a head; grid (spans H, B).
 
-    A program walks over SPAN tiles of keys. delta is subtracted before Y is rounded: where a row
-    has one key alone, dP is delta, and nothing is left. A score above a LIMIT sets `gate`.
+    If IN_UNITS, divided by `unit`, and less by delta, before they are rounded: where a row has one
+    key alone, dP is delta, and nothing is left. A score above a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b64, h = tl.program_id(1).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
-    spans, place = tl.cdiv(num_keys, SPAN * K), tl.program_id(0) // HEADS
-    first_row, low = place // spans * M, place % spans * (SPAN * K)
-    high = tl.minimum(num_keys, low + SPAN * K)
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    at = b64 * x_b + h * BLOCK
-    if tl.program_id(2) == 0:
-        store_products(
-            query + b64 * query_b + h * query_h, key + b64 * key_b + (h // GROUP) * key_h, x + at,
-            scale, tl.zeros((M,), tl.float32), gate, first_row, low, high, HEADS, num_rows,
-            num_keys, query_t, key_t, x_t, E, WIDE, LIMIT, M, K, PRECISION,
+    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
+    first = tl.program_id(0) // HEADS * SPAN
+    left += b.to(tl.int64) * left_b + h * left_h
+    right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
+    x += b.to(tl.int64) * x_b + h * BLOCK
+    delta += b.to(tl.int64) * delta_b + h * delta_h
+    if IN_UNITS:
+        scale = scale / tl.load(unit)
+    if SPAN == 1:
+        score_tile(
+            gate, left, right, x, scale, delta, first, HEADS, num_rows, num_keys, shift,
+            left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
         )  # fmt: skip
     else:
-        rows = first_row + tl.arange(0, M)
-        less_M = tl.load(delta + b64 * delta_b + h * delta_h + rows, rows < num_rows, 0.0)
-        store_products(
-            grad_out + b64 * out_b + h * out_h, value + b64 * value_b + (h // GROUP) * value_h,
-            y + at, 1.0 / tl.load(unit), less_M, gate, first_row, low, high, HEADS, num_rows,
-            num_keys, out_t, value_t, x_t, V, WIDE_V, None, M, K, PRECISION,
-        )  # fmt: skip
+        last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
+        for tile in range(first, last):
+            score_tile(
+                gate, left, right, x, scale, delta, tile, HEADS, num_rows, num_keys, shift,
+                left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
