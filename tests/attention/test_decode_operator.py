@@ -169,6 +169,6 @@ def test_on_a_gpu_against_float64(bias, rows, served, monkeypatch):
         assert isinstance(served[0], decode.Sources)
         monkeypatch.setattr(decode, "MOST_MADE", 0)
         read = dape.attention(*tensors, *parts, query_offset=4099 - rows)
-        doubles = [x and x.double() for x in (*tensors, *parts)]
+        doubles = [x if x is None else x.double() for x in (*tensors, *parts)]
         true = dape.attention(*doubles, query_offset=4099 - rows, backend="reference")
     assert (found - true).norm() <= 1.05 * (read - true).norm()

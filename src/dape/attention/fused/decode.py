@@ -39,8 +39,6 @@ MOST_PARTS = 2**14
 MOST_MADE = 4
 # Heads and hidden units of such programs. More fill the registers.
 MOST_HEADS, MOST_UNITS = 16, 32
-# Whether programs fetch keys and values ahead, by an instruction of NVIDIA's GPUs.
-FETCHES = True
 
 
 class Sources(NamedTuple):
@@ -131,7 +129,6 @@ def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
         E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim), **how,
         CAUSAL=problem.causal, MASKED=problem.mask is not None,
         EXACT=found.exact, RESTED=spans == 1 and found.exact, **flags, FLAGS=found.flag.numel() > 0,
-        FETCHES=FETCHES and query.is_cuda and torch.version.hip is None,
         M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -19,24 +19,6 @@ GROWING = ("num_keys", "table_size", "shift")
 
 
 @triton.jit
-def fetch(base, head_stride, stride, start, count, heads, E: tl.constexpr, K: tl.constexpr):
-    """Begin to bring K rows of all heads from device memory to the L2 cache.
-
-    The loads of a program pause while the program mixes heads. Device memory need not.
-    """
-    SIZE: tl.constexpr = base.dtype.element_ty.primitive_bitwidth // 8
-    for first in range(0, heads * K, 4 * K):
-        n = tl.minimum(first + tl.arange(0, 4 * K), heads * K - 1)
-        rows = tl.minimum(start + n % K, count - 1)
-        at = base + (n // K).to(tl.int64) * head_stride + rows.to(tl.int64) * stride
-        for column in tl.static_range(0, E, 128 // SIZE):  # a line of the cache
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at + column],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-
-
-@triton.jit
 def made_tables(
     b_NH, w1, w2_DH, b1_D, b2_H, heads, units, channels,
     H: tl.constexpr, D: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
@@ -65,7 +47,7 @@ def decode_kernel(
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
-    gate, GATED: tl.constexpr, FLAGS: tl.constexpr, FETCHES: tl.constexpr,
+    gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B).
@@ -88,8 +70,6 @@ def decode_kernel(
     high = tl.minimum(num_keys, low + keys_per_span)
     if CAUSAL:
         high = tl.minimum(high, first_row + M + shift)
-    if FETCHES:
-        fetch(key, key_h, key_t, low, num_keys, KV_HEADS, E, K)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, K * M)
     columns, dims = tl.arange(0, M * HEADS), tl.arange(0, WIDE)
     rows, head = first_row + columns // HEADS, columns % HEADS
@@ -106,8 +86,6 @@ def decode_kernel(
     total_C = tl.zeros((M * HEADS,), tl.float32)
     acc_VC = tl.zeros((WIDE_V, M * HEADS), tl.float32)
     for first_key in range(low, high, K):
-        if FETCHES:
-            fetch(value, value_h, value_t, first_key, num_keys, KV_HEADS, V, K)
         delta_ij = first_row + n % M + shift - (first_key + n // M)
         if FORM is None:
             u_ND = load_hidden(hidden, delta_ij, units, table_size, D)
@@ -127,8 +105,6 @@ def decode_kernel(
             a_KC = tl.dot(k_KE, q_EC, input_precision=PRECISION)
             x_KC = tl.where((head // GROUP == kv)[None, :], a_KC, x_KC)
             head_keys += key_h
-        if FETCHES and first_key + K < high:
-            fetch(key, key_h, key_t, first_key + K, num_keys, KV_HEADS, E, K)
         x_KC = tl.reshape(x_KC * scale, (K * M, HEADS))
         r_ND = rise(tl.dot(x_KC, w1_HD, input_precision="tf32x3"), u_ND)
         s_KC = tl.dot(r_ND, w2_DH, x_KC + c_NH, input_precision="tf32x3")
