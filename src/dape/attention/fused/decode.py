@@ -6,7 +6,6 @@ are read once, and no buffer is as large as the keys.
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dape.attention.fused import decode_kernels as kernels
