@@ -12,6 +12,11 @@ the models of all seeds side by side with graphs, and the test of one of them, f
 tasks of three lengths of output. What the file holds is not measured again.
 
     python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
+
+With `--split` it times the parts of `dape chomsky train`, with plain and with compiled blocks:
+starting (and compiling), the draw of examples, capturing, a step, and testing by length.
+
+    python benchmarks/chomsky_speed.py --split --schemes kerple,dape-kerple --task parity-check
 """
 
 import argparse
@@ -26,9 +31,9 @@ import torch
 
 from dape.chomsky.benchmark import SCHEMES
 from dape.chomsky.encoder import Model, build, configure
-from dape.chomsky.measure import Evaluation, accuracy
+from dape.chomsky.measure import Evaluation, OneByOne, accuracy
 from dape.chomsky.stack import Stack, Training
-from dape.chomsky.task import single
+from dape.chomsky.task import Draw, single
 from dape.chomsky.tasks import TASKS
 from dape.files import check_writable, write_json
 from dape.provenance import provenance
@@ -129,10 +134,64 @@ def sweep(task, model, scheme, training, device):
 
     def test(length):
         sample = task.sample(single(length, evaluation.samples, device), length)
-        accuracy(encoder, sample, length, evaluation.batch_tokens)
+        accuracy(OneByOne([encoder]), sample, length, evaluation.batch_tokens)
 
     seconds(test, lengths, device)  # compiles kernels
     return evaluation.longest * seconds(test, lengths, device)
+
+
+def split(options, task, model, training, device):
+    """Print the seconds of every part of a training of three seeds, by scheme and way."""
+    every, evaluation = [*range(1, training.length + 1)], Evaluation()
+    draw = Draw(
+        [torch.Generator(device).manual_seed(seed) for seed in range(SEEDS)], training.batch_size
+    )
+    drawn = seconds(lambda length: task.sample(draw, length), every * 2, device)
+    print(f"{SEEDS} models; a draw of examples by itself takes {1e3 * drawn:.2f} ms")
+    records = []
+    for scheme, compiles in product(options.schemes.split(","), (False, True)):
+        config = configure(model, scheme, task, training.length, "reference")
+        begun = time.perf_counter()
+        stack = Stack(task, config, training, range(SEEDS), device, compiles)
+        synchronize(device)
+        start = time.perf_counter() - begun
+        first, second = (len(every) * seconds(stack.step, every, device) for _ in range(2))
+        curriculum = replace(training, steps=options.steps).lengths()
+        step, longest = (
+            seconds(stack.step, lengths, device) for lengths in (curriculum, every[-1:] * 50)
+        )
+        record = {
+            **{"scheme": scheme, "compiled": stack.compiles, "start": start, "first": first},
+            **{"capture": second, "step": step, "longest": longest},
+            "tests": tests(stack, model, scheme, training, evaluation),
+        }
+        records.append(record)
+        bands = " ".join(f"{length}: {1e3 * took:.1f}" for length, took in record["tests"])
+        print(
+            f"{scheme:<16} {'compiled' if stack.compiles else 'plain':<9} start {start:.1f} s,"
+            f" first steps {first:.1f} s, capture {second:.1f} s, step {1e3 * step:.2f} ms"
+            f" (longest {1e3 * longest:.2f}), test of all models by length, ms: {bands}",
+            flush=True,
+        )
+    return records
+
+
+def tests(stack, model, scheme, training, evaluation):
+    """Return pairs of a length and the seconds that a test of all models of a stack takes."""
+    task, device, tested = stack.task, stack.device, stack
+    if not stack.compiles:
+        config = configure(model, scheme, task, training.length)
+        tested = OneByOne(
+            [build(config, len(task.outputs), s).to(device).eval() for s in range(SEEDS)]
+        )
+
+    def test(length):
+        sample = task.sample(single(length, evaluation.samples, device), length)
+        accuracy(tested, sample, length, evaluation.batch_tokens)
+
+    lengths = [500, 400, 300, 200, 100, 40, 10]
+    seconds(test, lengths, device)  # compiles kernels
+    return [(length, seconds(test, [length] * 3, device)) for length in lengths]
 
 
 def prices(options, model, training, device, origin):
@@ -175,6 +234,7 @@ def main():
     parser.add_argument(
         "--prices", help="JSON file of the prices of the plan, to write or complete"
     )
+    parser.add_argument("--split", action="store_true", help="time the parts of a training")
     options = parser.parse_args()
     check_writable(*(Path(file) for file in (options.out, options.prices) if file))
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
@@ -185,6 +245,11 @@ def main():
     print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
     if options.prices:
         prices(options, model, training, device, origin)
+        return
+    if options.split:
+        records = split(options, task, model, training, device)
+        if options.out:
+            write_json(Path(options.out), {"options": vars(options), "split": records, **origin})
         return
     print(
         f"{'scheme':<16} {'way':<32} {'steps/s':>8} {'models/s':>9} {'longest':>9} "

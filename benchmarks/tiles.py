@@ -1,6 +1,6 @@
 """The time of each kernel of bands and of the static design, for candidates of its tile.
 
-    python benchmarks/tiles.py [static bands mix scratch]
+    python benchmarks/tiles.py [static table bands mix scratch]
 
 On one GPU, at the paper's 125M shape (12 heads of 64, 32 hidden units), bf16, causal, forward and
 backward once with each candidate; milliseconds of the kernel by PyTorch's profiler. What `TILES` in
@@ -22,9 +22,8 @@ from dape.attention.fused.sizes import Tile
 
 SHAPES = ((1, 8192), (32, 512))
 ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 4, 3)]
-STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD) | {
-    "grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]
-}
+STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD)
+TABLE = {"grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]}
 BANDS = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
     "scores": [(64, 128, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2)]
 }
@@ -34,13 +33,18 @@ MIX = [(512, 2), (1024, 2), (2048, 2), (4096, 2), (1024, 3)]
 SCRATCHES = [2**25, 2**26, 2**27, 2**28]
 
 
-def problem(batch: int, length: int, adapter: torch.nn.Module | None) -> Problem:
+def problem(
+    batch: int,
+    length: int,
+    adapter: torch.nn.Module | None,
+    bias: type[torch.nn.Module] = dape.Kerple,
+) -> Problem:
     """Return a problem of that shape with random inputs."""
     query, key, value = (
         torch.randn(batch, 12, length, 64, device="cuda").bfloat16() for _ in range(3)
     )
-    with torch.no_grad():
-        tables = operator.tables(dape.Kerple(12).cuda(), adapter, 12, length, query.device)
+    found = operator.tables(bias(12).cuda(), adapter, 12, length, query.device)
+    tables = [table.detach() for table in found]
     return operator.problem_of(query, key, value, tables, None, 0.125, True, 0)
 
 
@@ -63,17 +67,21 @@ def run(given: Problem) -> Callable[[], object]:
 
     def both() -> None:
         passes.forward(given, "triton", False)
-        passes.backward(given, "cuda", found, grad_out, None)
+        passes.backward(given, "cuda", found, grad_out, None, True)
 
     return both
 
 
-def tiles(module: ModuleType, candidates: dict[str, list[tuple[int, ...]]]) -> Iterator[str]:
+def tiles(
+    module: ModuleType,
+    candidates: dict[str, list[tuple[int, ...]]],
+    bias: type[torch.nn.Module] = dape.Kerple,
+) -> Iterator[str]:
     """Yield a line for each kernel, shape and candidate of a module's `TILES`."""
     adapter = None if module is static else dape.DAPE(12).cuda()
     kept = dict(module.TILES)
     for shape in SHAPES:
-        given = problem(*shape, adapter)
+        given = problem(*shape, adapter, bias)
         for row in zip_longest(*candidates.values()):
             chosen = {k: Tile(*each) for k, each in zip(candidates, row, strict=True) if each}
             module.TILES.update(chosen)
@@ -106,6 +114,7 @@ def scratch() -> Iterator[str]:
 
 PARTS = {
     "static": lambda: tiles(static, STATIC),
+    "table": lambda: tiles(static, TABLE, dape.T5),
     "bands": lambda: tiles(bands, BANDS),
     "mix": blocks,
     "scratch": scratch,

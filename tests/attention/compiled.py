@@ -1,8 +1,9 @@
 """Compile Triton kernels that a call of attention starts for a GPU that need not be there.
 
-    python compiled.py KERNEL '{"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48}' ...
+    python compiled.py '{"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48}' ...
 
-Prints a line of JSON for each call: the bytes of shared memory of each of its kernels of that name.
+Prints a line of JSON for each call: the bytes of shared memory of its kernels by name. `kernels`
+names the kernels to compile, all by default.
 """
 
 import json
@@ -19,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 import dape
 import dape.attention.fused
+from dape.attention.fused import serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -59,30 +61,43 @@ def shared_memory(kernel, args, options):
     return triton.compile(source, target=HOPPER, options=own).metadata.shared
 
 
-def call(heads, kv_heads, head_dim, hidden, rows=40, keys=40):
-    """Run attention and its gradients in fp16; the kernels are not started, only noted."""
+def call(
+    heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
+    gradients=True,
+):  # fmt: skip
+    """Run attention and its gradients; the kernels are not started, only noted."""
+    torch.set_grad_enabled(gradients)
     query, key, value = (
-        torch.zeros(1, n, length, head_dim, dtype=torch.float16, requires_grad=True)
+        torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
     )
-    parts = dape.Kerple(heads), dape.DAPE(heads, hidden)
+    adapter = dape.DAPE(heads, hidden, kernel_size=taps) if hidden else None
+    parts = getattr(dape, bias)(heads), adapter
     out = dape.attention(query, key, value, *parts, query_offset=keys - rows, backend="triton")
-    out.sum().backward()
+    if gradients:
+        out.sum().backward()
 
 
-def main(name, *calls):
-    """Print the shared memory of the kernels of a name in each call."""
+def main(*calls):
+    """Print the shared memory of the kernels of each call."""
     for module in walk_packages(dape.attention.fused.__path__, "dape.attention.fused."):
         import_module(module.name)
     os.environ["TRITON_INTERPRET"] = "1"  # the backend serves a CPU; kernels are Triton's own
+    serves.obstacle = lambda call: None  # bfloat16 too, which the interpreter cannot multiply
     started = []
     JITFunction.__getitem__ = lambda kernel, grid: (
         lambda *args, **options: started.append((kernel, args, options))
     )
-    for given in calls:
+    for text in calls:
         started.clear()
-        call(**json.loads(given))
-        found = [shared_memory(*each) for each in started if each[0].__name__ == name]
+        given = json.loads(text)
+        names = given.pop("kernels", None)
+        call(**given)
+        found: dict[str, list[int]] = {}
+        for kernel, args, options in started:
+            if names is None or kernel.__name__ in names:
+                sizes = found.setdefault(kernel.__name__, [])
+                sizes.append(shared_memory(kernel, args, options))
         print(json.dumps(found), flush=True)
 
 

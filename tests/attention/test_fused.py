@@ -209,6 +209,45 @@ def test_on_a_gpu_it_is_as_exact_as_the_textbook(scheme, backend, dtype, rows):
     close_as_the_textbook(scheme, backend, dtype, rows, "cuda")
 
 
+def gradients_of(tables, tensors, grad_out, causal=True, offset=0, mask=None):
+    """Return the gradients of Q, K, V and of the last table."""
+    given = [x.detach().requires_grad_() for x in (*tensors, *tables)]
+    out, *_ = fused(*given[:3], given[3:], mask, 0.5, causal, offset, "triton", False)
+    return torch.autograd.grad(out, [*given[:3], given[-1]], grad_out)
+
+
+@pytest.mark.parametrize("parameters", [1, 2])
+@pytest.mark.parametrize(
+    ("causal", "rows", "keys", "offset", "masked"),
+    [(True, 70, 70, 0, True), (True, 33, 140, 107, False), (False, 130, 21, 4, False)],
+)
+def test_a_jacobian_gives_the_gradient_of_parameters(
+    parameters, causal, rows, keys, offset, masked
+):
+    """It is the gradient of the table, along diagonals, times the Jacobian."""
+    sizes = (2, 4, rows, 16), (2, 2, keys, 16), (2, 2, keys, 16)
+    tensors, grad_out = [torch.randn(size) for size in sizes], torch.randn(sizes[0])
+    mask = torch.rand(2, keys) < 0.7 if masked else None
+    table, jacobian = torch.randn(4, 200), torch.randn(parameters, 4, 200)
+    how = grad_out, causal, offset, mask
+    *expected, of_table = gradients_of([table], tensors, *how)
+    expected.append(torch.einsum("hn,phn->ph", of_table, jacobian))
+    given = table, jacobian, torch.zeros(parameters, 4)
+    for found, true in zip(gradients_of(given, tensors, *how), expected, strict=True):
+        assert_close(found, true, rtol=1e-4, atol=1e-5 * true.abs().max().item())
+
+
+def test_the_error_of_the_output_hardly_reaches_the_gradient_of_parameters():
+    """The gradient of a constant of every key is zero, and what is left of it is error."""
+    problem, table = Problem(batch=4, rows=64, keys=64), torch.zeros(4, 64)
+    query, key, value = problem.tensors()
+    tensors = [x.half() for x in (query / 10, key, value + 4)]
+    grad_out = torch.randn_like(tensors[0])
+    *_, of_table = gradients_of([table], tensors, grad_out)
+    *_, found = gradients_of([table, torch.ones(1, 4, 64), torch.zeros(1, 4)], tensors, grad_out)
+    assert found.norm() < 1e-6 * of_table.abs().sum(1).norm()
+
+
 @pytest.mark.parametrize("adapter", [None, DAPE], ids=["static", "dape"])
 def test_rounding_of_the_output_hardly_reaches_the_sums_of_tables(adapter):
     """The gradient of a constant of every key is zero, and what is left of it is error.
@@ -223,6 +262,8 @@ def test_rounding_of_the_output_hardly_reaches_the_sums_of_tables(adapter):
         tensors, (bias, adapter), _ = leaves(
             [query / 10, key, value + 4], problem.modules(), torch.float16
         )
+        if adapter is None:
+            bias.requires_grad_(False)
         found = operator.tables(bias.float(), adapter and adapter.float(), 4, 64, query.device)
         tables = [x.detach().requires_grad_() for x in found]
         out, *_ = fused(*tensors, tables, None, 0.5, True, 0, "triton", exact)

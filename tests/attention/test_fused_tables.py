@@ -1,15 +1,13 @@
 """Tables U and C of biases and adapters against float64 formulas, and their operators."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import dape
+from dape.attention.fused import formed
 from dape.attention.fused import table_operators as operators
 from dape.attention.fused.tables import tables
 
@@ -62,6 +60,12 @@ def by_formula(bias, adapter):
     return [static + adapter.weight_out[:, :, 0] @ at_zero.T, hidden, *flat]
 
 
+def linear(static, jacobian, parameters):
+    """The table as a function of the parameters, with the Jacobian for its gradient."""
+    assert not static.requires_grad and not jacobian.requires_grad
+    return static + torch.einsum("phn,ph->hn", jacobian, parameters - parameters.detach())
+
+
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
@@ -72,6 +76,8 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
         return
     exact = [m and copy.deepcopy(m).double() for m in modules]
     found, true = tables(*modules, HEADS, COUNT, CPU), by_formula(*exact)
+    if len(found) == 3:  # `Static`, whose gradients attention itself takes to the parameters
+        found = (linear(*found),)
     assert [x.shape for x in found] == [x.shape for x in true]
     for ours, theirs in zip(found, true, strict=True):
         assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
@@ -90,10 +96,27 @@ def test_tables_and_gradients_are_those_of_the_formula(adapter, bias):
 def test_a_table_of_large_distances_is_as_exact_as_float32():
     bias = dape.KerplePower(HEADS)
     torch.nn.init.constant_(bias.raw_p, 3.0)
-    (found,) = tables(bias, None, HEADS, 1 << 13, CPU)
+    found, *_ = tables(bias, None, HEADS, 1 << 13, CPU)
     distances = torch.arange(1 << 13)
     true = copy.deepcopy(bias).double()(distances, distances[:1])[..., 0]
     assert_close(found.double(), true, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("num_buckets", "max_distance"), [(32, 128), (32, 256), (2, 9), (7, 50), (100, 700), (200, 700)]
+)
+def test_the_kernel_has_the_buckets_of_t5(num_buckets, max_distance):
+    bias = dape.T5(HEADS, num_buckets, max_distance)
+    assert (formed.form_of(bias) is None) == (num_buckets > formed.MOST_ROWS)
+    (found,) = tables(bias, None, HEADS, 1000, CPU)
+    distances = torch.arange(1000)
+    assert torch.equal(found, bias(distances, distances[:1])[..., 0])
+    weight = torch.randn_like(found)
+    ours, true = (
+        torch.autograd.grad((x.to(weight.dtype) * weight).sum(), bias.weight)[0]
+        for x in (found, bias(distances, distances[:1])[..., 0])
+    )
+    assert_close(ours, true, rtol=1e-5, atol=1e-5)
 
 
 def test_two_passes_agree_bit_for_bit():
@@ -108,52 +131,43 @@ def test_two_passes_agree_bit_for_bit():
 
 def given(form, values, mixed):
     """Arguments of the operator: parameters of a form or values, and layers if heads are mixed."""
-    p = [None, None] if values else [torch.randn(3, requires_grad=True) for _ in range(2)]
+    rows = (4, 3) if form == BUCKETS else (3,)
+    p = [None, None] if values else [torch.randn(rows, requires_grad=True) for _ in range(2)]
+    if form == BUCKETS:
+        p[1] = None
     layers = [(4, 6, 1), (4,), (3, 4, 1), (3,)] if mixed else []
     weights = [torch.randn(x, requires_grad=True) for x in layers] or [None] * 4
     first = torch.randn(3, 5, requires_grad=True) if values else None
-    return first, *p, *weights, form, 5, 3, 3 if mixed else -1, True, False, False
+    span = 9 if form == BUCKETS else 0
+    on_bias = 3 if mixed else -1
+    return first, *p, *weights, form, 5, 3, on_bias, True, False, False, span, 0
 
 
-KERPLE = operators.name_of(dape.Kerple)
+KERPLE, BUCKETS = (formed.name_of(kind) for kind in (dape.Kerple, dape.T5))
 
 
 @pytest.mark.parametrize(
-    ("form", "values", "mixed"), [(KERPLE, False, False), (KERPLE, False, True), ("", True, True)]
+    ("form", "values", "mixed"),
+    [(BUCKETS, False, False), (KERPLE, False, True), (BUCKETS, False, True), ("", True, True)],
 )
 def test_the_operator_passes_every_check_of_pytorch(form, values, mixed):
     torch.library.opcheck(operators.forward_operator, given(form, values, mixed))
 
 
+@pytest.mark.parametrize("derivatives", [0, 2])
+def test_the_operator_of_a_form_passes_every_check_of_pytorch(derivatives):
+    parameters = [torch.randn(3), torch.randn(3)]
+    how = operators.How(KERPLE, 5, 3, derivatives=derivatives)
+    torch.library.opcheck(operators.forward_operator, (None, *parameters, *[None] * 4, *how))
+
+
+def test_a_bias_that_learns_nothing_has_no_jacobian():
+    frozen = dape.Kerple(HEADS).requires_grad_(False)
+    assert [len(tables(x, None, HEADS, COUNT, CPU)) for x in (frozen, dape.ALiBi(HEADS))] == [1, 1]
+    with torch.no_grad():
+        assert len(tables(dape.Kerple(HEADS), None, HEADS, COUNT, CPU)) == 1
+
+
 def test_the_operator_of_fire_passes_every_check_of_pytorch():
     log_c, log_threshold = (torch.randn(1, requires_grad=True) for _ in range(2))
     torch.library.opcheck(operators.fire_operator, (log_c, log_threshold, 7, 2))
-
-
-class Devices(TorchDispatchMode):
-    """Notes every operation with a result or an argument on the CPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.on_cpu = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        leaves = tree_leaves((args, kwargs, found))
-        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in leaves):
-            self.on_cpu.append(str(function))
-        return found
-
-
-@pytest.mark.parametrize("adapter", [None, (7,), (7, 1, True, "bias"), (7, 3), "talking"])
-@pytest.mark.parametrize("bias", [*BIASES, "fire"])
-def test_nothing_comes_from_the_cpu_so_that_a_cuda_graph_holds_it(monkeypatch, bias, adapter):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no "meta"
-    with torch.device("meta"):  # which, as a GPU, is not the host
-        module = dape.FIRE(HEADS) if bias == "fire" else BIASES[bias]()
-        mixer = dape.TalkingHeads(HEADS) if adapter == "talking" else None
-        if isinstance(adapter, tuple):
-            mixer = dape.DAPE(HEADS, *adapter)
-    with Devices() as seen:
-        tables(module, mixer, HEADS, COUNT, torch.device("meta"), 3)
-    assert seen.on_cpu == []

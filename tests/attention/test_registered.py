@@ -76,9 +76,9 @@ def test_the_operators_pass_every_check_of_pytorch(name, masked):
         *found, flag = forward(*tensors, tables, mask, None, *how, True)
     tensors, tables = ([x.detach() for x in given] for given in (tensors, tables))
     grad_out, grad_lse = torch.randn_like(found[0]), torch.randn_like(found[1])
-    for also in (None, grad_lse):
+    for also, learns in ((None, True), (grad_lse, False)):
         given = (*tensors, tables, mask, None, *found, flag, grad_out, also)
-        torch.library.opcheck(backward, (*given, *how))
+        torch.library.opcheck(backward, (*given, *how, learns))
 
 
 @pytest.mark.parametrize(

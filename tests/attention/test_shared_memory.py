@@ -1,4 +1,7 @@
-"""Kernels fit the shared memory of a GPU, also where all heads share one key head."""
+"""Kernels compile for a GPU that need not be there, and fit its shared memory.
+
+The interpreter of Triton knows no bfloat16, and mixes dtypes that a compiler refuses.
+"""
 
 import json
 import os
@@ -19,15 +22,42 @@ CALLS = [
     {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1},
 ]
 
+STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}
 
-def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
+
+def compiled(*calls):
+    """Return the shared memory of kernels by name for each call, compiled for Hopper."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "decode_kernel", *map(json.dumps, CALLS)]
+    command = [sys.executable, str(SCRIPT), *map(json.dumps, calls)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(found) == len(CALLS) and all(len(each) == 1 for each in found)
-    assert all(0 < size <= HOPPER // 2 for (size,) in found)  # two programs on a multiprocessor
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
+    calls = [*CALLS, STEP, STEP | {"bias": "T5"}]
+    found = compiled(*(each | {"kernels": ["decode_kernel"]} for each in calls))
+    sizes = [size for each in found for size in each["decode_kernel"]]
+    assert len(sizes) == len(calls)
+    assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
+
+
+@pytest.mark.parametrize(
+    ("bias", "hidden", "taps", "kernel"),
+    [
+        ("Kerple", 32, 1, "mix_backward_kernel"),
+        ("T5", 32, 1, "table_sums_kernel"),
+        ("FIRE", 32, 1, "fire_mix_backward_kernel"),
+        ("Kerple", 32, 3, "convolution_mix_kernel"),
+        ("Kerple", 0, 1, "sum_kernel"),
+        ("T5", 0, 1, "grad_table_kernel"),
+    ],
+)
+def test_every_kernel_of_a_call_in_bfloat16_compiles(bias, hidden, taps, kernel):
+    sizes = {"heads": 12, "kv_heads": 4, "head_dim": 64, "hidden": hidden, "taps": taps}
+    (found,) = compiled(sizes | {"bias": bias, "dtype": "bfloat16"})
+    assert kernel in found
+    assert all(size <= HOPPER for each in found.values() for size in each)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from dape.chomsky import benchmark as benchmarks
 from dape.chomsky import run as runs
 from dape.chomsky.cell import load, load_model, path
 from dape.chomsky.encoder import Model
-from dape.chomsky.measure import Evaluation, accuracies
+from dape.chomsky.measure import Evaluation, OneByOne, accuracies
 from dape.chomsky.run import Job, plan
 from dape.chomsky.stack import Stack, Training
 from dape.chomsky.tasks import TASKS
@@ -52,7 +52,7 @@ def test_a_cell_says_how_it_was_made(tmp_path):
     assert cell.seconds["training"] > 0 and cell.seconds["evaluation"] > 0
     model = load_model(tmp_path, "even-pairs", "kerple", 1)
     assert sum(p.numel() for p in model.parameters()) == cell.parameters
-    (found,) = accuracies([model], TASKS["even-pairs"], benchmark.evaluation, CPU)
+    (found,) = accuracies(OneByOne([model]), TASKS["even-pairs"], benchmark.evaluation, CPU)
     assert cell.accuracy == pytest.approx(found, abs=5e-4)
     assert json.loads((tmp_path / "run.json").read_text())["command"] == "dape chomsky train"
     assert not list(tmp_path.glob("checkpoints/*"))

@@ -5,7 +5,7 @@ import torch
 from cells import cell
 
 from dape.chomsky.encoder import Encoder, Noise
-from dape.chomsky.measure import Evaluation, accuracies, accuracy
+from dape.chomsky.measure import Evaluation, OneByOne, accuracies, accuracy
 from dape.chomsky.task import Sample
 from dape.chomsky.tasks import TASKS
 
@@ -34,8 +34,8 @@ def test_symbols_weigh_the_same_and_fillers_do_not_count():
     )
     ones = Answers(lambda inputs, out: torch.ones(len(inputs), out, dtype=torch.long))
     # Right: one symbol of two, three of four; fillers answered wrongly.
-    assert accuracy(ones, sample, 0, batch_tokens=100) == pytest.approx(100 * 4 / 6)
-    assert accuracy(ones, sample, 0, batch_tokens=1) == pytest.approx(100 * 4 / 6)
+    assert accuracy(OneByOne([ones]), sample, 0, batch_tokens=100) == [pytest.approx(100 * 4 / 6)]
+    assert accuracy(OneByOne([ones]), sample, 0, batch_tokens=1) == [pytest.approx(100 * 4 / 6)]
     assert ones.asked == [(2, 3), (1, 3), (1, 3)]
 
 
@@ -44,11 +44,11 @@ def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
     perfect = Answers(lambda inputs, out: inputs.sort(1).values)
     zeros = Answers(lambda inputs, out: torch.zeros_like(inputs))
     evaluation = Evaluation(longest=30, samples=50)
-    first, second = accuracies([perfect, zeros], task, evaluation, torch.device("cpu"))
+    first, second = accuracies(OneByOne([perfect, zeros]), task, evaluation, torch.device("cpu"))
     assert first == [100.0] * 30
     assert sum(second) / 30 == pytest.approx(20, abs=1.5)
     # The examples are the same for every model, and fixed.
-    assert accuracies([zeros], task, evaluation, torch.device("cpu")) == [second]
+    assert accuracies(OneByOne([zeros]), task, evaluation, torch.device("cpu")) == [second]
 
 
 def test_the_score_is_over_the_lengths_beyond_training():

@@ -1,9 +1,14 @@
 """Models side by side: each learns as it would alone, in plain PyTorch."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from dape.chomsky import mapped
+from dape.chomsky import stack as stack_module
 from dape.chomsky.encoder import Model, build, configure
+from dape.chomsky.measure import Evaluation, OneByOne, accuracies
 from dape.chomsky.stack import NOISE, Stack, Training
 from dape.chomsky.task import single
 from dape.chomsky.tasks import TASKS
@@ -25,9 +30,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def stack(scheme, task, seeds=SEEDS, training=TRAINING):
+def stack(scheme, task, seeds=SEEDS, training=TRAINING, device="cpu", compiles=False):
     config = configure(SMALL, scheme, task, training.length, backend="reference")
-    return Stack(task, config, training, seeds, "cpu")
+    return Stack(task, config, training, seeds, device, compiles)
 
 
 def alone(scheme, task, seed, lengths):
@@ -110,6 +115,63 @@ def test_a_restored_stack_goes_on_exactly():
     assert torch.equal(whole.flat, second.flat) and torch.equal(whole.losses, second.losses)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Blocks compiled to graphs of PyTorch's own operations; the number of graphs."""
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph, _):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(mapped, "_COMPILED", {})
+    return made
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("scheme", ["dape3-kerple", "transformer-xl"])
+def test_one_compilation_serves_all_lengths_and_tasks(scheme, double, graphs):
+    for name in ("binary-addition", "modular-arithmetic"):
+        task = TASKS[name]
+        plain, fast = stack(scheme, task), stack(scheme, task, compiles=True)
+        for length in (6, 1, 4):
+            plain.step(length)
+            fast.step(length)
+        torch.testing.assert_close(fast.flat, plain.flat, atol=1e-9, rtol=0)
+        torch.testing.assert_close(fast.losses, plain.losses, atol=0, rtol=1e-9)
+    assert len(graphs) == 1
+
+
+@pytest.mark.unhooked
+def test_a_compiler_that_fails_is_done_without(graphs):
+    with pytest.warns(UserWarning, match="cope trains without a compiler, which fails: "):
+        found = stack("cope", TASKS["even-pairs"], compiles=True)
+    plain = stack("cope", TASKS["even-pairs"])
+    found.step(3)
+    plain.step(3)
+    assert not found.compiles and torch.equal(found.flat, plain.flat)
+
+
+@pytest.mark.unhooked
+def test_a_compiled_stack_answers_as_its_models_one_by_one(double, graphs, monkeypatch):
+    monkeypatch.setattr(stack_module, "PAIRS", 1_000)  # a few rows at a time
+    scheme = "randomized-rope"
+    task, evaluation = TASKS["stack-manipulation"], Evaluation(12, samples=9, batch_tokens=150)
+    together = stack(scheme, task, compiles=True)
+    config = configure(SMALL, scheme, task, TRAINING.length)
+    models = [build(config, len(task.outputs), seed).eval() for seed in SEEDS]
+    with torch.no_grad():
+        together.flat *= 4  # answers differ between inputs and between models
+    for index, model in enumerate(models):
+        model.load_state_dict(together.model(index))
+    found = accuracies(together, task, evaluation, torch.device("cpu"))
+    assert found == accuracies(OneByOne(models), task, evaluation, torch.device("cpu"))
+    assert found[0] != found[1]
+    assert len(graphs) == 2  # with gradients and without
+
+
 @pytest.mark.gpu
 def test_a_restored_stack_goes_on_on_a_gpu(double):
     task, lengths = TASKS["binary-addition"], (4, 2, 4, 4, 2, 2, 4)
@@ -146,3 +208,19 @@ def test_graphs_compute_what_ordinary_updates_do(scheme, name, double):
     torch.cuda.synchronize()
     torch.testing.assert_close(captured.flat, plain.flat, atol=1e-6, rtol=0)
     torch.testing.assert_close(captured.losses, plain.losses, atol=0, rtol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES[:11])
+def test_a_compiled_block_computes_what_a_plain_block_does(scheme, double):
+    task = TASKS["binary-addition"]
+    fast, plain = (stack(scheme, task, device="cuda", compiles=each) for each in (True, False))
+    for length in (3, 6, 3, 3, 6, 6):
+        fast.step(length)
+        plain.step(length)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(fast.flat, plain.flat, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fast.losses, plain.losses, atol=0, rtol=1e-6)
+    evaluation = Evaluation(20, samples=32)
+    found = (accuracies(each, task, evaluation, torch.device("cuda")) for each in (fast, plain))
+    assert next(found) == next(found)

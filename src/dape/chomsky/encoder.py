@@ -90,6 +90,14 @@ class Noise(NamedTuple):
         keep, positions = (None if part is None else part[index] for part in self)
         return Noise(keep, positions)
 
+    def layer(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Return the positions of a layer, and the factors of its two places of dropout."""
+        keep, positions = self
+        return (
+            None if positions is None else positions[index],
+            None if keep is None else keep[2 * index : 2 * index + 2],
+        )
+
 
 QUIET = Noise()
 
@@ -138,18 +146,32 @@ class Encoder(nn.Module):
         self, inputs: Int[Tensor, "batch length"], out: int, noise: Noise = QUIET
     ) -> Float[Tensor, "batch out classes"]:
         """Return the logits of `out` output symbols."""
+        hidden = self.embed(inputs, out, noise.keep)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, *noise.layer(index))
+        return self.read(hidden, out)
+
+    def embed(
+        self,
+        inputs: Int[Tensor, "batch length"],
+        out: int,
+        keep: Float[Tensor, "places batch tokens width"] | None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return the hidden states before the blocks, of the input and the placeholders."""
         placeholder = self.config.vocab_size - 1
         tokens = pad(inputs, (0, out), value=placeholder)
         one_hot = tokens[..., None] == torch.arange(placeholder + 1, device=tokens.device)
         hidden = self.embed_tokens(one_hot.to(self.head.weight.dtype))
         hidden = hidden * math.sqrt(self.config.hidden_size)
-        if self.position_embedding is not None:
-            indices = torch.arange(tokens.shape[1], device=tokens.device)
-            hidden = drop(self.position_embedding(hidden, indices), noise.keep, -1)
-        for index, layer in enumerate(self.layers):
-            positions = None if noise.positions is None else noise.positions[index]
-            keep = None if noise.keep is None else noise.keep[2 * index : 2 * index + 2]
-            hidden = layer(hidden, positions, keep)
+        if self.position_embedding is None:
+            return hidden
+        indices = torch.arange(tokens.shape[1], device=tokens.device)
+        return drop(self.position_embedding(hidden, indices), keep, -1)
+
+    def read(
+        self, hidden: Float[Tensor, "batch tokens width"], out: int
+    ) -> Float[Tensor, "batch out classes"]:
+        """Return the logits of the placeholders, from the hidden states after the blocks."""
         return self.head(hidden[:, -out:])
 
     def train(self, mode: bool = True) -> "Encoder":

@@ -1,12 +1,15 @@
-"""The accuracy of a trained encoder at every length."""
+"""The accuracy of trained encoders at every length."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from dape.chomsky.encoder import Encoder
-from dape.chomsky.task import Sample, Task, single
+from dape.chomsky.task import Sample, Strings, Task, single
 
 TEST = 2**33  # added to a length for the seed of the examples, beyond all seeds of training
 
@@ -23,33 +26,57 @@ class Evaluation:
     """most tokens in a forward pass; a longer sequence goes alone"""
 
 
+@runtime_checkable
+class Models(Protocol):
+    """Models of a task that answer equal examples."""
+
+    def answers(
+        self, inputs: Strings, out: int, generator: torch.Generator
+    ) -> Int[Tensor, "models batch out"]:
+        """Return the output symbols of every model; random positions come from the generator."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneByOne:
+    """Encoders of a configuration, each in a forward pass of its own."""
+
+    encoders: Sequence[Encoder]
+
+    @torch.no_grad()
+    def answers(
+        self, inputs: Strings, out: int, generator: torch.Generator
+    ) -> Int[Tensor, "models batch out"]:
+        """Return the output symbols of every encoder."""
+        tokens = inputs.shape[1] + out
+        noise = self.encoders[0].noise([generator], len(inputs), tokens).one(0)
+        return torch.stack([each(inputs, out, noise).argmax(-1) for each in self.encoders])
+
+
 def accuracies(
-    encoders: Sequence[Encoder], task: Task, evaluation: Evaluation, device: torch.device
+    models: Models, task: Task, evaluation: Evaluation, device: torch.device
 ) -> list[list[float]]:
-    """Return the percentage of right scored symbols at lengths 1, 2, ..., by encoder.
+    """Return the percentage of right scored symbols at lengths 1, 2, ..., by model.
 
     Symbols have equal weight. Among inputs of equal length, a long answer therefore counts more
     than a short answer. Dropout is off.
     """
-    found: list[list[float]] = [[] for _ in encoders]
-    for length in range(1, evaluation.longest + 1):
+    by_length = []
+    # The longest first, because a compiler chooses kernels for the first length.
+    for length in range(evaluation.longest, 0, -1):
         sample = task.sample(single(TEST + length, evaluation.samples, device), length)
-        for encoder, own in zip(encoders, found, strict=True):
-            own.append(accuracy(encoder, sample, length, evaluation.batch_tokens))
-    return found
+        by_length.append(accuracy(models, sample, length, evaluation.batch_tokens))
+    return [list(own) for own in zip(*reversed(by_length), strict=True)]
 
 
-@torch.no_grad()
-def accuracy(encoder: Encoder, sample: Sample, seed: int, batch_tokens: int) -> float:
-    """Return the percentage of right scored symbols of a sample."""
+def accuracy(models: Models, sample: Sample, seed: int, batch_tokens: int) -> list[float]:
+    """Return the percentage of right scored symbols of a sample, by model."""
     generator = torch.Generator(sample.inputs.device).manual_seed(TEST + seed)
-    right = torch.zeros((), dtype=torch.long, device=sample.inputs.device)
+    right: Any = 0
     for part in _parts(sample, batch_tokens):
-        out = part.outputs.shape[1]
-        noise = encoder.noise([generator], len(part.inputs), part.inputs.shape[1] + out)
-        answers = encoder(part.inputs, out, noise.one(0)).argmax(-1)
-        right += ((answers == part.outputs) & part.scored).sum()
-    return 100 * right.item() / int(sample.scored.sum())
+        answers = models.answers(part.inputs, part.outputs.shape[1], generator)
+        right = right + ((answers == part.outputs) & part.scored).sum((1, 2))
+    total = int(sample.scored.sum())
+    return [100 * each / total for each in right.tolist()]
 
 
 def _parts(sample: Sample, batch_tokens: int) -> Iterator[Sample]:

@@ -18,7 +18,7 @@ from dape.chomsky import cell as cells
 from dape.chomsky.benchmark import Benchmark
 from dape.chomsky.cell import Cell
 from dape.chomsky.encoder import build, configure
-from dape.chomsky.measure import accuracies
+from dape.chomsky.measure import OneByOne, accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
@@ -78,9 +78,16 @@ def plan(benchmark: Benchmark) -> list[Job]:
 
 
 def run(
-    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int = 1
+    benchmark: Benchmark,
+    device: torch.device,
+    report: Report,
+    argv: list[str],
+    together: int = 1,
+    compiles: bool = False,
 ) -> None:
     """Train and test missing models, `together` jobs at a time, and write their cells.
+
+    With `compiles` a block of the encoder is compiled.
 
     Concurrent jobs have separate streams of the GPU. At SIGINT or SIGTERM all jobs save a
     checkpoint, and the function raises `KeyboardInterrupt`. The next call resumes from the
@@ -94,11 +101,16 @@ def run(
         raise UserError(f"{folder} exists and is no benchmark; give another --out")
     with locked(folder.path, f"another process trains in {folder}; wait for its end"):
         folder.update_record(provenance(device, argv))
-        _run(benchmark, device, report, argv, together)
+        _run(benchmark, device, report, argv, together, compiles)
 
 
 def _run(
-    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int
+    benchmark: Benchmark,
+    device: torch.device,
+    report: Report,
+    argv: list[str],
+    together: int,
+    compiles: bool,
 ) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,21 +119,21 @@ def _run(
     for first in range(0, len(due), together):
         jobs = due[first : first + together]
         with _precision(benchmark.training.precision):
-            courses = [_begin(job, benchmark, device) for job in jobs]
+            courses = [_begin(job, benchmark, device, compiles) for job in jobs]
             _train(courses, benchmark, report)
         models = sum(len(job.seeds) for job in jobs)
         for course in courses:
             _test(course, models, benchmark, argv)
 
 
-def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
+def _begin(job: Job, benchmark: Benchmark, device: torch.device, compiles: bool) -> Course:
     """Return a job with new models, or with the models of the checkpoint.
 
     Unreadable checkpoints are ignored, and checkpoints of other seeds, settings or kinds of device.
     """
     task, training = TASKS[job.task], benchmark.training
     config = configure(benchmark.model, job.scheme, task, training.length, "reference")
-    course = Course(job, Stack(task, config, training, job.seeds, device))
+    course = Course(job, Stack(task, config, training, job.seeds, device, compiles))
     state = _state(job, benchmark)
     same = (job.seeds, benchmark.settings(), device.type)
     if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
@@ -172,15 +184,10 @@ def _log(course: Course) -> list[float]:
 def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) -> None:
     """Test the models of a job, and write their cells; `models` were trained side by side."""
     job, stack, task = course.job, course.stack, TASKS[course.job.task]
-    config = configure(benchmark.model, job.scheme, task, benchmark.training.length)
-    encoders = []
-    for index, seed in enumerate(job.seeds):
-        encoder = build(config, len(task.outputs), seed).to(stack.device).eval()
-        encoder.load_state_dict(stack.model(index))
-        encoders.append(encoder)
+    tested = stack if stack.compiles else _one_by_one(course, benchmark)
     start = time.monotonic()
-    found = accuracies(encoders, task, benchmark.evaluation, stack.device)
-    testing = (time.monotonic() - start) / len(encoders)
+    found = accuracies(tested, task, benchmark.evaluation, stack.device)
+    testing = (time.monotonic() - start) / len(job.seeds)
     for index, (seed, own) in enumerate(zip(job.seeds, found, strict=True)):
         parameters = stack.model(index)
         cells.save_weights(cells.weights(benchmark.folder, job.task, job.scheme, seed), parameters)
@@ -194,9 +201,22 @@ def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) ->
             accuracy=[round(each, 3) for each in own],
             seconds={"training": course.seconds / models, "evaluation": testing},
             models=models,
+            compiled=stack.compiles,
             provenance=provenance(stack.device, argv),
         ).save(benchmark.folder)
     remove(_checkpoint(job, benchmark))
+
+
+def _one_by_one(course: Course, benchmark: Benchmark) -> OneByOne:
+    """Return the models of a job as encoders with the fastest backend of the device."""
+    job, stack, task = course.job, course.stack, TASKS[course.job.task]
+    config = configure(benchmark.model, job.scheme, task, benchmark.training.length)
+    encoders = []
+    for index, seed in enumerate(job.seeds):
+        encoder = build(config, len(task.outputs), seed).to(stack.device).eval()
+        encoder.load_state_dict(stack.model(index))
+        encoders.append(encoder)
+    return OneByOne(encoders)
 
 
 def _checkpoint(job: Job, benchmark: Benchmark) -> Path:

@@ -5,23 +5,35 @@ Small models leave a GPU idle. Therefore the parameters of all models lie in a t
 as a CUDA graph per length of the curriculum, with the drawing of examples inside.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.func import functional_call, vmap
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from dape.chomsky.encoder import Encoder, Noise, build
+from dape.chomsky.mapped import (
+    Method,
+    block_of,
+    compiled,
+    flatten,
+    padded,
+    repeated,
+    stacked,
+    views,
+    within,
+)
 from dape.chomsky.task import Draw, Sample, Task
 from dape.model.configuration import DapeConfig
 
-ALIGNED = 4  # parameters begin at multiples of this number of elements, 16 bytes of float32
 NOISE = 2**32  # added to a seed for dropout and randomised positions
 PART = 8  # examples of a product of weights; see `Stack.forward`
+PAIRS = 2**24  # queries and keys at a time in tests; a pair has 256 bytes of hidden units
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +70,7 @@ class Stack:
     Attributes:
         flat: the parameters, `[models, parameters]`.
         losses: sums of the models' losses over the updates since `read_losses`.
+        compiles: whether the blocks are compiled.
 
     """
 
@@ -68,13 +81,15 @@ class Stack:
         training: Training,
         seeds: Sequence[int],
         device: torch.device | str,
+        compiles: bool = False,
     ) -> None:
         self.task, self.training, self.seeds = task, training, list(seeds)
         self.device = torch.device(device)
         models = [build(config, len(task.outputs), seed) for seed in seeds]
         self._shapes = {name: p.shape for name, p in models[0].named_parameters()}
-        self._sizes = [-(-shape.numel() // ALIGNED) * ALIGNED for shape in self._shapes.values()]
-        rows = [self._flatten(model) for model in models]
+        by_block = groupby(self._shapes.items(), lambda item: item[0].split(".")[:2])
+        self._blocks = [dict(shapes) for _, shapes in by_block]
+        rows = [flatten(model) for model in models]
         self.flat = torch.stack(rows).to(self.device).requires_grad_()
         self.encoder: Encoder = models[0].to(self.device).train()
         on_gpu = self.device.type == "cuda"
@@ -89,20 +104,53 @@ class Stack:
         self.losses = torch.zeros(len(self.seeds), device=self.device)
         self._graphs = Graphs([*self._data, *self._noise])
         self._captures = on_gpu
+        self._embed = stacked(Method(self.encoder, Encoder.embed), (0, None, 1))
+        self._read = stacked(Method(self.encoder, Encoder.read), (0, None))
+        self._layer_names = [name for name, _ in self.encoder.layers[0].named_parameters()]
+        self._layer = compiled(config) if compiles else block_of(config)
+        self.compiles = compiles and self._compile()
+        if compiles and not self.compiles:
+            self._layer = block_of(config)
 
-    def _flatten(self, model: Encoder) -> Float[Tensor, " parameters"]:
-        pairs = zip(model.parameters(), self._sizes, strict=True)
-        return torch.cat([pad(p.detach().flatten(), (0, size - p.numel())) for p, size in pairs])
+    def _compile(self) -> bool:
+        """Compile for the longest examples, because the first length decides on the kernels.
+
+        Return False with a warning if the compiler fails.
+        """
+        batch, length = self.training.batch_size, self.training.length
+        apart = [torch.Generator(self.device).manual_seed(0) for _ in self.seeds]
+        sample = self.task.sample(Draw(apart, batch), length)
+        try:
+            with warnings.catch_warnings():  # the compiler looks at gradients of inputs
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+                self.loss(sample, apart).sum().backward()
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            name = self.encoder.config.scheme
+            warnings.warn(f"{name} trains without a compiler, which fails: {reason}", stacklevel=2)
+            return False
+        finally:
+            self.flat.grad = None
+        return True
 
     def parameters(
         self, flat: Float[Tensor, "models parameters"]
     ) -> dict[str, Float[Tensor, "models ..."]]:
         """Return the parameters by name, views of `flat`."""
-        pieces = flat.split(self._sizes, dim=1)
-        return {
-            name: piece[:, : shape.numel()].unflatten(1, shape)
-            for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)
-        }
+        return views(flat, self._shapes)
+
+    def _copies(
+        self, flat: Float[Tensor, "models parameters"], copies: int
+    ) -> dict[str, Float[Tensor, "copies ..."]]:
+        """Return some copies of each model's parameters by name.
+
+        The parameters of a block lie side by side, in equal places for every task.
+        """
+        sizes = [sum(map(padded, shapes.values())) for shapes in self._blocks]
+        found: dict[str, Tensor] = {}
+        for shapes, piece in zip(self._blocks, flat.split(sizes, dim=1), strict=True):
+            found |= views(repeated(piece, copies), shapes)
+        return found
 
     def model(self, index: int) -> dict[str, Tensor]:
         """Return the parameters of a model, to load into an `Encoder`."""
@@ -112,7 +160,7 @@ class Stack:
     def update(self, length: int) -> None:
         """Draw a batch of a requested length for every model and take a step of Adam."""
         sample = self.task.sample(self._draw, length)
-        loss = self.loss(sample)
+        loss = self.loss(sample, self._noise)
         loss.sum().backward()  # the loss of a model depends on no other model's parameters
         gradient = self.flat.grad
         assert gradient is not None
@@ -122,21 +170,15 @@ class Stack:
         self.flat.grad = None
         self.losses += loss.detach()
 
-    def loss(self, sample: Sample) -> Float[Tensor, " models"]:
+    def loss(self, sample: Sample, noise: Sequence[torch.Generator]) -> Float[Tensor, " models"]:
         """Return the cross-entropy by model, the mean over the output symbols, fillers included."""
-        logits = self.logits(sample.inputs, sample.outputs.shape[1])
+        models, out = len(self.seeds), sample.outputs.shape[1]
+        inputs = sample.inputs.unflatten(0, (models, -1))
+        tokens, dropout = inputs.shape[2] + out, self.training.dropout
+        drawn = self.encoder.noise(noise, inputs.shape[1], tokens, dropout)
+        logits = self.forward(self.flat, inputs, out, drawn)
         entropy = cross_entropy(logits.flatten(0, 2), sample.outputs.flatten(), reduction="none")
-        return entropy.view(len(self.seeds), -1).mean(1)
-
-    def logits(
-        self, inputs: Int[Tensor, "examples length"], out: int
-    ) -> Float[Tensor, "models batch out classes"]:
-        """Return the logits of every model on the model's part of the examples."""
-        inputs = inputs.unflatten(0, (len(self.seeds), -1))
-        noise = self.encoder.noise(
-            self._noise, inputs.shape[1], inputs.shape[2] + out, self.training.dropout
-        )
-        return self.forward(self.flat, inputs, out, noise)
+        return entropy.view(models, -1).mean(1)
 
     def forward(
         self,
@@ -153,28 +195,40 @@ class Stack:
         takes 55.6 ms with a part of 128 examples, 14.9 with 16, 12.2 with 8 and 11.9 with 4. Three
         RoPE models take 8.6, 5.2, 5.0 and 5.1 (reverse-string, inputs of 20 symbols).
         """
-        batch = inputs.shape[1]
-        parts = batch // PART if batch % PART == 0 else 1
+        models, batch = inputs.shape[:2]
+        parts = batch // PART if torch.is_grad_enabled() and batch % PART == 0 else 1
+        keep, positions = noise
+        if keep is not None:  # a model's part of the batch lies beside the models
+            keep = keep.transpose(0, 1).unflatten(2, (parts, -1)).flatten(1, 2)
+        if positions is not None:
+            positions = repeated(positions, parts).transpose(0, 1).contiguous()
+        noise = Noise(keep, positions)
+        of = self._copies(flat, parts)
+        inputs = inputs.unflatten(1, (parts, -1)).flatten(0, 1)
+        hidden = self._embed(within("encoder", of), inputs, out, keep)
+        for index in range(len(self.encoder.layers)):
+            its = {name: of[f"layers.{index}.{name}"] for name in self._layer_names}
+            hidden = self._layer(its, hidden, *noise.layer(index))
+        logits: Tensor = self._read(within("encoder", of), hidden, out)
+        return logits.unflatten(0, (models, parts)).flatten(1, 2)
 
-        def own(x: Tensor, axis: int) -> Tensor:
-            """Move the parts of the batch, an axis of x, beside the models."""
-            return x.unflatten(axis, (parts, -1)).movedim(axis, 1).flatten(0, 1)
-
-        def shared(x: Tensor) -> Tensor:
-            """Return a copy for every part of the batch."""
-            return x[:, None].expand(-1, parts, *x.shape[1:]).flatten(0, 1)
-
-        def one(parameters: dict[str, Tensor], inputs: Tensor, noise: Noise) -> Tensor:
-            logits: Tensor = functional_call(self.encoder, parameters, (inputs, out, noise))
-            return logits
-
-        keep = None if noise.keep is None else own(noise.keep, 2)
-        positions = None if noise.positions is None else shared(noise.positions)
-        axes: Any = (0, 0, Noise(*(None if x is None else 0 for x in noise)))  # type: ignore[arg-type]
-        logits: Tensor = vmap(one, in_dims=axes)(
-            self.parameters(shared(flat)), own(inputs, 1), Noise(keep, positions)
-        )
-        return logits.unflatten(0, (-1, parts)).flatten(1, 2)
+    @torch.no_grad()
+    def answers(
+        self, inputs: Int[Tensor, "batch length"], out: int, generator: torch.Generator
+    ) -> Int[Tensor, "models batch out"]:
+        """Return the output symbols of every model, without dropout."""
+        models, tokens = len(self.seeds), inputs.shape[1] + out
+        positions = self.encoder.noise([generator], len(inputs), tokens).positions
+        noise = Noise(positions=None if positions is None else positions.expand(models, -1, -1))
+        pieces = -(-models * len(inputs) * tokens**2 // PAIRS)
+        pieces = min(pieces, max(1, len(inputs) // 2))
+        # A single row would be compiled anew.
+        several = inputs if len(inputs) > 1 else inputs.repeat(2, 1)
+        logits = [
+            self.forward(self.flat, piece.expand(models, -1, -1), out, noise)
+            for piece in several.tensor_split(pieces)
+        ]
+        return torch.cat([each.argmax(-1) for each in logits], 1)[:, : len(inputs)]
 
     def step(self, length: int) -> None:
         """Make an update, on a GPU as a graph from the second update of a length on."""

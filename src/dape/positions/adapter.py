@@ -162,8 +162,9 @@ def mix(
     if taps == 1:
         return across(weight[:, :, 0], x)
     if channels < out:
-        shifted = torch.cat([x[..., tap : tap + keys] for tap in range(taps)], dim=-3)
-        return across(weight.mT.flatten(1), shifted)
+        # `stack`, because `vmap` of `cat` fixes the length in a compilation for all lengths.
+        shifted = torch.stack([x[..., tap : tap + keys] for tap in range(taps)], dim=-4)
+        return across(weight.mT.flatten(1), shifted.flatten(-4, -3))
     parts = across(weight.permute(2, 0, 1).flatten(0, 1), x).unflatten(-3, (taps, out))
     moved = [parts[..., tap, :, :, tap : tap + keys] for tap in range(taps)]
     return sum(moved[1:], moved[0])
@@ -322,16 +323,17 @@ class TransformerXL(Wide):
         """Return `u . k_j`, in the dtype of the scores."""
         key = rows.key.to(scores.dtype)
         grouped = self.u.to(scores.dtype).unflatten(0, (key.shape[1], -1))
-        return (grouped @ key.mT).flatten(1, 2).unsqueeze(2)
+        return torch.einsum("kgd,bkjd->bkgj", grouped, key).flatten(1, 2).unsqueeze(2)
 
     def offset(self, rows: Rows, scores: Tensor) -> Float[Tensor, "batch heads query key"]:
         """Return `(q_i + v) . W r(i - j)`, in the dtype of the scores."""
         weight, v = self.weight.to(scores.dtype), self.v.to(scores.dtype)
-        waves = (rows.query.to(scores.dtype) + v[:, None]) @ weight
+        waves = torch.einsum("bhid,hdw->bhiw", rows.query.to(scores.dtype) + v[:, None], weight)
         query, key = (
             sinusoids(positions, weight.shape[2], scores.dtype).unsqueeze(-3)
             for positions in (rows.query_positions, rows.key_positions)
         )
         (a, b), (sine, cosine) = waves.chunk(2, -1), query.chunk(2, -1)
-        turned = torch.cat((b * sine - a * cosine, a * sine + b * cosine), dim=-1)
-        return turned @ key.mT
+        turned = torch.stack((b * sine - a * cosine, a * sine + b * cosine), dim=-2)
+        keys = key.squeeze(-3).expand(len(turned), -1, -1)
+        return torch.einsum("bhiw,bjw->bhij", turned.flatten(-2), keys)

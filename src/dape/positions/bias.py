@@ -62,7 +62,8 @@ def sinusoids(
     16,384.
     """
     angles = positions[..., None] * frequencies(size, 10000.0, torch.float64, positions.device)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).to(dtype)
+    # `stack`, because `vmap` of `cat` fixes the length in a compilation for all lengths.
+    return torch.stack((angles.sin(), angles.cos()), dim=-2).flatten(-2).to(dtype)
 
 
 def per_head(parameter: Float[Tensor, "heads"]) -> Float[Tensor, "heads 1 1"]:
@@ -254,7 +255,7 @@ class T5(Bias):
         """Draw W anew."""
         nn.init.xavier_normal_(self.weight)
 
-    def starts(self, device: torch.device | None = None) -> Float[Tensor, "buckets-1"]:
+    def starts(self, device: torch.device | None = None) -> Float[Tensor, " starts"]:
         """Return the first distance of each bucket except the bucket of 0, in float64.
 
         A list of Python would be copied from the host, and a CUDA graph holds no such copy.

@@ -42,8 +42,9 @@ def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
     pairs = cos.shape[-1]
     cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)  # all heads alike
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin, rest)
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    # `stack`, because `vmap` of `cat` fixes the length in a compilation for all lengths.
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(-2)
+    return (torch.cat((turned, rest), -1) if rest.shape[-1] else turned).to(x.dtype)
 
 
 class Turn(torch.autograd.Function):

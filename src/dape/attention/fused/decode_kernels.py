@@ -10,38 +10,66 @@ registers. `tiles` has the legend.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.across_heads import load_hidden, load_static, load_weights, rise
+from dape.attention.fused.across_heads import load_hidden, load_static, rise
+from dape.attention.fused.table_kernels import bias_values, load_out, load_tap
 from dape.attention.fused.tiles import LOG2E, load_rows, store_output, unwanted
 
 # Sizes that change with every token. Triton would compile a further kernel for multiples of 16.
 GROWING = ("num_keys", "table_size", "shift")
 
 
+@triton.jit
+def made_tables(
+    b_NH, w1, w2_DH, b1_D, b2_H, heads, units, channels,
+    H: tl.constexpr, D: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Return U `[N, D]` and C `[N, H]` of biases, as `tables_kernel` makes them."""
+    u_ND = tl.zeros((b_NH.shape[0], b1_D.shape[0]), tl.float32) + b1_D[None, :]
+    if ON_BIAS >= 0:
+        v_HD = load_tap(w1, 0, ON_BIAS, heads, units, channels, H, D, 1)
+        u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
+    c_NH = tl.zeros_like(b_NH) + b2_H[None, :]
+    if RESIDUAL:
+        c_NH += b_NH
+    phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
+    return u_ND, tl.dot(phi_ND, w2_DH, c_NH, input_precision="ieee")
+
+
 # A single key head, known at compile time, makes the loop over keys the innermost. Triton would
 # then load tables ahead, in more shared memory than a GPU has.
 @triton.jit(do_not_specialize=(*GROWING, "KV_HEADS"))
 def decode_kernel(
-    query, key, value, w1, w2, hidden_table, static_table, mask, out, lse, rest,
-    num_rows, num_keys, table_size, shift, scale, keys_per_span,
+    query, key, value, w1, w2, hidden, static, p0, p1, span, mask, out, lse, rest,
+    num_rows, num_keys, table_size, channels, shift, scale, keys_per_span,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, mask_b,
     KV_HEADS, GROUP, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    EXACT: tl.constexpr, RESTED: tl.constexpr, gate, GATED: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
+    gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B).
 
-    If EXACT, the rounding error of P meets V too.
+    `hidden` and `static` are U and C over the distance. With a FORM of the bias, which has few
+    parameters, the program makes its own part of U and C, and `hidden` and `static` are b1 and b2.
+    W1 has `channels` columns, first the scores. If EXACT, the rounding error of P meets V too. If
+    FLAGS, `gate` becomes 1.
     """
     if unwanted(gate, GATED):
         return
+    if FLAGS:
+        tl.store(gate, 1)
     b64 = tl.program_id(2).to(tl.int64)
     first_row = tl.program_id(0) * M
     key += b64 * key_b
     value += b64 * value_b
     mask += b64 * mask_b
+    low = tl.program_id(1) * keys_per_span
+    high = tl.minimum(num_keys, low + keys_per_span)
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
     heads, units, n = tl.arange(0, HEADS), tl.arange(0, UNITS), tl.arange(0, K * M)
     columns, dims = tl.arange(0, M * HEADS), tl.arange(0, WIDE)
     rows, head = first_row + columns // HEADS, columns % HEADS
@@ -49,19 +77,27 @@ def decode_kernel(
     at = b64 * query_b + head.to(tl.int64) * query_h + rows.to(tl.int64) * query_t
     inside = stored[None, :] & (dims < E)[:, None]
     q_EC = tl.load(query + at[None, :] + dims[:, None], inside, 0.0)
-    w1_HD, w2_HD = load_weights(w1, w2, heads, units, H, D)
-    w2_DH = tl.trans(w2_HD)
+    w1_HD = load_tap(w1, 0, 0, heads, units, channels, H, D, 1)
+    w2_DH = tl.trans(load_out(w2, heads, units, H, D))
+    if FORM is not None:
+        b1_D = tl.load(hidden + units, units < D, 0.0).to(tl.float32)
+        b2_H = tl.load(static + heads, heads < H, 0.0).to(tl.float32)
     top_C = tl.full((M * HEADS,), float("-inf"), tl.float32)
     total_C = tl.zeros((M * HEADS,), tl.float32)
     acc_VC = tl.zeros((WIDE_V, M * HEADS), tl.float32)
-    low = tl.program_id(1) * keys_per_span
-    high = tl.minimum(num_keys, low + keys_per_span)
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
     for first_key in range(low, high, K):
         delta_ij = first_row + n % M + shift - (first_key + n // M)
-        u_ND = load_hidden(hidden_table, delta_ij, units, table_size, D)
-        c_NH = load_static(static_table, delta_ij, heads, table_size, H)
+        if FORM is None:
+            u_ND = load_hidden(hidden, delta_ij, units, table_size, D)
+            c_NH = load_static(static, delta_ij, heads, table_size, H)
+        else:
+            distance = tl.abs(delta_ij)
+            b_NH, _x, _y = bias_values(
+                p0, p0, p1, distance, heads, table_size, span, H, FORM, False, ROWS
+            )
+            u_ND, c_NH = made_tables(
+                b_NH, w1, w2_DH, b1_D, b2_H, heads, units, channels, H, D, ON_BIAS, RESIDUAL
+            )
         x_KC = tl.zeros((K, M * HEADS), tl.float32)
         head_keys = key
         for kv in range(KV_HEADS):

@@ -1,4 +1,4 @@
-"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_2`."""
+"""The fused kernels as operators of PyTorch, `dape::attend_2` and `dape::attend_backward_3`."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
+from dape.attention.fused import decode_operator
 from dape.attention.fused.plan import planned
-from dape.attention.fused.problem import Problem, Result
+from dape.attention.fused.problem import Result, problem_of, with_rows
 from dape.attention.fused.registered import below_autograd, register
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
-from dape.attention.fused.terms import terms_of
+from dape.attention.fused.terms import learned, mixes
 
 
 def attend(call: Call, backend: str) -> Attended:
@@ -23,15 +24,19 @@ def attend(call: Call, backend: str) -> Attended:
     """
     query, mask, shift = call.query, call.mask, cast(int, call.shift)
     rows, keys = query.shape[2], call.key.shape[2]
+    seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
+    sources = decode_operator.sources_of(call)
+    if sources is not None:
+        given = query, call.key, call.value, seen, call.scale, call.causal, shift
+        return Attended(*decode_operator.operator(*given, *sources))
     count = max(keys - min(0, shift), rows + shift)
     found = tables(call.bias, call.adapter, query.shape[1], count, query.device, call.key_offset)
-    seen = None if mask is None else mask[:, 0, 0].expand(query.shape[0], keys).contiguous()
     begun = call.begun
     if begun is not None:
         begun = begun[:, 0, 0].expand(query.shape[0]).contiguous()
     wide = call.result != call.value.dtype
     trains = torch.is_grad_enabled() and any(table.requires_grad for table in found)
-    exact = wide or (trains and len(found) > 1)
+    exact = wide or (trains and mixes(found))
     out, lse, rest, _ = forward_operator(
         query, call.key, call.value, found, seen, begun, call.scale, call.causal, shift,
         call.halo, backend, exact,
@@ -39,38 +44,6 @@ def attend(call: Call, backend: str) -> Attended:
     if wide:
         out = out.to(call.result) + (rest.to(call.result) if rest.numel() else 0)
     return Attended(out, lse)
-
-
-def with_rows(x: Tensor) -> Tensor:
-    """Return `x` with a contiguous last axis, for the kernels."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def problem_of(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tables: Sequence[Tensor],
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    offset: int,
-    halo: Sequence[int] = (0, 0),
-    begun: Tensor | None = None,
-) -> Problem:
-    """Return the problem of an operator's arguments, with contiguous rows."""
-    return Problem(
-        query=with_rows(query),
-        key=with_rows(key),
-        value=with_rows(value),
-        terms=terms_of([table.contiguous() for table in tables]),
-        mask=mask,
-        scale=scale,
-        causal=causal,
-        offset=offset,
-        halo=(halo[0], halo[1]),
-        begun=begun,
-    )
 
 
 def _forward(
@@ -117,7 +90,7 @@ def _forward_fake(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     narrow = query.dtype != torch.float32
     rest = torch.empty_like(out) if narrow and others[-1] else query.new_empty(0)
-    flags = int(narrow and len(tables) > 1)
+    flags = int(narrow and mixes(tables))
     return out, lse, rest, query.new_empty(flags, dtype=torch.int32)
 
 
@@ -139,12 +112,13 @@ def _backward(
     offset: int,
     halo: Sequence[int],
     backend: str,
+    learns: bool,
 ) -> list[Tensor]:
-    """Return the gradients of query, key, value and the tables."""
+    """Return the gradients of query, key, value and, if they learn, the tables."""
     if grad_lse is not None:  # rows without a visible key have no gradient
         grad_lse = grad_lse.contiguous().masked_fill(lse == -torch.inf, 0)
     given = (query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables)
-    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend)]
+    return [*planned(_gradients, given, scale, causal, offset, tuple(halo), backend, learns)]
 
 
 def _gradients(
@@ -154,6 +128,7 @@ def _gradients(
     offset: int,
     halo: tuple[int, int],
     backend: str,
+    learns: bool,
 ) -> list[Tensor]:
     """Return the gradients for the tensors of a problem, of its result and of its gradients."""
     from dape.attention.fused.passes import backward
@@ -161,14 +136,14 @@ def _gradients(
     query, key, value, mask, begun, out, lse, rest, flag, grad_out, grad_lse, *tables = given
     problem = problem_of(query, key, value, tables, mask, scale, causal, offset, halo, begun)
     found = Result(out, lse, rest, flag)
-    return backward(problem, backend, found, with_rows(grad_out), grad_lse)
+    return backward(problem, backend, found, with_rows(grad_out), grad_lse, learns)
 
 
 def _backward_fake(
-    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: object
+    query: Tensor, key: Tensor, value: Tensor, tables: Sequence[Tensor], *rest: Any
 ) -> list[Tensor]:
     gradients = [torch.empty_like(with_rows(x)) for x in (query, key, value)]
-    return [*gradients, *(torch.empty_like(x).contiguous() for x in tables)]
+    return [*gradients, *(torch.empty_like(x).contiguous() for x in learned(tables, rest[-1]))]
 
 
 class _Attend(torch.autograd.Function):
@@ -203,9 +178,10 @@ class _Attend(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward_operator(
             query, key, value, tables, mask, begun, out, lse, rest, flag, grad_out, grad_lse,
-            *ctx.how,
+            *ctx.how, any(ctx.needs_input_grad[7:]),
         )  # fmt: skip
-        return *found[:3], None, None, None, None, *found[3:]
+        without = [None] * (len(tables) - len(found) + 3)
+        return *found[:3], None, None, None, None, *without, *found[3:]
 
 
 def _with_gradients(
@@ -230,8 +206,8 @@ forward_operator = register(
     _forward, _forward_fake, _with_gradients,
 )  # fmt: skip
 backward_operator = register(
-    f"attend_backward_2({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
-    f"Tensor grad_out, Tensor? grad_lse, {_HOW}) -> Tensor[]",
+    f"attend_backward_3({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
+    f"Tensor grad_out, Tensor? grad_lse, {_HOW}, bool learns) -> Tensor[]",
     _backward,
     _backward_fake,
 )

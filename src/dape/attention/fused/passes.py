@@ -22,7 +22,16 @@ from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
 from dape.attention.fused.sums import cleared, rounded
-from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, Terms
+from dape.attention.fused.terms import (
+    Features,
+    Mixed,
+    Nothing,
+    Static,
+    Taps,
+    Terms,
+    learned,
+    terms_of,
+)
 
 
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
@@ -53,9 +62,9 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     if isinstance(terms, Nothing | Static):
         static.forward(problem, found)
     elif isinstance(terms, Mixed) and decode.serves(problem):
-        decode.forward(problem, terms, found)  # in float32, and with flag 1 backward too
-        if narrow:
-            found = found._replace(flag=problem.query.new_ones(1, dtype=torch.int32))
+        # In float32, and with flag 1 backward too.
+        found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
+        decode.forward(problem, terms, found)
     elif not narrow:
         forward_by_bands(mixer_of(problem, backend), found)
     else:
@@ -82,9 +91,14 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
 
 
 def backward(
-    problem: Problem, backend: str, found: Result, grad_out: Tensor, grad_lse: Tensor | None
+    problem: Problem,
+    backend: str,
+    found: Result,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    learns: bool,
 ) -> list[Tensor]:
-    """Return the gradients of q, k, v and of the tables in order.
+    """Return the gradients of q, k, v and of the tables in order, of a bias alone if it `learns`.
 
     Where the flag of the result is 1 the scratch is in float32.
     """
@@ -95,12 +109,14 @@ def backward(
         ways = [problem._replace(gate=Gate(found.flag, wide)) for wide in (False, True)]
     else:
         ways = [problem]
-    into, tables = room_for_gradients(ways[-1], dtype), like(problem.terms)
-    if isinstance(tables, Nothing | Static):
+    into, terms = room_for_gradients(ways[-1], dtype), problem.terms
+    given = [table for table in terms if table is not None]
+    tables = [torch.empty_like(table) for table in learned(given, learns)]
+    if isinstance(terms, Nothing | Static):
         static.backward(problem, rows, into, tables)
     else:
         for way in ways:  # the gates let a single way run
-            backward_by_bands(mixer_of(way, backend), rows, into, tables)
+            backward_by_bands(mixer_of(way, backend), rows, into, terms_of(tables))
     return [*(rounded(gradient, dtype) for gradient in into[:3]), *tables]
 
 
@@ -112,11 +128,6 @@ def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
         return Gradients(query, key, value, add=False)
     query, key, value = (cleared(torch.empty_like(x, dtype=torch.float32)) for x in given)
     return Gradients(query, key, value, add=True)
-
-
-def like(terms: Terms) -> Terms:
-    """Return room for the gradients of tables."""
-    return type(terms)(*map(torch.empty_like, terms))
 
 
 def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:

@@ -1,12 +1,13 @@
 """A call in the form for kernels, bands of a call, and the result."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dape.attention.fused.terms import Features, Terms
+from dape.attention.fused.terms import Features, Terms, terms_of
 
 
 class Gate(NamedTuple):
@@ -84,6 +85,38 @@ class Problem(NamedTuple):
             begun=None if self.begun is None else self.begun[band.batch],
             offset=band.shift,
         )
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """Return `x` with a contiguous last axis, for the kernels."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def problem_of(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tables: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    offset: int,
+    halo: Sequence[int] = (0, 0),
+    begun: Tensor | None = None,
+) -> Problem:
+    """Return the problem of an operator's arguments, with contiguous rows."""
+    return Problem(
+        query=with_rows(query),
+        key=with_rows(key),
+        value=with_rows(value),
+        terms=terms_of([table.contiguous() for table in tables]),
+        mask=mask,
+        scale=scale,
+        causal=causal,
+        offset=offset,
+        halo=(halo[0], halo[1]),
+        begun=begun,
+    )
 
 
 class Result(NamedTuple):

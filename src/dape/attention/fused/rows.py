@@ -14,7 +14,7 @@ from torch import Tensor
 from dape.attention.fused import rows_kernels as kernels
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem, Result
-from dape.attention.fused.sizes import cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.sizes import WIDEST_TILE, cdiv, next_power_of_2, padded, strides
 from dape.attention.fused.terms import Nothing, Static
 
 
@@ -23,11 +23,13 @@ class Rows(NamedTuple):
 
     `scaled` is dO / unit in the dtype of the problem. delta is (dO O - g) / unit for the gradient g
     of the log-sum-exp, if given. For mixed heads, the log-sum-exps of all heads of a row are
-    neighbours in memory.
+    neighbours in memory. Otherwise the log-sum-exp is in base 2, and both are padded, with an
+    infinite log-sum-exp past the last row and therefore P = 0. A bias above zero would else make P
+    large, and infinite in fp16. Rows without a visible key have log-sum-exp 0.
     """
 
-    lse: Float[Tensor, "batch heads rows"]
-    delta: Float[Tensor, "batch heads rows"]
+    lse: Float[Tensor, "batch heads lines"]
+    delta: Float[Tensor, "batch heads lines"]
     scaled: Float[Tensor, "batch heads rows value_dim"]
     grad_out: Float[Tensor, "batch heads rows value_dim"]
     grad_lse: Float[Tensor, "batch heads rows"] | None
@@ -44,14 +46,17 @@ class Rows(NamedTuple):
         batch, heads, rows, value_dim = found.out.shape
         lse, mixed = found.lse, not isinstance(problem.terms, Nothing | Static)
         scaled = torch.empty_like(found.out, dtype=problem.query.dtype)
-        copied = lse.new_empty(batch, rows, heads).transpose(1, 2) if mixed else lse
-        delta = torch.empty_like(lse)
-        start(kernels.row_products_kernel, (cdiv(rows, 64), batch * heads))(
+        if mixed:
+            copied, delta = lse.new_empty(batch, rows, heads).transpose(1, 2), torch.empty_like(lse)
+        else:
+            lines = cdiv(rows, WIDEST_TILE) * WIDEST_TILE
+            copied, delta = (lse.new_empty(batch, heads, lines) for _ in range(2))
+        start(kernels.row_products_kernel, (cdiv(copied.shape[2], 64), batch * heads))(
             found.out, found.rest, grad_out, lse, lse if grad_lse is None else grad_lse, largest,
             unit, scaled, copied, delta, rows, *strides(found.out), *strides(grad_out),
-            *lse.stride()[:2], *strides(scaled), *copied.stride(),
+            *lse.stride()[:2], *strides(scaled), *copied.stride(), *delta.stride()[:2],
             heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), RESTED=found.exact,
-            COPIED=mixed, SUMMED=grad_lse is not None,
+            PADDED=not mixed, SUMMED=grad_lse is not None,
             PARTS=0 if exact else len(largest), M=64, num_warps=4,
         )  # fmt: skip
         return cls(copied, delta, scaled, grad_out, grad_lse, unit)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dape.attention.fused.tiles import load_rows
+from dape.attention.fused.tiles import LOG2E, load_rows
 
 
 @triton.jit
@@ -77,15 +77,15 @@ def half_kernel(
 def row_products_kernel(
     out, rest, grad_out, lse, grad_lse, largest, unit, scaled, copied, delta, num_rows,
     out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
-    scaled_b, scaled_h, scaled_t, copied_b, copied_h, copied_t,
-    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, COPIED: tl.constexpr,
+    scaled_b, scaled_h, scaled_t, copied_b, copied_h, copied_t, delta_b, delta_h,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, PADDED: tl.constexpr,
     SUMMED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Store the unit, dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
 
-    g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). If COPIED, the log-sum-exp
-    is copied beside those of the other heads. The unit is made of the largest numbers of so many
-    PARTS, and 1 without.
+    g is the gradient of the log-sum-exp, if SUMMED: dS = P (dP - delta). The log-sum-exp is copied,
+    and if PADDED in base 2, with rows past the last, as `Rows` says. The unit is made of the
+    largest numbers of so many PARTS, and 1 without.
     """
     b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     scale = 1.0
@@ -111,9 +111,11 @@ def row_products_kernel(
     if SUMMED:
         wanted_M = tl.load(grad_lse + b64 * lse_b + h * lse_h + line, line < num_rows, 0.0)
         products_M -= wanted_M / scale
-    at = b64 * lse_b + h * lse_h + line
-    tl.store(delta + at, products_M, line < num_rows)
-    if COPIED:
-        log_sum_M = tl.load(lse + at, line < num_rows)
-        at = b64 * copied_b + h * copied_h + line.to(tl.int64) * copied_t
-        tl.store(copied + at, log_sum_M, line < num_rows)
+    stored = line < num_rows
+    log_sum_M = tl.load(lse + b64 * lse_b + h * lse_h + line, stored, float("inf"))
+    if PADDED:
+        log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M) * LOG2E
+        stored = line >= 0
+    tl.store(delta + b64 * delta_b + h * delta_h + line, products_M, stored)
+    at = b64 * copied_b + h * copied_h + line.to(tl.int64) * copied_t
+    tl.store(copied + at, log_sum_M, stored)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
+# No tile has more rows or keys. Lines over rows or keys are padded to multiples.
+WIDEST_TILE = 128
 # Queries of a step of decoding.
 MOST_ROWS = 16
 

@@ -8,10 +8,12 @@ from torch import Tensor
 from dape.attention.fused import spans_kernels as kernels
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Result
-from dape.attention.fused.sizes import Tile, cdiv, next_power_of_2, strides
+from dape.attention.fused.sizes import Tile, cdiv, strides
 
 # Programs that keep a large GPU busy. Few rows are split over spans of keys to have as many.
 PROGRAMS = 256
+# Columns of the output that a program of `combine` adds up, few for many programs.
+COLUMNS = 16
 
 
 def key_spans(heads: int, rows: int, keys: int, tile: Tile) -> tuple[int, int]:
@@ -40,10 +42,10 @@ def combine(parts: Tensor, parts_lse: Tensor, asks: dict[str, Any], found: Resul
     spans, batch, heads, rows, value_dim = parts.shape
     if spans == 1:
         return
-    start(kernels.combine_kernel, (rows, batch * heads))(
+    start(kernels.combine_kernel, (rows, batch * heads, cdiv(value_dim, COLUMNS)))(
         parts, parts_lse, found.out, found.lse, found.rest, rows,
         parts.stride(0), value_dim, parts_lse.stride(0),
         *strides(found.out), *found.lse.stride()[:2],
-        heads, V=value_dim, WIDE_V=next_power_of_2(value_dim), SPANS=spans,
+        heads, V=value_dim, COLUMNS=COLUMNS, SPANS=spans,
         RESTED=found.exact, **asks, num_warps=4,
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """Attention with a static bias, or none: an ordinary kernel of a head with a learnable table."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -12,10 +14,18 @@ from dape.attention.fused.overflow import asking
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Gradients, Problem, Result
 from dape.attention.fused.rows import Rows
-from dape.attention.fused.sizes import PRECISION, Tile, cdiv, next_power_of_2, padded, strides
+from dape.attention.fused.sizes import (
+    PRECISION,
+    WIDEST_TILE,
+    Tile,
+    cdiv,
+    next_power_of_2,
+    padded,
+    strides,
+)
 from dape.attention.fused.spans import combine, key_spans, parts_of
-from dape.attention.fused.sums import fold
-from dape.attention.fused.terms import Nothing, Static
+from dape.attention.fused.sums import add_up, fold
+from dape.attention.fused.terms import Static
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
@@ -24,8 +34,6 @@ TILES = {
     "grad_key_value": Tile(64, 64, 4, 3),
     "grad_table": Tile(64, 64, 8, 3),
 }
-# No tile is wider; the line is padded by as much as two tiles reach.
-WIDEST_TILE = 128
 LOG2E = 1.4426950408889634
 
 
@@ -47,6 +55,7 @@ class Bias(NamedTuple):
         ends_unseen = problem.causal and rows + problem.offset <= keys
         if problem.mask is None and (ends_unseen or keys % WIDEST_TILE == 0):
             return cls(table, size, None)
+        # The line is padded by as much as two tiles reach.
         line = problem.query.new_zeros(batch, keys, dtype=torch.float32)
         if problem.mask is not None:
             line.masked_fill_(~problem.mask, float("-inf"))
@@ -100,43 +109,94 @@ def forward(problem: Problem, found: Result) -> None:
     combine(parts, parts_lse, asking(problem, None), found)
 
 
-def backward(problem: Problem, rows: Rows, into: Gradients, tables: Nothing | Static) -> None:
-    """Fill dQ and correct delta, then fill dK, dV, and with a bias dC `[H, N]`."""
-    query, key, value = problem.query, problem.key, problem.value
-    batch, heads, count, _ = query.shape
-    kv_heads, keys = key.shape[1:3]
-    bias, grad_lse = Bias.of(problem), rows.grad_lse
-    line = query if bias.line is None else bias.line
-    tensors = (query, key, value, rows.scaled, bias.table, line, rows.lse, rows.delta)
-    sizes = (count, keys, bias.size)
-    places = (
-        *strides(query), *strides(key), *strides(value), *strides(rows.scaled),
-        *rows.lse.stride()[:2],
-    )  # fmt: skip
-    tile, how = tile_of("grad_query", problem), shared(problem, bias)
+class Given(NamedTuple):
+    """The arguments that the kernels of the backward pass share."""
+
+    bias: Bias
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, rows: Rows) -> "Given":
+        """Return the arguments for the rows of a problem."""
+        query, key, value = problem.query, problem.key, problem.value
+        bias = Bias.of(problem)
+        line = query if bias.line is None else bias.line
+        places = (
+            *strides(query), *strides(key), *strides(value), *strides(rows.scaled),
+            *rows.lse.stride()[:2], line.stride(0),
+        )  # fmt: skip
+        tensors = (query, key, value, rows.scaled, bias.table, line, rows.lse, rows.delta)
+        return cls(bias, tensors, (query.shape[2], key.shape[2], bias.size), places)
+
+
+def backward(
+    problem: Problem, rows: Rows, into: Gradients, tables: Sequence[Float[Tensor, "..."]]
+) -> None:
+    """Fill dQ, dK and dV, and the gradient of the last table or no table."""
+    given, terms = Given.of(problem, rows), problem.terms
+    grad_query(problem, rows, given, into)
+    jacobian = terms.jacobian if tables and isinstance(terms, Static) else None
+    grad_key_value(problem, rows, given, into, jacobian, tables)
+    if tables and jacobian is None:
+        grad_table(problem, rows, given, tables[0])
+
+
+def grad_query(problem: Problem, rows: Rows, given: Given, into: Gradients) -> None:
+    """Fill dQ and correct delta."""
+    batch, heads, count, _ = problem.query.shape
+    tile, summed = tile_of("grad_query", problem), rows.grad_lse is not None
+    grad_lse = rows.lse if rows.grad_lse is None else rows.grad_lse
     start(kernels.grad_query_kernel, (cdiv(count, tile.rows), batch * heads))(
-        *tensors, rows.lse if grad_lse is None else grad_lse, rows.unit, into.query,
-        *sizes, problem.offset, problem.scale, *places, *strides(into.query), line.stride(0),
-        heads, SUMMED=grad_lse is not None, **how, **tile.launch(),
+        *given.tensors, grad_lse, rows.unit, into.query,
+        *given.sizes, problem.offset, problem.scale,
+        *given.places, *strides(into.query), *grad_lse.stride()[:2],
+        heads, SUMMED=summed, **shared(problem, given.bias), **tile.launch(),
     )  # fmt: skip
-    tile = tile_of("grad_key_value", problem)
-    start(kernels.grad_key_value_kernel, (cdiv(keys, tile.keys), batch * kv_heads))(
-        *tensors, rows.unit, into.key, into.value, *sizes, problem.offset, problem.scale,
-        *places, *strides(into.key), *strides(into.value), line.stride(0),
-        kv_heads, **how, **tile.launch(),
+
+
+def grad_key_value(
+    problem: Problem,
+    rows: Rows,
+    given: Given,
+    into: Gradients,
+    jacobian: Float[Tensor, "parameters heads distances"] | None,
+    tables: Sequence[Tensor],
+) -> None:
+    """Fill dK and dV, and with a Jacobian the gradient of the parameters of a bias."""
+    batch, kv_heads, keys, _ = problem.key.shape
+    tile, (number, heads) = tile_of("grad_key_value", problem), (0, problem.query.shape[1])
+    programs, sums = cdiv(keys, tile.keys), rows.lse
+    if jacobian is not None:
+        number = len(jacobian)
+        sums = rows.lse.new_empty(batch, programs, number * heads)
+    start(kernels.grad_key_value_kernel, (programs, batch * kv_heads))(
+        *given.tensors, sums if jacobian is None else jacobian, sums, rows.unit,
+        into.key, into.value, *given.sizes, problem.offset, problem.scale,
+        *given.places, *strides(into.key), *strides(into.value),
+        kv_heads, PARAMETERS=number, **shared(problem, given.bias), **tile.launch(),
     )  # fmt: skip
-    if isinstance(tables, Nothing):
-        return
+    if jacobian is not None:
+        add_up(problem, sums, (number, heads), rows.unit, tables[0])
+
+
+def grad_table(
+    problem: Problem, rows: Rows, given: Given, table: Float[Tensor, "heads distances"]
+) -> None:
+    """Fill the gradient of C from sums of dS along diagonals."""
+    batch, heads = problem.query.shape[:2]
     tile = tile_of("grad_table", problem)
     size = tile.rows
     where = diagonals(problem, bands(problem)[0], size, size)
-    cells = query.new_empty(heads, where.number, size, size, dtype=torch.float32)
+    cells = rows.lse.new_empty(heads, where.number, size, size)
     start(kernels.grad_table_kernel, (heads * where.number,))(
-        *tensors, cells, *sizes, where.first, where.band_tile, where.offset, problem.scale, batch,
-        *places, line.stride(0), heads, **how, M=size, **tile.pace(),
+        *given.tensors, cells, *given.sizes, where.first, where.band_tile, where.offset,
+        problem.scale, batch, *given.places,
+        heads, **shared(problem, given.bias), M=size, **tile.pace(),
     )  # fmt: skip
     # Rows lie reversed. A diagonal of dS is therefore a column.
     steps = size - 1, size * size, 1, where.number * size * size
     lines = cells.as_strided((size, where.number, 2 * size - 1, heads), steps)
     first = lowest_distance(problem, size, size)
-    fold(problem, lines, first, size, rows.unit, tables.static.t(), skewed=True)
+    fold(problem, lines, first, size, rows.unit, table.t(), skewed=True)

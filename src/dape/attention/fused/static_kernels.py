@@ -2,13 +2,20 @@
 
 The bias is a table over the distance. A tile has -inf where causality hides a key, and needs no
 mask. For hidden keys (padding, an end within a tile), a line over the keys holds 0 or -inf,
-`LINED`. `tiles` has the legend.
+`LINED`. `Rows` describes log-sum-exp and delta. `tiles` has the legend.
 """
 
 import triton
 import triton.language as tl
 
-from dape.attention.fused.tiles import LOG2E, diagonal_tiles, load_rows, store_output, toeplitz
+from dape.attention.fused.tiles import (
+    LOG2E,
+    diagonal_tiles,
+    load_rows,
+    store_output,
+    toeplitz,
+    toeplitz_pair,
+)
 
 
 @triton.jit
@@ -22,18 +29,6 @@ def logits(
     if LINED:
         s_AB += tl.load(line + keys)
     return s_AB
-
-
-@triton.jit
-def row_statistics(lse, delta, rows, num_rows):
-    """Return log-sum-exp in base 2 and delta of rows.
-
-    Rows without a visible key have log-sum-exp 0. Past the last row the log-sum-exp is infinite and
-    P therefore 0. A bias above zero would else make P large, and infinite in fp16.
-    """
-    log_sum_M = tl.load(lse + rows, rows < num_rows, float("inf"))
-    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M) * LOG2E
-    return log_sum_M, tl.load(delta + rows, rows < num_rows, 0.0)
 
 
 @triton.jit
@@ -96,7 +91,7 @@ def grad_query_kernel(
     query, key, value, grad_out, table, line, lse, delta, grad_lse, unit, grad_query,
     num_rows, num_keys, table_size, shift, scale,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    out_b, out_h, out_t, stat_b, stat_h, grad_b, grad_h, grad_t, line_b,
+    out_b, out_h, out_t, stat_b, stat_h, line_b, grad_b, grad_h, grad_t, wanted_b, wanted_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, SUMMED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,7 +115,7 @@ def grad_query_kernel(
     q_ME = load_rows(query, query_t, first_row, num_rows, E, M, WIDE)
     do_MV = load_rows(grad_out, out_t, first_row, num_rows, V, M, WIDE_V)
     stat = b64 * stat_b + h * stat_h
-    log_sum_M, shared_M = row_statistics(lse + stat, delta + stat, rows, num_rows)
+    log_sum_M, shared_M = tl.load(lse + stat + rows), tl.load(delta + stat + rows)
     dq_ME = tl.zeros((M, WIDE), tl.float32)
     excess_M = tl.zeros((M,), tl.float32)
     high = num_keys
@@ -139,8 +134,9 @@ def grad_query_kernel(
         excess_M += tl.sum(ds_MK, 1)
         dq_ME = tl.dot(ds_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
     if SUMMED:
-        excess_M -= tl.load(grad_lse + stat + rows, rows < num_rows, 0.0) / tl.load(unit)
-    tl.store(delta + stat + rows, shared_M + excess_M, rows < num_rows)
+        wanted = grad_lse + b64 * wanted_b + h * wanted_h + rows
+        excess_M -= tl.load(wanted, rows < num_rows, 0.0) / tl.load(unit)
+    tl.store(delta + stat + rows, shared_M + excess_M)
     dq_ME *= scale * tl.load(unit)
     columns = tl.arange(0, WIDE)[None, :]
     at = grad_query + b64 * grad_b + h * grad_h + rows[:, None].to(tl.int64) * grad_t + columns
@@ -150,15 +146,20 @@ def grad_query_kernel(
 
 @triton.jit
 def grad_key_value_kernel(
-    query, key, value, grad_out, table, line, lse, delta, unit, grad_key, grad_value,
+    query, key, value, grad_out, table, line, lse, delta, jacobian, sums, unit,
+    grad_key, grad_value,
     num_rows, num_keys, table_size, shift, scale,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
-    out_b, out_h, out_t, stat_b, stat_h, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t, line_b,
+    out_b, out_h, out_t, stat_b, stat_h, line_b, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, LINED: tl.constexpr,
+    CAUSAL: tl.constexpr, LINED: tl.constexpr, PARAMETERS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys, B Hkv)."""
+    """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys, B Hkv).
+
+    For a bias of one or two PARAMETERS, also store the sums of dS times each derivative of the
+    bias, `[B, tiles of keys, PARAMETERS, H]`.
+    """
     b, kv = tl.program_id(1) // KV_HEADS, (tl.program_id(1) % KV_HEADS).to(tl.int64)
     first_key = tl.program_id(0) * K
     keys = first_key + tl.arange(0, K)
@@ -173,26 +174,44 @@ def grad_key_value_kernel(
     low = 0
     if CAUSAL:
         low = tl.maximum(0, first_key - shift) // M * M
+    heads = KV_HEADS * GROUP
     for member in range(GROUP):
         h = kv * GROUP + member
         q_base = query + b64 * query_b + h * query_h
         do_base = grad_out + b64 * out_b + h * out_h
         entries = table + h * table_size
+        slopes, others = jacobian + h * table_size, jacobian + (heads + h) * table_size
         stat = b64 * stat_b + h * stat_h
+        sum_K, other_K = tl.zeros((K,), tl.float32), tl.zeros((K,), tl.float32)
         for first_row in range(low, num_rows, M):
             q_ME = load_rows(q_base, query_t, first_row, num_rows, E, M, WIDE)
             do_MV = load_rows(do_base, out_t, first_row, num_rows, V, M, WIDE_V)
             rows = first_row + tl.arange(0, M)
-            log_sum_M, shared_M = row_statistics(lse + stat, delta + stat, rows, num_rows)
+            log_sum_M, shared_M = tl.load(lse + stat + rows), tl.load(delta + stat + rows)
+            distance = first_row + shift - first_key
             s_KM = logits(
-                k_KE, q_ME, entries, table_size, first_row + shift - first_key, line, keys[:, None],
-                scale * LOG2E, K, M, True, CAUSAL, LINED, PRECISION,
+                k_KE, q_ME, entries, table_size, distance, line, keys[:, None], scale * LOG2E,
+                K, M, True, CAUSAL, LINED, PRECISION,
             )  # fmt: skip
             dp_KM = tl.dot(v_KV, tl.trans(do_MV), input_precision=PRECISION)
             p_KM = tl.exp2(s_KM - log_sum_M[None, :])
             ds_KM = p_KM * (dp_KM - shared_M[None, :])
+            if PARAMETERS == 1:
+                slope_KM = toeplitz(slopes, table_size, distance, 1.0, K, M, True, False)
+                sum_K += tl.sum(ds_KM * slope_KM, 1)
+            if PARAMETERS == 2:
+                slope_KM, further_KM = toeplitz_pair(
+                    slopes, others, table_size, distance, K, M, True
+                )
+                sum_K += tl.sum(ds_KM * slope_KM, 1)
+                other_K += tl.sum(ds_KM * further_KM, 1)
             dv_KV = tl.dot(p_KM.to(do_MV.dtype), do_MV, dv_KV, input_precision=PRECISION)
             dk_KE = tl.dot(ds_KM.to(q_ME.dtype), q_ME, dk_KE, input_precision=PRECISION)
+        at = sums + ((b64 * tl.num_programs(0) + tl.program_id(0)) * PARAMETERS) * heads + h
+        if PARAMETERS > 0:
+            tl.store(at, tl.sum(sum_K, 0))
+        if PARAMETERS > 1:
+            tl.store(at + heads, tl.sum(other_K, 0))
     factor = tl.load(unit)
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
     at = grad_key + b64 * gk_b + kv * gk_h + keys[:, None].to(tl.int64) * gk_t + columns
@@ -242,7 +261,7 @@ def grad_table_kernel(
             if LINED:
                 keys = first_key + positions
                 s_MM += tl.load(line + keys, keys >= 0, float("-inf"))[None, :]
-            log_sum_M, shared_M = row_statistics(lse, delta, rows, num_rows)
+            log_sum_M, shared_M = tl.load(lse + rows), tl.load(delta + rows)
             dp_MM = tl.dot(do_MV, tl.trans(v_MV), input_precision=PRECISION)
             ds_MM += tl.exp2(s_MM - log_sum_M[:, None]) * (dp_MM - shared_M[:, None])
         query += query_b

@@ -6,7 +6,8 @@ For the parts V of W1 on the bias and A on the scores:
     U = V B + b1        C = [B] + b2 + W2 phi(U)        W1 = A
 
 LINEAR tables (DAPE V2, FIRE) have no W2 phi(U) in C. DAPE V2 has U for every tap, without b1. For
-FIRE, b1 and b2 meet only the first entry, the constant feature (ONE_CONSTANT).
+FIRE, b1 and b2 meet only the first entry, the constant feature (ONE_CONSTANT). T5 has a parameter
+`[ROWS, H]`, a row for each bucket of distances.
 
 `tiles` has the legend; N are the entries of a tile.
 """
@@ -21,24 +22,31 @@ GROWING = ("count", "offset")
 
 @triton.jit
 def bias_values(
-    values, p0, p1, n, heads, count,
-    H: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
+    values, p0, p1, n, heads, count, span,
+    H: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return B `[N, HEADS]` and the derivatives by the two parameters, zeros outside."""
+    """Return B `[N, HEADS]` and the derivatives by the two parameters, zeros outside.
+
+    With ROWS the form is the row of a parameter `[ROWS, H]`, and there are no derivatives.
+    """
     inside = (n < count)[:, None] & (heads < H)[None, :]
-    if GIVEN:
-        b_NH = tl.load(values + heads[None, :].to(tl.int64) * count + n[:, None], inside, 0.0)
-        b_NH = b_NH.to(tl.float32)
-        return b_NH, b_NH, b_NH
-    x_H = tl.load(p0 + heads, heads < H, 0.0).to(tl.float64)[None, :]
-    y_H = tl.load(p1 + heads, heads < H, 0.0).to(tl.float64)[None, :]
-    delta_NH = n[:, None].to(tl.float64) + 0.0 * heads[None, :].to(tl.float64)
-    head_H = heads[None, :].to(tl.float64)
-    number = head_H * 0.0 + H
-    value, by_x, by_y = FORM(delta_NH, head_H, number, x_H, y_H)
-    value = tl.where(inside, value, 0.0).to(tl.float32)
-    by_x = tl.where(inside, by_x, 0.0).to(tl.float32)
-    return value, by_x, tl.where(inside, by_y, 0.0).to(tl.float32)
+    if ROWS > 0:
+        at = FORM(n, span, ROWS)[:, None] * H + heads[None, :]
+        value = tl.load(p0 + at, inside, 0.0)
+        by_x, by_y = value, value
+    elif GIVEN:
+        at = heads[None, :].to(tl.int64) * count + n[:, None]
+        value = tl.load(values + at, inside, 0.0)
+        by_x, by_y = value, value
+    else:
+        x_H = tl.load(p0 + heads, heads < H, 0.0).to(tl.float64)[None, :]
+        y_H = tl.load(p1 + heads, heads < H, 0.0).to(tl.float64)[None, :]
+        delta_NH = n[:, None].to(tl.float64) + 0.0 * heads[None, :].to(tl.float64)
+        head_H = heads[None, :].to(tl.float64)
+        value, by_x, by_y = FORM(delta_NH, head_H, head_H * 0.0 + H, x_H, y_H)
+        value = tl.where(inside, value, 0.0)
+        by_x, by_y = tl.where(inside, by_x, 0.0), tl.where(inside, by_y, 0.0)
+    return value.to(tl.float32), by_x.to(tl.float32), by_y.to(tl.float32)
 
 
 @triton.jit
@@ -61,23 +69,28 @@ def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=GROWING)
 def static_table_kernel(
-    values, p0, p1, static, count,
-    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, GIVEN: tl.constexpr,
-    N: tl.constexpr,
+    p0, p1, static, jacobian, count, span,
+    H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr,
+    DERIVATIVES: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """C = B; grid (entries)."""
+    """C = B of a form, and so many DERIVATIVES by the parameters; grid (entries)."""
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
-    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+    b_NH, x_NH, y_NH = bias_values(static, p0, p1, n, heads, count, span, H, FORM, False, ROWS)
     inside = (n < count)[:, None] & (heads < H)[None, :]
-    tl.store(static + heads[None, :].to(tl.int64) * count + n[:, None], b_NH, inside)
+    at = heads[None, :].to(tl.int64) * count + n[:, None]
+    tl.store(static + at, b_NH, inside)
+    if DERIVATIVES > 0:
+        tl.store(jacobian + at, x_NH, inside)
+    if DERIVATIVES > 1:
+        tl.store(jacobian + at + H * count.to(tl.int64), y_NH, inside)
 
 
 @triton.jit(do_not_specialize=GROWING)
 def tables_kernel(
-    values, p0, p1, w1, b1, w2, b2, static, hidden, w_in, w_out, count, channels,
+    values, p0, p1, w1, b1, w2, b2, static, hidden, w_in, w_out, count, span, channels,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
-    FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, N: tl.constexpr,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """C `[H, N]`, U `[N, T D]`, W1 `[T D, H]` and W2 `[H, T D]`; grid (entries).
 
@@ -85,7 +98,7 @@ def tables_kernel(
     """
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
     units = tl.arange(0, UNITS)
-    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+    b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, span, H, FORM, GIVEN, ROWS)
     constant_N = (n == 0).to(tl.float32) if ONE_CONSTANT else (n < count).to(tl.float32)
     b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
     b2_H = tl.load(b2 + heads, heads < H, 0.0).to(tl.float32)
@@ -120,15 +133,16 @@ def tables_kernel(
 @triton.jit
 def tables_backward_kernel(
     values, p0, p1, w1, b1, w2, grad_static, grad_hidden, grad_values, parts,
-    count, channels, per_program, size,
+    count, span, channels, per_program, size,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
-    FORM: tl.constexpr, GIVEN: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
+    FORM: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, MOST_ROWS: tl.constexpr,
+    ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, LINEAR: tl.constexpr,
+    ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients by p, b2, b1, V and W2 over some entries; grid (parts).
 
-    A part holds the padded sums in a row. Without MIXED the only table is C = B. For a given B the
-    kernel stores the gradient of B.
+    A part holds the padded sums in a row, the sums of a parameter `[ROWS, H]` last. Without MIXED
+    the only table is C = B, with ROWS. For a given B the kernel stores the gradient of B.
     """
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     sum_x = tl.zeros((HEADS,), tl.float32)
@@ -136,6 +150,9 @@ def tables_backward_kernel(
     sum_b2 = tl.zeros((HEADS,), tl.float32)
     sum_b1 = tl.zeros((UNITS,), tl.float32)
     sum_w2 = tl.zeros((HEADS, UNITS), tl.float32)
+    if ROWS > 0:
+        rows = tl.arange(0, MOST_ROWS)
+        sum_RH = tl.zeros((MOST_ROWS, HEADS), tl.float32)
     first = tl.program_id(0) * per_program
     last = tl.minimum(first + per_program, count)
     of_taps = parts + tl.program_id(0).to(tl.int64) * size + 3 * HEADS + UNITS
@@ -147,7 +164,7 @@ def tables_backward_kernel(
     for start in range(first, last, N):
         n = start + tl.arange(0, N)
         inside = (n < last)[:, None] & (heads < H)[None, :]
-        b_NH, x_NH, y_NH = bias_values(values, p0, p1, n, heads, count, H, FORM, GIVEN)
+        b_NH, x_NH, y_NH = bias_values(values, p0, p1, n, heads, count, span, H, FORM, GIVEN, ROWS)
         at = heads[None, :].to(tl.int64) * count + n[:, None]
         gc_NH = tl.load(grad_static + at, inside, 0.0)
         gb_NH = gc_NH if RESIDUAL else gc_NH * 0.0
@@ -175,6 +192,9 @@ def tables_backward_kernel(
                     sum_w2 = tl.dot(tl.trans(gc_NH), phi_ND, sum_w2, input_precision="ieee")
         if GIVEN:
             tl.store(grad_values + at, gb_NH, inside)
+        elif ROWS > 0:
+            row_RN = (FORM(n, span, ROWS)[None, :] == rows[:, None]) & (n < last)[None, :]
+            sum_RH = tl.dot(row_RN.to(tl.float32), gb_NH, sum_RH, input_precision="ieee")
         else:
             sum_x += tl.sum(gb_NH * x_NH, 0)
             sum_y += tl.sum(gb_NH * y_NH, 0)
@@ -186,6 +206,8 @@ def tables_backward_kernel(
         tl.store(parts + 3 * HEADS + units, sum_b1)
         at = heads[:, None] * UNITS + units[None, :]
         tl.store(of_taps + T * HEADS * UNITS + at, sum_w2)
+    if ROWS > 0:
+        tl.store(parts + size - MOST_ROWS * HEADS + rows[:, None] * HEADS + heads[None, :], sum_RH)
 
 
 @triton.jit
@@ -194,15 +216,20 @@ def table_sums_kernel(
     programs, size, channels,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     ON_BIAS: tl.constexpr, LINEAR: tl.constexpr, MIXED: tl.constexpr,
-    PROGRAMS: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, MOST_ROWS: tl.constexpr, PROGRAMS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """Sum all parts, add the gradients of W1 and W2 on scores, and store; grid (entries)."""
     n, p = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, PROGRAMS)
     at = p[:, None].to(tl.int64) * size + n[None, :]
     total = tl.sum(tl.load(parts + at, (p < programs)[:, None] & (n < size)[None, :], 0.0), 0)
     h = n % HEADS
-    tl.store(grad_p0 + h, total, (n < HEADS) & (h < H))
-    tl.store(grad_p1 + h, total, (n >= HEADS) & (n < 2 * HEADS) & (h < H))
+    if ROWS > 0:
+        row = (n - size + MOST_ROWS * HEADS) // HEADS
+        there = (n >= size - MOST_ROWS * HEADS) & (row < ROWS) & (n < size) & (h < H)
+        tl.store(grad_p0 + row * H + h, total, there)
+    else:
+        tl.store(grad_p0 + h, total, (n < HEADS) & (h < H))
+        tl.store(grad_p1 + h, total, (n >= HEADS) & (n < 2 * HEADS) & (h < H))
     if MIXED:
         tl.store(grad_b2 + h, total, (n >= 2 * HEADS) & (n < 3 * HEADS) & (h < H))
         d = n - 3 * HEADS

@@ -5,18 +5,15 @@ numbers in the names of operators.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.plan import planned, start
 from dape.attention.fused.registered import below_autograd, register
-
-if TYPE_CHECKING:
-    from dape.attention.fused.forms import Form
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
@@ -33,6 +30,8 @@ class How(NamedTuple):
         residual: whether C holds B.
         linear: whether C lacks `W2 phi(U)`.
         one_constant: whether b1 and b2 meet the first entry alone.
+        span: the whole number of a form whose parameter has rows, else 0.
+        derivatives: how many derivatives of C by parameters follow C, without an adapter.
     """
 
     form: str
@@ -42,45 +41,18 @@ class How(NamedTuple):
     residual: bool = True
     linear: bool = False
     one_constant: bool = False
+    span: int = 0
+    derivatives: int = 0
 
 
 _TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
 _HOW = (
     "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
-    "bool one_constant"
+    "bool one_constant, SymInt span, SymInt derivatives"
 )
 
 
-def form_of(bias: nn.Module | None) -> tuple[str, list[Tensor]] | None:
-    """Return name and parameters of the form of a bias, or None for a bias without a form.
-
-    Without a bias the name is empty.
-    """
-    from dape.attention.fused.forms import FORMS
-
-    if bias is None:
-        return "", []
-    found = FORMS.get(type(bias))
-    if found is None:
-        return None
-    return name_of(type(bias)), [getattr(bias, name) for name in found.parameters]
-
-
-def name_of(kind: type) -> str:
-    """Return the whole name of a class."""
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-@cache
-def form_named(name: str) -> "Form":
-    """Return the form of the class with a name, B = 0 for an empty name."""
-    from dape.attention.fused.forms import FORMS, Form, nothing
-
-    named = {name_of(kind): form for kind, form in FORMS.items()}
-    return named.get(name, Form(nothing))
-
-
-def _sizes(w1: Tensor | None, how: How) -> tuple[int, int]:
+def _sizes(w1: Tensor | None) -> tuple[int, int]:
     """Return the numbers of hidden units and taps."""
     return (0, 1) if w1 is None else (w1.shape[0], w1.shape[2])
 
@@ -89,24 +61,25 @@ def _compiled(w1: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time sizes."""
     from dape.attention.fused.sizes import padded
 
-    units, taps = _sizes(w1, how)
+    units, taps = _sizes(w1)
     return {
         "H": how.heads, "D": units, "T": taps,
         "HEADS": padded(how.heads), "UNITS": padded(units),
     }  # fmt: skip
 
 
-def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
+def _switches(values: Tensor | None, p0: Tensor | None, how: How) -> dict[str, Any]:
     """Return the compile-time arguments besides sizes."""
     return {
         "FORM": form_named(how.form).function, "GIVEN": values is not None,
+        "ROWS": rows_of(p0, how.span),
         "ON_BIAS": how.on_bias, "RESIDUAL": how.residual, "LINEAR": how.linear,
         "ONE_CONSTANT": how.one_constant,
     }  # fmt: skip
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return C, and with an adapter U, W1 and W2, as `tables` does."""
+    """Return C, then U, W1 and W2 with an adapter, or the derivatives of C without an adapter."""
     return [*planned(_made, given[:7], How(*given[7:]))]
 
 
@@ -119,16 +92,17 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
     found = _forward_fake(*given, *how)
     static, grid = found[0], (cdiv(how.entries, ENTRIES),)
     known = tuple(static if x is None else x for x in (values, p0, p1))
-    compiled, switches = _compiled(w1, how), _switches(values, how)
+    compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     if w1 is None:
         start(kernels.static_table_kernel, grid)(
-            *known, static, how.entries, H=compiled["H"], HEADS=compiled["HEADS"],
-            FORM=switches["FORM"], GIVEN=switches["GIVEN"], N=ENTRIES, num_warps=4,
+            *known[1:], static, found[-1], how.entries, how.span,
+            H=compiled["H"], HEADS=compiled["HEADS"], FORM=switches["FORM"],
+            ROWS=switches["ROWS"], DERIVATIVES=how.derivatives, N=ENTRIES, num_warps=4,
         )  # fmt: skip
     else:
         start(kernels.tables_kernel, grid)(
-            *known, w1, b1, w2, b2, *found, how.entries, w1.shape[1], **compiled, **switches,
-            N=ENTRIES, num_warps=4,
+            *known, w1, b1, w2, b2, *found, how.entries, how.span, w1.shape[1],
+            **compiled, **switches, N=ENTRIES, num_warps=4,
         )  # fmt: skip
     return found
 
@@ -145,11 +119,13 @@ def _forward_fake(
 ) -> list[Tensor]:
     how = How(*rest)
     like = next(x for x in (w1, values, p0) if x is not None)
-    units, taps = _sizes(w1, how)
-    shapes = [(how.heads, how.entries)]
+    units, taps = _sizes(w1)
+    shapes: list[tuple[int, ...]] = [(how.heads, how.entries)]
     if w1 is not None:
         width = taps * units
         shapes += [(how.entries, width), (width, how.heads), (how.heads, width)]
+    elif how.derivatives:
+        shapes.append((how.derivatives, how.heads, how.entries))
     return [like.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
@@ -161,14 +137,17 @@ def _backward(*given: Any) -> list[Tensor]:
 def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     """Return the gradients of some tensors from those of the tables, which follow them."""
     from dape.attention.fused import table_kernels as kernels
-    from dape.attention.fused.sizes import cdiv, next_power_of_2
+    from dape.attention.fused.sizes import cdiv, next_power_of_2, padded
 
     tensors, grads = given[:7], [x.contiguous() for x in given[7:]]
     values, p0, p1, w1, b1, w2, _ = tensors
     found = _backward_fake(*tensors, grads, *how)
-    compiled, switches = _compiled(w1, how), _switches(values, how)
+    compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     heads, units, taps = (compiled[name] for name in ("HEADS", "UNITS", "T"))
+    rows = switches["ROWS"]
+    most_rows = padded(rows) if rows else 0
     size = 2 * heads if w1 is None else 3 * heads + units + (taps + 1) * heads * units
+    size += most_rows * heads
     per_program = cdiv(cdiv(how.entries, PROGRAMS), ENTRIES) * ENTRIES
     programs = cdiv(how.entries, per_program)
     static, hidden, w_in, w_out = (grads * 4)[:4] if w1 is None else grads
@@ -181,13 +160,14 @@ def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     )
     channels, mixed = 0 if w1 is None else w1.shape[1], w1 is not None
     start(kernels.tables_backward_kernel, (programs,))(
-        *known, static, hidden, grad_values, parts, how.entries, channels, per_program, size,
-        **compiled, **switches, MIXED=mixed, N=ENTRIES, num_warps=4,
+        *known, static, hidden, grad_values, parts, how.entries, how.span, channels, per_program,
+        size, **compiled, **switches, MOST_ROWS=most_rows, MIXED=mixed, N=ENTRIES, num_warps=4,
     )  # fmt: skip
     start(kernels.table_sums_kernel, (cdiv(size, 32),))(
         parts, w_in, w_out, grad_p0, grad_p1, grad_b2, grad_b1, grad_w1, grad_w2,
         programs, size, channels, **compiled, ON_BIAS=how.on_bias, LINEAR=how.linear,
-        MIXED=mixed, PROGRAMS=next_power_of_2(programs), OUT=32, num_warps=4,
+        MIXED=mixed, ROWS=rows, MOST_ROWS=most_rows, PROGRAMS=next_power_of_2(programs), OUT=32,
+        num_warps=4,
     )  # fmt: skip
     return found
 
@@ -232,10 +212,10 @@ def _with_gradients(*given: Any) -> list[Tensor]:
 
 
 forward_operator = register(
-    f"tables_2({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
+    f"tables_3({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
 )
 backward_operator = register(
-    f"tables_backward_2({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
+    f"tables_backward_3({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
 )
 
 

@@ -16,12 +16,15 @@ over the features instead of the distances. x is an entry of a table over the di
 entry of a table over the later index.
 """
 
+from typing import TypeGuard
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from dape.attention.fused import table_operators as operators
+from dape.attention.fused.formed import Formed, form_of
 from dape.attention.fused.terms import SLOPE
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
@@ -55,25 +58,37 @@ def tables(
 ) -> tuple[Tensor, ...]:
     """Return C `[H, N]`, U `[N, D]`, W1a `[D, H]` and W2 `[H, D]` over the distances 0..N-1.
 
-    Tables are float32. Without mixing only C is returned, and without a bias nothing. For DAPE V2
-    axes of hidden units hold D for every tap, b1 comes last, and C lacks `W2 phi(U)`. For FIRE
-    entries are features, `fire_tables` names the further tables, and C lacks `W2 phi(U)` too.
+    Tables are float32. Without mixing the tables of `Static` are returned, and without a bias
+    nothing. For DAPE V2 axes of hidden units hold D for every tap, b1 comes last, and C lacks
+    `W2 phi(U)`. For FIRE entries are features, `fire_tables` names the further tables, and C lacks
+    `W2 phi(U)` too.
     """
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
             return fire_tables(bias, adapter, count, key_offset)
         if bias is None and adapter is None:
             return ()
-        form = operators.form_of(bias)
-        mixes_scores = isinstance(adapter, DAPE) and adapter.inputs != "bias"
-        if form is not None and (adapter is None or mixes_scores):
-            return fast_tables(adapter, form, None, num_heads, count, device)
+        form = form_of(bias)
+        if form is not None and adapter is None:
+            return bias_tables(form, num_heads, count, device)
+        if form is not None and mixes_scores(adapter):
+            return fast_tables(adapter, form, None, num_heads, count)
         values = values_of(bias, num_heads, count, device)
         if isinstance(adapter, TalkingHeads):
             return talking_tables(adapter, values)
-        if mixes_scores:
-            return fast_tables(adapter, ("", []), values, num_heads, count, device)
+        if mixes_scores(adapter):
+            return fast_tables(adapter, Formed(), values, num_heads, count)
         return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
+
+
+def mixes_scores(adapter: nn.Module | None) -> TypeGuard[DAPE]:
+    """Return whether an adapter is a DAPE whose layers see the scores."""
+    return isinstance(adapter, DAPE) and adapter.inputs != "bias"
+
+
+def first_column(adapter: DAPE) -> int:
+    """Return the first column of W1 on B, or -1 if the layers do not see B."""
+    return {"concat": adapter.num_heads, "sum": 0, "scores": -1}[adapter.inputs]
 
 
 def values_of(
@@ -86,30 +101,44 @@ def values_of(
     return bias(distances, distances[:1])[..., 0].float().contiguous()
 
 
+def bias_tables(
+    form: Formed, num_heads: int, count: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Return the tables of `Static` for a bias with a form.
+
+    Learnable parameters `[H]` have a Jacobian. The gradient of C goes back to a parameter
+    `[rows, H]`.
+    """
+    name, *given, span = form
+    parameters = [x for x in given if x is not None]
+    learn = torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
+    if learn and span == 0:
+        given = [None if x is None else x.detach() for x in given]
+        how = operators.How(name, count, num_heads, derivatives=len(parameters))
+        found = operators.forward_operator(None, *given, *[None] * 4, *how)
+        return *found, torch.stack(parameters)
+    if not parameters:  # an operator knows the device by a tensor
+        given[0] = torch.empty(num_heads, device=device)
+    how = operators.How(name, count, num_heads, span=span)
+    return tuple(operators.forward_operator(None, *given, *[None] * 4, *how))
+
+
 def fast_tables(
-    adapter: nn.Module | None,
-    form: tuple[str, list[Tensor]],
+    adapter: DAPE,
+    form: Formed,
     values: Float[Tensor, "heads entries"] | None,
     num_heads: int,
     count: int,
-    device: torch.device,
     features: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return C, and with an adapter U, W1a, W2 and perhaps b1, from a single kernel.
+    """Return C, U, W1a, W2 and perhaps b1, from a single kernel.
 
     B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
-    name, parameters = form
-    p0, p1 = (*parameters, None, None)[:2]
-    if not isinstance(adapter, DAPE):
-        if p0 is None:  # an operator knows the device by a tensor
-            p0 = torch.empty(num_heads, device=device)
-        how = operators.How(name, count, num_heads)
-        return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
-    on_bias = {"concat": num_heads, "sum": 0, "scores": -1}[adapter.inputs]
+    name, p0, p1, span = form
     taps = adapter.kernel_size
-    linear = features or taps > 1
-    how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features)
+    linear, on_bias = features or taps > 1, first_column(adapter)
+    how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features, span)
     layers = adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out
     if taps > 1:
         found = operators.forward_operator(values, p0, p1, *with_free_bias(layers), *how)
@@ -137,14 +166,14 @@ def fire_tables(
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, TalkingHeads):
         mixing = talking_tables(adapter, values)
-    elif isinstance(adapter, DAPE) and adapter.inputs != "bias":
-        mixing = fast_tables(adapter, ("", []), values, heads, entries, values.device, True)
+    elif mixes_scores(adapter):
+        mixing = fast_tables(adapter, Formed(), values, heads, entries, True)
     elif isinstance(adapter, DAPE):
         mixing = feature_tables_alone(adapter, values)
     else:
         shapes = (entries, 0), (0, heads), (heads, 0)
         mixing = (values, *(values.new_empty(shape) for shape in shapes))
-    return *mixing, psi, scale, bias.weight_in[:, 0].float(), bias.bias_in.float()
+    return *mixing, psi, scale, bias.weight_in.flatten().float(), bias.bias_in.float()
 
 
 def alone_tables(adapter: DAPE, values: Float[Tensor, "heads distances"]) -> tuple[Tensor, ...]:

@@ -19,9 +19,15 @@ class Nothing(NamedTuple):
 
 
 class Static(NamedTuple):
-    """A bias, C `[H, N]` over the distances 0..N-1."""
+    """A bias, C `[H, N]` over the distances 0..N-1.
+
+    A bias of few learnable parameters has the derivatives of C by the parameters too. The backward
+    pass then returns the gradient of the parameters alone.
+    """
 
     static: Float[Tensor, "heads distances"]
+    jacobian: Float[Tensor, "parameters heads distances"] | None = None
+    parameters: Float[Tensor, "parameters heads"] | None = None
 
 
 class Mixed(NamedTuple):
@@ -79,9 +85,21 @@ Mixing = Mixed | Features | Taps
 Terms = Nothing | Static | Mixing
 _KINDS: dict[int, type[Terms]] = {
     len(kind._fields): kind for kind in (Nothing, Static, Mixed, Features, Taps)
-}
+} | {1: Static}
 
 
 def terms_of(tables: Sequence[Tensor]) -> Terms:
     """Return the terms of an operator's tables. The number of tables decides the kind."""
     return _KINDS[len(tables)](*tables)
+
+
+def mixes(tables: Sequence[Tensor]) -> bool:
+    """Return whether an operator's tables are those of `Mixing`."""
+    return not issubclass(_KINDS[len(tables)], Nothing | Static)
+
+
+def learned(tables: Sequence[Tensor], learns: bool) -> Sequence[Tensor]:
+    """Return the tables with gradients: without mixing the last alone, and only if asked for."""
+    if mixes(tables):
+        return tables
+    return tables[-1:] if learns else []

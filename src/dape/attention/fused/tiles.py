@@ -63,10 +63,30 @@ def toeplitz(
     entries = tl.load(table + tl.abs(d), tl.abs(d) < size, 0.0) * factor
     if CAUSAL:
         entries = tl.where(d < 0, float("-inf"), entries)
+    return spread(entries, A, B, KEYS_FIRST)
+
+
+@triton.jit
+def spread(entries, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Return the entries of the diagonals of a tile, in order of i - j, at every pair."""
     n = tl.arange(0, A * B)
     if KEYS_FIRST:
-        return tl.reshape(tl.gather(entries, n % B - n // B + LAST, 0), (A, B))
-    return tl.reshape(tl.gather(entries, n // B - n % B + LAST, 0), (A, B))
+        return tl.reshape(tl.gather(entries, n % B - n // B + A - 1, 0), (A, B))
+    return tl.reshape(tl.gather(entries, n // B - n % B + B - 1, 0), (A, B))
+
+
+@triton.jit
+def toeplitz_pair(
+    first, second, size, distance, A: tl.constexpr, B: tl.constexpr, KEYS_FIRST: tl.constexpr
+):
+    """Return two tables of a tile, as `toeplitz` does, by a single gather of eight bytes."""
+    DIAGONALS: tl.constexpr = 2 * (A if A > B else B)
+    d = tl.abs(distance - (A if KEYS_FIRST else B) + 1 + tl.arange(0, DIAGONALS))
+    low = tl.load(first + d, d < size, 0.0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = tl.load(second + d, d < size, 0.0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    both_AB = spread(low | (high << 32), A, B, KEYS_FIRST)
+    low_AB = (both_AB & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+    return low_AB, (both_AB >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
