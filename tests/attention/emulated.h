@@ -1,4 +1,4 @@
-// A CPU that runs CUDA kernels: the threads of a block take turns, and what a warp does together happens when its
+// A CPU that runs CUDA kernels: the threads of a cluster of blocks take turns, and what a warp does together happens when its
 // last lane arrives. Copies to shared memory happen no sooner than they are waited for.
 #pragma once
 #include <algorithm>
@@ -20,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __shared__ thread_local
 #define __align__(n) __attribute__((aligned(n)))
 #define DEVICE inline
@@ -91,19 +92,21 @@ struct Barrier { int arrived = 0; unsigned turn = 0; };
 struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
-  dim3 place;
+  dim3 place, block;
+  int rank;  // of the block in the cluster
   bool done = false;
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> groups;
 };
 struct Warp { Barrier barrier; void* operands[32]; };
-constexpr int STACK = 1 << 17, SHARED_BYTES = 1 << 18, BARRIERS = 16;
-thread_local __attribute__((aligned(128))) char memory[SHARED_BYTES];
-dim3 gridDim, blockDim, blockIdx;
+constexpr int STACK = 1 << 17, SHARED_BYTES = 1 << 18, BARRIERS = 16, LARGEST_CLUSTER = 8;
+thread_local __attribute__((aligned(128))) char memory[SHARED_BYTES * LARGEST_CLUSTER];
+dim3 gridDim, blockDim;
 #define threadIdx (threads[now].place)
+#define blockIdx (threads[now].block)
 std::vector<Thread> threads;
 std::vector<Warp> warps;
-Barrier barriers[BARRIERS];
+Barrier barriers[LARGEST_CLUSTER][BARRIERS], cluster_barrier;
 ucontext_t scheduler;
 int now;
 long idle;
@@ -121,9 +124,9 @@ inline void meet_at(Barrier& barrier, int members) {
   if (!enter(barrier, members))
     while (barrier.turn == turn) pass();
 }
-template <int ID> void meet(int members) { meet_at(barriers[ID], members); }
-template <int ID> void arrive(int members) { enter(barriers[ID], members); }
-inline void __syncthreads() { meet_at(barriers[0], (int)threads.size()); }
+template <int ID> void meet(int members) { meet_at(barriers[threads[now].rank][ID], members); }
+template <int ID> void arrive(int members) { enter(barriers[threads[now].rank][ID], members); }
+inline void __syncthreads() { meet_at(barriers[threads[now].rank][0], blockDim.x); }
 // Gives every lane's operands to `f`, in the order of the lanes, when all are there.
 template <class T, class F> void together(T& own, F f) {
   Warp& warp = warps[now / 32];
@@ -171,7 +174,8 @@ inline float __shfl_xor_sync(uint32, float x, int distance) {
   return std::get<1>(own);
 }
 
-// What `ptx.cuh` declares. Addresses in shared memory are relative to `memory`.
+// What `ptx.cuh` declares. Addresses in shared memory are relative to `memory`, where the blocks of a cluster follow each
+// other. A block that reads another's memory without `remote` reads its own.
 inline uint32 address(const void* p) { return (uint32)((const char*)p - memory); }
 inline char* place_of(uint32 address) { return memory + (int32_t)address; }
 inline void copy16(uint32 to, const void* from, bool real) { threads[now].copies.push_back({place_of(to), from, 16, real}); }
@@ -182,6 +186,26 @@ template <int N> void wait() {
     for (const Copy& copy : groups.front())
       if (copy.real) memcpy(copy.to, copy.from, copy.size);
       else memset(copy.to, 0, copy.size);
+}
+inline char* shared_memory() { return memory + threads[now].rank * SHARED_BYTES; }
+inline uint32 remote(uint32 address, int block) { return address % SHARED_BYTES + block * SHARED_BYTES; }
+inline void store_remote(uint32 to, uint4 v) { *(uint4*)place_of(to) = v; }
+inline uint4 load_remote(uint32 from) { return *(uint4*)place_of(from); }
+inline void meet_cluster() { meet_at(cluster_barrier, (int)threads.size()); }
+// A barrier in shared memory: arrivals of a phase, arrivals left, and the number of the phase.
+struct PhaseBarrier { uint16_t arrivals, left; uint32 phase; };
+inline PhaseBarrier& phases_of(uint32 barrier) { return *(PhaseBarrier*)place_of(barrier); }
+inline void begin_barrier(uint32 barrier, int arrivals) { phases_of(barrier) = {(uint16_t)arrivals, (uint16_t)arrivals, 0}; }
+inline void arrive_remote(uint32 barrier) {
+  PhaseBarrier& here = phases_of(barrier);
+  if (--here.left) return;
+  here.left = here.arrivals;
+  here.phase++;
+  idle = 0;
+}
+// Returns when the phase of a parity is over.
+inline void await_phase(uint32 barrier, int parity) {
+  while ((phases_of(barrier).phase & 1) == (uint32)parity) pass();
 }
 template <int N> void more_registers() {}
 template <int N> void fewer_registers() {}
@@ -268,16 +292,21 @@ inline void run() {
   idle = 0;
   pass();
 }
-inline void run_block() {
-  memset(memory, 0xff, SHARED_BYTES);  // NaN
-  for (Barrier& barrier : barriers) barrier = {};
+// Runs the blocks of a cluster, neighbours in x from `first` on.
+inline void run_cluster(dim3 first) {
+  memset(memory, 0xff, SHARED_BYTES * (threads.size() / blockDim.x));  // NaN
+  for (auto& of_block : barriers)
+    for (Barrier& barrier : of_block) barrier = {};
+  cluster_barrier = {};
   warps.assign((threads.size() + 31) / 32, {});
   for (int i = 0; i < (int)threads.size(); i++) {
     Thread& thread = threads[i];
     thread.done = false;
     thread.copies.clear();
     thread.groups.clear();
-    thread.place = {i, 0, 0};
+    thread.rank = i / blockDim.x;
+    thread.place = {i % blockDim.x, 0, 0};
+    thread.block = {first.x + thread.rank, first.y, first.z};
     if (!thread.stack) thread.stack.reset(new char[STACK]);
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -308,12 +337,17 @@ template <class... Types, size_t... I> void prepare(void (*kernel)(Types...), co
   std::tuple<Types...> values{value(Types{}, words[I])...};
   body = [=] { std::apply(kernel, values); };
 }
-template <class... Types> void launch(void (*kernel)(Types...), const uint64_t* words, const int* grid, int width) {
+template <class... Types> void launch(void (*kernel)(Types...), const uint64_t* words, const int* grid, int width, int cluster) {
   prepare(kernel, words, std::index_sequence_for<Types...>{});
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {width, 1, 1};
-  threads.resize(width);
-  for (blockIdx.z = 0; blockIdx.z < gridDim.z; blockIdx.z++)
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; blockIdx.y++)
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; blockIdx.x++) run_block();
+  if (grid[0] % cluster || (cluster > 1 && width % 32)) {
+    fprintf(stderr, "a grid is not made of whole clusters\n");
+    abort();
+  }
+  threads.resize(width * cluster);
+  dim3 first;
+  for (first.z = 0; first.z < gridDim.z; first.z++)
+    for (first.y = 0; first.y < gridDim.y; first.y++)
+      for (first.x = 0; first.x < gridDim.x; first.x += cluster) run_cluster(first);
 }

@@ -15,7 +15,7 @@ HEADER = Path(__file__).with_name("emulated.h")
 PTX = files("dape.attention.fused.cuda").joinpath("ptx.cuh").read_text()
 ENTRY = """
 extern "C" void entry(const uint64_t* words, const int* grid, int width) {{
-  launch({name}, words, grid, width);
+  launch({name}, words, grid, width, {cluster});
 }}
 """
 
@@ -51,7 +51,9 @@ class Kernel(NamedTuple):
 def compiled(source, name, folder):
     """Return the kernel of a source as `launch.kernel` does, for tensors on a CPU."""
     assert PTX in source
-    text = source.replace(PTX, '#include "emulated.h"') + ENTRY.format(name=name)
+    cluster = "CLUSTER" if "__cluster_dims__" in source else "1"
+    entry = ENTRY.format(name=name, cluster=cluster)
+    text = source.replace(PTX, '#include "emulated.h"') + entry
     path = folder / f"{name}-{sha256(text.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         given = folder / f"{path.stem}.cpp"

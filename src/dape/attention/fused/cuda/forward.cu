@@ -1,15 +1,20 @@
 // The kernel of `forward.cuh`: a block has head warps and mixer warps.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if CLUSTER > 1
+#define OF_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define OF_CLUSTER
+#endif
+extern "C" __global__ void OF_CLUSTER __launch_bounds__(THREADS, 1)
     forward(const Element* q, const Element* k, const Element* v, Element* out, Element* rest, float* lse,
             const float* w1, const float* w2, const __half* hidden, const float* fixed, const float* linear,
             const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale,
             double largest_score, double largest_sum, int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b,
             int out_h, int out_t, int lse_b, int lse_h, int mask_b) {
-  extern __shared__ __align__(128) char memory[];
-  Shared& s = *(Shared*)memory;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = min(warp, H - 1);
+  Shared& s = *(Shared*)shared_memory();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x % CLUSTER, first_head = block * PART,
+            h = min(first_head + warp, H - 1);
   const long long b = blockIdx.y;
-  const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS,
+  const int row0 = (gridDim.x - 1 - blockIdx.x) / CLUSTER * ROWS,
             last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {q + b * q_b + (long long)h * q_h,
                        k + b * k_b + (long long)(h / GROUP) * k_h,
@@ -37,12 +42,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                        (last + KEYS - 1) / KEYS};
   for (int line = H; line < HEADS; line++)
     for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) s.x[i / SLOTS][line][i % SLOTS] = __float2half(0.f);
-  __syncthreads();
+  begin_meeting(s);
   if (warp < HEAD_WARPS) {
     set_registers<HEAD_REGISTERS>();
-    if (warp < H) attend(s, a, warp, lane);
+    if (warp < PART && first_head + warp < H) attend(s, a, h, warp, lane);
   } else {
     set_registers<MIXER_REGISTERS>();
-    mix(s, a, warp - HEAD_WARPS, lane);
+    if (warp < HEAD_WARPS + MIXERS) mix(s, a, block, warp - HEAD_WARPS, lane);
   }
+  end_meeting();
 }

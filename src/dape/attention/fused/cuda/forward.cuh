@@ -2,17 +2,21 @@
 //
 // A score too large for X, or a log-sum-exp, sets a flag, and a kernel in Triton then takes the call.
 //
-// A block takes ROWS query rows of all heads. Every head has a warp (scores, softmax, values), and four mixer
+// A block takes ROWS query rows of all heads. Every head has a warp (scores, softmax, values), and mixer
 // warps take the scores of a tile across heads. Warps exchange numbers in shared memory, in X[head][slot] of fp16. The
 // order of slots is the order of the accumulators of q k^T: a lane moves 16 bytes, the mixers read fragments
 // [slot, head] by ldmatrix.trans and put logits back by stmatrix.trans. Tiles alternate between two buffers. Heads
 // compute the scores of the next tile while the mixers are busy.
 //
+// More than 16 heads go to a cluster of blocks. A block has PART heads, and mixes SHARE slots of all heads. Head warps
+// write scores into the memory of the block that mixes them, and read logits from there.
+//
 //   x = q k^T      w = scale W1 x      y = x + W2 (leaky(w + U) - leaky(U)) / scale
 //   P = exp(scale y + C), masked by C = -inf
 //
 // leaky(z) = s z + (1 - s) relu(z). The linear part costs a further product with x, by s W2 W1. The remaining part is
-// relu(w + U) - relu(U) = max(w, -U) - max(-U, 0), no larger than w, however large U is.
+// relu(w + U) - relu(U) = max(w, -U) - max(-U, 0), no larger than w, however large U is. Beyond 16 heads, the linear
+// part is added to the hidden units.
 //
 // Slot s of a chunk of 256 (16 rows, 16 keys) has lane s / 8 = 4 r + c / 2 and row r + 8 (s / 2 % 2), key
 // c + s % 2 + 8 (s / 4 % 2). Therefore 16 slots belong to two lanes and to close distances.
@@ -20,55 +24,36 @@
 // Macros: H heads, D hidden units padded to UNITS, E head_dim, GROUP heads to a key head, Q_T, K_T and
 // V_T strides of rows, CAUSAL, MASKED, BF16, RESTED: the rounding error of the output is stored too, ROWS and KEYS of a
 // tile, MIXERS warps, QUERIES_SHARED: queries in shared memory, not registers, HEAD_REGISTERS and MIXER_REGISTERS (0:
-// as launched).
+// as launched), CLUSTER blocks that share the heads of some rows.
 #if BF16
 typedef __nv_bfloat16 Element;
 #else
 typedef __half Element;
 #endif
-constexpr int HEADS = 16, HEAD_WARPS = (H + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS),
-              THREADS = 32 * (HEAD_WARPS + MIXERS);
-constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8;
-constexpr int SLOTS = ROWS * KEYS + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
-constexpr int GROUPS = ROWS * KEYS / 16 / MIXERS;  // of 16 slots, for a mixer warp
+constexpr int HEADS = (H + 15) / 16 * 16, PART = (H + CLUSTER - 1) / CLUSTER;  // of all blocks, of a block
+constexpr int HEAD_WARPS = (PART + 3) / 4 * 4, MEMBERS = 32 * (H + MIXERS),
+              THREADS = 32 * (HEAD_WARPS + (MIXERS + 3) / 4 * 4);
+constexpr int MT = ROWS / 16, NT = KEYS / 8, ET = E / 16, UT = UNITS / 8, HT = HEADS / 16;
+constexpr int SHARE = ROWS * KEYS / CLUSTER, SLOTS = SHARE + 8, SPAN = 64, COPY = SPAN + 16, C_LINE = 2 * SPAN + 16;
+constexpr int GROUPS = SHARE / 16 / MIXERS;  // of 16 slots, for a mixer warp
 constexpr float SLOPE = 0.01f, LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f, LARGEST = 65504.f;
+// The linear part of leaky, s W2 W1, as a product: for 16 heads 2 products, for 32 heads 8 more registers and products.
+constexpr bool STRAIGHT = HT == 1;
 // A running maximum is updated only for a difference beyond SLACK (base 2): P stays below 2^8.
 constexpr float SLACK = 8.f;
 struct Shared {
-  Element k[H][KEYS * E], v[H][KEYS * E];
+  Element k[PART][KEYS * E], v[PART][KEYS * E];
 #if QUERIES_SHARED
-  Element q[H][ROWS * E];
+  Element q[PART][ROWS * E];
 #endif
   __half x[2][HEADS][SLOTS];
   __half u[2][SPAN][UNITS];
-  float c[H][C_LINE];
+  float c[PART][C_LINE];
+#if CLUSTER > 1
+  unsigned long long scores[2], logits[2];  // barriers
+#endif
 };
 
-// Scores of buffer `b` are ready for the mixers; logits of buffer `b` are ready for the heads.
-DEVICE void scores_there(int b) {
-  if (b)
-    arrive<2>(MEMBERS);
-  else
-    arrive<1>(MEMBERS);
-}
-DEVICE void await_scores(int b) {
-  if (b)
-    meet<2>(MEMBERS);
-  else
-    meet<1>(MEMBERS);
-}
-DEVICE void logits_there(int b) {
-  if (b)
-    arrive<4>(MEMBERS);
-  else
-    arrive<3>(MEMBERS);
-}
-DEVICE void await_logits(int b) {
-  if (b)
-    meet<4>(MEMBERS);
-  else
-    meet<3>(MEMBERS);
-}
 DEVICE void mma(float (&c)[4], const uint32 (&a)[4], uint32 b0, uint32 b1) {
 #if BF16
   mma_bf16(c, a[0], a[1], a[2], a[3], b0, b1);
@@ -101,10 +86,12 @@ DEVICE float2 unpack(uint32 v) {
   return __half22float2(*(__half2*)&v);
 #endif
 }
+// max(w, -U) - max(-U, 0), and the linear part, w s / (1 - s), if the part has no product of its own.
 DEVICE uint32 rise(uint32 w, uint32 minus_u) {
   const __half2 x = *(__half2*)&w, y = *(__half2*)&minus_u,
-                risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f)));
-  return *(uint32*)&risen;
+                risen = __hsub2(__hmax2(x, y), __hmax2(y, __float2half2_rn(0.f))),
+                whole = STRAIGHT ? risen : __hfma2(x, __float2half2_rn(SLOPE / (1.f - SLOPE)), risen);
+  return *(uint32*)&whole;
 }
 constexpr int LAUNCHED = 65536 / THREADS / 8 * 8;  // registers of a thread at the start
 template <int N>

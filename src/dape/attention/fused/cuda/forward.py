@@ -14,7 +14,9 @@ from dape.attention.fused.sizes import cdiv, strides
 from dape.attention.fused.terms import Mixed
 
 CAPABILITY = (9, 0)
-MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
+MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 32, 64, 128
+# Heads of a block. More heads go to a cluster of blocks, with so many hidden units at most.
+HEADS_OF_BLOCK, CLUSTER, UNITS_OF_CLUSTER = 16, 4, 32
 # Distances of a tile in shared memory.
 SPAN = 64
 # Registers and bytes of shared memory of a block, on a GPU of `CAPABILITY`.
@@ -22,7 +24,7 @@ REGISTERS, SHARED_MEMORY = 65536, 227 * 1024
 
 
 class Layout(NamedTuple):
-    """Constants of the compiled source: rows and keys of a tile, registers of kinds of warps."""
+    """Constants of the compiled source: a tile, kinds of warps, blocks of a cluster."""
 
     rows: int
     keys: int
@@ -30,11 +32,14 @@ class Layout(NamedTuple):
     queries_shared: int
     head_registers: int
     mixer_registers: int
+    cluster: int
     shared_memory: int
 
 
 def layout(heads: int, head_dim: int, units: int) -> Layout | None:
-    """Return the layout for a block that holds all heads, or None if no layout fits."""
+    """Return the layout for a block or a cluster that holds all heads, or None if none fits."""
+    if heads > HEADS_OF_BLOCK:
+        return layout_of_cluster(heads, head_dim, units)
     head_warps, mixers = cdiv(heads, 4) * 4, 4
     rows = 32 if head_dim <= 64 and head_warps <= 12 else 16
     if head_dim > 64 and head_warps > 12:
@@ -42,15 +47,36 @@ def layout(heads: int, head_dim: int, units: int) -> Layout | None:
     plenty = REGISTERS // (32 * (head_warps + mixers)) >= 144
     for keys in (32, 16):
         for shared in (1, 0):
-            lines = heads * (2 * keys + shared * rows) * head_dim * 2
-            scores = 2 * 16 * (rows * keys + 8) * 2
-            tables = 2 * SPAN * units * 2 + heads * (2 * SPAN + 16) * 4
-            size = lines + scores + tables
+            size = shared_memory(heads, head_dim, units, rows, keys, shared)
             if size <= SHARED_MEMORY:
                 registers = (136, 104) if shared or units > 32 else (144, 80)
                 registers = (0, 0) if plenty or head_warps > 12 else registers
-                return Layout(rows, keys, mixers, shared, *registers, size)
+                return Layout(rows, keys, mixers, shared, *registers, 1, size)
     return None
+
+
+def layout_of_cluster(heads: int, head_dim: int, units: int) -> Layout | None:
+    """Return the layout for a cluster of blocks with a part of the heads each.
+
+    Outputs of wide heads take most of the 200 registers of a thread.
+    """
+    if units > UNITS_OF_CLUSTER:
+        return None
+    keys, mixers = (32, 4) if head_dim <= 96 else (16, 2)
+    size = shared_memory(heads, head_dim, units, 32, keys, 1, CLUSTER)
+    return Layout(32, keys, mixers, 1, 200, 104, CLUSTER, size)
+
+
+def shared_memory(
+    heads: int, head_dim: int, units: int, rows: int, keys: int, queries: int, cluster: int = 1
+) -> int:
+    """Return the bytes of `Shared`, in `forward.cuh`."""
+    part = cdiv(heads, cluster)
+    lines = part * (2 * keys + queries * rows) * head_dim * 2
+    scores = 2 * cdiv(heads, 16) * 16 * (rows * keys // cluster + 8) * 2
+    tables = 2 * SPAN * units * 2 + part * (2 * SPAN + 16) * 4
+    barriers = 4 * 8 if cluster > 1 else 0
+    return lines + scores + tables + barriers
 
 
 def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
@@ -74,7 +100,7 @@ def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
         return None
     where = layout(heads, head_dim, units)
     processors = torch.cuda.get_device_properties().multi_processor_count
-    busy = where is not None and batch * cdiv(rows, where.rows) >= processors // 8
+    busy = where is not None and (batch * cdiv(rows, where.rows) * where.cluster >= processors // 8)
     return where if busy else None
 
 
@@ -103,8 +129,9 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
         terms.hidden, terms.static, terms.weight_in, terms.weight_out,
         hidden, fixed, linear, len(terms.hidden), low, distances,
     )  # fmt: skip
-    block = 32 * (cdiv(heads, 4) * 4 + where.mixers)
-    start(compiled("forward", *values), (cdiv(rows, where.rows), batch, 1, block, 1, 1))(
+    block = 32 * 4 * (cdiv(cdiv(heads, where.cluster), 4) + cdiv(where.mixers, 4))
+    blocks = cdiv(rows, where.rows) * where.cluster
+    start(compiled("forward", *values), (blocks, batch, 1, block, 1, 1))(
         query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
         hidden, fixed, linear, mask, found.flag,
         rows, keys, distances, low, problem.offset, float(problem.scale),
@@ -122,7 +149,16 @@ def aligned(x: Tensor) -> Tensor:
 
 NAMES = (
     *("H", "D", "UNITS", "E", "GROUP", "Q_T", "K_T", "V_T", "CAUSAL", "MASKED", "BF16", "RESTED"),
-    *("ROWS", "KEYS", "MIXERS", "QUERIES_SHARED", "HEAD_REGISTERS", "MIXER_REGISTERS", "SHARED"),
+    *(
+        "ROWS",
+        "KEYS",
+        "MIXERS",
+        "QUERIES_SHARED",
+        "HEAD_REGISTERS",
+        "MIXER_REGISTERS",
+        "CLUSTER",
+        "SHARED",
+    ),
 )
 
 
@@ -139,7 +175,8 @@ def macros(problem: Problem, terms: Mixed, where: Layout, rested: bool) -> tuple
 
 def source(name: str, *values: int) -> str:
     """Return the source of a named kernel for some macros."""
-    parts = ("lines.cuh", "forward_heads.cuh", "forward_mixers.cuh") if name == "forward" else ()
+    pieces = "lines.cuh", "forward_meeting.cuh", "forward_heads.cuh", "forward_mixers.cuh"
+    parts = pieces if name == "forward" else ()
     return source_of(dict(zip(NAMES, values, strict=True)), "forward.cuh", *parts, f"{name}.cu")
 
 

@@ -56,7 +56,7 @@ DEVICE void add_scores(Scores& x, const Queries& queries, uint32 to_k, int lane)
   }
 }
 // Scores to the mixers, in the order of the accumulators.
-DEVICE void store_scores(__half* to, const Scores& x, float& largest, int lane) {
+DEVICE void store_scores(Shared& s, int tile, int h, const Scores& x, float& largest, int lane) {
 #pragma unroll
   for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -68,19 +68,18 @@ DEVICE void store_scores(__half* to, const Scores& x, float& largest, int lane) 
 #pragma unroll
     for (int p = 0; p < NT / 2; p++) {
       const float *low = x[m][2 * p], *high = x[m][2 * p + 1];
-      *(uint4*)(to + (m * (NT / 2) + p) * 256 + lane * 8) =
-          make_uint4(pack_half(low[0], low[1]), pack_half(low[2], low[3]), pack_half(high[0], high[1]),
-                     pack_half(high[2], high[3]));
+      store_slots(s, tile, h, (m * (NT / 2) + p) * 256 + lane * 8,
+                  make_uint4(pack_half(low[0], low[1]), pack_half(low[2], low[3]), pack_half(high[0], high[1]),
+                             pack_half(high[2], high[3])));
     }
 }
 
 // Logits of 16 rows in base 2 from the mixers' logits and C, by (row - key) / 8; -inf for hidden keys.
-DEVICE void load_logits(float (&y)[NT][4], const __half* from, const float2 (&c)[MT * 2 + NT - 1], int m, float scale,
-                        uint32 seen, int lane) {
+DEVICE void load_logits(float (&y)[NT][4], const uint4 (&mixed)[NT / 2], const float2 (&c)[MT * 2 + NT - 1], int m,
+                        float scale, uint32 seen, int lane) {
 #pragma unroll
   for (int p = 0; p < NT / 2; p++) {
-    uint4 v = *(const uint4*)(from + (m * (NT / 2) + p) * 256 + lane * 8);
-    uint32 pairs[4] = {v.x, v.y, v.z, v.w};
+    uint32 pairs[4] = {mixed[p].x, mixed[p].y, mixed[p].z, mixed[p].w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int tile = 2 * p + (i >> 1), r = i & 1;
@@ -189,10 +188,10 @@ DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
 }
 
 // The walk of a head warp over the tiles of keys: scores of the next tile first, then softmax and values of the
-// present tile.
-DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
+// present tile. The head is number `own` of the block.
+DEVICE void attend(Shared& s, const Arguments& a, int h, int own, int lane) {
   const int g = lane >> 2, t = lane & 3;
-  const uint32 to_k = address(s.k[h]), to_v = address(s.v[h]), to_c = address(s.c[h]);
+  const uint32 to_k = address(s.k[own]), to_v = address(s.v[own]), to_c = address(s.c[own]);
   const float* fixed = a.fixed + (long long)h * a.distances;
   // C of a tile, from the largest distance down, and a copy shifted by 1, for aligned pairs in every lane.
   auto load_static = [&](int n) {
@@ -203,13 +202,13 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       copy4(to_c + (COPY + i) * 4, from - i - 1, true);
     }
   };
-  Lines<KEYS, K_T> key_lines(a.k, s.k[h], a.keys, lane);
-  Lines<KEYS, V_T> value_lines(a.v, s.v[h], a.keys, lane);
+  Lines<KEYS, K_T> key_lines(a.k, s.k[own], a.keys, lane);
+  Lines<KEYS, V_T> value_lines(a.v, s.v[own], a.keys, lane);
   key_lines.load();
 #if QUERIES_SHARED
-  Lines<ROWS, Q_T>(a.q + (long long)a.row0 * Q_T, s.q[h], a.rows - a.row0, lane).load();
+  Lines<ROWS, Q_T>(a.q + (long long)a.row0 * Q_T, s.q[own], a.rows - a.row0, lane).load();
   commit();
-  const Queries queries = address(s.q[h]);
+  const Queries queries = address(s.q[own]);
 #else
   commit();
   Queries queries;
@@ -223,8 +222,8 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
     __syncwarp();
     if (n + 1 < a.tiles) key_lines.load();
     commit();
-    store_scores(s.x[n & 1][h], x, run.largest, lane);
-    scores_there(n & 1);
+    store_scores(s, n, h, x, run.largest, lane);
+    scores_there(s, n, lane);
   };
   wait<0>();
   __syncwarp();
@@ -246,18 +245,27 @@ DEVICE void attend(Shared& s, const Arguments& a, int h, int lane) {
       seen = __ballot_sync(~0u, lane >= KEYS || (key < a.keys && (!MASKED || a.mask[key])));
     }
     wait<1>();  // V and C of the present tile
-    await_logits(n & 1);
+    await_logits(s, n, lane);
     float2 c[MT * 2 + NT - 1];
 #pragma unroll
     for (int i = 0; i < MT * 2 + NT - 1; i++) {
       int at = 2 * t - g - 8 * (i - NT + 1) + ROWS - 1;
-      c[i] = *(const float2*)(s.c[h] + (g & 1 ? at : COPY + at - 1));
+      c[i] = *(const float2*)(s.c[own] + (g & 1 ? at : COPY + at - 1));
     }
+    uint4 mixed[MT][NT / 2];
+    auto load_mixed = [&](int m) {
+#pragma unroll
+      for (int p = 0; p < NT / 2; p++) mixed[m][p] = load_slots(s, n, h, (m * (NT / 2) + p) * 256 + lane * 8);
+    };
+    if (CLUSTER > 1)  // all at once, since another block is far
+#pragma unroll
+      for (int m = 0; m < MT; m++) load_mixed(m);
     Weights weight, weight_rest;
 #pragma unroll
     for (int m = 0; m < MT; m++) {
+      if (CLUSTER == 1) load_mixed(m);
       float y[NT][4];
-      load_logits(y, s.x[n & 1][h], c, m, scale, seen, lane);
+      load_logits(y, mixed[m], c, m, scale, seen, lane);
       raise_top(run, y, m);
       softmax(weight, weight_rest, run, y, m);
     }

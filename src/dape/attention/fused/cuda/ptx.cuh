@@ -30,6 +30,51 @@ template <int ID>
 DEVICE void arrive(int members) {
   asm volatile("bar.arrive %0, %1;" ::"n"(ID), "r"(members) : "memory");
 }
+// The dynamic shared memory of a block.
+DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+// Shared memory of a cluster of blocks: the address in a block of the cluster that an address has in the own block.
+DEVICE uint32 remote(uint32 address, int block) {
+  uint32 found;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(block));
+  return found;
+}
+DEVICE void store_remote(uint32 to, uint4 v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+DEVICE uint4 load_remote(uint32 from) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+}
+// Barriers of 8 bytes in shared memory, for arrivals from the whole cluster. Phases of a barrier alternate in parity.
+DEVICE void begin_barrier(uint32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+DEVICE void arrive_remote(uint32 barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+DEVICE void await_phase(uint32 barrier, int parity) {
+  uint32 over;
+  do
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  while (!over);
+}
+// All threads of the cluster meet.
+DEVICE void meet_cluster() {
+  asm volatile("fence.mbarrier_init.release.cluster; barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::
+                   : "memory");
+}
 template <int N>
 DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
