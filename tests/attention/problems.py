@@ -170,8 +170,8 @@ def fused(query, key, value, tables, mask, scale, causal, offset, backend, exact
     """Return what the fused operator does, of a call without a halo."""
     from dape.attention.fused import operator
 
-    how = (scale, causal, offset, (0, 0), backend, exact)
-    return operator.forward_operator(query, key, value, tables, mask, None, *how)
+    how = (*operator.NO_RECIPE, scale, causal, offset, (0, 0), backend, exact)
+    return operator.forward_operator(query, key, value, tables, [], mask, None, *how)[:4]
 
 
 def differentiate(out, leaves):

@@ -69,15 +69,15 @@ def test_the_operators_pass_every_check_of_pytorch(name, masked):
     tensors, modules, _ = leaves(problem.tensors(torch.float32), built(name))
     tables = [x.detach().requires_grad_() for x in operator.tables(*modules, 4, 5, CPU)]
     mask = torch.rand(2, 5) < 0.7 if masked else None
-    how = (0.5, True, 2, (0, 0), "triton")
+    how = (*operator.NO_RECIPE, 0.5, True, 2, (0, 0), "triton")
     forward, backward = operator.forward_operator, operator.backward_operator
-    torch.library.opcheck(forward, (*tensors, tables, mask, None, *how, True))
+    torch.library.opcheck(forward, (*tensors, tables, [], mask, None, *how, True))
     with torch.no_grad():
-        *found, flag = forward(*tensors, tables, mask, None, *how, True)
+        *found, made = forward(*tensors, tables, [], mask, None, *how, True)
     tensors, tables = ([x.detach() for x in given] for given in (tensors, tables))
     grad_out, grad_lse = torch.randn_like(found[0]), torch.randn_like(found[1])
     for also in (None, grad_lse):
-        given = (*tensors, tables, mask, None, *found, flag, grad_out, also)
+        given = (*tensors, tables, [], mask, None, made, *found, grad_out, also)
         torch.library.opcheck(backward, (*given, *how))
 
 

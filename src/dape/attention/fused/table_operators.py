@@ -45,7 +45,7 @@ class How(NamedTuple):
 
 
 _TENSORS = "Tensor? values, Tensor? p0, Tensor? p1, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2"
-_HOW = (
+TABLES_HOW = (
     "str form, SymInt entries, SymInt heads, SymInt on_bias, bool residual, bool linear, "
     "bool one_constant"
 )
@@ -107,16 +107,16 @@ def _switches(values: Tensor | None, how: How) -> dict[str, Any]:
 
 def _forward(*given: Any) -> list[Tensor]:
     """Return C, and with an adapter U, W1 and W2, as `tables` does."""
-    return [*planned(_made, given[:7], How(*given[7:]))]
+    return [*planned(tables_made, given[:7], How(*given[7:]))]
 
 
-def _made(given: Sequence[Any], how: How) -> list[Tensor]:
+def tables_made(given: Sequence[Any], how: How) -> list[Tensor]:
     """Return the tables of some tensors."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv
 
     values, p0, p1, w1, b1, w2, b2 = given
-    found = _forward_fake(*given, *how)
+    found = tables_fake(*given, *how)
     static, grid = found[0], (cdiv(how.entries, ENTRIES),)
     known = tuple(static if x is None else x for x in (values, p0, p1))
     compiled, switches = _compiled(w1, how), _switches(values, how)
@@ -133,7 +133,7 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
     return found
 
 
-def _forward_fake(
+def tables_fake(
     values: Tensor | None,
     p0: Tensor | None,
     p1: Tensor | None,
@@ -143,6 +143,7 @@ def _forward_fake(
     b2: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
+    """Return room for the tables."""
     how = How(*rest)
     like = next(x for x in (w1, values, p0) if x is not None)
     units, taps = _sizes(w1, how)
@@ -155,10 +156,10 @@ def _forward_fake(
 
 def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of all tensors but None. DAPE V2 ignores the gradient of b1."""
-    return [*planned(_gradients, (*given[:7], *given[7]), How(*given[8:]))]
+    return [*planned(gradients, (*given[:7], *given[7]), How(*given[8:]))]
 
 
-def _gradients(given: Sequence[Any], how: How) -> list[Tensor]:
+def gradients(given: Sequence[Any], how: How) -> list[Tensor]:
     """Return the gradients of some tensors from those of the tables, which follow them."""
     from dape.attention.fused import table_kernels as kernels
     from dape.attention.fused.sizes import cdiv, next_power_of_2
@@ -232,10 +233,12 @@ def _with_gradients(*given: Any) -> list[Tensor]:
 
 
 forward_operator = register(
-    f"tables_2({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
+    f"tables_2({_TENSORS}, {TABLES_HOW}) -> Tensor[]", _forward, tables_fake, _with_gradients
 )
 backward_operator = register(
-    f"tables_backward_2({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
+    f"tables_backward_2({_TENSORS}, Tensor[] grads, {TABLES_HOW}) -> Tensor[]",
+    _backward,
+    _backward_fake,
 )
 
 

@@ -26,6 +26,9 @@ from dape.attention.fused.terms import SLOPE
 from dape.positions.adapter import DAPE, TalkingHeads
 from dape.positions.bias import FIRE
 
+# Sources of tables, and how an operator makes the tables.
+Recipe = tuple[tuple[Tensor | None, ...], operators.How]
+
 
 def hidden_units(adapter: nn.Module | None) -> int:
     """Return how many hidden units the tables of an adapter have, 0 without."""
@@ -62,18 +65,41 @@ def tables(
     with torch.autocast(device.type, enabled=False):
         if isinstance(bias, FIRE):
             return fire_tables(bias, adapter, count, key_offset)
+        found = recipe(bias, adapter, num_heads, count, device)
+        if found is not None:
+            return made(adapter, found)
         if bias is None and adapter is None:
             return ()
-        form = operators.form_of(bias)
-        mixes_scores = isinstance(adapter, DAPE) and adapter.inputs != "bias"
-        if form is not None and (adapter is None or mixes_scores):
-            return fast_tables(adapter, form, None, num_heads, count, device)
         values = values_of(bias, num_heads, count, device)
         if isinstance(adapter, TalkingHeads):
             return talking_tables(adapter, values)
-        if mixes_scores:
-            return fast_tables(adapter, ("", []), values, num_heads, count, device)
         return alone_tables(adapter, values) if isinstance(adapter, DAPE) else (values,)
+
+
+def recipe(
+    bias: nn.Module | None,
+    adapter: nn.Module | None,
+    num_heads: int,
+    count: int,
+    device: torch.device,
+) -> Recipe | None:
+    """Return the recipe of the tables over distances, or None where no kernel makes them."""
+    nothing = bias is None and adapter is None
+    if nothing or isinstance(bias, FIRE) or not (adapter is None or mixes_scores(adapter)):
+        return None
+    form = operators.form_of(bias)
+    if form is not None:
+        return recipe_of(adapter, form, None, num_heads, count, device)
+    if adapter is None:
+        return None
+    with torch.autocast(device.type, enabled=False):
+        values = values_of(bias, num_heads, count, device)
+    return recipe_of(adapter, ("", []), values, num_heads, count, device)
+
+
+def mixes_scores(adapter: nn.Module | None) -> bool:
+    """Return whether an adapter is a DAPE whose layers see the scores."""
+    return isinstance(adapter, DAPE) and adapter.inputs != "bias"
 
 
 def values_of(
@@ -86,7 +112,7 @@ def values_of(
     return bias(distances, distances[:1])[..., 0].float().contiguous()
 
 
-def fast_tables(
+def recipe_of(
     adapter: nn.Module | None,
     form: tuple[str, list[Tensor]],
     values: Float[Tensor, "heads entries"] | None,
@@ -94,8 +120,8 @@ def fast_tables(
     count: int,
     device: torch.device,
     features: bool = False,
-) -> tuple[Tensor, ...]:
-    """Return C, and with an adapter U, W1a, W2 and perhaps b1, from a single kernel.
+) -> Recipe:
+    """Return the recipe of C, and with an adapter of U, W1a and W2.
 
     B comes from a form or from `values`. With `features` entries are features of FIRE.
     """
@@ -104,23 +130,28 @@ def fast_tables(
     if not isinstance(adapter, DAPE):
         if p0 is None:  # an operator knows the device by a tensor
             p0 = torch.empty(num_heads, device=device)
-        how = operators.How(name, count, num_heads)
-        return tuple(operators.forward_operator(values, p0, p1, *[None] * 4, *how))
+        return (values, p0, p1, *[None] * 4), operators.How(name, count, num_heads)
     on_bias = {"concat": num_heads, "sum": 0, "scores": -1}[adapter.inputs]
     taps = adapter.kernel_size
     linear = features or taps > 1
     how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features)
-    layers = adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out
-    if taps > 1:
-        found = operators.forward_operator(values, p0, p1, *with_free_bias(layers), *how)
-        return *found, adapter.bias_in.float()
-    return tuple(operators.forward_operator(values, p0, p1, *layers, *how))
+    # b1 enters no table of DAPE V2.
+    bias_in = adapter.bias_in if taps == 1 else adapter.bias_in.detach()
+    layers = adapter.weight_in, bias_in, adapter.weight_out, adapter.bias_out
+    return (values, p0, p1, *layers), how
 
 
-def with_free_bias(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the layers with b1 detached, since b1 enters no table of DAPE V2."""
-    weight_in, bias_in, weight_out, bias_out = layers
-    return weight_in, bias_in.detach(), weight_out, bias_out
+def made(adapter: nn.Module | None, found: Recipe) -> tuple[Tensor, ...]:
+    """Return the tables of a recipe, and further tables."""
+    sources, how = found
+    return *operators.forward_operator(*sources, *how), *further(adapter)
+
+
+def further(adapter: nn.Module | None) -> tuple[Tensor, ...]:
+    """Return the tables after those of a recipe, b1 for DAPE V2."""
+    if isinstance(adapter, DAPE) and adapter.kernel_size > 1:
+        return (adapter.bias_in.float(),)
+    return ()
 
 
 def fire_tables(
@@ -137,8 +168,9 @@ def fire_tables(
     mixing: tuple[Tensor, ...]
     if isinstance(adapter, TalkingHeads):
         mixing = talking_tables(adapter, values)
-    elif isinstance(adapter, DAPE) and adapter.inputs != "bias":
-        mixing = fast_tables(adapter, ("", []), values, heads, entries, values.device, True)
+    elif mixes_scores(adapter):
+        found = recipe_of(adapter, ("", []), values, heads, entries, values.device, True)
+        mixing = made(adapter, found)
     elif isinstance(adapter, DAPE):
         mixing = feature_tables_alone(adapter, values)
     else:
