@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import dape
 from dape import cli
 from dape.cli.retrofit import read
 from dape.data.prepare import Options, Preparation
-from dape.data.shards import Corpus
+from dape.data.shards import Corpus, Windows
 from dape.evaluate.opening import open_model
 from dape.train.recipe import Recipe, write
 from dape.train.sections import Model, Training
@@ -137,6 +138,47 @@ def test_the_same_command_trains_no_more_and_measures_again(models, command, cap
     assert "parameters train" not in capsys.readouterr().out
     assert Path("runs/retrofit-dape-kerple/metrics.jsonl").read_text() == metrics
     assert evaluation(Path("runs/retrofit-dape-kerple"))["measurements"] == first
+
+
+def test_a_change_of_the_configuration_is_measured_without_training(
+    tmp_path, corpus, command, capsys
+):
+    sizes = {**SIZES, "intermediate_size": 20, "initializer_range": 0.5}  # positions tell
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "llama")
+    rotation = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    untrained = ("--model.adapter", "None", "--model.train", "all", "--training.steps", 0)
+    changed = ("--model.config", json.dumps({"rope_parameters": rotation}), "--name", "pi")
+    assert not command(tmp_path / "llama", *untrained, *changed, "--measure", "run")
+    assert "step 0/0  validation" in capsys.readouterr().out
+    content = evaluation(Path("runs/pi"))
+    assert (content["scheme"], content["train_length"]) == ("llama", 48)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "llama", rope_parameters=rotation
+    ).eval()
+    measured = content["measurements"][1]["document_losses"]
+    assert measured == pytest.approx(expected_losses(model, corpus, content), rel=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "llama").eval()
+    assert measured != pytest.approx(expected_losses(plain, corpus, content), rel=1e-2)
+    (metrics,) = map(json.loads, Path("runs/pi/metrics.jsonl").read_text().splitlines())
+    assert metrics["step"] == 0
+    tokens = np.stack([Windows(Corpus(corpus).split("validation"), 24, 0)[n] for n in range(4)])
+    tokens = torch.from_numpy(tokens)
+    with torch.no_grad():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert metrics["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_base_is_measured_or_left_alone(models, command, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(models / "llama", model, ignore=shutil.ignore_patterns("evaluation"))
+    run = Path("runs/retrofit-dape-kerple")
+    assert not command(model, "--measure", "none")
+    assert (run / "adapters").exists() and not (run / "evaluation").exists()
+    assert not command(model, "--measure", "run")
+    assert evaluation(run)["measurements"] and not (model / "evaluation").exists()
+    assert not command(model)
+    assert evaluation(model)["provenance"]["precision"] == "fp32"
 
 
 def test_learned_positions_end_where_they_end_with_adapters_too(models, command, capsys):

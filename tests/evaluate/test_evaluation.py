@@ -228,6 +228,18 @@ def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
         evaluate(run, corpus, LENGTHS, precision="int8")
 
 
+def test_a_number_is_asked_for_in_the_precision_asked_for(run):
+    asked = {"lengths": [300], "depths": [0.5], "trials": 2}
+    (exact,) = evaluate_retrieval(run, **asked)
+    (close,) = evaluate_retrieval(run, **asked, precision="bf16")
+    assert exact.provenance["precision"] == "fp32" and close.provenance["precision"] == "bf16"
+    expected = exact.cells[0].log_probability
+    assert close.cells[0].log_probability == pytest.approx(expected, rel=1e-2)
+    assert close.cells[0].log_probability != expected
+    with pytest.raises(UserError, match="unknown precision 'int8'"):
+        evaluate_retrieval(run, **asked, precision="int8")
+
+
 @pytest.mark.parametrize("killed", [1, 2, 3])
 def test_a_killed_retrieval_goes_on(run, killed):
     asked = {

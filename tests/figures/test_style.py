@@ -3,7 +3,7 @@
 import matplotlib
 from matplotlib.figure import Figure
 
-from dape.figures.style import DASHED, ENCODINGS, MARKERS, looks, save, theme
+from dape.figures.style import DASHED, ENCODINGS, MARKERS, looks, palette, save, theme
 from dape.positions.scheme import ADAPTERS, BASES, SCHEMES
 
 
@@ -28,6 +28,14 @@ def test_a_scheme_looks_the_same_whatever_is_drawn_beside_it():
 def test_labels_of_one_scheme_and_unknown_models_differ_in_colour():
     labels = {"kerple (a)": "kerple", "kerple (b)": "kerple", "llama": "llama", "gpt2": "gpt2"}
     assert len(set(looks(labels)["palette"].values())) == 4
+
+
+def test_arms_of_an_unknown_model_have_bright_colours_each_its_own():
+    schemes = {"as-it-is": "llama", "plain": "llama fine-tuned", "rope": "rope"}
+    chosen = looks({**schemes, "dape": "llama + dape-kerple", "blind": "llama + dape-kerple"})
+    assert len(set(chosen["palette"].values())) == 5
+    assert set(chosen["palette"].values()) <= set(palette()[:10])
+    assert chosen["palette"]["rope"] == palette()[ENCODINGS.index("rope")]
 
 
 def test_pretrained_models_are_solid_only_with_adapters_in_the_colour_of_their_encoding():

@@ -1,18 +1,25 @@
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from laboratory import cells, enter, sweep
 
-from dape.cli import bench_model, retrofit, train
+from dape.cli import bench_model, eval_retrieval, retrofit, train
 from dape.cli.arguments import parse
+from dape.cli.options import lengths
 from dape.errors import UserError
 from dape.paper import experiments
-from dape.paper.cells import Regime, by_regime, once
+from dape.paper.cells import TRAINED, Regime, by_regime, once
 from dape.paper.experiment import smoke
 from dape.paper.plan import plan
+from dape.paper.smollm2 import REGIME, SMOLLM2
 from dape.paper.sweep import SIZES
 from dape.positions.scheme import resolve
+from dape.train.recipe import Retrofit
+
+ROPE = "rope_parameters"
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +55,7 @@ def test_a_benchmark_is_a_command_too_and_needs_no_corpus():
 
 def test_a_step_has_the_tokens_of_its_size_and_a_training_those_asked_for():
     for cell in every_cell():
-        if cell.needs:
+        if isinstance(cell.training.recipe, Retrofit):
             continue
         training = cell.training.recipe.training
         step = training.batch_size * training.length
@@ -96,10 +103,57 @@ def test_in_miniature_each_arm_is_trained_once_and_claims_move_along():
     for experiment in experiments.EXPERIMENTS.values():
         tiny = smoke(experiment)
         arms = {cell.arm for cell in experiment.cells()}
-        assert sorted(cell.arm for cell in tiny.cells()) == sorted(arms)
+        assert sorted({cell.arm for cell in tiny.cells()} - {"base"}) == sorted(arms - {"base"})
+        assert len({cell.arm for cell in tiny.cells()}) == len(tiny.cells())
         checks = [check for claim in tiny.claims for check in claim.checks]
         regimes = {check.regime for check in checks if hasattr(check, "regime")}
         assert regimes <= set(tiny.regimes)
+
+
+def test_arms_of_a_model_of_others_see_equal_tokens_of_equal_windows():
+    found = [cell for cell in SMOLLM2.cells() if cell.regime == REGIME]
+    for cell in found:
+        training = cell.training.recipe.training
+        assert (training.length, training.batch_size) == (16_384, 2)
+        tokens = 0 if cell.arm in ("as-it-is", "ntk-untrained", "yarn-untrained") else 3_145_728
+        assert training.steps * training.length * training.batch_size == tokens
+        tuned, numbers = cell.commands
+        assert tuned.words[:2] == ("retrofit", "models/smollm2")
+        assert retrofit.read(list(tuned.words[1:])).lengths == tuple(2**n for n in range(8, 17))
+        asked = parse(eval_retrieval.Arguments, numbers.words[2:], "dape eval retrieval")
+        assert asked.runs == (cell.run.path,) and asked.lengths[-1] == 32_768
+        assert set(numbers.keeps) == {Path(f"retrieval/{name}.json") for name in asked.tasks}
+    seeds = [cell.training.seed for cell in found]
+    assert [seeds.count(seed) for seed in (0, 1, 2)] == [8, 5, 5]
+    assert found[0].arm == "as-it-is", "the baseline of the table"
+
+
+def test_a_change_of_the_rotation_is_one_line_and_what_its_papers_say():
+    arms = {cell.arm: cell for cell in SMOLLM2.cells()}
+    for arm, cell in arms.items():
+        assert "\n" not in str(cell.commands[0])
+        config = cell.training.recipe.model.config
+        assert bool(config) == (arm.startswith(("yarn", "ntk"))), arm
+    frequencies = [
+        theta ** -(np.arange(0, 64, 2) / 64)
+        for theta in (
+            100_000,
+            arms["ntk-untrained"].training.recipe.model.config[ROPE]["rope_theta"],
+        )
+    ]
+    ratio = frequencies[0] / frequencies[1]
+    assert ratio[0] == 1 and ratio[-1] == pytest.approx(8)  # bloc97's NTK-aware interpolation
+    assert arms["yarn"].training.recipe.model.config[ROPE]["factor"] == 8
+
+
+def test_rates_are_chosen_by_the_validation_loss_alone():
+    found = [cell for cell in SMOLLM2.cells() if cell.regime != REGIME]
+    rates = [cell.training.recipe.optimizer.learning_rate for cell in found]
+    assert rates == [3e-5, 1e-4, 3e-4, 3e-3, 1e-2, 3e-2]
+    for cell in found:
+        (tuned,) = cell.commands
+        assert retrofit.read(list(tuned.words[1:])).measure == "none"
+        assert set(tuned.keeps) == set(TRAINED)
 
 
 def test_an_unknown_experiment_is_refused_with_the_near_name():
@@ -108,6 +162,7 @@ def test_an_unknown_experiment_is_refused_with_the_near_name():
 
 
 def test_claims_speak_of_arms_and_lengths_that_are_measured():
+    reads = {part.regime: lengths(part.reads)[-1] for part in SMOLLM2.parts if part.reads}
     for experiment in experiments.EXPERIMENTS.values():
         measured = {(cell.regime, cell.arm) for cell in experiment.cells()}
         for claim in experiment.claims:
@@ -117,7 +172,8 @@ def test_claims_speak_of_arms_and_lengths_that_are_measured():
                     regime = getattr(check, "regime", None)
                     assert (regime, arm) in measured, (experiment.name, check)
                 if hasattr(check, "regime"):
-                    assert check.regime.length * getattr(check, "times", 1) <= 16_384
+                    longest = check.regime.length * getattr(check, "times", 1)
+                    assert longest <= max(16_384, reads.get(check.regime, 0))
 
 
 def test_a_sweep_has_the_product_of_its_parts():

@@ -45,6 +45,16 @@ def test_the_buckets_are_those_of_the_definition(num_buckets, max_distance):
     assert buckets_of(T5(1, num_buckets, max_distance), distances).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("num_buckets", "max_distance"), [(5, 6), (32, 128), (33, 1000), (64, 10**6), (200, 2**23)]
+)
+def test_a_bucket_starts_at_the_first_distance_of_the_definition(num_buckets, max_distance):
+    starts = T5(1, num_buckets, max_distance).starts().long().tolist()
+    for number, start in enumerate(starts, 1):
+        before, at = (bucket(d, num_buckets, max_distance) for d in (start - 1, start))
+        assert before < number <= at  # beyond, if the bucket has no distance
+
+
 def test_each_pair_takes_the_entry_of_its_bucket_on_either_side():
     bias = T5(3).double()
     query, key = torch.tensor([5, 300, 40]), torch.tensor([0, 5, 21, 39, 300, 4000])
@@ -69,7 +79,8 @@ def test_an_entry_s_gradient_counts_the_pairs_in_its_bucket():
 
 def test_in_bfloat16_neighbouring_distances_still_part_at_the_borders_of_buckets():
     bias = T5(1, max_distance=16_384).to(torch.bfloat16)
-    starts = torch.tensor([s for s in bias.starts() if s > 256])
+    starts = bias.starts().long()
+    starts = starts[starts > 256]
     assert len(starts) == 9 and (starts % 2 == 1).any()
     assert torch.equal(buckets_of(bias, starts), buckets_of(bias, starts - 1) + 1)
 

@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy, pad
 from dape.chomsky.encoder import Encoder, Noise, build
 from dape.chomsky.task import Draw, Sample, Task
 from dape.model.configuration import DapeConfig
-from dape.positions.bias import T5
 
 ALIGNED = 4  # parameters begin at multiples of this number of elements, 16 bytes of float32
 NOISE = 2**32  # added to a seed for dropout and randomised positions
@@ -89,9 +88,7 @@ class Stack:
         self._draw = Draw(self._data, training.batch_size)
         self.losses = torch.zeros(len(self.seeds), device=self.device)
         self._graphs = Graphs([*self._data, *self._noise])
-        # T5 copies a table from the host at every call, forbidden in a capture.
-        has_table = any(isinstance(module, T5) for module in self.encoder.modules())
-        self._captures = on_gpu and not has_table
+        self._captures = on_gpu
 
     def _flatten(self, model: Encoder) -> Float[Tensor, " parameters"]:
         pairs = zip(model.parameters(), self._sizes, strict=True)

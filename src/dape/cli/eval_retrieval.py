@@ -31,6 +31,8 @@ class Arguments(Measuring):
     """split of the corpus"""
     seed: int = 0
     """seed of the hidden numbers"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """precision of products; auto is bf16 for a bf16 run on a GPU, else fp32"""
     again: bool = False
     """measure finished lengths again, instead of skipping finished lengths"""
 
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> None:
             split=arguments.split,
             seed=arguments.seed,
             device=arguments.device,
+            precision=arguments.precision,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
             again=arguments.again,

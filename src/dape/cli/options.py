@@ -61,6 +61,7 @@ def _numbers(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 Lengths = Annotated[tuple[int, ...], commas("INT,INT,...", lengths)]
 Fractions = Annotated[tuple[float, ...], commas("FLOAT,...", _numbers(float))]
+Seeds = Annotated[tuple[int, ...], commas("INT,...", _numbers(int))]
 Layers = Annotated[tuple[int, ...], commas("INT,...", _numbers(int))]
 Names = Annotated[tuple[str, ...], commas("NAME,...", _names)]
 Runs = Annotated[

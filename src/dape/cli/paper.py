@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from dape.cli.arguments import parse
-from dape.cli.options import Names, commas
+from dape.cli.options import Names, Seeds, commas
 from dape.errors import UserError, unknown
 from dape.strict import default
 
@@ -48,6 +48,8 @@ class Arguments:
     """print the plan with the cost, and stop"""
     only: Annotated[Names, default("all")] = ()
     """arms to run, as dape-kerple,kerple"""
+    seeds: Annotated[Seeds, default("all")] = ()
+    """seeds to run, as 0,1"""
     minutes: Annotated[float | None, default("no limit", "FLOAT")] = None
     """minutes after which no cell starts"""
     scale: Literal["full", "smoke"] = "full"
@@ -106,12 +108,15 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     devices = spread.devices()
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
-    due = plan.choose(planned, arguments.only, arguments.retry)
+    due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds)
     for folder, waiting in plan.without_corpus(due).items():
         print(
             f"no corpus in {folder}: {len(waiting)} cells wait; prepare the corpus"
             " (docs/paper.md), or give --data"
         )
+        due = [cell for cell in due if cell not in waiting]
+    for folder, waiting in plan.without_model(due).items():
+        print(f"no model in {folder}: {len(waiting)} cells wait; make the model (docs/paper.md)")
         due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0

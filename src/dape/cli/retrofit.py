@@ -5,7 +5,7 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -19,6 +19,10 @@ from dape.files import check_writable
 from dape.strict import default
 from dape.train.recipe import Retrofit
 from dape.train.recipe import read as read_recipe
+
+if TYPE_CHECKING:
+    from dape.data.shards import Corpus
+    from dape.evaluate.subject import Model
 
 PROG = "dape retrofit MODEL"
 BEYOND = 4  # default longest window, as a multiple of the longer training length
@@ -42,6 +46,8 @@ class Arguments:
     """largest number of documents of the test split"""
     blocks: int = 4
     """largest number of blocks of scored tokens in a document"""
+    measure: Literal["both", "run", "none"] = "both"
+    """models to measure: the base and the run, the run alone, or none"""
 
     def __post_init__(self) -> None:
         """Refuse counts below one."""
@@ -74,10 +80,7 @@ def run(arguments: Arguments) -> None:
     """Fine-tune unless finished, and measure the base and the run on the same tokens."""
     from transformers.utils import logging
 
-    from dape.evaluate.evaluation import evaluate
     from dape.evaluate.opening import open_model
-    from dape.evaluate.plan import plan as plan_windows
-    from dape.evaluate.protocols import protocol
     from dape.train import plan
     from dape.train.parallelize import is_first_rank
     from dape.train.run import check_folder, finetune
@@ -88,43 +91,71 @@ def run(arguments: Arguments) -> None:
     base = open_model(Path(recipe.model.base))
     corpus = base.corpus(recipe.data)
     check_folder(recipe, {"path": recipe.data, "checksum": corpus.checksum})
-    check_writable(
-        base.folder.evaluation(arguments.protocol),
-        remedy="copy the model to a folder of yours, for the results of the base",
-    )
     lengths = arguments.lengths or default_lengths(base.train_length, recipe.training.length)
-    rule = protocol(arguments.protocol, lengths)
-    documents, blocks = arguments.documents, arguments.blocks
-    # Lengths beyond every document are refused before the training.
-    plan_windows(corpus, "test", rule, lengths, documents=documents, blocks=blocks, seed=0)
-    trained = finetune(recipe.model.base, recipe)
-    if not is_first_rank():
-        return
+    if arguments.measure != "none":
+        check_measurement(arguments, base, corpus, lengths)
+    finetune(recipe.model.base, recipe)
+    if arguments.measure != "none" and is_first_rank():
+        measure(arguments, corpus, lengths)
+
+
+def check_measurement(
+    arguments: Arguments, base: "Model", corpus: "Corpus", lengths: Sequence[int]
+) -> None:
+    """Refuse unwritable results of the base, and lengths beyond every document."""
+    from dape.evaluate.plan import plan
+    from dape.evaluate.protocols import protocol
+
+    if arguments.measure == "both":
+        check_writable(
+            base.folder.evaluation(arguments.protocol),
+            remedy="copy the model to a folder of yours, for the results of the base",
+        )
+    rule, documents = protocol(arguments.protocol, lengths), arguments.documents
+    plan(corpus, "test", rule, lengths, documents=documents, blocks=arguments.blocks, seed=0)
+
+
+def measure(arguments: Arguments, corpus: "Corpus", lengths: Sequence[int]) -> None:
+    """Measure the base and the run in the precision of the run, and print the table."""
+    from dape.device import choose_device
+    from dape.evaluate.evaluation import evaluate
+    from dape.evaluate.opening import open_model
+
+    recipe = arguments.recipe
+    precision = open_model(recipe.folder).precision(choose_device(recipe.hardware.device))
     with progress() as watch:
         evaluations = evaluate(
-            [recipe.model.base, trained],
+            measured(arguments),
             corpus,
             lengths,
             arguments.protocol,
-            documents=documents,
-            blocks=blocks,
+            documents=arguments.documents,
+            blocks=arguments.blocks,
             device=recipe.hardware.device,
-            command=command(arguments, lengths),
+            precision=precision,
+            command=command(arguments, lengths, precision),
             watch=watch,
         )
     show(evaluations, "perplexity")
 
 
-def command(arguments: Arguments, lengths: Sequence[int]) -> str:
-    """Return the arguments of `dape eval` for the base and the run."""
+def measured(arguments: Arguments) -> list[str]:
+    """Return the folders of the measured models."""
+    recipe = arguments.recipe
+    base = [recipe.model.base] if arguments.measure == "both" else []
+    return [*base, str(recipe.folder)]
+
+
+def command(arguments: Arguments, lengths: Sequence[int], precision: str) -> str:
+    """Return the arguments of `dape eval` for the measured models."""
     recipe = arguments.recipe
     words = [
-        *("dape", "eval", recipe.model.base, str(recipe.folder)),
+        *("dape", "eval", *measured(arguments)),
         *("--data", recipe.data),
         *("--lengths", ",".join(map(str, lengths))),
         *("--protocol", arguments.protocol),
         *("--documents", str(arguments.documents), "--blocks", str(arguments.blocks)),
-        *("--device", recipe.hardware.device),
+        *("--device", recipe.hardware.device, "--precision", precision),
     ]
     return shlex.join(words)
 

@@ -12,7 +12,7 @@ from torch import nn
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
-from dape.errors import UserError, check_whole, unknown
+from dape.errors import UserError, check_whole
 from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.perplexity import Measurement, measure, token_losses
@@ -116,7 +116,7 @@ def evaluate(
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
-    made = partial(_made, origin=origin, precision=precision, device=chosen)
+    made = [origin | {"precision": model.precision(chosen, precision)} for model in opened]
     place = (protocol, stride, split)
     first = context_parallel is None or context_parallel.rank == 0
     folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)
@@ -129,22 +129,12 @@ def evaluate(
                 Kept(folder.evaluation(*place) if folder else None, load, writes=first),
                 chosen,
                 batch_tokens,
-                made(model),
+                its,
                 watch,
                 context_parallel,
             ).run(again)
-            for model, each, folder in zip(opened, plans, folders, strict=True)
+            for model, each, folder, its in zip(opened, plans, folders, made, strict=True)
         ]
-
-
-def _made(
-    model: Model, origin: dict[str, Any], precision: str, device: torch.device
-) -> dict[str, Any]:
-    """Return the provenance of a measurement, with the precision of products."""
-    if precision not in (*PRECISIONS, "auto"):
-        raise unknown("precision", precision, (*PRECISIONS, "auto"))
-    chosen = model.precision(device) if precision == "auto" else precision
-    return origin | {"precision": chosen}
 
 
 def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:

@@ -20,7 +20,7 @@ from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
 from dape.evaluate.results import KEPT, Kept, repeats, results_folders
-from dape.evaluate.subject import Model, Subject
+from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.trials import Cell, Plan, retrieve
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance, provenance
@@ -102,6 +102,7 @@ def evaluate_retrieval(
     split: str = "test",
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
     again: bool = False,
@@ -152,9 +153,15 @@ def evaluate_retrieval(
         return [
             record
             for model, own, folder in zip(opened, prompts, folders, strict=True)
-            for record in _Session(model, plan, folder, chosen, batch_tokens, origin, watch).run(
-                own, again
-            )
+            for record in _Session(
+                model,
+                plan,
+                folder,
+                chosen,
+                batch_tokens,
+                origin | {"precision": model.precision(chosen, precision)},
+                watch,
+            ).run(own, again)
         ]
 
 
@@ -207,6 +214,7 @@ class _Session:
                 replace(self.plan, lengths=(length,)),
                 device=device_of(network, self.device),
                 batch_tokens=self.batch_tokens,
+                precision=PRECISIONS[self.origin["precision"]],
                 advance=self.watch.advance,
                 announce=partial(self.watch.announce, f"{self.model.folder}  {done.task}"),
             )

@@ -17,7 +17,7 @@ from torch import nn
 
 from dape.data.shards import Corpus
 from dape.data.tokenizer import file_of_model, fingerprint, of_model
-from dape.errors import UserError
+from dape.errors import UserError, unknown
 from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
 
@@ -147,8 +147,16 @@ class Model:
         model = load_causal(self.source, self.partial_weights, **options)
         yield model.to(device).eval()
 
-    def precision(self, device: torch.device) -> str:
-        """Return the precision of products: as in the training on a GPU, fp32 on a CPU."""
+    def precision(self, device: torch.device, asked: str = "auto") -> str:
+        """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
+
+        Raises:
+            UserError: for an unknown precision.
+        """
+        if asked != "auto":
+            if asked not in PRECISIONS:
+                raise unknown("precision", asked, (*PRECISIONS, "auto"))
+            return asked
         trained = (self.recipe or {}).get("training", {}).get("precision")
         return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
 
@@ -188,15 +196,23 @@ class Finetuned(Model):
         return self.recipe["model"]  # type: ignore[index]
 
     @property
+    def _untrained(self) -> bool:
+        return self.recipe["training"].get("steps") == 0  # type: ignore[index]
+
+    @property
     def scheme(self) -> str:
         """Return the scheme of the base, with the mounted adapters or the changes."""
+        if self._untrained:
+            return super().scheme
         mounted = "-".join(filter(None, (self._chosen["adapter"], self._chosen["bias"])))
         change = f"+ {mounted}" if self._chosen["adapter"] else "fine-tuned"
         return f"{super().scheme} {change}"
 
     @property
     def train_length(self) -> int | None:
-        """Return the length of the fine-tuning."""
+        """Return the length of the fine-tuning, if any, or else of the base."""
+        if self._untrained:
+            return self.base.train_length  # type: ignore[union-attr]
         return self.recipe["training"]["length"]  # type: ignore[index]
 
     @property

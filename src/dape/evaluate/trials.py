@@ -61,16 +61,19 @@ def retrieve(
     *,
     device: torch.device | str = "cpu",
     batch_tokens: int,
+    precision: torch.dtype = torch.float32,
     advance: Callable[[int], object] = lambda tokens: None,
     announce: Callable[[int, str], object] = lambda length, outcome: None,
 ) -> tuple[list[Cell], dict[int, str]]:
     """Return the cells, and the lengths refused by the model or the prompt, with reasons.
 
-    `model` has the interface of a Hugging Face causal language model. `advance` gets the number of
-    tokens of a forward pass, and `announce` a length with the outcome.
+    `model` has the interface of a Hugging Face causal language model. Below float32, `precision` is
+    the precision of autocast. `advance` gets the number of tokens of a forward pass, and `announce`
+    a length with the outcome.
     """
     cells: list[Cell] = []
     refused: dict[int, str] = {}
+    kind = torch.device(device).type
     for length in plan.lengths:
         rows, left = max(1, batch_tokens // length), len(plan.depths) * plan.trials
         try:
@@ -81,7 +84,8 @@ def retrieve(
             answers: list[Answer] = []
             for first in range(0, len(asked), rows):
                 batch = asked[first : first + rows]
-                with explained(length, len(batch)):
+                autocast = torch.autocast(kind, precision, precision != torch.float32)
+                with explained(length, len(batch)), autocast:
                     answers += score(model, batch, device)
                 advance(length * len(batch))
                 left -= len(batch)

@@ -100,6 +100,7 @@ def over_training(
         for group in groups
         for evaluation in group.evaluations
         for step in histories.get(evaluation.subject.run, ())
+        if "loss" in step
     ]
     with theme():
         figure, axes = _canvas("tokens trained on", "training loss (nats a token)")

@@ -91,16 +91,17 @@ def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return palette, dashes and markers of labels for seaborn's `lineplot`, from schemes.
 
     The colour stands for the encoding. Lines are dashed without an adapter, and solid with an
-    adapter, whose marker stands for the adapter. A label gets a free colour if the encoding has no
-    fixed colour, or if the looks are taken.
+    adapter, whose marker stands for the adapter. A label gets a free colour, bright ones first, if
+    the encoding has no fixed colour, or if the looks are taken.
     """
     parts = {label: _parts(scheme) for label, scheme in schemes.items()}
     colours = palette()
+    fixed = {ENCODINGS.index(each) for _, each in parts.values() if each in ENCODINGS}
     places: dict[str, int] = {}
     for label, (adapter, encoding) in parts.items():
-        taken = {places[other] for other in places if parts[other][0] == adapter}
         own = [ENCODINGS.index(encoding)] if encoding in ENCODINGS else []
-        candidates = [*own, *reversed(range(len(colours)))]
+        taken = {place for other, place in places.items() if not own or parts[other][0] == adapter}
+        candidates = [*own, *sorted(range(len(colours)), key=lambda place: place in fixed)]
         free = (place for place in candidates if place not in taken)
         places[label] = next(free, candidates[0])
     return {

@@ -68,7 +68,7 @@ class Cell:
     Attributes:
         home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
         needs: name of the cell with the training of the base model.
-        minutes: estimated minutes on an H100, for a cell without a training.
+        minutes: estimated minutes on an H100, if known before any run.
     """
 
     home: Path

@@ -8,9 +8,10 @@ from dape.errors import unknown
 from dape.paper.cells import Cell, Regime, once
 from dape.paper.claims import Claim
 from dape.paper.encoders import Encoders
-from dape.paper.sweep import MEASURED_ON, TINY, Bench, Sweep, Tuning
+from dape.paper.sweep import MEASURED_ON, TINY, Bench, Sweep
+from dape.paper.tuning import Pretrained, Tuning
 
-Part = Sweep | Tuning | Bench | Encoders
+Part = Sweep | Tuning | Pretrained | Bench | Encoders
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from dape.paper.chomsky import Above, BestOf, Near
 from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.encoders import GROUPS, Encoders
 from dape.paper.experiment import Experiment
-from dape.paper.sweep import USES, Arm, Bench, Sweep, Tuning, heads, schemes
+from dape.paper.smollm2 import SMOLLM2
+from dape.paper.sweep import USES, Arm, Bench, Sweep, heads, schemes
+from dape.paper.tuning import Tuning
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -416,7 +418,7 @@ RETROFIT = Experiment(
 )
 
 PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, COST, V2, LEARNT, USE, CHOMSKY)
-EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT)}
+EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT, SMOLLM2)}
 
 
 def find(name: str) -> Experiment:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import get_args
 
@@ -9,6 +10,7 @@ from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.record import State
+from dape.train.recipe import Retrofit
 
 # Tokens a second of training on an H100 with CUDA graphs, and factors for slower schemes.
 TOKENS_PER_SECOND = {"small": 740_000, "125m": 400_000, "350m": 140_000}
@@ -56,8 +58,13 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     ]
 
 
-def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = False) -> list[Cell]:
-    """Return the cells to run, the longest first, limited to the arms `only` if given.
+def choose(
+    planned: Sequence[Planned],
+    only: Sequence[str] = (),
+    retry: bool = False,
+    seeds: Sequence[int] = (),
+) -> list[Cell]:
+    """Return the cells to run, the longest first, limited to arms `only` and `seeds` if given.
 
     With `retry`, cells that diverged or ran out of memory run again. A finished cell runs again if
     another cell needs the model and the model is missing.
@@ -65,7 +72,9 @@ def choose(planned: Sequence[Planned], only: Sequence[str] = (), retry: bool = F
     chosen = [
         each
         for each in planned
-        if (each.due or (retry and each.state == "failed")) and (not only or each.cell.arm in only)
+        if (each.due or (retry and each.state == "failed"))
+        and (not only or each.cell.arm in only)
+        and (not seeds or each.cell.training is None or each.cell.training.seed in seeds)
     ]
     needed = {each.cell.needs for each in chosen}
     chosen += [
@@ -82,6 +91,16 @@ def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     for cell in cells:
         if cell.training and cell.training.data not in here:
             found.setdefault(cell.training.data, []).append(cell)
+    return found
+
+
+def without_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells without a pretrained model on this machine, by the missing folder."""
+    found = dict[str, list[Cell]]()
+    for cell in cells:
+        recipe = cell.training.recipe if cell.training and not cell.needs else None
+        if isinstance(recipe, Retrofit) and not Path(recipe.model.base).is_dir():
+            found.setdefault(recipe.model.base, []).append(cell)
     return found
 
 
@@ -116,8 +135,8 @@ def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> flo
     if alike:
         return median(alike)
     speed = TOKENS_PER_SECOND.get(regime.size)
-    if speed is None:
-        return None
+    if speed is None or cell.minutes is not None:
+        return cell.minutes
     factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
     return regime.tokens * factor / speed / 60 + AROUND[regime.size]
 

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dape.bench import model
-from dape.evaluate import context, learned
+from dape.evaluate import context, learned, retrieval
 from dape.evaluate.compare import compare
+from dape.evaluate.prompts import TASKS
+from dape.evaluate.retrieval import Retrieval
 from dape.figures import context as context_figures
 from dape.figures import costs as cost_figures
 from dape.figures import learned as learned_figures
+from dape.figures import retrieval as retrieval_figures
 from dape.figures import tables
 from dape.figures.curves import over_length
 from dape.figures.tables import NOTHING, Table
@@ -82,6 +85,28 @@ def uses(cells: Sequence[Cell]) -> list[Section]:
     return found
 
 
+def retrievals(cells: Sequence[Cell]) -> list[Section]:
+    """Return the fraction of hidden numbers found, by task, arm, depth and length."""
+    caption = "Fraction of the hidden numbers that an arm finds, by depth and length of the text."
+    found = []
+    for regime, members in by_regime(cells).items():
+        for task in TASKS:
+            files = [(cell, cell.record.retrieval(task)) for cell in members]
+            records = [
+                _named(cell.arm, retrieval.load(file)) for cell, file in files if file.is_file()
+            ]
+            if records:
+                shown = (retrieval_figures.table(records),)
+                figure = retrieval_figures.heat_map(records)
+                found.append(Section(f"{regime.name}-{task}", shown, figure, caption))
+    return found
+
+
+def _named(arm: str, record: Retrieval) -> Retrieval:
+    """Return a record under the name of the arm, for the label."""
+    return replace(record, subject=replace(record.subject, scheme=arm))
+
+
 def costs(cells: Sequence[Cell]) -> list[Section]:
     """Return time and memory of whole models, by scheme, form and length."""
     files = {cell.name: cell.record.path / COSTS for cell in cells}
@@ -100,6 +125,7 @@ SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
     "curves": curves,
     "heads": heads,
     "uses": uses,
+    "retrievals": retrievals,
     "costs": costs,
 }
 

@@ -81,8 +81,11 @@ def studies(ended: Sequence[Cell]) -> list[Study]:
 
 def _groups(cells: Sequence[Cell], regime: Regime, corpus: str) -> tuple[Group, ...]:
     by_arm: dict[str, list[Evaluation]] = {}
+    kept = evaluation(regime, corpus)
     for cell in cells:
-        found = load(cell.record.path / evaluation(regime, corpus))
+        if not any(kept in each.keeps for each in cell.commands):  # the training loss alone
+            continue
+        found = load(cell.record.path / kept)
         by_arm.setdefault(cell.arm, []).append(found)
     if by_arm:
         check_comparable([each for arm in by_arm.values() for each in arm], "perplexity")

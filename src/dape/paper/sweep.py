@@ -1,5 +1,6 @@
 """Parts of an experiment: sweeps over regimes, arms and seeds, and the cells that follow."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,7 +11,7 @@ import yaml
 
 from dape.paper.cells import INSIDE, TRAINED, Cell, Command, Regime, Training, run_folder
 from dape.runs import RunFolder
-from dape.train.recipe import Recipe, Retrofit, override, read
+from dape.train.recipe import Recipe, override, read
 
 LONGEST = 16_384
 TINY = Regime("smoke", "python-stdlib", 32, 2**13)
@@ -44,10 +45,11 @@ MEASURED_ON = {"mixed": ("arxiv", "books")}
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A label, and options over the recipe by dotted name."""
+    """A label, and options over the recipe by dotted name; `minutes` is an estimate, if any."""
 
     label: str
     options: Options
+    minutes: float | None = None
 
 
 def schemes(*names: str) -> tuple[Arm, ...]:
@@ -57,32 +59,32 @@ def schemes(*names: str) -> tuple[Arm, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """A further command on every run: words after `dape`, and the file of the run folder to keep.
+    """A further command on every run: words after `dape`, and the files of the run folder to keep.
 
-    In words and file, {run} is the run folder, {reads} the lengths to read, and {length} is `times`
-    the training length.
+    In words and files, {run} is the run folder, {reads} the lengths to read, and {length} is
+    `times` the training length.
     """
 
     words: tuple[str, ...]
-    keeps: str
+    keeps: tuple[str, ...]
     times: int = 1
 
     def command(self, run: RunFolder, regime: Regime, reads: str) -> Command:
         """Return the command on a run."""
         length = self.times * regime.length
-        kept = Path(self.keeps.format(length=length))
+        kept = [Path(each.format(length=length)) for each in self.keeps]
         words = (word.format(run=run, length=length, reads=reads) for word in self.words)
-        return Command(tuple(words), {kept: kept})
+        return Command(tuple(words), {file: file for file in kept})
 
 
-USES = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), str(CONTEXT))
+USES = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), (str(CONTEXT),))
 
 
 def heads(times: int) -> Measure:
     """Return the measurement of A, B and f(A, B) of the last query of a text."""
     kept = f"{LEARNED}/{{length}}.json"
     words = ("plot", "learned", "{run}", "--length", "{length}", "--out", f"{{run}}/{kept}")
-    return Measure(words, kept, times)
+    return Measure(words, (kept,), times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,62 +155,6 @@ class Sweep:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
-    """Models trained by a sweep, and arms that fine-tune every model by `dape retrofit`."""
-
-    base: Sweep
-    recipe: str
-    arms: tuple[Arm, ...]
-    options: Options
-
-    @property
-    def regimes(self) -> tuple[Regime, ...]:
-        """Return the regimes of the base models."""
-        return self.base.regimes
-
-    def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the cells of the base models, followed by the cells of their fine-tuning."""
-        for base in self.base.cells(home, data):
-            yield base
-            for arm in self.arms:
-                yield self._cell(base, arm)
-
-    def _cell(self, base: Cell, arm: Arm) -> Cell:
-        assert base.training is not None
-        regime, seed, data = base.training.regime, base.training.seed, base.training.data
-        name = f"{regime.name}/{arm.label}-{seed}"
-        options = {
-            "name": f"{base.home.name}/{name}",
-            "seed": seed,
-            "data": data,
-            **self.options,
-            **arm.options,
-        }
-        recipe = override(read(self.recipe, Retrofit), {**options, "model.base": str(base.run)})
-        lengths = self.base.reads.format(length=regime.length)
-        command = ("retrofit", str(base.run), "--recipe", self.recipe, *words(options))
-        last = INSIDE.evaluation("last")
-        tuned = Command((*command, "--lengths", lengths), {**TRAINED, last: last})
-        training = Training(regime, seed, data, recipe)
-        return Cell(base.home, name, arm.label, (tuned,), training, needs=base.name)
-
-    def tiny(self) -> "Tuning":
-        """Return every arm once, with a tiny model of bytes on a CPU."""
-        small = {
-            "training.batch_size": 4,
-            "training.steps": 2,
-            "training.precision": "fp32",
-            "tracking.validation_batches": 1,
-            "hardware.device": "cpu",
-        }
-        arms = tuple(
-            Arm(arm.label, {**arm.options, "training.length": 2 * TINY.length, **small})
-            for arm in self.arms
-        )
-        return replace(self, base=self.base.tiny(), arms=arms)
-
-
-@dataclass(frozen=True, slots=True)
 class Bench:
     """A measurement without a training: the words after `dape bench`, and estimated minutes.
 
@@ -263,6 +209,7 @@ def words(options: Options) -> tuple[str, ...]:
     """Return options as words of a command: `--model.scheme-options '{adapter: {hidden: 4}}'`."""
     found: list[str] = []
     for name, value in options.items():
-        text = yaml.safe_dump(value, default_flow_style=True) if isinstance(value, dict) else value
-        found += [f"--{name.replace('_', '-')}", str(text).strip()]
+        if isinstance(value, dict):
+            value = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
+        found += [f"--{name.replace('_', '-')}", str(value).strip()]
     return tuple(found)

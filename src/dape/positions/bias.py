@@ -7,6 +7,7 @@ rounds 257 to 256. In bidirectional use, the distance of every bias is `|i - j|`
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -253,20 +254,25 @@ class T5(Bias):
         """Draw W anew."""
         nn.init.xavier_normal_(self.weight)
 
-    def starts(self) -> list[int]:
-        """Return the first distance of each bucket except the bucket of 0."""
+    def starts(self, device: torch.device | None = None) -> Float[Tensor, "buckets-1"]:
+        """Return the first distance of each bucket except the bucket of 0, in float64.
+
+        A list of Python would be copied from the host, and a CUDA graph holds no such copy.
+        """
         exact = self.num_buckets // 2
         shared = self.num_buckets - exact
+        how: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        powers = torch.logspace(0, 1 - 1 / shared, shared, self.max_distance / exact, **how)
         # In floats a whole power may come out just above the integer.
-        powers = (exact * (self.max_distance / exact) ** (n / shared) for n in range(1, shared))
-        return [*range(1, exact + 1), *(math.ceil(round(power, 9)) for power in powers)]
+        first_shared = (powers * (exact * (1 - 1e-12))).ceil()
+        return torch.cat((torch.arange(1, exact, **how), first_shared))
 
     def forward(
         self, query_positions: Int[Tensor, "*batch query"], key_positions: Int[Tensor, "*batch key"]
     ) -> Float[Tensor, "*batch heads query key"]:
         """Return the entries of W for each distance."""
         delta = distance(query_positions, key_positions).squeeze(-3)
-        starts = torch.tensor(self.starts(), dtype=delta.dtype, device=delta.device)
+        starts = self.starts(delta.device).to(delta.dtype)
         bucket = torch.bucketize(delta, starts, right=True, out_int32=True)
         return embedding(bucket, widen(self.weight)).movedim(-1, -3)
 

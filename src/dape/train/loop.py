@@ -51,11 +51,19 @@ class Session:
 
 
 def fit(session: Session) -> None:
-    """Make the remaining updates; validate, log and save on the way."""
+    """Make the remaining updates; validate, log and save on the way.
+
+    A run without updates is validated once.
+    """
     recipe, fabric, progress = session.recipe, session.fabric, session.progress
     steps, every = recipe.training.steps, recipe.tracking
     begun = time.perf_counter() - progress.seconds
     with _reporter(session) as reporter:
+        if steps == 0:
+            found: Metrics = {"step": 0, "validation_loss": validate(session)}
+            found["seconds"] = time.perf_counter() - begun
+            if reporter:
+                reporter.only(found)
         for metrics in updates(session):
             progress.step += 1
             last = progress.step == steps

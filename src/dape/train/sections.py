@@ -90,13 +90,14 @@ class Training:
     batch_size: int = 256
     """sequences of a step, over all devices and accumulated gradients"""
     steps: int = 50_000
-    """number of updates of the weights"""
+    """number of updates of the weights; 0 saves the model without training"""
     precision: Literal["bf16-mixed", "fp32"] = "bf16-mixed"
     """precision of the layers; weights, gradients, positions and softmax stay float32"""
 
     def __post_init__(self) -> None:
-        """Refuse an empty training."""
-        at_least(1, "training", self, "length", "batch_size", "steps")
+        """Refuse empty batches."""
+        at_least(1, "training", self, "length", "batch_size")
+        at_least(0, "training", self, "steps")
 
 
 @dataclass(frozen=True, slots=True)

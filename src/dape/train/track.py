@@ -109,6 +109,11 @@ class Reporter:
         self._bar.stop()
         self._tracker.close()
 
+    def only(self, metrics: Metrics) -> None:
+        """Log the validation of a run without updates."""
+        self._tracker.log(metrics)
+        print(f"step 0/0  validation {metrics['validation_loss']:.4f}", flush=True)
+
     def step(self, metrics: Metrics, due: bool) -> None:
         """Count an update, and log a `due` update with the speed since the last logged update."""
         self._updates += 1
