@@ -17,7 +17,7 @@ MOST = {
     "kerple-power": (lambda: (dape.KerplePower(4), None), 2, 10),
     "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 29),
     "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 29),
-    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 10, 37),
+    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 15, 42),
     "fire": (lambda: (dape.FIRE(4), None), 10, 42),
     "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 51),
     "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 13, 56),
