@@ -335,5 +335,5 @@ class TransformerXL(Wide):
         )
         (a, b), (sine, cosine) = waves.chunk(2, -1), query.chunk(2, -1)
         turned = torch.stack((b * sine - a * cosine, a * sine + b * cosine), dim=-2)
-        keys = key.squeeze(-3).expand(len(turned), -1, -1)
+        keys = key.squeeze(-3).expand(turned.shape[0], -1, -1)
         return torch.einsum("bhiw,bjw->bhij", turned.flatten(-2), keys)
