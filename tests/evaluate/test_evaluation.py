@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from dape.data.shards import Corpus
 from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
+from dape.evaluate.opening import open_model
+from dape.evaluate.subject import precisions
 from dape.evaluate.watch import Watch
 from dape.files import locked
 from dape.model.modeling import DapeForCausalLM
@@ -226,6 +229,19 @@ def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
         assert close.by_length[length].loss != loss
     with pytest.raises(UserError, match="unknown precision 'int8'"):
         evaluate(run, corpus, LENGTHS, precision="int8")
+
+
+def test_a_model_of_others_has_the_precision_of_the_runs_beside_it(run):
+    own, gpu = open_model(run), torch.device("cuda")
+    low, high = (
+        replace(own, recipe=own.recipe | {"training": {"precision": name}})
+        for name in ("bf16-mixed", "fp32")
+    )
+    others = replace(own, recipe=None)
+    assert precisions([others, high], gpu) == ["fp32", "fp32"]
+    assert precisions([others, low, high], gpu) == ["bf16", "bf16", "fp32"]
+    assert precisions([others, low], torch.device("cpu")) == ["fp32", "fp32"]
+    assert precisions([others, low], gpu, "fp32") == ["fp32", "fp32"]
 
 
 def test_a_number_is_asked_for_in_the_precision_asked_for(run):

@@ -32,7 +32,7 @@ class Arguments(Measuring):
     seed: int = 0
     """seed of the hidden numbers"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """precision of products; auto is bf16 for a bf16 run on a GPU, else fp32"""
+    """precision of products; auto is bf16 on a GPU for bf16 runs and models beside them"""
     again: bool = False
     """measure finished lengths again, instead of skipping finished lengths"""
 

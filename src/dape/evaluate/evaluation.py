@@ -22,7 +22,7 @@ from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
 from dape.evaluate.results import KEPT, Kept, repeats, results_folders
-from dape.evaluate.subject import PRECISIONS, Model, Subject
+from dape.evaluate.subject import PRECISIONS, Model, Subject, precisions
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import provenance
 
@@ -75,7 +75,7 @@ def evaluate(
         seed: seed of the choice of documents.
         device: device of models loaded from files.
         precision: precision of products, `fp32` or `bf16`; `auto` is the precision of the training
-            on a GPU, `fp32` on a CPU.
+            on a GPU, `fp32` on a CPU. A model of others takes the precision of the runs beside it.
         batch_tokens: most tokens in a forward pass; a longer window goes alone.
         out: folder for all results; the folder of each model by default.
         again: measure finished lengths again.
@@ -116,7 +116,7 @@ def evaluate(
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
-    made = [origin | {"precision": model.precision(chosen, precision)} for model in opened]
+    made = [origin | {"precision": each} for each in precisions(opened, chosen, precision)]
     place = (protocol, stride, split)
     first = context_parallel is None or context_parallel.rank == 0
     folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)

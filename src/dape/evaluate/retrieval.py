@@ -20,7 +20,7 @@ from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
 from dape.evaluate.results import KEPT, Kept, repeats, results_folders
-from dape.evaluate.subject import PRECISIONS, Model, Subject
+from dape.evaluate.subject import PRECISIONS, Model, Subject, precisions
 from dape.evaluate.trials import Cell, Plan, retrieve
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance, provenance
@@ -146,22 +146,17 @@ def evaluate_retrieval(
     prompts = [{name: _prompts(model, name, corpus, split) for name in names} for model in opened]
     chosen = choose_device(device)
     origin = provenance(chosen) | {"command": command, "seed": seed}
+    made = [origin | {"precision": each} for each in precisions(opened, chosen, precision)]
     with results_folders(
         opened, out, lambda each: [each.retrieval(name) for name in names]
     ) as folders:
         watch.begin(plan.tokens * len(names) * len(opened))
         return [
             record
-            for model, own, folder in zip(opened, prompts, folders, strict=True)
-            for record in _Session(
-                model,
-                plan,
-                folder,
-                chosen,
-                batch_tokens,
-                origin | {"precision": model.precision(chosen, precision)},
-                watch,
-            ).run(own, again)
+            for model, own, folder, its in zip(opened, prompts, folders, made, strict=True)
+            for record in _Session(model, plan, folder, chosen, batch_tokens, its, watch).run(
+                own, again
+            )
         ]
 
 

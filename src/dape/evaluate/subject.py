@@ -283,5 +283,22 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
 
 
+def precisions(models: Sequence[Model], device: torch.device, asked: str = "auto") -> list[str]:
+    """Return the precision of products of models that are measured together.
+
+    `auto` is the precision of a run's training. A model of others has no training here and takes
+    the precision of the runs beside it, so that the precision is no part of the comparison.
+
+    Raises:
+        UserError: for an unknown precision.
+    """
+    found = [model.precision(device, asked) for model in models]
+    low = "bf16" in found
+    return [
+        "bf16" if low and model.recipe is None else own
+        for model, own in zip(models, found, strict=True)
+    ]
+
+
 def _checksum(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
