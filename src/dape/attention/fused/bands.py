@@ -20,8 +20,8 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
-# Tiles of scores for a program that a gate may stop.
-TILES_PER_PROGRAM = 16
+# Programs of `scores` that walk over tiles. A gate stops most of them, and each costs time.
+WALKERS = 1024
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -39,36 +39,50 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     return tile
 
 
+def tiles_of(part: Problem, tile: Tile) -> tuple[int, int]:
+    """Return the number of tiles of scores for `place_of_tile`, and the number in a line."""
+    rows, keys = part.query.shape[2], part.key.shape[2]
+    lines, width = cdiv(rows, tile.rows), cdiv(keys, tile.keys)
+    if part.causal:
+        # Of two rows of tiles, at equal distances from the first and the last.
+        last_rows = (lines + 1) * tile.rows - 2 + 2 * part.offset
+        width = min(2 * width, max(width, last_rows // tile.keys + 2))
+        lines = cdiv(lines, 2)
+    return lines * width, width
+
+
 def static_table(part: Problem) -> Tensor | None:
     """Return C if logits in the scratch lack C, a table over the distance."""
     return part.terms.static if isinstance(part.terms, Mixed) else None
 
 
 def scores(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
+    x: Tensor,
     part: Problem,
-    scale: float,
+    y: Tensor | None = None,
     rows: Rows | None = None,
     flag: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band; with `rows` in their unit, less their delta.
+    """Fill X with the scores of a band, and Y, if given, with dP - delta in the unit of the rows.
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    batch, heads, count, size = left.shape
+    query, key, value = part.query, part.key, part.value
+    batch, heads, count, size = query.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
-    keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles = cdiv(keys, tile.keys) * cdiv(count, tile.rows)
-    unit, delta = (left, left) if rows is None else (rows.unit, rows.delta)
-    start(kernels.scores_kernel, (cdiv(tiles, span) * heads, batch))(
-        left, right, out, scale, unit, delta, count, keys, part.offset,
-        *strides(left), *strides(right), *out.stride()[:2], *delta.stride()[:2],
-        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=rows is not None,
-        SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
+    tiles, width = tiles_of(part, tile)
+    walks = asks["GATED"] == 1
+    programs = max(1, min(tiles, WALKERS // (heads * batch))) if walks else tiles
+    out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
+    start(kernels.scores_kernel, (programs * heads, batch, 1 if y is None else 2))(
+        query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
+        tiles, width, count, key.shape[2], part.offset, *strides(query), *strides(key), *x.stride()[:2],
+        *strides(out), *strides(value), *delta.stride()[:2], heads, heads // key.shape[1],
+        E=size, WIDE=padded(size), V=value.shape[3], WIDE_V=padded(value.shape[3]),
+        BOTH=y is not None, WALKS=walks, CAUSAL=part.causal, PRECISION=PRECISION,
+        **asks, **tile.launch(),
     )  # fmt: skip
 
 

@@ -39,20 +39,40 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
+def place_of_tile(
+    n, width, num_rows, num_keys, shift, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr
+):
+    """Return the first row and key of the n-th tile, and whether there is such a tile.
+
+    A line has `width` tiles. If CAUSAL, it has the visible tiles of some rows, followed by those of
+    as many rows at the same distance from the last. All lines are then about equally long.
+    """
+    line, column = n // width, n % width
+    there = line >= 0
+    if CAUSAL:
+        across = tl.cdiv(tl.maximum(0, tl.minimum(num_keys, line * M + M + shift)), K)
+        other, beyond_them = tl.cdiv(num_rows, M) - 1 - line, column >= across
+        there = (other > line) | (column < across)
+        line = tl.where(beyond_them, other, line)
+        column = tl.where(beyond_them, column - across, column)
+        there &= column * K < tl.minimum(num_keys, line * M + M + shift)
+    return line * M, column * K, there
+
+
+@triton.jit
 def score_tile(
-    gate, left, right, x, scale, delta, tile, heads, num_rows, num_keys, shift,
+    gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
     left_t, right_t, x_t,
     E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
     LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT.
+    """Store the n-th tile of X, if there is one; set `gate` for a score above LIMIT.
 
     If LESS, delta is taken off each row.
     """
-    across = tl.cdiv(num_keys, K)
-    first_row, first_key = tile // across * M, tile % across * K
-    if not CAUSAL or first_key <= first_row + M - 1 + shift:
+    first_row, first_key, there = place_of_tile(n, width, num_rows, num_keys, shift, CAUSAL, M, K)
+    if there:
         a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
@@ -70,40 +90,60 @@ def score_tile(
 
 
 @triton.jit
-def scores_kernel(
-    left, right, x, scale, unit, delta, num_rows, num_keys, shift,
-    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t, delta_b, delta_h,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
-    SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
+def score_tiles(
+    gate, left, right, x, scale, delta, tiles, width, heads, num_rows, num_keys, shift,
+    left_t, right_t, x_t,
+    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
+    LIMIT: tl.constexpr, WALKS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for SPAN tiles of rows and keys of a head; grid (spans H, B).
+    """Store the tile of this program, or if it WALKS the tiles that programs of a head divide."""
+    n = tl.program_id(0) // heads
+    if WALKS:
+        for n in range(n, tiles, tl.num_programs(0) // heads):
+            score_tile(
+                gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
+                left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
+    else:
+        score_tile(
+            gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
+            left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
+        )  # fmt: skip
 
-    If IN_UNITS, divided by `unit`, and less by delta, before they are rounded: where a row has one
-    key alone, dP is delta, and nothing is left. A score above a LIMIT sets `gate`.
+
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("tiles", "width"))
+def scores_kernel(
+    query, key, x, grad_out, value, y, scale, unit, delta,
+    tiles, width, num_rows, num_keys, shift,
+    query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
+    out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, BOTH: tl.constexpr, WALKS: tl.constexpr, LIMIT: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X = scale Q K^T and, if BOTH, Y = dO V^T / unit - delta; grid (tiles H, B, 1 or 2).
+
+    delta is subtracted before Y is rounded: where a row has one key alone, dP is delta, and nothing
+    is left. A score above a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
-    first = tl.program_id(0) // HEADS * SPAN
-    left += b.to(tl.int64) * left_b + h * left_h
-    right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
-    x += b.to(tl.int64) * x_b + h * BLOCK
-    delta += b.to(tl.int64) * delta_b + h * delta_h
-    if IN_UNITS:
-        scale = scale / tl.load(unit)
-    if SPAN == 1:
-        score_tile(
-            gate, left, right, x, scale, delta, first, HEADS, num_rows, num_keys, shift,
-            left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
+    b, h = tl.program_id(1).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
+    at, kv = b * x_b + h * BLOCK, h // GROUP
+    if not BOTH or tl.program_id(2) == 0:
+        score_tiles(
+            gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
+            scale, delta, tiles, width, HEADS, num_rows, num_keys, shift, query_t, key_t, x_t,
+            E, WIDE, CAUSAL, False, LIMIT, WALKS, M, K, PRECISION,
         )  # fmt: skip
     else:
-        last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
-        for tile in range(first, last):
-            score_tile(
-                gate, left, right, x, scale, delta, tile, HEADS, num_rows, num_keys, shift,
-                left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
-            )  # fmt: skip
+        score_tiles(
+            gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
+            1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, tiles, width, HEADS,
+            num_rows, num_keys, shift, out_t, value_t, x_t, V, WIDE_V, CAUSAL, True, None, WALKS, M, K, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -86,7 +86,7 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     scratch = Scratch.of(problem, all_bands)
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
-        scores(part.query, part.key, x, part, part.scale, flag=found.flag)
+        scores(x, part, flag=found.flag)
         softmax_value(mixer.mix(x, band), part, found.at(band))
 
 
@@ -138,11 +138,10 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
         part, its, gradients = problem.part(band), rows.at(band), into.at(band)
-        scores(its.grad_out, part.value, y, part, 1.0, its)
-        scores(part.query, part.key, x, part, part.scale)
+        scores(x, part, y, its)
         if problem.scratch == torch.float32:
             balance(mixer.mix(x, band), y, part, its)
-            scores(part.query, part.key, x, part, part.scale)
+            scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
         grad_query(y, part, its, gradients)
         grad_key_value(x, y, part, its, gradients)
