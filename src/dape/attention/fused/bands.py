@@ -7,7 +7,7 @@ from dape.attention.fused import bands_kernels as kernels
 from dape.attention.fused import overflow
 from dape.attention.fused.overflow import asking
 from dape.attention.fused.plan import start
-from dape.attention.fused.problem import Gradients, Problem, Result
+from dape.attention.fused.problem import Problem, Result, Sum
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, padded, strides
 from dape.attention.fused.spans import combine, key_spans, parts_of
@@ -67,7 +67,7 @@ def scores(
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    query, key, value = part.query, part.key, part.value
+    query, key, value = part[:3]
     batch, heads, count, size = query.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
     if asks["LIMIT"] is not None:
@@ -78,11 +78,12 @@ def scores(
     out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
     start(kernels.scores_kernel, (programs * heads, batch, 1 if y is None else 2))(
         query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
-        tiles, width, count, key.shape[2], part.offset, *strides(query), *strides(key), *x.stride()[:2],
-        *strides(out), *strides(value), *delta.stride()[:2], heads, heads // key.shape[1],
-        E=size, WIDE=padded(size), V=value.shape[3], WIDE_V=padded(value.shape[3]),
-        BOTH=y is not None, WALKS=walks, CAUSAL=part.causal, PRECISION=PRECISION,
-        **asks, **tile.launch(),
+        tiles, width, count, key.shape[2], part.offset,
+        *strides(query), *strides(key), *x.stride()[:2],
+        *strides(out), *strides(value), *delta.stride()[:2],
+        heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
+        WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, BOTH=y is not None, WALKS=walks,
+        PRECISION=PRECISION, **asks, **tile.launch(),
     )  # fmt: skip
 
 
@@ -127,29 +128,29 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     )  # fmt: skip
 
 
-def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dQ from dA of a band, or add to dQ."""
+def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
+    """Fill dQ from dA of a band."""
     batch, heads, count, size = part.query.shape
     tile = tile_of("grad_query", part)
     start(kernels.grad_query_kernel, (cdiv(count, tile.rows) * heads, batch))(
-        y, part.key, rows.unit, into.query, count, part.key.shape[2], part.offset, part.scale,
-        *y.stride()[:2], *strides(part.key), *strides(into.query),
-        heads, heads // part.key.shape[1], E=size, WIDE=padded(size), ADD=into.add,
+        y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
+        *y.stride()[:2], *strides(part.key), *strides(into.new),
+        heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
         CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
     )  # fmt: skip
 
 
-def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dK and dV from P and dA of a band, or add to dK and dV."""
+def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, keys: Sum, values: Sum) -> None:
+    """Fill dK and dV from P and dA of a band."""
     batch, heads, count, size = part.query.shape
-    kv_heads, stored, value_dim = into.value.shape[1:]
+    kv_heads, stored, value_dim = values.new.shape[1:]
     tile = tile_of("grad_key_value", part)
     start(kernels.grad_key_value_kernel, (cdiv(stored, tile.keys) * kv_heads, batch))(
-        x, y, part.query, rows.scaled, rows.unit, into.key, into.value,
+        x, y, part.query, rows.scaled, rows.unit, *keys[:2], *values,
         stored, count, part.key.shape[2], part.offset, part.scale,
         *x.stride()[:2], *strides(part.query), *strides(rows.scaled),
-        *strides(into.key), *strides(into.value),
+        *strides(keys.new), *strides(values.new),
         kv_heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
-        WIDE_V=padded(value_dim), ADD=into.add, CAUSAL=part.causal, PRECISION=PRECISION,
+        WIDE_V=padded(value_dim), CAUSAL=part.causal, PRECISION=PRECISION,
         **part.gated(), **tile.launch(),
     )  # fmt: skip

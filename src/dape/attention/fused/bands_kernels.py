@@ -98,16 +98,16 @@ def score_tiles(
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Store the tile of this program, or if it WALKS the tiles that programs of a head divide."""
-    n = tl.program_id(0) // heads
+    first = tl.program_id(0) // heads
     if WALKS:
-        for n in range(n, tiles, tl.num_programs(0) // heads):
+        for n in range(first, tiles, tl.num_programs(0) // heads):
             score_tile(
                 gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
                 left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
             )  # fmt: skip
     else:
         score_tile(
-            gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
+            gate, left, right, x, scale, delta, first, width, heads, num_rows, num_keys, shift,
             left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
         )  # fmt: skip
 
@@ -142,7 +142,8 @@ def scores_kernel(
         score_tiles(
             gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
             1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, tiles, width, HEADS,
-            num_rows, num_keys, shift, out_t, value_t, x_t, V, WIDE_V, CAUSAL, True, None, WALKS, M, K, PRECISION,
+            num_rows, num_keys, shift, out_t, value_t, x_t,
+            V, WIDE_V, CAUSAL, True, None, WALKS, M, K, PRECISION,
         )  # fmt: skip
 
 
@@ -281,14 +282,23 @@ def balance_kernel(
 
 
 @triton.jit
+def store_sum(old, new, summed, at, rows, inside, x):
+    """Store a gradient of some rows, plus the old sums of the first `summed` rows, if any."""
+    if summed is not None:
+        x += tl.load(old + at, inside & (rows < summed), 0.0)
+    tl.store(new + at, x.to(new.dtype.element_ty), inside)
+
+
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("summed",))
 def grad_query_kernel(
-    y, key, unit, grad_query, num_rows, num_keys, shift, scale,
+    y, key, unit, old, new, summed, num_rows, num_keys, shift, scale,
     y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dQ = unit scale dA K of a head; grid (rows H, B)."""
+    """Store dQ = unit scale dA K of a head, with the old sum; grid (rows H, B)."""
     if unwanted(gate, GATED):
         return
     b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
@@ -310,12 +320,9 @@ def grad_query_kernel(
         da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
         dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
     columns = tl.arange(0, WIDE)[None, :]
-    at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+    at = b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
     inside = (rows < num_rows) & (columns < E)
-    dq_ME *= scale * tl.load(unit)
-    if ADD:
-        dq_ME += tl.load(at, inside, 0.0)
-    tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
+    store_sum(old, new, summed, at, rows, inside, dq_ME * (scale * tl.load(unit)))
 
 
 @triton.jit
@@ -340,18 +347,20 @@ def add_rows(
     return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("summed",))
 def grad_key_value_kernel(
-    x, y, query, grad_out, unit, grad_key, grad_value,
+    x, y, query, grad_out, unit, old_key, new_key, old_value, new_value, summed,
     keys_stored, num_rows, num_keys, shift, scale,
     x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
     gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
+    """Store dK = unit scale dA^T Q and dV = unit P^T dO of a group, with the old sums.
+
+    The grid is (keys Hkv, B).
+    """
     if unwanted(gate, GATED):
         return
     b, kv = tl.program_id(1), (tl.program_id(0) % KV_HEADS).to(tl.int64)
@@ -381,18 +390,11 @@ def grad_key_value_kernel(
                 E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
     factor = tl.load(unit)
-    dk_KE *= scale * factor
-    dv_KV *= factor
     keys = first_key + tl.arange(0, K)[:, None]
     columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-    at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-    at_v = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-    inside_k, inside_v = (
-        (keys < keys_stored) & (columns < E),
-        (keys < keys_stored) & (columns_v < V),
-    )
-    if ADD:
-        dk_KE += tl.load(at_k, inside_k, 0.0)
-        dv_KV += tl.load(at_v, inside_v, 0.0)
-    tl.store(at_k, dk_KE.to(grad_key.dtype.element_ty), inside_k)
-    tl.store(at_v, dv_KV.to(grad_value.dtype.element_ty), inside_v)
+    stored = keys < keys_stored
+    at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    dk_KE *= scale * factor
+    store_sum(old_key, new_key, summed, at, keys, stored & (columns < E), dk_KE)
+    at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    store_sum(old_value, new_value, summed, at, keys, stored & (columns_v < V), dv_KV * factor)

@@ -21,7 +21,6 @@ from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
-from dape.attention.fused.sums import cleared, rounded
 from dape.attention.fused.terms import (
     Features,
     Mixed,
@@ -109,7 +108,7 @@ def backward(
         ways = [problem._replace(gate=Gate(found.flag, wide)) for wide in (False, True)]
     else:
         ways = [problem]
-    into, terms = room_for_gradients(ways[-1], dtype), problem.terms
+    into, terms = room_for_gradients(ways, dtype), problem.terms
     given = [table for table in terms if table is not None]
     tables = [torch.empty_like(table) for table in learned(given, learns)]
     if isinstance(terms, Nothing | Static):
@@ -117,17 +116,19 @@ def backward(
     else:
         for way in ways:  # the gates let a single way run
             backward_by_bands(mixer_of(way, backend), rows, into, terms_of(tables))
-    return [*(rounded(gradient, dtype) for gradient in into[:3]), *tables]
+    return [*into[:3], *tables]
 
 
-def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
-    """Return room for dQ, dK and dV, in float32 where several bands add up."""
-    given = problem.query, problem.key, problem.value
-    if all(band.rows.start == band.keys.start == 0 for band in blocks(problem)):
-        query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
-        return Gradients(query, key, value, add=False)
-    query, key, value = (cleared(torch.empty_like(x, dtype=torch.float32)) for x in given)
-    return Gradients(query, key, value, add=True)
+def room_for_gradients(ways: list[Problem], dtype: torch.dtype) -> Gradients:
+    """Return room for dQ, dK and dV of either way, and in float32 for sums of several bands."""
+    all_bands = [band for way in ways for band in blocks(way)]
+    cut, several = (not all(b.last for b in all_bands)), any(b.summed for b in all_bands)
+    query, key, value = (torch.empty_like(x, dtype=dtype) for x in ways[0][:3])
+    sums = tuple(
+        torch.empty_like(x, dtype=torch.float32) if needed else x
+        for x, needed in ((query, cut), (key, several), (value, several))
+    )
+    return Gradients(query, key, value, sums)
 
 
 def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:
@@ -137,12 +138,12 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     slots = mixer.slots()
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
-        part, its, gradients = problem.part(band), rows.at(band), into.at(band)
+        part, its = problem.part(band), rows.at(band)
         scores(x, part, y, its)
         if problem.scratch == torch.float32:
             balance(mixer.mix(x, band), y, part, its)
             scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
-        grad_query(y, part, its, gradients)
-        grad_key_value(x, y, part, its, gradients)
+        grad_query(y, part, its, into.of_queries(band))
+        grad_key_value(x, y, part, its, *into.of_keys(band))
     mixer.gradients(slots, rows.unit, tables)

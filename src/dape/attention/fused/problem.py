@@ -24,13 +24,16 @@ class Gate(NamedTuple):
 class Band(NamedTuple):
     """Some rows of some elements of the batch, and some visible keys, the content of the scratch.
 
-    `shift` is the index of the first row, counted from the first key of the band.
+    `shift` is the index of the first row, counted from the first key of the band. Earlier rows see
+    the first `summed` keys. The `last` band of its rows has the last key that the rows see.
     """
 
     batch: slice
     rows: slice
     keys: slice
     shift: int
+    summed: int
+    last: bool
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -158,20 +161,42 @@ class Result(NamedTuple):
         return self.rest.numel() > 0
 
 
+class Sum(NamedTuple):
+    """A gradient of a band: the sum over earlier bands, and room for the sum with the band.
+
+    The first `summed` rows have an old sum, all others and rows of None have none. Strides of both
+    are equal.
+    """
+
+    old: Float[Tensor, "batch heads rows width"]
+    new: Float[Tensor, "batch heads rows width"]
+    summed: int | None
+
+
 class Gradients(NamedTuple):
-    """Room for dQ, dK and dV; with `add` several bands add to dQ, dK and dV."""
+    """Room for dQ, dK and dV, and for their sums over several bands.
+
+    The last band of a gradient stores the gradient, and earlier bands store a sum.
+    """
 
     query: Float[Tensor, "batch heads rows head_dim"]
     key: Float[Tensor, "batch kv_heads keys head_dim"]
     value: Float[Tensor, "batch kv_heads keys value_dim"]
-    add: bool
+    sums: tuple[Tensor, ...]
 
-    def at(self, band: Band) -> "Gradients":
-        """Return the gradients of a band. Without `add` a band fills dK and dV of all keys."""
-        keys = band.keys if self.add else slice(None)
-        return Gradients(
-            self.query[band.batch, :, band.rows],
-            self.key[band.batch, :, keys],
-            self.value[band.batch, :, keys],
-            self.add,
+    def of_queries(self, band: Band) -> Sum:
+        """Return dQ of a band."""
+        old, new = (x[band.batch, :, band.rows] for x in (self.sums[0], self.query))
+        summed = None if band.keys.start == 0 else new.shape[2]
+        return Sum(old, new if band.last else old, summed)
+
+    def of_keys(self, band: Band) -> tuple[Sum, Sum]:
+        """Return dK and dV of a band, of the last rows with those of keys that no row sees."""
+        ends = band.rows.stop == self.query.shape[2]
+        keys = slice(band.keys.start, None) if ends and band.last else band.keys
+        place, summed = (band.batch, slice(None), keys), band.summed or None
+        new = (self.key, self.value) if ends else self.sums[1:]
+        key, value = (
+            Sum(x[place], y[place], summed) for x, y in zip(self.sums[1:], new, strict=True)
         )
+        return key, value

@@ -70,7 +70,7 @@ class MixedMixer(Mixer[Mixed]):
         shape = cdiv(group, elements) * segments, count * self.shares, sum(self.sizes())
         add = len(blocks(problem)) > 1
         sums = problem.query.new_empty(shape, dtype=torch.float32)
-        return Slots(cleared(sums) if add else sums, elements, segments, add)
+        return Slots(cleared(sums, self.problem) if add else sums, elements, segments, add)
 
     def mix(self, x: Tensor, band: Band) -> Tensor:
         """Return logits without C of a band, in place of scores X; -inf where unseen."""

@@ -33,7 +33,7 @@ class Pass(NamedTuple):
     """The arguments of all kernels of a band: diagonals of keys and of columns, the mask, and Z.
 
     A column is a position of hidden units. `started` is the first key of each element that the mask
-    shows. Before `started` a row has no hidden units.
+    shows, and unused without a mask. Before `started` a row has no hidden units.
     """
 
     keys: Diagonals
@@ -112,9 +112,8 @@ class TapsMixer(Mixer[Taps]):
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
         mask = self.mask(x, band)
-        if problem.mask is None:
-            started = zeros(x, (batch,))[0].view(torch.int32)
-        else:
+        started = mask
+        if problem.mask is not None:
             started = mask.to(torch.uint8).argmax(1).to(torch.int32)
             if problem.begun is not None:
                 started.masked_fill_(problem.begun[band.batch], 0)
