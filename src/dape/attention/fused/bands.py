@@ -20,8 +20,6 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
-# Programs of `scores` that walk over tiles. A gate stops most of them, and each costs time.
-WALKERS = 1024
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -73,18 +71,20 @@ def scores(
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
     tiles, width = tiles_of(part, tile)
-    walks = asks["GATED"] == 1
-    programs = max(1, min(tiles, WALKERS // (heads * batch))) if walks else tiles
     out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
-    start(kernels.scores_kernel, (programs * heads, batch, 1 if y is None else 2))(
-        query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
-        tiles, width, count, key.shape[2], part.offset,
-        *strides(query), *strides(key), *x.stride()[:2],
-        *strides(out), *strides(value), *delta.stride()[:2],
-        heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
-        WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, BOTH=y is not None, WALKS=walks,
-        PRECISION=PRECISION, **asks, **tile.launch(),
-    )  # fmt: skip
+    # One kernel of both is one start less, and has more registers than the kernel of Y.
+    parts = [0] if y is None else [None] if part.wide else [0, 1]
+    for which in parts:
+        grid = part.programs(tiles * heads, batch), batch, 2 if which is None else 1
+        start(kernels.scores_kernel, grid)(
+            query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
+            tiles, width, count, key.shape[2], part.offset,
+            *strides(query), *strides(key), *x.stride()[:2],
+            *strides(out), *strides(value), *delta.stride()[:2],
+            heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
+            WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, WHICH=which,
+            PRECISION=PRECISION, **asks, **tile.launch(),
+        )  # fmt: skip
 
 
 def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
@@ -98,7 +98,8 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
     asks, entries = asking(part, found.flag), found.lse if table is None else table
-    start(kernels.softmax_value_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
+    programs = part.programs(cdiv(rows, tile.rows), batch * heads * spans)
+    start(kernels.softmax_value_kernel, (programs, batch * heads, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
         entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
@@ -119,7 +120,8 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     table, tile = static_table(part), tile_of("softmax_value", part)
     entries = rows.lse if table is None else table
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
-    start(kernels.balance_kernel, (cdiv(count, tile.rows), batch * heads))(
+    programs = part.programs(cdiv(count, tile.rows), batch * heads)
+    start(kernels.balance_kernel, (programs, batch * heads))(
         x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
         *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],
@@ -132,7 +134,8 @@ def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
     """Fill dQ from dA of a band."""
     batch, heads, count, size = part.query.shape
     tile = tile_of("grad_query", part)
-    start(kernels.grad_query_kernel, (cdiv(count, tile.rows) * heads, batch))(
+    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
+    start(kernels.grad_query_kernel, (programs, batch))(
         y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
         *y.stride()[:2], *strides(part.key), *strides(into.new),
         heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
@@ -145,7 +148,8 @@ def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, keys: Sum, v
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = values.new.shape[1:]
     tile = tile_of("grad_key_value", part)
-    start(kernels.grad_key_value_kernel, (cdiv(stored, tile.keys) * kv_heads, batch))(
+    programs = part.programs(cdiv(stored, tile.keys) * kv_heads, batch)
+    start(kernels.grad_key_value_kernel, (programs, batch))(
         x, y, part.query, rows.scaled, rows.unit, *keys[:2], *values,
         stored, count, part.key.shape[2], part.offset, part.scale,
         *x.stride()[:2], *strides(part.query), *strides(rows.scaled),

@@ -21,7 +21,9 @@ from dape.attention.fused.tiles import (
     load_rows,
     sees,
     store_output,
+    tile_at,
     toeplitz,
+    turns,
     unwanted,
 )
 
@@ -89,29 +91,6 @@ def score_tile(
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
 
 
-@triton.jit
-def score_tiles(
-    gate, left, right, x, scale, delta, tiles, width, heads, num_rows, num_keys, shift,
-    left_t, right_t, x_t,
-    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
-    LIMIT: tl.constexpr, WALKS: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Store the tile of this program, or if it WALKS the tiles that programs of a head divide."""
-    first = tl.program_id(0) // heads
-    if WALKS:
-        for n in range(first, tiles, tl.num_programs(0) // heads):
-            score_tile(
-                gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
-                left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
-            )  # fmt: skip
-    else:
-        score_tile(
-            gate, left, right, x, scale, delta, first, width, heads, num_rows, num_keys, shift,
-            left_t, right_t, x_t, E, WIDE, CAUSAL, LESS, LIMIT, M, K, PRECISION,
-        )  # fmt: skip
-
-
 # Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("tiles", "width"))
 def scores_kernel(
@@ -120,31 +99,35 @@ def scores_kernel(
     query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
     out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, BOTH: tl.constexpr, WALKS: tl.constexpr, LIMIT: tl.constexpr,
+    CAUSAL: tl.constexpr, WHICH: tl.constexpr, LIMIT: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale Q K^T and, if BOTH, Y = dO V^T / unit - delta; grid (tiles H, B, 1 or 2).
+    """X = scale Q K^T, or Y = dO V^T / unit - delta; grid (tiles H, B, number).
 
-    delta is subtracted before Y is rounded: where a row has one key alone, dP is delta, and nothing
-    is left. A score above a LIMIT sets `gate`.
+    WHICH is 0 for X, 1 for Y, and None for both, by the last axis. delta is subtracted before Y is
+    rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a LIMIT
+    sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1).to(tl.int64), (tl.program_id(0) % HEADS).to(tl.int64)
-    at, kv = b * x_b + h * BLOCK, h // GROUP
-    if not BOTH or tl.program_id(2) == 0:
-        score_tiles(
-            gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
-            scale, delta, tiles, width, HEADS, num_rows, num_keys, shift, query_t, key_t, x_t,
-            E, WIDE, CAUSAL, False, LIMIT, WALKS, M, K, PRECISION,
-        )  # fmt: skip
-    else:
-        score_tiles(
-            gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
-            1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, tiles, width, HEADS,
-            num_rows, num_keys, shift, out_t, value_t, x_t,
-            V, WIDE_V, CAUSAL, True, None, WALKS, M, K, PRECISION,
-        )  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tiles * HEADS, GATED)):
+        tile = tile_at(turn)
+        n, h = tile // HEADS, (tile % HEADS).to(tl.int64)
+        at, kv = b * x_b + h * BLOCK, h // GROUP
+        if WHICH == 0 or (WHICH is None and tl.program_id(2) == 0):
+            score_tile(
+                gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
+                scale, delta, n, width, HEADS, num_rows, num_keys, shift,
+                query_t, key_t, x_t, E, WIDE, CAUSAL, False, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
+        else:
+            score_tile(
+                gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
+                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, n, width, HEADS,
+                num_rows, num_keys, shift, out_t, value_t, x_t,
+                V, WIDE_V, CAUSAL, True, None, M, K, PRECISION,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -165,58 +148,62 @@ def softmax_value_kernel(
     if unwanted(gate, GATED):
         return
     b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    rows = first_row + tl.arange(0, M)[:, None]
     b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     value += b64 * value_b + (h // GROUP) * value_h
     table += h * table_size
-    top_M = tl.full((M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((M,), tl.float32)
-    acc_MV = tl.zeros((M, WIDE_V), tl.float32)
-    low = tl.program_id(2) * keys_per_split
-    high = tl.minimum(num_keys, low + keys_per_split)
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(low, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-        s_MK = s_MK.to(tl.float32)
-        if TABLED:
-            distance = first_row + shift - first_key
-            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        s_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
-        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
-        p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
-        shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
-        total_M = total_M * shrink_M + tl.sum(p_MK, 1)
-        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-        rounded_MK = p_MK.to(v_KV.dtype)
-        acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
-        if EXACT:
-            left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
-            acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
-        top_M = new_top_M
-    acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
-    columns = tl.arange(0, WIDE_V)[None, :]
-    at = (
-        tl.program_id(2).to(tl.int64) * out_s
-        + b64 * out_b
-        + h * out_h
-        + rows.to(tl.int64) * out_t
-        + columns
-    )
-    store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
-    line = first_row + tl.arange(0, M)
-    at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
-    log_sum_M = top_M + tl.log(
-        tl.where(total_M > 0, total_M, 1.0)
-    )  # top is -inf where nothing is seen
-    tl.store(lse + at, log_sum_M, line < num_rows)
-    if LIMIT is not None:
-        tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
+    for turn in range(turns(tl.cdiv(num_rows, M), GATED)):
+        tile = tile_at(turn)
+        first_row = (tl.cdiv(num_rows, M) - 1 - tile) * M
+        rows = first_row + tl.arange(0, M)[:, None]
+        top_M = tl.full((M,), float("-inf"), tl.float32)
+        total_M = tl.zeros((M,), tl.float32)
+        acc_MV = tl.zeros((M, WIDE_V), tl.float32)
+        low = tl.program_id(2) * keys_per_split
+        high = tl.minimum(num_keys, low + keys_per_split)
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(low, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+            s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
+            s_MK = s_MK.to(tl.float32)
+            if TABLED:
+                distance = first_row + shift - first_key
+                s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+            s_MK = tl.where(
+                sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf")
+            )
+            new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+            safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+            p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
+            shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
+            total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+            v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+            rounded_MK = p_MK.to(v_KV.dtype)
+            acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
+            if EXACT:
+                left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
+                acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
+            top_M = new_top_M
+        acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
+        columns = tl.arange(0, WIDE_V)[None, :]
+        at = (
+            tl.program_id(2).to(tl.int64) * out_s
+            + b64 * out_b
+            + h * out_h
+            + rows.to(tl.int64) * out_t
+            + columns
+        )
+        store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
+        line = first_row + tl.arange(0, M)
+        at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
+        log_sum_M = top_M + tl.log(
+            tl.where(total_M > 0, total_M, 1.0)
+        )  # top is -inf where nothing is seen
+        tl.store(lse + at, log_sum_M, line < num_rows)
+        if LIMIT is not None:
+            tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
 
 
 @triton.jit
@@ -238,47 +225,50 @@ def balance_kernel(
     if unwanted(gate, GATED):
         return
     b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = tl.program_id(0) * M
-    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
-    rows = line[:, None]
+    b64 = b.to(tl.int64)
     x += b64 * x_b + h * BLOCK
     y += b64 * x_b + h * BLOCK
     table += h * table_size
-    stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
-    log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
-    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
-    total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
-    high = num_keys
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        at = places(rows, first_key, x_t, HEADS, K)
-        s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
-        if TABLED:
-            distance = first_row + shift - first_key
-            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
-        y_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
-        total_M += tl.sum(p_MK, 1)
-        excess_M += tl.sum(p_MK * y_MK, 1)
-    part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
-    excess_M *= part_M
-    if SUMMED:
-        wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
-        excess_M -= wanted_M / tl.load(unit)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        at = y + places(rows, first_key, x_t, HEADS, K)
-        y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
-        tl.store(at, y_MK * part_M[:, None], inside)
     scaled += b64 * out_b + h * out_h
-    do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
-    columns = tl.arange(0, WIDE_V)[None, :]
-    at = scaled + rows.to(tl.int64) * out_t + columns
-    tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+    for turn in range(turns(tl.cdiv(num_rows, M), GATED)):
+        tile = tile_at(turn)
+        first_row = tile * M
+        line = first_row + tl.arange(0, M)
+        rows = line[:, None]
+        stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
+        log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
+        log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
+        total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        high = num_keys
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+            at = places(rows, first_key, x_t, HEADS, K)
+            s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+            if TABLED:
+                distance = first_row + shift - first_key
+                s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+            p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
+            y_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
+            total_M += tl.sum(p_MK, 1)
+            excess_M += tl.sum(p_MK * y_MK, 1)
+        part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
+        excess_M *= part_M
+        if SUMMED:
+            wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+            excess_M -= wanted_M / tl.load(unit)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+            at = y + places(rows, first_key, x_t, HEADS, K)
+            y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
+            tl.store(at, y_MK * part_M[:, None], inside)
+        do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
+        columns = tl.arange(0, WIDE_V)[None, :]
+        at = scaled + rows.to(tl.int64) * out_t + columns
+        tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
 
 
 @triton.jit
@@ -301,28 +291,30 @@ def grad_query_kernel(
     """Store dQ = unit scale dA K of a head, with the old sum; grid (rows H, B)."""
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
-    line = first_row + tl.arange(0, M)
-    rows = line[:, None]
-    b64 = b.to(tl.int64)
-    y += b64 * y_b + h * BLOCK
-    key += b64 * key_b + (h // GROUP) * key_h
-    dq_ME = tl.zeros((M, WIDE), tl.float32)
-    high = num_keys
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        da_MK = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
-        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
-        dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
-    columns = tl.arange(0, WIDE)[None, :]
-    at = b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
-    inside = (rows < num_rows) & (columns < E)
-    store_sum(old, new, summed, at, rows, inside, dq_ME * (scale * tl.load(unit)))
+    b64 = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(num_rows, M) * HEADS
+    for turn in range(turns(tiles, GATED)):
+        tile = tile_at(turn)
+        h = (tile % HEADS).to(tl.int64)
+        first_row = (tiles - 1 - tile) // HEADS * M
+        rows = first_row + tl.arange(0, M)[:, None]
+        head_y = y + b64 * y_b + h * BLOCK
+        head_keys = key + b64 * key_b + (h // GROUP) * key_h
+        dq_ME = tl.zeros((M, WIDE), tl.float32)
+        high = num_keys
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            k_KE = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
+            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+            da_MK = tl.load(head_y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
+            da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+            dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
+        columns = tl.arange(0, WIDE)[None, :]
+        at = b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+        inside = (rows < num_rows) & (columns < E)
+        store_sum(old, new, summed, at, rows, inside, dq_ME * (scale * tl.load(unit)))
 
 
 @triton.jit
@@ -363,38 +355,39 @@ def grad_key_value_kernel(
     """
     if unwanted(gate, GATED):
         return
-    b, kv = tl.program_id(1), (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    first_key = tl.program_id(0) // KV_HEADS * K
-    b64 = b.to(tl.int64)
-    dk_KE = tl.zeros((K, WIDE), tl.float32)
-    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
-    low, whole = 0, 0  # the first rows that see any key, and all keys
-    if CAUSAL:
-        low = tl.maximum(0, first_key - shift) // M * M
-        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
-    for member in range(GROUP):
-        h = kv * GROUP + member
-        q_base = query + b64 * query_b + h * query_h
-        do_base = grad_out + b64 * out_b + h * out_h
-        at = b64 * x_b + h * BLOCK
-        for first_row in range(low, tl.minimum(whole, num_rows), M):
-            dk_KE, dv_KV = add_rows(
-                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-        for first_row in range(whole, num_rows, M):
-            dk_KE, dv_KV = add_rows(
-                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-    factor = tl.load(unit)
-    keys = first_key + tl.arange(0, K)[:, None]
-    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-    stored = keys < keys_stored
-    at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-    dk_KE *= scale * factor
-    store_sum(old_key, new_key, summed, at, keys, stored & (columns < E), dk_KE)
-    at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-    store_sum(old_value, new_value, summed, at, keys, stored & (columns_v < V), dv_KV * factor)
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(keys_stored, K) * KV_HEADS, GATED)):
+        tile = tile_at(turn)
+        kv, first_key = (tile % KV_HEADS).to(tl.int64), tile // KV_HEADS * K
+        dk_KE = tl.zeros((K, WIDE), tl.float32)
+        dv_KV = tl.zeros((K, WIDE_V), tl.float32)
+        low, whole = 0, 0  # the first rows that see any key, and all keys
+        if CAUSAL:
+            low = tl.maximum(0, first_key - shift) // M * M
+            whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
+        for member in range(GROUP):
+            h = kv * GROUP + member
+            q_base = query + b64 * query_b + h * query_h
+            do_base = grad_out + b64 * out_b + h * out_h
+            at = b64 * x_b + h * BLOCK
+            for first_row in range(low, tl.minimum(whole, num_rows), M):
+                dk_KE, dv_KV = add_rows(
+                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                    E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+                )  # fmt: skip
+            for first_row in range(whole, num_rows, M):
+                dk_KE, dv_KV = add_rows(
+                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                    E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+                )  # fmt: skip
+        factor = tl.load(unit)
+        keys = first_key + tl.arange(0, K)[:, None]
+        columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+        stored = keys < keys_stored
+        at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+        dk_KE *= scale * factor
+        store_sum(old_key, new_key, summed, at, keys, stored & (columns < E), dk_KE)
+        at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+        store_sum(old_value, new_value, summed, at, keys, stored & (columns_v < V), dv_KV * factor)

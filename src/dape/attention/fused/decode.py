@@ -118,7 +118,8 @@ def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
     read, how = tables_of(terms, problem)
     # A form knows every distance.
     size = len(terms.hidden) if isinstance(terms, Mixed) else 2**30
-    start(kernels.decode_kernel, (cdiv(rows, tile.rows), spans, batch))(
+    programs = problem.programs(cdiv(rows, tile.rows), spans * batch)
+    start(kernels.decode_kernel, (programs, spans, batch))(
         query, key, value, *read, mask, parts, parts_lse, found.rest,
         rows, Extent.of(problem).visible(rows), size, channels,
         problem.offset, problem.scale, length,

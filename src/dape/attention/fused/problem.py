@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dape.attention.fused.sizes import WIDE_PROGRAMS
 from dape.attention.fused.terms import Features, Terms, terms_of
 
 
@@ -65,8 +66,17 @@ class Problem(NamedTuple):
     @property
     def scratch(self) -> torch.dtype:
         """Return the dtype of the scratch."""
-        wide = self.gate is not None and self.gate.wide
-        return torch.float32 if wide or self.query.dtype == torch.float32 else torch.float16
+        exact = self.wide or self.query.dtype == torch.float32
+        return torch.float32 if exact else torch.float16
+
+    @property
+    def wide(self) -> bool:
+        """Return whether the kernels are those of the wide way, which run if the flag is 1."""
+        return self.gate is not None and self.gate.wide
+
+    def programs(self, tiles: int, others: int) -> int:
+        """Return the number of programs for some tiles, on the first axis of `others` programs."""
+        return max(1, min(tiles, WIDE_PROGRAMS // others)) if self.wide else tiles
 
     def gated(self) -> dict[str, Any]:
         """Return the arguments of a kernel for the gate."""

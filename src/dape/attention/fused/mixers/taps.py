@@ -13,7 +13,6 @@ from dape.attention.fused.geometry import (
     lowest_distance,
 )
 from dape.attention.fused.mixers import taps_kernels as kernels
-from dape.attention.fused.mixers.mixed import MixedMixer
 from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem
@@ -125,7 +124,7 @@ class TapsMixer(Mixer[Taps]):
             x.new_empty(batch, rows, keys + reach, padded(len(self.terms.hidden_bias))),
         )
         where, z, terms = given.columns, given.hidden, self.terms
-        _, segments = MixedMixer.share(batch, where.number, rows)
+        segments = self.segments(batch, where.number, rows)
         start(kernels.hidden_kernel, (where.number, batch, segments))(
             x, z, terms.weight_in, terms.hidden, terms.hidden_bias, mask, started,
             rows, keys, band.shift, len(terms.hidden), where.first, where.band_tile, where.offset,
@@ -138,7 +137,7 @@ class TapsMixer(Mixer[Taps]):
         given, terms = self.begin(x, band), self.terms
         batch, rows, keys = band.sizes
         where, z = given.keys, given.hidden
-        _, segments = MixedMixer.share(batch, where.number, rows)
+        segments = self.segments(batch, where.number, rows)
         start(kernels.convolution_mix_kernel, (where.number, batch, segments))(
             x, z, terms.weight_out, terms.static, given.mask, *self.counted(),
             rows, keys, band.shift, terms.static.shape[1],
@@ -191,7 +190,7 @@ class TapsMixer(Mixer[Taps]):
         taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
         reach, lines = self.terms.taps // 2, _lines_of(tile)
         group, rows, count = count_diagonals(self.problem, *tile[:2], 0, reach)
-        _, segments = MixedMixer.share(group, count, rows)
+        segments = self.segments(group, count, rows)
         lead = group * segments, count
         shapes = (lines, heads), (lines, taps, units), (taps, units, heads), (taps, units, heads)
         made = zeros(self.problem.query, *((*lead, *x) for x in (*shapes, (units,))))
