@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 import dape
 import dape.attention.fused
-from dape.attention.fused import serves
+from dape.attention.fused import geometry, serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -63,10 +63,11 @@ def shared_memory(kernel, args, options):
 
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
-    gradients=True,
+    gradients=True, scores=geometry.SCORES_PER_BAND,
 ):  # fmt: skip
-    """Run attention and its gradients; the kernels are not started, only noted."""
+    """Run attention and its gradients, in bands of so many scores; kernels are only noted."""
     torch.set_grad_enabled(gradients)
+    geometry.SCORES_PER_BAND = scores
     query, key, value = (
         torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))

@@ -60,6 +60,13 @@ def test_every_kernel_of_a_call_in_bfloat16_compiles(bias, hidden, taps, kernel)
     assert all(size <= HOPPER for each in found.values() for size in each)
 
 
+def test_so_do_kernels_that_add_up_bands():
+    call = {"heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260}
+    names = ["grad_query_kernel", "grad_key_value_kernel"]
+    (found,) = compiled(call | {"dtype": "bfloat16", "scores": 2 * 64 * 64, "kernels": names})
+    assert all(len(found[name]) > 1 and max(found[name]) <= HOPPER for name in names)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("call", CALLS[:2])
 def test_on_a_gpu_one_key_head_is_as_in_chunks(call):
