@@ -256,8 +256,8 @@ def table(found: list[dict[str, Any]]) -> str:
             continue
         one = _beside(entries, case, gpus=1)
         nope = _beside(entries, case, scheme="nope")
-        gain = one and _work(entry) / (_work(one) * case["gpus"])
-        cost = nope and _work(entry) / _work(nope)
+        gain = one and work_of(entry) / (work_of(one) * case["gpus"])
+        cost = nope and work_of(entry) / work_of(nope)
         cells += [entry.get("micro_batch_size"), _text(entry.get("gib"), ".1f")]
         cells += [_text(entry["seconds"], ".3f"), _text(entry.get("tokens_per_second"), ",.0f")]
         cells += [_text(each, ".0%") for each in (entry.get("mfu"), gain, cost)]
@@ -277,7 +277,7 @@ def _beside(entries: list[dict[str, Any]], case: dict[str, Any], **other: Any) -
     return next((each for each in fits if "failed" not in each), None)
 
 
-def _work(entry: dict[str, Any]) -> float:
+def work_of(entry: dict[str, Any]) -> float:
     """Return tokens a second; of attention, sequences."""
     return entry.get("tokens_per_second") or 1 / entry["seconds"]
 
