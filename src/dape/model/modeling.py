@@ -175,25 +175,14 @@ class DapeModel(DapePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        cache = by_either_name(past_key_values, cache)
-        if cache is not None and self.recomputes:
-            raise UserError(
-                "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
-                "both: leave out past_key_values, or say gradient_checkpointing_disable()"
-            )
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        cache = self._cache(by_either_name(past_key_values, cache), use_cache)
         batch, length = hidden_states.shape[:2]
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         given = (attention_mask, position_ids, cache, documents)
         if context_parallel is None:
-            where = masking(hidden_states, *given[:3], self.relative, documents)
+            where = masking(hidden_states, *given, relative=self.relative)
         else:
-            first = cast(DapeDecoderLayer, self.layers[0]).self_attn
-            if self.training and isinstance(first.rotation, RandomizedRoPE):
-                raise UserError(
-                    "randomised positions need whole sequences; leave context_parallel out"
-                )
+            self._check_parts()
             where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
@@ -209,6 +198,21 @@ class DapeModel(DapePreTrainedModel):
                 **where,
             )
         return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the given cache, or a new cache if `use_cache` asks for one."""
+        if given is not None and self.recomputes:
+            raise UserError(
+                "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
+                "both: leave out past_key_values, or say gradient_checkpointing_disable()"
+            )
+        return DynamicCache(config=self.config) if use_cache and given is None else given
+
+    def _check_parts(self) -> None:
+        """Refuse parts of sequences for positions drawn over whole sequences."""
+        first = cast(DapeDecoderLayer, self.layers[0]).self_attn
+        if self.training and isinstance(first.rotation, RandomizedRoPE):
+            raise UserError("randomised positions need whole sequences; leave context_parallel out")
 
     @property
     def recomputes(self) -> bool:
