@@ -6,9 +6,10 @@ module in memory.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,12 @@ class Model:
         model = load_causal(self.source, self.partial_weights, **options)
         yield model.to(device).eval()
 
+    @contextmanager
+    def on_demand(self, device: torch.device, longest: int) -> Iterator[Callable[[], nn.Module]]:
+        """Yield a function that returns the model `loaded`, once for all calls."""
+        with ExitStack() as stack:
+            yield cache(lambda: stack.enter_context(self.loaded(device, longest)))
+
     def precision(self, device: torch.device, asked: str = "auto") -> str:
         """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
 
@@ -281,23 +288,6 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
-
-
-def precisions(models: Sequence[Model], device: torch.device, asked: str = "auto") -> list[str]:
-    """Return the precision of products of models that are measured together.
-
-    `auto` is the precision of a run's training. A model of others has no training here and takes
-    the precision of the runs beside it, so that the precision is no part of the comparison.
-
-    Raises:
-        UserError: for an unknown precision.
-    """
-    found = [model.precision(device, asked) for model in models]
-    low = "bf16" in found
-    return [
-        "bf16" if low and model.recipe is None else own
-        for model, own in zip(models, found, strict=True)
-    ]
 
 
 def _checksum(content: Any) -> str:
