@@ -19,9 +19,9 @@ from dape.cli import chomsky_map, chomsky_train
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.paper.chomsky import Above, BestOf, Near, grids
+from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.encoders import Encoders
 from dape.paper.experiment import smoke
-from dape.paper.experiments import CHOMSKY
 from dape.paper.page import page
 from dape.paper.plan import plan, table
 from dape.paper.results import results

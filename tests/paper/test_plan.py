@@ -5,8 +5,9 @@ import pytest
 from laboratory import Pretended, cells, enter
 
 from dape.paper import record
+from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
-from dape.paper.experiments import CORE, COST, RETROFIT
+from dape.paper.experiments import CORE, COST
 from dape.paper.plan import choose, plan, table, without_corpus
 from dape.paper.spread import spread
 
