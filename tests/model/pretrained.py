@@ -121,3 +121,9 @@ def padded(rows=2, length=12):
     ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
     ids[0, :4], mask[0, :4] = 0, 0
     return ids, mask
+
+
+def logits(model, ids, **kwargs):
+    """Return the logits of a pass without cache and gradients."""
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
