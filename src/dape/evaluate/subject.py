@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dape.data.shards import Corpus
-from dape.data.tokenizer import file_of_model, fingerprint, of_model
+from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
@@ -114,26 +114,16 @@ class Model:
         if data is None and self.recipe is None:
             raise UserError(f"{self.source} has no recipe with a corpus; give --data")
         corpus = data if isinstance(data, Corpus) else Corpus(data or self.recipe["data"])  # type: ignore[index]
-        if corpus.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"{corpus.folder} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"{self.source} only {self.config.vocab_size}; prepare the corpus with "
-                f"the model's tokenizer"
-            )
-        own = self.tokenizer()
-        if own and fingerprint(own) != fingerprint(corpus.tokenizer()):
-            raise UserError(
-                f"{corpus.folder} was not prepared with the tokenizer of {self.source}; "
-                f"prepare the corpus with {self._tokenizer_option()}"
-            )
+        tokenizer, folder = self.tokenizer(), self._tokenizer_folder()
+        corpus.check_model(self.source, self.config.vocab_size, tokenizer, folder)
         return corpus
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """Return the tokenizer of the model, None without a tokenizer.json."""
         return of_model(self.source)
 
-    def _tokenizer_option(self) -> str:
-        return f"--tokenizer {file_of_model(self.source).parent}"
+    def _tokenizer_folder(self) -> str:
+        return str(file_of_model(self.source).parent)
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
@@ -269,8 +259,8 @@ class InMemory(Model):
         """Return the tokenizer given with the model, if any."""
         return self.own_tokenizer
 
-    def _tokenizer_option(self) -> str:
-        return "--tokenizer FOLDER, the folder of the tokenizer"
+    def _tokenizer_folder(self) -> str:
+        return "FOLDER, the folder of the tokenizer"
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
