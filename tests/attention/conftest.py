@@ -57,7 +57,7 @@ def emulated(monkeypatch, folder, change):
     import emulator
 
     from dape.attention.fused import windows
-    from dape.attention.fused.cuda import forward, mix, taps
+    from dape.attention.fused.cuda import features, forward, mix, taps
 
     def compiled(module):
         def found(name, *values):
@@ -70,5 +70,5 @@ def emulated(monkeypatch, folder, change):
 
     monkeypatch.setattr(forward, "layout_of", lambda problem, terms: None)
     monkeypatch.setattr(windows, "has_room", lambda: True)
-    for module in (forward, mix, taps):
+    for module in (features, forward, mix, taps):
         monkeypatch.setattr(module, "compiled", compiled(module))

@@ -84,6 +84,8 @@ inline __half2 __hmax2(__half2 a, __half2 b) { return each([](double x, double y
 inline __half2 __hsub2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x - y; }, a, b, b); }
 inline __half2 __hmul2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x * y; }, a, b, b); }
 inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return each([](double x, double y, double z) { return x * y + z; }, a, b, c); }
+inline __half2 __hgt2(__half2 a, __half2 b) { return each([](double x, double y, double) { return x > y ? 1.0 : 0.0; }, a, b, b); }
+inline uint32 __heq2_mask(__half2 a, __half2 b) { return (to_float(a.x) == to_float(b.x) ? 0xffffu : 0) | (to_float(a.y) == to_float(b.y) ? 0xffff0000u : 0); }
 
 // Threads, and what they wait for.
 struct Copy { char* to; const void* from; int size; bool real; };
@@ -144,6 +146,17 @@ inline uint32 __ballot_sync(uint32, bool holds) {
   return own.second;
 }
 inline bool __any_sync(uint32 mask, bool holds) { return __ballot_sync(mask, holds) != 0; }
+template <class F> int reduced(int x, F f) {
+  std::pair<int, int> own{x, 0};
+  together(own, [&](auto of) {
+    int all = of(0).first;
+    for (int lane = 1; lane < 32; lane++) all = f(all, of(lane).first);
+    for (int lane = 0; lane < 32; lane++) of(lane).second = all;
+  });
+  return own.second;
+}
+inline int __reduce_min_sync(uint32, int x) { return reduced(x, [](int a, int b) { return a < b ? a : b; }); }
+inline int __reduce_max_sync(uint32, int x) { return reduced(x, [](int a, int b) { return a > b ? a : b; }); }
 inline uint32 __byte_perm(uint32 a, uint32 b, uint32 selector) {
   const uint64_t bytes = (uint64_t)b << 32 | a;
   uint32 found = 0;

@@ -13,7 +13,7 @@ from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
 from dape.attention.fused import operator, passes
-from dape.attention.fused.cuda import forward, mix, taps
+from dape.attention.fused.cuda import features, forward, mix, taps
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -69,6 +69,14 @@ def test_the_kernels_with_taps_compile(heads, hidden, name, capability):
     given = operator.problem_of(query, query, query, tables, None, 1.0, True, 0)
     source = taps.source(name, *taps.CudaTapsMixer(given, given.terms).macros())
     assert refusal(source, capability) == ""
+
+
+@pytest.mark.parametrize("name", ["pieces", "pieces_backward", "features_mix", "features_backward"])
+@pytest.mark.parametrize(
+    "sizes", [(12, 32, 32, 32, 32, 0), (5, 7, 3, 16, 16, 1), (16, 0, 20, 16, 32, 1)]
+)
+def test_the_kernels_of_fire_compile(sizes, name):
+    assert refusal(features.source(name, *sizes), "90") == ""
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ BACKENDS = {
     "sdpa": Backend(sdpa, "PyTorch's own attention, without bias and adapter", gives=()),
     "cuda": Backend(
         cuda,
-        "as triton, with DAPE and DAPE V2 in CUDA, the fastest in half precision",
+        "as triton, with DAPE, DAPE V2 and FIRE in CUDA, the fastest in half precision",
         no_cuda,
         gpu_only=True,
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dape.attention.fused import decode, overflow, static, windows
 from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
-from dape.attention.fused.cuda import taps
+from dape.attention.fused.cuda import features, taps
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
 from dape.attention.fused.mixers.features import FeaturesMixer
@@ -37,11 +37,13 @@ from dape.attention.fused.terms import (
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     """Return the mixer of a problem that mixes heads.
 
-    CUDA has a mixer for `Mixed`, and one for most problems with three taps, both for a scratch of
-    two bytes. Triton serves the remaining problems.
+    CUDA has a mixer for `Mixed`, and for most problems of FIRE and with three taps, all for a
+    scratch of two bytes. Triton serves the remaining problems.
     """
     terms, in_cuda = problem.terms, backend == "cuda" and problem.scratch == torch.float16
     if isinstance(terms, Features):
+        if in_cuda and features.serves(problem, terms):
+            return features.CudaFeaturesMixer.of(problem, terms)
         return FeaturesMixer(problem, terms)
     if isinstance(terms, Taps):
         fast = in_cuda and windows.serves(problem, terms)

@@ -72,7 +72,7 @@ def size_obstacle(call: Call) -> str | None:
 def cuda_obstacle(call: Call) -> str | None:
     """Return why kernels in CUDA cannot mix the heads of a call, or None.
 
-    FIRE is mixed in Triton, and so are calls of DAPE V2 that `windows` does not serve.
+    Calls of FIRE and of DAPE V2 that have no kernels in CUDA are mixed in Triton.
     """
     adapter = call.adapter
     if adapter is None or isinstance(call.bias, FIRE) or getattr(adapter, "kernel_size", 1) > 1:

@@ -113,7 +113,7 @@ def source(name: str, *values: int) -> str:
     defines["SHARED"] = shared_memory(name, defines["HEADS"], defines["UNITS"])
     if name == "mix_backward":
         defines |= {"BACKWARD": 1, "BLOCKS": RESIDENT}
-    return source_of(defines, "pairs.cuh", "mix.cuh", f"{name}.cu")
+    return source_of(defines, "pairs.cuh", "tile.cuh", "mix.cuh", f"{name}.cu")
 
 
 def compiled(name: str, *values: int) -> Kernel:

@@ -10,7 +10,7 @@ from dape.attention.fused.geometry import count_diagonals, diagonals, lowest_dis
 from dape.attention.fused.mixers import features_kernels as kernels
 from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
-from dape.attention.fused.problem import Band
+from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import padded
 from dape.attention.fused.sums import add_up, fold, zeros
@@ -81,22 +81,8 @@ class FeaturesMixer(Mixer[Features]):
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), *pairs.stride()[:2],
             LINES=LINES, **self.compiled(), num_warps=8, num_stages=1,
         )  # fmt: skip
-        self.add_pairs(slots.scale[band.keys.start :], pairs, band)
+        add_pairs(self.problem, slots.scale[band.keys.start :], pairs, band)
         return x, y
-
-    def add_pairs(
-        self, total: Float[Tensor, "indices"], pairs: Float[Tensor, "batch rows keys"], band: Band
-    ) -> None:
-        """Add the partial sum of every query and key of a band to the later of the two indices.
-
-        Indices are counted from the first key of the band. In causal use the later index is the
-        index of the query, and later keys hold zeros.
-        """
-        batch, rows, keys = band.sizes
-        start(kernels.add_pairs_kernel, (max(keys, band.shift + rows),))(
-            pairs, total, batch, rows, keys, band.shift, *pairs.stride()[:2],
-            CAUSAL=self.problem.causal, K=128, **self.problem.gated(), num_warps=4,
-        )  # fmt: skip
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Features) -> None:
         """Fill the gradients of C, U, W1, W2, and of the features, times `unit`."""
@@ -117,3 +103,22 @@ class FeaturesMixer(Mixer[Features]):
         features = len(self.terms.weight)
         sizes = {"M": TILE_ROWS, "K": TILE_KEYS, "F": features, "FEATURES": padded(features)}
         return {**Mixer.compiled(self), **sizes}
+
+
+def add_pairs(
+    problem: Problem,
+    total: Float[Tensor, "indices"],
+    pairs: Float[Tensor, "batch rows groups"],
+    band: Band,
+    width: int = 1,
+) -> None:
+    """Add the summands of every query and `width` keys of a band, by the later of the two indices.
+
+    Indices are counted from the first key of the band. In causal use the later index is the
+    index of the query, and later keys hold zeros. Other calls have a single key in a group.
+    """
+    batch, rows, keys = band.sizes
+    start(kernels.add_pairs_kernel, (max(keys, band.shift + rows),))(
+        pairs, total, batch, rows, keys, band.shift, *pairs.stride()[:2],
+        CAUSAL=problem.causal, WIDTH=width, K=128, **problem.gated(), num_warps=4,
+    )  # fmt: skip

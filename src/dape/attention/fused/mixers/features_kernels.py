@@ -234,9 +234,9 @@ def fire_mix_backward_kernel(
 @triton.jit
 def add_pairs_kernel(
     pairs, total, batch, num_rows, num_keys, shift, pair_b, pair_t,
-    CAUSAL: tl.constexpr, K: tl.constexpr, gate, GATED: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Add the numbers of pairs (i, j) to `total`, by the later index max(i, j); grid (indices).
+    """Add the numbers of a row and WIDTH keys to `total`, by the later index; grid (indices).
 
     Indices are counted from the first key, and `shift` is the index of the first row.
     """
@@ -247,7 +247,7 @@ def add_pairs_kernel(
     total += index
     added_K = tl.zeros((K,), tl.float32)
     in_row = (row >= 0) & (row < num_rows)
-    last_key = tl.where(in_row, tl.minimum(num_keys, index + 1), 0)
+    last_key = tl.cdiv(tl.where(in_row, tl.minimum(num_keys, index + 1), 0), WIDTH)
     last_row = tl.where(index < num_keys, tl.minimum(num_rows, row), 0)
     at_row, at_key = pairs + row.to(tl.int64) * pair_t, pairs + index
     for _element in range(batch):
