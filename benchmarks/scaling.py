@@ -188,11 +188,9 @@ def attention(case: Case) -> Iterator[dict[str, Any]]:
     dist.destroy_process_group()
 
 
-def difference(
-    spread: Any, alone: Any, bias: Any, adapter: Any, device: torch.device, length: int = 2048
-) -> float:
+def difference(spread: Any, alone: Any, bias: Any, adapter: Any, device: torch.device) -> float:
     """Return how far output and gradients are from one GPU's, in float32, over the largest."""
-    whole = [torch.randn(1, 12, length, 64, device=device).requires_grad_() for _ in range(3)]
+    whole = [torch.randn(1, 12, 2048, 64, device=device).requires_grad_() for _ in range(3)]
     parts = [spread.part(x.detach(), dim=2).requires_grad_() for x in whole]
     found = []
     for attend, tensors in ((alone, whole), (spread.attention, parts)):
