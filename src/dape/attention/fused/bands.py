@@ -137,7 +137,7 @@ def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
     programs = part.programs(cdiv(count, tile.rows) * heads, batch)
     start(kernels.grad_query_kernel, (programs, batch))(
         y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
-        *y.stride()[:2], *strides(part.key), *strides(into.new),
+        *y.stride()[:2], *strides(part.key), *strides(into.old), *strides(into.new),
         heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
         CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
     )  # fmt: skip

@@ -272,18 +272,18 @@ def balance_kernel(
 
 
 @triton.jit
-def store_sum(old, new, summed, at, rows, inside, x):
+def store_sum(old, new, summed, rows, inside, x):
     """Store a gradient of some rows, plus the old sums of the first `summed` rows, if any."""
     if summed is not None:
-        x += tl.load(old + at, inside & (rows < summed), 0.0)
-    tl.store(new + at, x.to(new.dtype.element_ty), inside)
+        x += tl.load(old, inside & (rows < summed), 0.0)
+    tl.store(new, x.to(new.dtype.element_ty), inside)
 
 
 # Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("summed",))
 def grad_query_kernel(
     y, key, unit, old, new, summed, num_rows, num_keys, shift, scale,
-    y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
+    y_b, y_t, key_b, key_h, key_t, old_b, old_h, old_t, new_b, new_h, new_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
@@ -312,9 +312,10 @@ def grad_query_kernel(
             da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
             dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
         columns = tl.arange(0, WIDE)[None, :]
-        at = b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
+        at_old = old + b64 * old_b + h * old_h + rows.to(tl.int64) * old_t + columns
+        at = new + b64 * new_b + h * new_h + rows.to(tl.int64) * new_t + columns
         inside = (rows < num_rows) & (columns < E)
-        store_sum(old, new, summed, at, rows, inside, dq_ME * (scale * tl.load(unit)))
+        store_sum(at_old, at, summed, rows, inside, dq_ME * (scale * tl.load(unit)))
 
 
 @triton.jit
@@ -388,6 +389,8 @@ def grad_key_value_kernel(
         stored = keys < keys_stored
         at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
         dk_KE *= scale * factor
-        store_sum(old_key, new_key, summed, at, keys, stored & (columns < E), dk_KE)
+        inside = stored & (columns < E)
+        store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE)
         at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-        store_sum(old_value, new_value, summed, at, keys, stored & (columns_v < V), dv_KV * factor)
+        inside = stored & (columns_v < V)
+        store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * factor)

@@ -124,13 +124,16 @@ def backward(
 def room_for_gradients(ways: list[Problem], dtype: torch.dtype) -> Gradients:
     """Return room for dQ, dK and dV of either way, and in float32 for sums of several bands."""
     all_bands = [band for way in ways for band in blocks(way)]
-    cut, several = (not all(b.last for b in all_bands)), any(b.summed for b in all_bands)
     query, key, value = (torch.empty_like(x, dtype=dtype) for x in ways[0][:3])
-    sums = tuple(
-        torch.empty_like(x, dtype=torch.float32) if needed else x
-        for x, needed in ((query, cut), (key, several), (value, several))
-    )
-    return Gradients(query, key, value, sums)
+    results = query, key, value
+    if any(band.summed for band in all_bands):
+        key, value = (torch.empty_like(x, dtype=torch.float32) for x in (key, value))
+    cut = [band.sizes[:2] for band in all_bands if not band.last]
+    if cut:
+        elements, rows = map(max, zip(*cut, strict=True))
+        heads, size = query.shape[1], query.shape[3]
+        query = query.new_empty(elements, heads, rows, size, dtype=torch.float32)
+    return Gradients(*results, sums=(query, key, value))
 
 
 def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:

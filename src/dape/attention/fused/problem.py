@@ -174,8 +174,7 @@ class Result(NamedTuple):
 class Sum(NamedTuple):
     """A gradient of a band: the sum over earlier bands, and room for the sum with the band.
 
-    The first `summed` rows have an old sum, all others and rows of None have none. Strides of both
-    are equal.
+    The first `summed` rows have an old sum, all others and rows of None have none.
     """
 
     old: Float[Tensor, "batch heads rows width"]
@@ -186,7 +185,8 @@ class Sum(NamedTuple):
 class Gradients(NamedTuple):
     """Room for dQ, dK and dV, and for their sums over several bands.
 
-    The last band of a gradient stores the gradient, and earlier bands store a sum.
+    The last band of a gradient stores the gradient, and earlier bands store a sum. All bands of
+    some rows follow each other, and sums of dQ have room for the rows of a band alone.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -196,9 +196,11 @@ class Gradients(NamedTuple):
 
     def of_queries(self, band: Band) -> Sum:
         """Return dQ of a band."""
-        old, new = (x[band.batch, :, band.rows] for x in (self.sums[0], self.query))
-        summed = None if band.keys.start == 0 else new.shape[2]
-        return Sum(old, new if band.last else old, summed)
+        new, (elements, rows, _) = self.query[band.batch, :, band.rows], band.sizes
+        if band.last and band.keys.start == 0:
+            return Sum(new, new, None)
+        old = self.sums[0][:elements, :, :rows]
+        return Sum(old, new if band.last else old, None if band.keys.start == 0 else rows)
 
     def of_keys(self, band: Band) -> tuple[Sum, Sum]:
         """Return dK and dV of a band, of the last rows with those of keys that no row sees."""
