@@ -61,11 +61,10 @@ def accuracies(
     than a short answer. Dropout is off.
     """
     by_length = []
-    # The longest first, because a compiler chooses kernels for the first length.
-    for length in range(evaluation.longest, 0, -1):
+    for length in range(1, evaluation.longest + 1):
         sample = task.sample(single(TEST + length, evaluation.samples, device), length)
         by_length.append(accuracy(models, sample, length, evaluation.batch_tokens))
-    return [list(own) for own in zip(*reversed(by_length), strict=True)]
+    return [list(own) for own in zip(*by_length, strict=True)]
 
 
 def accuracy(models: Models, sample: Sample, seed: int, batch_tokens: int) -> list[float]:
