@@ -46,7 +46,7 @@ def filled():
 
 
 @pytest.mark.parametrize(
-    ("count", "units", "residual"), [(8, 64, True), (3, 10, False), (20, 17, True)]
+    ("count", "units", "residual"), [(8, 64, True), (3, 10, False), (5, 17, True)]
 )
 def test_logits_and_gradients_are_those_of_the_formula(count, units, residual):
     adapter, tensors, wanted = given(count, units, residual)
@@ -86,7 +86,8 @@ def test_a_gradient_can_be_mapped_with_a_shared_bias():
         torch.testing.assert_close(found[name].double(), truth, atol=2e-5, rtol=2e-6)
 
 
-def test_kernels_serve_one_formula():
+def test_kernels_serve_one_formula_of_small_size():
     assert heads.served(DAPE(4)) and not heads.served(None)
     assert not heads.served(DAPE(4, kernel_size=3)) and not heads.served(DAPE(4, inputs="sum"))
+    assert not heads.served(DAPE(16)) and not heads.served(DAPE(4, hidden=65))
     assert not heads.serves(torch.zeros(1))  # on a CPU

@@ -17,6 +17,7 @@ from dape.positions.adapter import DAPE, Rows
 
 PAIRS = 64  # queries and keys of a tile
 PROGRAMS = 1024  # that fill a GPU
+MOST_HEADS, MOST_UNITS = 8, 64  # whose tiles fit the 99 KiB of shared memory of smaller GPUs
 
 
 class Heads(DAPE):
@@ -36,8 +37,10 @@ class Heads(DAPE):
 
 
 def served(adapter: Any) -> bool:
-    """Return whether the kernels compute the formula of an adapter."""
-    return isinstance(adapter, DAPE) and adapter.inputs == "concat" and adapter.kernel_size == 1
+    """Return whether the kernels compute the formula of an adapter, and are of its size."""
+    if not isinstance(adapter, DAPE) or adapter.num_heads > MOST_HEADS:
+        return False
+    return (adapter.inputs, adapter.kernel_size) == ("concat", 1) and adapter.hidden <= MOST_UNITS
 
 
 def serves(scores: Tensor) -> bool:
@@ -60,7 +63,7 @@ def mapped(
     """
     given = scores, bias, weight_in, bias_in, weight_out, bias_out
     logits: Tensor = _Forward.apply(*(x[None] for x in given), residual)
-    return logits[0]
+    return logits.squeeze(0)
 
 
 def _in_groups(
