@@ -166,9 +166,9 @@ class Stack:
 
         Every `PART` examples have a copy of their model's weights. The gradient of a weight is then
         a sum of many short products. A single product over the batch has few outputs and a long
-        sum, and keeps few processors of a GPU busy. On an H200 a step of three DAPE-Kerple models
-        takes 55.6 ms with a part of 128 examples, 14.9 with 16, 12.2 with 8 and 11.9 with 4. Three
-        RoPE models take 8.6, 5.2, 5.0 and 5.1 (reverse-string, inputs of 20 symbols).
+        sum, and keeps few processors of a GPU busy. On an H200 a step of three RoPE models takes
+        8.6 ms with a part of 128 examples, 5.2 with 16, 5.0 with 8 and 5.1 with 4 (reverse-string,
+        inputs of 20 symbols).
         """
         models, batch = inputs.shape[:2]
         parts = batch // PART if torch.is_grad_enabled() and batch % PART == 0 else 1
