@@ -44,8 +44,9 @@ def served(adapter: Any) -> bool:
 
 
 def serves(scores: Tensor) -> bool:
-    """Return whether the kernels take a tensor."""
-    return scores.is_cuda and scores.dtype == torch.float32 and has_triton()
+    """Return whether the kernels take a tensor; an example has indices of 32 bits."""
+    small = 2 * scores.shape[1:].numel() < 2**31
+    return small and scores.is_cuda and scores.dtype == torch.float32 and has_triton()
 
 
 def mapped(
