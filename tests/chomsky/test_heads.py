@@ -86,6 +86,25 @@ def test_a_gradient_can_be_mapped_with_a_shared_bias():
         torch.testing.assert_close(found[name].double(), truth, atol=2e-5, rtol=2e-6)
 
 
+def test_models_may_share_scores():
+    adapter, (scores, bias, parameters), wanted = given(4, 8, True)
+    exact, single = (
+        learning(scores[0], bias, parameters, dtype) for dtype in (torch.float64, torch.float32)
+    )
+
+    def formula(bias, parameters):
+        return functional_call(adapter, parameters, (exact[0], bias))
+
+    def fused(bias, parameters):
+        return kernel(single[0], bias, parameters)
+
+    expected, found = vmap(formula)(*exact[1:]), vmap(fused)(*single[1:])
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=2e-6)
+    (truth,) = torch.autograd.grad(expected, exact[:1], wanted)
+    (own,) = torch.autograd.grad(found, single[:1], wanted.float())
+    torch.testing.assert_close(own.double(), truth, atol=2e-6, rtol=2e-6)
+
+
 def test_kernels_serve_one_formula_of_small_size():
     assert heads.served(DAPE(4)) and not heads.served(None)
     assert not heads.served(DAPE(4, kernel_size=3)) and not heads.served(DAPE(4, inputs="sum"))

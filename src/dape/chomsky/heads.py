@@ -30,7 +30,7 @@ class Heads(DAPE):
         rows: Rows | None = None,
     ) -> Float[Tensor, "batch heads query key"]:
         """Return the logits."""
-        if not (served(self) and serves(scores)):
+        if not (served(self) and serves(scores) and bias.ndim == 3):
             return super().forward(scores, bias, rows)
         weights = self.weight_in[..., 0], self.bias_in, self.weight_out[..., 0], self.bias_out
         return mapped(scores, bias, *weights, residual=self.residual)
@@ -89,7 +89,7 @@ class _Forward(torch.autograd.Function):
         from dape.chomsky.heads_kernels import heads_kernel
 
         *tensors, residual = given
-        scores, bias, *weights = map(_rows, tensors)
+        scores, (bias, *weights) = tensors[0].contiguous(), map(_rows, tensors[1:])
         (groups, batch), pairs, sizes = scores.shape[:2], bias[0, 0].numel(), _sizes(tensors)
         out, tiles = torch.empty_like(scores), cdiv(pairs, PAIRS)
         shares = max(1, min(batch, PROGRAMS // (tiles * groups)))
@@ -121,15 +121,15 @@ class _Backward(torch.autograd.Function):
         from dape.chomsky.heads_kernels import heads_backward_kernel
 
         *tensors, grad, residual = given
-        scores, bias, *weights, _ = map(_rows, tensors)
+        scores, (bias, *weights) = tensors[0].contiguous(), map(_rows, tensors[1:])
         (groups, batch), pairs, sizes = scores.shape[:2], bias[0, 0].numel(), _sizes(tensors)
         grad_scores, grad_bias = torch.empty_like(scores), torch.empty_like(bias).contiguous()
         tiles, shapes = cdiv(pairs, PAIRS), [x.shape[1:] for x in tensors[2:]]
         counts = [shape.numel() for shape in shapes]
         sums = scores.new_empty(groups, tiles, sum(counts))
         heads_backward_kernel[tiles, groups](
-            scores, bias, *weights, _rows(grad), grad_scores, grad_bias, sums,
-            batch, pairs, *(x.stride(0) for x in (bias, *weights)),
+            scores, bias, *weights[:3], grad.contiguous(), grad_scores, grad_bias, sums,
+            batch, pairs, *(x.stride(0) for x in (bias, *weights[:3])),
             **sizes, RESIDUAL=residual, num_warps=4,
         )  # fmt: skip
         pieces = sums.sum(1).split(counts, dim=1)
