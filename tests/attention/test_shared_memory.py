@@ -42,6 +42,13 @@ def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
     assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
 
 
+def test_the_map_across_heads_fits_smaller_gpus():
+    sizes = {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64}
+    (found,) = compiled(sizes | {"mapped": True})
+    assert set(found) == {"heads_kernel", "heads_backward_kernel"}
+    assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
+
+
 @pytest.mark.parametrize(
     ("bias", "hidden", "taps", "kernel"),
     [
