@@ -13,8 +13,8 @@ tasks of three lengths of output. What the file holds is not measured again.
 
     python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
 
-With `--split` it times the parts of `dape chomsky train`, with plain and with compiled blocks:
-starting (and compiling), the draw of examples, capturing, a step, and testing by length.
+With `--split` it times the parts of `dape chomsky train`: starting, the draw of examples,
+capturing, a step, and testing by length.
 
     python benchmarks/chomsky_speed.py --split --schemes kerple,dape-kerple --task parity-check
 """
@@ -125,34 +125,45 @@ def ways(options, task, model, training, device):
             yield scheme, f"{streams} streams of {each}, graphs", streams * each, make
 
 
-def sweep(task, model, scheme, training, device):
-    """Return about how many seconds it takes to test one model at all lengths up to 500."""
-    config = configure(model, scheme, task, training.length)
-    encoder = build(config, len(task.outputs), seed=0).to(device).eval()
+def tester(task, model, scheme, training, device):
+    """Return a test of the models of all seeds at a length, as `dape chomsky train` makes it."""
     evaluation = Evaluation()
-    lengths = range(25, evaluation.longest + 1, 50)
+    config = configure(model, scheme, task, training.length, "reference")
+    models = Stack(task, config, training, range(SEEDS), device)
+    if not models.fused:
+        config = configure(model, scheme, task, training.length)
+        models = OneByOne(
+            [build(config, len(task.outputs), s).to(device).eval() for s in range(SEEDS)]
+        )
 
     def test(length):
         sample = task.sample(single(length, evaluation.samples, device), length)
-        accuracy(OneByOne([encoder]), sample, length, evaluation.batch_tokens)
+        accuracy(models, sample, length, evaluation.batch_tokens)
 
+    return test
+
+
+def sweep(task, model, scheme, training, device):
+    """Return about how many seconds a test at all lengths up to 500 takes, for a model."""
+    test, longest = tester(task, model, scheme, training, device), Evaluation().longest
+    lengths = range(25, longest + 1, 50)
     seconds(test, lengths, device)  # compiles kernels
-    return evaluation.longest * seconds(test, lengths, device)
+    return longest * seconds(test, lengths, device) / SEEDS
 
 
 def split(options, task, model, training, device):
-    """Print the seconds of every part of a training of three seeds, by scheme and way."""
-    every, evaluation = [*range(1, training.length + 1)], Evaluation()
+    """Print the seconds of every part of a training of three seeds, by scheme."""
+    every = [*range(1, training.length + 1)]
     draw = Draw(
         [torch.Generator(device).manual_seed(seed) for seed in range(SEEDS)], training.batch_size
     )
     drawn = seconds(lambda length: task.sample(draw, length), every * 2, device)
     print(f"{SEEDS} models; a draw of examples by itself takes {1e3 * drawn:.2f} ms")
     records = []
-    for scheme, compiles in product(options.schemes.split(","), (False, True)):
+    for scheme in options.schemes.split(","):
         config = configure(model, scheme, task, training.length, "reference")
         begun = time.perf_counter()
-        stack = Stack(task, config, training, range(SEEDS), device, compiles)
+        stack = Stack(task, config, training, range(SEEDS), device)
         synchronize(device)
         start = time.perf_counter() - begun
         first, second = (len(every) * seconds(stack.step, every, device) for _ in range(2))
@@ -161,14 +172,14 @@ def split(options, task, model, training, device):
             seconds(stack.step, lengths, device) for lengths in (curriculum, every[-1:] * 50)
         )
         record = {
-            **{"scheme": scheme, "compiled": stack.compiles, "start": start, "first": first},
+            **{"scheme": scheme, "start": start, "first": first},
             **{"capture": second, "step": step, "longest": longest},
-            "tests": tests(stack, model, scheme, training, evaluation),
+            "tests": tests(task, model, scheme, training, device),
         }
         records.append(record)
         bands = " ".join(f"{length}: {1e3 * took:.1f}" for length, took in record["tests"])
         print(
-            f"{scheme:<16} {'compiled' if stack.compiles else 'plain':<9} start {start:.1f} s,"
+            f"{scheme:<16} start {start:.1f} s,"
             f" first steps {first:.1f} s, capture {second:.1f} s, step {1e3 * step:.2f} ms"
             f" (longest {1e3 * longest:.2f}), test of all models by length, ms: {bands}",
             flush=True,
@@ -176,19 +187,9 @@ def split(options, task, model, training, device):
     return records
 
 
-def tests(stack, model, scheme, training, evaluation):
-    """Return pairs of a length and the seconds that a test of all models of a stack takes."""
-    task, device, tested = stack.task, stack.device, stack
-    if not stack.compiles:
-        config = configure(model, scheme, task, training.length)
-        tested = OneByOne(
-            [build(config, len(task.outputs), s).to(device).eval() for s in range(SEEDS)]
-        )
-
-    def test(length):
-        sample = task.sample(single(length, evaluation.samples, device), length)
-        accuracy(tested, sample, length, evaluation.batch_tokens)
-
+def tests(task, model, scheme, training, device):
+    """Return pairs of a length and the seconds that a test of the models of all seeds takes."""
+    test = tester(task, model, scheme, training, device)
     lengths = [500, 400, 300, 200, 100, 40, 10]
     seconds(test, lengths, device)  # compiles kernels
     return [(length, seconds(test, [length] * 3, device)) for length in lengths]

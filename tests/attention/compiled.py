@@ -63,11 +63,21 @@ def shared_memory(kernel, args, options):
 
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
-    gradients=True, scores=geometry.SCORES_PER_BAND,
+    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND,
 ):  # fmt: skip
-    """Run attention and its gradients, in bands of so many scores; kernels are only noted."""
+    """Run attention, or a map across heads, and its gradients; kernels are only noted.
+
+    `room` is the most scores of a band.
+    """
     torch.set_grad_enabled(gradients)
-    geometry.SCORES_PER_BAND = scores
+    geometry.SCORES_PER_BAND = room
+    if mapped:
+        from dape.chomsky.heads import mapped as map_heads
+
+        weights = torch.zeros(hidden, 2 * heads), torch.zeros(hidden), torch.zeros(heads, hidden)
+        scores = torch.zeros(1, heads, rows, keys, requires_grad=True)
+        map_heads(scores, scores[0].detach(), *weights, torch.zeros(heads)).sum().backward()
+        return
     query, key, value = (
         torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
@@ -83,6 +93,7 @@ def main(*calls):
     """Print the shared memory of the kernels of each call."""
     for module in walk_packages(dape.attention.fused.__path__, "dape.attention.fused."):
         import_module(module.name)
+    import_module("dape.chomsky.heads_kernels")
     os.environ["TRITON_INTERPRET"] = "1"  # the backend serves a CPU; kernels are Triton's own
     serves.obstacle = lambda call: None  # bfloat16 too, which the interpreter cannot multiply
     started = []

@@ -1,6 +1,6 @@
 """The CUDA kernels compile, for every kind of call, with the flags that PyTorch compiles them by.
 
-A CPU cannot run them; what they compute is tested on a GPU.
+A CPU cannot run them; what they compute is tested on a GPU. Later processes find them compiled.
 """
 
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from torch.cuda._utils import _get_gpu_rtc_compatible_flags as flags_of_pytorch
 
 import dape
 from dape.attention.fused import operator, passes
-from dape.attention.fused.cuda import features, forward, mix, taps
+from dape.attention.fused.cuda import features, forward, launch, mix, taps
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
@@ -102,3 +102,22 @@ def test_the_compiler_refuses_what_pytorch_would():
     assert "no suitable conversion" in refusal(
         "#include <cuda_fp16.h>\n__global__ void x(float* a, __half b) { *a = (float)b; }", "90"
     )
+
+
+def test_a_kernel_is_compiled_once_and_read_from_the_cache_by_later_processes(
+    monkeypatch, tmp_path
+):
+    given = []
+
+    def compiler(*words):
+        given.append(words)
+        return f"code of {words}".encode(), words[1]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch._utils, "_nvrtc_compile", compiler)
+    calls = [("a", "mix", "90"), ("b", "mix", "90"), ("a", "mix", "90a"), ("a", "other", "90")]
+    first = [launch.compiled(*call) for call in calls]
+    assert first == [f"code of {call}".encode() for call in calls]
+    assert [launch.compiled(*call) for call in calls] == first and given == calls
+    monkeypatch.setattr(torch.version, "cuda", "99.0")
+    assert launch.compiled(*calls[0]) == first[0] and given == [*calls, calls[0]]

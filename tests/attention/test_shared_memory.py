@@ -42,6 +42,13 @@ def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
     assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
 
 
+def test_the_map_across_heads_fits_smaller_gpus():
+    sizes = {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64}
+    (found,) = compiled(sizes | {"mapped": True})
+    assert set(found) == {"heads_kernel", "heads_backward_kernel"}
+    assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
+
+
 @pytest.mark.parametrize(
     ("bias", "hidden", "taps", "kernel"),
     [
@@ -63,7 +70,7 @@ def test_every_kernel_of_a_call_in_bfloat16_compiles(bias, hidden, taps, kernel)
 def test_so_do_kernels_that_add_up_bands():
     call = {"heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260}
     names = ["grad_query_kernel", "grad_key_value_kernel"]
-    (found,) = compiled(call | {"dtype": "bfloat16", "scores": 2 * 64 * 64, "kernels": names})
+    (found,) = compiled(call | {"dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": names})
     assert all(len(found[name]) > 1 and max(found[name]) <= HOPPER for name in names)
 
 

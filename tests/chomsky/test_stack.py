@@ -1,16 +1,16 @@
 """Models side by side: each learns as it would alone, in plain PyTorch."""
 
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dape.chomsky import mapped
+from dape.chomsky import heads
 from dape.chomsky import stack as stack_module
 from dape.chomsky.encoder import Model, build, configure
 from dape.chomsky.measure import Evaluation, OneByOne, accuracies
 from dape.chomsky.stack import NOISE, Stack, Training
-from dape.chomsky.task import single
+from dape.chomsky.task import Draw, single
 from dape.chomsky.tasks import TASKS
 
 SMALL = Model(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, adapter_hidden=8)
@@ -30,9 +30,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def stack(scheme, task, seeds=SEEDS, device="cpu", compiles=False):
-    config = configure(SMALL, scheme, task, TRAINING.length, backend="reference")
-    return Stack(task, config, TRAINING, seeds, device, compiles)
+def stack(scheme, task, seeds=SEEDS, training=TRAINING):
+    config = configure(SMALL, scheme, task, training.length, backend="reference")
+    return Stack(task, config, training, seeds, "cpu")
 
 
 def alone(scheme, task, seed, lengths):
@@ -116,60 +116,45 @@ def test_a_restored_stack_goes_on_exactly():
 
 
 @pytest.fixture
-def graphs(monkeypatch):
-    """Blocks compiled to graphs of PyTorch's own operations; the number of graphs."""
-    torch._dynamo.reset()
-    made = []
-
-    def backend(graph, _):
-        made.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(mapped, "_COMPILED", {})
-    return made
+def fused(monkeypatch):
+    """Kernels serve a CPU, by the interpreter."""
+    monkeypatch.setattr(heads, "serves", lambda scores: scores.dtype == torch.float32)
+    monkeypatch.setattr(stack_module, "serves", lambda flat: True)
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize("scheme", ["dape3-kerple", "transformer-xl"])
-def test_one_compilation_serves_all_lengths_and_tasks(scheme, double, graphs):
-    for name in ("binary-addition", "modular-arithmetic"):
-        task = TASKS[name]
-        plain, fast = stack(scheme, task), stack(scheme, task, compiles=True)
-        for length in (6, 1, 4):
-            plain.step(length)
-            fast.step(length)
-        torch.testing.assert_close(fast.flat, plain.flat, atol=1e-9, rtol=0)
-        torch.testing.assert_close(fast.losses, plain.losses, atol=0, rtol=1e-9)
-    assert len(graphs) == 1
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape-alibi"])
+def test_a_stack_with_kernels_learns_as_in_float64(scheme, fused):
+    task, quiet = TASKS["stack-manipulation"], replace(TRAINING, dropout=0.0)
+    found = stack(scheme, task, training=quiet)
+    torch.set_default_dtype(torch.float64)
+    expected = stack(scheme, task, training=quiet)
+    torch.set_default_dtype(torch.float32)
+    assert found.fused and found.flat.dtype == torch.float32
+    expected.flat.data.copy_(found.flat)
+    sample = task.sample(Draw([torch.Generator().manual_seed(0) for _ in SEEDS], 16), 5)
+    losses = []
+    for each in (found, expected):
+        losses.append(each.loss(sample, [torch.Generator() for _ in SEEDS]))
+        losses[-1].sum().backward()
+    torch.testing.assert_close(losses[0].double(), losses[1], atol=0, rtol=1e-6)
+    torch.testing.assert_close(found.flat.grad.double(), expected.flat.grad, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.unhooked
-def test_a_compiler_that_fails_is_done_without(graphs):
-    with pytest.warns(UserWarning, match="cope trains without a compiler, which fails: "):
-        found = stack("cope", TASKS["even-pairs"], compiles=True)
-    plain = stack("cope", TASKS["even-pairs"])
-    found.step(3)
-    plain.step(3)
-    assert not found.compiles and torch.equal(found.flat, plain.flat)
-
-
-@pytest.mark.unhooked
-def test_a_compiled_stack_answers_as_its_models_one_by_one(double, graphs, monkeypatch):
-    monkeypatch.setattr(stack_module, "PAIRS", 1_000)  # a few rows at a time
-    scheme = "randomized-rope"
-    task, evaluation = TASKS["stack-manipulation"], Evaluation(12, samples=9, batch_tokens=150)
-    together = stack(scheme, task, compiles=True)
-    config = configure(SMALL, scheme, task, TRAINING.length)
-    models = [build(config, len(task.outputs), seed).eval() for seed in SEEDS]
+def test_a_stack_with_kernels_answers_as_its_models_one_by_one(fused, monkeypatch):
+    monkeypatch.setattr(stack_module, "PAIRS", 300)  # a few rows at a time
+    task, evaluation = TASKS["stack-manipulation"], Evaluation(4, samples=5, batch_tokens=30)
+    together = stack("dape-kerple", task)
     with torch.no_grad():
         together.flat *= 4  # answers differ between inputs and between models
+    config = configure(SMALL, "dape-kerple", task, TRAINING.length)
+    models = [build(config, len(task.outputs), seed).eval() for seed in SEEDS]
     for index, model in enumerate(models):
         model.load_state_dict(together.model(index))
     found = accuracies(together, task, evaluation, torch.device("cpu"))
     assert found == accuracies(OneByOne(models), task, evaluation, torch.device("cpu"))
     assert found[0] != found[1]
-    assert len(graphs) == 2  # with gradients and without
 
 
 @pytest.mark.gpu
@@ -211,16 +196,24 @@ def test_graphs_compute_what_ordinary_updates_do(scheme, name, double):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scheme", SCHEMES[:11])
-def test_a_compiled_block_computes_what_a_plain_block_does(scheme, double):
-    task = TASKS["binary-addition"]
-    fast, plain = (stack(scheme, task, device="cuda", compiles=each) for each in (True, False))
-    for length in (3, 6, 3, 3, 6, 6):
-        fast.step(length)
-        plain.step(length)
-    torch.cuda.synchronize()
-    torch.testing.assert_close(fast.flat, plain.flat, atol=1e-6, rtol=0)
-    torch.testing.assert_close(fast.losses, plain.losses, atol=0, rtol=1e-6)
-    evaluation = Evaluation(20, samples=32)
-    found = (accuracies(each, task, evaluation, torch.device("cuda")) for each in (fast, plain))
-    assert next(found) == next(found)
+def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(monkeypatch):
+    """At the sizes of the benchmark, a gradient by a kernel and by formulas in float32."""
+    task, training = TASKS["reverse-string"], Training(dropout=0.0)
+    config = configure(Model(), "dape-kerple", task, training.length, backend="reference")
+    begun = Stack(task, config, training, SEEDS, "cuda")
+    sample = task.sample(Draw([torch.Generator("cuda") for _ in SEEDS], 128), 21)
+
+    def gradient(dtype=torch.float32):
+        torch.set_default_dtype(dtype)
+        its = Stack(task, config, training, SEEDS, "cuda")
+        its.flat.data.copy_(begun.flat)
+        its.loss(sample, [torch.Generator("cuda") for _ in SEEDS]).sum().backward()
+        torch.set_default_dtype(torch.float32)
+        return its.flat.grad.double()
+
+    truth, found = gradient(torch.float64), gradient()
+    monkeypatch.setattr(heads, "serves", lambda scores: False)
+    plain = gradient()
+    assert begun.fused
+    # Few hidden units have another sign in float32. Gradients in TF32 are 1e-3 from the truth.
+    assert (found - truth).norm() < 3 * (plain - truth).norm() < 1e-4 * truth.norm()

@@ -45,6 +45,11 @@ class Call(NamedTuple):
         return self.query_offset - self.key_offset
 
     @property
+    def masks(self) -> bool:
+        """Return whether a key may be without weight for a query."""
+        return self.causal or self.mask is not None or self.halo != (0, 0)
+
+    @property
     def positioned(self) -> bool:
         """Return whether positions are given, and therefore arbitrary."""
         return self.query_positions is not None or self.key_positions is not None

@@ -22,9 +22,12 @@ def attend(call: Call, lse: bool = False) -> Attended:
     visible = call.visible()
     with torch.autocast(call.query.device.type, enabled=False):
         logits, counted = logits_of(call, visible), within_halo(call, visible)
-        # The lowest finite number, not -inf: the gradient of a row that is all -inf is NaN.
-        logits = logits.masked_fill(~counted, torch.finfo(logits.dtype).min)
-        weights = logits.softmax(-1).masked_fill(~counted, 0)
+        if call.masks:
+            # The lowest finite number, not -inf: the gradient of a row that is all -inf is NaN.
+            logits = logits.masked_fill(~counted, torch.finfo(logits.dtype).min)
+            weights = logits.softmax(-1).masked_fill(~counted, 0)
+        else:
+            weights = logits.softmax(-1)
         grouped = weights.unflatten(1, (call.value.shape[1], -1))
         out = torch.einsum("bkgqj,bkjd->bkgqd", grouped, call.value).flatten(1, 2)
     sums = log_sum_exp(logits, counted) if lse else None

@@ -35,7 +35,6 @@ class Cell:
     accuracy: percent of scored symbols right at the lengths 1, 2, ...
     seconds: `training` and `evaluation`, the time of models side by side, divided by their number.
     models: number of models trained side by side.
-    compiled: whether a compiled block trained and tested the model, equal but for rounding.
     """
 
     task: str
@@ -48,7 +47,6 @@ class Cell:
     seconds: dict[str, float]
     models: int
     provenance: Provenance
-    compiled: bool = False
     format: int = field(default=FORMAT)
 
     @property

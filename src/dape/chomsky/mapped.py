@@ -10,6 +10,7 @@ from torch.func import functional_call, vmap
 from torch.nn.functional import pad
 
 from dape.chomsky.encoder import Encoder, EncoderLayer
+from dape.chomsky.heads import Heads, served
 from dape.model.configuration import DapeConfig
 
 ALIGNED = 4  # parameters begin at multiples of this number of elements, 16 bytes of float32
@@ -85,61 +86,10 @@ def stacked(module: nn.Module, axes: tuple[int | None, ...]) -> Stacked:
     return each
 
 
-class _Linear(nn.Linear):
-    """A linear layer as a formula."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = torch.einsum("...c,dc->...d", x, self.weight)
-        return product if self.bias is None else product + self.bias
-
-
-class _LayerNorm(nn.LayerNorm):
-    """A layer norm as a formula."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
-
-
-def block_of(config: DapeConfig, formulas: bool = False) -> Stacked:
-    """Return a block of an encoder as a function of stacked parameters.
-
-    With `formulas` a block has formulas in place of PyTorch's layers. A compilation under `vmap`
-    would fix the length of the tokens for the layers.
-    """
+def block_of(config: DapeConfig) -> Stacked:
+    """Return a block of an encoder as a function of stacked parameters."""
     with torch.device("meta"):
         block = EncoderLayer(config, 0).eval()
-    for module in block.modules() if formulas else ():
-        kinds = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm}
-        module.__class__ = kinds.get(type(module), type(module))
+    if served(block.self_attn.adapter):
+        block.self_attn.adapter.__class__ = Heads
     return stacked(block, (0, 0, 1))
-
-
-_COMPILED: dict[str, Stacked] = {}
-
-
-def compiled(config: DapeConfig) -> Stacked:
-    """Return a compiled block, the same for all tasks and lengths.
-
-    A compiler fuses the steps between the products of matrices. A block holds no parameters, so
-    blocks of equal sizes share a compilation. The lengths of the tokens and, without gradients, the
-    size of the batch are free.
-    """
-    sizes = config.to_dict()
-    key = str({name: sizes[name] for name in sizes if name not in ("vocab_size", "train_length")})
-    if key not in _COMPILED:
-        # A compilation for each scheme, with and without gradients.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1_000)
-        _COMPILED[key] = torch.compile(block_of(config, formulas=True), fullgraph=True)
-    block = _COMPILED[key]
-
-    def run(
-        parameters: dict[str, Tensor], hidden: Tensor, positions: Tensor | None, keep: Tensor | None
-    ) -> Tensor:
-        free = ((hidden, 2), (positions, 1), (keep, 3))
-        for x, axis in free if torch.is_grad_enabled() else (*free, (hidden, 1)):
-            if x is not None and x.shape[axis] > 1:
-                torch._dynamo.mark_dynamic(x, axis)
-        return block(parameters, hidden, positions, keep)
-
-    return run

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dape.chomsky.encoder import Encoder
@@ -61,22 +61,24 @@ def accuracies(
     than a short answer. Dropout is off.
     """
     by_length = []
-    # The longest first, because a compiler chooses kernels for the first length.
-    for length in range(evaluation.longest, 0, -1):
+    for length in range(1, evaluation.longest + 1):
         sample = task.sample(single(TEST + length, evaluation.samples, device), length)
         by_length.append(accuracy(models, sample, length, evaluation.batch_tokens))
-    return [list(own) for own in zip(*reversed(by_length), strict=True)]
+    found: list[list[float]] = torch.stack(by_length, 1).tolist()  # the only wait for the device
+    return found
 
 
-def accuracy(models: Models, sample: Sample, seed: int, batch_tokens: int) -> list[float]:
-    """Return the percentage of right scored symbols of a sample, by model."""
+def accuracy(
+    models: Models, sample: Sample, seed: int, batch_tokens: int
+) -> Float[Tensor, " models"]:
+    """Return the percentage of right scored symbols of a sample, by model, in float64."""
     generator = torch.Generator(sample.inputs.device).manual_seed(TEST + seed)
     right: Any = 0
     for part in _parts(sample, batch_tokens):
         answers = models.answers(part.inputs, part.outputs.shape[1], generator)
         right = right + ((answers == part.outputs) & part.scored).sum((1, 2))
-    total = int(sample.scored.sum())
-    return [100 * each / total for each in right.tolist()]
+    found: Tensor = 100 * right.double() / sample.scored.sum()
+    return found
 
 
 def _parts(sample: Sample, batch_tokens: int) -> Iterator[Sample]:

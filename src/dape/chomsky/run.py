@@ -83,11 +83,8 @@ def run(
     report: Report,
     argv: list[str],
     together: int = 1,
-    compiles: bool = False,
 ) -> None:
     """Train and test missing models, `together` jobs at a time, and write their cells.
-
-    With `compiles` a block of the encoder is compiled.
 
     Concurrent jobs have separate streams of the GPU. At SIGINT or SIGTERM all jobs save a
     checkpoint, and the function raises `KeyboardInterrupt`. The next call resumes from the
@@ -101,16 +98,11 @@ def run(
         raise UserError(f"{folder} exists and is no benchmark; give another --out")
     with locked(folder.path, f"another process trains in {folder}; wait for its end"):
         folder.update_record(provenance(device, argv))
-        _run(benchmark, device, report, argv, together, compiles)
+        _run(benchmark, device, report, argv, together)
 
 
 def _run(
-    benchmark: Benchmark,
-    device: torch.device,
-    report: Report,
-    argv: list[str],
-    together: int,
-    compiles: bool,
+    benchmark: Benchmark, device: torch.device, report: Report, argv: list[str], together: int
 ) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -119,21 +111,21 @@ def _run(
     for first in range(0, len(due), together):
         jobs = due[first : first + together]
         with _precision(benchmark.training.precision):
-            courses = [_begin(job, benchmark, device, compiles) for job in jobs]
+            courses = [_begin(job, benchmark, device) for job in jobs]
             _train(courses, benchmark, report)
         models = sum(len(job.seeds) for job in jobs)
         for course in courses:
             _test(course, models, benchmark, argv)
 
 
-def _begin(job: Job, benchmark: Benchmark, device: torch.device, compiles: bool) -> Course:
+def _begin(job: Job, benchmark: Benchmark, device: torch.device) -> Course:
     """Return a job with new models, or with the models of the checkpoint.
 
     Unreadable checkpoints are ignored, and checkpoints of other seeds, settings or kinds of device.
     """
     task, training = TASKS[job.task], benchmark.training
     config = configure(benchmark.model, job.scheme, task, training.length, "reference")
-    course = Course(job, Stack(task, config, training, job.seeds, device, compiles))
+    course = Course(job, Stack(task, config, training, job.seeds, device))
     state = _state(job, benchmark)
     same = (job.seeds, benchmark.settings(), device.type)
     if tuple(state.get(name) for name in ("seeds", "settings", "device")) == same:
@@ -184,7 +176,7 @@ def _log(course: Course) -> list[float]:
 def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) -> None:
     """Test the models of a job, and write their cells; `models` were trained side by side."""
     job, stack, task = course.job, course.stack, TASKS[course.job.task]
-    tested = stack if stack.compiles else _one_by_one(course, benchmark)
+    tested = stack if stack.fused else _one_by_one(course, benchmark)
     start = time.monotonic()
     found = accuracies(tested, task, benchmark.evaluation, stack.device)
     testing = (time.monotonic() - start) / len(job.seeds)
@@ -201,7 +193,6 @@ def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) ->
             accuracy=[round(each, 3) for each in own],
             seconds={"training": course.seconds / models, "evaluation": testing},
             models=models,
-            compiled=stack.compiles,
             provenance=provenance(stack.device, argv),
         ).save(benchmark.folder)
     remove(_checkpoint(job, benchmark))

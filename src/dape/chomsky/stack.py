@@ -5,7 +5,6 @@ Small models leave a GPU idle. Therefore the parameters of all models lie in a t
 as a CUDA graph per length of the curriculum, with the drawing of examples inside.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from dape.chomsky.encoder import Encoder, Noise, build
 from dape.chomsky.graphs import Graphs
+from dape.chomsky.heads import served, serves
 from dape.chomsky.mapped import (
     Method,
     block_of,
-    compiled,
     flatten,
     padded,
     repeated,
@@ -34,7 +33,7 @@ from dape.model.configuration import DapeConfig
 
 NOISE = 2**32  # added to a seed for dropout and randomised positions
 PART = 8  # examples of a product of weights; see `Stack.forward`
-PAIRS = 2**24  # queries and keys at a time in tests; a pair has 256 bytes of hidden units
+PAIRS = 2**25  # queries and keys at a time in tests; a pair has 32 bytes of scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Stack:
     Attributes:
         flat: the parameters, `[models, parameters]`.
         losses: sums of the models' losses over the updates since `read_losses`.
-        compiles: whether the blocks are compiled.
+        fused: whether a kernel computes DAPE's map across heads.
 
     """
 
@@ -82,7 +81,6 @@ class Stack:
         training: Training,
         seeds: Sequence[int],
         device: torch.device | str,
-        compiles: bool = False,
     ) -> None:
         self.task, self.training, self.seeds = task, training, list(seeds)
         self.device = torch.device(device)
@@ -108,31 +106,8 @@ class Stack:
         self._embed = stacked(Method(self.encoder, Encoder.embed), (0, None, 1))
         self._read = stacked(Method(self.encoder, Encoder.read), (0, None))
         self._layer_names = [name for name, _ in self.encoder.layers[0].named_parameters()]
-        self._layer = compiled(config) if compiles else block_of(config)
-        self.compiles = compiles and self._compile()
-        if compiles and not self.compiles:
-            self._layer = block_of(config)
-
-    def _compile(self) -> bool:
-        """Compile for the longest examples, because the first length decides on the kernels.
-
-        Return False with a warning if the compiler fails.
-        """
-        batch, length = self.training.batch_size, self.training.length
-        apart = [torch.Generator(self.device).manual_seed(0) for _ in self.seeds]
-        sample = self.task.sample(Draw(apart, batch), length)
-        try:
-            with warnings.catch_warnings():  # the compiler looks at gradients of inputs
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-                self.loss(sample, apart).sum().backward()
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            name = self.encoder.config.scheme
-            warnings.warn(f"{name} trains without a compiler, which fails: {reason}", stacklevel=2)
-            return False
-        finally:
-            self.flat.grad = None
-        return True
+        self._layer = block_of(config)
+        self.fused = serves(self.flat) and any(map(served, self.encoder.modules()))
 
     def parameters(
         self, flat: Float[Tensor, "models parameters"]
@@ -192,9 +167,9 @@ class Stack:
 
         Every `PART` examples have a copy of their model's weights. The gradient of a weight is then
         a sum of many short products. A single product over the batch has few outputs and a long
-        sum, and keeps few processors of a GPU busy. On an H200 a step of three DAPE-Kerple models
-        takes 55.6 ms with a part of 128 examples, 14.9 with 16, 12.2 with 8 and 11.9 with 4. Three
-        RoPE models take 8.6, 5.2, 5.0 and 5.1 (reverse-string, inputs of 20 symbols).
+        sum, and keeps few processors of a GPU busy. On an H200 a step of three RoPE models takes
+        8.6 ms with a part of 128 examples, 5.2 with 16, 5.0 with 8 and 5.1 with 4 (reverse-string,
+        inputs of 20 symbols).
         """
         models, batch = inputs.shape[:2]
         parts = batch // PART if torch.is_grad_enabled() and batch % PART == 0 else 1
@@ -222,14 +197,11 @@ class Stack:
         positions = self.encoder.noise([generator], len(inputs), tokens).positions
         noise = Noise(positions=None if positions is None else positions.expand(models, -1, -1))
         pieces = -(-models * len(inputs) * tokens**2 // PAIRS)
-        pieces = min(pieces, max(1, len(inputs) // 2))
-        # A single row would be compiled anew.
-        several = inputs if len(inputs) > 1 else inputs.repeat(2, 1)
         logits = [
             self.forward(self.flat, piece.expand(models, -1, -1), out, noise)
-            for piece in several.tensor_split(pieces)
+            for piece in inputs.tensor_split(min(pieces, len(inputs)))
         ]
-        return torch.cat([each.argmax(-1) for each in logits], 1)[:, : len(inputs)]
+        return torch.cat([each.argmax(-1) for each in logits], 1)
 
     def step(self, length: int) -> None:
         """Make an update, on a GPU as a graph from the second update of a length on."""

@@ -37,8 +37,6 @@ class Arguments(Recipe):
     """cpu, cuda, cuda:1, ...; auto prefers a GPU"""
     together: int = 1
     """pairs of task and scheme to train side by side, with all seeds"""
-    compile: bool = False
-    """compile a block of the encoder, on a GPU alone"""
 
     def __post_init__(self) -> None:
         """Refuse a number of pairs below 1."""
@@ -55,9 +53,8 @@ def main(argv: list[str]) -> None:
     models = sum(len(job.seeds) for job in plan(benchmark))
     print(f"{benchmark.out}: {models} models to train on {device}", flush=True)
     report = partial(show, benchmark.training.steps)
-    compiles = arguments.compile and device.type == "cuda"
     words = ["chomsky", "train", *argv]
-    run(benchmark, device, report, words, arguments.together, compiles)
+    run(benchmark, device, report, words, arguments.together)
 
 
 def read_arguments(argv: list[str], prog: str, kind: type[Given]) -> Given:

@@ -1,23 +1,30 @@
-"""CUDA kernels compiled when first used, by NVRTC, and started at little cost."""
+"""CUDA kernels compiled when first used, by NVRTC, and started at little cost.
+
+A compiled kernel is kept in Triton's cache on the disk, for later processes.
+"""
 
 from collections.abc import Callable
 from ctypes import addressof, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
+from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from struct import pack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.cuda import _utils
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
+from triton.runtime.cache import get_cache_manager
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel on the device that was current at compilation, started as kernels of Triton are.
 
-    Kernels of `torch.cuda._compile_kernel` look at every argument at every call, in 0.2 ms, longer
+    Kernels of `torch.cuda._utils` look at every argument at every call, in 0.2 ms, longer
     than many a kernel runs. `Kernel` turns an argument into a word of eight bytes.
     """
 
@@ -71,7 +78,26 @@ def source_of(defines: dict[str, int], *names: str) -> str:
 
 def kernel(source: str, name: str, capability: str | None = None, shared_memory: int = 0) -> Kernel:
     """Return a compiled kernel with some bytes of dynamic shared memory, on the current device."""
-    found = torch.cuda._compile_kernel(source, name, compute_capability=capability)
+    binary = compiled(source, name, capability or device_capability())
+    loaded: Any = _utils._cuda_load_module(binary, [name])
+    found = loaded[name]
     if shared_memory:
         found.set_shared_memory_config(shared_memory)
     return Kernel(found.func, shared_memory)
+
+
+def device_capability() -> str:
+    """Return the compute capability of the current device, as 90."""
+    return "".join(map(str, torch.cuda.get_device_capability()))
+
+
+def compiled(source: str, name: str, capability: str) -> bytes:
+    """Return the machine code of a kernel of C linkage, from the cache or by NVRTC."""
+    told = source, name, capability, torch.__version__, torch.version.cuda
+    cached = get_cache_manager(sha256(repr(told).encode()).hexdigest())
+    file = cached.get_file(f"{name}.cubin")
+    if file is not None:
+        return Path(file).read_bytes()
+    binary, _ = _utils._nvrtc_compile(source, name, capability)
+    cached.put(binary, f"{name}.cubin")
+    return binary
