@@ -142,7 +142,7 @@ def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
     query, cache = torch.empty(batch, 12, rows, size), torch.empty(1, 1, 1, 1)
     cache = cache.expand(batch, 12, 32768, size)
     problem = FusedProblem(query, cache, cache, mixing(), None, 1.0, True, 32768 - rows)
-    tile = decode.tile_of(problem, 16)
+    tile = decode.tile_of(problem, 16, 32)
     spans, length = decode.key_spans(problem, tile)
     assert spans * length >= 32768 and spans * size <= decode.MOST_PARTS
     assert spans * batch * rows >= 128

@@ -64,16 +64,20 @@ def serves(problem: Problem) -> bool:
     return rows <= MOST_ROWS and keys >= KEYS_PER_ROW * rows
 
 
-def tile_of(problem: Problem, heads: int) -> Tile:
-    """Return the tile for a number of heads: 64 keys are the rows of a product on Hopper.
+def tile_of(problem: Problem, heads: int, units: int) -> Tile:
+    """Return the tile for numbers of heads and units, by shared memory for two programs.
 
-    Two blocks of a row fit a multiprocessor, with 24 KiB of keys or values under way in a block.
+    Two programs of a row have 128 KiB of keys and values under way on a multiprocessor of Hopper,
+    more than arrives while both mix.
     """
     rows = min(next_power_of_2(problem.query.shape[2]), MOST_COLUMNS // heads)
-    num_warps = 4 if rows * heads <= 16 else 8
+    columns = rows * heads
+    num_warps = 4 if columns <= 16 else 8
     if problem.query.element_size() == 4:
         return Tile(rows, 32, num_warps, 2)
-    return Tile(rows, 64, num_warps, 4 if problem.query.shape[3] <= 64 else 3)
+    keys = 64 if columns < MOST_COLUMNS else 32 if units <= 32 else 16
+    wide = max(problem.query.shape[3], problem.value.shape[3]) > 64
+    return Tile(rows, keys, num_warps, 3 if wide else 5)
 
 
 def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
@@ -110,7 +114,7 @@ def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
     batch, heads, rows, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
     units, channels = terms.weight_in.shape[:2]
-    tile = tile_of(problem, padded(heads))
+    tile = tile_of(problem, padded(heads), units)
     spans, length = key_spans(problem, tile)
     parts, parts_lse = parts_of(found, spans)
     mask = query if problem.mask is None else problem.mask
@@ -124,7 +128,8 @@ def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
         problem.offset, problem.scale, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),
-        kv_heads, heads // kv_heads, H=heads, D=units, HEADS=padded(heads), UNITS=padded(units),
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, H=heads, D=units, HEADS=padded(heads),
+        UNITS=padded(units),
         E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim), **how,
         CAUSAL=problem.causal, MASKED=problem.mask is not None,
         EXACT=found.exact, RESTED=spans == 1 and found.exact, **flags, FLAGS=found.flag.numel() > 0,
