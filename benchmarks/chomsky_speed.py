@@ -216,41 +216,8 @@ def prices(options, model, training, device, origin):
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", default="reverse-string")
-    parser.add_argument("--schemes", default="rope,alibi,kerple,fire,dape-kerple,dape3-kerple")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--models", default="1,3,9,27")
-    parser.add_argument("--streams", default="2,4")
-    parser.add_argument("--per-stream", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--length", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--evaluation", action="store_true", help="time the test of a model too")
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument(
-        "--prices", help="JSON file of the prices of the plan, to write or complete"
-    )
-    parser.add_argument("--split", action="store_true", help="time the parts of a training")
-    options = parser.parse_args()
-    check_writable(*(Path(file) for file in (options.out, options.prices) if file))
-    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
-    device, task = torch.device(options.device), TASKS[options.task]
-    model = Model(hidden_size=options.width)
-    training = Training(length=options.length, batch_size=options.batch_size)
-    origin = provenance(device)
-    print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
-    if options.prices:
-        prices(options, model, training, device, origin)
-        return
-    if options.split:
-        records = split(options, task, model, training, device)
-        if options.out:
-            write_json(Path(options.out), {"options": vars(options), "split": records, **origin})
-        return
+def compare(options, task, model, training, device):
+    """Time every way to train every scheme, and tests if asked for; print and return records."""
     print(
         f"{'scheme':<16} {'way':<32} {'steps/s':>8} {'models/s':>9} {'longest':>9} "
         f"{'h / 495 runs':>12} {'GiB':>6} {'set-up s':>8}"
@@ -281,8 +248,48 @@ def main():
         took = sweep(task, model, scheme, training, device)
         print(f"{scheme:<16} about {took:.0f} s to test a model at lengths 1 to 500", flush=True)
         records.append({"scheme": scheme, "way": "test", "seconds": took})
+    return records
+
+
+def parse():
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="reverse-string")
+    parser.add_argument("--schemes", default="rope,alibi,kerple,fire,dape-kerple,dape3-kerple")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--models", default="1,3,9,27")
+    parser.add_argument("--streams", default="2,4")
+    parser.add_argument("--per-stream", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--length", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluation", action="store_true", help="time the test of a model too")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument(
+        "--prices", help="JSON file of the prices of the plan, to write or complete"
+    )
+    parser.add_argument("--split", action="store_true", help="time the parts of a training")
+    return parser.parse_args()
+
+
+def main():
+    options = parse()
+    check_writable(*(Path(file) for file in (options.out, options.prices) if file))
+    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    device, task = torch.device(options.device), TASKS[options.task]
+    model = Model(hidden_size=options.width)
+    training = Training(length=options.length, batch_size=options.batch_size)
+    origin = provenance(device)
+    print(f"{origin['device']}, {task.name}, width {options.width}, {options.precision}")
+    if options.prices:
+        prices(options, model, training, device, origin)
+        return
+    name, timed = ("split", split) if options.split else ("ways", compare)
+    records = timed(options, task, model, training, device)
     if options.out:
-        write_json(Path(options.out), {"options": vars(options), "ways": records, **origin})
+        write_json(Path(options.out), {"options": vars(options), name: records, **origin})
 
 
 if __name__ == "__main__":

@@ -188,11 +188,9 @@ def attention(case: Case) -> Iterator[dict[str, Any]]:
     dist.destroy_process_group()
 
 
-def difference(
-    spread: Any, alone: Any, bias: Any, adapter: Any, device: torch.device, length: int = 2048
-) -> float:
+def difference(spread: Any, alone: Any, bias: Any, adapter: Any, device: torch.device) -> float:
     """Return how far output and gradients are from one GPU's, in float32, over the largest."""
-    whole = [torch.randn(1, 12, length, 64, device=device).requires_grad_() for _ in range(3)]
+    whole = [torch.randn(1, 12, 2048, 64, device=device).requires_grad_() for _ in range(3)]
     parts = [spread.part(x.detach(), dim=2).requires_grad_() for x in whole]
     found = []
     for attend, tensors in ((alone, whole), (spread.attention, parts)):
@@ -256,8 +254,8 @@ def table(found: list[dict[str, Any]]) -> str:
             continue
         one = _beside(entries, case, gpus=1)
         nope = _beside(entries, case, scheme="nope")
-        gain = one and _work(entry) / (_work(one) * case["gpus"])
-        cost = nope and _work(entry) / _work(nope)
+        gain = one and work_of(entry) / (work_of(one) * case["gpus"])
+        cost = nope and work_of(entry) / work_of(nope)
         cells += [entry.get("micro_batch_size"), _text(entry.get("gib"), ".1f")]
         cells += [_text(entry["seconds"], ".3f"), _text(entry.get("tokens_per_second"), ",.0f")]
         cells += [_text(each, ".0%") for each in (entry.get("mfu"), gain, cost)]
@@ -277,7 +275,7 @@ def _beside(entries: list[dict[str, Any]], case: dict[str, Any], **other: Any) -
     return next((each for each in fits if "failed" not in each), None)
 
 
-def _work(entry: dict[str, Any]) -> float:
+def work_of(entry: dict[str, Any]) -> float:
     """Return tokens a second; of attention, sequences."""
     return entry.get("tokens_per_second") or 1 / entry["seconds"]
 

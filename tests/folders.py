@@ -53,13 +53,13 @@ def make_run(folder, data, scheme, seed=0):
     return folder
 
 
-def learned_tokenizer(vocab_size=300):
+def learned_tokenizer():
     """Return a byte-level BPE tokenizer as GPT-2 has one, learned from the letters of `text`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=300,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -108,9 +108,9 @@ class Trial:
 
         return hook
 
-    def stopped(self, seconds: float = SECONDS) -> bool:
+    def stopped(self) -> bool:
         """Wait for the process to stop at its event; return whether it did."""
-        return self._wait(seconds, os.WUNTRACED) == "stopped"
+        return self._wait(SECONDS, os.WUNTRACED) == "stopped"
 
     def go_on(self) -> None:
         """Let a stopped process go on."""

@@ -1,6 +1,7 @@
 """What the CUDA kernels compute, against the float64 textbook, on a CPU: `emulated.h` runs them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import one_band
 import pytest
@@ -114,18 +115,37 @@ def test_the_whole_forward_pass(emulated, name, dtype):
     assert_close(lse.double(), exact_lse, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("size", "level", "asks"), [(1, 0, 0), (30, 0, 1), (1, -200, 1)])
-def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, level, asks):
+@pytest.mark.parametrize(
+    ("size", "level", "scale", "asks"),
+    [(1, 0, 1, 0), (30, 0, 1, 1), (1, -200, 1, 1), (1, 0, 0, 1), (1, 0, 1e-6, 1)],
+)
+def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, level, scale, asks):
+    """With a scale of zero, weights over the scale are none, and with 1e-6 they are infinite."""
     problem = problem_of(batch=1, rows=20, keys=20)
     query, key, value, _, bias, adapter = drawn(problem)
     tensors = [x.half() for x in (size * query, key, value)]
     with torch.no_grad():
         static, *others = tables_of(problem, bias, adapter)
         tables = (static + level, *others)
-        given = operator.problem_of(*tensors, tables, None, 32**-0.5, True, 0)
+        given = operator.problem_of(*tensors, tables, None, scale * 32**-0.5, True, 0)
         found = with_flag(given)
         forward.forward(given, given.terms, layout(given, given.terms), found)
         assert found.flag.item() == asks
+
+
+@pytest.mark.parametrize(
+    ("scale", "served"), [(0.1, True), (-0.1, True), (1e-3, False), (0.0, False)]
+)
+def test_small_scales_are_left_to_the_bands(monkeypatch, scale, served):
+    """A scale of 1e-3 lets scores of 64 through whose product of queries and keys is 64,000."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: forward.CAPABILITY)
+    of_an_h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: of_an_h100)
+    problem = problem_of(batch=8, rows=64, keys=64)
+    *tensors, _, bias, adapter = drawn(problem)
+    halves, tables = [x.half() for x in tensors], tables_of(problem, bias, adapter)
+    given = operator.problem_of(*halves, tables, None, scale, True, 0)
+    assert (forward.layout_of(given, given.terms) is not None) == served
 
 
 @pytest.mark.parametrize("whole", [False, True])

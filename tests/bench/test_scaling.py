@@ -6,15 +6,24 @@ from pathlib import Path
 
 import pytest
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", FILE)
-    module = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scaling")
+
+
+@pytest.fixture(scope="module")
+def figure(scaling):
+    return load("scaling_figure")
 
 
 def entry(seconds, tokens, micro=8):
@@ -59,3 +68,21 @@ def test_the_table_compares_with_one_gpu_and_with_nope(scaling, tmp_path):
     assert cells["nope", "4"] == ["8", "10.0", "1.000", "380", "40%", "95%", "100%"]
     assert cells["dape-kerple", "4"][-2:] == ["", "85%"]
     assert cells["nope", "1"][-2:] == ["100%", "100%"]
+
+
+def test_the_figure_has_a_line_for_what_one_gpu_and_several_have(scaling, figure, tmp_path):
+    out = tmp_path / "scaling.json"
+    for gpus, tokens in ((4, 380.0), (1, 100.0), (2, 197.0)):
+        scaling.keep(out, scaling.Case("models", "2.7b", "nope", gpus), entry(1.0, tokens))
+    scaling.keep(out, scaling.Case("models", "6.7b", "nope", 4), entry(1.0, 90.0))
+    for gpus, seconds in ((1, 2.0), (4, 0.5)):
+        case = scaling.Case("attention", "125m", "dape-kerple", gpus, 32768)
+        scaling.keep(out, case, {"seconds": seconds})
+    found = scaling.results(out)
+    assert figure.lines(found, "models") == [("nope", "2.7b", [1, 2, 4], [1.0, 1.97, 3.8])]
+    assert figure.lines(found, "attention") == [("dape-kerple", "32,768", [1, 4], [1.0, 4.0])]
+    assert figure.lines(found, "lengths") == []
+    panels = figure.draw(found).axes
+    titles = [panel.get_title() for panel in panels]
+    assert titles == ["training, 512 tokens", "attention, one sequence"]
+    assert panels[0].lines[1].get_ydata().tolist() == [1.0, 1.97, 3.8]

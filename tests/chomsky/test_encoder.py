@@ -17,8 +17,8 @@ SMALL = Model(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, adapte
 TASK = TASKS["reverse-string"]
 
 
-def encoder(scheme, model=SMALL, task=TASK, length=40):
-    return build(configure(model, scheme, task, length), len(task.outputs), seed=0).eval()
+def encoder(scheme, model=SMALL, task=TASK):
+    return build(configure(model, scheme, task, 40), len(task.outputs), seed=0).eval()
 
 
 @pytest.mark.parametrize("name", ["even-pairs", "bucket-sort", "binary-addition"])

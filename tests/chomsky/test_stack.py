@@ -30,9 +30,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def stack(scheme, task, seeds=SEEDS, training=TRAINING, device="cpu", compiles=False):
-    config = configure(SMALL, scheme, task, training.length, backend="reference")
-    return Stack(task, config, training, seeds, device, compiles)
+def stack(scheme, task, seeds=SEEDS, device="cpu", compiles=False):
+    config = configure(SMALL, scheme, task, TRAINING.length, backend="reference")
+    return Stack(task, config, TRAINING, seeds, device, compiles)
 
 
 def alone(scheme, task, seed, lengths):

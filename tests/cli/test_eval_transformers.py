@@ -1,6 +1,5 @@
 """`dape eval` on models of transformers' own, made here: their own loss is the oracle."""
 
-import json
 import math
 import os
 import shutil
@@ -9,63 +8,23 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from foreign import CONFIGS, ENDS, SHAPE, WIDE, evaluation, save
 from tokenizers import normalizers
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MptConfig,
-    OPTConfig,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dape.data.shards import Corpus
-from dape.model.configuration import DapeConfig
-from dape.model.modeling import DapeForCausalLM
 from folders import dape, learned_tokenizer, prepare, refused, spaced_tokenizer
-
-ENDS = 16  # what each configuration says of the longest sequence
-SHAPE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
-WIDE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-NARROW = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": ENDS}
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE, **WIDE, intermediate_size=32, max_position_embeddings=ENDS),
-    "gpt_neox": GPTNeoXConfig(**SHAPE, **WIDE, intermediate_size=32, max_position_embeddings=ENDS),
-    "gpt2": GPT2Config(**SHAPE, **NARROW),
-    "opt": OPTConfig(
-        **SHAPE,
-        **WIDE,
-        ffn_dim=32,
-        word_embed_proj_dim=16,
-        max_position_embeddings=ENDS,
-        pad_token_id=1,
-    ),
-    "mpt": MptConfig(**SHAPE, d_model=16, n_heads=2, n_layers=1, max_seq_len=ENDS),
-    "gptj": GPTJConfig(**SHAPE, **NARROW, rotary_dim=4),
-}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = learned_tokenizer()
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return save(tmp_path_factory.mktemp("models"), CONFIGS)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, made):
     folder = tmp_path_factory.mktemp("corpus")
     return prepare(folder, tokenizer=made / "llama", sizes=[400, 900])
-
-
-def evaluation(folder):
-    return json.loads((folder / "evaluation" / "last.json").read_text())
 
 
 def own_loss(model, corpus, targets, length, begin=None):
@@ -209,78 +168,6 @@ def test_a_name_nobody_knows_is_one_line(capsys, monkeypatch):
     assert "hub cannot be reached" in message
 
 
-def test_a_model_without_weights_is_one_line(tmp_path, made, corpus, capsys):
-    shutil.copytree(made / "llama", tmp_path / "empty")
-    (tmp_path / "empty" / "model.safetensors").unlink()
-    assert dape("eval", tmp_path / "empty", "--lengths", 16, "--data", corpus) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: {tmp_path / 'empty'} cannot be loaded" in last
-
-
-def without(folder, *endings, **more):
-    """Take weights out of a saved model, and put others in."""
-    tensors = load_file(folder / "model.safetensors")
-    kept = {name: each for name, each in tensors.items() if not name.endswith(endings or "?")}
-    save_file(kept | more, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("name", "endings", "more", "message"),
-    [
-        ("llama", ("lm_head.weight",), {}, "the file misses lm_head.weight;"),
-        (
-            "llama",
-            ("q_proj.weight",),
-            {},
-            "the file misses model.layers.0.self_attn.q_proj.weight;",
-        ),
-        ("gpt2", (), {"strange": torch.zeros(2)}, "the file has strange without a place;"),
-        ("gpt_neox", ("mlp.dense_h_to_4h.weight", "bias"), {}, "and "),
-    ],
-)
-def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
-    tmp_path, made, corpus, capsys, name, endings, more, message
-):
-    shutil.copytree(made / name, tmp_path / name)
-    without(tmp_path / name, *endings, **more)
-    words = ("eval", tmp_path / name, "--lengths", 16, "--data", corpus)
-    line = refused(capsys, *words)
-    assert f"the weights in {tmp_path / name} do not fit the configuration" in line
-    assert message in line and "--partial-weights" in line
-    assert not dape(*words, "--partial-weights")
-    assert evaluation(tmp_path / name)["measurements"]
-
-
-def test_weights_of_another_scheme_are_refused(tmp_path, corpus, capsys):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for scheme in ("kerple", "dape-kerple"):
-        config = DapeConfig(scheme=scheme, vocab_size=300, train_length=16, **sizes)
-        DapeForCausalLM(config).save_pretrained(tmp_path / scheme)
-    for given, saved in (("kerple", "dape-kerple"), ("dape-kerple", "kerple")):
-        shutil.copytree(tmp_path / given, tmp_path / f"{given}-mixed")
-        weights = (tmp_path / saved / "model.safetensors").read_bytes()
-        (tmp_path / f"{given}-mixed" / "model.safetensors").write_bytes(weights)
-        mixed = tmp_path / f"{given}-mixed"
-        line = refused(capsys, "eval", mixed, "--lengths", 16, "--data", corpus)
-        assert "adapter" in line and ("has" if given == "kerple" else "misses") in line
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\x10" + bytes(30)])
-def test_weights_that_are_damaged_are_one_line(tmp_path, made, corpus, capsys, content):
-    shutil.copytree(made / "llama", tmp_path / "llama")
-    (tmp_path / "llama" / "model.safetensors").write_bytes(content)
-    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
-    assert str(tmp_path / "llama") in line
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"model_type": "llama", "vocab_size": "a"}'])
-def test_a_configuration_that_is_damaged_is_one_line(tmp_path, made, corpus, capsys, content):
-    shutil.copytree(made / "llama", tmp_path / "llama")
-    (tmp_path / "llama" / "config.json").write_text(content)
-    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
-    assert str(tmp_path / "llama") in line
-
-
 def test_tokenizers_that_normalise_text_count_the_bytes_of_what_they_read(tmp_path, made, capsys):
     """The text is decomposed, and the tokens stand for its composed form."""
     folder = shutil.copytree(made / "llama", tmp_path / "composing")
@@ -320,49 +207,3 @@ def test_tokenizers_that_lose_text_leave_bits_per_byte_out(tmp_path, made, capsy
     for out in ("report.html", "table.md", "curve.png"):
         assert not dape("plot", folder, "--out", tmp_path / out)
         assert not dape("plot", folder, "--metric", "bits_per_byte", "--out", tmp_path / out)
-
-
-class Code:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, canary):
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return os.mkdir, (self.canary,)
-
-
-def test_weights_and_code_of_someone_else_do_not_run(tmp_path, made, corpus, capsys):
-    folder, canary = tmp_path / "llama", tmp_path / "canary"
-    shutil.copytree(made / "llama", folder)
-    (folder / "model.safetensors").unlink()
-    torch.save({"a": Code(canary)}, folder / "pytorch_model.bin")
-    words = ("eval", folder, "--lengths", 16, "--data", corpus)
-    assert f"the weights of {folder} cannot be read" in refused(capsys, *words)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})")
-    assert "custom code" in refused(capsys, *words)
-    assert not canary.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokenizer.json", "{"),
-        ("tokenizer.json", "[" * 100_000),
-        ("tokenizer.json", '{"version": null}'),
-        ("tokenizer_config.json", "{"),
-        ("generation_config.json", "null"),
-        ("config.json", "null"),
-    ],
-)
-def test_files_beside_the_weights_that_are_damaged_are_one_line(
-    tmp_path, made, corpus, capsys, name, content
-):
-    shutil.copytree(made / "llama", tmp_path / "llama")
-    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "llama")
-    (tmp_path / "llama" / name).write_text(content)
-    line = refused(capsys, "eval", tmp_path / "llama", "--lengths", 16, "--data", corpus)
-    assert str(tmp_path / "llama") in line

@@ -1,42 +1,14 @@
+"""What a corpus holds of its sources, and what is refused."""
+
 import json
-import multiprocessing
-import signal
-import subprocess
-import sys
-import time
 
 import made
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dape.data import prepare, records, writer
-from dape.data.encoding import Batch, Encoding, encoded
 from dape.data.prepare import Options, Preparation
-from dape.data.records import Record
-from dape.data.shards import Corpus
-from dape.data.tokenizer import byte, serialize
 from dape.errors import UserError
-
-
-@pytest.fixture
-def small_steps(monkeypatch):
-    """Batches of a few documents."""
-    monkeypatch.setattr(prepare, "BATCH", 1500)
-
-
-@pytest.fixture
-def sources(tmp_path):
-    """Texts of every kind, with broken ones among them."""
-    folder = tmp_path / "sources"
-    (folder / "more").mkdir(parents=True)
-    made.write_zst(folder / "a.jsonl.zst", made.texts(60, seed=1))
-    lines = made.json_lines(made.texts(60, seed=2)).splitlines(keepends=True)
-    lines[17] = b'{"text": "cut off\n'
-    (folder / "b.jsonl").write_bytes(b"".join(lines))
-    (folder / "more" / "latin.txt").write_bytes("é".encode("latin-1"))
-    for n, text in enumerate(made.texts(20, seed=3, longest=4000)):
-        (folder / "more" / f"{n}.md").write_bytes(text.encode())
-    return folder
 
 
 def test_documents_are_the_tokens_of_their_texts_in_order(tmp_path):
@@ -185,91 +157,12 @@ def test_empty_documents_are_counted(tmp_path):
     assert made.documents(corpus, "train") == [made.byte_tokens("a")]
 
 
-def interrupted(options, monkeypatch, statuses):
-    """Run for some statuses, and for two more that the journal does not know of; tear the ends."""
-    run = Preparation(options).run()
-    with monkeypatch.context() as patch:
-        for seconds, times in [(0.0, statuses), (1e9, 2)]:
-            patch.setattr(writer, "JOURNAL_SECONDS", seconds)
-            for _ in range(times):
-                next(run)
-    run.close()
-    assert (options.out / "progress.json").exists()
-    for name in writer.SPLITS:
-        with open(max(options.out.glob(f"{name}-*.bin")), "ab") as file:
-            file.write(b"torn")
-
-
-@pytest.mark.parametrize("stops", [(1,), (2, 3), (7, 1, 9), (25,)])
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    sources, tmp_path, monkeypatch, small_steps, stops
-):
-    fixed = {"on_error": "skip", "shard_tokens": 3000, "workers": 1}
-    made.prepare(sources, out=tmp_path / "whole", **fixed)
-    options = Options(sources=(str(sources),), out=tmp_path / "parts", **fixed)
-    for statuses in stops:
-        interrupted(options, monkeypatch, statuses)
-        with pytest.raises(UserError, match="no finished corpus"):
-            Corpus(options.out)
-    assert Preparation(options).resumed
-    made.prepare(sources, out=options.out, **fixed)
-    assert made.files(options.out) == made.files(tmp_path / "whole")
-
-
-def test_a_long_document_resumes_in_its_middle(tmp_path, monkeypatch, small_steps):
-    monkeypatch.setattr(records, "PIECE", 64)
-    monkeypatch.setattr(records, "WORD", 16)
-    (text,) = made.texts(1, seed=5, longest=20_000)
-    path = tmp_path / "train.txt"
-    path.write_bytes(text.encode())
-    options = Options(sources=(str(path),), out=tmp_path / "out", workers=1)
-    interrupted(options, monkeypatch, 4)
-    corpus, _ = made.prepare(path, out=options.out)
-    assert made.documents(corpus, "train") == [made.byte_tokens(text)]
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
-    made.write_zst(tmp_path / "train.jsonl.zst", made.texts(4000))
-    arguments = ["prepare", str(tmp_path / "train.jsonl.zst"), "--out", str(tmp_path / "killed")]
-    script = (
-        "import sys, dape.cli, dape.data.prepare, dape.data.writer\n"
-        "dape.data.prepare.BATCH = 2000\n"
-        "dape.data.writer.JOURNAL_SECONDS = 0.0\n"
-        "dape.cli.main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", script, *arguments, "--workers", "1"]
-    journal = tmp_path / "killed" / "progress.json"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        while not journal.exists() or json.loads(journal.read_bytes())["state"]["records"] < 200:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert not (tmp_path / "killed" / "manifest.json").exists()
-    made.prepare(tmp_path / "train.jsonl.zst", out=tmp_path / "killed")
-    made.prepare(tmp_path / "train.jsonl.zst", out=tmp_path / "whole")
-    assert made.files(tmp_path / "killed") == made.files(tmp_path / "whole")
-
-
 def test_the_number_of_workers_changes_nothing(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH", 1500)
     for workers in (1, 2):
         options = {"on_error": "skip", "shard_tokens": 3000, "workers": workers}
         made.prepare(sources, out=tmp_path / str(workers), **options)
     assert made.files(tmp_path / "1") == made.files(tmp_path / "2")
-
-
-def test_a_killed_worker_is_told_with_the_remedy(sources):
-    part = prepare.resolve(str(sources)).parts[0]
-    how = Encoding(serialize(byte()), 256, "uint16", 0.1, 0.1)
-    record = Record(part, 1, b'{"text": "a"}', 13)
-    batches = (Batch([record], 0, n, 13 * n) for n in range(1, 10_000))
-    results = encoded(batches, how, workers=2)
-    _, (first,) = next(results)
-    assert first.tokens.tolist() == [97, 256]
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(UserError, match=r"a worker of 2 was killed.*fewer --workers"):
-        list(results)
 
 
 def test_a_finished_corpus_is_left_alone_and_others_are_refused(sources, tmp_path):
@@ -292,15 +185,6 @@ def test_a_finished_corpus_is_left_alone_and_others_are_refused(sources, tmp_pat
     with pytest.raises(UserError, match=f"sources {sources} changed since"):
         Preparation(Options(sources=(str(sources),), **fixed))
     assert made.files(tmp_path / "out") == before
-
-
-def test_an_interrupted_corpus_of_other_arguments_is_refused(
-    sources, tmp_path, monkeypatch, small_steps
-):
-    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1)
-    interrupted(options, monkeypatch, 3)
-    with pytest.raises(UserError, match=r"test 0\.1 is now 0\.3"):
-        Preparation(Options(sources=(str(sources),), out=tmp_path / "out", test=0.3))
 
 
 def test_overwriting_replaces_the_corpus_and_nothing_else(sources, tmp_path):
@@ -332,23 +216,6 @@ def test_a_folder_of_other_files_is_refused(sources, tmp_path):
 def test_a_corpus_within_its_source_is_refused(sources):
     with pytest.raises(UserError, match="lies in the source"):
         Preparation(Options(sources=(str(sources),), out=sources / "more" / "out"))
-
-
-def test_two_runs_do_not_write_to_one_folder(sources, tmp_path, small_steps):
-    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1, on_error="skip")
-    first = Preparation(options).run()
-    next(first)
-    with pytest.raises(UserError, match="another process is preparing"):
-        next(Preparation(options).run())
-    first.close()
-
-
-def test_a_shard_that_lost_bytes_is_not_gone_on_with(sources, tmp_path, monkeypatch, small_steps):
-    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1)
-    interrupted(options, monkeypatch, 4)
-    (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"train-00000\.bin is shorter than the noted length"):
-        next(Preparation(options).run())
 
 
 def test_sources_without_text_are_refused(tmp_path):
@@ -389,18 +256,3 @@ def test_a_file_of_two_sources_is_refused(tmp_path):
     for other in (f"{text}/../text", text / "train", text / "train" / "a.txt"):
         with pytest.raises(UserError, match=r"both have .*a\.txt; leave out one of the sources"):
             Preparation(Options(sources=(str(text), str(other)), out=tmp_path / "out"))
-
-
-def test_what_another_process_prepared_meanwhile_is_not_done_again(tmp_path):
-    (tmp_path / "a.txt").write_text("some text")
-    options = Options(
-        sources=(str(tmp_path / "a.txt"),), out=tmp_path / "out", validation=0.0, test=0.0
-    )
-    slow, fast = Preparation(options), Preparation(options)
-    for _ in fast.run():
-        pass
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert len(list(slow.run())) == 1
-    (tmp_path / "out" / ".lock").touch()  # of a process killed at its very end
-    assert Preparation(options).finished
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before

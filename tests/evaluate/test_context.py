@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from dape.errors import UserError
 from dape.evaluate.context import (
@@ -31,6 +32,7 @@ from dape.runs import RunFolder, unfinished
 from evaluations import PROVENANCE
 from folders import make_run, prepare
 
+ORIGIN = PROVENANCE | {"precision": "fp32"}
 LENGTHS = [16, 32, 64, 128]
 BLOCK = 16
 SURE, UNSURE = 0.1, 4.0  # nats of a token that is seen in the context, and of another
@@ -109,9 +111,7 @@ def measured(run, monkeypatch, reach, **changes):
     model = Copying(documents, corpus.vocab_size, reach)
     monkeypatch.setattr(type(run), "loaded", lambda *_: nullcontext(model))
     asked = plan(corpus, "test", protocol("last", LENGTHS), LENGTHS, documents=9, blocks=2, seed=0)
-    found = context_use(
-        run, asked, device=torch.device("cpu"), batch_tokens=512, provenance=PROVENANCE
-    )
+    found = context_use(run, asked, device=torch.device("cpu"), batch_tokens=512, provenance=ORIGIN)
     subject = replace(found.subject, run=f"runs/{reach}-{changes.get('scheme')}")
     return replace(found, subject=replace(subject, **changes))
 
@@ -290,3 +290,15 @@ def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
     check_comparable([one, measured(run, monkeypatch, 1, scheme="alibi")])
     with pytest.raises(UserError, match="were not scored on the same tokens"):
         check_comparable([one, replace(one, lengths=[16, 32])])
+
+
+def test_the_use_of_the_context_is_measured_in_the_precision_asked_for(run, tmp_path):
+    asked = {"out": tmp_path, "documents": 3}
+    (exact,) = evaluate_context(run.folder, None, [16, 32], **asked)
+    (close,) = evaluate_context(run.folder, None, [16, 32], **asked, precision="bf16")
+    assert exact.provenance["precision"] == "fp32" and close.provenance["precision"] == "bf16"
+    theirs, ours = (each.tallies["token"].losses for each in (exact, close))
+    assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=2e-2, atol=1e-3)
+    assert ours != theirs
+    with pytest.raises(UserError, match="unknown precision 'int8'"):
+        evaluate_context(run.folder, None, [16, 32], **asked, precision="int8")

@@ -15,7 +15,7 @@ from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
 from dape.evaluate.opening import open_model
-from dape.evaluate.subject import precisions
+from dape.evaluate.results import precisions
 from dape.evaluate.watch import Watch
 from dape.files import locked
 from dape.model.modeling import DapeForCausalLM

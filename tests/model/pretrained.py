@@ -116,8 +116,14 @@ def tokens(*shape):
     return torch.randint(1, VOCABULARY, shape)
 
 
-def padded(rows=2, length=12, padding=4):
+def padded(rows=2, length=12):
     """Return ids and their mask, the first row padded on the left."""
     ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
-    ids[0, :padding], mask[0, :padding] = 0, 0
+    ids[0, :4], mask[0, :4] = 0, 0
     return ids, mask
+
+
+def logits(model, ids, **kwargs):
+    """Return the logits of a pass without cache and gradients."""
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits

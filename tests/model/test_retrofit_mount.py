@@ -2,18 +2,13 @@
 
 import pytest
 import torch
-from pretrained import NAMES, bias_for, move, padded, pretrained, tokens
+from pretrained import NAMES, bias_for, logits, move, padded, pretrained, tokens
 from torch.testing import assert_close
 
 import dape
 
 every_model = pytest.mark.parametrize("name", NAMES)
 DTYPES = {torch.float32: 1e-5, torch.float64: 1e-6}
-
-
-def logits(model, ids, **kwargs):
-    with torch.no_grad():
-        return model(ids, use_cache=False, **kwargs).logits
 
 
 @every_model

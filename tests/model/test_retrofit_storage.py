@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from models import fresh
-from pretrained import GROUPED, NAMES, SIZES, bias_for, move, pretrained, tokens
+from pretrained import GROUPED, NAMES, SIZES, bias_for, logits, move, pretrained, tokens
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -27,11 +27,6 @@ from transformers import (
 
 import dape
 from dape.errors import UserError
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", NAMES)

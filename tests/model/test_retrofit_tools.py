@@ -1,4 +1,4 @@
-"""Adapters beside what others do to a model: attentions, files, LoRA, quantisation, offloading."""
+"""Adapters beside what others do to a model: attentions, files, quantisation, offloading."""
 
 import copy
 import io
@@ -6,24 +6,16 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from pretrained import NAMES, bias_for, move, pretrained, tokens
+from pretrained import NAMES, bias_for, logits, move, pretrained, tokens
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 import dape
 from dape.errors import UserError
 from dape.model.retrofit.unchanged import own_states, states
 
 every_model = pytest.mark.parametrize("name", NAMES)
-LORA = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"], "dape-rope": ["q_proj"]}
-lora_models = pytest.mark.parametrize("name", LORA)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def mounted_and_moved(name):
@@ -112,110 +104,6 @@ def test_mounted_models_are_copied_and_pickled_with_their_adapters(name, tmp_pat
         assert torch.equal(logits(base, ids), logits(other, ids))
 
 
-def trainer(model, folder):
-    arguments = TrainingArguments(
-        str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
-        save_steps=2, use_cpu=True, disable_tqdm=True, report_to="none",
-    )  # fmt: skip
-    data = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 12)]
-    return Trainer(model, arguments, train_dataset=data)
-
-
-def test_the_trainer_saves_and_resumes_the_adapters(tmp_path):
-    torch.manual_seed(1)
-    first = pretrained("llama")
-    dape.retrofit(first, bias="kerple")
-    trainer(first, tmp_path / "first").train()
-    torch.manual_seed(1)
-    second = pretrained("llama")
-    mounted = dape.retrofit(second, bias="kerple")
-    again = trainer(second, tmp_path / "second")
-    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    for ours, theirs in zip(second.parameters(), first.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert any(parameter.abs().max() > 1e-3 for parameter in mounted.adapters.parameters())
-    loaded = dape.load_adapters(pretrained("llama"), tmp_path / "first" / "checkpoint-4").model
-    ids = tokens(2, 9)
-    assert torch.equal(logits(loaded, ids), logits(first.eval(), ids))
-
-
-def beside_peft():
-    """Expect the warning about adapters outside PEFT's folders; ours train by themselves."""
-    return pytest.warns(UserWarning, match="folders, .* leave out the mounted adapters: say Lora")
-
-
-def lora(name, **options):
-    options["fan_in_fan_out"] = name == "gpt2"  # its linear layers are transposed
-    return LoraConfig(r=2, target_modules=LORA[name], **options)
-
-
-def learn(model, steps=3):
-    ids = tokens(2, 9)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=5.0)
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-@lora_models
-def test_lora_and_adapters_train_save_and_load_beside_each_other(name, tmp_path):
-    base = pretrained(name)
-    mounted = dape.retrofit(base, bias="kerple")
-    model = get_peft_model(base, lora(name))
-    with pytest.warns(UserWarning, match="the mounted adapters do not train: .* frozen"):
-        learn(model, steps=1)
-    mounted.adapters.requires_grad_(True)
-    before = [each.detach().clone() for each in mounted.adapters.parameters()]
-    with beside_peft():
-        learn(model)
-    changed = [
-        not torch.equal(*pair) for pair in zip(before, mounted.adapters.parameters(), strict=True)
-    ]
-    assert all(changed)
-    ids = tokens(2, 9)
-    expected = logits(model, ids)
-    model.save_pretrained(tmp_path / "lora")
-    mounted.save(tmp_path / "dape")
-    other = pretrained(name)
-    dape.load_adapters(other, tmp_path / "dape")
-    loaded = PeftModel.from_pretrained(other, str(tmp_path / "lora")).eval()
-    assert torch.equal(logits(loaded, ids), expected)
-
-
-@lora_models
-def test_the_copies_that_peft_trains_are_those_that_are_saved(name, tmp_path):
-    base = pretrained(name)
-    mounted = dape.retrofit(base, bias="kerple")
-    model = learn(get_peft_model(base, lora(name, modules_to_save=["adapter", "position_bias"])))
-    assert any(each.abs().max() > 1e-2 for each in mounted.adapters.parameters())
-    assert all(each.requires_grad for each in mounted.adapters.parameters())
-    ids = tokens(2, 9)
-    expected = logits(model, ids)
-    model.save_pretrained(tmp_path / "both")
-    mounted.save(tmp_path / "dape")
-    # PEFT's own folder holds both; ours goes with one of LoRA alone.
-    other = pretrained(name)
-    dape.retrofit(other, bias="kerple")
-    loaded = PeftModel.from_pretrained(other, str(tmp_path / "both")).eval()
-    assert torch.equal(logits(loaded, ids), expected)
-    with loaded.disable_adapter():
-        assert_close(logits(loaded, ids), logits(pretrained(name), ids), rtol=0, atol=1e-5)
-    merged = model.merge_and_unload()
-    assert_close(logits(merged, ids), expected, rtol=1e-4, atol=1e-4)
-    mounted.save(tmp_path / "merged")
-    for folder in ("dape", "merged"):
-        plain = pretrained(name)
-        handle = dape.load_adapters(plain, tmp_path / folder)
-        for ours, theirs in zip(
-            handle.adapters.parameters(), mounted.adapters.parameters(), strict=True
-        ):
-            assert torch.equal(ours, theirs)
-
-
 def test_the_start_is_compared_with_scores_that_are_not_rounded():
     """In bfloat16 the eager code rounds scores near 2,000 by units; PyTorch's own does not."""
     model = pretrained("gpt2", torch.bfloat16)
@@ -298,26 +186,3 @@ def test_adapters_of_a_model_on_disk_are_in_memory(name, tmp_path):
     mounted.save(tmp_path / "adapters")
     dape.load_adapters(model, tmp_path / "adapters")
     assert_close(logits(placed, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
-
-
-def test_the_trainer_resumes_lora_and_the_adapters_that_peft_saves(tmp_path):
-    """As the first run goes on; without `modules_to_save` a warning names what would be lost."""
-
-    def begin(folder, **options):
-        torch.manual_seed(1)
-        model = pretrained("llama")
-        dape.retrofit(model, bias="kerple")
-        return trainer(get_peft_model(model, lora("llama", **options)), folder)
-
-    whole = {"modules_to_save": ["adapter", "position_bias"]}
-    first = begin(tmp_path / "first", **whole)
-    first.train()
-    second = begin(tmp_path / "second", **whole)
-    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
-    for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    third = begin(tmp_path / "third")
-    for name, parameter in third.model.named_parameters():
-        parameter.requires_grad_("adapter." in name)
-    with beside_peft():
-        third.train()

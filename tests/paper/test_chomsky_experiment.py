@@ -19,9 +19,9 @@ from dape.cli import chomsky_map, chomsky_train
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.paper.chomsky import Above, BestOf, Near, grids
+from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.encoders import Encoders
 from dape.paper.experiment import smoke
-from dape.paper.experiments import CHOMSKY
 from dape.paper.page import page
 from dape.paper.plan import plan, table
 from dape.paper.results import results
@@ -205,3 +205,4 @@ def test_the_price_is_that_of_the_measured_task_with_the_next_longer_output():
     assert kerple.minutes == pytest.approx((10_000 * 0.005 + 3 * 30) / 60) and fire.minutes is None
     assert "no price was measured" in table(plan([fire]), 1).note
     assert "no price" not in table(plan([kerple]), 1).note
+    assert "~" not in table(plan([kerple]), 1).note, "the price follows from measured steps"

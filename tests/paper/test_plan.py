@@ -5,8 +5,9 @@ import pytest
 from laboratory import Pretended, cells, enter
 
 from dape.paper import record
+from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
-from dape.paper.experiments import CORE, RETROFIT
+from dape.paper.experiments import CORE, COST
 from dape.paper.plan import choose, plan, table, without_corpus
 from dape.paper.spread import spread
 
@@ -117,6 +118,20 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     first, second = (each.minutes for each in plan(small))
     assert first == pytest.approx(0.1, rel=0.1), "the six seconds of the record"
     assert second == pytest.approx(2 * first)
+
+
+def test_the_plan_marks_prices_that_no_finished_cell_gives():
+    legend = "~: includes estimates"
+    estimated = table(plan(COST.cells()), devices=1)
+    assert [row[-1] for row in estimated.rows] == ["~6", "~8", "~15", "~20", "~49"]
+    assert legend in estimated.note
+    core = table(plan(CORE.cells()), devices=1)
+    assert all(row[-1].startswith("~") for row in core.rows) and legend in core.note
+    small = cells("kerple", tokens=(2**13, 2**20))
+    assert legend not in table(plan(small), devices=1).note, "no price at all"
+    run(small[:1])
+    due = table(plan(small), devices=1)
+    assert [row[-1] for row in due.rows] == ["0", "13", "13"] and legend not in due.note
 
 
 def test_cells_whose_corpus_is_not_here_wait():

@@ -97,6 +97,10 @@ def test_a_finished_arm_gives_the_price_of_further_seeds():
     pretend(cells("plain")[0])
     minutes = [each.minutes for each in plan(cells("plain", seeds=(0, 1, 2)))]
     assert minutes == [2.0, 2.0, 2.0]
+    due = table(plan(cells("plain", "blind", seeds=(0, 1))), 1)
+    assert [row[-1] for row in due.rows] == ["~7", "~7"], "2.0 by plain, and two of 2.4 for blind"
+    assert "~: includes estimates, for arms without a finished cell." in due.note
+    assert "~" not in table(plan(cells("plain", seeds=(0, 1, 2))), 1).note
 
 
 def test_tables_name_arms_which_the_records_cannot_tell_apart():

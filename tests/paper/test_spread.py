@@ -9,7 +9,7 @@ import pytest
 from laboratory import Pretended, cells, enter
 
 from dape.paper import record
-from dape.paper.experiments import RETROFIT
+from dape.paper.beyond import RETROFIT
 from dape.paper.plan import choose, plan
 from dape.paper.spread import Workers, devices, spread
 

@@ -76,9 +76,9 @@ def test_c_and_the_threshold_have_the_slope_of_finite_differences(name):
     assert_close(parameter.grad[0], (values[1] - values[0]) / (2 * step), rtol=1e-6, atol=0)
 
 
-def ratio(train_length=10):
+def ratio():
     """FIRE whose f is the identity on its argument."""
-    bias = FIRE(1, train_length, hidden=1).double()
+    bias = FIRE(1, train_length=10, hidden=1).double()
     with torch.no_grad():
         for parameter, value in zip(bias.parameters(), (None, None, 1, 0, 1, 0), strict=True):
             if value is not None:

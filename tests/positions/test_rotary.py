@@ -1,4 +1,4 @@
-"""Rotations: published implementations, float64 formulas, and what no rotation may depend on."""
+"""Rotations: float64 formulas, and what no rotation may depend on."""
 
 import cmath
 import math
@@ -6,10 +6,7 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GPTNeoXConfig, LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gpt_neox import modeling_gpt_neox as neox
-from transformers.models.llama import modeling_llama as llama
+from turns import LENGTH, draw, rope
 
 from dape.errors import UserError
 from dape.positions.rotary import (
@@ -22,7 +19,6 @@ from dape.positions.rotary import (
     YaRN,
 )
 
-LENGTH = 32  # train_length
 ROTATIONS = {
     "rope": RoPE(16),
     "partial": RoPE(16, fraction=0.25),
@@ -36,133 +32,6 @@ ROTATIONS = {
 every_rotation = pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS.keys())
 
 
-def draw(length, head_dim=16, dtype=torch.float32, batch=2):
-    """Return queries of four heads and keys of two."""
-    query = torch.randn(batch, 4, length, head_dim, dtype=dtype)
-    return query, torch.randn(batch, 2, length, head_dim, dtype=dtype)
-
-
-def config(head_dim=16, length=LENGTH, **parameters):
-    return LlamaConfig(
-        hidden_size=2 * head_dim,
-        num_attention_heads=2,
-        max_position_embeddings=length,
-        rope_parameters={"rope_theta": 10000.0, **parameters},
-    )
-
-
-def inverse_frequencies(kind, seq_len=None, head_dim=16, **parameters):
-    """Return what transformers computes, and its factor of cosine and sine."""
-    settings = config(head_dim, rope_type=kind, **parameters)
-    return ROPE_INIT_FUNCTIONS[kind](settings, "cpu", seq_len=seq_len)
-
-
-# --- Published implementations
-
-
-@pytest.mark.parametrize(
-    ("rotation", "parameters"),
-    [
-        (RoPE(16), {"rope_type": "default"}),
-        (RoPE(16, base=500.0), {"rope_type": "default", "rope_theta": 500.0}),
-        (PositionInterpolation(16, factor=4.0), {"rope_type": "linear", "factor": 4.0}),
-        (
-            YaRN(16, LENGTH, factor=8.0),
-            {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": LENGTH},
-        ),
-    ],
-    ids=["rope", "base", "pi", "yarn"],
-)
-def test_queries_and_keys_are_those_of_llama(rotation, parameters):
-    (query, key), positions = draw(100), torch.arange(100)
-    waves = llama.LlamaRotaryEmbedding(config(**parameters))(query, positions[None])
-    expected = llama.apply_rotary_pos_emb(query, key, *waves)
-    for ours, theirs in zip(rotation(query, key, positions), expected, strict=True):
-        assert_close(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_a_quarter_turns_as_in_gpt_neox():
-    (query, key), positions = draw(50, head_dim=32), torch.arange(50)
-    waves = neox.GPTNeoXRotaryEmbedding(GPTNeoXConfig(hidden_size=64, num_attention_heads=2))(
-        query, positions[None]
-    )
-    assert waves[0].shape[-1] == 8
-    ours = RoPE(32, fraction=0.25)(query, key, positions)
-    for mine, theirs in zip(ours, neox.apply_rotary_pos_emb(query, key, *waves), strict=True):
-        assert_close(mine, theirs, rtol=0, atol=1e-5)
-    assert torch.equal(ours[0][..., 8:], query[..., 8:])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"factor": 4.0},
-        {"factor": 16.0, "beta_fast": 4.0, "beta_slow": 0.5},
-        {"factor": 2.0, "attention_factor": 1.5},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    ("head_dim", "length"), [(64, 512), (128, 4096), (8, 64), (8, 2**17), (8, 2**30)]
-)
-def test_yarn_s_frequencies_and_temperature_are_those_of_transformers(head_dim, length, options):
-    ours = YaRN(head_dim, length, **options)
-    theirs, factor = inverse_frequencies(
-        "yarn",
-        head_dim=head_dim,
-        **{"factor": 16.0, "original_max_position_embeddings": length, **options},
-    )
-    assert_close(ours.frequencies(torch.arange(3), torch.float32), theirs, rtol=1e-6, atol=0)
-    assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
-
-
-@pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])
-def test_dynamic_ntk_is_transformers_at_each_length(factor):
-    rotation = DynamicNTK(16, LENGTH, factor=factor)
-    ours = rotation.frequencies(torch.arange(200), torch.float32)
-    for position in (0, 1, LENGTH - 2, LENGTH - 1, LENGTH, LENGTH + 1, 100, 199):
-        theirs, _ = inverse_frequencies("dynamic", seq_len=position + 1, factor=factor)
-        assert_close(ours[position], theirs, rtol=2e-6, atol=0)
-
-
-def test_dynamic_ntk_is_what_transformers_computes_token_by_token():
-    (query, key), length = draw(3 * LENGTH, batch=1), 3 * LENGTH
-    peer = llama.LlamaRotaryEmbedding(config(rope_type="dynamic", factor=2.0))
-    ours = DynamicNTK(16, LENGTH, factor=2.0)(query, key, torch.arange(length))
-    for p in range(length):
-        now = slice(p, p + 1)
-        waves = peer(query, torch.tensor([[p]]))
-        theirs = llama.apply_rotary_pos_emb(query[:, :, now], key[:, :, now], *waves)
-        for mine, their in zip(ours, theirs, strict=True):
-            assert_close(mine[:, :, now], their, rtol=0, atol=2e-4)
-
-
-def test_ntk_is_dynamic_ntk_of_transformers_at_the_length_it_reaches():
-    theirs, _ = inverse_frequencies("dynamic", seq_len=16 * LENGTH, factor=1.0)
-    ours = NTK(16, factor=16.0).frequencies(torch.arange(1), torch.float32)
-    assert_close(ours, theirs, rtol=1e-6, atol=0)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_xpos_has_the_scores_of_x_transformers():
-    package = pytest.importorskip("x_transformers.x_transformers")
-    query, key, positions = *draw(300, batch=1), torch.arange(300)
-    key = key.repeat_interleave(2, dim=1)
-    angles, scale = package.RotaryEmbedding(16, use_xpos=True)(positions)
-
-    def neighbours(x):  # the pairs of x-transformers
-        return x.unflatten(-1, (2, 8)).mT.flatten(-2)
-
-    theirs = package.apply_rotary_pos_emb(neighbours(query), angles, scale)
-    theirs = theirs @ package.apply_rotary_pos_emb(neighbours(key), angles, 1 / scale).mT
-    ours, our_keys = XPos(16)(query, key, positions)
-    assert_close(ours @ our_keys.mT, theirs, rtol=1e-4, atol=1e-3)
-
-
-# --- Float64 formulas
-
-
 def by_hand(x, position, frequencies, scales):
     """Turn and scale (x_i, x_{i + w/2}) as the complex number x_i + i x_{i + w/2}."""
     out, half = x.tolist(), len(frequencies)
@@ -170,10 +39,6 @@ def by_hand(x, position, frequencies, scales):
         turned = s * complex(out[i], out[i + half]) * cmath.exp(1j * position * w)
         out[i], out[i + half] = turned.real, turned.imag
     return torch.tensor(out, dtype=torch.float64)
-
-
-def rope(base, width=16):
-    return [base ** (-2 * i / width) for i in range(width // 2)]
 
 
 def yarn_ramp(i, first, last):
@@ -250,9 +115,6 @@ def test_yarn_stays_between_rope_and_interpolation_at_tiny_lengths(length):
     assert ((plain / 16 <= ours) & (ours <= plain)).all()
 
 
-# --- What the scores depend on
-
-
 def scores(rotation, query, key, positions):
     query, key = rotation(query, key, positions)
     return query[:, :2] @ key.mT
@@ -287,9 +149,6 @@ def test_dynamic_ntk_is_rope_up_to_the_training_length_and_slower_after():
     assert (dynamic[LENGTH:, 1:] < plain[1:]).all()
 
 
-# --- Dtypes
-
-
 @every_rotation
 @pytest.mark.parametrize("position", [255, 257, 4097, 16383])
 def test_bfloat16_is_rounded_once_and_no_position(rotation, position):
@@ -314,67 +173,6 @@ def test_xpos_keeps_its_scores_at_32_000():
 def test_xpos_refuses_float16():
     with pytest.raises(UserError, match="float16 near position 4,000; use bfloat16"):
         XPos(16)(*(x.half() for x in draw(2)), torch.arange(2))
-
-
-# --- Randomised positions
-
-
-def drawn(rotation, length):
-    """Return the positions that a rotation took, read off its slowest pair of keys."""
-    ones = torch.zeros(1, 1, length, 16, dtype=torch.float64)
-    ones[..., 7] = 1
-    _, key = rotation(ones, ones, torch.arange(length))
-    angles = torch.atan2(key[0, 0, :, 15], key[0, 0, :, 7])
-    positions = angles / rope(10000)[7]
-    assert_close(positions, positions.round(), rtol=0, atol=1e-6)
-    return positions.round().long()
-
-
-def test_training_draws_sorted_unique_positions_over_the_whole_pool():
-    rotation = RandomizedRoPE(16, 8)
-    counts = torch.zeros(32)
-    assert drawn(rotation, 8).unique().shape == (8,)
-    for _ in range(2000):
-        positions = rotation.draw(8, torch.device("cpu"))
-        assert (positions.diff() > 0).all() and positions[0] >= 0 and positions[-1] < 32
-        counts[positions] += 1
-    # Each of the 4 x 8 positions in one draw of four; a standard deviation is 20 of 500.
-    assert ((counts - 500).abs() < 90).all()
-
-
-def test_every_call_draws_anew_the_seed_decides_and_the_batch_shares():
-    rotation, (query, key) = RandomizedRoPE(16, LENGTH), draw(LENGTH)
-    draws = {tuple(drawn(rotation, 10).tolist()) for _ in range(10)}
-    assert len(draws) == 10
-    query[1], key[1] = query[0], key[0]
-    torch.manual_seed(3)
-    first = rotation(query, key, torch.arange(LENGTH))
-    torch.manual_seed(3)
-    again = rotation(query, key, torch.arange(LENGTH))
-    for mine, theirs in zip(first, again, strict=True):
-        assert torch.equal(mine, theirs) and torch.equal(mine[0], mine[1])
-
-
-def test_training_turns_by_the_draw_and_evaluation_by_the_positions():
-    rotation, plain, (query, key) = RandomizedRoPE(16, LENGTH, pool=50), RoPE(16), draw(50)
-    # Fifty of fifty positions leave nothing to chance.
-    for mode in (rotation.train(), rotation.eval()):
-        ours = mode(query, key, torch.arange(50))
-        for mine, theirs in zip(ours, plain(query, key, torch.arange(50)), strict=True):
-            assert torch.equal(mine, theirs)
-    far = torch.arange(50) + 10_000
-    assert torch.equal(rotation(query, key, far)[0], plain(query, key, far)[0])
-
-
-def test_more_tokens_than_the_pool_holds_are_refused_in_training_alone():
-    rotation = RandomizedRoPE(16, 8)
-    inputs = *draw(33), torch.arange(33)
-    with pytest.raises(UserError, match="33 tokens do not fit the pool=32 of randomised"):
-        rotation(*inputs)
-    assert torch.equal(rotation.eval()(*inputs)[0], RoPE(16)(*inputs)[0])
-
-
-# --- Use
 
 
 @pytest.mark.parametrize(
@@ -417,15 +215,3 @@ def test_every_rotation_compiles_to_one_graph_with_the_same_numbers(rotation):
     expected = rotation(query, key, positions)
     for ours, theirs in zip(compiled(query, key, positions), expected, strict=True):
         assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.unhooked
-def test_drawing_compiles_and_the_seed_still_decides():
-    torch.compiler.reset()
-    rotation, (query, key) = RandomizedRoPE(16, LENGTH), draw(6)
-    compiled = torch.compile(rotation, fullgraph=True, backend="eager")
-    outputs = []
-    for call in (compiled, rotation):
-        torch.manual_seed(5)
-        outputs.append(call(query, key, torch.arange(6))[0])
-    assert_close(*outputs)

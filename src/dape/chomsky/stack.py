@@ -6,7 +6,7 @@ as a CUDA graph per length of the curriculum, with the drawing of examples insid
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dape.chomsky.encoder import Encoder, Noise, build
+from dape.chomsky.graphs import Graphs
 from dape.chomsky.mapped import (
     Method,
     block_of,
@@ -267,40 +268,3 @@ class Stack:
         for generator, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
             generator.set_state(saved)
         self.losses.copy_(state["losses"])
-
-
-class Graphs:
-    """A CUDA graph per length, with random numbers that continue over replays.
-
-    The first update of a length runs without a graph, and creates objects that must exist before a
-    capture, such as the state of the optimizer.
-    """
-
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._generators = generators
-        self._captured: dict[int, torch.cuda.CUDAGraph | None] = {}
-        self._pool: Any = None
-        self.stream: torch.cuda.Stream | None = None
-
-    def run(self, length: int, update: Callable[[int], None]) -> None:
-        """Run an update of a length on the stream of the graphs."""
-        if self.stream is None:
-            self.stream = torch.cuda.Stream(self._generators[0].device)
-            self._pool = torch.cuda.graph_pool_handle()
-            self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if length not in self._captured:
-                update(length)
-                self._captured[length] = None
-                return
-            graph = self._captured[length] or self._capture(length, update)
-            graph.replay()
-
-    def _capture(self, length: int, update: Callable[[int], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
-            update(length)
-        self._captured[length] = graph
-        return graph

@@ -32,6 +32,8 @@ class Arguments(Measuring):
     """prepared corpus"""
     seed: int = 0
     """seed of the choice of documents"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """precision of products; auto is bf16 on a GPU for bf16 runs and models beside them"""
     again: bool = False
     """measure finished lengths again; by default they are skipped"""
 
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> None:
             blocks=arguments.blocks,
             seed=arguments.seed,
             device=arguments.device,
+            precision=arguments.precision,
             batch_tokens=arguments.batch_tokens,
             out=arguments.out,
             again=arguments.again,

@@ -55,8 +55,16 @@ class Corpus:
         """Return the tokenizer of the corpus."""
         return tokenizers.saved(str(self.folder / TOKENIZER))
 
-    def check_model(self, source: str, vocab_size: int) -> None:
-        """Refuse a model, from a folder or the hub, with other tokens than the corpus.
+    def check_model(
+        self,
+        source: str,
+        vocab_size: int,
+        own: "PreTrainedTokenizerFast | None",
+        folder: str | Path,
+    ) -> None:
+        """Refuse the model `source` with other tokens than the corpus.
+
+        `own` is the tokenizer of the model, if any, and `folder` its folder for the remedy.
 
         Raises:
             UserError: for a model with a smaller vocabulary, or with another tokenizer.
@@ -66,11 +74,10 @@ class Corpus:
                 f"{self.folder} has token ids up to {self.vocab_size - 1}, the model {source} only"
                 f" {vocab_size}; prepare the corpus with the model's tokenizer"
             )
-        own = tokenizers.of_model(source)
         if own and tokenizers.fingerprint(own) != tokenizers.fingerprint(self.tokenizer()):
             raise UserError(
                 f"{self.folder} was not prepared with the tokenizer of {source}; prepare the corpus"
-                f" with --tokenizer {tokenizers.file_of_model(source).parent}"
+                f" with --tokenizer {folder}"
             )
 
     def split(self, name: str) -> "Split":

@@ -24,10 +24,10 @@ from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import protocol
 from dape.evaluate.record import Targets, restore, save
-from dape.evaluate.results import KEPT, Kept, repeats, results_folders
+from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import Provenance, provenance
+from dape.provenance import Provenance
 
 FORMAT = 1
 Losses = Float[np.ndarray, "windows scored"]
@@ -127,6 +127,7 @@ def evaluate_context(
     blocks: int = 4,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "auto",
     batch_tokens: int = 16384,
     out: str | Path | None = None,
     again: bool = False,
@@ -154,11 +155,11 @@ def evaluate_context(
     planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
     place = ("context", None, split)
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command, "seed": seed}
+    made = origins(opened, chosen, precision, command=command, seed=seed)
     found = []
     with results_folders(opened, out, lambda each: [each.evaluation(*place)]) as folders:
         watch.begin(planned.tokens * len(opened))
-        for model, folder in zip(opened, folders, strict=True):
+        for model, folder, origin in zip(opened, folders, made, strict=True):
             kept = Kept(folder.evaluation(*place) if folder else None, load)
             done = None if again else _before(kept, model, planned, origin)
             for windows in planned.windows[: len(done.measured) if done else 0]:
@@ -206,7 +207,8 @@ def context_use(
     """Return the record of a model, for a plan of the protocol `last`.
 
     At the longest length all tokens of a window are scored, for the losses by position. `done`
-    holds the losses of the first lengths, if any, and `keep` gets the record after each length.
+    holds the losses of the first lengths, if any, and `keep` gets the record after each length. The
+    provenance says the precision of products.
 
     Raises:
         UserError: if the model refuses a length, or memory runs out.
@@ -228,7 +230,7 @@ def context_use(
                 windows,
                 batch_tokens=batch_tokens,
                 device=device_of(network, device),
-                precision=PRECISIONS[model.precision(device)],
+                precision=PRECISIONS[provenance["precision"]],
                 advance=advance,
             )
             done = replace(

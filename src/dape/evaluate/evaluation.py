@@ -21,10 +21,9 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
-from dape.evaluate.results import KEPT, Kept, repeats, results_folders
-from dape.evaluate.subject import PRECISIONS, Model, Subject, precisions
+from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
+from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,12 +95,7 @@ def evaluate(
     check_whole(0, seed=seed)
     check_whole(documents=documents, blocks=blocks, batch_tokens=batch_tokens)
     opened = open_models(models, tokenizer, partial_weights, watch)
-    if context_parallel is not None:
-        for model in opened:
-            model.check_spread()
-    if bos:
-        for model in opened:
-            model.beginning()
+    _check_models(opened, bos, spread=context_parallel is not None)
     asked = chosen_lengths(lengths, opened)
     plan_of = partial(
         plan,
@@ -115,8 +109,7 @@ def evaluate(
     )
     plans = _plans([model.corpus(corpus) for model in opened], metric, plan_of)
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command, "seed": seed}
-    made = [origin | {"precision": each} for each in precisions(opened, chosen, precision)]
+    made = origins(opened, chosen, precision, command=command, seed=seed)
     place = (protocol, stride, split)
     first = context_parallel is None or context_parallel.rank == 0
     folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)
@@ -135,6 +128,16 @@ def evaluate(
             ).run(again)
             for model, each, folder, its in zip(opened, plans, folders, made, strict=True)
         ]
+
+
+def _check_models(models: Sequence[Model], bos: bool, spread: bool) -> None:
+    """Refuse models without a token for `bos`, or whose windows several devices cannot share."""
+    if spread:
+        for model in models:
+            model.check_spread()
+    if bos:
+        for model in models:
+            model.beginning()
 
 
 def _plans(corpora: Sequence[Corpus], metric: str, plan_of: Callable[[Corpus], Plan]) -> list[Plan]:

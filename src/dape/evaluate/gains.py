@@ -101,9 +101,7 @@ def _contrast(
     return Contrast(label, base, gains, total)
 
 
-def gain(
-    saved: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"], seed: int = 0
-) -> Gain:
+def gain(saved: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"]) -> Gain:
     """Return the mean saving a token, with an interval over documents."""
     count = int(tokens.sum())
     if not count:
@@ -111,7 +109,7 @@ def gain(
     mean = float(saved.sum() / count)
     if (tokens > 0).sum() < 2:
         return Gain(count, mean, None, None)
-    drawn = _resamples(len(tokens), seed)
+    drawn = _resamples(len(tokens))
     sums, counts = drawn @ saved, drawn @ tokens
     outside = (1 - INTERVAL) / 2
     low, high = np.quantile(sums[counts > 0] / counts[counts > 0], [outside, 1 - outside])
@@ -119,9 +117,9 @@ def gain(
 
 
 @lru_cache(maxsize=1)
-def _resamples(documents: int, seed: int) -> Int[np.ndarray, "resamples documents"]:
+def _resamples(documents: int) -> Int[np.ndarray, "resamples documents"]:
     """Return the counts of documents in many draws with replacement."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     return rng.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES)
 
 

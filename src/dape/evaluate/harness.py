@@ -1,10 +1,9 @@
 """Tasks of the Language Model Evaluation Harness (lm-eval), with requests of a stated length."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -131,13 +130,8 @@ class _Session:
     def run(self, asked: Sequence[tuple[int, str]], again: bool) -> list[Harnessed]:
         """Return the results of tasks at lengths, with earlier results unless `again`."""
         found = []
-        with ExitStack() as stack:
-
-            @cache
-            def network() -> torch.nn.Module:
-                longest = max(length for length, _ in asked)
-                return stack.enter_context(self.model.loaded(self.device, longest))
-
+        longest = max((length for length, _ in asked), default=0)
+        with self.model.on_demand(self.device, longest) as network:
             for length, task in asked:
                 before = [] if again else self._before(task, length)
                 if before:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from dape.errors import UserError
 from dape.evaluate.record import Recorded, save
 from dape.evaluate.subject import InMemory, Model
 from dape.files import locked, remove
+from dape.provenance import provenance
 from dape.runs import RunFolder, unfinished
 
 KEPT = "measured before; --again measures again"  # the outcome shown for a kept length
@@ -88,6 +91,35 @@ class Kept(Generic[Record]):
         if self.file is not None and self.writes:
             save(self.file, record)
             remove(unfinished(self.file))
+
+
+def origins(
+    models: Sequence[Model], device: torch.device, precision: str, **settings: Any
+) -> list[dict[str, Any]]:
+    """Return the provenance of the results of each model, with its precision and `settings`.
+
+    Raises:
+        UserError: for an unknown precision.
+    """
+    common = provenance(device) | settings
+    return [common | {"precision": each} for each in precisions(models, device, precision)]
+
+
+def precisions(models: Sequence[Model], device: torch.device, asked: str = "auto") -> list[str]:
+    """Return the precision of products of models that are measured together.
+
+    `auto` is the precision of a run's training. A model of others has no training here and takes
+    the precision of the runs beside it, so that the precision is no part of the comparison.
+
+    Raises:
+        UserError: for an unknown precision.
+    """
+    found = [model.precision(device, asked) for model in models]
+    low = "bf16" in found
+    return [
+        "bf16" if low and model.recipe is None else own
+        for model, own in zip(models, found, strict=True)
+    ]
 
 
 def repeats(before: Recorded, model: Model, origin: Mapping[str, Any]) -> bool:

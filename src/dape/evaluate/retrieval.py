@@ -1,9 +1,8 @@
 """Retrieval: a number hidden at a depth of a long text, asked for at the end."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,11 +18,11 @@ from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
-from dape.evaluate.results import KEPT, Kept, repeats, results_folders
-from dape.evaluate.subject import PRECISIONS, Model, Subject, precisions
+from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
+from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.trials import Cell, Plan, retrieve
 from dape.evaluate.watch import SILENT, Watch
-from dape.provenance import Provenance, provenance
+from dape.provenance import Provenance
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -145,8 +144,7 @@ def evaluate_retrieval(
     names = list(dict.fromkeys(tasks))
     prompts = [{name: _prompts(model, name, corpus, split) for name in names} for model in opened]
     chosen = choose_device(device)
-    origin = provenance(chosen) | {"command": command, "seed": seed}
-    made = [origin | {"precision": each} for each in precisions(opened, chosen, precision)]
+    made = origins(opened, chosen, precision, command=command, seed=seed)
     with results_folders(
         opened, out, lambda each: [each.retrieval(name) for name in names]
     ) as folders:
@@ -174,12 +172,7 @@ class _Session:
 
     def run(self, prompts: "Mapping[str, _Asked]", again: bool) -> list[Retrieval]:
         """Return a record for each task, with earlier measurements unless `again`."""
-        with ExitStack() as stack:
-
-            @cache
-            def network() -> nn.Module:
-                return stack.enter_context(self.model.loaded(self.device, max(self.plan.lengths)))
-
+        with self.model.on_demand(self.device, max(self.plan.lengths)) as network:
             return [self._record(task, asked, again, network) for task, asked in prompts.items()]
 
     def _record(

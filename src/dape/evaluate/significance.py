@@ -51,7 +51,6 @@ def paired_bootstrap(
     candidate: Float[np.ndarray, " documents"],
     baseline: Float[np.ndarray, " documents"],
     tokens: Int[np.ndarray, " documents"],
-    seed: int = 0,
 ) -> PairedTest:
     """Return the bootstrap over documents of the difference of two mean losses a token.
 
@@ -79,7 +78,7 @@ def paired_bootstrap(
         n_resamples=RESAMPLES,
         batch=1_000,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).bootstrap_distribution
     beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
     return PairedTest(

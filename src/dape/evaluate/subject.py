@@ -6,9 +6,10 @@ module in memory.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from dape.data.shards import Corpus
-from dape.data.tokenizer import file_of_model, fingerprint, of_model
+from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
@@ -113,26 +114,16 @@ class Model:
         if data is None and self.recipe is None:
             raise UserError(f"{self.source} has no recipe with a corpus; give --data")
         corpus = data if isinstance(data, Corpus) else Corpus(data or self.recipe["data"])  # type: ignore[index]
-        if corpus.vocab_size > self.config.vocab_size:
-            raise UserError(
-                f"{corpus.folder} has token ids up to {corpus.vocab_size - 1}, the model "
-                f"{self.source} only {self.config.vocab_size}; prepare the corpus with "
-                f"the model's tokenizer"
-            )
-        own = self.tokenizer()
-        if own and fingerprint(own) != fingerprint(corpus.tokenizer()):
-            raise UserError(
-                f"{corpus.folder} was not prepared with the tokenizer of {self.source}; "
-                f"prepare the corpus with {self._tokenizer_option()}"
-            )
+        tokenizer, folder = self.tokenizer(), self._tokenizer_folder()
+        corpus.check_model(self.source, self.config.vocab_size, tokenizer, folder)
         return corpus
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
         """Return the tokenizer of the model, None without a tokenizer.json."""
         return of_model(self.source)
 
-    def _tokenizer_option(self) -> str:
-        return f"--tokenizer {file_of_model(self.source).parent}"
+    def _tokenizer_folder(self) -> str:
+        return str(file_of_model(self.source).parent)
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
@@ -146,6 +137,12 @@ class Model:
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
         model = load_causal(self.source, self.partial_weights, **options)
         yield model.to(device).eval()
+
+    @contextmanager
+    def on_demand(self, device: torch.device, longest: int) -> Iterator[Callable[[], nn.Module]]:
+        """Yield a function that returns the model `loaded`, once for all calls."""
+        with ExitStack() as stack:
+            yield cache(lambda: stack.enter_context(self.loaded(device, longest)))
 
     def precision(self, device: torch.device, asked: str = "auto") -> str:
         """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
@@ -262,8 +259,8 @@ class InMemory(Model):
         """Return the tokenizer given with the model, if any."""
         return self.own_tokenizer
 
-    def _tokenizer_option(self) -> str:
-        return "--tokenizer FOLDER, the folder of the tokenizer"
+    def _tokenizer_folder(self) -> str:
+        return "FOLDER, the folder of the tokenizer"
 
     @contextmanager
     def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
@@ -281,23 +278,6 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
-
-
-def precisions(models: Sequence[Model], device: torch.device, asked: str = "auto") -> list[str]:
-    """Return the precision of products of models that are measured together.
-
-    `auto` is the precision of a run's training. A model of others has no training here and takes
-    the precision of the runs beside it, so that the precision is no part of the comparison.
-
-    Raises:
-        UserError: for an unknown precision.
-    """
-    found = [model.precision(device, asked) for model in models]
-    low = "bf16" in found
-    return [
-        "bf16" if low and model.recipe is None else own
-        for model, own in zip(models, found, strict=True)
-    ]
 
 
 def _checksum(content: Any) -> str:

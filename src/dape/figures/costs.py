@@ -2,7 +2,7 @@
 
 from dape.bench.case import DIRECTIONS
 from dape.bench.model import LOGITS, Cost, Costs
-from dape.figures.speed import digits, milliseconds
+from dape.figures.speed import digits, milliseconds, origin
 from dape.figures.tables import NOTHING, Table
 
 GIB = 2**30
@@ -11,14 +11,9 @@ YARDSTICK = "nope"  # the divisor of ratios, if measured
 
 def page(costs: Costs) -> str:
     """Return all tables in Markdown, with explanation and origin."""
-    made = costs.provenance
-    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    origin = (
-        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {costs.seed}; "
-        f"{made['device']}; {versions}; {made['time']}"
-    )
     parts = ["# Time and memory of whole models", explanation(costs)]
-    return "\n\n".join([*parts, *(each.markdown() for each in tables(costs)), origin]) + "\n"
+    parts += [each.markdown() for each in tables(costs)]
+    return "\n\n".join([*parts, origin(costs.provenance, costs.seed)]) + "\n"
 
 
 def explanation(costs: Costs) -> str:

@@ -9,6 +9,7 @@ from dape.bench.methods import METHODS
 from dape.bench.record import FAILED, NOT_SERVED, OUT_OF_MEMORY, Entry, Results
 from dape.figures.style import palette, theme
 from dape.figures.tables import NOTHING, Table
+from dape.provenance import Provenance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,14 +21,18 @@ SHORT = {NOT_SERVED: NOTHING, OUT_OF_MEMORY: "OOM", FAILED: "failed"}
 
 def page(results: Results, figure: str) -> str:
     """Return the tables in Markdown, with the figure and the origin of the numbers."""
-    made = results.provenance
+    parts = ["# Speed and memory of attention", explanation(results), f"![]({figure})"]
+    parts += [each.markdown() for each in tables(results)]
+    return "\n\n".join([*parts, origin(results.provenance, results.seed)]) + "\n"
+
+
+def origin(made: Provenance, seed: int) -> str:
+    """Return the origin of numbers: command, commit, seed, device, versions and time."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    origin = (
-        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {results.seed}; "
+    return (
+        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {seed}; "
         f"{made['device']}; {versions}; {made['time']}"
     )
-    parts = ["# Speed and memory of attention", explanation(results), f"![]({figure})"]
-    return "\n\n".join([*parts, *(each.markdown() for each in tables(results)), origin]) + "\n"
 
 
 def explanation(results: Results) -> str:

@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForSequenceClassification,
 )
 
+from dape.model.base import DapePreTrainedModel
 from dape.model.configuration import DapeConfig
-from dape.model.modeling import DapeForCausalLM, DapeModel, DapePreTrainedModel
+from dape.model.modeling import DapeForCausalLM, DapeModel
 
 
 class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTrainedModel):

@@ -19,8 +19,9 @@ def masking(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     cache: Cache | None,
+    documents: Tensor | None,
+    *,
     relative: bool,
-    documents: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return mask, causality, positions and offset of the queries, arguments of `dape.attention`.
 

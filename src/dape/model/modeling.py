@@ -8,16 +8,13 @@
 - embedding and output layer are untied by default, with the paper's GPT-NeoX initialisation
 """
 
-import math
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -25,78 +22,17 @@ from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import (
     CACHE,
-    CACHE_NAMES,
     by_either_name,
     packed_documents,
     refuse_pages,
     refuse_unused,
 )
-from dape.model.blocks import INTO_STREAM, DapeAttention, DapeDecoderLayer, norm
+from dape.model.base import DapePreTrainedModel
+from dape.model.blocks import DapeDecoderLayer, norm
 from dape.model.configuration import DapeConfig
 from dape.model.masking import mask_of_generation, masking, part_of_sequence
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
-
-
-class DapePreTrainedModel(PreTrainedModel):
-    """The base of the models: names for loading, sharding and recording, and initialisation."""
-
-    config: DapeConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DapeDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = [*CACHE_NAMES]
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
-        "position_embedding",
-        "position_bias",
-        "adapter",
-    ]
-    _can_compile_fullgraph = True
-    _can_record_outputs: ClassVar[dict[str, type[nn.Module]]] = {
-        "hidden_states": DapeDecoderLayer,
-        "attentions": DapeAttention,
-    }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights as the paper's GPT-NeoX does, of width C and depth L.
-
-        Standard deviation of matrices into the residual stream (`o_proj`, `down_proj`): 2 / (L
-        sqrt(C)), `wang_init`; of further matrices: sqrt(2 / (5 C)), `small_init`. Biases 0, norms
-        1. Modules of a scheme draw their parameters themselves.
-        """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            width, depth = self.config.hidden_size, self.config.num_hidden_layers
-            small, wang = math.sqrt(2 / (5 * width)), 2 / (depth * math.sqrt(width))
-            init.normal_(module.weight, std=wang if hasattr(module, INTO_STREAM) else small)
-        elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            init.ones_(module.weight)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
-            return
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
-
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
-        """Return "eager", transformers' name for a model's own code; refuse other names."""
-        if requested_attention not in (None, "eager"):
-            raise UserError(
-                f"attn_implementation={requested_attention!r}: DAPE models compute attention "
-                f"by backend={self.config.backend!r} of the configuration; leave it out, or "
-                "say 'eager'"
-            )
-        return "eager"
-
-    def _check_and_adjust_attn_implementation(self, name: str | None, *_: Any, **__: Any) -> str:
-        """Refuse a kernel of the hub too, which transformers would ask for first."""
-        return self.get_correct_attn_implementation(name)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        """Let `set_attn_implementation` call the method above, and raise the error."""
-        return True
 
 
 class DapeModel(DapePreTrainedModel):
@@ -175,25 +111,14 @@ class DapeModel(DapePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        cache = by_either_name(past_key_values, cache)
-        if cache is not None and self.recomputes:
-            raise UserError(
-                "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
-                "both: leave out past_key_values, or say gradient_checkpointing_disable()"
-            )
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+        cache = self._cache(by_either_name(past_key_values, cache), use_cache)
         batch, length = hidden_states.shape[:2]
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         given = (attention_mask, position_ids, cache, documents)
         if context_parallel is None:
-            where = masking(hidden_states, *given[:3], self.relative, documents)
+            where = masking(hidden_states, *given, relative=self.relative)
         else:
-            first = cast(DapeDecoderLayer, self.layers[0]).self_attn
-            if self.training and isinstance(first.rotation, RandomizedRoPE):
-                raise UserError(
-                    "randomised positions need whole sequences; leave context_parallel out"
-                )
+            self._check_parts()
             where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
@@ -209,6 +134,21 @@ class DapeModel(DapePreTrainedModel):
                 **where,
             )
         return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the given cache, or a new cache if `use_cache` asks for one."""
+        if given is not None and self.recomputes:
+            raise UserError(
+                "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
+                "both: leave out past_key_values, or say gradient_checkpointing_disable()"
+            )
+        return DynamicCache(config=self.config) if use_cache and given is None else given
+
+    def _check_parts(self) -> None:
+        """Refuse parts of sequences for positions drawn over whole sequences."""
+        first = cast(DapeDecoderLayer, self.layers[0]).self_attn
+        if self.training and isinstance(first.rotation, RandomizedRoPE):
+            raise UserError("randomised positions need whole sequences; leave context_parallel out")
 
     @property
     def recomputes(self) -> bool:

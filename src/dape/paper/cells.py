@@ -68,7 +68,8 @@ class Cell:
     Attributes:
         home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
         needs: name of the cell with the training of the base model.
-        minutes: estimated minutes on an H100, if known before any run.
+        minutes: minutes on an H100, if known before any run.
+        timed: whether the minutes follow from a measurement.
     """
 
     home: Path
@@ -78,6 +79,7 @@ class Cell:
     training: Training | None = None
     needs: str | None = None
     minutes: float | None = None
+    timed: bool = False
 
     @property
     def regime(self) -> Regime | None:

@@ -68,7 +68,7 @@ class Encoders:
                 *self._maps(home, name, tasks, scheme),
             )
             minutes = self._minutes(home, tasks, scheme)
-            yield Cell(home, name, scheme, commands, minutes=minutes)
+            yield Cell(home, name, scheme, commands, minutes=minutes, timed=True)
 
     def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Command:
         kept = [cells.path(Path(), task, scheme, seed) for task, seed in product(tasks, self.seeds)]

@@ -1,21 +1,23 @@
 """The experiments, in the order of their value for GPU time."""
 
-from pathlib import Path
-
 from dape.errors import unknown
+from dape.paper.beyond import DEMO, RETROFIT, SCHEMES
 from dape.paper.cells import Regime
-from dape.paper.chomsky import Above, BestOf, Near
+from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.claims import Better, Claim, Rise, Uses
-from dape.paper.encoders import GROUPS, Encoders
 from dape.paper.experiment import Experiment
 from dape.paper.smollm2 import SMOLLM2
 from dape.paper.sweep import USES, Arm, Bench, Sweep, heads, schemes
-from dape.paper.tuning import Tuning
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
 FOUR = PAIRS[:4]
 BIASES = ("alibi", "kerple", "fire")
+
+
+def _against(better: str, worse: str, regime: Regime, *times: int) -> tuple[Better, ...]:
+    """Return the checks of an arm against a worse arm, at multiples of the training length."""
+    return tuple(Better(better, worse, regime, n) for n in times)
 
 
 def _pairs(regime: Regime, *times: int, biases: tuple[str, ...] = BIASES) -> tuple[Better, ...]:
@@ -40,6 +42,8 @@ def _steady(*checks: tuple[Regime, int]) -> tuple[Claim, Claim]:
 
 
 ARXIV, BOOKS = Regime("125m", "arxiv", 512), Regime("125m", "books", 512)
+SMALL_ARXIV, SMALL_BOOKS = Regime("small", "arxiv", 512), Regime("small", "books", 512)
+SMALL_SHORT, SHORT = Regime("small", "arxiv", 128), Regime("125m", "arxiv", 128)
 
 CORE = Experiment(
     name="core",
@@ -61,10 +65,9 @@ CORE = Experiment(
         Claim(
             "V2 is better than V1 on Kerple at 125M",
             "DAPE V2",
-            tuple(
-                Better("dape3-kerple", "dape-kerple", regime, times)
-                for regime in (ARXIV, BOOKS)
-                for times in (1, 16)
+            (
+                *_against("dape3-kerple", "dape-kerple", ARXIV, 1, 16),
+                *_against("dape3-kerple", "dape-kerple", BOOKS, 1, 16),
             ),
         ),
     ),
@@ -82,11 +85,11 @@ LENGTHS = Experiment(
             "DAPE-X is better than X at 64 times the training length",
             "section 4.1",
             (
-                *_pairs(Regime("small", "arxiv", 128), 64),
-                *_pairs(Regime("125m", "arxiv", 128), 64, biases=BIASES[:2]),
+                *_pairs(SMALL_SHORT, 64),
+                *_pairs(SHORT, 64, biases=BIASES[:2]),
             ),
         ),
-        *_steady((Regime("small", "arxiv", 128), 64), (Regime("125m", "arxiv", 128), 64)),
+        *_steady((SMALL_SHORT, 64), (SHORT, 64)),
     ),
 )
 EVERY = schemes(
@@ -106,14 +109,13 @@ ALL = Experiment(
         Claim(
             "DAPE-Kerple is better than CoPE and Transformer-XL at 16 times the training length",
             "Table 6, which is trained at 128",
-            tuple(
-                Better("dape-kerple", other, Regime("small", "books", 512), 16)
-                for other in ("cope", "transformer-xl")
+            (
+                Better("dape-kerple", "cope", SMALL_BOOKS, 16),
+                Better("dape-kerple", "transformer-xl", SMALL_BOOKS, 16),
             ),
         ),
     ),
 )
-SEEDED = Regime("small", "arxiv", 512)
 SIGNIFICANCE = Experiment(
     name="significance",
     title="Is the difference more than chance?",
@@ -126,12 +128,12 @@ SIGNIFICANCE = Experiment(
         Claim(
             "DAPE-X is better than X within the training length (p < 0.05)",
             "Table 5",
-            (*_pairs(SEEDED, 1), *_pairs(ARXIV, 1, biases=("kerple",))),
+            (*_pairs(SMALL_ARXIV, 1), *_pairs(ARXIV, 1, biases=("kerple",))),
         ),
         Claim(
             "DAPE-X is better than X beyond the training length (p < 0.05)",
             "Table 5",
-            (*_pairs(SEEDED, 2, 16), *_pairs(ARXIV, 2, 16, biases=("kerple",))),
+            (*_pairs(SMALL_ARXIV, 2, 16), *_pairs(ARXIV, 2, 16, biases=("kerple",))),
         ),
     ),
 )
@@ -200,29 +202,22 @@ ABLATION = Experiment(
         Claim(
             "A hidden width of 4 still helps",
             "section 4.4",
-            tuple(
-                Better("dape-alibi-d4", "alibi", Regime("small", "arxiv", 128), times)
-                for times in (1, 64)
-            ),
+            _against("dape-alibi-d4", "alibi", SMALL_SHORT, 1, 64),
         ),
         Claim(
             "A + B + f(A, B) is better than A + B + f(B), and that better than A + B",
             "Table 7",
-            tuple(
-                Better(better, worse, Regime("small", "books", 512), times)
-                for better, worse in (
-                    ("dape-kerple", "dape-bias-kerple"),
-                    ("dape-bias-kerple", "kerple"),
-                )
-                for times in (1, 16)
+            (
+                *_against("dape-kerple", "dape-bias-kerple", SMALL_BOOKS, 1, 16),
+                *_against("dape-bias-kerple", "kerple", SMALL_BOOKS, 1, 16),
             ),
         ),
         Claim(
             "Concatenating scores and bias is better than adding them",
             "section 4.3",
             tuple(
-                Better(variant, "dape-add-kerple", Regime("small", "arxiv", length), times)
-                for length, times in ((128, 64), (512, 16))
+                Better(variant, "dape-add-kerple", regime, times)
+                for regime, times in ((SMALL_SHORT, 64), (SMALL_ARXIV, 16))
                 for variant in ("dape-kerple", "dape-concat-kerple")
             ),
         ),
@@ -264,18 +259,15 @@ V2 = Experiment(
         Claim(
             "V2 is better than V1 on Kerple, within and beyond the training length",
             "DAPE V2",
-            tuple(
-                Better("dape3-kerple", "dape-kerple", Regime("small", "arxiv", length), times)
-                for length, times in ((128, 1), (128, 64), (512, 1), (512, 16))
+            (
+                *_against("dape3-kerple", "dape-kerple", SMALL_SHORT, 1, 64),
+                *_against("dape3-kerple", "dape-kerple", SMALL_ARXIV, 1, 16),
             ),
         ),
         Claim(
             "V2 is worse than V1 on ALiBi trained at 128",
             "a review of DAPE V2",
-            tuple(
-                Better("dape-alibi", "dape3-alibi", Regime("small", "arxiv", 128), times)
-                for times in (1, 64)
-            ),
+            _against("dape-alibi", "dape3-alibi", SMALL_SHORT, 1, 64),
         ),
     ),
 )
@@ -305,118 +297,6 @@ USE = Experiment(
     ),
     sections=("uses",),
 )
-CHOMSKY = Experiment(
-    name="chomsky",
-    title="Fifteen tasks of the Chomsky hierarchy",
-    shows="section 4.7 and Table 2",
-    parts=(Encoders(GROUPS),),
-    claims=(
-        Claim(
-            "DAPE-X is above X on the tasks in which the order matters",
-            "section 4.7",
-            (
-                Above("dape-alibi", "alibi", "11 of 11"),
-                Above("dape-kerple", "kerple", "10 of 11"),
-                Above("dape-fire", "fire", "11 of 11"),
-            ),
-        ),
-        Claim(
-            "A DAPE is best on the tasks in which the order matters",
-            "section 4.7",
-            (BestOf("10 of 11"),),
-        ),
-        Claim(
-            "DAPE-ALiBi has 50.30 on Parity Check and 99.38 on Bucket Sort",
-            "section 4.7",
-            (
-                Near("parity-check", "dape-alibi", 50.30),
-                Near("bucket-sort", "dape-alibi", 99.38),
-            ),
-        ),
-        Claim(
-            "V2 is above Kerple on the tasks in which the order matters",
-            "DAPE V2, from a third party's notes",
-            (Above("dape3-kerple", "kerple", "8 of 11"),),
-        ),
-        Claim(
-            "FIRE is above Kerple, and Kerple above ALiBi",
-            "section 4.7, which counts 14 tasks",
-            (
-                Above("fire", "kerple", "9 of 14"),
-                Above("kerple", "alibi", "11 of 14"),
-            ),
-        ),
-    ),
-    home=Path("results/chomsky"),
-    sections=("scores", "lengths", "training", "maps"),
-)
-DEMO = Experiment(
-    name="demo",
-    title="Two models of bytes on a CPU",
-    shows="the demonstration of the README with three seeds",
-    parts=(
-        Sweep(
-            *("demo", ("python-stdlib",), (64,), PAIRS[2:4], (0, 1, 2), (1_638_400,)),
-            reads="64,...,1024",
-        ),
-    ),
-    home=Path("results/demo"),
-)
-SCHEMES = Experiment(
-    name="schemes",
-    title="Every encoding, and every form of adapter on one of them",
-    shows="how far each encoding of the package reads",
-    parts=(
-        Sweep(
-            *("cpu", ("python-stdlib",), (128,)),
-            schemes(
-                *("nope", "sinusoidal", "learned", "rope", "partial-rope", "pi", "ntk"),
-                *("dynamic-ntk", "yarn", "xpos", "randomized-rope", "alibi", "kerple"),
-                *("kerple-power", "t5", "sandwich", "fire", "cope", "transformer-xl"),
-                *("dape-nope", "dape-rope", "dape-alibi", "dape-kerple", "dape-kerple-power"),
-                *("dape-t5", "dape-sandwich", "dape-fire", "dape3-kerple", "dape5-kerple"),
-                *("dape7-kerple", "dape-add-kerple", "dape-concat-kerple", "dape-bias-kerple"),
-                "talking-heads-kerple",
-            ),
-            tokens=(1_638_400,),
-            reads="128,512,2048,8192,16384",
-            options=("--blocks", "1"),
-        ),
-    ),
-    home=Path("results/schemes"),
-)
-WHOLE = {"model.adapter": None, "model.train": "all"}
-ADAPTERS = {"optimizer.learning_rate": 3e-2}
-YARN = {"model.config": {"scheme": "yarn", "scheme_options": {"rotation": {"factor": 16}}}}
-RETROFIT = Experiment(
-    name="retrofit",
-    title="A RoPE model trained at 512, then for 5 % of its steps more",
-    shows="DAPE as an addition to a model that is there",
-    # Rates are the best of three or four by the validation loss of seed 0 at 2,048 tokens: 3e-5 to
-    # 3e-4 for the whole model, to 1e-3 as YaRN, and 3e-3 to 3e-2 for adapters.
-    parts=(
-        Tuning(
-            base=Sweep(
-                *("retrofit", ("books",), (512,)),
-                *((Arm("base", {"model.scheme": "rope"}),), (0, 1, 2), (65_536_000,)),
-            ),
-            recipe="recipes/retrofit.yaml",
-            options={"training.steps": 100},
-            arms=(
-                Arm(
-                    "plain-512", {**WHOLE, "optimizer.learning_rate": 1e-4, "training.length": 512}
-                ),
-                Arm("plain-2048", {**WHOLE, "optimizer.learning_rate": 1e-4}),
-                Arm("yarn-2048", {**WHOLE, "optimizer.learning_rate": 3e-4, **YARN}),
-                Arm("dape-512", {**ADAPTERS, "training.length": 512}),
-                Arm("dape-2048", ADAPTERS),
-                Arm("yarn-dape-2048", {**ADAPTERS, **YARN}),
-            ),
-        ),
-    ),
-    home=Path("results/retrofit"),
-)
-
 PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, COST, V2, LEARNT, USE, CHOMSKY)
 EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT, SMOLLM2)}
 

@@ -24,17 +24,19 @@ SLOWER = {
     "cope": 4.0,
     "transformer-xl": 4.0,
 }
+ESTIMATE = "~"  # before minutes that include estimates
 # Minutes of starting, compiling and measuring on an H100.
 AROUND = {"small": 1.5, "125m": 2.0, "350m": 3.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A cell with state and GPU minutes, spent or estimated (None if unknown)."""
+    """A cell with state and GPU minutes (None if unknown), measured or an `estimate`."""
 
     cell: Cell
     state: State
     minutes: float | None
+    estimate: bool
 
     @property
     def due(self) -> bool:
@@ -52,10 +54,7 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
             for cell in cells
             if states[cell.name] == "finished"
         }
-    return [
-        Planned(cell, states[cell.name], spent.get(cell.name) or _price(cell, cells, spent))
-        for cell in cells
-    ]
+    return [Planned(cell, states[cell.name], *_price(cell, cells, spent)) for cell in cells]
 
 
 def choose(
@@ -116,33 +115,50 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
     if left:
         hours = max(sum(left) / devices, *left) / 60
         note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
+    if any(each.due and each.estimate for each in planned):
+        note += f" {ESTIMATE}: includes estimates, for arms without a finished cell."
     if any(each.due and each.minutes is None for each in planned):
         note += f" {NOTHING}: no price was measured (docs/chomsky.md for encoders)."
     return Table("Plan", ["regime", *get_args(State), "GPU minutes due"], rows, note)
 
 
-def _price(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
-    """Return the estimated minutes of a cell, from similar finished cells or from a table."""
+def _price(
+    cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]
+) -> tuple[float | None, bool]:
+    """Return the minutes of a cell, if known, and whether the minutes are an estimate."""
+    measured = spent.get(cell.name) or _alike(cell, cells, spent)
+    if measured is not None:
+        return measured, False
+    minutes = _estimate(cell) if cell.minutes is None else cell.minutes
+    return minutes, minutes is not None and not cell.timed
+
+
+def _alike(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
+    """Return the minutes of similar finished cells, for the tokens of the cell."""
     regime = cell.regime
     if regime is None:
-        return cell.minutes
+        return None
     alike = [
         spent[other.name] * regime.tokens / other.regime.tokens
         for other in cells
         if other.regime and other.name in spent
         if (other.arm, other.regime.size) == (cell.arm, regime.size)
     ]
-    if alike:
-        return median(alike)
-    speed = TOKENS_PER_SECOND.get(regime.size)
-    if speed is None or cell.minutes is not None:
-        return cell.minutes
+    return median(alike) if alike else None
+
+
+def _estimate(cell: Cell) -> float | None:
+    """Return the minutes of a cell by tokens and speed, for a known size."""
+    regime = cell.regime
+    if regime is None or regime.size not in TOKENS_PER_SECOND:
+        return None
     factor = max((times for part, times in SLOWER.items() if part in cell.arm), default=1.0)
-    return regime.tokens * factor / speed / 60 + AROUND[regime.size]
+    return regime.tokens * factor / TOKENS_PER_SECOND[regime.size] / 60 + AROUND[regime.size]
 
 
 def _row(name: str, group: Sequence[Planned]) -> list[str]:
     counts = [str(sum(each.state == state for each in group)) for state in get_args(State)]
-    minutes = [each.minutes for each in group if each.due]
-    known = [each for each in minutes if each is not None]
-    return [name, *counts, f"{sum(known):.0f}" if len(known) == len(minutes) else NOTHING]
+    due = [each for each in group if each.due]
+    known = [each.minutes for each in due if each.minutes is not None]
+    mark = ESTIMATE if any(each.estimate for each in due) else ""
+    return [name, *counts, f"{mark}{sum(known):.0f}" if len(known) == len(due) else NOTHING]

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.utils.checkpoint import checkpoint
 
 from dape.data.shards import Corpus, Windows
+from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.files import whole
 from dape.runs import RunFolder
@@ -195,7 +196,9 @@ class Retrofitting(NextToken):
 
         chosen, source = self.recipe.model, source_of(self.recipe)
         model = load(source, chosen.config).to(device)
-        self.corpus.check_model(source, model.config.get_text_config().vocab_size)
+        tokens = model.config.get_text_config().vocab_size
+        folder = file_of_model(source).parent
+        self.corpus.check_model(source, tokens, of_model(source), folder)
         train = chosen.train.split(",")
         if chosen.adapter is None:
             set_trainable(model, train)

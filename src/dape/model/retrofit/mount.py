@@ -15,8 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
 from dape.model.arguments import refuse_pages
+from dape.model.base import DapePreTrainedModel
 from dape.model.blocks import in_use
-from dape.model.modeling import DapePreTrainedModel
 from dape.model.retrofit.choice import Choice, Factory
 from dape.model.retrofit.hooks import (
     around,

@@ -48,6 +48,7 @@ def serves(problem: Problem, terms: Features) -> bool:
         and heads <= HEADS
         and units <= MOST_UNITS
         and len(terms.weight) <= MOST_FEATURES
+        and rows >= windows.ROWS  # a step of decoding is faster in Triton
         and 0 <= problem.offset <= keys - rows
         and heads * keys * BLOCK.value < 2**31  # the least band, in offsets of 32 bits
         and windows.has_room()

@@ -15,6 +15,8 @@ from dape.attention.fused.terms import Mixed
 
 CAPABILITY = (9, 0)
 MOST_HEADS, MOST_UNITS, WIDEST_HEAD = 16, 64, 128
+# The kernel keeps scores as they are before the scale, and weights over the scale, in fp16.
+SMALLEST_SCALE = 2**-7
 # Distances of a tile in shared memory.
 SPAN = 64
 # Registers and bytes of shared memory of a block, on a GPU of `CAPABILITY`.
@@ -64,6 +66,7 @@ def layout_of(problem: Problem, terms: Mixed) -> Layout | None:
         torch.cuda.get_device_capability() == CAPABILITY
         and problem.query.element_size() == 2
         and problem.offset >= 0
+        and abs(problem.scale) >= SMALLEST_SCALE
         and heads <= MOST_HEADS
         and units <= MOST_UNITS
         and head_dim == problem.value.shape[3]

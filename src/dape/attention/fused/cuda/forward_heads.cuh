@@ -159,7 +159,7 @@ DEVICE void add_values(Running& run, const Weights& weight, const Weights& weigh
       }
     }
 }
-// Output and log-sum-exp of the rows, and the flag for numbers beyond a limit.
+// Output and log-sum-exp of the rows, and the flag for numbers beyond a limit, or that are none.
 DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
 #pragma unroll
   for (int m = 0; m < MT; m++)
@@ -171,9 +171,9 @@ DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
       int row = a.row0 + 16 * m + g + 8 * r;
       float part = sum > 0.f ? 1.f / sum : 0.f;
       if (row < a.rows) {
-        const float log_sum = sum > 0.f ? (run.top[m][r] + log2f(sum)) * LN2 : NEVER;
+        const float log_sum = sum != 0.f ? (run.top[m][r] + log2f(sum)) * LN2 : NEVER;
         if (t == 0) a.lse[row] = log_sum;
-        if (run.largest > a.largest_score || (sum > 0.f && fabsf(log_sum) > a.largest_sum)) *a.flag = 1;
+        if (run.largest > a.largest_score || (sum != 0.f && !(fabsf(log_sum) <= a.largest_sum))) *a.flag = 1;
 #pragma unroll
         for (int e = 0; e < E / 8; e++) {
           const long long at = (long long)row * a.out_t + 8 * e + 2 * t;
