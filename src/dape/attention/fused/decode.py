@@ -30,6 +30,8 @@ from dape.attention.fused.terms import Mixed
 KEYS_PER_ROW = 16
 # Columns of a tile, a column for a head of a row. Beyond, products of all with all cost most.
 MOST_COLUMNS = 64
+# Keys of a span, so that few keys need no `combine`.
+LEAST_SPAN = 64
 # Numbers of a row and head that `combine` holds at a time.
 MOST_PARTS = 2**14
 
@@ -85,7 +87,7 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     batch, _, rows, _ = problem.query.shape
     keys = Extent.of(problem).visible(rows)
     wanted = cdiv(PROGRAMS, batch * cdiv(rows, tile.rows))
-    spans = next_power_of_2(max(1, min(wanted, cdiv(keys, tile.keys))))
+    spans = next_power_of_2(max(1, min(wanted, cdiv(keys, LEAST_SPAN))))
     spans = min(spans, MOST_PARTS // next_power_of_2(problem.value.shape[3]))
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 

@@ -1,10 +1,10 @@
 """Triton kernel of decoding: few queries against many keys, all heads of a span in a program.
 
-A tile has C rows (h, m), the heads of M queries, against K keys. Every key head is multiplied with
-all C rows, and products with rows of foreign heads are dropped. A tensor core takes sixteen rows at
-least, and reading the keys costs most. A single loop runs over the key heads of all tiles, with the
-keys of a tile and the values of the tile before. Loads are thus under way at every time, also while
-the heads of a tile mix. `tiles` has the legend.
+A tile has K keys against C columns (h, m), the heads of M rows. Every key head is multiplied with
+all columns, and products with columns of foreign heads are dropped. A tensor core takes sixteen
+columns at least, and reading the keys costs most. A single loop runs over the key heads of all
+tiles, with the keys of a tile and the values of the tile before. Loads are therefore under way at
+every time, also while the heads of a tile mix. `tiles` has the legend.
 """
 
 import triton
