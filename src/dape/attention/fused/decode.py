@@ -24,7 +24,7 @@ from dape.attention.fused.sizes import (
     strides,
 )
 from dape.attention.fused.spans import PROGRAMS, combine, parts_of
-from dape.attention.fused.terms import Mixed
+from dape.attention.fused.terms import Features, Mixed
 
 # Bands serve more queries, or fewer keys for a query, and read keys once: an estimate.
 KEYS_PER_ROW = 16
@@ -92,22 +92,28 @@ def key_spans(problem: Problem, tile: Tile) -> tuple[int, int]:
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 
 
-def tables_of(terms: Mixed | Sources, problem: Problem) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def tables_of(
+    terms: Mixed | Features | Sources, problem: Problem
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return weights and tables, or their sources, and the compile-time arguments."""
     weights, unused = (terms.weight_in, terms.weight_out), problem.query
-    if isinstance(terms, Mixed):
-        how = {"FORM": None, "ROWS": 0, "ON_BIAS": -1, "RESIDUAL": False}
-        return (*weights, terms.hidden, terms.static, unused, unused, 0), how
-    parameters = (unused if x is None else x for x in (terms.p0, terms.p1))
-    form = form_named(terms.form).function
     how = {
-        "FORM": form, "ROWS": rows_of(terms.p0, terms.span),
-        "ON_BIAS": terms.on_bias, "RESIDUAL": terms.residual,
+        "FORM": None, "ROWS": 0, "ON_BIAS": -1, "RESIDUAL": False, "F": 0, "FEATURES": 0,
     }  # fmt: skip
-    return (*weights, terms.bias_in, terms.bias_out, *parameters, terms.span), how
+    if isinstance(terms, Sources):
+        parameters = (unused if x is None else x for x in (terms.p0, terms.p1))
+        how |= {"FORM": form_named(terms.form).function, "ROWS": rows_of(terms.p0, terms.span)}
+        how |= {"ON_BIAS": terms.on_bias, "RESIDUAL": terms.residual}
+        read = (terms.bias_in, terms.bias_out, *parameters, terms.span)
+        return (*weights, *read, *[unused] * 4, 2**30), how  # a form knows every distance
+    read = (*weights, terms.hidden, terms.static, unused, unused, 0)
+    if isinstance(terms, Mixed):
+        return (*read, *[unused] * 4, len(terms.hidden)), how
+    how |= {"F": len(terms.weight), "FEATURES": padded(len(terms.weight))}
+    return (*read, terms.psi, terms.scale, terms.weight, terms.bias, len(terms.psi)), how
 
 
-def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
+def forward(problem: Problem, terms: Mixed | Features | Sources, found: Result) -> None:
     """Fill a result, and set the flag of the result if there is one.
 
     Logits are in float32 throughout. Numbers beyond the range of 16 bits are therefore served.
@@ -122,11 +128,9 @@ def forward(problem: Problem, terms: Mixed | Sources, found: Result) -> None:
     mask = query if problem.mask is None else problem.mask
     flags = {"gate": found.flag, "GATED": -1} if found.flag.numel() else problem.gated()
     read, how = tables_of(terms, problem)
-    # A form knows every distance.
-    size = len(terms.hidden) if isinstance(terms, Mixed) else 2**30
     start(kernels.decode_kernel, (cdiv(rows, tile.rows), spans, batch))(
         query, key, value, *read, mask, parts, parts_lse, found.rest,
-        rows, Extent.of(problem).visible(rows), size, channels,
+        rows, Extent.of(problem).visible(rows), channels,
         problem.offset, problem.scale, length,
         *strides(query), *strides(key), *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3], mask.stride(0),

@@ -10,17 +10,22 @@ every time, also while the heads of a tile mix. `tiles` has the legend.
 import triton
 import triton.language as tl
 
-from dape.attention.fused.across_heads import load_hidden, load_static, rise
+from dape.attention.fused.across_heads import load_feature_tables, load_hidden, load_static, rise
 from dape.attention.fused.table_kernels import bias_values, load_out, load_tap
-from dape.attention.fused.tiles import LOG2E, store_output, unwanted
+from dape.attention.fused.tiles import LOG2E, sees, store_output, unwanted
 
 # Sizes that change with every token. Triton would compile a further kernel for multiples of 16.
 GROWING = ("num_keys", "table_size", "shift")
 
 
 @triton.jit
-def made_tables(b_HN, v_DH, w2_HD, b1_D, b2_H, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Return U `[D, N]` and C `[H, N]` of biases, as `tables_kernel` makes them."""
+def made_tables(
+    distance, heads, p0, p1, span, count, v_DH, w2_HD, b1_D, b2_H, H: tl.constexpr,
+    FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Return U `[D, N]` and C `[H, N]` of a form at distances, as `tables_kernel` makes them."""
+    b_NH, _x, _y = bias_values(p0, p0, p1, distance, heads, count, span, H, FORM, False, ROWS)
+    b_HN = tl.trans(b_NH)
     u_DN = tl.zeros((b1_D.shape[0], b_HN.shape[1]), tl.float32) + b1_D[:, None]
     if ON_BIAS >= 0:
         u_DN = tl.dot(v_DH, b_HN, u_DN, input_precision="ieee")
@@ -31,16 +36,39 @@ def made_tables(b_HN, v_DH, w2_HD, b1_D, b2_H, ON_BIAS: tl.constexpr, RESIDUAL: 
     return u_DN, tl.dot(w2_HD, phi_DN, c_HN, input_precision="ieee")
 
 
+@triton.jit
+def tables_of_features(delta, index, psi, index_scale, count, v_F, c_F, u_DF, c_HF, u_D, c_H):
+    """Return U `[D, N]` and C `[H, N]` of features; `index` is max(i, j)."""
+    x_N = tl.load(psi + tl.abs(delta), tl.abs(delta) < count, 0.0)
+    x_N *= tl.load(index_scale + index, index < count, 0.0)
+    f_FN = tl.maximum(v_F[:, None] * x_N[None, :] + c_F[:, None], 0.0)
+    u_DN = tl.zeros((u_D.shape[0], x_N.shape[0]), tl.float32) + u_D[:, None]
+    c_HN = tl.zeros((c_H.shape[0], x_N.shape[0]), tl.float32) + c_H[:, None]
+    u_DN = tl.dot(u_DF, f_FN, u_DN, input_precision="tf32x3")
+    return u_DN, tl.dot(c_HF, f_FN, c_HN, input_precision="tf32x3")
+
+
+@triton.jit
+def softmax(s_CK, top_C, total_C, acc_CV):
+    """Return P of logits by the largest logit so far, that logit, and both sums by that logit."""
+    new_top_C = tl.maximum(top_C, tl.max(s_CK, 1))
+    safe_C = tl.where(new_top_C == float("-inf"), 0.0, new_top_C)
+    p_CK = tl.exp2((s_CK - safe_C[:, None]) * LOG2E)
+    shrink_C = tl.exp2((top_C - safe_C) * LOG2E)
+    return p_CK, new_top_C, total_C * shrink_C + tl.sum(p_CK, 1), acc_CV * shrink_C[:, None]
+
+
 @triton.jit(do_not_specialize=GROWING)
 def decode_kernel(
-    query, key, value, w1, w2, hidden, static, p0, p1, span, mask, out, lse, rest,
-    num_rows, num_keys, table_size, channels, shift, scale, keys_per_span,
+    query, key, value, w1, w2, hidden, static, p0, p1, span, psi, index_scale, v, c,
+    table_size, mask, out, lse, rest, num_rows, num_keys, channels, shift, scale, keys_per_span,
     query_b, query_h, query_t, key_b, key_h, key_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, mask_b,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     HEADS: tl.constexpr, UNITS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
     V: tl.constexpr, WIDE_V: tl.constexpr,
     FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    F: tl.constexpr, FEATURES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
     gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,6 +77,7 @@ def decode_kernel(
 
     `hidden` and `static` are U and C over the distance. With a FORM of the bias, which has few
     parameters, the program makes its own part of U and C, and `hidden` and `static` are b1 and b2.
+    With F features of FIRE U and C are over features, and C lacks W2 phi(U) as `terms` says.
     W1 has `channels` columns, first the scores. If EXACT, the rounding error of P meets V too. If
     FLAGS, `gate` becomes 1.
     """
@@ -81,6 +110,12 @@ def decode_kernel(
         v_DH = w1_DH
         if ON_BIAS >= 0:
             v_DH = tl.trans(load_tap(w1, 0, ON_BIAS, heads, units, channels, H, D, 1))
+    if F > 0:
+        places = tl.arange(0, FEATURES)
+        u_FD, c_FH, u_D, c_H = load_feature_tables(hidden, static, heads, units, places, H, D, F)
+        u_DF, c_HF = tl.trans(u_FD), tl.trans(c_FH)
+        v_F = tl.load(v + places, places < F, 0.0)
+        c_F = tl.load(c + places, places < F, 0.0)
     top_C = tl.full((HEADS * M,), float("-inf"), tl.float32)
     total_C = tl.zeros((HEADS * M,), tl.float32)
     acc_CV = tl.zeros((HEADS * M, WIDE_V), tl.float32)
@@ -109,36 +144,32 @@ def decode_kernel(
         if (kv == KV_HEADS - 1) & (step < last):
             first_key = low + start
             delta_ij = first_row + n // K + shift - (first_key + n % K)
-            if FORM is None:
+            if F > 0:
+                index = first_key + n % K + tl.maximum(delta_ij, 0)
+                u_DN, c_HN = tables_of_features(
+                    delta_ij, index, psi, index_scale, table_size, v_F, c_F, u_DF, c_HF, u_D, c_H
+                )
+            elif FORM is None:
                 u_DN = tl.trans(load_hidden(hidden, delta_ij, units, table_size, D))
                 c_HN = tl.trans(load_static(static, delta_ij, heads, table_size, H))
             else:
-                distance = tl.abs(delta_ij)
-                b_NH, _x, _y = bias_values(
-                    p0, p0, p1, distance, heads, table_size, span, H, FORM, False, ROWS
-                )
-                b_HN = tl.trans(b_NH)
-                u_DN, c_HN = made_tables(b_HN, v_DH, w2_HD, b1_D, b2_H, ON_BIAS, RESIDUAL)
+                u_DN, c_HN = made_tables(
+                    tl.abs(delta_ij), heads, p0, p1, span, table_size, v_DH, w2_HD, b1_D, b2_H,
+                    H, FORM, ROWS, ON_BIAS, RESIDUAL,
+                )  # fmt: skip
             x_HN = tl.reshape(x_CK * scale, (HEADS, M * K))
-            r_DN = rise(tl.dot(w1_DH, x_HN, input_precision="tf32x3"), u_DN)
+            r_DN = tl.dot(w1_DH, x_HN, input_precision="tf32x3")
+            r_DN = tl.maximum(r_DN + u_DN, 0.01 * (r_DN + u_DN)) if F > 0 else rise(r_DN, u_DN)
             s_HN = tl.dot(w2_HD, r_DN, x_HN + c_HN, input_precision="tf32x3")
             s_CK = tl.reshape(s_HN, (HEADS * M, K))
             keys = first_key + k
-            seen = keys < num_keys
+            seen = sees(rows[:, None], keys[None, :], num_rows, num_keys, shift, CAUSAL)
             if MASKED:
-                seen &= tl.load(mask + keys, seen, 0) != 0
-            s_CK = tl.where(seen[None, :], s_CK, float("-inf"))
-            if CAUSAL:
-                s_CK = tl.where(keys[None, :] <= rows[:, None] + shift, s_CK, float("-inf"))
-            new_top_C = tl.maximum(top_C, tl.max(s_CK, 1))
-            safe_C = tl.where(new_top_C == float("-inf"), 0.0, new_top_C)
-            p_CK = tl.exp2((s_CK - safe_C[:, None]) * LOG2E)
-            shrink_C = tl.exp2((top_C - safe_C) * LOG2E)
-            total_C = total_C * shrink_C + tl.sum(p_CK, 1)
-            acc_CV *= shrink_C[:, None]
+                seen &= tl.load(mask + keys, keys < num_keys, 0)[None, :] != 0
+            s_CK = tl.where(seen, s_CK, float("-inf"))
+            p_CK, top_C, total_C, acc_CV = softmax(s_CK, top_C, total_C, acc_CV)
             rounded_CK = p_CK.to(value.dtype.element_ty)
             left_CK = (p_CK - rounded_CK.to(tl.float32)).to(value.dtype.element_ty)
-            top_C = new_top_C
     total_C = tl.where(total_C > 0, total_C, 1.0)
     acc_CV /= total_C[:, None]
     at = tl.program_id(1).to(tl.int64) * out_s + b64 * out_b + head.to(tl.int64) * out_h
