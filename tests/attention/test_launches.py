@@ -42,3 +42,17 @@ def test_a_call_starts_no_more_than_so_much(name):
     assert forward.total() <= most[0], forward
     assert both.total() <= most[1], both
     assert both.total() > forward.total() > 0
+
+
+@pytest.mark.parametrize(("bias", "most"), [(dape.Kerple, 2), (dape.T5, 2), (dape.FIRE, 5)])
+def test_a_step_of_decoding_starts_no_more_than_so_much(bias, most):
+    tensors = [torch.randn(1, 4, length, 16).half() for length in (1, 300, 300)]
+    parts = bias(4), dape.DAPE(4)
+
+    def attend():
+        return dape.attention(*tensors, *parts, query_offset=299, backend="triton")
+
+    with torch.no_grad():
+        found = of_a_call(attend, tensors, [], backward=False)
+    assert found["decode_kernel"] == found["combine_kernel"] == 1
+    assert found.total() <= most, found
