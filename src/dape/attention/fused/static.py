@@ -98,7 +98,7 @@ def forward(problem: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, visible, tile)
     parts, parts_lse = parts_of(found, spans)
     line = query if bias.line is None else bias.line
-    start(kernels.forward_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
+    start(kernels.forward_kernel, (cdiv(rows, tile.rows) * heads, batch, spans))(
         query, key, value, bias.table, line, parts, parts_lse, found.rest,
         rows, visible, bias.size, problem.offset,
         problem.scale * LOG2E, length,
@@ -148,7 +148,7 @@ def grad_query(problem: Problem, rows: Rows, given: Given, into: Gradients) -> N
     batch, heads, count, _ = problem.query.shape
     tile, summed = tile_of("grad_query", problem), rows.grad_lse is not None
     grad_lse = rows.lse if rows.grad_lse is None else rows.grad_lse
-    start(kernels.grad_query_kernel, (cdiv(count, tile.rows), batch * heads))(
+    start(kernels.grad_query_kernel, (cdiv(count, tile.rows) * heads, batch))(
         *given.tensors, grad_lse, rows.unit, into.query,
         *given.sizes, problem.offset, problem.scale,
         *given.places, *strides(into.query), *grad_lse.stride()[:2],
@@ -171,7 +171,7 @@ def grad_key_value(
     if jacobian is not None:
         number = len(jacobian)
         sums = rows.lse.new_empty(batch, programs, number * heads)
-    start(kernels.grad_key_value_kernel, (programs, batch * kv_heads))(
+    start(kernels.grad_key_value_kernel, (programs * kv_heads, batch))(
         *given.tensors, sums if jacobian is None else jacobian, sums, rows.unit,
         into.key, into.value, *given.sizes, problem.offset, problem.scale,
         *given.places, *strides(into.key), *strides(into.value),

@@ -32,6 +32,17 @@ def logits(
 
 
 @triton.jit
+def head_and_rows(HEADS, M: tl.constexpr):
+    """Return the head and the first row of a program.
+
+    The tiles of all heads come in turn, the longest first. With a head after the other, the long
+    tiles of the last head would start late, and most of the GPU would wait for them.
+    """
+    tile = tl.num_programs(0) // HEADS - 1 - tl.program_id(0) // HEADS
+    return (tl.program_id(0) % HEADS).to(tl.int64), tile * M
+
+
+@triton.jit
 def forward_kernel(
     query, key, value, table, line, out, lse, rest,
     num_rows, num_keys, table_size, shift, scale, keys_per_span,
@@ -41,11 +52,10 @@ def forward_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr, RESTED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows, B H, spans)."""
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows H, B, spans)."""
+    h, first_row = head_and_rows(HEADS, M)
     rows = first_row + tl.arange(0, M)
-    b64 = b.to(tl.int64)
+    b64 = tl.program_id(1).to(tl.int64)
     query += b64 * query_b + h * query_h
     key += b64 * key_b + (h // GROUP) * key_h
     value += b64 * value_b + (h // GROUP) * value_h
@@ -96,16 +106,15 @@ def grad_query_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr, SUMMED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dS K of a head, and correct delta; grid (rows, B H).
+    """Store dQ = unit scale dS K of a head, and correct delta; grid (rows H, B).
 
     A row of dS sums to the gradient of the log-sum-exp, zero unless SUMMED. The difference is the
     error of `delta` from the rounding of the output. The kernel takes the error off `delta`, before
     the sums along keys and diagonals.
     """
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    h, first_row = head_and_rows(HEADS, M)
     rows = first_row + tl.arange(0, M)
-    b64 = b.to(tl.int64)
+    b64 = tl.program_id(1).to(tl.int64)
     query += b64 * query_b + h * query_h
     grad_out += b64 * out_b + h * out_h
     key += b64 * key_b + (h // GROUP) * key_h
@@ -155,15 +164,15 @@ def grad_key_value_kernel(
     CAUSAL: tl.constexpr, LINED: tl.constexpr, PARAMETERS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys, B Hkv).
+    """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys Hkv, B).
 
     For a bias of one or two PARAMETERS, also store the sums of dS times each derivative of the
     bias, `[B, tiles of keys, PARAMETERS, H]`.
     """
-    b, kv = tl.program_id(1) // KV_HEADS, (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    first_key = tl.program_id(0) * K
+    kv, tile = (tl.program_id(0) % KV_HEADS).to(tl.int64), tl.program_id(0) // KV_HEADS
+    first_key = tile * K
     keys = first_key + tl.arange(0, K)
-    b64 = b.to(tl.int64)
+    b64 = tl.program_id(1).to(tl.int64)
     line += b64 * line_b
     k_KE = load_rows(key + b64 * key_b + kv * key_h, key_t, first_key, num_keys, E, K, WIDE)
     v_KV = load_rows(
@@ -207,7 +216,8 @@ def grad_key_value_kernel(
                 other_K += tl.sum(ds_KM * further_KM, 1)
             dv_KV = tl.dot(p_KM.to(do_MV.dtype), do_MV, dv_KV, input_precision=PRECISION)
             dk_KE = tl.dot(ds_KM.to(q_ME.dtype), q_ME, dk_KE, input_precision=PRECISION)
-        at = sums + ((b64 * tl.num_programs(0) + tl.program_id(0)) * PARAMETERS) * heads + h
+        tiles = tl.num_programs(0) // KV_HEADS
+        at = sums + ((b64 * tiles + tile) * PARAMETERS) * heads + h
         if PARAMETERS > 0:
             tl.store(at, tl.sum(sum_K, 0))
         if PARAMETERS > 1:

@@ -8,8 +8,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   extern __shared__ __align__(128) char memory[];
   Shared& s = *(Shared*)memory;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = min(warp, H - 1);
-  const long long b = blockIdx.y;
-  const int row0 = (gridDim.x - 1 - blockIdx.x) * ROWS,
+  // The tiles of all elements come in turn, the longest first. With an element after the other, the long tiles of the
+  // last element would start late, and most of the GPU would wait for them.
+  const int tiles = (rows + ROWS - 1) / ROWS, batch = gridDim.x / tiles;
+  const long long b = blockIdx.x % batch;
+  const int row0 = (tiles - 1 - (int)blockIdx.x / batch) * ROWS,
             last = CAUSAL ? min(keys, min(rows, row0 + ROWS) + offset) : keys;
   const Arguments a = {q + b * q_b + (long long)h * q_h,
                        k + b * k_b + (long long)(h / GROUP) * k_h,

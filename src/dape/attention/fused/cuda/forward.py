@@ -107,7 +107,7 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
         hidden, fixed, linear, len(terms.hidden), low, distances,
     )  # fmt: skip
     block = 32 * (cdiv(heads, 4) * 4 + where.mixers)
-    start(compiled("forward", *values), (cdiv(rows, where.rows), batch, 1, block, 1, 1))(
+    start(compiled("forward", *values), (cdiv(rows, where.rows) * batch, 1, 1, block, 1, 1))(
         query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
         hidden, fixed, linear, mask, found.flag,
         rows, keys, distances, low, problem.offset, float(problem.scale),
