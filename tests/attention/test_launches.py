@@ -77,3 +77,17 @@ def test_kernels_of_a_wide_way_that_does_not_run_have_few_programs():
     assert 5 * sum(number for *_, number in wide) < sum(number for *_, number in narrow)
     walking = [x for x in wide if x[0].startswith(("scores", "grad_", "balance"))]
     assert len(walking) >= 20 and all(number <= 2 * WIDE_PROGRAMS for *_, number in walking)
+
+
+@pytest.mark.parametrize(("bias", "most"), [(dape.Kerple, 2), (dape.T5, 2), (dape.FIRE, 5)])
+def test_a_step_of_decoding_starts_no_more_than_so_much(bias, most):
+    tensors = [torch.randn(1, 4, length, 16).half() for length in (1, 300, 300)]
+    parts = bias(4), dape.DAPE(4)
+
+    def attend():
+        return dape.attention(*tensors, *parts, query_offset=299, backend="triton")
+
+    with torch.no_grad():
+        found = of_a_call(attend, tensors, [], backward=False)
+    assert found["decode_kernel"] == found["combine_kernel"] == 1
+    assert found.total() <= most, found

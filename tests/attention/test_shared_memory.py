@@ -20,6 +20,8 @@ CALLS = [
     {"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48},
     {"heads": 1, "kv_heads": 1, "head_dim": 80, "hidden": 32},
     {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1},
+    {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "bias": "FIRE"},
+    {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 64, "rows": 2, "bias": "FIRE"},
 ]
 
 STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}

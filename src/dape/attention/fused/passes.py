@@ -62,7 +62,7 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     narrow = problem.query.dtype != torch.float32
     if isinstance(terms, Nothing | Static):
         static.forward(problem, found)
-    elif isinstance(terms, Mixed) and decode.serves(problem):
+    elif isinstance(terms, Mixed | Features) and decode.serves(problem):
         # In float32, and with flag 1 backward too.
         found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
         decode.forward(problem, terms, found)
