@@ -98,8 +98,8 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
     asks, entries = asking(part, found.flag), found.lse if table is None else table
-    programs = part.programs(cdiv(rows, tile.rows), batch * heads * spans)
-    start(kernels.softmax_value_kernel, (programs, batch * heads, spans))(
+    programs = part.programs(cdiv(rows, tile.rows) * heads, batch * spans)
+    start(kernels.softmax_value_kernel, (programs, batch, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
         entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
@@ -120,8 +120,8 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     table, tile = static_table(part), tile_of("softmax_value", part)
     entries = rows.lse if table is None else table
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
-    programs = part.programs(cdiv(count, tile.rows), batch * heads)
-    start(kernels.balance_kernel, (programs, batch * heads))(
+    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
+    start(kernels.balance_kernel, (programs, batch))(
         x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
         *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],

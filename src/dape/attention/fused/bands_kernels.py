@@ -18,6 +18,7 @@ from dape.attention.fused.tiles import (
     BLOCK,
     LOG2E,
     beyond,
+    head_and_rows,
     load_rows,
     sees,
     store_output,
@@ -140,21 +141,19 @@ def softmax_value_kernel(
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(X) V of a head, rows against a span of keys; grid (rows, B H, spans).
+    """O = softmax(X) V of a head, rows against a span of keys; grid (rows H, B, spans).
 
     If TABLED, C is added to X. If EXACT, the rounding error of P meets V too. A log-sum-exp beyond
     a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    b64 = b.to(tl.int64)
-    x += b64 * x_b + h * BLOCK
-    value += b64 * value_b + (h // GROUP) * value_h
-    table += h * table_size
-    for turn in range(turns(tl.cdiv(num_rows, M), GATED)):
-        tile = tile_at(turn)
-        first_row = (tl.cdiv(num_rows, M) - 1 - tile) * M
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
+        head_x = x + b64 * x_b + h * BLOCK
+        head_values = value + b64 * value_b + (h // GROUP) * value_h
+        head_table = table + h * table_size
         rows = first_row + tl.arange(0, M)[:, None]
         top_M = tl.full((M,), float("-inf"), tl.float32)
         total_M = tl.zeros((M,), tl.float32)
@@ -166,11 +165,11 @@ def softmax_value_kernel(
         for first_key in range(low, high, K):
             keys = first_key + tl.arange(0, K)[None, :]
             inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-            s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
+            s_MK = tl.load(head_x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
             s_MK = s_MK.to(tl.float32)
             if TABLED:
                 distance = first_row + shift - first_key
-                s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+                s_MK += toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
             s_MK = tl.where(
                 sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf")
             )
@@ -179,7 +178,7 @@ def softmax_value_kernel(
             p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
             shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
             total_M = total_M * shrink_M + tl.sum(p_MK, 1)
-            v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
+            v_KV = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
             rounded_MK = p_MK.to(v_KV.dtype)
             acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
             if EXACT:
@@ -215,7 +214,7 @@ def balance_kernel(
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows, B H).
+    """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows H, B).
 
     A row of dS sums to the gradient of the log-sum-exp of the row, zero unless SUMMED. For large
     logits X, rounded logits and a rounded log-sum-exp give `mix_backward` another P than the
@@ -224,15 +223,11 @@ def balance_kernel(
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    b64 = b.to(tl.int64)
-    x += b64 * x_b + h * BLOCK
-    y += b64 * x_b + h * BLOCK
-    table += h * table_size
-    scaled += b64 * out_b + h * out_h
-    for turn in range(turns(tl.cdiv(num_rows, M), GATED)):
-        tile = tile_at(turn)
-        first_row = tile * M
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
+        head_x, head_y = x + b64 * x_b + h * BLOCK, y + b64 * x_b + h * BLOCK
+        head_table, head_scaled = table + h * table_size, scaled + b64 * out_b + h * out_h
         line = first_row + tl.arange(0, M)
         rows = line[:, None]
         stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
@@ -246,12 +241,12 @@ def balance_kernel(
             keys = first_key + tl.arange(0, K)[None, :]
             inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
             at = places(rows, first_key, x_t, HEADS, K)
-            s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
+            s_MK = tl.load(head_x + at, inside, float("-inf")).to(tl.float32)
             if TABLED:
                 distance = first_row + shift - first_key
-                s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
+                s_MK += toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
             p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
-            y_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
+            y_MK = tl.load(head_y + at, inside & (p_MK > 0), 0.0)
             total_M += tl.sum(p_MK, 1)
             excess_M += tl.sum(p_MK * y_MK, 1)
         part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
@@ -262,12 +257,12 @@ def balance_kernel(
         for first_key in range(0, high, K):
             keys = first_key + tl.arange(0, K)[None, :]
             inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-            at = y + places(rows, first_key, x_t, HEADS, K)
+            at = head_y + places(rows, first_key, x_t, HEADS, K)
             y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
             tl.store(at, y_MK * part_M[:, None], inside)
-        do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
+        do_MV = load_rows(head_scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
         columns = tl.arange(0, WIDE_V)[None, :]
-        at = scaled + rows.to(tl.int64) * out_t + columns
+        at = head_scaled + rows.to(tl.int64) * out_t + columns
         tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
 
 
@@ -292,11 +287,8 @@ def grad_query_kernel(
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)
-    tiles = tl.cdiv(num_rows, M) * HEADS
-    for turn in range(turns(tiles, GATED)):
-        tile = tile_at(turn)
-        h = (tile % HEADS).to(tl.int64)
-        first_row = (tiles - 1 - tile) // HEADS * M
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
         rows = first_row + tl.arange(0, M)[:, None]
         head_y = y + b64 * y_b + h * BLOCK
         head_keys = key + b64 * key_b + (h // GROUP) * key_h

@@ -47,6 +47,16 @@ def tile_at(turn):
 
 
 @triton.jit
+def head_and_rows(tile, num_rows, HEADS, M: tl.constexpr):
+    """Return the head and the first row of a tile.
+
+    The tiles of all heads come in turn, the longest first. With a head after the other, the long
+    tiles of the last head would start late, and most of the GPU would wait for them.
+    """
+    return (tile % HEADS).to(tl.int64), (tl.cdiv(num_rows, M) - 1 - tile // HEADS) * M
+
+
+@triton.jit
 def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
     rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)
