@@ -7,6 +7,7 @@ from torch.func import functional_call, grad, vmap
 from dape.chomsky import heads
 from dape.positions.adapter import DAPE
 
+pytestmark = pytest.mark.unhooked
 MODELS, BATCH, ROWS, KEYS = 3, 2, 9, 11  # two tiles, the second with an end within
 
 
