@@ -49,21 +49,29 @@ def test_the_map_across_heads_fits_smaller_gpus():
     assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
 
 
-@pytest.mark.parametrize(
-    ("bias", "hidden", "taps", "kernel"),
-    [
-        ("Kerple", 32, 1, "mix_backward_kernel"),
-        ("T5", 32, 1, "table_sums_kernel"),
-        ("FIRE", 32, 1, "fire_mix_backward_kernel"),
-        ("Kerple", 32, 3, "convolution_mix_kernel"),
-        ("Kerple", 0, 1, "sum_kernel"),
-        ("T5", 0, 1, "grad_table_kernel"),
-    ],
-)
-def test_every_kernel_of_a_call_in_bfloat16_compiles(bias, hidden, taps, kernel):
-    sizes = {"heads": 12, "kv_heads": 4, "head_dim": 64, "hidden": hidden, "taps": taps}
-    (found,) = compiled(sizes | {"bias": bias, "dtype": "bfloat16"})
-    assert kernel in found
+KERNELS = {  # a kernel of a call of a bias, hidden units and taps
+    ("Kerple", 32, 1): "mix_backward_kernel",
+    ("T5", 32, 1): "table_sums_kernel",
+    ("FIRE", 32, 1): "fire_mix_backward_kernel",
+    ("Kerple", 32, 3): "convolution_mix_kernel",
+    ("Kerple", 0, 1): "sum_kernel",
+    ("T5", 0, 1): "grad_table_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    """Return what the calls of `KERNELS` need, all compiled in a process."""
+    sizes = {"heads": 12, "kv_heads": 4, "head_dim": 64, "dtype": "bfloat16"}
+    names = ("bias", "hidden", "taps")
+    calls = (sizes | dict(zip(names, call, strict=True)) for call in KERNELS)
+    return dict(zip(KERNELS, compiled(*calls), strict=True))
+
+
+@pytest.mark.parametrize("call", KERNELS)
+def test_every_kernel_of_a_call_in_bfloat16_compiles(call, in_bfloat16):
+    found = in_bfloat16[call]
+    assert KERNELS[call] in found
     assert all(size <= HOPPER for each in found.values() for size in each)
 
 
