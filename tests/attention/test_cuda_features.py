@@ -3,7 +3,7 @@
 import one_band
 import pytest
 import torch
-from emulated_calls import MARKS, check, relative, solve
+from emulated_calls import MARKS, check, check_repeats, relative, solve_seeded
 from test_fused_fire import FireProblem
 
 from dape.attention.fused import geometry, overflow, passes, plan
@@ -102,24 +102,17 @@ def test_elements_segments_and_bands_change_nothing(
     emulated, monkeypatch, rows, module, name, value, elements, segments, add
 ):
     shape = problem_of(batch=2, heads=4, rows=rows, keys=rows + 5, query_offset=5)
-    torch.manual_seed(0)
-    expected = solve(shape)[0]
+    expected = solve_seeded(shape)
     monkeypatch.setattr(module, name, value)
     given = given_problem(terms(entries=200), rows, rows + 5, 5)
     slots = passes.mixer_of(given, "cuda").slots()
     assert slots[2:] == (elements, segments, add)
-    torch.manual_seed(0)
-    for found, true in zip(solve(shape)[0], expected, strict=True):
+    for found, true in zip(solve_seeded(shape), expected, strict=True):
         assert relative(found, true.double()) < 1e-3
 
 
 def test_two_backward_passes_agree_bit_for_bit(emulated):
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        runs.append(solve(PROBLEMS["two elements"])[0])
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
+    check_repeats(PROBLEMS["two elements"])
 
 
 def test_large_scores_go_over_to_the_wide_range(emulated, monkeypatch):

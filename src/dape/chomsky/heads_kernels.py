@@ -15,6 +15,14 @@ VARYING = ["batch", "pairs", "bias_g", "w1_g", "b1_g", "w2_g", "b2_g"]  # compil
 
 
 @triton.jit
+def places(channels, pairs, H: tl.constexpr, N: tl.constexpr):
+    """Return the places `[N, C]` of a tile, and masks: of scores, of scores and channels inside."""
+    n, head = tl.program_id(0) * N + tl.arange(0, N)[:, None], (channels < H)[None, :]
+    at, there = channels[None, :] * pairs + n, n < pairs
+    return at, head, there & head, there & (channels < 2 * H)[None, :]
+
+
+@triton.jit
 def load_weights(w1, b1, w2, channels, units, H: tl.constexpr, D: tl.constexpr):
     """Return W1^T and W2 as `[C, D]`, W2 with zeros for the biases, and b1."""
     inside = units[None, :] < D
@@ -41,11 +49,8 @@ def heads_kernel(
     N: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Y = A + B + W2 phi(W1 [A; B] + b1) + b2; grid (tiles of pairs, groups, shares of a batch)."""
-    g = tl.program_id(1).to(tl.int64)
-    channels, units = tl.arange(0, CHANNELS), tl.arange(0, UNITS)
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    at, head = channels[None, :] * pairs + n[:, None], (channels < H)[None, :]
-    inside, biased = (n < pairs)[:, None] & head, (n < pairs)[:, None] & (channels < 2 * H)[None, :]
+    g, channels, units = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS), tl.arange(0, UNITS)
+    at, head, inside, biased = places(channels, pairs, H, N)
     w1_CD, b1_D, w2_CD = load_weights(
         w1 + g * w1_g, b1 + g * b1_g, w2 + g * w2_g, channels, units, H, D
     )
@@ -73,11 +78,8 @@ def heads_backward_kernel(
 
     With x = [A; B] and z = W1 x + b1: dz = phi'(z) W2^T dY and dx = W1^T dz + [dY; dY].
     """
-    g = tl.program_id(1).to(tl.int64)
-    channels, units = tl.arange(0, CHANNELS), tl.arange(0, UNITS)
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    at, head = channels[None, :] * pairs + n[:, None], (channels < H)[None, :]
-    inside, biased = (n < pairs)[:, None] & head, (n < pairs)[:, None] & (channels < 2 * H)[None, :]
+    g, channels, units = tl.program_id(1).to(tl.int64), tl.arange(0, CHANNELS), tl.arange(0, UNITS)
+    at, head, inside, biased = places(channels, pairs, H, N)
     w1_CD, b1_D, w2_CD = load_weights(
         w1 + g * w1_g, b1 + g * b1_g, w2 + g * w2_g, channels, units, H, D
     )
@@ -86,7 +88,7 @@ def heads_backward_kernel(
     sum_z_ND = tl.zeros((N, UNITS), tl.float32)
     sum_w1_DC = tl.zeros((UNITS, CHANNELS), tl.float32)
     sum_w2_DC = tl.zeros((UNITS, CHANNELS), tl.float32)
-    twice = (channels % H)[None, :] * pairs + n[:, None]
+    twice = tl.where(head, at, at - H * pairs)
     for b in range(batch):
         first = (g * batch + b) * H * pairs
         x_NC = tl.load(scores + first + at, inside, 0.0) + b_NC

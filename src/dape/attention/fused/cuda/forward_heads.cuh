@@ -159,7 +159,7 @@ DEVICE void add_values(Running& run, const Weights& weight, const Weights& weigh
       }
     }
 }
-// Output and log-sum-exp of the rows, and the flag for numbers beyond a limit, or that are none.
+// Output and log-sum-exp of the rows, and the flag for numbers beyond a limit, and for NaN.
 DEVICE void store_rows(const Arguments& a, const Running& run, int g, int t) {
 #pragma unroll
   for (int m = 0; m < MT; m++)
