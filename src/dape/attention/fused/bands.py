@@ -1,5 +1,7 @@
 """Launchers of the kernels of a head that pass over the scores of a band, the problem `part`."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
+# Tiles of keys that a program of `scores` walks over.
+SPAN = 8
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -35,18 +39,6 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     if part.query.shape[2] <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)
     return tile
-
-
-def tiles_of(part: Problem, tile: Tile) -> tuple[int, int]:
-    """Return the number of tiles of scores for `place_of_tile`, and the number in a line."""
-    rows, keys = part.query.shape[2], part.key.shape[2]
-    lines, width = cdiv(rows, tile.rows), cdiv(keys, tile.keys)
-    if part.causal:
-        # Of two rows of tiles, at equal distances from the first and the last.
-        last_rows = (lines + 1) * tile.rows - 2 + 2 * part.offset
-        width = min(2 * width, max(width, last_rows // tile.keys + 2))
-        lines = cdiv(lines, 2)
-    return lines * width, width
 
 
 def static_table(part: Problem) -> Tensor | None:
@@ -67,24 +59,21 @@ def scores(
     """
     query, key, value = part[:3]
     batch, heads, count, size = query.shape
-    tile, asks = tile_of("scores", part), asking(part, flag)
+    keys, tile, asks = key.shape[2], tile_of("scores", part), asking(part, flag)
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles, width = tiles_of(part, tile)
     out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
-    # One kernel of both is one start less, and has more registers than the kernel of Y.
-    parts = [0] if y is None else [None] if part.wide else [0, 1]
-    for which in parts:
-        grid = part.programs(tiles * heads, batch), batch, 2 if which is None else 1
-        start(kernels.scores_kernel, grid)(
-            query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
-            tiles, width, count, key.shape[2], part.offset,
-            *strides(query), *strides(key), *x.stride()[:2],
-            *strides(out), *strides(value), *delta.stride()[:2],
-            heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
-            WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, WHICH=which,
-            PRECISION=PRECISION, **asks, **tile.launch(),
-        )  # fmt: skip
+    length = keys if part.wide else SPAN * tile.keys
+    others = batch, cdiv(keys, length) * (1 if y is None else 2)
+    programs = part.programs(cdiv(count, tile.rows) * heads, prod(others))
+    start(kernels.scores_kernel, (programs, *others))(
+        query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
+        count, keys, part.offset, length, *strides(query), *strides(key), *x.stride()[:2],
+        *strides(out), *strides(value), *delta.stride()[:2],
+        heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
+        WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, BOTH=y is not None,
+        PRECISION=PRECISION, **asks, **tile.launch(),
+    )  # fmt: skip
 
 
 def softmax_value(x: Tensor, part: Problem, found: Result) -> None:

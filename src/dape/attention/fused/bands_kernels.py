@@ -42,92 +42,76 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
-def place_of_tile(
-    n, width, num_rows, num_keys, shift, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr
-):
-    """Return the first row and key of the n-th tile, and whether there is such a tile.
-
-    A line has `width` tiles. If CAUSAL, it has the visible tiles of some rows, followed by those of
-    as many rows at the same distance from the last. All lines are then about equally long.
-    """
-    line, column = n // width, n % width
-    there = line >= 0
-    if CAUSAL:
-        across = tl.cdiv(tl.maximum(0, tl.minimum(num_keys, line * M + M + shift)), K)
-        other, beyond_them = tl.cdiv(num_rows, M) - 1 - line, column >= across
-        there = (other > line) | (column < across)
-        line = tl.where(beyond_them, other, line)
-        column = tl.where(beyond_them, column - across, column)
-        there &= column * K < tl.minimum(num_keys, line * M + M + shift)
-    return line * M, column * K, there
-
-
-@triton.jit
-def score_tile(
-    gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
+def store_products(
+    left, right, x, scale, delta, gate, first_row, low, high, heads, num_rows, num_keys,
     left_t, right_t, x_t,
-    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
-    LIMIT: tl.constexpr,
+    E: tl.constexpr, WIDE: tl.constexpr, LESS: tl.constexpr, LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the n-th tile of X, if there is one; set `gate` for a score above LIMIT.
+    """Store X = scale left right^T for some rows and keys; set `gate` for a score above LIMIT.
 
     If LESS, delta is taken off each row.
     """
-    first_row, first_key, there = place_of_tile(n, width, num_rows, num_keys, shift, CAUSAL, M, K)
-    if there:
-        a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+    rows = first_row + tl.arange(0, M)
+    a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+    if LESS:
+        delta_M = tl.load(delta + rows, rows < num_rows, 0.0)
+    for first_key in range(low, high, K):
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
             tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
         if LESS:
-            line = first_row + tl.arange(0, M)
-            s_MK -= tl.load(delta + line, line < num_rows, 0.0)[:, None]
+            s_MK -= delta_M[:, None]
         if x.dtype.element_ty == tl.float16:
             s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
-        rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        at = x + places(rows, first_key, x_t, heads, K)
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = (rows < num_rows)[:, None] & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        at = x + places(rows[:, None], first_key, x_t, heads, K)
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
 
 
-# Arguments without a kernel for every value.
-@triton.jit(do_not_specialize=("tiles", "width"))
+@triton.jit
 def scores_kernel(
     query, key, x, grad_out, value, y, scale, unit, delta,
-    tiles, width, num_rows, num_keys, shift,
+    num_rows, num_keys, shift, keys_per_split,
     query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
     out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, WHICH: tl.constexpr, LIMIT: tl.constexpr,
+    CAUSAL: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale Q K^T, or Y = dO V^T / unit - delta; grid (tiles H, B, number).
+    """X = scale Q K^T, and if BOTH Y = dO V^T / unit - delta, of rows against a span of keys.
 
-    WHICH is 0 for X, 1 for Y, and None for both, by the last axis. delta is subtracted before Y is
-    rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a LIMIT
-    sets `gate`.
+    The grid is (rows H, B, spans), or (rows H, B, 2 spans) for BOTH. delta is subtracted before Y
+    is rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a
+    LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
     b = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tiles * HEADS, GATED)):
-        tile = tile_at(turn)
-        n, h = tile // HEADS, (tile % HEADS).to(tl.int64)
+    span = tl.program_id(2)
+    if BOTH:
+        span //= 2
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
         at, kv = b * x_b + h * BLOCK, h // GROUP
-        if WHICH == 0 or (WHICH is None and tl.program_id(2) == 0):
-            score_tile(
-                gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
-                scale, delta, n, width, HEADS, num_rows, num_keys, shift,
-                query_t, key_t, x_t, E, WIDE, CAUSAL, False, LIMIT, M, K, PRECISION,
+        low = span * keys_per_split
+        high = tl.minimum(num_keys, low + keys_per_split)
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        if not BOTH or tl.program_id(2) % 2 == 0:
+            store_products(
+                query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
+                scale, delta, gate, first_row, low, high, HEADS, num_rows, num_keys,
+                query_t, key_t, x_t, E, WIDE, False, LIMIT, M, K, PRECISION,
             )  # fmt: skip
         else:
-            score_tile(
-                gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
-                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, n, width, HEADS,
-                num_rows, num_keys, shift, out_t, value_t, x_t,
-                V, WIDE_V, CAUSAL, True, None, M, K, PRECISION,
+            store_products(
+                grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
+                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, gate,
+                first_row, low, high, HEADS, num_rows, num_keys,
+                out_t, value_t, x_t, V, WIDE_V, True, None, M, K, PRECISION,
             )  # fmt: skip
 
 
