@@ -258,6 +258,22 @@ def store_sum(old, new, summed, rows, inside, x):
     tl.store(new, x.to(new.dtype.element_ty), inside)
 
 
+@triton.jit
+def add_keys(
+    dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift, heads, y_t, key_t,
+    E: tl.constexpr, WIDE: tl.constexpr, BORDER: tl.constexpr, CAUSAL: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dA K with some keys added; a tile on the BORDER has keys that some rows do not see."""
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    da_MK = tl.load(y + places(rows, first_key, y_t, heads, K), inside, 0.0)
+    if BORDER:
+        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+    return tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
+
+
 # Arguments without a kernel for every value.
 @triton.jit(do_not_specialize=("summed",))
 def grad_query_kernel(
@@ -273,21 +289,26 @@ def grad_query_kernel(
     b64 = tl.program_id(1).to(tl.int64)
     for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
         h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
-        rows = first_row + tl.arange(0, M)[:, None]
         head_y = y + b64 * y_b + h * BLOCK
         head_keys = key + b64 * key_b + (h // GROUP) * key_h
         dq_ME = tl.zeros((M, WIDE), tl.float32)
         high = num_keys
         if CAUSAL:
             high = tl.minimum(high, first_row + M + shift)
-        for first_key in range(0, high, K):
-            keys = first_key + tl.arange(0, K)[None, :]
-            k_KE = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
-            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-            da_MK = tl.load(head_y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
-            da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
-            dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
-        columns = tl.arange(0, WIDE)[None, :]
+        whole = num_keys // K * K  # the keys of tiles that all rows see
+        if CAUSAL:
+            whole = tl.minimum(whole, tl.maximum(0, first_row + shift + 1) // K * K)
+        for first_key in range(0, whole, K):
+            dq_ME = add_keys(
+                dq_ME, head_y, head_keys, first_row, first_key, num_rows, num_keys, shift,
+                HEADS, y_t, key_t, E, WIDE, False, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        for first_key in range(whole, high, K):
+            dq_ME = add_keys(
+                dq_ME, head_y, head_keys, first_row, first_key, num_rows, num_keys, shift,
+                HEADS, y_t, key_t, E, WIDE, True, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
         at_old = old + b64 * old_b + h * old_h + rows.to(tl.int64) * old_t + columns
         at = new + b64 * new_b + h * new_h + rows.to(tl.int64) * new_t + columns
         inside = (rows < num_rows) & (columns < E)
