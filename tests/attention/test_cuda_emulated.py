@@ -86,7 +86,7 @@ def test_the_mixer_is_what_its_terms_say(emulated, masked):
 
 def with_flag(given):
     """Return room for a result with a flag that nobody has set."""
-    return Result.of(given, True)._replace(flag=torch.zeros(1, dtype=torch.int32))
+    return Result.of(given, True)._replace(flag=torch.full((1,), 7, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,15 +112,21 @@ def test_the_whole_forward_pass(emulated, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("size", "level", "scale", "asks"),
-    [(1, 0, 1, 0), (30, 0, 1, 1), (1, -200, 1, 1), (1, 0, 0, 1), (1, 0, 1e-6, 1)],
+    ("size", "level", "scale", "weight", "asks"),
+    [
+        *((1, 0, 1, 1, 0), (30, 0, 1, 1, 1), (1, -200, 1, 1, 1), (1, 0, 0, 1, 1)),
+        *((1, 0, 1e-6, 1, 1), (0, 0, 1, 1e4, 1), (0, 0, 1, 10, 0)),
+    ],
 )
-def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, level, scale, asks):
+def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(
+    emulated, size, level, scale, weight, asks
+):
     """Weights over a scale of zero are NaN, and weights over a scale of 1e-6 infinite."""
     problem = problem_of(batch=1, rows=20, keys=20)
     query, key, value, _, bias, adapter = drawn(problem)
     tensors = [x.half() for x in (size * query, key, value)]
     with torch.no_grad():
+        adapter.weight_in.mul_(weight)
         static, *others = tables_of(problem, bias, adapter)
         tables = (static + level, *others)
         given = operator.problem_of(*tensors, tables, None, scale * 32**-0.5, True, 0)

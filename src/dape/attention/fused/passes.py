@@ -69,9 +69,10 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     elif not narrow:
         forward_by_bands(mixer_of(problem, backend), found)
     else:
-        found = found._replace(flag=overflow.flag_of(terms))
+        found = found._replace(flag=problem.query.new_empty(1, dtype=torch.int32))
         mixer = mixer_of(problem, backend)
         if not mixer.whole(found):
+            overflow.set_flag(found.flag, terms)
             forward_by_bands(mixer, found)
         wider, silent = problem._replace(gate=Gate(found.flag, True)), found.silent()
         if isinstance(terms, Mixed):
