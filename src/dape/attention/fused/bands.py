@@ -24,6 +24,8 @@ TILES = {
 }
 # Tiles of keys that a program of `scores` walks over.
 SPAN = 8
+# Bytes of dA of an element that stay in the L2 cache of a large GPU for a second reader.
+SMALL = 2**25
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -119,31 +121,28 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     )  # fmt: skip
 
 
-def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
-    """Fill dQ from dA of a band."""
-    batch, heads, count, size = part.query.shape
-    tile = tile_of("grad_query", part)
-    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
-    start(kernels.grad_query_kernel, (programs, batch))(
-        y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
-        *y.stride()[:2], *strides(part.key), *strides(into.old), *strides(into.new),
-        heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
-        CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
-    )  # fmt: skip
+def gradients(
+    x: Tensor, y: Tensor, part: Problem, rows: Rows, queries: Sum, keys: Sum, values: Sum
+) -> None:
+    """Fill dQ, dK and dV from P and dA of a band.
 
-
-def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, keys: Sum, values: Sum) -> None:
-    """Fill dK and dV from P and dA of a band."""
+    One kernel of both is one start less, and where dA of some elements fits the L2 cache, both read
+    dA from device memory once.
+    """
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = values.new.shape[1:]
-    tile = tile_of("grad_key_value", part)
-    programs = part.programs(cdiv(stored, tile.keys) * kv_heads, batch)
-    start(kernels.grad_key_value_kernel, (programs, batch))(
-        x, y, part.query, rows.scaled, rows.unit, *keys[:2], *values,
-        stored, count, part.key.shape[2], part.offset, part.scale,
-        *x.stride()[:2], *strides(part.query), *strides(rows.scaled),
-        *strides(keys.new), *strides(values.new),
-        kv_heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
-        WIDE_V=padded(value_dim), CAUSAL=part.causal, PRECISION=PRECISION,
-        **part.gated(), **tile.launch(),
-    )  # fmt: skip
+    small = count * y.stride(1) * y.element_size() <= SMALL
+    for which in [None] if small or part.wide else [0, 1]:
+        tile = tile_of("grad_query" if which == 1 else "grad_key_value", part)
+        of_keys, of_rows = cdiv(stored, tile.keys) * kv_heads, cdiv(count, tile.rows) * heads
+        tiles = of_keys + of_rows if which is None else of_rows if which else of_keys
+        start(kernels.grad_kernel, (part.programs(tiles, batch), batch))(
+            x, y, part.query, part.key, rows.scaled, rows.unit, *queries[:2], *keys[:2],
+            *values[:2], queries.summed, values.summed,
+            stored, count, part.key.shape[2], part.offset, part.scale,
+            *x.stride()[:2], *strides(part.query), *strides(part.key), *strides(rows.scaled),
+            *strides(queries.old), *strides(queries.new), *strides(keys.new), *strides(values.new),
+            heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
+            WIDE_V=padded(value_dim), CAUSAL=part.causal, WHICH=which, PRECISION=PRECISION,
+            **part.gated(), **tile.launch(),
+        )  # fmt: skip

@@ -3,8 +3,8 @@
     scores           X = scale Q K^T, Y = dO V^T - delta    tiles of rows and keys
     softmax_value    O = softmax(X + C) V           rows against a span of keys
     balance          Y and dO in float32            rows
-    grad_query       dQ = scale dA K                rows
-    grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
+    grad             dK += scale dA^T Q, dV += P^T dO    keys of a key head
+                     dQ += scale dA K               rows
 
 In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours. A tile
 across heads is contiguous, and a kernel of a head still reads whole sectors. `tiles` has the
@@ -274,45 +274,37 @@ def add_keys(
     return tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
 
 
-# Arguments without a kernel for every value.
-@triton.jit(do_not_specialize=("summed",))
-def grad_query_kernel(
-    y, key, unit, old, new, summed, num_rows, num_keys, shift, scale,
-    y_b, y_t, key_b, key_h, key_t, old_b, old_h, old_t, new_b, new_h, new_t,
+@triton.jit
+def grad_query(
+    tile, y, key, old, new, summed, num_rows, num_keys, shift, factor,
+    y_t, key_h, key_t, old_h, old_t, new_h, new_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dA K of a head, with the old sum; grid (rows H, B)."""
-    if unwanted(gate, GATED):
-        return
-    b64 = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
-        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
-        head_y = y + b64 * y_b + h * BLOCK
-        head_keys = key + b64 * key_b + (h // GROUP) * key_h
-        dq_ME = tl.zeros((M, WIDE), tl.float32)
-        high = num_keys
-        if CAUSAL:
-            high = tl.minimum(high, first_row + M + shift)
-        whole = num_keys // K * K  # the keys of tiles that all rows see
-        if CAUSAL:
-            whole = tl.minimum(whole, tl.maximum(0, first_row + shift + 1) // K * K)
-        for first_key in range(0, whole, K):
-            dq_ME = add_keys(
-                dq_ME, head_y, head_keys, first_row, first_key, num_rows, num_keys, shift,
-                HEADS, y_t, key_t, E, WIDE, False, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-        for first_key in range(whole, high, K):
-            dq_ME = add_keys(
-                dq_ME, head_y, head_keys, first_row, first_key, num_rows, num_keys, shift,
-                HEADS, y_t, key_t, E, WIDE, True, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-        rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
-        at_old = old + b64 * old_b + h * old_h + rows.to(tl.int64) * old_t + columns
-        at = new + b64 * new_b + h * new_h + rows.to(tl.int64) * new_t + columns
-        inside = (rows < num_rows) & (columns < E)
-        store_sum(at_old, at, summed, rows, inside, dq_ME * (scale * tl.load(unit)))
+    """Store dQ = factor dA K of a tile of rows of a head, with the old sum."""
+    h, first_row = head_and_rows(tile, num_rows, HEADS, M)
+    y, key = y + h * BLOCK, key + (h // GROUP) * key_h
+    dq_ME = tl.zeros((M, WIDE), tl.float32)
+    high = num_keys
+    whole = num_keys // K * K  # the keys of tiles that all rows see
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+        whole = tl.minimum(whole, tl.maximum(0, first_row + shift + 1) // K * K)
+    for first_key in range(0, whole, K):
+        dq_ME = add_keys(
+            dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift,
+            HEADS, y_t, key_t, E, WIDE, False, CAUSAL, M, K, PRECISION,
+        )  # fmt: skip
+    for first_key in range(whole, high, K):
+        dq_ME = add_keys(
+            dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift,
+            HEADS, y_t, key_t, E, WIDE, True, CAUSAL, M, K, PRECISION,
+        )  # fmt: skip
+    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
+    at_old = old + h * old_h + rows.to(tl.int64) * old_t + columns
+    at = new + h * new_h + rows.to(tl.int64) * new_t + columns
+    inside = (rows < num_rows) & (columns < E)
+    store_sum(at_old, at, summed, rows, inside, dq_ME * factor)
 
 
 @triton.jit
@@ -337,57 +329,91 @@ def add_rows(
     return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
-@triton.jit(do_not_specialize=("summed",))
-def grad_key_value_kernel(
-    x, y, query, grad_out, unit, old_key, new_key, old_value, new_value, summed,
-    keys_stored, num_rows, num_keys, shift, scale,
-    x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
-    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
-    KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+@triton.jit
+def grad_key_value(
+    tile, x, y, query, grad_out, old_key, new_key, old_value, new_value, summed,
+    keys_stored, num_rows, num_keys, shift, factor, unit,
+    x_t, query_h, query_t, out_h, out_t, gk_h, gk_t, gv_h, gv_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store dK = unit scale dA^T Q and dV = unit P^T dO of a group, with the old sums.
+    """Store dK = factor dA^T Q and dV = unit P^T dO of a tile of keys, with the old sums."""
+    kv_heads = HEADS // GROUP
+    kv, first_key = (tile % kv_heads).to(tl.int64), tile // kv_heads * K
+    dk_KE = tl.zeros((K, WIDE), tl.float32)
+    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
+    low, whole = 0, 0  # the first rows that see any key, and all keys
+    if CAUSAL:
+        low = tl.maximum(0, first_key - shift) // M * M
+        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        q_base, do_base = query + h * query_h, grad_out + h * out_h
+        for first_row in range(low, tl.minimum(whole, num_rows), M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + h * BLOCK, y + h * BLOCK, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, HEADS, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        for first_row in range(whole, num_rows, M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + h * BLOCK, y + h * BLOCK, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, HEADS, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+    keys = first_key + tl.arange(0, K)[:, None]
+    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+    stored = keys < keys_stored
+    at = kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    inside = stored & (columns < E)
+    store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE * factor)
+    at = kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    inside = stored & (columns_v < V)
+    store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * unit)
 
-    The grid is (keys Hkv, B).
+
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("summed_query", "summed"))
+def grad_kernel(
+    x, y, query, key, grad_out, unit, old_query, new_query, old_key, new_key, old_value, new_value,
+    summed_query, summed, keys_stored, num_rows, num_keys, shift, scale,
+    x_b, x_t, query_b, query_h, query_t, key_b, key_h, key_t, out_b, out_h, out_t,
+    old_b, old_h, old_t, new_b, new_h, new_t, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WHICH: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Store dK = unit scale dA^T Q and dV = unit P^T dO, and dQ = unit scale dA K, with old sums.
+
+    WHICH is 0 for dK and dV, on a grid (keys Hkv, B), 1 for dQ, on a grid (rows H, B), and None for
+    all, on a grid (keys Hkv + rows H, B).
     """
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tl.cdiv(keys_stored, K) * KV_HEADS, GATED)):
+    factor = tl.load(unit)
+    x += b64 * x_b
+    y += b64 * x_b
+    of_keys, of_rows = tl.cdiv(keys_stored, K) * (HEADS // GROUP), tl.cdiv(num_rows, M) * HEADS
+    if WHICH == 0:
+        of_rows = 0
+    if WHICH == 1:
+        of_keys = 0
+    for turn in range(turns(of_keys + of_rows, GATED)):
         tile = tile_at(turn)
-        kv, first_key = (tile % KV_HEADS).to(tl.int64), tile // KV_HEADS * K
-        dk_KE = tl.zeros((K, WIDE), tl.float32)
-        dv_KV = tl.zeros((K, WIDE_V), tl.float32)
-        low, whole = 0, 0  # the first rows that see any key, and all keys
-        if CAUSAL:
-            low = tl.maximum(0, first_key - shift) // M * M
-            whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
-        for member in range(GROUP):
-            h = kv * GROUP + member
-            q_base = query + b64 * query_b + h * query_h
-            do_base = grad_out + b64 * out_b + h * out_h
-            at = b64 * x_b + h * BLOCK
-            for first_row in range(low, tl.minimum(whole, num_rows), M):
-                dk_KE, dv_KV = add_rows(
-                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                    E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
-                )  # fmt: skip
-            for first_row in range(whole, num_rows, M):
-                dk_KE, dv_KV = add_rows(
-                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                    E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
-                )  # fmt: skip
-        factor = tl.load(unit)
-        keys = first_key + tl.arange(0, K)[:, None]
-        columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-        stored = keys < keys_stored
-        at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-        dk_KE *= scale * factor
-        inside = stored & (columns < E)
-        store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE)
-        at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-        inside = stored & (columns_v < V)
-        store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * factor)
+        if WHICH == 0 or (WHICH is None and tile < of_keys):
+            grad_key_value(
+                tile, x, y, query + b64 * query_b, grad_out + b64 * out_b,
+                old_key + b64 * gk_b, new_key + b64 * gk_b,
+                old_value + b64 * gv_b, new_value + b64 * gv_b, summed,
+                keys_stored, num_rows, num_keys, shift, scale * factor, factor,
+                x_t, query_h, query_t, out_h, out_t, gk_h, gk_t, gv_h, gv_t,
+                HEADS, GROUP, E, WIDE, V, WIDE_V, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        else:
+            grad_query(
+                tile - of_keys, y, key + b64 * key_b, old_query + b64 * old_b,
+                new_query + b64 * new_b, summed_query, num_rows, num_keys, shift, scale * factor,
+                x_t, key_h, key_t, old_h, old_t, new_h, new_t,
+                HEADS, GROUP, E, WIDE, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
