@@ -23,17 +23,28 @@ def made_tables(
     distance, heads, p0, p1, span, count, v_DH, w2_HD, b1_D, b2_H, H: tl.constexpr,
     FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Return U `[D, N]` and C `[H, N]` of a form at distances, as `tables_kernel` makes them."""
+    """Return U `[D, N]` and C `[H, N]` of a form at distances, as `tables_kernel` makes them.
+
+    Products in TF32 keep fewer digits than float32. They have only what differs from the first
+    distance of the tile: U = U0 + V (B - B0), and C likewise of phi(U) - phi(U0).
+    """
     b_NH, _x, _y = bias_values(p0, p0, p1, distance, heads, count, span, H, FORM, False, ROWS)
     b_HN = tl.trans(b_NH)
+    first = (tl.arange(0, b_HN.shape[1]) == 0)[None, :]
+    b_H = tl.sum(tl.where(first, b_HN, 0.0), 1)
+    u_D = b1_D
     u_DN = tl.zeros((b1_D.shape[0], b_HN.shape[1]), tl.float32) + b1_D[:, None]
     if ON_BIAS >= 0:
-        u_DN = tl.dot(v_DH, b_HN, u_DN, input_precision="ieee")
-    c_HN = tl.zeros_like(b_HN) + b2_H[:, None]
+        u_D = b1_D + tl.sum(v_DH * b_H[None, :], 1)
+        added_HN = b_HN - b_H[:, None]
+        u_DN = tl.dot(v_DH, added_HN, tl.zeros_like(u_DN) + u_D[:, None], input_precision="tf32x3")
+    phi_D = tl.where(u_D > 0, u_D, 0.01 * u_D)
+    added_DN = tl.where(u_DN > 0, u_DN, 0.01 * u_DN) - phi_D[:, None]
+    c_H = b2_H + tl.sum(w2_HD * phi_D[None, :], 1)
+    c_HN = tl.zeros_like(b_HN) + c_H[:, None]
     if RESIDUAL:
         c_HN += b_HN
-    phi_DN = tl.where(u_DN > 0, u_DN, 0.01 * u_DN)
-    return u_DN, tl.dot(w2_HD, phi_DN, c_HN, input_precision="ieee")
+    return u_DN, tl.dot(w2_HD, added_DN, c_HN, input_precision="tf32x3")
 
 
 @triton.jit
