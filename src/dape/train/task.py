@@ -159,9 +159,9 @@ class LanguageModelling(NextToken):
         Logits of many tokens are computed in parts, and again in the backward pass.
         """
         (tokens,) = batch
-        if self.context_parallel is None and tokens.numel() <= TOKENS_AT_ONCE:
-            return super().loss(model, tokens)
         inputs, targets, where = tokens[:, :-1], tokens[:, 1:], {}
+        if self.context_parallel is None and targets.numel() <= TOKENS_AT_ONCE:
+            return super().loss(model, tokens)
         if self.context_parallel is not None:
             inputs, targets = (self.context_parallel.part(each) for each in (inputs, targets))
             where = {"context_parallel": self.context_parallel}
