@@ -20,6 +20,8 @@ CALLS = [
     {"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48},
     {"heads": 1, "kv_heads": 1, "head_dim": 80, "hidden": 32},
     {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1},
+    {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "bias": "FIRE"},
+    {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 64, "rows": 2, "bias": "FIRE"},
 ]
 
 STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}
@@ -73,6 +75,13 @@ def test_every_kernel_of_a_call_in_bfloat16_compiles(call, in_bfloat16):
     found = in_bfloat16[call]
     assert KERNELS[call] in found
     assert all(size <= HOPPER for each in found.values() for size in each)
+
+
+def test_so_do_kernels_that_add_up_bands():
+    call = {"heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260}
+    names = ["grad_query_kernel", "grad_key_value_kernel"]
+    (found,) = compiled(call | {"dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": names})
+    assert all(len(found[name]) > 1 and max(found[name]) <= HOPPER for name in names)
 
 
 @pytest.mark.gpu
