@@ -134,7 +134,7 @@ def training(case: Case) -> Iterator[dict[str, Any]]:
     chosen = {"model.scheme": case.scheme, "hardware.micro_batch_size": None}
     recipe = override(recipe, chosen | case.changes)
     long = case.length > 500_000
-    for reading in measure(recipe, list(case.micro_batches), 1 if long else 2, 0 if long else 1):
+    for reading in measure(recipe, list(case.micro_batches), 1 if long else 3, 0 if long else 1):
         yield asdict(reading)
 
 
