@@ -9,8 +9,8 @@ A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
 
 With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: the start,
 with a graph for every length, a step of the models of all seeds side by side, and the test of one
-of them, for each scheme on tasks of three lengths of output. What the file holds of the same commit, width and device is not
-measured again.
+of them, for each scheme on tasks of three lengths of output. What the file holds of the same
+commit, width and device is not measured again.
 
     python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
 
