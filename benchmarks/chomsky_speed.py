@@ -131,7 +131,7 @@ def tester(task, model, scheme, training, device):
     evaluation = Evaluation()
     config = configure(model, scheme, task, training.length, "reference")
     models = Stack(task, config, training, range(SEEDS), device)
-    if not models.fused:
+    if not models.tests_together(task.tokens(evaluation.longest)):
         config = configure(model, scheme, task, training.length)
         models = OneByOne(
             [build(config, len(task.outputs), s).to(device).eval() for s in range(SEEDS)]
