@@ -9,7 +9,8 @@ A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
 
 With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: a step of
 the models of all seeds side by side with graphs, and the test of one of them, for each scheme on
-tasks of three lengths of output. What the file holds is not measured again.
+tasks of three lengths of output. What the file holds of the same commit, width and device is not
+measured again.
 
     python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
 
@@ -197,8 +198,10 @@ def tests(task, model, scheme, training, device):
 
 def prices(options, model, training, device, origin):
     """Measure steps and tests for the plan, and write the file after each."""
-    file = Path(options.prices)
-    known = json.loads(file.read_text())["prices"] if file.is_file() else []
+    file, origin = Path(options.prices), {"width": options.width, **origin}
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(held.get(name) == origin[name] for name in ("commit", "width", "device"))
+    known = held["prices"] if same else []
     measured = {(each["task"], each["scheme"]) for each in known}
     for name, scheme in product(PRICED, SCHEMES):
         if (name, scheme) in measured:
@@ -209,7 +212,7 @@ def prices(options, model, training, device, origin):
         )
         test = sweep(*setting)
         known.append({"task": name, "scheme": scheme, "models": SEEDS, "step": step, "test": test})
-        write_json(file, {"prices": known, "width": options.width, **origin})
+        write_json(file, {"prices": known, **origin})
         print(
             f"{name:<20} {scheme:<16} {SEEDS / step:>8.1f} model steps/s"
             f" {SEEDS / longest:>8.1f} at the longest, {test:>6.1f} s a test",

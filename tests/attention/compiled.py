@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 import dape
 import dape.attention.fused
-from dape.attention.fused import serves
+from dape.attention.fused import geometry, serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -63,16 +63,20 @@ def shared_memory(kernel, args, options):
 
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
-    gradients=True, mapped=False,
+    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND,
 ):  # fmt: skip
-    """Run attention, or a map across heads, and its gradients; kernels are only noted."""
+    """Run attention, or a map across heads, and its gradients; kernels are only noted.
+
+    `room` is the most scores of a band.
+    """
     torch.set_grad_enabled(gradients)
+    geometry.SCORES_PER_BAND = room
     if mapped:
         from dape.chomsky.heads import mapped as map_heads
 
-        weights = torch.zeros(hidden, 2 * heads), torch.zeros(hidden), torch.zeros(heads, hidden)
+        weights = dict(dape.DAPE(heads, hidden, kernel_size=taps).named_parameters())
         scores = torch.zeros(1, heads, rows, keys, requires_grad=True)
-        map_heads(scores, scores[0].detach(), *weights, torch.zeros(heads)).sum().backward()
+        map_heads(scores, scores[0].detach(), **weights).sum().backward()
         return
     query, key, value = (
         torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)

@@ -142,7 +142,7 @@ def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
     query, cache = torch.empty(batch, 12, rows, size), torch.empty(1, 1, 1, 1)
     cache = cache.expand(batch, 12, 32768, size)
     problem = FusedProblem(query, cache, cache, mixing(), None, 1.0, True, 32768 - rows)
-    tile = decode.tile_of(problem, 16)
+    tile = decode.tile_of(problem, 16, 32)
     spans, length = decode.key_spans(problem, tile)
     assert spans * length >= 32768 and spans * size <= decode.MOST_PARTS
     assert spans * batch * rows >= 128
@@ -151,12 +151,13 @@ def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_on_a_gpu_against_chunked_in_float64(backend, rows, calls):
+@pytest.mark.parametrize("bias", [dape.Kerple, dape.FIRE])
+def test_on_a_gpu_against_chunked_in_float64(backend, rows, bias, calls):
     tensors = [
         torch.randn(4, 12, length, 64, device="cuda", dtype=torch.bfloat16)
         for length in (rows, 4099, 4099)
     ]
-    modules = (dape.Kerple(12).cuda(), dape.DAPE(12).cuda())
+    modules = (bias(12).cuda(), dape.DAPE(12).cuda())
     offset = 4099 - rows
     found = dape.attention(*tensors, *modules, query_offset=offset, backend=backend).double()
     assert len(calls) == 1

@@ -10,8 +10,8 @@ from problems import Problem, close, drawn, fused, leaves, solve
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import geometry, operator
-from dape.attention.fused.mixers import mixed
+from dape.attention.fused import geometry, operator, passes
+from dape.attention.fused.mixers import mixer
 from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.terms import Mixed
 from dape.bench import parity
@@ -55,7 +55,7 @@ PROBLEMS = {
 def narrow_bands(monkeypatch):
     """Let the scratch hold few scores, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 2 * 4 * 40 * 32)
-    monkeypatch.setattr(mixed, "ROWS", 16)
+    monkeypatch.setattr(mixer, "ROWS", 16)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -105,7 +105,7 @@ def test_bands_change_nothing(narrow_bands, causal, offset, monkeypatch):
     whole = FusedProblem(*halves, mixing(), None, 1.0, causal, offset)
     assert len(geometry.bands(whole)) > 3
     assert any(band.keys.start > 0 for band in geometry.blocks(whole))
-    assert mixed.MixedMixer.share(1, 10, 32) == (1, 2)
+    assert passes.mixer_of(whole, "triton").segments(1, 10, 32) == 2
     close(replace(problem, batch=1))
     given = drawn(problem, torch.float16)
     out, gradients = solve(problem, *given, "triton", torch.float16)

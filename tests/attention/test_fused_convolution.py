@@ -10,7 +10,7 @@ import dape
 from dape.attention import cuda, triton
 from dape.attention.call import Call
 from dape.attention.fused import geometry, operator
-from dape.attention.fused.mixers import mixed, taps
+from dape.attention.fused.mixers import mixer, taps
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -42,7 +42,7 @@ PROBLEMS = {
 def narrow_bands(monkeypatch):
     """Let the scratches hold few numbers, and programs few rows: several bands, and segments."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 9 * 64 * 64)
-    monkeypatch.setattr(mixed, "ROWS", 16)
+    monkeypatch.setattr(mixer, "ROWS", 16)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -12,11 +12,11 @@ import dape
 import textbook
 from dape.attention import cuda, triton
 from dape.attention.call import Call, checked
-from dape.attention.fused import geometry, operator, passes
+from dape.attention.fused import decode, geometry, operator, passes
 from dape.attention.fused.mixers.features import FeaturesMixer
 from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.serves import obstacle
-from dape.attention.fused.terms import Mixed
+from dape.attention.fused.terms import Features, Mixed
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -172,9 +172,36 @@ def test_the_small_gradients_of_c_and_the_threshold_are_theirs():
 
 
 @pytest.mark.parametrize("adapter", [None, DAPE], ids=["fire", "dape-fire"])
-def test_half_precision_is_as_exact_as_its_digits(adapter):
-    problem = FireProblem(rows=20, keys=20, adapter=adapter)
+@pytest.mark.parametrize("rows", [20, 1])
+def test_half_precision_is_as_exact_as_its_digits(adapter, rows):
+    problem = FireProblem(rows=rows, keys=20, query_offset=20 - rows, adapter=adapter)
     close(problem, torch.float16, tolerance=5e-3, least=1.0)
+
+
+FEW = {
+    "one query": FireProblem(rows=1, keys=150, query_offset=149),
+    "several queries": FireProblem(batch=1, rows=3, keys=150, query_offset=147, mask="left"),
+    "bidirectional": FireProblem(rows=2, keys=70, causal=False, query_offset=30, mask="right"),
+    "behind the keys": FireProblem(rows=1, keys=40, causal=False, query_offset=90),
+    "rows without keys": FireProblem(rows=4, keys=70, query_offset=-2, threshold=1.5),
+    "grouped heads, many units": FireProblem(
+        batch=1, heads=5, kv_heads=1, rows=2, keys=40, units=33, query_offset=38
+    ),
+}
+
+
+@pytest.mark.parametrize("adapter", [None, DAPE], ids=["fire", "dape-fire"])
+@pytest.mark.parametrize("name", FEW)
+def test_few_queries_are_decoded(name, adapter, monkeypatch):
+    served, forward = [], decode.forward
+
+    def spied(problem, terms, found):
+        served.append(type(terms))
+        return forward(problem, terms, found)
+
+    monkeypatch.setattr(decode, "forward", spied)
+    close(replace(FEW[name], adapter=adapter))
+    assert served == [Features]
 
 
 def test_two_backward_passes_agree_bit_for_bit(narrow_bands):

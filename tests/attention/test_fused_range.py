@@ -9,7 +9,7 @@ from problems import Problem, close, drawn, fused, leaves
 from test_large_scores import beside_sdpa, silent
 
 import dape
-from dape.attention.fused import geometry, operator, overflow, passes, table_operators
+from dape.attention.fused import geometry, operator, overflow, passes, problem, table_operators
 from dape.attention.fused.problem import Gate
 from dape.positions.bias import Bias
 from dape.positions.scheme import BASES
@@ -91,6 +91,22 @@ def test_in_the_wide_range_two_backward_passes_agree_bit_for_bit(monkeypatch):
     )
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
     assert any(x.any() for x in first)
+
+
+@pytest.mark.parametrize("adapter", [DAPE, DAPE3])
+def test_programs_that_walk_over_tiles_change_nothing(adapter, monkeypatch):
+    monkeypatch.setattr(geometry, "SCORES_PER_BAND", 8 * 64 * 128)
+    given = Problem(batch=2, rows=75, keys=90, query_offset=15, kv_heads=2, adapter=adapter)
+    (query, key, value), modules, _, _ = drawn(given)
+    tensors, modules, parameters = leaves([query * 40, key, value], modules, torch.float16)
+    modules = [m.float() for m in modules]
+    found = []
+    for programs in (1, 512):
+        monkeypatch.setattr(problem, "WIDE_PROGRAMS", programs)
+        out = dape.attention(*tensors, *modules, query_offset=15, backend="triton")
+        found.append([out, *torch.autograd.grad(out.sum(), [*tensors, *parameters])])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    assert all(x.any() for x in found[0][:4])
 
 
 @pytest.mark.parametrize("size", [30.0, 100.0])

@@ -31,6 +31,18 @@ def test_every_visible_pair_is_in_one_band(cut, extent, room):
     assert (covered == 1).all()
 
 
+@pytest.mark.parametrize("cut", [False, True])
+@given(extent=extents(), room=st.integers(1, 60))
+def test_a_band_knows_the_keys_of_earlier_rows_and_the_last_of_its_rows(cut, extent, room):
+    seen = torch.zeros(extent.batch, extent.rows, extent.keys, dtype=torch.bool)
+    for band in bands_of(extent, room * ALIGNMENT**2 * extent.numbers, cut):
+        earlier = seen[band.batch, : band.rows.start].any(1)[:, band.keys]
+        assert torch.equal(earlier, (torch.arange(band.sizes[2]) < band.summed).expand_as(earlier))
+        seen[band.batch, band.rows, band.keys] = True
+        visible = extent.visible(band.rows.stop)
+        assert band.last == seen[band.batch, band.rows, visible - 1].all()
+
+
 @given(extent=extents(), room=st.integers(1, 60))
 def test_a_band_fits_the_scratch_or_is_as_low_as_may_be(extent, room):
     scores = room * ALIGNMENT**2 * extent.numbers

@@ -5,7 +5,11 @@ import torch
 from one_band import problem_of, solutions
 from torch.testing import assert_close
 
-from dape.attention.fused import naive, passes
+from dape.attention.fused import bands, naive, passes
+from dape.attention.fused.geometry import Scratch
+from dape.attention.fused.geometry import bands as bands_of
+from dape.attention.fused.problem import Gate
+from dape.attention.fused.rows import Rows
 from dape.attention.fused.terms import Features, Mixed, Nothing, Static, Taps, terms_of
 
 # The interpreter's own warnings, of NumPy.
@@ -54,3 +58,36 @@ def test_without_an_adapter_the_formula_adds_a_table_or_nothing():
 def test_the_number_of_tables_says_of_which_kind_they_are():
     for kind in (Nothing, Static, Mixed, Features, Taps):
         assert type(terms_of(torch.zeros(len(kind._fields), 1))) is kind
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "keys", "offset", "causal"),
+    [
+        (1, 1, 0, True),
+        (130, 130, 0, True),
+        (70, 200, 130, True),
+        (200, 70, -90, True),
+        (70, 130, 0, False),
+    ],
+)
+def test_scores_of_a_band_are_all_that_rows_see(rows, keys, offset, causal, wide):
+    terms = Mixed(*(torch.zeros(shape) for shape in SHAPES[Mixed]))
+    problem = problem_of(terms, HEADS, rows, keys, offset, causal, False, torch.float16)
+    tensors = (torch.randn_like(x) for x in problem[:3])
+    problem = problem._replace(**dict(zip(("query", "key", "value"), tensors, strict=True)))
+    if wide:
+        problem = problem._replace(gate=Gate(torch.ones(1, dtype=torch.int32), True))
+    (band,) = bands_of(problem)
+    grad_out, delta = torch.randn_like(problem.query), torch.randn(2, HEADS, rows)
+    given = Rows(delta, delta, grad_out, grad_out, None, torch.tensor(0.5))
+    x, y = (Scratch.of(problem, (band,)).view(band) for _ in range(2))
+    bands.scores(x, problem.part(band), y, given)
+    query, key, value, grad_out = (t.double() for t in (*problem[:3], grad_out))
+    seen = torch.ones(rows, keys).tril(offset).bool() if causal else torch.ones(rows, keys).bool()
+    for scratch, true in (
+        (x, query @ key.mT),
+        (y, 2 * grad_out @ value.mT - delta[..., None].double()),
+    ):
+        found = scratch.permute(0, 3, 1, 2, 4).flatten(3)[..., :keys].double()
+        assert_close(found[..., seen], true[..., seen], rtol=2e-3, atol=2e-2)

@@ -20,6 +20,8 @@ CALLS = [
     {"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48},
     {"heads": 1, "kv_heads": 1, "head_dim": 80, "hidden": 32},
     {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1},
+    {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "bias": "FIRE"},
+    {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 64, "rows": 2, "bias": "FIRE"},
 ]
 
 STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}
@@ -44,9 +46,9 @@ def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
 
 def test_the_map_across_heads_fits_smaller_gpus():
     sizes = {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64}
-    (found,) = compiled(sizes | {"mapped": True})
-    assert set(found) == {"heads_kernel", "heads_backward_kernel"}
-    assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
+    for found in compiled(*(sizes | {"mapped": True, "taps": taps} for taps in (1, 3))):
+        assert set(found) == {"heads_kernel", "heads_backward_kernel"}
+        assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
 
 
 KERNELS = {  # a kernel of a call of a bias, hidden units and taps
@@ -73,6 +75,13 @@ def test_every_kernel_of_a_call_in_bfloat16_compiles(call, in_bfloat16):
     found = in_bfloat16[call]
     assert KERNELS[call] in found
     assert all(size <= HOPPER for each in found.values() for size in each)
+
+
+def test_so_do_kernels_that_add_up_bands():
+    call = {"heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260}
+    names = ["grad_query_kernel", "grad_key_value_kernel"]
+    (found,) = compiled(call | {"dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": names})
+    assert all(len(found[name]) > 1 and max(found[name]) <= HOPPER for name in names)
 
 
 @pytest.mark.gpu

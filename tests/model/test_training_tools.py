@@ -74,6 +74,25 @@ def test_lora_trains_what_it_names_and_survives_its_file(options, expected, tmp_
     assert_close(loaded.merge_and_unload()(ids).logits, out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dape3-nope", "dape-t5", "retrofitted"])
+def test_lora_of_a_parameter_of_the_encoding_sees_no_later_token(kind):
+    model = pretrained("llama") if kind == "retrofitted" else fresh(scheme=kind)
+    if kind == "retrofitted":
+        dape.retrofit(model, "dape3")
+    move(model, 0.2)
+    ids = tokens(1, 9)
+    start = model(ids).logits
+    name = "position_bias.weight" if kind == "dape-t5" else "adapter.weight_in"
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=[name]))
+    assert torch.equal(tuned.eval()(ids).logits, start)
+    move(tuned, 0.2)
+    out = tuned(ids).logits
+    assert (out - start).abs().max() > 1e-3
+    changed = torch.cat([ids[:, :-1], ids[:, -1:] % 36 + 1], dim=1)
+    assert_close(tuned(changed).logits[:, :-1], out[:, :-1])
+    assert_close(tuned.merge_and_unload()(ids).logits, out, rtol=1e-4, atol=1e-4)
+
+
 def trainer(model, folder, **options):
     rows = [(torch.arange(12) + start) % 10 + 1 for start in range(16)]
     arguments = TrainingArguments(

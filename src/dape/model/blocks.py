@@ -14,6 +14,8 @@ from dape.model.configuration import DapeConfig
 from dape.positions import scheme
 
 INTO_STREAM = "into_stream"
+# The attributes by which callers of a bias or adapter decide on arguments.
+_READ = ("needs_rows", "reach", "relative")
 
 
 def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -32,8 +34,14 @@ def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
 def in_use(part: Any) -> Any:
     """Return a module, or the copy that PEFT's `modules_to_save` trains in place of the module.
 
-    Kernels recognise a bias or adapter by class.
+    Kernels recognise a bias or adapter by class. The layer that PEFT's `target_parameters` puts
+    around a module gets the attributes that callers read.
     """
+    if hasattr(part, "base_layer"):
+        base = in_use(part.base_layer)
+        for name in _READ:
+            if hasattr(base, name):
+                setattr(part, name, getattr(base, name))
     if not hasattr(part, "modules_to_save"):
         return part
     copies, active = part.modules_to_save, part.active_adapters

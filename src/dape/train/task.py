@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dape.model.retrofit import Mounted
 
 Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
-# Tokens whose logits are held at a time, with gradients 10 GB at 50,000 entries.
-TOKENS_AT_ONCE = 2**14
+# Tokens whose logits are held at a time, with gradients 20 GB at 50,000 entries.
+TOKENS_AT_ONCE = 2**15
 
 
 class Task(ABC):

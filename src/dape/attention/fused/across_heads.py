@@ -34,6 +34,21 @@ def load_weights(w1, w2, heads, units, H: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def load_feature_tables(
+    hidden, static, heads, units, places,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Return U `[F, D]` and C `[F, H]` of the features, and `[D]` and `[H]` of the constant 1."""
+    u_row, c_row = hidden + units, static + heads * (F + 1)
+    u_D = tl.load(u_row, units < D, 0.0)
+    c_H = tl.load(c_row, heads < H, 0.0)
+    inside = places[:, None] < F
+    u_FD = tl.load(u_row[None, :] + (places[:, None] + 1) * D, inside & (units < D)[None, :], 0.0)
+    c_FH = tl.load(c_row[None, :] + (places[:, None] + 1), inside & (heads < H)[None, :], 0.0)
+    return u_FD, c_FH, u_D, c_H
+
+
+@triton.jit
 def in_parts(x, dtype: tl.constexpr):
     """Return a float32 matrix in two parts of a dtype, the second what rounding left of it."""
     high = x.to(dtype)

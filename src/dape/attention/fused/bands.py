@@ -7,7 +7,7 @@ from dape.attention.fused import bands_kernels as kernels
 from dape.attention.fused import overflow
 from dape.attention.fused.overflow import asking
 from dape.attention.fused.plan import start
-from dape.attention.fused.problem import Gradients, Problem, Result
+from dape.attention.fused.problem import Problem, Result, Sum
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, padded, strides
 from dape.attention.fused.spans import combine, key_spans, parts_of
@@ -20,8 +20,6 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
-# Tiles of scores for a program that a gate may stop.
-TILES_PER_PROGRAM = 16
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -39,37 +37,54 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     return tile
 
 
+def tiles_of(part: Problem, tile: Tile) -> tuple[int, int]:
+    """Return the number of tiles of scores for `place_of_tile`, and the number in a line."""
+    rows, keys = part.query.shape[2], part.key.shape[2]
+    lines, width = cdiv(rows, tile.rows), cdiv(keys, tile.keys)
+    if part.causal:
+        # Of two rows of tiles, at equal distances from the first and the last.
+        last_rows = (lines + 1) * tile.rows - 2 + 2 * part.offset
+        width = min(2 * width, max(width, last_rows // tile.keys + 2))
+        lines = cdiv(lines, 2)
+    return lines * width, width
+
+
 def static_table(part: Problem) -> Tensor | None:
     """Return C if logits in the scratch lack C, a table over the distance."""
     return part.terms.static if isinstance(part.terms, Mixed) else None
 
 
 def scores(
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
+    x: Tensor,
     part: Problem,
-    scale: float,
+    y: Tensor | None = None,
     rows: Rows | None = None,
     flag: Tensor | None = None,
 ) -> None:
-    """Fill `out` with `scale left right^T` of a band; with `rows` in their unit, less their delta.
+    """Fill X with the scores of a band, and Y, if given, with dP - delta in the unit of the rows.
 
     A score too large for 16 bits sets the `flag`, if given.
     """
-    batch, heads, count, size = left.shape
+    query, key, value = part[:3]
+    batch, heads, count, size = query.shape
     tile, asks = tile_of("scores", part), asking(part, flag)
-    keys, span = right.shape[2], TILES_PER_PROGRAM if asks["GATED"] == 1 else 1
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles = cdiv(keys, tile.keys) * cdiv(count, tile.rows)
-    unit, delta = (left, left) if rows is None else (rows.unit, rows.delta)
-    start(kernels.scores_kernel, (cdiv(tiles, span) * heads, batch))(
-        left, right, out, scale, unit, delta, count, keys, part.offset,
-        *strides(left), *strides(right), *out.stride()[:2], *delta.stride()[:2],
-        heads, heads // right.shape[1], E=size, WIDE=padded(size), IN_UNITS=rows is not None,
-        SPAN=span, CAUSAL=part.causal, PRECISION=PRECISION, **asks, **tile.launch(),
-    )  # fmt: skip
+    tiles, width = tiles_of(part, tile)
+    out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
+    # One kernel of both is one start less, and has more registers than the kernel of Y.
+    parts = [0] if y is None else [None] if part.wide else [0, 1]
+    for which in parts:
+        grid = part.programs(tiles * heads, batch), batch, 2 if which is None else 1
+        start(kernels.scores_kernel, grid)(
+            query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
+            tiles, width, count, key.shape[2], part.offset,
+            *strides(query), *strides(key), *x.stride()[:2],
+            *strides(out), *strides(value), *delta.stride()[:2],
+            heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
+            WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, WHICH=which,
+            PRECISION=PRECISION, **asks, **tile.launch(),
+        )  # fmt: skip
 
 
 def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
@@ -83,7 +98,8 @@ def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
     asks, entries = asking(part, found.flag), found.lse if table is None else table
-    start(kernels.softmax_value_kernel, (cdiv(rows, tile.rows), batch * heads, spans))(
+    programs = part.programs(cdiv(rows, tile.rows) * heads, batch * spans)
+    start(kernels.softmax_value_kernel, (programs, batch, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
         entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
@@ -104,7 +120,8 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     table, tile = static_table(part), tile_of("softmax_value", part)
     entries = rows.lse if table is None else table
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
-    start(kernels.balance_kernel, (cdiv(count, tile.rows), batch * heads))(
+    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
+    start(kernels.balance_kernel, (programs, batch))(
         x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
         *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],
@@ -113,29 +130,31 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     )  # fmt: skip
 
 
-def grad_query(y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dQ from dA of a band, or add to dQ."""
+def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
+    """Fill dQ from dA of a band."""
     batch, heads, count, size = part.query.shape
     tile = tile_of("grad_query", part)
-    start(kernels.grad_query_kernel, (cdiv(count, tile.rows) * heads, batch))(
-        y, part.key, rows.unit, into.query, count, part.key.shape[2], part.offset, part.scale,
-        *y.stride()[:2], *strides(part.key), *strides(into.query),
-        heads, heads // part.key.shape[1], E=size, WIDE=padded(size), ADD=into.add,
+    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
+    start(kernels.grad_query_kernel, (programs, batch))(
+        y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
+        *y.stride()[:2], *strides(part.key), *strides(into.old), *strides(into.new),
+        heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
         CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
     )  # fmt: skip
 
 
-def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, into: Gradients) -> None:
-    """Fill dK and dV from P and dA of a band, or add to dK and dV."""
+def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, keys: Sum, values: Sum) -> None:
+    """Fill dK and dV from P and dA of a band."""
     batch, heads, count, size = part.query.shape
-    kv_heads, stored, value_dim = into.value.shape[1:]
+    kv_heads, stored, value_dim = values.new.shape[1:]
     tile = tile_of("grad_key_value", part)
-    start(kernels.grad_key_value_kernel, (cdiv(stored, tile.keys) * kv_heads, batch))(
-        x, y, part.query, rows.scaled, rows.unit, into.key, into.value,
+    programs = part.programs(cdiv(stored, tile.keys) * kv_heads, batch)
+    start(kernels.grad_key_value_kernel, (programs, batch))(
+        x, y, part.query, rows.scaled, rows.unit, *keys[:2], *values,
         stored, count, part.key.shape[2], part.offset, part.scale,
         *x.stride()[:2], *strides(part.query), *strides(rows.scaled),
-        *strides(into.key), *strides(into.value),
+        *strides(keys.new), *strides(values.new),
         kv_heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
-        WIDE_V=padded(value_dim), ADD=into.add, CAUSAL=part.causal, PRECISION=PRECISION,
+        WIDE_V=padded(value_dim), CAUSAL=part.causal, PRECISION=PRECISION,
         **part.gated(), **tile.launch(),
     )  # fmt: skip

@@ -18,10 +18,13 @@ from dape.attention.fused.tiles import (
     BLOCK,
     LOG2E,
     beyond,
+    head_and_rows,
     load_rows,
     sees,
     store_output,
+    tile_at,
     toeplitz,
+    turns,
     unwanted,
 )
 
@@ -39,20 +42,40 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
+def place_of_tile(
+    n, width, num_rows, num_keys, shift, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr
+):
+    """Return the first row and key of the n-th tile, and whether there is such a tile.
+
+    A line has `width` tiles. If CAUSAL, it has the visible tiles of some rows, followed by those of
+    as many rows at the same distance from the last. All lines are then about equally long.
+    """
+    line, column = n // width, n % width
+    there = line >= 0
+    if CAUSAL:
+        across = tl.cdiv(tl.maximum(0, tl.minimum(num_keys, line * M + M + shift)), K)
+        other, beyond_them = tl.cdiv(num_rows, M) - 1 - line, column >= across
+        there = (other > line) | (column < across)
+        line = tl.where(beyond_them, other, line)
+        column = tl.where(beyond_them, column - across, column)
+        there &= column * K < tl.minimum(num_keys, line * M + M + shift)
+    return line * M, column * K, there
+
+
+@triton.jit
 def score_tile(
-    gate, left, right, x, scale, delta, tile, heads, num_rows, num_keys, shift,
+    gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
     left_t, right_t, x_t,
     E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
     LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of X, unless causality hides the tile; set `gate` for a score above LIMIT.
+    """Store the n-th tile of X, if there is one; set `gate` for a score above LIMIT.
 
     If LESS, delta is taken off each row.
     """
-    across = tl.cdiv(num_keys, K)
-    first_row, first_key = tile // across * M, tile % across * K
-    if not CAUSAL or first_key <= first_row + M - 1 + shift:
+    first_row, first_key, there = place_of_tile(n, width, num_rows, num_keys, shift, CAUSAL, M, K)
+    if there:
         a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
@@ -69,40 +92,42 @@ def score_tile(
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
 
 
-@triton.jit
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("tiles", "width"))
 def scores_kernel(
-    left, right, x, scale, unit, delta, num_rows, num_keys, shift,
-    left_b, left_h, left_t, right_b, right_h, right_t, x_b, x_t, delta_b, delta_h,
-    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, IN_UNITS: tl.constexpr,
-    SPAN: tl.constexpr, LIMIT: tl.constexpr, gate, GATED: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, x, grad_out, value, y, scale, unit, delta,
+    tiles, width, num_rows, num_keys, shift,
+    query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
+    out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WHICH: tl.constexpr, LIMIT: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale left right^T for SPAN tiles of rows and keys of a head; grid (spans H, B).
+    """X = scale Q K^T, or Y = dO V^T / unit - delta; grid (tiles H, B, number).
 
-    If IN_UNITS, divided by `unit`, and less by delta, before they are rounded: where a row has one
-    key alone, dP is delta, and nothing is left. A score above a LIMIT sets `gate`.
+    WHICH is 0 for X, 1 for Y, and None for both, by the last axis. delta is subtracted before Y is
+    rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a LIMIT
+    sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
-    first = tl.program_id(0) // HEADS * SPAN
-    left += b.to(tl.int64) * left_b + h * left_h
-    right += b.to(tl.int64) * right_b + (h // GROUP) * right_h
-    x += b.to(tl.int64) * x_b + h * BLOCK
-    delta += b.to(tl.int64) * delta_b + h * delta_h
-    if IN_UNITS:
-        scale = scale / tl.load(unit)
-    if SPAN == 1:
-        score_tile(
-            gate, left, right, x, scale, delta, first, HEADS, num_rows, num_keys, shift,
-            left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
-        )  # fmt: skip
-    else:
-        last = tl.minimum(first + SPAN, tl.cdiv(num_rows, M) * tl.cdiv(num_keys, K))
-        for tile in range(first, last):
+    b = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tiles * HEADS, GATED)):
+        tile = tile_at(turn)
+        n, h = tile // HEADS, (tile % HEADS).to(tl.int64)
+        at, kv = b * x_b + h * BLOCK, h // GROUP
+        if WHICH == 0 or (WHICH is None and tl.program_id(2) == 0):
             score_tile(
-                gate, left, right, x, scale, delta, tile, HEADS, num_rows, num_keys, shift,
-                left_t, right_t, x_t, E, WIDE, CAUSAL, IN_UNITS, LIMIT, M, K, PRECISION,
+                gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
+                scale, delta, n, width, HEADS, num_rows, num_keys, shift,
+                query_t, key_t, x_t, E, WIDE, CAUSAL, False, LIMIT, M, K, PRECISION,
+            )  # fmt: skip
+        else:
+            score_tile(
+                gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
+                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, n, width, HEADS,
+                num_rows, num_keys, shift, out_t, value_t, x_t,
+                V, WIDE_V, CAUSAL, True, None, M, K, PRECISION,
             )  # fmt: skip
 
 
@@ -116,66 +141,68 @@ def softmax_value_kernel(
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = softmax(X) V of a head, rows against a span of keys; grid (rows, B H, spans).
+    """O = softmax(X) V of a head, rows against a span of keys; grid (rows H, B, spans).
 
     If TABLED, C is added to X. If EXACT, the rounding error of P meets V too. A log-sum-exp beyond
     a LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    rows = first_row + tl.arange(0, M)[:, None]
-    b64 = b.to(tl.int64)
-    x += b64 * x_b + h * BLOCK
-    value += b64 * value_b + (h // GROUP) * value_h
-    table += h * table_size
-    top_M = tl.full((M,), float("-inf"), tl.float32)
-    total_M = tl.zeros((M,), tl.float32)
-    acc_MV = tl.zeros((M, WIDE_V), tl.float32)
-    low = tl.program_id(2) * keys_per_split
-    high = tl.minimum(num_keys, low + keys_per_split)
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(low, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        s_MK = tl.load(x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-        s_MK = s_MK.to(tl.float32)
-        if TABLED:
-            distance = first_row + shift - first_key
-            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        s_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
-        safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
-        p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
-        shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
-        total_M = total_M * shrink_M + tl.sum(p_MK, 1)
-        v_KV = load_rows(value, value_t, first_key, num_keys, V, K, WIDE_V)
-        rounded_MK = p_MK.to(v_KV.dtype)
-        acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
-        if EXACT:
-            left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
-            acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
-        top_M = new_top_M
-    acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
-    columns = tl.arange(0, WIDE_V)[None, :]
-    at = (
-        tl.program_id(2).to(tl.int64) * out_s
-        + b64 * out_b
-        + h * out_h
-        + rows.to(tl.int64) * out_t
-        + columns
-    )
-    store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
-    line = first_row + tl.arange(0, M)
-    at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
-    log_sum_M = top_M + tl.log(
-        tl.where(total_M > 0, total_M, 1.0)
-    )  # top is -inf where nothing is seen
-    tl.store(lse + at, log_sum_M, line < num_rows)
-    if LIMIT is not None:
-        tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
+        head_x = x + b64 * x_b + h * BLOCK
+        head_values = value + b64 * value_b + (h // GROUP) * value_h
+        head_table = table + h * table_size
+        rows = first_row + tl.arange(0, M)[:, None]
+        top_M = tl.full((M,), float("-inf"), tl.float32)
+        total_M = tl.zeros((M,), tl.float32)
+        acc_MV = tl.zeros((M, WIDE_V), tl.float32)
+        low = tl.program_id(2) * keys_per_split
+        high = tl.minimum(num_keys, low + keys_per_split)
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(low, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+            s_MK = tl.load(head_x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
+            s_MK = s_MK.to(tl.float32)
+            if TABLED:
+                distance = first_row + shift - first_key
+                s_MK += toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
+            s_MK = tl.where(
+                sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf")
+            )
+            new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+            safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+            p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
+            shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
+            total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+            v_KV = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
+            rounded_MK = p_MK.to(v_KV.dtype)
+            acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
+            if EXACT:
+                left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
+                acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
+            top_M = new_top_M
+        acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
+        columns = tl.arange(0, WIDE_V)[None, :]
+        at = (
+            tl.program_id(2).to(tl.int64) * out_s
+            + b64 * out_b
+            + h * out_h
+            + rows.to(tl.int64) * out_t
+            + columns
+        )
+        store_output(out, rest, at, acc_MV, (rows < num_rows) & (columns < V), RESTED)
+        line = first_row + tl.arange(0, M)
+        at = tl.program_id(2) * lse_s + b64 * lse_b + h * lse_h + line
+        log_sum_M = top_M + tl.log(
+            tl.where(total_M > 0, total_M, 1.0)
+        )  # top is -inf where nothing is seen
+        tl.store(lse + at, log_sum_M, line < num_rows)
+        if LIMIT is not None:
+            tl.store(gate, 1, tl.max(beyond(log_sum_M, LIMIT), 0) > 0)
 
 
 @triton.jit
@@ -187,7 +214,7 @@ def balance_kernel(
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows, B H).
+    """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows H, B).
 
     A row of dS sums to the gradient of the log-sum-exp of the row, zero unless SUMMED. For large
     logits X, rounded logits and a rounded log-sum-exp give `mix_backward` another P than the
@@ -196,86 +223,91 @@ def balance_kernel(
     """
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
-    first_row = tl.program_id(0) * M
-    line, b64 = first_row + tl.arange(0, M), b.to(tl.int64)
-    rows = line[:, None]
-    x += b64 * x_b + h * BLOCK
-    y += b64 * x_b + h * BLOCK
-    table += h * table_size
-    stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
-    log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
-    log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
-    total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
-    high = num_keys
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        at = places(rows, first_key, x_t, HEADS, K)
-        s_MK = tl.load(x + at, inside, float("-inf")).to(tl.float32)
-        if TABLED:
-            distance = first_row + shift - first_key
-            s_MK += toeplitz(table, table_size, distance, 1.0, M, K, False, False)
-        p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
-        y_MK = tl.load(y + at, inside & (p_MK > 0), 0.0)
-        total_M += tl.sum(p_MK, 1)
-        excess_M += tl.sum(p_MK * y_MK, 1)
-    part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
-    excess_M *= part_M
-    if SUMMED:
-        wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
-        excess_M -= wanted_M / tl.load(unit)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
-        at = y + places(rows, first_key, x_t, HEADS, K)
-        y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
-        tl.store(at, y_MK * part_M[:, None], inside)
-    scaled += b64 * out_b + h * out_h
-    do_MV = load_rows(scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
-    columns = tl.arange(0, WIDE_V)[None, :]
-    at = scaled + rows.to(tl.int64) * out_t + columns
-    tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
+        head_x, head_y = x + b64 * x_b + h * BLOCK, y + b64 * x_b + h * BLOCK
+        head_table, head_scaled = table + h * table_size, scaled + b64 * out_b + h * out_h
+        line = first_row + tl.arange(0, M)
+        rows = line[:, None]
+        stat = b64 * stat_b + h * stat_h + line.to(tl.int64) * stat_t
+        log_sum_M = tl.load(lse + stat, line < num_rows, 0.0)
+        log_sum_M = tl.where(log_sum_M == float("-inf"), 0.0, log_sum_M)
+        total_M, excess_M = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
+        high = num_keys
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+            at = places(rows, first_key, x_t, HEADS, K)
+            s_MK = tl.load(head_x + at, inside, float("-inf")).to(tl.float32)
+            if TABLED:
+                distance = first_row + shift - first_key
+                s_MK += toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
+            p_MK = tl.exp2((s_MK - log_sum_M[:, None]) * LOG2E)
+            y_MK = tl.load(head_y + at, inside & (p_MK > 0), 0.0)
+            total_M += tl.sum(p_MK, 1)
+            excess_M += tl.sum(p_MK * y_MK, 1)
+        part_M = 1 / tl.where(total_M > 0, total_M, 1.0)
+        excess_M *= part_M
+        if SUMMED:
+            wanted_M = tl.load(grad_lse + b64 * grad_b + h * grad_h + line, line < num_rows, 0.0)
+            excess_M -= wanted_M / tl.load(unit)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            inside = sees(rows, keys, num_rows, num_keys, shift, CAUSAL)
+            at = head_y + places(rows, first_key, x_t, HEADS, K)
+            y_MK = tl.load(at, inside, 0.0) - excess_M[:, None]
+            tl.store(at, y_MK * part_M[:, None], inside)
+        do_MV = load_rows(head_scaled, out_t, first_row, num_rows, V, M, WIDE_V) * part_M[:, None]
+        columns = tl.arange(0, WIDE_V)[None, :]
+        at = head_scaled + rows.to(tl.int64) * out_t + columns
+        tl.store(at, do_MV.to(scaled.dtype.element_ty), (rows < num_rows) & (columns < V))
 
 
 @triton.jit
+def store_sum(old, new, summed, rows, inside, x):
+    """Store a gradient of some rows, plus the old sums of the first `summed` rows, if any."""
+    if summed is not None:
+        x += tl.load(old, inside & (rows < summed), 0.0)
+    tl.store(new, x.to(new.dtype.element_ty), inside)
+
+
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("summed",))
 def grad_query_kernel(
-    y, key, unit, grad_query, num_rows, num_keys, shift, scale,
-    y_b, y_t, key_b, key_h, key_t, grad_b, grad_h, grad_t,
+    y, key, unit, old, new, summed, num_rows, num_keys, shift, scale,
+    y_b, y_t, key_b, key_h, key_t, old_b, old_h, old_t, new_b, new_h, new_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
-    ADD: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dQ = unit scale dA K of a head; grid (rows H, B)."""
+    """Store dQ = unit scale dA K of a head, with the old sum; grid (rows H, B)."""
     if unwanted(gate, GATED):
         return
-    b, h = tl.program_id(1), (tl.program_id(0) % HEADS).to(tl.int64)
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // HEADS * M
-    line = first_row + tl.arange(0, M)
-    rows = line[:, None]
-    b64 = b.to(tl.int64)
-    y += b64 * y_b + h * BLOCK
-    key += b64 * key_b + (h // GROUP) * key_h
-    dq_ME = tl.zeros((M, WIDE), tl.float32)
-    high = num_keys
-    if CAUSAL:
-        high = tl.minimum(high, first_row + M + shift)
-    for first_key in range(0, high, K):
-        keys = first_key + tl.arange(0, K)[None, :]
-        k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        da_MK = tl.load(y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
-        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
-        dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
-    columns = tl.arange(0, WIDE)[None, :]
-    at = grad_query + b64 * grad_b + h * grad_h + rows.to(tl.int64) * grad_t + columns
-    inside = (rows < num_rows) & (columns < E)
-    dq_ME *= scale * tl.load(unit)
-    if ADD:
-        dq_ME += tl.load(at, inside, 0.0)
-    tl.store(at, dq_ME.to(grad_query.dtype.element_ty), inside)
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
+        rows = first_row + tl.arange(0, M)[:, None]
+        head_y = y + b64 * y_b + h * BLOCK
+        head_keys = key + b64 * key_b + (h // GROUP) * key_h
+        dq_ME = tl.zeros((M, WIDE), tl.float32)
+        high = num_keys
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        for first_key in range(0, high, K):
+            keys = first_key + tl.arange(0, K)[None, :]
+            k_KE = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
+            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+            da_MK = tl.load(head_y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
+            da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+            dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
+        columns = tl.arange(0, WIDE)[None, :]
+        at_old = old + b64 * old_b + h * old_h + rows.to(tl.int64) * old_t + columns
+        at = new + b64 * new_b + h * new_h + rows.to(tl.int64) * new_t + columns
+        inside = (rows < num_rows) & (columns < E)
+        store_sum(at_old, at, summed, rows, inside, dq_ME * (scale * tl.load(unit)))
 
 
 @triton.jit
@@ -300,59 +332,57 @@ def add_rows(
     return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("summed",))
 def grad_key_value_kernel(
-    x, y, query, grad_out, unit, grad_key, grad_value,
+    x, y, query, grad_out, unit, old_key, new_key, old_value, new_value, summed,
     keys_stored, num_rows, num_keys, shift, scale,
     x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
     gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store, or ADD, dK = unit scale dA^T Q and dV = unit P^T dO of a group; grid (keys Hkv, B)."""
+    """Store dK = unit scale dA^T Q and dV = unit P^T dO of a group, with the old sums.
+
+    The grid is (keys Hkv, B).
+    """
     if unwanted(gate, GATED):
         return
-    b, kv = tl.program_id(1), (tl.program_id(0) % KV_HEADS).to(tl.int64)
-    first_key = tl.program_id(0) // KV_HEADS * K
-    b64 = b.to(tl.int64)
-    dk_KE = tl.zeros((K, WIDE), tl.float32)
-    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
-    low, whole = 0, 0  # the first rows that see any key, and all keys
-    if CAUSAL:
-        low = tl.maximum(0, first_key - shift) // M * M
-        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
-    for member in range(GROUP):
-        h = kv * GROUP + member
-        q_base = query + b64 * query_b + h * query_h
-        do_base = grad_out + b64 * out_b + h * out_h
-        at = b64 * x_b + h * BLOCK
-        for first_row in range(low, tl.minimum(whole, num_rows), M):
-            dk_KE, dv_KV = add_rows(
-                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-        for first_row in range(whole, num_rows, M):
-            dk_KE, dv_KV = add_rows(
-                dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-    factor = tl.load(unit)
-    dk_KE *= scale * factor
-    dv_KV *= factor
-    keys = first_key + tl.arange(0, K)[:, None]
-    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-    at_k = grad_key + b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-    at_v = grad_value + b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-    inside_k, inside_v = (
-        (keys < keys_stored) & (columns < E),
-        (keys < keys_stored) & (columns_v < V),
-    )
-    if ADD:
-        dk_KE += tl.load(at_k, inside_k, 0.0)
-        dv_KV += tl.load(at_v, inside_v, 0.0)
-    tl.store(at_k, dk_KE.to(grad_key.dtype.element_ty), inside_k)
-    tl.store(at_v, dv_KV.to(grad_value.dtype.element_ty), inside_v)
+    b64 = tl.program_id(1).to(tl.int64)
+    for turn in range(turns(tl.cdiv(keys_stored, K) * KV_HEADS, GATED)):
+        tile = tile_at(turn)
+        kv, first_key = (tile % KV_HEADS).to(tl.int64), tile // KV_HEADS * K
+        dk_KE = tl.zeros((K, WIDE), tl.float32)
+        dv_KV = tl.zeros((K, WIDE_V), tl.float32)
+        low, whole = 0, 0  # the first rows that see any key, and all keys
+        if CAUSAL:
+            low = tl.maximum(0, first_key - shift) // M * M
+            whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
+        for member in range(GROUP):
+            h = kv * GROUP + member
+            q_base = query + b64 * query_b + h * query_h
+            do_base = grad_out + b64 * out_b + h * out_h
+            at = b64 * x_b + h * BLOCK
+            for first_row in range(low, tl.minimum(whole, num_rows), M):
+                dk_KE, dv_KV = add_rows(
+                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                    E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+                )  # fmt: skip
+            for first_row in range(whole, num_rows, M):
+                dk_KE, dv_KV = add_rows(
+                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
+                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
+                    E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+                )  # fmt: skip
+        factor = tl.load(unit)
+        keys = first_key + tl.arange(0, K)[:, None]
+        columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+        stored = keys < keys_stored
+        at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
+        dk_KE *= scale * factor
+        inside = stored & (columns < E)
+        store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE)
+        at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+        inside = stored & (columns_v < V)
+        store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * factor)

@@ -49,8 +49,9 @@ class Extent(NamedTuple):
         return cls(batch, rows, problem.key.shape[2], problem.offset, problem.causal, numbers)
 
     def visible(self, rows: int) -> int:
-        """Return how many keys the first `rows` queries see together, at least 1."""
-        return min(self.keys, max(1, self.offset + rows)) if self.causal else self.keys
+        """Return how many keys the first `rows` queries see together, at least 1 if any."""
+        visible = max(1, self.offset + rows) if self.causal else self.keys
+        return min(self.keys, visible) if rows else 0
 
 
 def bands(problem: Problem) -> tuple[Band, ...]:
@@ -103,10 +104,16 @@ def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
     groups = cdiv(batch, max(1, min(batch, room // largest)))
     group = cdiv(batch, groups)  # no small group at the end
     return tuple(
-        Band(slice(first, min(batch, first + group)), band, keys, shift)
+        Band(
+            slice(first, min(batch, first + group)),
+            band,
+            keys,
+            shift=extent.offset + band.start - keys.start,
+            summed=max(0, extent.visible(band.start) - keys.start),
+            last=keys.stop == extent.visible(band.stop),
+        )
         for first in range(0, batch, group)
         for band, keys in found
-        for shift in [extent.offset + band.start - keys.start]
     )
 
 

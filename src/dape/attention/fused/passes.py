@@ -21,7 +21,6 @@ from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.mixers.taps import TapsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
-from dape.attention.fused.sums import cleared, rounded
 from dape.attention.fused.terms import (
     Features,
     Mixed,
@@ -63,7 +62,7 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     narrow = problem.query.dtype != torch.float32
     if isinstance(terms, Nothing | Static):
         static.forward(problem, found)
-    elif isinstance(terms, Mixed) and decode.serves(problem):
+    elif isinstance(terms, Mixed | Features) and decode.serves(problem):
         # In float32, and with flag 1 backward too.
         found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
         decode.forward(problem, terms, found)
@@ -88,7 +87,7 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     scratch = Scratch.of(problem, all_bands)
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
-        scores(part.query, part.key, x, part, part.scale, flag=found.flag)
+        scores(x, part, flag=found.flag)
         softmax_value(mixer.mix(x, band), part, found.at(band))
 
 
@@ -111,7 +110,7 @@ def backward(
         ways = [problem._replace(gate=Gate(found.flag, wide)) for wide in (False, True)]
     else:
         ways = [problem]
-    into, terms = room_for_gradients(ways[-1], dtype), problem.terms
+    into, terms = room_for_gradients(ways, dtype), problem.terms
     given = [table for table in terms if table is not None]
     tables = [torch.empty_like(table) for table in learned(given, learns)]
     if isinstance(terms, Nothing | Static):
@@ -119,17 +118,22 @@ def backward(
     else:
         for way in ways:  # the gates let a single way run
             backward_by_bands(mixer_of(way, backend), rows, into, terms_of(tables))
-    return [*(rounded(gradient, dtype) for gradient in into[:3]), *tables]
+    return [*into[:3], *tables]
 
 
-def room_for_gradients(problem: Problem, dtype: torch.dtype) -> Gradients:
-    """Return room for dQ, dK and dV, in float32 where several bands add up."""
-    given = problem.query, problem.key, problem.value
-    if all(band.rows.start == band.keys.start == 0 for band in blocks(problem)):
-        query, key, value = (torch.empty_like(x, dtype=dtype) for x in given)
-        return Gradients(query, key, value, add=False)
-    query, key, value = (cleared(torch.empty_like(x, dtype=torch.float32)) for x in given)
-    return Gradients(query, key, value, add=True)
+def room_for_gradients(ways: list[Problem], dtype: torch.dtype) -> Gradients:
+    """Return room for dQ, dK and dV of either way, and in float32 for sums of several bands."""
+    all_bands = [band for way in ways for band in blocks(way)]
+    query, key, value = (torch.empty_like(x, dtype=dtype) for x in ways[0][:3])
+    results = query, key, value
+    if any(band.summed for band in all_bands):
+        key, value = (torch.empty_like(x, dtype=torch.float32) for x in (key, value))
+    cut = [band.sizes[:2] for band in all_bands if not band.last]
+    if cut:
+        elements, rows = map(max, zip(*cut, strict=True))
+        heads, size = query.shape[1], query.shape[3]
+        query = query.new_empty(elements, heads, rows, size, dtype=torch.float32)
+    return Gradients(*results, sums=(query, key, value))
 
 
 def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Terms) -> None:
@@ -139,13 +143,12 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
     slots = mixer.slots()
     for band in all_bands:
         x, y = scratch.view(band), other.view(band)
-        part, its, gradients = problem.part(band), rows.at(band), into.at(band)
-        scores(its.grad_out, part.value, y, part, 1.0, its)
-        scores(part.query, part.key, x, part, part.scale)
+        part, its = problem.part(band), rows.at(band)
+        scores(x, part, y, its)
         if problem.scratch == torch.float32:
             balance(mixer.mix(x, band), y, part, its)
-            scores(part.query, part.key, x, part, part.scale)
+            scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
-        grad_query(y, part, its, gradients)
-        grad_key_value(x, y, part, its, gradients)
+        grad_query(y, part, its, into.of_queries(band))
+        grad_key_value(x, y, part, its, *into.of_keys(band))
     mixer.gradients(slots, rows.unit, tables)

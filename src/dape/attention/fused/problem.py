@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dape.attention.fused.sizes import WIDE_PROGRAMS
 from dape.attention.fused.terms import Features, Terms, terms_of
 
 
@@ -24,13 +25,16 @@ class Gate(NamedTuple):
 class Band(NamedTuple):
     """Some rows of some elements of the batch, and some visible keys, the content of the scratch.
 
-    `shift` is the index of the first row, counted from the first key of the band.
+    `shift` is the index of the first row, counted from the first key of the band. Earlier rows see
+    the first `summed` keys. The `last` band of its rows has the last key that the rows see.
     """
 
     batch: slice
     rows: slice
     keys: slice
     shift: int
+    summed: int
+    last: bool
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -62,8 +66,17 @@ class Problem(NamedTuple):
     @property
     def scratch(self) -> torch.dtype:
         """Return the dtype of the scratch."""
-        wide = self.gate is not None and self.gate.wide
-        return torch.float32 if wide or self.query.dtype == torch.float32 else torch.float16
+        exact = self.wide or self.query.dtype == torch.float32
+        return torch.float32 if exact else torch.float16
+
+    @property
+    def wide(self) -> bool:
+        """Return whether the kernels are those of the wide way, which run if the flag is 1."""
+        return self.gate is not None and self.gate.wide
+
+    def programs(self, tiles: int, others: int) -> int:
+        """Return the number of programs for some tiles, on the first axis of `others` programs."""
+        return max(1, min(tiles, WIDE_PROGRAMS // others)) if self.wide else tiles
 
     def gated(self) -> dict[str, Any]:
         """Return the arguments of a kernel for the gate."""
@@ -158,20 +171,44 @@ class Result(NamedTuple):
         return self.rest.numel() > 0
 
 
+class Sum(NamedTuple):
+    """A gradient of a band: the sum over earlier bands, and room for the sum with the band.
+
+    The first `summed` rows have an old sum, all others and rows of None have none.
+    """
+
+    old: Float[Tensor, "batch heads rows width"]
+    new: Float[Tensor, "batch heads rows width"]
+    summed: int | None
+
+
 class Gradients(NamedTuple):
-    """Room for dQ, dK and dV; with `add` several bands add to dQ, dK and dV."""
+    """Room for dQ, dK and dV, and for their sums over several bands.
+
+    The last band of a gradient stores the gradient, and earlier bands store a sum. All bands of
+    some rows follow each other, and sums of dQ have room for the rows of a band alone.
+    """
 
     query: Float[Tensor, "batch heads rows head_dim"]
     key: Float[Tensor, "batch kv_heads keys head_dim"]
     value: Float[Tensor, "batch kv_heads keys value_dim"]
-    add: bool
+    sums: tuple[Tensor, ...]
 
-    def at(self, band: Band) -> "Gradients":
-        """Return the gradients of a band. Without `add` a band fills dK and dV of all keys."""
-        keys = band.keys if self.add else slice(None)
-        return Gradients(
-            self.query[band.batch, :, band.rows],
-            self.key[band.batch, :, keys],
-            self.value[band.batch, :, keys],
-            self.add,
+    def of_queries(self, band: Band) -> Sum:
+        """Return dQ of a band."""
+        new, (elements, rows, _) = self.query[band.batch, :, band.rows], band.sizes
+        if band.last and band.keys.start == 0:
+            return Sum(new, new, None)
+        old = self.sums[0][:elements, :, :rows]
+        return Sum(old, new if band.last else old, None if band.keys.start == 0 else rows)
+
+    def of_keys(self, band: Band) -> tuple[Sum, Sum]:
+        """Return dK and dV of a band, of the last rows with those of keys that no row sees."""
+        ends = band.rows.stop == self.query.shape[2]
+        keys = slice(band.keys.start, None) if ends and band.last else band.keys
+        place, summed = (band.batch, slice(None), keys), band.summed or None
+        new = (self.key, self.value) if ends else self.sums[1:]
+        key, value = (
+            Sum(x[place], y[place], summed) for x, y in zip(self.sums[1:], new, strict=True)
         )
+        return key, value

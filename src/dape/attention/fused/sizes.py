@@ -8,6 +8,9 @@ from torch import Tensor
 PRECISION = "ieee"
 # No tile has more rows or keys. Lines over rows or keys are padded to multiples.
 WIDEST_TILE = 128
+# Programs of a kernel of the wide way. Few calls need the wide way. In all others the programs
+# return at once, but start one after the other where registers leave room for few at a time.
+WIDE_PROGRAMS = 512
 # Queries of a step of decoding.
 MOST_ROWS = 16
 

@@ -10,8 +10,9 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Result
 from dape.attention.fused.sizes import Tile, cdiv, strides
 
-# Programs that keep a large GPU busy. Few rows are split over spans of keys to have as many.
-PROGRAMS = 256
+# Programs that keep a large GPU busy, of all heads or of one. Few rows are split over spans of keys
+# to have as many. A multiprocessor has room for two programs of all heads, and for five of one.
+PROGRAMS, PROGRAMS_OF_A_HEAD = 256, 512
 # Columns of the output that a program of `combine` adds up, few for many programs.
 COLUMNS = 16
 
@@ -21,7 +22,8 @@ def key_spans(heads: int, rows: int, keys: int, tile: Tile) -> tuple[int, int]:
 
     `heads` counts the heads of all elements.
     """
-    wanted = max(1, min(PROGRAMS // (cdiv(rows, tile.rows) * heads), keys // 256, 64))
+    programs = cdiv(rows, tile.rows) * heads
+    wanted = max(1, min(PROGRAMS_OF_A_HEAD // programs, keys // 256, 64))
     spans = 1 << (wanted.bit_length() - 1)
     return spans, cdiv(cdiv(keys, spans), tile.keys) * tile.keys
 

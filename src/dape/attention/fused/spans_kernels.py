@@ -22,12 +22,13 @@ def combine_kernel(
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     row = tl.program_id(1) * num_rows + tl.program_id(0)
     spans, columns = tl.arange(0, SPANS), tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    # Parts are asked for first, and arrive while weights are computed.
+    at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
+    parts_SV = tl.load(part + at, (columns < V)[None, :], 0.0)
     mass_S = tl.load(part_lse + spans * lse_s + row)
     top = tl.max(mass_S, 0)
     weight_S = tl.exp(mass_S - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(weight_S, 0)
-    at = spans[:, None].to(tl.int64) * part_s + row.to(tl.int64) * part_r + columns[None, :]
-    parts_SV = tl.load(part + at, (columns < V)[None, :], 0.0)
     o_V = tl.sum(parts_SV * weight_S[:, None], 0) / tl.where(total > 0, total, 1.0)
     at = b * out_b + h * out_h + tl.program_id(0).to(tl.int64) * out_t + columns
     store_output(out, rest, at, o_V, columns < V, RESTED)

@@ -11,6 +11,7 @@ import triton.language as tl
 from dape.attention.fused.tiles import (
     LOG2E,
     diagonal_tiles,
+    head_and_rows,
     load_rows,
     store_output,
     toeplitz,
@@ -32,17 +33,6 @@ def logits(
 
 
 @triton.jit
-def head_and_rows(HEADS, M: tl.constexpr):
-    """Return the head and the first row of a program.
-
-    The tiles of all heads come in turn, the longest first. With a head after the other, the long
-    tiles of the last head would start late, and most of the GPU would wait for them.
-    """
-    tile = tl.num_programs(0) // HEADS - 1 - tl.program_id(0) // HEADS
-    return (tl.program_id(0) % HEADS).to(tl.int64), tile * M
-
-
-@triton.jit
 def forward_kernel(
     query, key, value, table, line, out, lse, rest,
     num_rows, num_keys, table_size, shift, scale, keys_per_span,
@@ -53,7 +43,7 @@ def forward_kernel(
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows H, B, spans)."""
-    h, first_row = head_and_rows(HEADS, M)
+    h, first_row = head_and_rows(tl.program_id(0), num_rows, HEADS, M)
     rows = first_row + tl.arange(0, M)
     b64 = tl.program_id(1).to(tl.int64)
     query += b64 * query_b + h * query_h
@@ -112,7 +102,7 @@ def grad_query_kernel(
     error of `delta` from the rounding of the output. The kernel takes the error off `delta`, before
     the sums along keys and diagonals.
     """
-    h, first_row = head_and_rows(HEADS, M)
+    h, first_row = head_and_rows(tl.program_id(0), num_rows, HEADS, M)
     rows = first_row + tl.arange(0, M)
     b64 = tl.program_id(1).to(tl.int64)
     query += b64 * query_b + h * query_h

@@ -12,7 +12,7 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.sizes import cdiv, next_power_of_2
 
-# Numbers that a program clears or rounds.
+# Numbers that a program clears.
 ENTRIES = 4096
 
 
@@ -75,17 +75,8 @@ def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
 
-def cleared(x: Tensor) -> Tensor:
-    """Return a tensor without gaps in memory, filled with zeros."""
-    size = x.numel()
-    start(kernels.zero_kernel, (cdiv(size, ENTRIES),))(x, size, N=ENTRIES, num_warps=4)
+def cleared(x: Tensor, problem: Problem | None = None) -> Tensor:
+    """Return a tensor without gaps in memory, filled with zeros if the gate of a problem agrees."""
+    size, gated = x.numel(), {"gate": x, "GATED": -1} if problem is None else problem.gated()
+    start(kernels.zero_kernel, (cdiv(size, ENTRIES),))(x, size, N=ENTRIES, **gated, num_warps=4)
     return x
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of a tensor without gaps in memory in another dtype."""
-    if x.dtype == dtype:
-        return x
-    found, size = torch.empty_like(x, dtype=dtype), x.numel()
-    start(kernels.round_kernel, (cdiv(size, ENTRIES),))(x, found, size, N=ENTRIES, num_warps=4)
-    return found

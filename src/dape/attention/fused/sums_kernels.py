@@ -9,17 +9,12 @@ SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
 @triton.jit(do_not_specialize=("size",))
-def zero_kernel(x, size, N: tl.constexpr):
+def zero_kernel(x, size, N: tl.constexpr, gate, GATED: tl.constexpr):
     """Store zeros; grid (entries)."""
+    if unwanted(gate, GATED):
+        return
     n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     tl.store(x + n, tl.zeros((N,), tl.float32), n < size)
-
-
-@triton.jit(do_not_specialize=("size",))
-def round_kernel(x, rounded, size, N: tl.constexpr):
-    """Store numbers in another dtype; grid (entries)."""
-    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
-    tl.store(rounded + n, tl.load(x + n, n < size).to(rounded.dtype.element_ty), n < size)
 
 
 # Arguments without a kernel for every value.

@@ -29,6 +29,34 @@ def unwanted(gate, GATED: tl.constexpr):
 
 
 @triton.jit
+def turns(tiles, GATED: tl.constexpr):
+    """Return how many tiles this program computes: one, or in the wide way every so many-th.
+
+    The wide way has few programs, since most calls stop all of them. The compiler drops a loop of
+    one turn.
+    """
+    if GATED == 1:
+        return tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0))
+    return 1
+
+
+@triton.jit
+def tile_at(turn):
+    """Return the tile of a turn of this program."""
+    return tl.program_id(0) + turn * tl.num_programs(0)
+
+
+@triton.jit
+def head_and_rows(tile, num_rows, HEADS, M: tl.constexpr):
+    """Return the head and the first row of a tile.
+
+    The tiles of all heads come in turn, the longest first. With a head after the other, the long
+    tiles of the last head would start late, and most of the GPU would wait for them.
+    """
+    return (tile % HEADS).to(tl.int64), (tl.cdiv(num_rows, M) - 1 - tile // HEADS) * M
+
+
+@triton.jit
 def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
     """Load `[ROWS, WIDE]` of a `[count, E]` matrix with contiguous rows, zeros outside."""
     rows, columns = start + tl.arange(0, ROWS), tl.arange(0, WIDE)

@@ -101,7 +101,7 @@ class CudaTapsMixer(Mixer[Taps]):
         shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
         add = len(all_bands) > 1
         sums = self.problem.query.new_empty(shape, dtype=torch.float32)
-        return Slots(cleared(sums) if add else sums, elements, segments, add)
+        return Slots(cleared(sums, self.problem) if add else sums, elements, segments, add)
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""

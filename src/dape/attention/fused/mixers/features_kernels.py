@@ -14,26 +14,12 @@ import triton.language as tl
 from dape.attention.fused.across_heads import (
     add_dot,
     in_parts,
+    load_feature_tables,
     load_weights,
     places_of_heads,
     tile_positions,
 )
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
-
-
-@triton.jit
-def load_feature_tables(
-    hidden, static, heads, units, places,
-    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-):  # fmt: skip
-    """Return U `[F, D]` and C `[F, H]` of the features, and `[D]` and `[H]` of the constant 1."""
-    u_row, c_row = hidden + units, static + heads * (F + 1)
-    u_D = tl.load(u_row, units < D, 0.0)
-    c_H = tl.load(c_row, heads < H, 0.0)
-    inside = places[:, None] < F
-    u_FD = tl.load(u_row[None, :] + (places[:, None] + 1) * D, inside & (units < D)[None, :], 0.0)
-    c_FH = tl.load(c_row[None, :] + (places[:, None] + 1), inside & (heads < H)[None, :], 0.0)
-    return u_FD, c_FH, u_D, c_H
 
 
 @triton.jit

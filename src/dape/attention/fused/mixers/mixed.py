@@ -20,10 +20,6 @@ from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.sums import add_up, cleared, fold
 from dape.attention.fused.terms import Mixed
 
-# Programs that fill a large GPU a few times over, in order to even out short diagonals, and the
-# fewest rows of a segment.
-PROGRAMS, ROWS = 2048, 256
-
 
 class Slots(NamedTuple):
     """Partial sums of gradients: a slot for some elements, a segment of a diagonal and a share.
@@ -49,13 +45,12 @@ class MixedMixer(Mixer[Mixed]):
     # Tiles of more rows would not fit the registers, nor in float32 shared memory.
     tile_rows, tile_keys, lines, shares = 8, 16, 32, 1
 
-    @staticmethod
-    def share(batch: int, diagonals: int, rows: int) -> tuple[int, int]:
+    def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
         """Return the number of elements for a program, and of segments of a diagonal.
 
         `diagonals` counts the diagonals of an element.
         """
-        return 1, max(1, min(16, rows // ROWS, PROGRAMS // max(1, batch * diagonals)))
+        return 1, self.segments(batch, diagonals, rows)
 
     def sizes(self) -> list[int]:
         """Return how many numbers a slot holds of U, C, W1 and W2."""
@@ -70,7 +65,7 @@ class MixedMixer(Mixer[Mixed]):
         shape = cdiv(group, elements) * segments, count * self.shares, sum(self.sizes())
         add = len(blocks(problem)) > 1
         sums = problem.query.new_empty(shape, dtype=torch.float32)
-        return Slots(cleared(sums) if add else sums, elements, segments, add)
+        return Slots(cleared(sums, self.problem) if add else sums, elements, segments, add)
 
     def mix(self, x: Tensor, band: Band) -> Tensor:
         """Return logits without C of a band, in place of scores X; -inf where unseen."""

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from dape.attention.fused.problem import Band, Problem, Result
 from dape.attention.fused.rows import Rows
-from dape.attention.fused.sizes import PRECISION, padded
+from dape.attention.fused.sizes import PRECISION, WIDE_PROGRAMS, padded
 from dape.attention.fused.terms import Mixing
 
 Kind = TypeVar("Kind", bound=Mixing)
+# Programs that fill a large GPU a few times over, in order to even out short diagonals, and the
+# fewest rows of a segment.
+PROGRAMS, ROWS = 2048, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,11 @@ class Mixer(ABC, Generic[Kind]):
     @abstractmethod
     def gradients(self, slots: Any, unit: Float[Tensor, ""], into: Kind) -> None:
         """Fill the gradients of the terms from the slots, times `unit`."""
+
+    def segments(self, batch: int, diagonals: int, rows: int) -> int:
+        """Return into how many segments programs in Triton cut a diagonal."""
+        programs = WIDE_PROGRAMS if self.problem.wide else PROGRAMS
+        return max(1, min(16, rows // ROWS, programs // max(1, batch * diagonals)))
 
     def mask(self, x: Tensor, band: Band) -> Tensor:
         """Return the mask of a band, or `x` in place of a missing mask."""

@@ -13,7 +13,6 @@ from dape.attention.fused.geometry import (
     lowest_distance,
 )
 from dape.attention.fused.mixers import taps_kernels as kernels
-from dape.attention.fused.mixers.mixed import MixedMixer
 from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem
@@ -33,7 +32,7 @@ class Pass(NamedTuple):
     """The arguments of all kernels of a band: diagonals of keys and of columns, the mask, and Z.
 
     A column is a position of hidden units. `started` is the first key of each element that the mask
-    shows. Before `started` a row has no hidden units.
+    shows, and unused without a mask. Before `started` a row has no hidden units.
     """
 
     keys: Diagonals
@@ -112,9 +111,8 @@ class TapsMixer(Mixer[Taps]):
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
         mask = self.mask(x, band)
-        if problem.mask is None:
-            started = zeros(x, (batch,))[0].view(torch.int32)
-        else:
+        started = mask
+        if problem.mask is not None:
             started = mask.to(torch.uint8).argmax(1).to(torch.int32)
             if problem.begun is not None:
                 started.masked_fill_(problem.begun[band.batch], 0)
@@ -126,7 +124,7 @@ class TapsMixer(Mixer[Taps]):
             x.new_empty(batch, rows, keys + reach, padded(len(self.terms.hidden_bias))),
         )
         where, z, terms = given.columns, given.hidden, self.terms
-        _, segments = MixedMixer.share(batch, where.number, rows)
+        segments = self.segments(batch, where.number, rows)
         start(kernels.hidden_kernel, (where.number, batch, segments))(
             x, z, terms.weight_in, terms.hidden, terms.hidden_bias, mask, started,
             rows, keys, band.shift, len(terms.hidden), where.first, where.band_tile, where.offset,
@@ -139,7 +137,7 @@ class TapsMixer(Mixer[Taps]):
         given, terms = self.begin(x, band), self.terms
         batch, rows, keys = band.sizes
         where, z = given.keys, given.hidden
-        _, segments = MixedMixer.share(batch, where.number, rows)
+        segments = self.segments(batch, where.number, rows)
         start(kernels.convolution_mix_kernel, (where.number, batch, segments))(
             x, z, terms.weight_out, terms.static, given.mask, *self.counted(),
             rows, keys, band.shift, terms.static.shape[1],
@@ -192,7 +190,7 @@ class TapsMixer(Mixer[Taps]):
         taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
         reach, lines = self.terms.taps // 2, _lines_of(tile)
         group, rows, count = count_diagonals(self.problem, *tile[:2], 0, reach)
-        _, segments = MixedMixer.share(group, count, rows)
+        segments = self.segments(group, count, rows)
         lead = group * segments, count
         shapes = (lines, heads), (lines, taps, units), (taps, units, heads), (taps, units, heads)
         made = zeros(self.problem.query, *((*lead, *x) for x in (*shapes, (units,))))

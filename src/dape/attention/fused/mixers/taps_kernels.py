@@ -115,7 +115,7 @@ def hidden_kernel(
     x += b.to(tl.int64) * x_b
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
-    start_key = tl.load(started + b)
+    start_key = tl.load(started + b) if MASKED else 0
     # The distance to the key of tap t is r - t more than the distance to the column.
     line = q * K + offset + n // K - n % K
     distance = tl.abs(line[:, None] - taps[None, :])
@@ -284,7 +284,7 @@ def hidden_backward_kernel(
     y += b.to(tl.int64) * x_b
     z += b.to(tl.int64) * z_b
     mask += b * mask_b
-    start_key = tl.load(started + b)
+    start_key = tl.load(started + b) if MASKED else 0
     w2_THD = load_layer(w2, D, T * D, 1, units, T, H, D, TAPS, HEADS).to(compute)
     sum_u_NTD = tl.zeros((M * K, TAPS, UNITS), tl.float32)
     sum_all_ND = tl.zeros((M * K, UNITS), tl.float32)  # of tiles whose taps are all visible
