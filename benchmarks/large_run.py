@@ -10,8 +10,8 @@ each phase at its end:
 - train: `torchrun -m dape train`. A few steps after the first checkpoint all processes are killed.
 - resume: the same command, to the last step. Losses of steps done twice are compared.
 - export: `dape export` writes a folder in the format of Hugging Face.
-- load: transformers loads the folder in bfloat16 and goes on with a sentence.
 - evaluate: `dape eval` measures the folder on the test split.
+- load: transformers loads the folder in bfloat16 and goes on with a sentence.
 
 `--folder` holds checkpoints, models and logs, and is removed at the end. The folder needs 24 bytes
 a parameter. `python benchmarks/large_run_report.py` makes the table and the figure of all records.
@@ -90,7 +90,7 @@ def train(work: Work, record: Record) -> Record:
                 raise UserError(f"ended before step {checkpoint + AFTER}: {fault}")
             if time.time() > work.end:
                 raise UserError(f"in time only {_last_step(work.run)} steps")
-            time.sleep(0.02)
+            time.sleep(0.05)
         processes = len(launch.family(process.pid))
         launch.kill(process)
     return {
@@ -138,12 +138,6 @@ def export(work: Work, record: Record) -> Record:
     return {"bytes": _bytes(work.exported)}
 
 
-def load(work: Work, record: Record) -> Record:
-    """Load the folder by transformers in a fresh process, and generate."""
-    said = work.command("load", sys.executable, __file__, "--load", work.exported)
-    return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
-
-
 def evaluate(work: Work, record: Record) -> Record:
     """Measure perplexity by length with the exported folder."""
     from dape.evaluate.record import load as read_evaluation
@@ -163,9 +157,15 @@ def evaluate(work: Work, record: Record) -> Record:
     }
 
 
+def load(work: Work, record: Record) -> Record:
+    """Load the folder by transformers in a fresh process, and generate."""
+    said = work.command("load", sys.executable, __file__, "--load", work.exported)
+    return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+
+
 DAPE = (sys.executable, "-m", "dape")
 PHASES: dict[str, Callable[[Work, Record], Record]] = {
-    each.__name__: each for each in (train, resume, export, load, evaluate)
+    each.__name__: each for each in (train, resume, export, evaluate, load)
 }
 
 

@@ -69,9 +69,12 @@ def _interruption(phases: dict[str, Record]) -> Iterator[tuple[str, str]]:
     yield "killed", f"after step {len(seconds)}, {first['processes']} processes"
     if "resume" in phases:
         second = phases["resume"]
-        twice, differing = len(second["repeated"]), len(second["differing"])
-        equal = "all equal bit for bit" if not differing else f"{differing} differ"
-        yield "steps done twice", f"{twice}, {equal}"
+        losses = [row["loss"] for row in second["repeated"]]
+        apart = max(abs(before / after - 1) for before, after in losses)
+        equal = f"{len(second['differing'])} differ, losses by at most {apart:.0e}"
+        if not second["differing"]:
+            equal = "all equal bit for bit"
+        yield "steps done twice", f"{len(losses)}, {equal}"
 
 
 def table(records: Sequence[Record]) -> str:

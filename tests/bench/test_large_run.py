@@ -92,7 +92,8 @@ def test_the_report_has_the_numbers_of_the_record(benchmarks, record, folder):
     report.main([str(folder / "record.json"), "--out", str(folder / "runs")])
     lines = (folder / "runs.md").read_text().splitlines()[2:]
     rows = dict(line.removeprefix("| ").removesuffix(" |").split(" | ") for line in lines)
-    metrics = record["phases"]["resume"]["metrics"]
+    second = record["phases"]["resume"]
+    metrics = second["metrics"]
     assert rows["loss at step 40"] == f"{metrics[39]['loss']:.3f}"
     assert rows["validation loss at step 20"] == f"{metrics[19]['validation_loss']:.3f}"
     assert rows["steps done twice"].endswith("all equal bit for bit")
@@ -100,6 +101,11 @@ def test_the_report_has_the_numbers_of_the_record(benchmarks, record, folder):
     (axes,) = report.draw([record]).axes
     assert axes.lines[0].get_ydata().tolist() == [row["loss"] for row in metrics]
     assert axes.lines[2].get_xdata() == [20, 20]
+    other = {"repeated": [{"loss": [2.0, 2.0002]}], "differing": [31], "seconds": 1}
+    differing = report.table(
+        [{**record, "phases": {**record["phases"], "resume": {**second, **other}}}]
+    )
+    assert "| steps done twice | 1, 1 differ, losses by at most 1e-04 |" in differing
     assert report.table([{**record, "phases": {}}]).count("\n") == 3, "no phase, one row"
 
 
