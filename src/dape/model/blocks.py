@@ -56,8 +56,8 @@ def in_use(part: Any) -> Any:
             f"adapter_names: the rows of a batch share the copies of {', '.join(_SAVED)} that PEFT "
             "trains; call the model once for each name"
         )
-    name = used.pop()
-    return part.original_module if name is None else copies[name]
+    (copy,) = used
+    return part.original_module if copy is None else copies[copy]
 
 
 def _names(part: Any) -> list[str | None]:
