@@ -28,9 +28,9 @@ from dape.model.arguments import (
     refuse_unused,
 )
 from dape.model.base import DapePreTrainedModel
-from dape.model.blocks import DapeDecoderLayer, norm
+from dape.model.blocks import DapeDecoderLayer, in_use, norm
 from dape.model.configuration import DapeConfig
-from dape.model.masking import mask_of_generation, masking, part_of_sequence
+from dape.model.masking import mask_of_generation, masking, part_of_sequence, positions_of_gaps
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
 
@@ -84,7 +84,8 @@ class DapeModel(DapePreTrainedModel):
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
                 `[B, 1, T, Tk]` in place of the causal mask.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
-                default.
+                default. A compiled or exported model needs `position_ids` for a mask that hides
+                tokens between visible tokens.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
@@ -116,7 +117,7 @@ class DapeModel(DapePreTrainedModel):
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         given = (attention_mask, position_ids, cache, documents)
         if context_parallel is None:
-            where = masking(hidden_states, *given, relative=self.relative)
+            where = masking(hidden_states, *given, relative=self.relative, reach=self.reach)
         else:
             self._check_parts()
             where = part_of_sequence(hidden_states, context_parallel, *given)
@@ -159,8 +160,14 @@ class DapeModel(DapePreTrainedModel):
     def relative(self) -> bool:
         """Whether every part of the scheme depends on differences of positions alone."""
         attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        parts = (self.position_embedding, attention.rotation, attention.position_bias)
+        parts = (self.position_embedding, attention.rotation, in_use(attention.position_bias))
         return all(part is None or bool(part.relative) for part in parts)
+
+    @property
+    def reach(self) -> int:
+        """Number of keys to each side on which a logit depends through the adapter's taps."""
+        attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
+        return getattr(in_use(attention.adapter), "reach", 0)
 
 
 class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
@@ -258,6 +265,8 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if position_ids is None:
+            position_ids = positions_of_gaps(inputs.get("attention_mask"))
         if position_ids is None:
             return inputs
         mask = mask_of_generation(inputs, position_ids)

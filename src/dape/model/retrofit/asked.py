@@ -20,11 +20,13 @@ class Asked(NamedTuple):
     """What a call asks of every attention.
 
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
-    `weights` says whether the softmax weights are returned.
+    `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
+    `position_ids` of a single document.
     """
 
     documents: Tensor | None = None
     weights: bool = False
+    positions: Tensor | None = None
 
 
 class _Traced:
@@ -42,15 +44,20 @@ def asked() -> Asked:
 
 
 def keep(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    own_bias: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keep what a call asks, before the forward; give a model positions within the documents."""
+    """Keep what a call asks, before the forward; give a model positions within the documents.
+
+    An `own_bias` of the model, ALiBi, does not read `position_ids`.
+    """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
     weights = model.config.get_text_config().output_attentions
-    documents = _documents(given)
-    _set(Asked(documents, bool(given.get("output_attentions", weights))))
+    documents, positions = _documents(given), given.get("position_ids")
+    if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
+        positions = None
+    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions))
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
