@@ -76,6 +76,15 @@ def test_weights_built_on_no_device_can_be_drawn_later():
     assert (bias.p > 0).all() and (bias.a > 0).all()
 
 
+@pytest.mark.parametrize("scheme", ["dape3-kerple", "fire"])
+def test_a_model_without_data_reads_a_mask(scheme):
+    with torch.device("meta"):
+        logits = fresh(scheme=scheme)(
+            torch.zeros(2, 6).long(), attention_mask=torch.ones(2, 6)
+        ).logits
+    assert logits.is_meta and logits.shape == (2, 6, 37)
+
+
 def test_tied_embeddings_are_one_tensor_before_and_after_a_file(tmp_path):
     model, ids = fresh(tie_word_embeddings=True), tokens(1, 5)
     assert model.lm_head.weight is model.model.embed_tokens.weight
