@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
 from dape.errors import UserError
-from dape.model.modeling import DapeForCausalLM
+from dape.model.configuration import DapeConfig
+from dape.model.modeling import DapeForCausalLM, DapeModel
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -242,6 +243,13 @@ def test_layers_that_are_computed_twice_keep_no_cache():
 
 
 @pytest.mark.unhooked
+def test_reading_both_ways_takes_no_cache():
+    model, ids = DapeModel(DapeConfig(**SIZES, causal=False)), tokens(1, 7)
+    cache = model(ids).past_key_values
+    with pytest.raises(UserError, match=r"^causal=False: .* leave past_key_values out$"):
+        model(ids, past_key_values=cache)
+
+
 def test_tuples_of_tensors_are_no_cache():
     with pytest.raises(UserError, match="is a tuple; give a Cache of transformers, such as Dyn"):
         fresh()(tokens(1, 4), past_key_values=((torch.zeros(1), torch.zeros(1)),))

@@ -146,6 +146,11 @@ class DapeModel(DapePreTrainedModel):
                 "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
                 "both: leave out past_key_values, or say gradient_checkpointing_disable()"
             )
+        if given is not None and not self.config.causal:
+            raise UserError(
+                "causal=False: earlier tokens see later ones, and a cache keeps keys that do not; "
+                "leave past_key_values out"
+            )
         if given is not None and self.draws and int(given.get_seq_length()):
             raise UserError(DRAWS + "leave past_key_values out, or call model.eval()")
         return DynamicCache(config=self.config) if use_cache and given is None else given
