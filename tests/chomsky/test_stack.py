@@ -157,6 +157,14 @@ def test_a_stack_with_kernels_answers_as_its_models_one_by_one(fused, monkeypatc
     assert found[0] != found[1]
 
 
+def test_the_scores_of_long_examples_fit_no_memory_side_by_side(fused, monkeypatch):
+    together = stack("dape3-kerple", TASKS["duplicate-string"])
+    assert together.tests_together(TASKS["duplicate-string"].tokens(500))
+    monkeypatch.setattr(stack_module, "PAIRS", 3 * 29**2)
+    assert together.tests_together(29) and not together.tests_together(30)
+    assert not stack("kerple", TASKS["duplicate-string"]).tests_together(1)
+
+
 @pytest.mark.gpu
 def test_a_restored_stack_goes_on_on_a_gpu(double):
     task, lengths = TASKS["binary-addition"], (4, 2, 4, 4, 2, 2, 4)
