@@ -7,9 +7,10 @@ A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
 
     python benchmarks/chomsky_speed.py --schemes rope,dape-kerple --task reverse-string
 
-With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: a step of
-the models of all seeds side by side with graphs, and the test of one of them, for each scheme on
-tasks of three lengths of output. What the file holds is not measured again.
+With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: the start,
+with a graph for every length, a step of the models of all seeds side by side, and the test of one
+of them, for each scheme on tasks of three lengths of output. What the file holds of the same
+commit, width and device is not measured again.
 
     python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
 
@@ -130,7 +131,7 @@ def tester(task, model, scheme, training, device):
     evaluation = Evaluation()
     config = configure(model, scheme, task, training.length, "reference")
     models = Stack(task, config, training, range(SEEDS), device)
-    if not models.fused:
+    if not models.tests_together(task.tokens(evaluation.longest)):
         config = configure(model, scheme, task, training.length)
         models = OneByOne(
             [build(config, len(task.outputs), s).to(device).eval() for s in range(SEEDS)]
@@ -197,22 +198,26 @@ def tests(task, model, scheme, training, device):
 
 def prices(options, model, training, device, origin):
     """Measure steps and tests for the plan, and write the file after each."""
-    file = Path(options.prices)
-    known = json.loads(file.read_text())["prices"] if file.is_file() else []
+    file, origin = Path(options.prices), {"width": options.width, **origin}
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    same = all(held.get(name) == origin[name] for name in ("commit", "width", "device"))
+    known = held["prices"] if same else []
     measured = {(each["task"], each["scheme"]) for each in known}
     for name, scheme in product(PRICED, SCHEMES):
         if (name, scheme) in measured:
             continue
         setting = (TASKS[name], model, scheme, training, device)
-        step, longest, _ = measure(
-            stacked(*setting, SEEDS, 1, True), training, device, options.steps
-        )
+        step = stacked(*setting, SEEDS, 1, True)
+        every = [*range(1, training.length + 1)] * 2
+        start = len(every) * seconds(step, every, device)
+        took = seconds(step, replace(training, steps=options.steps).lengths(), device)
         test = sweep(*setting)
-        known.append({"task": name, "scheme": scheme, "models": SEEDS, "step": step, "test": test})
-        write_json(file, {"prices": known, "width": options.width, **origin})
+        price = {"start": start, "step": took, "test": test}
+        known.append({"task": name, "scheme": scheme, "models": SEEDS, **price})
+        write_json(file, {"prices": known, **origin})
         print(
-            f"{name:<20} {scheme:<16} {SEEDS / step:>8.1f} model steps/s"
-            f" {SEEDS / longest:>8.1f} at the longest, {test:>6.1f} s a test",
+            f"{name:<20} {scheme:<16} start {start:>5.1f} s, {SEEDS / took:>8.1f} model steps/s,"
+            f" {test:>6.1f} s a test",
             flush=True,
         )
 

@@ -17,17 +17,18 @@ the cases and needs no GPU; `--table` prints the table of the file.
 import argparse
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import launch
 import torch
 import torch.distributed as dist
+
+from dape.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("models", "attention", "lengths")
@@ -44,7 +45,7 @@ LAYOUTS: dict[str, dict[int, tuple[tuple[int, ...], dict[str, str]]]] = {
     "6.7b": {
         1: ((4, 8), {"activation_checkpointing": "blocks"}),
         2: ((8, 16), {"activation_checkpointing": "selective"}),
-        4: ((16, 32), {"activation_checkpointing": "selective"}),
+        4: ((16, 32), {"activation_checkpointing": "none"}),
     },
 }
 ATTENTION_LENGTHS = (32_768, 131_072)
@@ -103,24 +104,13 @@ def _spread(gpus: int, length: int) -> dict[str, Any]:
 
 def run(case: Case, out: Path, seconds: float) -> str | None:
     """Run a case in processes of its own; return what went wrong, if anything."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = [f"--nproc_per_node={case.gpus}", __file__, "--worker", json.dumps(asdict(case))]
-    process = subprocess.Popen(
-        [*launch, *words, "--out", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, shown = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return f"not done after {seconds:.0f} s"
-    if process.returncode == 0:
-        return None
-    lines = [line.partition("]: ")[2] or line for line in shown.splitlines() if "Error: " in line]
-    return lines[0] if lines else f"status {process.returncode}"
+    worker = (__file__, "--worker", json.dumps(asdict(case)), "--out", out)
+    with TemporaryDirectory() as folder:
+        try:
+            launch.run(launch.torchrun(case.gpus, *worker), Path(folder) / "log", seconds)
+        except UserError as reason:
+            return str(reason)
+    return None
 
 
 def work(case: Case, out: Path) -> None:
@@ -144,7 +134,7 @@ def training(case: Case) -> Iterator[dict[str, Any]]:
     chosen = {"model.scheme": case.scheme, "hardware.micro_batch_size": None}
     recipe = override(recipe, chosen | case.changes)
     long = case.length > 500_000
-    for reading in measure(recipe, list(case.micro_batches), 1 if long else 2, 0 if long else 1):
+    for reading in measure(recipe, list(case.micro_batches), 1 if long else 3, 0 if long else 1):
         yield asdict(reading)
 
 

@@ -1,7 +1,10 @@
 """What every test shares: one thread, one seed, few and always the same hypothesis examples."""
 
 import os
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,8 +27,17 @@ settings.load_profile("dape")
 LONG = (
     "test_parallelize.py", "test_campaign.py", "test_quickstart.py", "test_contributing.py",
     "test_many_gpus.py", "test_auto.py", "test_cuda_emulated.py", "test_fused.py",
-    "test_fused_range.py", "test_model_compile.py",
+    "test_fused_range.py", "test_model_compile.py", "test_large_run.py",
 )  # fmt: skip
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def benchmarks():
+    """Return a module of the folder `benchmarks` by name; they import each other as scripts do."""
+    sys.path.append(str(BENCHMARKS))
+    yield import_module
+    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(autouse=True)

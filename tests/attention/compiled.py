@@ -74,9 +74,9 @@ def call(
     if mapped:
         from dape.chomsky.heads import mapped as map_heads
 
-        weights = torch.zeros(hidden, 2 * heads), torch.zeros(hidden), torch.zeros(heads, hidden)
+        weights = dict(dape.DAPE(heads, hidden, kernel_size=taps).named_parameters())
         scores = torch.zeros(1, heads, rows, keys, requires_grad=True)
-        map_heads(scores, scores[0].detach(), *weights, torch.zeros(heads)).sum().backward()
+        map_heads(scores, scores[0].detach(), **weights).sum().backward()
         return
     query, key, value = (
         torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)

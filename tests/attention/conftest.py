@@ -1,23 +1,9 @@
 """Fixtures of the tests of attention."""
 
-import sys
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
 
 from dape.attention.fused import plan
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(scope="session")
-def benchmarks():
-    """Return a module of the folder `benchmarks` by name; they import each other as scripts do."""
-    sys.path.append(str(BENCHMARKS))
-    yield import_module
-    sys.path.remove(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="session")

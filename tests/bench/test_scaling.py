@@ -1,29 +1,16 @@
 """`benchmarks/scaling.py`: its plan, what it keeps, its table."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def scaling(benchmarks):
+    return benchmarks("scaling")
 
 
 @pytest.fixture(scope="module")
-def scaling():
-    return load("scaling")
-
-
-@pytest.fixture(scope="module")
-def figure(scaling):
-    return load("scaling_figure")
+def figure(benchmarks):
+    return benchmarks("scaling_figure")
 
 
 def entry(seconds, tokens, micro=8):

@@ -11,24 +11,22 @@ pytestmark = pytest.mark.unhooked
 MODELS, BATCH, ROWS, KEYS = 3, 2, 9, 11  # two tiles, the second with an end within
 
 
-def given(count, units, residual):
+def given(count, units, residual=True, taps=1, places=(ROWS, KEYS)):
     """Return an adapter without parameters, tensors, parameters and a gradient, in float64."""
-    modules = [DAPE(count, units, residual=residual).double() for _ in range(MODELS)]
+    modules = [DAPE(count, units, taps, residual=residual).double() for _ in range(MODELS)]
     parameters = {
         name: torch.stack([dict(module.named_parameters())[name].detach() for module in modules])
         for name, _ in modules[0].named_parameters()
     }
     draw = torch.Generator().manual_seed(0)
-    shapes = [(MODELS, BATCH, count, ROWS, KEYS), (MODELS, count, ROWS, KEYS)]
+    shapes = [(MODELS, BATCH, count, *places), (MODELS, count, *places)]
     scores, bias = (torch.randn(s, generator=draw, dtype=torch.float64) for s in shapes)
     wanted = torch.randn(shapes[0], generator=draw, dtype=torch.float64)
     return modules[0], (scores, bias, parameters), wanted
 
 
 def kernel(scores, bias, parameters, residual=True):
-    weights = [parameters[name] for name in ("weight_in", "bias_in", "weight_out", "bias_out")]
-    weights = [x[..., 0] if x.ndim == 3 else x for x in weights]
-    return heads.mapped(scores, bias, *weights, residual=residual)
+    return heads.mapped(scores, bias, **parameters, residual=residual)
 
 
 def learning(scores, bias, parameters, dtype):
@@ -47,10 +45,15 @@ def filled():
 
 
 @pytest.mark.parametrize(
-    ("count", "units", "residual"), [(8, 64, True), (3, 10, False), (5, 17, True)]
+    ("count", "units", "residual", "taps", "places"),
+    [
+        *((8, 64, True, 1, (ROWS, KEYS)), (3, 10, False, 1, (ROWS, KEYS))),
+        *((5, 17, True, 1, (7, 5)), (8, 64, True, 3, (ROWS, KEYS))),
+        *((3, 10, False, 3, (2, 70)), (5, 17, True, 3, (65, 1)), (1, 4, True, 3, (40, 2))),
+    ],
 )
-def test_logits_and_gradients_are_those_of_the_formula(count, units, residual):
-    adapter, tensors, wanted = given(count, units, residual)
+def test_logits_and_gradients_are_those_of_the_formula(count, units, residual, taps, places):
+    adapter, tensors, wanted = given(count, units, residual, taps, places)
     exact, single = (learning(*tensors, dtype) for dtype in (torch.float64, torch.float32))
 
     def formula(scores, bias, parameters):
@@ -71,8 +74,9 @@ def test_logits_and_gradients_are_those_of_the_formula(count, units, residual):
         torch.testing.assert_close(own.double(), truth, atol=1e-6 * truth.abs().max(), rtol=0)
 
 
-def test_a_gradient_can_be_mapped_with_a_shared_bias():
-    adapter, (scores, bias, parameters), wanted = given(4, 8, True)
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_gradient_can_be_mapped_with_a_shared_bias(taps):
+    adapter, (scores, bias, parameters), wanted = given(4, 8, taps=taps)
 
     def of_formula(p, x, y):
         return (functional_call(adapter, p, (x, bias[0])) * y).sum()
@@ -88,7 +92,7 @@ def test_a_gradient_can_be_mapped_with_a_shared_bias():
 
 
 def test_models_may_share_scores():
-    adapter, (scores, bias, parameters), wanted = given(4, 8, True)
+    adapter, (scores, bias, parameters), wanted = given(4, 8)
     exact, single = (
         learning(scores[0], bias, parameters, dtype) for dtype in (torch.float64, torch.float32)
     )
@@ -108,6 +112,7 @@ def test_models_may_share_scores():
 
 def test_kernels_serve_one_formula_of_small_size():
     assert heads.served(DAPE(4)) and not heads.served(None)
-    assert not heads.served(DAPE(4, kernel_size=3)) and not heads.served(DAPE(4, inputs="sum"))
+    assert heads.served(DAPE(4, kernel_size=3)) and not heads.served(DAPE(4, kernel_size=5))
+    assert not heads.served(DAPE(4, inputs="sum"))
     assert not heads.served(DAPE(16)) and not heads.served(DAPE(4, hidden=65))
     assert not heads.serves(torch.zeros(1))  # on a CPU

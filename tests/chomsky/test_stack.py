@@ -123,7 +123,7 @@ def fused(monkeypatch):
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize("scheme", ["dape-kerple", "dape-alibi"])
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape-alibi", "dape3-kerple"])
 def test_a_stack_with_kernels_learns_as_in_float64(scheme, fused):
     task, quiet = TASKS["stack-manipulation"], replace(TRAINING, dropout=0.0)
     found = stack(scheme, task, training=quiet)
@@ -155,6 +155,14 @@ def test_a_stack_with_kernels_answers_as_its_models_one_by_one(fused, monkeypatc
     found = accuracies(together, task, evaluation, torch.device("cpu"))
     assert found == accuracies(OneByOne(models), task, evaluation, torch.device("cpu"))
     assert found[0] != found[1]
+
+
+def test_the_scores_of_long_examples_fit_no_memory_side_by_side(fused, monkeypatch):
+    together = stack("dape3-kerple", TASKS["duplicate-string"])
+    assert together.tests_together(TASKS["duplicate-string"].tokens(500))
+    monkeypatch.setattr(stack_module, "PAIRS", 3 * 29**2)
+    assert together.tests_together(29) and not together.tests_together(30)
+    assert not stack("kerple", TASKS["duplicate-string"]).tests_together(1)
 
 
 @pytest.mark.gpu
@@ -196,10 +204,11 @@ def test_graphs_compute_what_ordinary_updates_do(scheme, name, double):
 
 
 @pytest.mark.gpu
-def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-kerple"])
+def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(scheme, monkeypatch):
     """At the sizes of the benchmark, a gradient by a kernel and by formulas in float32."""
     task, training = TASKS["reverse-string"], Training(dropout=0.0)
-    config = configure(Model(), "dape-kerple", task, training.length, backend="reference")
+    config = configure(Model(), scheme, task, training.length, backend="reference")
     begun = Stack(task, config, training, SEEDS, "cuda")
     sample = task.sample(Draw([torch.Generator("cuda") for _ in SEEDS], 128), 21)
 
@@ -211,7 +220,8 @@ def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(monkeypa
         torch.set_default_dtype(torch.float32)
         return its.flat.grad.double()
 
-    truth, found = gradient(torch.float64), gradient()
+    truth, found, again = gradient(torch.float64), gradient(), gradient()
+    assert torch.equal(found, again)
     monkeypatch.setattr(heads, "serves", lambda scores: False)
     plain = gradient()
     assert begun.fused

@@ -53,6 +53,17 @@ def test_bootstrap_cannot_claim_less_than_its_resamples_show():
 def test_no_difference_is_no_evidence():
     losses = np.linspace(1, 2, 20)
     assert paired_bootstrap(losses, losses, np.full(20, 10)).p_value == 1.0
+    assert paired_t([1.5, 1.6], [1.5, 1.6]).p_value == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_evidence(value):
+    losses = np.linspace(1, 2, 20)
+    broken = np.where(np.arange(20) == 3, value, losses)
+    for pair in ((broken, losses + 0.1), (losses, broken), (broken, broken)):
+        assert math.isnan(paired_bootstrap(*pair, np.full(20, 10)).p_value)
+    assert math.isnan(paired_t([1.0, value], [1.0, 2.0]).p_value)
 
 
 def test_a_single_pair_is_refused():

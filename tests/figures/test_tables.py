@@ -1,6 +1,7 @@
 """Tables: what stands in their cells."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from dape.evaluate.compare import compare, group
 from dape.evaluate.significance import PairedTest
 from dape.figures.report import findings
 from dape.figures.tables import number, p_value, results, significance
-from evaluations import make
+from evaluations import PROVENANCE, make
 
 KERPLE = [[2.1, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9]]
 DAPE = [[2.0, 1.9, 1.8, 1.7, 1.6], [2.1, 1.9, 1.8, 1.8, 1.7]]
@@ -38,6 +39,21 @@ def test_one_run_is_shown_without_a_deviation():
     table = results(group([make("kerple", KERPLE[0])]), "loss")
     assert table.rows == [["kerple", "1", "2.1000", "2.0000", "2.1000", "2.3000", "2.6000"]]
     assert "deviation" not in table.note
+
+
+def test_precisions_are_named_where_they_differ():
+    half = {**PROVENANCE, "precision": "bf16"}
+    runs = [make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0], provenance=half)]
+    assert "Precision" not in results(group(runs[1:])).note
+    runs[0] = replace(runs[0], provenance={**PROVENANCE, "precision": "fp32"})
+    note = results(group(runs)).note
+    assert "Precision of products: bf16 for dape-kerple; fp32 for kerple." in note
+
+
+def test_a_loss_that_is_nan_has_no_small_p_value():
+    broken = make("dape-kerple", [*DAPE[0][:-1], math.nan])
+    table = significance(compare(group([make("kerple", KERPLE[0]), broken])))
+    assert [row[-1] for row in table.rows] == ["+nan %", "nan"]
 
 
 def test_a_refused_length_is_a_dash_with_the_reason_below_and_nan_is_not():

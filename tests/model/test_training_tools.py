@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import dape
+from dape.errors import UserError
 from dape.model.modeling import DapeForCausalLM
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
@@ -72,6 +73,50 @@ def test_lora_trains_what_it_names_and_survives_its_file(options, expected, tmp_
     loaded = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
     assert torch.equal(loaded(ids).logits, out)
     assert_close(loaded.merge_and_unload()(ids).logits, out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dape3-nope", "dape-t5", "retrofitted"])
+def test_lora_of_a_parameter_of_the_encoding_sees_no_later_token(kind):
+    model = pretrained("llama") if kind == "retrofitted" else fresh(scheme=kind)
+    if kind == "retrofitted":
+        dape.retrofit(model, "dape3")
+    move(model, 0.2)
+    ids = tokens(1, 9)
+    start = model(ids).logits
+    name = "position_bias.weight" if kind == "dape-t5" else "adapter.weight_in"
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=[name]))
+    assert torch.equal(tuned.eval()(ids).logits, start)
+    move(tuned, 0.2)
+    out = tuned(ids).logits
+    assert (out - start).abs().max() > 1e-3
+    changed = torch.cat([ids[:, :-1], ids[:, -1:] % 36 + 1], dim=1)
+    assert_close(tuned(changed).logits[:, :-1], out[:, :-1])
+    assert_close(tuned.merge_and_unload()(ids).logits, out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("retrofitted", [False, True])
+@torch.no_grad()
+def test_rows_of_a_batch_share_a_trained_encoding(retrofitted):
+    model = pretrained("llama") if retrofitted else fresh(scheme="dape-kerple")
+    if retrofitted:
+        move(dape.retrofit(model, bias="kerple").adapters, 0.2)
+    both = LoraConfig(
+        r=2, target_modules=["q_proj"], modules_to_save=["adapter", "position_bias"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    tuned, ids = get_peft_model(model, both, "first"), tokens(2, 9)
+    tuned.add_adapter("second", both)
+    for name, parameter in tuned.named_parameters():
+        if not {"first", "second"}.isdisjoint(name.split(".")):
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    tuned.eval().set_adapter("second")
+    expected = tuned(ids).logits
+    tuned.set_adapter("first")
+    assert (tuned(ids).logits - expected).abs().max() > 0.01
+    assert torch.equal(tuned(input_ids=ids, adapter_names=["second"] * 2).logits, expected)
+    with pytest.raises(UserError, match="call the model once for each name") as error:
+        tuned(input_ids=ids, adapter_names=["first", "second"])
+    assert "\n" not in str(error.value)
 
 
 def trainer(model, folder, **options):

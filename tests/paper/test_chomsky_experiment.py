@@ -192,7 +192,7 @@ def test_the_price_is_that_of_the_measured_task_with_the_next_longer_output():
     assert [cell.minutes for cell in part.cells(home, {})] == [None, None]
     home.mkdir(parents=True)
     prices = [
-        {"task": task, "scheme": "kerple", "models": models, "step": step, "test": 10.0}
+        {"task": task, "scheme": "kerple", "models": models, "start": 2, "step": step, "test": 10}
         for task, models, step in (
             ("parity-check", 3, 0.001),
             ("binary-addition", 3, 0.002),
@@ -202,7 +202,8 @@ def test_the_price_is_that_of_the_measured_task_with_the_next_longer_output():
     (home / "speed.json").write_text(json.dumps({"prices": prices}))
     kerple, fire = part.cells(home, {})
     # Odds First is priced as the one symbol longer Binary Addition, the longest as that too.
-    assert kerple.minutes == pytest.approx((10_000 * 0.005 + 3 * 30) / 60) and fire.minutes is None
+    assert kerple.minutes == pytest.approx((3 * 2 + 10_000 * 0.005 + 3 * 30) / 60)
+    assert fire.minutes is None
     assert "no price was measured" in table(plan([fire]), 1).note
     assert "no price" not in table(plan([kerple]), 1).note
     assert "~" not in table(plan([kerple]), 1).note, "the price follows from measured steps"

@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import shutil
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +19,11 @@ from dape import DapeConfig, DapeForCausalLM
 from dape.cli import main
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
-from dape.train import graphs
+from dape.train import graphs, loop, task
 from dape.train.recipe import Recipe, read, write
 from dape.train.run import train
 from dape.train.sections import Hardware
+from dape.train.task import LanguageModelling
 
 
 def run(settings):
@@ -310,3 +313,26 @@ def test_a_pass_that_no_graph_can_hold_trains_all_the_same(data, tmp_path, capsy
 def test_graphs_of_shards_are_refused():
     with pytest.raises(UserError, match=r"hardware.compile='graphs' needs hardware.strategy='ddp'"):
         Hardware(compile="graphs", strategy="fsdp")
+
+
+@pytest.mark.parametrize(("room", "products"), [(8 * 16, 1), (8 * 16 - 1, 4)])
+def test_logits_with_room_are_computed_once(data, monkeypatch, room, products):
+    """Logits of more tokens are computed in parts, and each part again in the backward pass."""
+    monkeypatch.setattr(task, "TOKENS_AT_ONCE", room)
+    problem = LanguageModelling(recipe(data, "out"), Corpus(data))
+    model, calls = problem.build(torch.device("cpu")), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    problem.loss(model, *problem.batch("train", 0, 0, 1)).backward()
+    assert len(calls) == products
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_leave_the_objects_of_the_first_update_alone(monkeypatch, ranks):
+    """All ranks wait for the one that collects garbage; after the run all is as before."""
+    monkeypatch.setattr(loop, "_updates", lambda session: iter([{"step": 1}, {"step": 2}]))
+    session = SimpleNamespace(fabric=SimpleNamespace(world_size=ranks))
+    frozen = []
+    for _ in loop.updates(session):
+        frozen.append(gc.get_freeze_count())
+    assert frozen[0] == 0 and (frozen[1] > 10_000) == (ranks > 1)
+    assert gc.get_freeze_count() == 0

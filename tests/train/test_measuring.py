@@ -57,9 +57,10 @@ def test_where_memory_ends_on_one_device_the_sizes_before_stand(tmp_path, monkey
     def updates(session):
         if session.recipe.hardware.micro_batch_size > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        yield {"update_seconds": 1.0}
-        yield {"update_seconds": 0.5}
+        for seconds in (1.0, 0.5, 0.7, 0.25):
+            yield {"update_seconds": seconds}
 
     monkeypatch.setattr(measure, "updates", updates)
     found = list(measure.measure(settings(tmp_path)))
     assert [(each.micro_batch_size, each.seconds) for each in found] == [(1, 0.5), (2, 0.5)]
+    assert found[0].updates == (0.5, 0.7, 0.25), "without the first, in which kernels are compiled"

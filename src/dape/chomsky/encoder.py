@@ -69,7 +69,7 @@ def configure(
         intermediate_size=4 * model.hidden_size,
         scheme=scheme,
         scheme_options=options,
-        train_length=task.input_length(length) + task.output_length(length),
+        train_length=task.tokens(length),
         causal=False,
         backend=backend,
         use_cache=False,

@@ -1,7 +1,8 @@
 """DAPE's map across heads for many small models at once, without hidden units in memory.
 
 The formula of `DAPE` writes hidden units to memory and reads them several times. The units are most
-of the memory traffic of a training of small models. A kernel keeps units in registers.
+of the memory traffic of a training of small models. A kernel keeps units in registers, for DAPE V2
+too.
 """
 
 from collections.abc import Callable
@@ -11,17 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.sizes import cdiv, next_power_of_2, padded
 from dape.device import has_triton
 from dape.positions.adapter import DAPE, Rows
 
 PAIRS = 64  # queries and keys of a tile
+STAGES = 1  # of loads; loads ahead take shared memory, and fewer programs run side by side
 PROGRAMS = 1024  # that fill a GPU
-MOST_HEADS, MOST_UNITS = 8, 64  # whose tiles fit the 99 KiB of shared memory of smaller GPUs
+MOST_HEADS, MOST_UNITS, MOST_TAPS = 8, 64, 3  # that fit 99 KiB of shared memory
 
 
 class Heads(DAPE):
-    """DAPE, in float32 on a GPU by a kernel."""
+    """DAPE for calls in which a query sees every key, in float32 on a GPU by a kernel."""
 
     def forward(
         self,
@@ -32,7 +34,7 @@ class Heads(DAPE):
         """Return the logits."""
         if not (served(self) and serves(scores) and bias.ndim == 3):
             return super().forward(scores, bias, rows)
-        weights = self.weight_in[..., 0], self.bias_in, self.weight_out[..., 0], self.bias_out
+        weights = self.weight_in, self.bias_in, self.weight_out, self.bias_out
         return mapped(scores, bias, *weights, residual=self.residual)
 
 
@@ -40,7 +42,8 @@ def served(adapter: Any) -> bool:
     """Return whether the kernels compute the formula of an adapter, and are of its size."""
     if not isinstance(adapter, DAPE) or adapter.num_heads > MOST_HEADS:
         return False
-    return (adapter.inputs, adapter.kernel_size) == ("concat", 1) and adapter.hidden <= MOST_UNITS
+    small = adapter.hidden <= MOST_UNITS and adapter.kernel_size <= MOST_TAPS
+    return small and adapter.inputs == "concat"
 
 
 def serves(scores: Tensor) -> bool:
@@ -52,13 +55,13 @@ def serves(scores: Tensor) -> bool:
 def mapped(
     scores: Float[Tensor, "batch heads query key"],
     bias: Float[Tensor, "heads query key"],
-    weight_in: Float[Tensor, "units channels"],
+    weight_in: Float[Tensor, "units channels taps"],
     bias_in: Float[Tensor, " units"],
-    weight_out: Float[Tensor, "heads units"],
+    weight_out: Float[Tensor, "heads units taps"],
     bias_out: Float[Tensor, " heads"],
     residual: bool = True,
 ) -> Float[Tensor, "batch heads query key"]:
-    """Return A + B + f([A; B]), or A + f([A; B]) without `residual`.
+    """Return A + B + f([A; B]), or A + f([A; B]) without `residual`; every key is visible.
 
     The function can be differentiated, and mapped by `torch.func.vmap`.
     """
@@ -90,12 +93,11 @@ class _Forward(torch.autograd.Function):
 
         *tensors, residual = given
         scores, (bias, *weights) = tensors[0].contiguous(), map(_rows, tensors[1:])
-        (groups, batch), pairs, sizes = scores.shape[:2], bias[0, 0].numel(), _sizes(tensors)
-        out, tiles = torch.empty_like(scores), cdiv(pairs, PAIRS)
-        shares = max(1, min(batch, PROGRAMS // (tiles * groups)))
+        (groups, batch), places, (tiles, sizes) = scores.shape[:2], bias.shape[2:], _sizes(tensors)
+        out, shares = torch.empty_like(scores), max(1, min(batch, PROGRAMS // (tiles * groups)))
         heads_kernel[tiles, groups, shares](
-            scores, bias, *weights, out, batch, pairs, *(x.stride(0) for x in (bias, *weights)),
-            **sizes, RESIDUAL=residual, num_warps=4,
+            scores, bias, *weights, out, batch, *places, *(x.stride(0) for x in (bias, *weights)),
+            **sizes, RESIDUAL=residual, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         return out
 
@@ -122,15 +124,15 @@ class _Backward(torch.autograd.Function):
 
         *tensors, grad, residual = given
         scores, (bias, *weights) = tensors[0].contiguous(), map(_rows, tensors[1:])
-        (groups, batch), pairs, sizes = scores.shape[:2], bias[0, 0].numel(), _sizes(tensors)
+        (groups, batch), places, (tiles, sizes) = scores.shape[:2], bias.shape[2:], _sizes(tensors)
         grad_scores, grad_bias = torch.empty_like(scores), torch.empty_like(bias).contiguous()
-        tiles, shapes = cdiv(pairs, PAIRS), [x.shape[1:] for x in tensors[2:]]
+        shapes = [x.shape[1:] for x in tensors[2:]]
         counts = [shape.numel() for shape in shapes]
         sums = scores.new_empty(groups, tiles, sum(counts))
         heads_backward_kernel[tiles, groups](
             scores, bias, *weights[:3], grad.contiguous(), grad_scores, grad_bias, sums,
-            batch, pairs, *(x.stride(0) for x in (bias, *weights[:3])),
-            **sizes, RESIDUAL=residual, num_warps=4,
+            batch, *places, *(x.stride(0) for x in (bias, *weights[:3])),
+            **sizes, RESIDUAL=residual, num_warps=4, num_stages=STAGES,
         )  # fmt: skip
         pieces = sums.sum(1).split(counts, dim=1)
         found = (x.unflatten(1, shape) for x, shape in zip(pieces, shapes, strict=True))
@@ -154,10 +156,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-def _sizes(tensors: list[Tensor]) -> dict[str, int]:
-    """Return the compile-time sizes of the kernels."""
-    units, channels = tensors[2].shape[1:]
-    return {
-        **{"H": channels // 2, "D": units, "CHANNELS": padded(channels)},
-        **{"UNITS": padded(units), "N": PAIRS},
+def _sizes(tensors: list[Tensor]) -> tuple[int, dict[str, int]]:
+    """Return the number of tiles, and the compile-time sizes of the kernels."""
+    (heads, queries, keys), (units, _, taps) = tensors[1].shape[1:], tensors[2].shape[1:]
+    tiles = cdiv(queries * (keys + taps // 2), PAIRS - 2 * (taps // 2))
+    columns = padded(next_power_of_2(heads) * next_power_of_2(taps))
+    return tiles, {
+        **{"H": heads, "D": units, "TAPS": taps, "HEADS": columns // next_power_of_2(taps)},
+        **{"P": columns, "UNITS": padded(units), "N": PAIRS},
     }

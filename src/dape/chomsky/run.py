@@ -176,7 +176,8 @@ def _log(course: Course) -> list[float]:
 def _test(course: Course, models: int, benchmark: Benchmark, argv: list[str]) -> None:
     """Test the models of a job, and write their cells; `models` were trained side by side."""
     job, stack, task = course.job, course.stack, TASKS[course.job.task]
-    tested = stack if stack.fused else _one_by_one(course, benchmark)
+    together = stack.tests_together(task.tokens(benchmark.evaluation.longest))
+    tested = stack if together else _one_by_one(course, benchmark)
     start = time.monotonic()
     found = accuracies(tested, task, benchmark.evaluation, stack.device)
     testing = (time.monotonic() - start) / len(job.seeds)

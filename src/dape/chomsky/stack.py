@@ -188,6 +188,10 @@ class Stack:
         logits: Tensor = self._read(within("encoder", of), hidden, out)
         return logits.unflatten(0, (models, parts)).flatten(1, 2)
 
+    def tests_together(self, tokens: int) -> bool:
+        """Return whether tests side by side are fast, and an example of some tokens fits memory."""
+        return self.fused and len(self.seeds) * tokens**2 <= PAIRS
+
     @torch.no_grad()
     def answers(
         self, inputs: Int[Tensor, "batch length"], out: int, generator: torch.Generator

@@ -93,6 +93,10 @@ class Task:
         """Return the number of symbols of the output."""
         return 1
 
+    def tokens(self, length: int) -> int:
+        """Return the number of symbols of input and output."""
+        return self.input_length(length) + self.output_length(length)
+
     def sample(self, draw: Draw, length: int) -> Sample:
         """Return a batch of examples of the requested length.
 

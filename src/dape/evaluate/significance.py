@@ -1,5 +1,6 @@
 """Paired tests of the difference between two encodings, over seeds and over documents."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,12 @@ def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTes
 
     if len(candidate) < 2:
         raise UserError(f"paired t-test over {len(candidate)} seed: give at least 2")
+    equal = list(candidate) == list(baseline)  # whose t is 0 / 0
     return PairedTest(
         name="paired t over seeds (scipy.stats.ttest_rel)",
         pairs=len(candidate),
         difference=float(np.mean(candidate) - np.mean(baseline)),
-        p_value=float(ttest_rel(candidate, baseline).pvalue),
+        p_value=1.0 if equal else float(ttest_rel(candidate, baseline).pvalue),
     )
 
 
@@ -57,23 +59,38 @@ def paired_bootstrap(
     Documents are drawn with replacement, with the losses under both models, and weighted by the
     number of scored tokens. With r of the R = 9,999 resamples on the far side of zero,
     `p = min(1, 2 (r + 1) / (R + 1))` (Davison and Hinkley 1997, section 4.2). The smallest p-value
-    is 0.0002. Below about 20 documents, p-values are too small.
+    is 0.0002. Below about 20 documents, p-values are too small. Losses that are not finite have the
+    p-value NaN.
 
     Raises:
         UserError: below two documents.
     """
-    from scipy.stats import bootstrap
-
     if len(tokens) < 2:
         raise UserError(f"bootstrap over {len(tokens)} document: give at least 2")
-
-    def mean(losses: Any, weights: Any, axis: int = -1) -> Any:
-        return np.average(losses, axis=axis, weights=weights)
-
     difference = candidate - baseline
+    finite = bool(np.isfinite(difference).all())
+    return PairedTest(
+        name=f"paired bootstrap over documents (scipy.stats.bootstrap, {RESAMPLES:,} resamples)",
+        pairs=len(tokens),
+        difference=float(_mean(difference, tokens)),
+        p_value=_two_sided(difference, tokens) if finite else math.nan,
+        least=2 / (RESAMPLES + 1),
+    )
+
+
+def _mean(losses: Any, weights: Any, axis: int = -1) -> Any:
+    return np.average(losses, axis=axis, weights=weights)
+
+
+def _two_sided(
+    difference: Float[np.ndarray, " documents"], tokens: Int[np.ndarray, " documents"]
+) -> float:
+    """Return the p-value of `paired_bootstrap`."""
+    from scipy.stats import bootstrap
+
     resampled = bootstrap(
         (difference, tokens),
-        mean,
+        _mean,
         paired=True,
         n_resamples=RESAMPLES,
         batch=1_000,
@@ -81,10 +98,4 @@ def paired_bootstrap(
         rng=np.random.default_rng(0),
     ).bootstrap_distribution
     beyond = min((resampled <= 0).sum(), (resampled >= 0).sum())
-    return PairedTest(
-        name=f"paired bootstrap over documents (scipy.stats.bootstrap, {RESAMPLES:,} resamples)",
-        pairs=len(tokens),
-        difference=float(mean(difference, tokens)),
-        p_value=float(min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1))),
-        least=2 / (RESAMPLES + 1),
-    )
+    return float(min(1.0, 2 * (beyond + 1) / (RESAMPLES + 1)))

@@ -66,6 +66,7 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
         notes.append("* length trained at.")
     if any(len(group.evaluations) > 1 for group in groups):
         notes.append("± one standard deviation over seeds.")
+    notes += precisions(groups)
     notes += [refusal(group.label, group.refused) for group in groups if group.refused]
     notes += [
         f"{NOTHING} {group.label}: tokens without a fixed number of bytes."
@@ -94,6 +95,18 @@ def describe_targets(groups: Sequence[Group]) -> str:
         f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
         f"{targets.split} split are scored.{begins if targets.bos else ''}"
     )
+
+
+def precisions(groups: Sequence[Group]) -> list[str]:
+    """Return a sentence on the precision of the products of each group, if precisions differ."""
+    named: dict[str, dict[str, None]] = {}
+    for group in groups:
+        for each in group.evaluations:
+            named.setdefault(each.provenance.get("precision", "unknown"), {})[group.label] = None
+    if len(named) < 2:
+        return []
+    parts = (f"{precision} for {', '.join(labels)}" for precision, labels in sorted(named.items()))
+    return [f"Precision of products: {'; '.join(parts)}."]
 
 
 def refusal(label: str, refused: Mapping[int, str]) -> str:

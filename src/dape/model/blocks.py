@@ -10,10 +10,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dape.attention import attention
 from dape.attention.context_parallel import ContextParallel
+from dape.errors import UserError
 from dape.model.configuration import DapeConfig
 from dape.positions import scheme
 
 INTO_STREAM = "into_stream"
+# The attributes by which callers of a bias or adapter decide on arguments.
+_READ = ("needs_rows", "reach", "relative")
+_SAVED = ("adapter", "position_bias")
 
 
 def residual_projection(in_features: int, out_features: int, bias: bool) -> nn.Linear:
@@ -32,13 +36,37 @@ def norm(config: DapeConfig) -> nn.LayerNorm | nn.RMSNorm:
 def in_use(part: Any) -> Any:
     """Return a module, or the copy that PEFT's `modules_to_save` trains in place of the module.
 
-    Kernels recognise a bias or adapter by class.
+    Kernels recognise a bias or adapter by class. The layer that PEFT's `target_parameters` puts
+    around a module gets the attributes that callers read.
+
+    Raises:
+        UserError: for a batch whose rows use different copies.
     """
+    if hasattr(part, "base_layer"):
+        base = in_use(part.base_layer)
+        for name in _READ:
+            if hasattr(base, name):
+                setattr(part, name, getattr(base, name))
     if not hasattr(part, "modules_to_save"):
         return part
-    copies, active = part.modules_to_save, part.active_adapters
-    used = not part.disable_adapters and bool(active) and active[0] in copies
-    return copies[active[0]] if used else part.original_module
+    copies = part.modules_to_save
+    used = {name if name in copies else None for name in _names(part)}
+    if len(used) > 1:
+        raise UserError(
+            f"adapter_names: the rows of a batch share the copies of {', '.join(_SAVED)} that PEFT "
+            "trains; call the model once for each name"
+        )
+    (copy,) = used
+    return part.original_module if copy is None else copies[copy]
+
+
+def _names(part: Any) -> list[str | None]:
+    """Return the active name of PEFT, or the names that a call gives for the rows of a batch."""
+    for hook in reversed(part._forward_pre_hooks.values()):  # the last one decides
+        if "adapter_names" in getattr(hook, "keywords", ()):
+            return hook.keywords["adapter_names"]
+    active = None if part.disable_adapters else part.active_adapters
+    return [active[0] if active else None]
 
 
 class DapeAttention(nn.Module):

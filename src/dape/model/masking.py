@@ -22,6 +22,7 @@ def masking(
     documents: Tensor | None,
     *,
     relative: bool,
+    reach: int = 0,
 ) -> dict[str, Any]:
     """Return mask, causality, positions and offset of the queries, arguments of `dape.attention`.
 
@@ -29,8 +30,9 @@ def masking(
     mask, a document begins where `position_ids` do not increase by 1, as in transformers.
 
     Positions stay None if neither padding nor documents move positions. The position of a token
-    then equals the index. A scheme with `relative` parts then keeps biases without a batch axis.
-    Cached keys without `position_ids` count back from the first query.
+    then equals the index. A scheme with `relative` parts then keeps biases without a batch axis,
+    also beside padding, unless the mask has gaps. Cached keys without `position_ids` count back
+    from the first query. `reach` is the reach of the adapter along the keys.
 
     Raises:
         UserError: for arguments that do not fit together.
@@ -44,13 +46,16 @@ def masking(
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
+    gaps = padding is not None and has_gaps(padding)
+    if gaps:
+        check_reach(reach)
     index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)
         if position_ids is None and not relative:
             position_ids = count_within(documents[:, :rows])
     query_positions = key_positions = None
-    if position_ids is not None or not (relative or padding is None):
+    if position_ids is not None or gaps or not (relative or padding is None):
         if position_ids is not None:
             check_positions(position_ids, hidden_states.shape[0], rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
@@ -112,6 +117,17 @@ def mask_of_generation(inputs: Mapping[str, Any], position_ids: Tensor) -> Tenso
     return position_ids.new_ones(position_ids.shape[0], keys) if mask is None else mask
 
 
+def positions_of_gaps(attention_mask: Tensor | None) -> Tensor | None:
+    """Return the positions of all keys in a step of `generate`, None for a mask without gaps.
+
+    A compiled step cannot look for gaps.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    tokens = attention_mask.bool()
+    return count_visible(tokens) if has_gaps(tokens) else None
+
+
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
     """Return the mask as booleans, padded to the length of a static cache."""
     if not isinstance(attention_mask, Tensor):
@@ -132,8 +148,13 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
 
 
 def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Tensor) -> None:
-    """Raise a `UserError` for positions of a shape unlike the tokens, or tokens and cache."""
+    """Raise a `UserError` for positions unlike tokens, or tokens and cache, or not whole."""
     shape = list(position_ids.shape)
+    if position_ids.is_floating_point():
+        raise UserError(
+            f"position_ids {shape} are {position_ids.dtype}; positions are whole numbers, and the"
+            " schemes pi, ntk and yarn interpolate"
+        )
     covers = shape[-1] in (rows, past + rows) if isinstance(past, int) else shape[-1] >= rows
     if len(shape) != 2 or shape[0] not in (1, batch) or not covers:
         raise UserError(
@@ -149,13 +170,46 @@ def positions_of_keys(
 
     Earlier keys count back from the first given position.
     """
-    counted = (tokens.cumsum(-1) - 1).clamp(min=0)
+    counted = count_visible(tokens)
     if position_ids is None:
         return counted
     given = position_ids.shape[1]
     index = torch.arange(given, device=tokens.device) + (past + rows - given)
     shifted = counted + (position_ids - counted[:, index])[:, :1]
     return shifted.index_copy(1, index, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
+
+
+def count_visible(tokens: Tensor) -> Tensor:
+    """Return the number of visible tokens before each token, from 0."""
+    return (tokens.cumsum(-1) - 1).clamp(min=0)
+
+
+def has_gaps(tokens: Tensor) -> bool:
+    """Return whether hidden tokens lie between visible tokens of a row, as `moved`."""
+    return moved(count_visible(tokens), tokens)
+
+
+def moved(positions: Tensor, tokens: Tensor) -> bool:
+    """Return whether visible tokens are not as far apart as their indices.
+
+    False while a model is traced, because a trace cannot look at positions, and without data.
+    """
+    if is_tracing(positions) or positions.is_meta:
+        return False
+    shift = positions - torch.arange(positions.shape[1], device=positions.device)
+    least, most = torch.iinfo(shift.dtype).min, torch.iinfo(shift.dtype).max
+    first, last = shift.masked_fill(~tokens, most).amin(-1), shift.masked_fill(~tokens, least)
+    return bool((first < last.amax(-1)).any())
+
+
+def check_reach(reach: int) -> None:
+    """Raise a `UserError` for an adapter that would take hidden tokens for neighbours."""
+    if reach:
+        raise UserError(
+            "attention_mask hides tokens between visible tokens, and the adapter convolves over"
+            " neighbouring keys: put the hidden tokens of a row before the visible ones, or leave"
+            " them out"
+        )
 
 
 def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:

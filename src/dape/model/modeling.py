@@ -28,11 +28,13 @@ from dape.model.arguments import (
     refuse_unused,
 )
 from dape.model.base import DapePreTrainedModel
-from dape.model.blocks import DapeDecoderLayer, norm
+from dape.model.blocks import DapeDecoderLayer, in_use, norm
 from dape.model.configuration import DapeConfig
-from dape.model.masking import mask_of_generation, masking, part_of_sequence
+from dape.model.masking import mask_of_generation, masking, part_of_sequence, positions_of_gaps
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
+
+DRAWS = "randomised positions need whole sequences in training; "
 
 
 class DapeModel(DapePreTrainedModel):
@@ -84,7 +86,8 @@ class DapeModel(DapePreTrainedModel):
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
                 `[B, 1, T, Tk]` in place of the causal mask.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
-                default.
+                default. A compiled or exported model needs `position_ids` for a mask that hides
+                tokens between visible tokens.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
@@ -116,9 +119,10 @@ class DapeModel(DapePreTrainedModel):
         documents = packed_documents(batch, length, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
         given = (attention_mask, position_ids, cache, documents)
         if context_parallel is None:
-            where = masking(hidden_states, *given, relative=self.relative)
+            where = masking(hidden_states, *given, relative=self.relative, reach=self.reach)
         else:
-            self._check_parts()
+            if self.draws:
+                raise UserError(DRAWS + "leave context_parallel out")
             where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
@@ -142,13 +146,20 @@ class DapeModel(DapePreTrainedModel):
                 "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
                 "both: leave out past_key_values, or say gradient_checkpointing_disable()"
             )
+        if given is not None and not self.config.causal:
+            raise UserError(
+                "causal=False: earlier tokens see later ones, and a cache keeps keys that do not; "
+                "leave past_key_values out"
+            )
+        if given is not None and self.draws and int(given.get_seq_length()):
+            raise UserError(DRAWS + "leave past_key_values out, or call model.eval()")
         return DynamicCache(config=self.config) if use_cache and given is None else given
 
-    def _check_parts(self) -> None:
-        """Refuse parts of sequences for positions drawn over whole sequences."""
+    @property
+    def draws(self) -> bool:
+        """Whether positions of this forward pass are drawn at random."""
         first = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        if self.training and isinstance(first.rotation, RandomizedRoPE):
-            raise UserError("randomised positions need whole sequences; leave context_parallel out")
+        return self.training and isinstance(first.rotation, RandomizedRoPE)
 
     @property
     def recomputes(self) -> bool:
@@ -159,8 +170,14 @@ class DapeModel(DapePreTrainedModel):
     def relative(self) -> bool:
         """Whether every part of the scheme depends on differences of positions alone."""
         attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        parts = (self.position_embedding, attention.rotation, attention.position_bias)
+        parts = (self.position_embedding, attention.rotation, in_use(attention.position_bias))
         return all(part is None or bool(part.relative) for part in parts)
+
+    @property
+    def reach(self) -> int:
+        """Number of keys to each side on which a logit depends through the adapter's taps."""
+        attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
+        return getattr(in_use(attention.adapter), "reach", 0)
 
 
 class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
@@ -258,6 +275,8 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if position_ids is None:
+            position_ids = positions_of_gaps(inputs.get("attention_mask"))
         if position_ids is None:
             return inputs
         mask = mask_of_generation(inputs, position_ids)

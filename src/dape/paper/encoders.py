@@ -116,11 +116,12 @@ def map_file(task: str, scheme: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Speed:
-    """Seconds of a step of a stack, and of a test of a model at all lengths."""
+    """Seconds of the start and of a step of a stack, and of a test of a model at all lengths."""
 
     task: str
     scheme: str
     models: int
+    start: float
     step: float
     test: float
 
@@ -141,4 +142,4 @@ def _cost(speeds: list[_Speed], scheme: str, models: int, task: str, steps: int)
         return None
     longer = [length for length in known if length >= longest]
     like = known[min(longer) if longer else max(known)]
-    return steps * like.step + models * like.test
+    return like.start + steps * like.step + models * like.test

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 
@@ -22,8 +23,9 @@ USABLE = 0.95
 class Reading:
     """Memory and time of updates with a size of micro-batch.
 
-    `gib` is the highest peak of memory over the devices, and `mfu` the model FLOPs utilisation.
-    Both are None on a CPU. `tokens_per_second` counts all devices together.
+    `seconds` is the median of the updates, whose times are in `updates`. `gib` is the highest peak
+    of memory over the devices, and `mfu` the model FLOPs utilisation. Both are None on a CPU.
+    `tokens_per_second` counts all devices together.
     """
 
     micro_batch_size: int
@@ -31,6 +33,7 @@ class Reading:
     tokens_per_second: float
     gib: float | None
     mfu: float | None
+    updates: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         """Return the measurement as a line of text."""
@@ -61,7 +64,7 @@ class RandomTokens(LanguageModelling):
 
 
 def measure(
-    recipe: Recipe, sizes: list[int] | None = None, steps: int = 2, warm_up: int = 1
+    recipe: Recipe, sizes: list[int] | None = None, steps: int = 3, warm_up: int = 1
 ) -> Iterator[Reading]:
     """Yield memory and time of `steps` updates, for growing sizes of the micro-batch.
 
@@ -120,8 +123,8 @@ def _reading(session: Session, size: int, warm_up: int) -> Reading:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times = [float(metrics["update_seconds"]) for metrics in updates(session)][warm_up:]
-    mean = torch.tensor(sum(times) / len(times), device=fabric.device)
-    seconds = float(fabric.all_reduce(mean, reduce_op="max"))
+    middle = torch.tensor(median(times), device=fabric.device)
+    seconds = float(fabric.all_reduce(middle, reduce_op="max"))
     speed = (task.tokens or 0) / seconds
     gib = mfu = None
     if gpu:
@@ -129,4 +132,4 @@ def _reading(session: Session, size: int, warm_up: int) -> Reading:
         gib = float(fabric.all_reduce(peak, reduce_op="max"))
         ceiling, flops = peak_flops(fabric.device), task.flops(session.model)
         mfu = speed * flops / (ceiling * fabric.world_size) if ceiling and flops else None
-    return Reading(size, seconds, speed, gib, mfu)
+    return Reading(size, seconds, speed, gib, mfu, tuple(times))

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from dape.data.shards import Corpus
 from dape.data.tokenizer import saved
 from dape.errors import UserError
@@ -56,7 +58,9 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     if folder.latest_checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; resume the run with `dape train`")
     corpus = _corpus(folder, recipe)
-    model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
+    with torch.device("meta"):  # drawing billions of weights would take minutes
+        model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
+    model.to_empty(device="cpu").tie_weights()  # type: ignore[operator]
     progress = newest(folder.saved_checkpoints(), partial(load_weights, model=model), say)
     return Trained(run, recipe, model, corpus.tokenizer(), progress.step if progress else 0)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dape.model.retrofit import Mounted
 
 Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
-# Tokens whose logits are held at a time, with gradients 10 GB at 50,000 entries.
-TOKENS_AT_ONCE = 2**14
+# Tokens whose logits are held at a time, with gradients 20 GB at 50,000 entries.
+TOKENS_AT_ONCE = 2**15
 
 
 class Task(ABC):
@@ -159,9 +159,9 @@ class LanguageModelling(NextToken):
         Logits of many tokens are computed in parts, and again in the backward pass.
         """
         (tokens,) = batch
-        if self.context_parallel is None and tokens.numel() <= TOKENS_AT_ONCE:
-            return super().loss(model, tokens)
         inputs, targets, where = tokens[:, :-1], tokens[:, 1:], {}
+        if self.context_parallel is None and targets.numel() <= TOKENS_AT_ONCE:
+            return super().loss(model, tokens)
         if self.context_parallel is not None:
             inputs, targets = (self.context_parallel.part(each) for each in (inputs, targets))
             where = {"context_parallel": self.context_parallel}

@@ -74,7 +74,7 @@ def mpt(
     cache: Any = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the result of `MptAttention.forward`."""
+    """Return the result of `MptAttention.forward`, whose ALiBi counts hidden tokens too."""
     projected = self.Wqkv(hidden_states)
     if self.clip_qkv:
         projected = projected.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -85,7 +85,7 @@ def mpt(
         key, value = cache.update(key, value, self.layer_idx)
     out, weights = attend(
         self, query, key, value, attention_mask, scaling=self.softmax_scale,
-        dropout=self.attn_dropout_p if self.training else 0.0,
+        dropout=self.attn_dropout_p if self.training else 0.0, by_index=True,
     )  # fmt: skip
     return self.out_proj(out.flatten(2)), weights
 

@@ -11,20 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import is_tracing
 
+from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, packed_documents
-from dape.model.masking import count_within, documents_of_positions
+from dape.model.masking import count_within, documents_of_positions, positions_of_keys
 
 
 class Asked(NamedTuple):
     """What a call asks of every attention.
 
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
-    `weights` says whether the softmax weights are returned.
+    `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
+    `position_ids` of a single document.
     """
 
     documents: Tensor | None = None
     weights: bool = False
+    positions: Tensor | None = None
 
 
 class _Traced:
@@ -42,19 +46,47 @@ def asked() -> Asked:
 
 
 def keep(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    own_bias: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Keep what a call asks, before the forward; give a model positions within the documents."""
+    """Keep what a call asks, before the forward; give a model positions within the documents.
+
+    An `own_bias` of the model, ALiBi, does not read `position_ids`.
+    """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
     weights = model.config.get_text_config().output_attentions
-    documents = _documents(given)
-    _set(Asked(documents, bool(given.get("output_attentions", weights))))
+    documents, positions = _documents(given), given.get("position_ids")
+    if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
+        positions = None
+    if positions is not None:
+        _check_mask(given.get("attention_mask"), positions)
+    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions))
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
     return args, {**kwargs, "position_ids": count_within(documents)}
+
+
+def _check_mask(mask: Any, positions: Tensor) -> None:
+    """Refuse a mask of four axes whose visible keys lie otherwise apart than their indices.
+
+    transformers hands such a mask to the attentions without the positions.
+
+    Raises:
+        UserError: for such a mask.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or is_tracing(mask) or mask.is_meta:
+        return
+    rows, keys = positions.shape[1], mask.shape[3]
+    placed = positions_of_keys(positions.new_ones(1, keys), positions, rows, keys - rows)
+    shift = placed - torch.arange(keys, device=placed.device)
+    apart = shift[:, keys - rows :, None] != shift[:, None, :]
+    if mask.dtype == torch.bool and (apart & mask[:, 0]).any():
+        raise UserError(
+            "position_ids beside an attention_mask of four axes: adapters see indices, which lie "
+            "otherwise apart than the positions; give an attention_mask [batch, keys]"
+        )
 
 
 def forget(*_: Any) -> None:

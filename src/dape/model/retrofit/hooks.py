@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..
         undo.callback(module.register_forward_pre_hook(hook).remove)
 
 
-def around(undo: ExitStack, model: nn.Module) -> None:
+def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
     """Keep what a call of the model asks of every attention, until undone."""
-    undo.callback(model.register_forward_pre_hook(asked.keep, with_kwargs=True).remove)
+    keep = partial(asked.keep, own_bias)
+    undo.callback(model.register_forward_pre_hook(keep, with_kwargs=True).remove)
     undo.callback(model.register_forward_hook(asked.forget, always_call=True).remove)
 
 

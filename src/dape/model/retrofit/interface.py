@@ -22,7 +22,14 @@ from transformers.utils import is_tracing, logging
 from dape.attention import attention
 from dape.errors import UserError
 from dape.model.blocks import in_use
-from dape.model.masking import count_within, documents_of_keys
+from dape.model.masking import (
+    check_reach,
+    count_within,
+    documents_of_keys,
+    has_gaps,
+    moved,
+    positions_of_keys,
+)
 from dape.model.retrofit.asked import asked
 
 NAME = "dape"
@@ -33,17 +40,20 @@ class LayerMask(NamedTuple):
     """The visible keys of the queries of a layer, and the offsets of queries and keys.
 
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
-    dropped by a sliding cache before the first key. `tokens` is false for padding, among the
-    dropped tokens and the keys, and None without padding. `documents` numbers the documents packed
-    in a row, and `weights` says whether softmax weights are returned.
+    dropped by a sliding cache before the first key. `placed` holds the positions of the dropped
+    tokens and the keys, and is None for the indices. `moved` says whether positions lie otherwise
+    apart than indices, and `gaps` whether hidden tokens lie between visible tokens. `packed` says
+    whether a row holds several documents, and `weights` whether softmax weights are returned.
     """
 
     mask: Tensor | None
     causal: bool
     query_offset: int | Tensor
     key_offset: int = 0
-    tokens: Tensor | None = None
-    documents: Tensor | None = None
+    placed: Tensor | None = None
+    moved: bool = False
+    gaps: bool = False
+    packed: bool = False
     weights: bool = False
 
     @property
@@ -58,16 +68,12 @@ class LayerMask(NamedTuple):
     def positions(
         self, rows: int, keys: int, device: torch.device
     ) -> tuple[Int[Tensor, "*batch rows"], Int[Tensor, "*batch keys"]]:
-        """Return the positions of queries and keys, within a document or without padding."""
+        """Return the positions of queries and keys."""
         index = torch.arange(keys, device=device) + self.key_offset
         query_index = torch.arange(rows, device=device) + (self.query_offset + self.key_offset)
-        if self.documents is not None:
-            counted = count_within(self.documents)
-        elif self.tokens is not None:
-            counted = (self.tokens.cumsum(-1) - 1).clamp(min=0)
-        else:
+        if self.placed is None:
             return query_index, index
-        return counted[:, query_index], counted[:, index]
+        return self.placed[:, query_index], self.placed[:, index]
 
 
 def layer_mask(
@@ -90,7 +96,7 @@ def layer_mask(
     Raises:
         UserError: for documents packed in a row behind cached keys.
     """
-    documents, weights = asked()
+    documents, weights, positions = asked()
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
         tokens = None
@@ -104,12 +110,36 @@ def layer_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, tokens,
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
+    gaps = tokens is not None and has_gaps(tokens)
     if documents is not None:
         documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
         same = (documents[:, :q_length, None] == documents[:, None, kv_offset:])[:, None]
         mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
+        placed, apart = count_within(documents), False
+    elif tokens is None and positions is None:
+        placed, apart = None, False
+    else:
+        placed, apart = placed_keys(tokens, positions, q_length, kv_offset + kv_length, q_offset)
     # A static cache updates its tensor in place; the difference is a new tensor.
-    return LayerMask(mask, causal, q_offset - kv_offset, kv_offset, tokens, documents, weights)
+    return LayerMask(
+        mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
+        weights,
+    )  # fmt: skip
+
+
+def placed_keys(
+    tokens: Bool[Tensor, "batch seen"] | None,
+    positions: Int[Tensor, "batch query"] | None,
+    rows: int,
+    keys: int,
+    past: int | Tensor,
+) -> tuple[Int[Tensor, "batch seen"], bool]:
+    """Return the positions of keys, and whether positions lie otherwise apart than indices."""
+    if tokens is None:
+        device = None if positions is None else positions.device
+        tokens = torch.ones(1, keys, dtype=torch.bool, device=device)
+    placed = positions_of_keys(tokens, positions, rows, past)
+    return placed, moved(placed, tokens)
 
 
 def layer_mask_of(
@@ -145,6 +175,7 @@ def attend(
     dropout: float | int = 0.0,
     softcap: float | None = None,
     output_attentions: bool | None = False,
+    by_index: bool = False,
     **more: Any,
 ) -> tuple[
     Float[Tensor, "batch query heads value_dim"], Float[Tensor, "batch heads query key"] | None
@@ -152,7 +183,8 @@ def attend(
     """Return the output of `dape.attention` with the bias and adapter of `module`.
 
     The weights are returned if asked for, and with the backend `reference`. Attention
-    dropout is not applied, because the fused kernels have no dropout.
+    dropout is not applied, because the fused kernels have no dropout. With `by_index` a relative
+    bias counts hidden tokens too.
 
     Raises:
         UserError: for a bias without `relative` at unknown positions, for bidirectional attention,
@@ -167,13 +199,18 @@ def attend(
     adapter: nn.Module | None = in_use(getattr(module, "adapter", None))
     bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
+    seen = layer_mask_of(attention_mask, query, key)
+    if seen.gaps:
+        check_reach(getattr(adapter, "reach", 0))
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
-    seen = layer_mask_of(attention_mask, query, key)
     refuse_unused(seen, **more)
     positions: tuple[Tensor | None, Tensor | None] = None, None
-    if bias is not None and not getattr(bias, "relative", False):
-        positions = known_positions(seen, bias, query.shape[2], key.shape[2], query.device)
+    absolute = bias is not None and not getattr(bias, "relative", False)
+    if absolute:
+        check_known(seen, bias, query.shape[2])
+    if absolute or (seen.moved and not by_index):
+        positions = seen.positions(query.shape[2], key.shape[2], query.device)
     weighted = bool(output_attentions) or seen.weights or backend == "reference"
     out = attention(
         query, key, value, bias, adapter,
@@ -199,7 +236,7 @@ def refuse_unused(
     """
     if is_causal is False:
         raise UserError("is_causal=False: with adapters mounted attention is causal; unmount first")
-    if seen.documents is not None or not seen.causal:
+    if seen.packed or not seen.causal:
         return
     if (cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2) or (
         seq_idx is not None and seq_idx.any()
@@ -211,16 +248,13 @@ def refuse_unused(
         )
 
 
-def known_positions(
-    seen: LayerMask, bias: nn.Module, rows: int, keys: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return the positions of queries and keys, if given by causality and padding alone."""
-    if rows > 1 and not seen.causal and seen.documents is None:
+def check_known(seen: LayerMask, bias: nn.Module | None, rows: int) -> None:
+    """Raise a `UserError` unless causality, padding and documents give the positions."""
+    if rows > 1 and not seen.causal and not seen.packed:
         raise UserError(
             f"{type(bias).__name__} depends on more than the distance, and packed sequences or a "
             "mask of four axes begin anywhere; take a relative bias, such as kerple"
         )
-    return seen.positions(rows, keys, device)
 
 
 class SoftCapped(nn.Module):

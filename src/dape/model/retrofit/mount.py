@@ -143,7 +143,7 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
             before_each(undo, modules, partial(refuse_another, model.config.get_text_config()))
             put(undo, model, "create_masks_for_generate", mask_as_given)
             put(undo, model, "init_continuous_batching", refuse_pages)
-            around(undo, model)
+            around(undo, model, own_bias=any(each.bias is not None for each in found))
         parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
         check_unchanged(model, own)
         put(undo, model, "retrofitted", (modules, choice))
