@@ -25,7 +25,10 @@ ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 
 STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD)
 TABLE = {"grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]}
 BANDS = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
-    "scores": [(64, 128, 4, 2), (128, 128, 8, 2), (64, 256, 8, 2)]
+    "scores": [
+        *((64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2)),
+        *((64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 4, 2)),
+    ]
 }
 # Blocks of a launch, and blocks that a multiprocessor holds.
 MIX = [(512, 2), (1024, 2), (2048, 2), (4096, 2), (1024, 3)]
