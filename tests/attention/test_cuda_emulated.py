@@ -69,6 +69,17 @@ def test_bands_segments_and_elements_change_nothing(emulated, causal, monkeypatc
     check(replace(problem, batch=1, rows=134, keys=150))
 
 
+@pytest.mark.parametrize("change", [{"CHUNK = 8": "CHUNK = 4"}])
+@pytest.mark.parametrize(("batch", "blocks"), [(5, 32), (1, 1024)])
+def test_chunks_of_diagonals_change_nothing(emulated, batch, blocks, monkeypatch):
+    """A chunk and some diagonals, for groups of elements, or for segments of a diagonal."""
+    monkeypatch.setattr(mix, "ROWS", 32)
+    monkeypatch.setattr(mix, "BLOCKS", blocks)
+    problem = problem_of(batch=batch, rows=75, keys=140, query_offset=65)
+    assert mix.CudaMixer.share(batch, 5, 75)[batch == 1] > 1
+    check(problem)
+
+
 def test_two_backward_passes_agree_bit_for_bit(emulated):
     check_repeats(PROBLEMS["padding"])
 
