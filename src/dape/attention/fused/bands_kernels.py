@@ -56,11 +56,12 @@ def store_products(
     a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
     if LESS:
         delta_M = tl.load(delta + rows, rows < num_rows, 0.0)
+    largest_M = tl.zeros((M,), tl.float32)
     for first_key in range(low, high, K):
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
-            tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
+            largest_M = tl.maximum(largest_M, tl.max(tl.abs(s_MK), 1))
         if LESS:
             s_MK -= delta_M[:, None]
         if x.dtype.element_ty == tl.float16:
@@ -69,6 +70,8 @@ def store_products(
         inside = (rows < num_rows)[:, None] & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
         at = x + places(rows[:, None], first_key, x_t, heads, K)
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
+    if LIMIT is not None:
+        tl.store(gate, 1, tl.max(largest_M, 0) > LIMIT)
 
 
 @triton.jit
