@@ -81,40 +81,74 @@ def room(problem: Problem) -> int:
 @lru_cache(maxsize=256)
 def bands_of(extent: Extent, scores: int, cut: bool) -> tuple[Band, ...]:
     """Return the bands for a scratch of some scores; if `cut`, no band is far wider than high."""
-    batch, rows = extent.batch, extent.rows
-    found, start, largest = [], 0, 1
+    batch = extent.batch
+    room = None if extent.numbers is None else scores // extent.numbers
+    found = _even(extent, room, cut)
+    sizes = [
+        (rows.stop - rows.start) * _padded(keys.stop - keys.start, ALIGNMENT)
+        for rows, keys in found
+    ]
+    largest = max([1, *sizes])
+    group = batch if room is None else max(1, min(batch, room // largest))
+    group = cdiv(batch, cdiv(batch, group))  # no small group at the end
+    return tuple(
+        Band(
+            slice(first, min(batch, first + group)),
+            rows,
+            keys,
+            shift=extent.offset + rows.start - keys.start,
+            summed=max(0, extent.visible(rows.start) - keys.start),
+            last=keys.stop == extent.visible(rows.stop),
+        )
+        for first in range(0, batch, group)
+        for rows, keys in found
+    )
+
+
+def _even(extent: Extent, room: int | None, cut: bool) -> list[tuple[slice, slice]]:
+    """Return rows and keys of as few bands as a room for scores allows, of about equal size.
+
+    A last band of few rows would leave most of a GPU without a program.
+    """
+    found = _bands(extent, room, cut)
+    if room is None or len(found) == 1:
+        return found
+    low, high = room // 2, room
+    for _ in range(6):
+        middle = (low + high) // 2
+        tried = _bands(extent, middle, cut)
+        if len(tried) > len(found):
+            low = middle
+        else:
+            high, found = middle, tried
+    return found
+
+
+def _bands(extent: Extent, room: int | None, cut: bool) -> list[tuple[slice, slice]]:
+    """Return rows and keys of bands, each as high as a room for scores allows."""
+    rows, start = extent.rows, 0
+    found: list[tuple[slice, slice]] = []
     while start < rows:
         height, pieces = rows - start, 1
-        if extent.numbers is not None:
-            room = scores // extent.numbers
+        if room is not None:
             height = min(height, highest(extent, start, room))
             widest = max(ALIGNMENT, _whole_blocks(isqrt(ASPECT * room)))
             if cut and start + height < rows and extent.visible(start + height) > widest:
                 height = min(rows - start, max(ALIGNMENT, _whole_blocks(room // widest)))
                 pieces = cdiv(extent.visible(start + height), widest)
         keys = extent.visible(start + height)
-        width = cdiv(cdiv(keys, pieces), ALIGNMENT) * ALIGNMENT
-        largest = max(largest, height * width)
+        width = _padded(cdiv(keys, pieces), ALIGNMENT)
         found += [
             (slice(start, start + height), slice(first, min(keys, first + width)))
             for first in range(0, keys, width)
         ]
         start += height
-    room = batch * largest if extent.numbers is None else scores // extent.numbers
-    groups = cdiv(batch, max(1, min(batch, room // largest)))
-    group = cdiv(batch, groups)  # no small group at the end
-    return tuple(
-        Band(
-            slice(first, min(batch, first + group)),
-            band,
-            keys,
-            shift=extent.offset + band.start - keys.start,
-            summed=max(0, extent.visible(band.start) - keys.start),
-            last=keys.stop == extent.visible(band.stop),
-        )
-        for first in range(0, batch, group)
-        for band, keys in found
-    )
+    return found
+
+
+def _padded(size: int, part: int) -> int:
+    """Return the least multiple of a part from a size on."""
+    return cdiv(size, part) * part
 
 
 def _whole_blocks(size: int) -> int:
