@@ -34,7 +34,7 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     The loads under way of wide heads fit the 99 KiB of shared memory of smaller GPUs.
     """
     tile = TILES[kernel]
-    if max(part.query.shape[3], part.value.shape[3]) > 64:
+    if max(part.query.shape[3], part.value.shape[3]) > (128 if kernel == "scores" else 64):
         tile = tile._replace(num_stages=tile.num_stages - 1)
     if part.scratch == torch.float32:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
