@@ -288,6 +288,36 @@ def test_positions_of_another_length_are_refused():
         check_where(query, key, None, None, torch.zeros(2, 5))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bias", ["kerple", "sandwich", "fire"])
+def test_differences_of_small_integers_do_not_overflow(bias, causal):
+    tensors, module = (
+        Problem().tensors(),
+        {"kerple": dape.Kerple, "sandwich": dape.Sandwich, "fire": dape.FIRE}[bias](4),
+    )
+    positions = torch.linspace(3, 200, tensors[0].shape[2]).round().long()
+    found, expected = (
+        dape.attention(*tensors, module, None, causal, query_positions=each, key_positions=each)
+        for each in (positions.to(torch.uint8), positions)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.unhooked  # the hook refuses it before
+def test_an_offset_for_each_sequence_is_refused():
+    with pytest.raises(UserError, match=r"query_offset \[2\] is torch.int64; give a whole number"):
+        dape.attention(*Problem().tensors(), query_offset=torch.tensor([2, 3]))
+
+
+@pytest.mark.parametrize("modules", ["none", "dape3-kerple"])
+def test_tensors_without_data_have_the_shapes_of_the_output(modules):
+    query, key, value = (x.to("meta") for x in Problem(kv_heads=2, value_dim=6).tensors())
+    bias = dape.Kerple(4).to("meta") if modules != "none" else None
+    adapter = dape.DAPE(4, kernel_size=3).to("meta") if modules != "none" else None
+    out = dape.attention(query, key, value, bias, adapter)
+    assert out.is_meta and out.shape == (*query.shape[:3], 6)
+
+
 def test_unknown_backends_and_impossible_requests_are_refused():
     tensors = Problem().tensors()
     with pytest.raises(UserError, match="unknown backend 'chunkd'; did you mean 'chunked'"):

@@ -48,6 +48,19 @@ def test_what_it_serves_equals_the_textbook_without_a_whole_matrix(name):
         assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_a_scale_that_is_not_positive_goes_to_another_backend(scale):
+    """PyTorch scales the -inf of causality too, and returns NaN."""
+    problem = replace(PLAIN, scale=scale)
+    given = drawn(problem, torch.float64)
+    with pytest.raises(UserError, match="sdpa want a positive scale"):
+        solve(problem, *given, "sdpa")
+    expected, gradients = solve_by_textbook(problem, *given)
+    out, ours = solve(problem, *given, "auto")
+    for mine, theirs in zip([out, *ours], [expected, *gradients], strict=True):
+        assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_lower_precision_is_near_the_textbook(dtype):
     problem = replace(PLAIN, kv_heads=2, rows=13, keys=13, head_dim=16, value_dim=16)

@@ -132,3 +132,19 @@ def test_positions_that_only_begin_elsewhere_keep_a_relative_bias_without_a_batc
     mask[0, :2] = 0
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0) + 5)
     assert set(seen) == {1}
+
+
+@torch.no_grad()
+def test_a_mask_of_four_axes_is_refused_where_positions_lie_apart_from_indices():
+    model, ids = pretrained("llama", torch.float64), tokens(1, 6)
+    move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    restarted, causal = (
+        torch.tensor([[0, 1, 2, 0, 1, 2]]),
+        torch.ones(6, 6, dtype=torch.bool).tril(),
+    )
+    number = torch.arange(6) // 3
+    apart = (number[:, None] == number)[None, None] & causal
+    found = model(ids, attention_mask=apart, position_ids=restarted, use_cache=False).logits
+    near(found[:, 3:], model(ids[:, 3:], use_cache=False).logits)
+    with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
+        model(ids, attention_mask=causal[None, None], position_ids=restarted, use_cache=False)

@@ -170,3 +170,11 @@ def test_generating_returns_the_weights_and_states_of_one_whole_pass(model, cach
             assert_close(weights[..., :seen], expected, rtol=1e-9, atol=1e-9)
             state = out.hidden_states[step][layer + 1][:, -1]
             assert_close(state, whole.hidden_states[layer + 1][:, seen - 1], rtol=1e-9, atol=1e-9)
+
+
+def test_positions_drawn_in_training_do_not_go_through_a_cache():
+    model, ids = grown(scheme="randomized-rope"), tokens(1, 5)
+    expected = generate(model, ids)
+    with pytest.raises(UserError, match=r"in training; leave past_key_values out, or .*eval"):
+        generate(model.train(), ids)
+    assert torch.equal(generate(model.eval(), ids, use_cache=False), expected)

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
 from dape.errors import UserError
-from dape.model.modeling import DapeForCausalLM
+from dape.model.configuration import DapeConfig
+from dape.model.modeling import DapeForCausalLM, DapeModel
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -74,6 +75,15 @@ def test_weights_built_on_no_device_can_be_drawn_later():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     bias = model.model.layers[0].self_attn.position_bias
     assert (bias.p > 0).all() and (bias.a > 0).all()
+
+
+@pytest.mark.parametrize("scheme", ["dape3-kerple", "fire"])
+def test_a_model_without_data_reads_a_mask(scheme):
+    with torch.device("meta"):
+        logits = fresh(scheme=scheme)(
+            torch.zeros(2, 6).long(), attention_mask=torch.ones(2, 6)
+        ).logits
+    assert logits.is_meta and logits.shape == (2, 6, 37)
 
 
 def test_tied_embeddings_are_one_tensor_before_and_after_a_file(tmp_path):
@@ -233,6 +243,13 @@ def test_layers_that_are_computed_twice_keep_no_cache():
 
 
 @pytest.mark.unhooked
+def test_reading_both_ways_takes_no_cache():
+    model, ids = DapeModel(DapeConfig(**SIZES, causal=False)), tokens(1, 7)
+    cache = model(ids).past_key_values
+    with pytest.raises(UserError, match=r"^causal=False: .* leave past_key_values out$"):
+        model(ids, past_key_values=cache)
+
+
 def test_tuples_of_tensors_are_no_cache():
     with pytest.raises(UserError, match="is a tuple; give a Cache of transformers, such as Dyn"):
         fresh()(tokens(1, 4), past_key_values=((torch.zeros(1), torch.zeros(1)),))

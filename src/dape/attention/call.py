@@ -1,7 +1,8 @@
 """A checked call of attention, parts over rows and keys, and the result."""
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -67,6 +68,11 @@ class Call(NamedTuple):
         if key is None:
             key = torch.arange(self.key.shape[2], device=device) + self.key_offset
         return query, key
+
+    def own_dtypes(self) -> AbstractContextManager[Any]:
+        """Return the context in which tensors keep their dtypes, without autocast."""
+        kind = self.query.device.type
+        return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
     def visible(self) -> Bool[Tensor, "#batch 1 query key"]:
         """Return the visible keys of each query."""
@@ -147,8 +153,15 @@ def checked(
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
     return Call(
         query, key, value, bias, adapter, mask, causal, scale, query_offset, key_offset,
-        query_positions, key_positions,
+        without_overflow(query_positions), without_overflow(key_positions),
     )  # fmt: skip
+
+
+def without_overflow(positions: Tensor | None) -> Tensor | None:
+    """Return positions whose differences do not overflow, such as those of 8 bits."""
+    if positions is None or positions.is_floating_point() or positions.itemsize > 2:
+        return positions
+    return positions.long()
 
 
 def widened(
@@ -233,8 +246,9 @@ def check_numbers(
     check_whole(-(2**63), key_offset=key_offset)
     if not isinstance(query_offset, Tensor):
         check_whole(-(2**63), query_offset=query_offset)
-    elif query_offset.is_floating_point():
-        raise UserError(f"query_offset is {query_offset.dtype}; it must be a whole number")
+    elif query_offset.is_floating_point() or query_offset.numel() != 1:
+        shape = list(query_offset.shape)
+        raise UserError(f"query_offset {shape} is {query_offset.dtype}; give a whole number")
 
 
 def check_where(

@@ -20,7 +20,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
     """
     dtype, call = call.result, call.widened()
     visible = call.visible()
-    with torch.autocast(call.query.device.type, enabled=False):
+    with call.own_dtypes():
         logits, counted = logits_of(call, visible), within_halo(call, visible)
         if call.masks:
             # The lowest finite number, not -inf: the gradient of a row that is all -inf is NaN.

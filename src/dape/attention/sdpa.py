@@ -24,6 +24,8 @@ def obstacle(call: Call) -> str | None:
         return "sdpa knows neither a bias nor an adapter"
     if call.mask is not None:
         return "a mask would exclude the fast kernels of sdpa"
+    if not call.scale > 0:  # the mask of causality, -inf, is scaled too
+        return "the kernels of sdpa want a positive scale"
     moved = not (isinstance(call.shift, int) and call.shift == 0)
     hiding = call.causal and not sees_all(call)
     if hiding and moved and not (ends_together(call) and on_gpu and not grouped and half):
@@ -59,7 +61,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
     causal = call.causal and not sees_all(call)
     mask = causal_lower_right(rows, keys) if causal and call.shift != 0 else None
     # As in every backend, the arguments say the dtype: autocast would take float32 to half.
-    with torch.autocast(call.query.device.type, enabled=False):
+    with call.own_dtypes():
         out = scaled_dot_product_attention(
             call.query, call.key, call.value,
             attn_mask=mask, is_causal=causal and mask is None, scale=call.scale,

@@ -148,8 +148,13 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
 
 
 def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Tensor) -> None:
-    """Raise a `UserError` for positions of a shape unlike the tokens, or tokens and cache."""
+    """Raise a `UserError` for positions unlike tokens, or tokens and cache, or not whole."""
     shape = list(position_ids.shape)
+    if position_ids.is_floating_point():
+        raise UserError(
+            f"position_ids {shape} are {position_ids.dtype}; positions are whole numbers, and the"
+            " schemes pi, ntk and yarn interpolate"
+        )
     covers = shape[-1] in (rows, past + rows) if isinstance(past, int) else shape[-1] >= rows
     if len(shape) != 2 or shape[0] not in (1, batch) or not covers:
         raise UserError(
@@ -187,9 +192,9 @@ def has_gaps(tokens: Tensor) -> bool:
 def moved(positions: Tensor, tokens: Tensor) -> bool:
     """Return whether visible tokens are not as far apart as their indices.
 
-    False while a model is traced, because a trace cannot look at positions.
+    False while a model is traced, because a trace cannot look at positions, and without data.
     """
-    if is_tracing(positions):
+    if is_tracing(positions) or positions.is_meta:
         return False
     shift = positions - torch.arange(positions.shape[1], device=positions.device)
     least, most = torch.iinfo(shift.dtype).min, torch.iinfo(shift.dtype).max

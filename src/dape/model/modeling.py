@@ -34,6 +34,8 @@ from dape.model.masking import mask_of_generation, masking, part_of_sequence, po
 from dape.positions import scheme
 from dape.positions.rotary import RandomizedRoPE
 
+DRAWS = "randomised positions need whole sequences in training; "
+
 
 class DapeModel(DapePreTrainedModel):
     """The stack of blocks, from token ids `[B, T]` to hidden states `[B, T, C]`.
@@ -119,7 +121,8 @@ class DapeModel(DapePreTrainedModel):
         if context_parallel is None:
             where = masking(hidden_states, *given, relative=self.relative, reach=self.reach)
         else:
-            self._check_parts()
+            if self.draws:
+                raise UserError(DRAWS + "leave context_parallel out")
             where = part_of_sequence(hidden_states, context_parallel, *given)
         if self.position_embedding is not None:
             positions = where["query_positions"]
@@ -143,13 +146,20 @@ class DapeModel(DapePreTrainedModel):
                 "gradient checkpointing computes each layer twice, and a cache keeps the keys of "
                 "both: leave out past_key_values, or say gradient_checkpointing_disable()"
             )
+        if given is not None and not self.config.causal:
+            raise UserError(
+                "causal=False: earlier tokens see later ones, and a cache keeps keys that do not; "
+                "leave past_key_values out"
+            )
+        if given is not None and self.draws and int(given.get_seq_length()):
+            raise UserError(DRAWS + "leave past_key_values out, or call model.eval()")
         return DynamicCache(config=self.config) if use_cache and given is None else given
 
-    def _check_parts(self) -> None:
-        """Refuse parts of sequences for positions drawn over whole sequences."""
+    @property
+    def draws(self) -> bool:
+        """Whether positions of this forward pass are drawn at random."""
         first = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        if self.training and isinstance(first.rotation, RandomizedRoPE):
-            raise UserError("randomised positions need whole sequences; leave context_parallel out")
+        return self.training and isinstance(first.rotation, RandomizedRoPE)
 
     @property
     def recomputes(self) -> bool:

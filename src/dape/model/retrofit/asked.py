@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import is_tracing
 
+from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, packed_documents
-from dape.model.masking import count_within, documents_of_positions
+from dape.model.masking import count_within, documents_of_positions, positions_of_keys
 
 
 class Asked(NamedTuple):
@@ -57,11 +59,34 @@ def keep(
     documents, positions = _documents(given), given.get("position_ids")
     if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
         positions = None
+    if positions is not None:
+        _check_mask(given.get("attention_mask"), positions)
     _set(Asked(documents, bool(given.get("output_attentions", weights)), positions))
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
     return args, {**kwargs, "position_ids": count_within(documents)}
+
+
+def _check_mask(mask: Any, positions: Tensor) -> None:
+    """Refuse a mask of four axes whose visible keys lie otherwise apart than their indices.
+
+    transformers hands such a mask to the attentions without the positions.
+
+    Raises:
+        UserError: for such a mask.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or is_tracing(mask) or mask.is_meta:
+        return
+    rows, keys = positions.shape[1], mask.shape[3]
+    placed = positions_of_keys(positions.new_ones(1, keys), positions, rows, keys - rows)
+    shift = placed - torch.arange(keys, device=placed.device)
+    apart = shift[:, keys - rows :, None] != shift[:, None, :]
+    if mask.dtype == torch.bool and (apart & mask[:, 0]).any():
+        raise UserError(
+            "position_ids beside an attention_mask of four axes: adapters see indices, which lie "
+            "otherwise apart than the positions; give an attention_mask [batch, keys]"
+        )
 
 
 def forget(*_: Any) -> None:
