@@ -24,7 +24,7 @@ SHAPES = ((1, 8192), (32, 512))
 ONE_HEAD = [(64, 64, 4, n) for n in (2, 3, 4)] + [(128, 64, 8, 3), (64, 128, 8, 2), (64, 128, 4, 3)]
 STATIC = dict.fromkeys(("forward", "grad_query", "grad_key_value"), ONE_HEAD)
 TABLE = {"grad_table": [(64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3)]}
-BANDS = dict.fromkeys(("softmax_value", "grad_query", "grad_key_value"), ONE_HEAD) | {
+BANDS = dict.fromkeys(("softmax_value", "grad"), ONE_HEAD) | {
     "scores": [
         *((64, 128, 4, 2), (64, 128, 4, 3), (64, 64, 4, 2)),
         *((64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 4, 2)),
@@ -90,9 +90,7 @@ def tiles(
             module.TILES.update(chosen)
             found = milliseconds(run(given))
             for kernel, tile in chosen.items():
-                # Over a scratch a kernel of one name computes dQ, dK and dV, at once or in turn.
-                name = "grad" if module is bands and kernel.startswith("grad_") else kernel
-                yield f"{kernel:16} {shape!s:12} {tuple(tile)!s:18} {found[f'{name}_kernel']:.3f}"
+                yield f"{kernel:16} {shape!s:12} {tuple(tile)!s:18} {found[f'{kernel}_kernel']:.3f}"
     module.TILES.update(kept)
 
 

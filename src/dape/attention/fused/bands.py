@@ -19,13 +19,10 @@ from dape.attention.fused.terms import Mixed
 TILES = {
     "scores": Tile(64, 128, 4, 2),
     "softmax_value": Tile(64, 64, 4, 4),
-    "grad_query": Tile(64, 64, 4, 4),
-    "grad_key_value": Tile(64, 64, 4, 3),
+    "grad": Tile(64, 64, 4, 3),
 }
 # Tiles of keys that a program of `scores` walks over.
 SPAN = 8
-# Bytes of dA of an element that stay in the L2 cache of a large GPU for a second reader.
-SMALL = 2**25
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -124,25 +121,21 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
 def gradients(
     x: Tensor, y: Tensor, part: Problem, rows: Rows, queries: Sum, keys: Sum, values: Sum
 ) -> None:
-    """Fill dQ, dK and dV from P and dA of a band.
+    """Fill dQ, dK and dV from P and dA of a band, by one kernel.
 
-    One kernel of both is one start less, and where dA of some elements fits the L2 cache, both read
-    dA from device memory once.
+    Where dA of some elements fits the L2 cache, dA is read from device memory once.
     """
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = values.new.shape[1:]
-    small = count * y.stride(1) * y.element_size() <= SMALL
-    for which in [None] if small or part.wide else [0, 1]:
-        tile = tile_of("grad_query" if which == 1 else "grad_key_value", part)
-        of_keys, of_rows = cdiv(stored, tile.keys) * kv_heads, cdiv(count, tile.rows) * heads
-        tiles = of_keys + of_rows if which is None else of_rows if which else of_keys
-        start(kernels.grad_kernel, (part.programs(tiles, batch), batch))(
-            x, y, part.query, part.key, rows.scaled, rows.unit, *queries[:2], *keys[:2],
-            *values[:2], queries.summed, values.summed,
-            stored, count, part.key.shape[2], part.offset, part.scale,
-            *x.stride()[:2], *strides(part.query), *strides(part.key), *strides(rows.scaled),
-            *strides(queries.old), *strides(queries.new), *strides(keys.new), *strides(values.new),
-            heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
-            WIDE_V=padded(value_dim), CAUSAL=part.causal, WHICH=which, PRECISION=PRECISION,
-            **part.gated(), **tile.launch(),
-        )  # fmt: skip
+    tile = tile_of("grad", part)
+    tiles = cdiv(count, tile.rows) * heads + cdiv(stored, tile.keys) * kv_heads
+    start(kernels.grad_kernel, (part.programs(tiles, batch), batch))(
+        x, y, part.query, part.key, rows.scaled, rows.unit, *queries[:2], *keys[:2],
+        *values[:2], queries.summed, values.summed,
+        stored, count, part.key.shape[2], part.offset, part.scale,
+        *x.stride()[:2], *strides(part.query), *strides(part.key), *strides(rows.scaled),
+        *strides(queries.old), *strides(queries.new), *strides(keys.new), *strides(values.new),
+        heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
+        WIDE_V=padded(value_dim), CAUSAL=part.causal, PRECISION=PRECISION,
+        **part.gated(), **tile.launch(),
+    )  # fmt: skip

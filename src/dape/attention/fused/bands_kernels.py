@@ -383,13 +383,13 @@ def grad_kernel(
     x_b, x_t, query_b, query_h, query_t, key_b, key_h, key_t, out_b, out_h, out_t,
     old_b, old_h, old_t, new_b, new_h, new_t, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, WHICH: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store dK = unit scale dA^T Q and dV = unit P^T dO, and dQ = unit scale dA K, with old sums.
+    """Store dQ = unit scale dA K, dK = unit scale dA^T Q and dV = unit P^T dO, with old sums.
 
-    WHICH is 0 for dK and dV, on a grid (keys Hkv, B), 1 for dQ, on a grid (rows H, B), and None for
-    all, on a grid (keys Hkv + rows H, B).
+    The grid is (rows H + keys Hkv, B). Rows come first, since in a low and wide band a program of
+    rows is longer than a program of keys.
     """
     if unwanted(gate, GATED):
         return
@@ -397,26 +397,22 @@ def grad_kernel(
     factor = tl.load(unit)
     x += b64 * x_b
     y += b64 * x_b
-    of_keys, of_rows = tl.cdiv(keys_stored, K) * (HEADS // GROUP), tl.cdiv(num_rows, M) * HEADS
-    if WHICH == 0:
-        of_rows = 0
-    if WHICH == 1:
-        of_keys = 0
-    for turn in range(turns(of_keys + of_rows, GATED)):
+    of_rows, of_keys = tl.cdiv(num_rows, M) * HEADS, tl.cdiv(keys_stored, K) * (HEADS // GROUP)
+    for turn in range(turns(of_rows + of_keys, GATED)):
         tile = tile_at(turn)
-        if WHICH == 0 or (WHICH is None and tile < of_keys):
+        if tile < of_rows:
+            grad_query(
+                tile, y, key + b64 * key_b, old_query + b64 * old_b,
+                new_query + b64 * new_b, summed_query, num_rows, num_keys, shift, scale * factor,
+                x_t, key_h, key_t, old_h, old_t, new_h, new_t,
+                HEADS, GROUP, E, WIDE, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        else:
             grad_key_value(
-                tile, x, y, query + b64 * query_b, grad_out + b64 * out_b,
+                tile - of_rows, x, y, query + b64 * query_b, grad_out + b64 * out_b,
                 old_key + b64 * gk_b, new_key + b64 * gk_b,
                 old_value + b64 * gv_b, new_value + b64 * gv_b, summed,
                 keys_stored, num_rows, num_keys, shift, scale * factor, factor,
                 x_t, query_h, query_t, out_h, out_t, gk_h, gk_t, gv_h, gv_t,
                 HEADS, GROUP, E, WIDE, V, WIDE_V, CAUSAL, M, K, PRECISION,
-            )  # fmt: skip
-        else:
-            grad_query(
-                tile - of_keys, y, key + b64 * key_b, old_query + b64 * old_b,
-                new_query + b64 * new_b, summed_query, num_rows, num_keys, shift, scale * factor,
-                x_t, key_h, key_t, old_h, old_t, new_h, new_t,
-                HEADS, GROUP, E, WIDE, CAUSAL, M, K, PRECISION,
             )  # fmt: skip
