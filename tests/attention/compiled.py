@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 import dape
 import dape.attention.fused
-from dape.attention.fused import geometry, serves
+from dape.attention.fused import bands, geometry, serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -63,14 +63,14 @@ def shared_memory(kernel, args, options):
 
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
-    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND,
+    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND, small=bands.SMALL,
 ):  # fmt: skip
     """Run attention, or a map across heads, and its gradients; kernels are only noted.
 
-    `room` is the most scores of a band.
+    `room` is the most scores of a band, `small` the most bytes for one kernel of all gradients.
     """
     torch.set_grad_enabled(gradients)
-    geometry.SCORES_PER_BAND = room
+    geometry.SCORES_PER_BAND, bands.SMALL = room, small
     if mapped:
         from dape.chomsky.heads import mapped as map_heads
 

@@ -69,6 +69,17 @@ def test_bands_segments_and_elements_change_nothing(emulated, causal, monkeypatc
     check(replace(problem, batch=1, rows=134, keys=150))
 
 
+@pytest.mark.parametrize("change", [{"CHUNK = 8": "CHUNK = 4"}])
+@pytest.mark.parametrize(("batch", "blocks"), [(5, 32), (1, 1024)])
+def test_chunks_of_diagonals_change_nothing(emulated, batch, blocks, monkeypatch):
+    """A chunk and some diagonals, for groups of elements, or for segments of a diagonal."""
+    monkeypatch.setattr(mix, "ROWS", 32)
+    monkeypatch.setattr(mix, "BLOCKS", blocks)
+    problem = problem_of(batch=batch, rows=75, keys=140, query_offset=65)
+    assert mix.CudaMixer.share(batch, 5, 75)[batch == 1] > 1
+    check(problem)
+
+
 def test_two_backward_passes_agree_bit_for_bit(emulated):
     check_repeats(PROBLEMS["padding"])
 
@@ -86,7 +97,7 @@ def test_the_mixer_is_what_its_terms_say(emulated, masked):
 
 def with_flag(given):
     """Return room for a result with a flag that nobody has set."""
-    return Result.of(given, True)._replace(flag=torch.zeros(1, dtype=torch.int32))
+    return Result.of(given, True)._replace(flag=torch.full((1,), 7, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,15 +123,21 @@ def test_the_whole_forward_pass(emulated, name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("size", "level", "scale", "asks"),
-    [(1, 0, 1, 0), (30, 0, 1, 1), (1, -200, 1, 1), (1, 0, 0, 1), (1, 0, 1e-6, 1)],
+    ("size", "level", "scale", "weight", "asks"),
+    [
+        *((1, 0, 1, 1, 0), (30, 0, 1, 1, 1), (1, -200, 1, 1, 1), (1, 0, 0, 1, 1)),
+        *((1, 0, 1e-6, 1, 1), (0, 0, 1, 1e4, 1), (0, 0, 1, 10, 0)),
+    ],
 )
-def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(emulated, size, level, scale, asks):
+def test_the_whole_forward_pass_says_what_16_bits_do_not_hold(
+    emulated, size, level, scale, weight, asks
+):
     """Weights over a scale of zero are NaN, and weights over a scale of 1e-6 infinite."""
     problem = problem_of(batch=1, rows=20, keys=20)
     query, key, value, _, bias, adapter = drawn(problem)
     tensors = [x.half() for x in (size * query, key, value)]
     with torch.no_grad():
+        adapter.weight_in.mul_(weight)
         static, *others = tables_of(problem, bias, adapter)
         tables = (static + level, *others)
         given = operator.problem_of(*tensors, tables, None, scale * 32**-0.5, True, 0)

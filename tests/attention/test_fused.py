@@ -10,7 +10,7 @@ from problems import Problem, close, drawn, fused, leaves, solve
 from torch.testing import assert_close
 
 import dape
-from dape.attention.fused import geometry, operator, passes
+from dape.attention.fused import bands, geometry, operator, passes
 from dape.attention.fused.mixers import mixer
 from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.terms import Mixed
@@ -150,6 +150,16 @@ def test_two_backward_passes_agree_bit_for_bit(narrow_bands):
     runs = [solve(problem, *given, "triton", torch.float32)[1] for _ in range(2)]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
+
+
+def test_two_kernels_give_the_gradients_of_one(narrow_bands, monkeypatch):
+    problem = Problem(rows=100, keys=130, kv_heads=2, query_offset=30, adapter=DAPE)
+    given, found = drawn(problem), []
+    for small in (2**25, 0):
+        monkeypatch.setattr(bands, "SMALL", small)
+        found.append(solve(problem, *given, "triton", torch.float16)[1])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
 
 
 class RowBias(Bias):

@@ -21,12 +21,12 @@ MOST = {
     "kerple": (lambda: (dape.Kerple(4), None), 2, 8),
     "kerple-power": (lambda: (dape.KerplePower(4), None), 2, 8),
     "t5": (lambda: (dape.T5(4), None), 2, 10),
-    "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 28),
-    "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 28),
-    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 6, 28),
-    "fire": (lambda: (dape.FIRE(4), None), 10, 39),
-    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 48),
-    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 11, 50),
+    "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 21),
+    "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 21),
+    "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 6, 21),
+    "fire": (lambda: (dape.FIRE(4), None), 10, 36),
+    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 45),
+    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 11, 47),
 }
 
 
@@ -74,9 +74,9 @@ def test_kernels_of_a_wide_way_that_does_not_run_have_few_programs():
     )
     narrow, wide = ([x for x in kernels if x[1] == gated] for gated in (0, 1))
     assert len(wide) > len(narrow) > 10
-    assert 5 * sum(number for *_, number in wide) < sum(number for *_, number in narrow)
+    assert sum(number for *_, number in wide) <= 13_100
     walking = [x for x in wide if x[0].startswith(("scores", "grad_", "balance"))]
-    assert len(walking) >= 20 and all(number <= 2 * WIDE_PROGRAMS for *_, number in walking)
+    assert len(walking) >= 16 and all(number <= 2 * WIDE_PROGRAMS for *_, number in walking)
 
 
 @pytest.mark.parametrize(("bias", "most"), [(dape.Kerple, 2), (dape.T5, 2), (dape.FIRE, 5)])

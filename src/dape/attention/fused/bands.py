@@ -1,5 +1,7 @@
 """Launchers of the kernels of a head that pass over the scores of a band, the problem `part`."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,10 @@ TILES = {
     "grad_query": Tile(64, 64, 4, 4),
     "grad_key_value": Tile(64, 64, 4, 3),
 }
+# Tiles of keys that a program of `scores` walks over.
+SPAN = 8
+# Bytes of dA of an element that stay in the L2 cache of a large GPU for a second reader.
+SMALL = 2**25
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
@@ -35,18 +41,6 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     if part.query.shape[2] <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)
     return tile
-
-
-def tiles_of(part: Problem, tile: Tile) -> tuple[int, int]:
-    """Return the number of tiles of scores for `place_of_tile`, and the number in a line."""
-    rows, keys = part.query.shape[2], part.key.shape[2]
-    lines, width = cdiv(rows, tile.rows), cdiv(keys, tile.keys)
-    if part.causal:
-        # Of two rows of tiles, at equal distances from the first and the last.
-        last_rows = (lines + 1) * tile.rows - 2 + 2 * part.offset
-        width = min(2 * width, max(width, last_rows // tile.keys + 2))
-        lines = cdiv(lines, 2)
-    return lines * width, width
 
 
 def static_table(part: Problem) -> Tensor | None:
@@ -67,24 +61,21 @@ def scores(
     """
     query, key, value = part[:3]
     batch, heads, count, size = query.shape
-    tile, asks = tile_of("scores", part), asking(part, flag)
+    keys, tile, asks = key.shape[2], tile_of("scores", part), asking(part, flag)
     if asks["LIMIT"] is not None:
         asks["LIMIT"] = overflow.LARGEST_SCORE
-    tiles, width = tiles_of(part, tile)
     out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
-    # One kernel of both is one start less, and has more registers than the kernel of Y.
-    parts = [0] if y is None else [None] if part.wide else [0, 1]
-    for which in parts:
-        grid = part.programs(tiles * heads, batch), batch, 2 if which is None else 1
-        start(kernels.scores_kernel, grid)(
-            query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
-            tiles, width, count, key.shape[2], part.offset,
-            *strides(query), *strides(key), *x.stride()[:2],
-            *strides(out), *strides(value), *delta.stride()[:2],
-            heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
-            WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, WHICH=which,
-            PRECISION=PRECISION, **asks, **tile.launch(),
-        )  # fmt: skip
+    length = keys if part.wide else SPAN * tile.keys
+    others = batch, cdiv(keys, length) * (1 if y is None else 2)
+    programs = part.programs(cdiv(count, tile.rows) * heads, prod(others))
+    start(kernels.scores_kernel, (programs, *others))(
+        query, key, x, out, value, x if y is None else y, part.scale, unit, delta,
+        count, keys, part.offset, length, *strides(query), *strides(key), *x.stride()[:2],
+        *strides(out), *strides(value), *delta.stride()[:2],
+        heads, heads // key.shape[1], E=size, WIDE=padded(size), V=value.shape[3],
+        WIDE_V=padded(value.shape[3]), CAUSAL=part.causal, BOTH=y is not None,
+        PRECISION=PRECISION, **asks, **tile.launch(),
+    )  # fmt: skip
 
 
 def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
@@ -130,31 +121,28 @@ def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
     )  # fmt: skip
 
 
-def grad_query(y: Tensor, part: Problem, rows: Rows, into: Sum) -> None:
-    """Fill dQ from dA of a band."""
-    batch, heads, count, size = part.query.shape
-    tile = tile_of("grad_query", part)
-    programs = part.programs(cdiv(count, tile.rows) * heads, batch)
-    start(kernels.grad_query_kernel, (programs, batch))(
-        y, part.key, rows.unit, *into, count, part.key.shape[2], part.offset, part.scale,
-        *y.stride()[:2], *strides(part.key), *strides(into.old), *strides(into.new),
-        heads, heads // part.key.shape[1], E=size, WIDE=padded(size),
-        CAUSAL=part.causal, PRECISION=PRECISION, **part.gated(), **tile.launch(),
-    )  # fmt: skip
+def gradients(
+    x: Tensor, y: Tensor, part: Problem, rows: Rows, queries: Sum, keys: Sum, values: Sum
+) -> None:
+    """Fill dQ, dK and dV from P and dA of a band.
 
-
-def grad_key_value(x: Tensor, y: Tensor, part: Problem, rows: Rows, keys: Sum, values: Sum) -> None:
-    """Fill dK and dV from P and dA of a band."""
+    One kernel of both is one start less, and where dA of some elements fits the L2 cache, both read
+    dA from device memory once.
+    """
     batch, heads, count, size = part.query.shape
     kv_heads, stored, value_dim = values.new.shape[1:]
-    tile = tile_of("grad_key_value", part)
-    programs = part.programs(cdiv(stored, tile.keys) * kv_heads, batch)
-    start(kernels.grad_key_value_kernel, (programs, batch))(
-        x, y, part.query, rows.scaled, rows.unit, *keys[:2], *values,
-        stored, count, part.key.shape[2], part.offset, part.scale,
-        *x.stride()[:2], *strides(part.query), *strides(rows.scaled),
-        *strides(keys.new), *strides(values.new),
-        kv_heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
-        WIDE_V=padded(value_dim), CAUSAL=part.causal, PRECISION=PRECISION,
-        **part.gated(), **tile.launch(),
-    )  # fmt: skip
+    small = count * y.stride(1) * y.element_size() <= SMALL
+    for which in [None] if small or part.wide else [0, 1]:
+        tile = tile_of("grad_query" if which == 1 else "grad_key_value", part)
+        of_keys, of_rows = cdiv(stored, tile.keys) * kv_heads, cdiv(count, tile.rows) * heads
+        tiles = of_keys + of_rows if which is None else of_rows if which else of_keys
+        start(kernels.grad_kernel, (part.programs(tiles, batch), batch))(
+            x, y, part.query, part.key, rows.scaled, rows.unit, *queries[:2], *keys[:2],
+            *values[:2], queries.summed, values.summed,
+            stored, count, part.key.shape[2], part.offset, part.scale,
+            *x.stride()[:2], *strides(part.query), *strides(part.key), *strides(rows.scaled),
+            *strides(queries.old), *strides(queries.new), *strides(keys.new), *strides(values.new),
+            heads, heads // kv_heads, E=size, WIDE=padded(size), V=value_dim,
+            WIDE_V=padded(value_dim), CAUSAL=part.causal, WHICH=which, PRECISION=PRECISION,
+            **part.gated(), **tile.launch(),
+        )  # fmt: skip

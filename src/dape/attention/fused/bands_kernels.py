@@ -3,8 +3,8 @@
     scores           X = scale Q K^T, Y = dO V^T - delta    tiles of rows and keys
     softmax_value    O = softmax(X + C) V           rows against a span of keys
     balance          Y and dO in float32            rows
-    grad_query       dQ = scale dA K                rows
-    grad_key_value   dK += scale dA^T Q, dV += P^T dO    keys of a key head
+    grad             dK += scale dA^T Q, dV += P^T dO    keys of a key head
+                     dQ += scale dA K               rows
 
 In the scratch `[B, rows, blocks of keys, H, BLOCK]` all heads of a few keys are neighbours. A tile
 across heads is contiguous, and a kernel of a head still reads whole sectors. `tiles` has the
@@ -42,92 +42,79 @@ def places(rows, first_key, row_size, heads, K: tl.constexpr):
 
 
 @triton.jit
-def place_of_tile(
-    n, width, num_rows, num_keys, shift, CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr
-):
-    """Return the first row and key of the n-th tile, and whether there is such a tile.
-
-    A line has `width` tiles. If CAUSAL, it has the visible tiles of some rows, followed by those of
-    as many rows at the same distance from the last. All lines are then about equally long.
-    """
-    line, column = n // width, n % width
-    there = line >= 0
-    if CAUSAL:
-        across = tl.cdiv(tl.maximum(0, tl.minimum(num_keys, line * M + M + shift)), K)
-        other, beyond_them = tl.cdiv(num_rows, M) - 1 - line, column >= across
-        there = (other > line) | (column < across)
-        line = tl.where(beyond_them, other, line)
-        column = tl.where(beyond_them, column - across, column)
-        there &= column * K < tl.minimum(num_keys, line * M + M + shift)
-    return line * M, column * K, there
-
-
-@triton.jit
-def score_tile(
-    gate, left, right, x, scale, delta, n, width, heads, num_rows, num_keys, shift,
+def store_products(
+    left, right, x, scale, delta, gate, first_row, low, high, heads, num_rows, num_keys,
     left_t, right_t, x_t,
-    E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, LESS: tl.constexpr,
-    LIMIT: tl.constexpr,
+    E: tl.constexpr, WIDE: tl.constexpr, LESS: tl.constexpr, LIMIT: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store the n-th tile of X, if there is one; set `gate` for a score above LIMIT.
+    """Store X = scale left right^T for some rows and keys; set `gate` for a score above LIMIT.
 
     If LESS, delta is taken off each row.
     """
-    first_row, first_key, there = place_of_tile(n, width, num_rows, num_keys, shift, CAUSAL, M, K)
-    if there:
-        a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+    rows = first_row + tl.arange(0, M)
+    a_ME = load_rows(left, left_t, first_row, num_rows, E, M, WIDE)
+    if LESS:
+        delta_M = tl.load(delta + rows, rows < num_rows, 0.0)
+    largest_M = tl.zeros((M,), tl.float32)
+    for first_key in range(low, high, K):
         b_KE = load_rows(right, right_t, first_key, num_keys, E, K, WIDE)
         s_MK = tl.dot(a_ME, tl.trans(b_KE), input_precision=PRECISION) * scale
         if LIMIT is not None:
-            tl.store(gate, 1, tl.max(tl.max(tl.abs(s_MK), 1), 0) > LIMIT)
+            largest_M = tl.maximum(largest_M, tl.max(tl.abs(s_MK), 1))
         if LESS:
-            line = first_row + tl.arange(0, M)
-            s_MK -= tl.load(delta + line, line < num_rows, 0.0)[:, None]
+            s_MK -= delta_M[:, None]
         if x.dtype.element_ty == tl.float16:
             s_MK = tl.clamp(s_MK, -65504.0, 65504.0)
-        rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
-        inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-        at = x + places(rows, first_key, x_t, heads, K)
+        keys = first_key + tl.arange(0, K)[None, :]
+        inside = (rows < num_rows)[:, None] & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+        at = x + places(rows[:, None], first_key, x_t, heads, K)
         tl.store(at, s_MK.to(x.dtype.element_ty), inside)
+    if LIMIT is not None:
+        tl.store(gate, 1, tl.max(largest_M, 0) > LIMIT)
 
 
-# Arguments without a kernel for every value.
-@triton.jit(do_not_specialize=("tiles", "width"))
+@triton.jit
 def scores_kernel(
     query, key, x, grad_out, value, y, scale, unit, delta,
-    tiles, width, num_rows, num_keys, shift,
+    num_rows, num_keys, shift, keys_per_split,
     query_b, query_h, query_t, key_b, key_h, key_t, x_b, x_t,
     out_b, out_h, out_t, value_b, value_h, value_t, delta_b, delta_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
-    CAUSAL: tl.constexpr, WHICH: tl.constexpr, LIMIT: tl.constexpr,
+    CAUSAL: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X = scale Q K^T, or Y = dO V^T / unit - delta; grid (tiles H, B, number).
+    """X = scale Q K^T, and if BOTH Y = dO V^T / unit - delta, of rows against a span of keys.
 
-    WHICH is 0 for X, 1 for Y, and None for both, by the last axis. delta is subtracted before Y is
-    rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a LIMIT
-    sets `gate`.
+    The grid is (rows H, B, spans), or (rows H, B, 2 spans) for BOTH. delta is subtracted before Y
+    is rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a
+    LIMIT sets `gate`.
     """
     if unwanted(gate, GATED):
         return
     b = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tiles * HEADS, GATED)):
-        tile = tile_at(turn)
-        n, h = tile // HEADS, (tile % HEADS).to(tl.int64)
+    span = tl.program_id(2)
+    if BOTH:
+        span //= 2
+    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
+        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
         at, kv = b * x_b + h * BLOCK, h // GROUP
-        if WHICH == 0 or (WHICH is None and tl.program_id(2) == 0):
-            score_tile(
-                gate, query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
-                scale, delta, n, width, HEADS, num_rows, num_keys, shift,
-                query_t, key_t, x_t, E, WIDE, CAUSAL, False, LIMIT, M, K, PRECISION,
+        low = span * keys_per_split
+        high = tl.minimum(num_keys, low + keys_per_split)
+        if CAUSAL:
+            high = tl.minimum(high, first_row + M + shift)
+        if not BOTH or tl.program_id(2) % 2 == 0:
+            store_products(
+                query + b * query_b + h * query_h, key + b * key_b + kv * key_h, x + at,
+                scale, delta, gate, first_row, low, high, HEADS, num_rows, num_keys,
+                query_t, key_t, x_t, E, WIDE, False, LIMIT, M, K, PRECISION,
             )  # fmt: skip
         else:
-            score_tile(
-                gate, grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
-                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, n, width, HEADS,
-                num_rows, num_keys, shift, out_t, value_t, x_t,
-                V, WIDE_V, CAUSAL, True, None, M, K, PRECISION,
+            store_products(
+                grad_out + b * out_b + h * out_h, value + b * value_b + kv * value_h, y + at,
+                1.0 / tl.load(unit), delta + b * delta_b + h * delta_h, gate,
+                first_row, low, high, HEADS, num_rows, num_keys,
+                out_t, value_t, x_t, V, WIDE_V, True, None, M, K, PRECISION,
             )  # fmt: skip
 
 
@@ -274,40 +261,53 @@ def store_sum(old, new, summed, rows, inside, x):
     tl.store(new, x.to(new.dtype.element_ty), inside)
 
 
-# Arguments without a kernel for every value.
-@triton.jit(do_not_specialize=("summed",))
-def grad_query_kernel(
-    y, key, unit, old, new, summed, num_rows, num_keys, shift, scale,
-    y_b, y_t, key_b, key_h, key_t, old_b, old_h, old_t, new_b, new_h, new_t,
+@triton.jit
+def add_keys(
+    dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift, heads, y_t, key_t,
+    E: tl.constexpr, WIDE: tl.constexpr, BORDER: tl.constexpr, CAUSAL: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return dA K with some keys added; a tile on the BORDER has keys that some rows do not see."""
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    k_KE = load_rows(key, key_t, first_key, num_keys, E, K, WIDE)
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    da_MK = tl.load(y + places(rows, first_key, y_t, heads, K), inside, 0.0)
+    if BORDER:
+        da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
+    return tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
+
+
+@triton.jit
+def grad_query(
+    tile, y, key, old, new, summed, num_rows, num_keys, shift, factor,
+    y_t, key_h, key_t, old_h, old_t, new_h, new_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store dQ = unit scale dA K of a head, with the old sum; grid (rows H, B)."""
-    if unwanted(gate, GATED):
-        return
-    b64 = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tl.cdiv(num_rows, M) * HEADS, GATED)):
-        h, first_row = head_and_rows(tile_at(turn), num_rows, HEADS, M)
-        rows = first_row + tl.arange(0, M)[:, None]
-        head_y = y + b64 * y_b + h * BLOCK
-        head_keys = key + b64 * key_b + (h // GROUP) * key_h
-        dq_ME = tl.zeros((M, WIDE), tl.float32)
-        high = num_keys
-        if CAUSAL:
-            high = tl.minimum(high, first_row + M + shift)
-        for first_key in range(0, high, K):
-            keys = first_key + tl.arange(0, K)[None, :]
-            k_KE = load_rows(head_keys, key_t, first_key, num_keys, E, K, WIDE)
-            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-            da_MK = tl.load(head_y + places(rows, first_key, y_t, HEADS, K), inside, 0.0)
-            da_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), da_MK, 0.0)
-            dq_ME = tl.dot(da_MK.to(k_KE.dtype), k_KE, dq_ME, input_precision=PRECISION)
-        columns = tl.arange(0, WIDE)[None, :]
-        at_old = old + b64 * old_b + h * old_h + rows.to(tl.int64) * old_t + columns
-        at = new + b64 * new_b + h * new_h + rows.to(tl.int64) * new_t + columns
-        inside = (rows < num_rows) & (columns < E)
-        store_sum(at_old, at, summed, rows, inside, dq_ME * (scale * tl.load(unit)))
+    """Store dQ = factor dA K of a tile of rows of a head, with the old sum."""
+    h, first_row = head_and_rows(tile, num_rows, HEADS, M)
+    y, key = y + h * BLOCK, key + (h // GROUP) * key_h
+    dq_ME = tl.zeros((M, WIDE), tl.float32)
+    high = num_keys
+    whole = num_keys // K * K  # the keys of tiles that all rows see
+    if CAUSAL:
+        high = tl.minimum(high, first_row + M + shift)
+        whole = tl.minimum(whole, tl.maximum(0, first_row + shift + 1) // K * K)
+    for first_key in range(0, whole, K):
+        dq_ME = add_keys(
+            dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift,
+            HEADS, y_t, key_t, E, WIDE, False, CAUSAL, M, K, PRECISION,
+        )  # fmt: skip
+    for first_key in range(whole, high, K):
+        dq_ME = add_keys(
+            dq_ME, y, key, first_row, first_key, num_rows, num_keys, shift,
+            HEADS, y_t, key_t, E, WIDE, True, CAUSAL, M, K, PRECISION,
+        )  # fmt: skip
+    rows, columns = first_row + tl.arange(0, M)[:, None], tl.arange(0, WIDE)[None, :]
+    at_old = old + h * old_h + rows.to(tl.int64) * old_t + columns
+    at = new + h * new_h + rows.to(tl.int64) * new_t + columns
+    inside = (rows < num_rows) & (columns < E)
+    store_sum(at_old, at, summed, rows, inside, dq_ME * factor)
 
 
 @triton.jit
@@ -332,57 +332,91 @@ def add_rows(
     return tl.dot(tl.trans(da_MK.to(q_ME.dtype)), q_ME, dk_KE, input_precision=PRECISION), dv_KV
 
 
-@triton.jit(do_not_specialize=("summed",))
-def grad_key_value_kernel(
-    x, y, query, grad_out, unit, old_key, new_key, old_value, new_value, summed,
-    keys_stored, num_rows, num_keys, shift, scale,
-    x_b, x_t, query_b, query_h, query_t, out_b, out_h, out_t,
-    gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
-    KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+@triton.jit
+def grad_key_value(
+    tile, x, y, query, grad_out, old_key, new_key, old_value, new_value, summed,
+    keys_stored, num_rows, num_keys, shift, factor, unit,
+    x_t, query_h, query_t, out_h, out_t, gk_h, gk_t, gv_h, gv_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Store dK = unit scale dA^T Q and dV = unit P^T dO of a group, with the old sums.
+    """Store dK = factor dA^T Q and dV = unit P^T dO of a tile of keys, with the old sums."""
+    kv_heads = HEADS // GROUP
+    kv, first_key = (tile % kv_heads).to(tl.int64), tile // kv_heads * K
+    dk_KE = tl.zeros((K, WIDE), tl.float32)
+    dv_KV = tl.zeros((K, WIDE_V), tl.float32)
+    low, whole = 0, 0  # the first rows that see any key, and all keys
+    if CAUSAL:
+        low = tl.maximum(0, first_key - shift) // M * M
+        whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
+    for member in range(GROUP):
+        h = kv * GROUP + member
+        q_base, do_base = query + h * query_h, grad_out + h * out_h
+        for first_row in range(low, tl.minimum(whole, num_rows), M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + h * BLOCK, y + h * BLOCK, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, HEADS, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        for first_row in range(whole, num_rows, M):
+            dk_KE, dv_KV = add_rows(
+                dk_KE, dv_KV, x + h * BLOCK, y + h * BLOCK, q_base, do_base, first_row, first_key,
+                num_rows, num_keys, shift, HEADS, x_t, query_t, out_t,
+                E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+    keys = first_key + tl.arange(0, K)[:, None]
+    columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
+    stored = keys < keys_stored
+    at = kv * gk_h + keys.to(tl.int64) * gk_t + columns
+    inside = stored & (columns < E)
+    store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE * factor)
+    at = kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
+    inside = stored & (columns_v < V)
+    store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * unit)
 
-    The grid is (keys Hkv, B).
+
+# Arguments without a kernel for every value.
+@triton.jit(do_not_specialize=("summed_query", "summed"))
+def grad_kernel(
+    x, y, query, key, grad_out, unit, old_query, new_query, old_key, new_key, old_value, new_value,
+    summed_query, summed, keys_stored, num_rows, num_keys, shift, scale,
+    x_b, x_t, query_b, query_h, query_t, key_b, key_h, key_t, out_b, out_h, out_t,
+    old_b, old_h, old_t, new_b, new_h, new_t, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
+    HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
+    CAUSAL: tl.constexpr, WHICH: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Store dK = unit scale dA^T Q and dV = unit P^T dO, and dQ = unit scale dA K, with old sums.
+
+    WHICH is 0 for dK and dV, on a grid (keys Hkv, B), 1 for dQ, on a grid (rows H, B), and None for
+    all, on a grid (keys Hkv + rows H, B).
     """
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)
-    for turn in range(turns(tl.cdiv(keys_stored, K) * KV_HEADS, GATED)):
+    factor = tl.load(unit)
+    x += b64 * x_b
+    y += b64 * x_b
+    of_keys, of_rows = tl.cdiv(keys_stored, K) * (HEADS // GROUP), tl.cdiv(num_rows, M) * HEADS
+    if WHICH == 0:
+        of_rows = 0
+    if WHICH == 1:
+        of_keys = 0
+    for turn in range(turns(of_keys + of_rows, GATED)):
         tile = tile_at(turn)
-        kv, first_key = (tile % KV_HEADS).to(tl.int64), tile // KV_HEADS * K
-        dk_KE = tl.zeros((K, WIDE), tl.float32)
-        dv_KV = tl.zeros((K, WIDE_V), tl.float32)
-        low, whole = 0, 0  # the first rows that see any key, and all keys
-        if CAUSAL:
-            low = tl.maximum(0, first_key - shift) // M * M
-            whole = tl.maximum(low, tl.cdiv(tl.maximum(0, first_key + K - 1 - shift), M) * M)
-        for member in range(GROUP):
-            h = kv * GROUP + member
-            q_base = query + b64 * query_b + h * query_h
-            do_base = grad_out + b64 * out_b + h * out_h
-            at = b64 * x_b + h * BLOCK
-            for first_row in range(low, tl.minimum(whole, num_rows), M):
-                dk_KE, dv_KV = add_rows(
-                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                    E, WIDE, V, WIDE_V, True, CAUSAL, M, K, PRECISION,
-                )  # fmt: skip
-            for first_row in range(whole, num_rows, M):
-                dk_KE, dv_KV = add_rows(
-                    dk_KE, dv_KV, x + at, y + at, q_base, do_base, first_row, first_key,
-                    num_rows, num_keys, shift, KV_HEADS * GROUP, x_t, query_t, out_t,
-                    E, WIDE, V, WIDE_V, False, CAUSAL, M, K, PRECISION,
-                )  # fmt: skip
-        factor = tl.load(unit)
-        keys = first_key + tl.arange(0, K)[:, None]
-        columns, columns_v = tl.arange(0, WIDE)[None, :], tl.arange(0, WIDE_V)[None, :]
-        stored = keys < keys_stored
-        at = b64 * gk_b + kv * gk_h + keys.to(tl.int64) * gk_t + columns
-        dk_KE *= scale * factor
-        inside = stored & (columns < E)
-        store_sum(old_key + at, new_key + at, summed, keys, inside, dk_KE)
-        at = b64 * gv_b + kv * gv_h + keys.to(tl.int64) * gv_t + columns_v
-        inside = stored & (columns_v < V)
-        store_sum(old_value + at, new_value + at, summed, keys, inside, dv_KV * factor)
+        if WHICH == 0 or (WHICH is None and tile < of_keys):
+            grad_key_value(
+                tile, x, y, query + b64 * query_b, grad_out + b64 * out_b,
+                old_key + b64 * gk_b, new_key + b64 * gk_b,
+                old_value + b64 * gv_b, new_value + b64 * gv_b, summed,
+                keys_stored, num_rows, num_keys, shift, scale * factor, factor,
+                x_t, query_h, query_t, out_h, out_t, gk_h, gk_t, gv_h, gv_t,
+                HEADS, GROUP, E, WIDE, V, WIDE_V, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip
+        else:
+            grad_query(
+                tile - of_keys, y, key + b64 * key_b, old_query + b64 * old_b,
+                new_query + b64 * new_b, summed_query, num_rows, num_keys, shift, scale * factor,
+                x_t, key_h, key_t, old_h, old_t, new_h, new_t,
+                HEADS, GROUP, E, WIDE, CAUSAL, M, K, PRECISION,
+            )  # fmt: skip

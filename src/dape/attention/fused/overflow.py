@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dape.attention.fused import overflow_kernels as kernels
@@ -24,17 +23,21 @@ def asking(problem: Problem, flag: Tensor | None) -> dict[str, Any]:
     return {"gate": flag, "GATED": -1, "LIMIT": LARGEST_SUM}
 
 
-def flag_of(terms: Mixing) -> Tensor:
-    """Return a flag, 1 if weights or tables alone leave the range of 16 bits.
+def largest_weight(taps: int = 1) -> float:
+    """Return the largest sum of weights that keeps numbers between scores and logits in range."""
+    return LARGEST_NUMBER / LARGEST_SCORE / taps**2
+
+
+def set_flag(flag: Tensor, terms: Mixing) -> None:
+    """Set a flag to 1 if weights or tables alone leave the range of 16 bits, else to 0.
 
     Tables of `Mixed` stay in float32. Tables of DAPE V2 and FIRE enter the logits and hidden units
     of the scratch.
     """
-    flag = terms.static.new_empty(1, dtype=torch.int32)
-    (units, heads), most = terms.weight_in.shape, LARGEST_NUMBER / LARGEST_SCORE
-    taps = terms.taps if isinstance(terms, Taps) else 1
+    units, heads = terms.weight_in.shape
+    most = largest_weight(terms.taps if isinstance(terms, Taps) else 1)
     start(kernels.weights_kernel, (1,))(
-        flag, terms.weight_in, terms.weight_out, most / taps**2, H=heads, D=units,
+        flag, terms.weight_in, terms.weight_out, most, H=heads, D=units,
         HEADS=next_power_of_2(heads), UNITS=max(1, next_power_of_2(units)), num_warps=4,
     )  # fmt: skip
     if isinstance(terms, Features):
@@ -50,4 +53,3 @@ def flag_of(terms: Mixing) -> Tensor:
         start(kernels.range_kernel, (cdiv(max(sizes), 2048),))(
             flag, terms.hidden, terms.static, *sizes, LARGEST_SCORE, N=2048, num_warps=4
         )
-    return flag

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import decode, overflow, static, windows
-from dape.attention.fused.bands import balance, grad_key_value, grad_query, scores, softmax_value
+from dape.attention.fused.bands import balance, gradients, scores, softmax_value
 from dape.attention.fused.cuda import features, taps
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
@@ -69,9 +69,10 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
     elif not narrow:
         forward_by_bands(mixer_of(problem, backend), found)
     else:
-        found = found._replace(flag=overflow.flag_of(terms))
+        found = found._replace(flag=problem.query.new_empty(1, dtype=torch.int32))
         mixer = mixer_of(problem, backend)
         if not mixer.whole(found):
+            overflow.set_flag(found.flag, terms)
             forward_by_bands(mixer, found)
         wider, silent = problem._replace(gate=Gate(found.flag, True)), found.silent()
         if isinstance(terms, Mixed):
@@ -149,6 +150,5 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
             balance(mixer.mix(x, band), y, part, its)
             scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
-        grad_query(y, part, its, into.of_queries(band))
-        grad_key_value(x, y, part, its, *into.of_keys(band))
+        gradients(x, y, part, its, into.of_queries(band), *into.of_keys(band))
     mixer.gradients(slots, rows.unit, tables)

@@ -17,6 +17,9 @@ from dape.attention.fused.problem import Band, Problem, Result
 from dape.attention.fused.sizes import WIDEST_TILE, cdiv, next_power_of_2, padded, strides
 from dape.attention.fused.terms import Nothing, Static
 
+# Numbers that a program reads at a time in search of the largest.
+LOADS = 4096
+
 
 class Rows(NamedTuple):
     """The gradients of output and log-sum-exp, and by row the log-sum-exp and delta.
@@ -76,12 +79,14 @@ class Rows(NamedTuple):
 def _largest(grad_out: Tensor, grad_lse: Tensor | None) -> Float[Tensor, "parts"]:
     """Return the largest numbers of so many parts of both gradients, a power of two."""
     batch, heads, rows, value_dim = grad_out.shape
-    lines = batch * heads * rows
-    found = grad_out.new_empty(min(1024, next_power_of_2(cdiv(lines, 32))), dtype=torch.float32)
+    wide = next_power_of_2(value_dim)
+    at_once = max(1, LOADS // wide)
+    tiles = batch * heads * cdiv(rows, at_once)
+    found = grad_out.new_empty(min(1024, next_power_of_2(tiles)), dtype=torch.float32)
     start(kernels.largest_kernel, (len(found),))(
-        grad_out, grad_out if grad_lse is None else grad_lse, found, rows, heads, lines,
-        *strides(grad_out), V=value_dim, WIDE_V=next_power_of_2(value_dim),
-        SUMMED=grad_lse is not None, M=32, num_warps=4,
+        grad_out, grad_out if grad_lse is None else grad_lse, found, rows, heads, tiles,
+        *strides(grad_out), V=value_dim, WIDE_V=wide,
+        SUMMED=grad_lse is not None, M=at_once, num_warps=4,
     )  # fmt: skip
     return found
 

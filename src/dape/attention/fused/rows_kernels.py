@@ -8,21 +8,22 @@ from dape.attention.fused.tiles import LOG2E, load_rows
 
 @triton.jit
 def largest_kernel(
-    x, y, found, num_rows, heads, lines, x_b, x_h, x_t,
+    x, y, found, num_rows, heads, tiles, x_b, x_h, x_t,
     V: tl.constexpr, WIDE_V: tl.constexpr, SUMMED: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Store the largest |x| of some rows of X, and of `y` by row if SUMMED; grid (parts)."""
-    columns, largest_M = tl.arange(0, WIDE_V)[None, :], tl.zeros((M,), tl.float32)
-    for start in range(tl.program_id(0) * M, lines, tl.num_programs(0) * M):
-        line_M = start + tl.arange(0, M)
-        b, h, t = line_M // (heads * num_rows), line_M // num_rows % heads, line_M % num_rows
-        at_M = b.to(tl.int64) * x_b + h.to(tl.int64) * x_h + t.to(tl.int64) * x_t
-        inside = (line_M < lines)[:, None] & (columns < V)
-        x_MV = tl.load(x + at_M[:, None] + columns, inside, 0.0).to(tl.float32)
-        largest_M = tl.maximum(largest_M, tl.max(tl.abs(x_MV), 1))
+    """Store the largest |x| of some tiles of X, and of `y` by row if SUMMED; grid (parts)."""
+    largest_MV = tl.zeros((M, WIDE_V), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        across = tl.cdiv(num_rows, M)
+        head, first_row = tile // across, tile % across * M
+        at = (head // heads).to(tl.int64) * x_b + (head % heads).to(tl.int64) * x_h
+        x_MV = load_rows(x + at, x_t, first_row, num_rows, V, M, WIDE_V).to(tl.float32)
+        largest_MV = tl.maximum(largest_MV, tl.abs(x_MV))
         if SUMMED:
-            largest_M = tl.maximum(largest_M, tl.abs(tl.load(y + line_M, line_M < lines, 0.0)))
-    tl.store(found + tl.program_id(0), tl.max(largest_M, 0))
+            line = first_row + tl.arange(0, M)
+            y_M = tl.load(y + head.to(tl.int64) * num_rows + line, line < num_rows, 0.0)
+            largest_MV = tl.maximum(largest_MV, tl.abs(y_M)[:, None])
+    tl.store(found + tl.program_id(0), tl.max(tl.max(largest_MV, 1), 0))
 
 
 @triton.jit

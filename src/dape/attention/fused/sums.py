@@ -12,8 +12,11 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem
 from dape.attention.fused.sizes import cdiv, next_power_of_2
 
-# Numbers that a program clears.
+# Numbers that a program clears, or reads at a time from all slots.
 ENTRIES = 4096
+# Numbers that a program of `fold` reads at a time, most distances of a program, and programs that
+# fill a GPU.
+LOADS, MOST_DISTANCES, PROGRAMS = 1024, 128, 512
 
 
 def add_up(
@@ -29,13 +32,13 @@ def add_up(
 
     For a table of several groups a slot has as many matrices, followed by those of a second table.
     """
-    entries, (rows, width) = 16, padded
+    count, (rows, width) = slots.shape[0] * slots.shape[1], padded
     size = rows * width * groups * (1 if second is None else 2)
-    also = table if second is None else second
+    also, (at_once, entries) = table if second is None else second, slots_at_once(count)
     start(kernels.sum_kernel, (cdiv(size, entries),))(
-        slots, unit, table, also, slots.shape[0] * slots.shape[1], slots.stride(1),
+        slots, unit, table, also, count, slots.stride(1),
         len(table) // groups, table.shape[1], groups, *table.stride(), *also.stride(),
-        WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=128, OUT=entries,
+        WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=at_once, OUT=entries,
         **problem.gated(), num_warps=4,
     )  # fmt: skip
 
@@ -58,14 +61,28 @@ def fold(
     terms, slots, reach, _ = lines.shape
     count, columns = table.shape
     # Neighbours in memory, columns or lines, are read together.
-    distances, width = (4, next_power_of_2(columns)) if lines.stride(3) == 1 else (32, 1)
+    width = next_power_of_2(columns) if lines.stride(3) == 1 else 1
+    distances, at_once = distances_at_once(terms, count, columns, width)
     start(kernels.fold_kernel, (cdiv(count, distances), cdiv(columns, width)))(
         lines, unit, table, terms, slots, reach, first, step, count, columns,
         *lines.stride(), *table.stride(),
         SPANS=cdiv(reach, step), SKEWED=skewed, DISTANCES=distances, COLUMNS=width,
-        TERMS=min(next_power_of_2(terms), 2048 // (distances * width)), **problem.gated(),
-        num_warps=4,
+        TERMS=at_once, **problem.gated(), num_warps=4,
     )  # fmt: skip
+
+
+def slots_at_once(count: int) -> tuple[int, int]:
+    """Return how many of some slots a program reads at a time, and how many numbers of a slot."""
+    slots = 16 if count <= 16 else 512
+    return slots, ENTRIES // slots
+
+
+def distances_at_once(terms: int, count: int, columns: int, width: int) -> tuple[int, int]:
+    """Return of how many distances, by `width` columns, and terms a program reads at a time."""
+    distances = max(4, 32 // width)
+    programs = cdiv(count, distances) * cdiv(columns, width)
+    distances = min(MOST_DISTANCES, distances * next_power_of_2(max(1, programs // PROGRAMS)))
+    return distances, max(1, min(next_power_of_2(terms), LOADS // (distances * width)))
 
 
 def zeros(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -67,10 +67,10 @@ def load_rows(base, stride, start, count, E: tl.constexpr, ROWS: tl.constexpr, W
 @triton.jit
 def sees(rows, keys, num_rows, num_keys, shift, CAUSAL: tl.constexpr):
     """Return whether `rows` see `keys`; `shift` is the index of the first row."""
-    seen = (rows < num_rows) & (keys < num_keys)
+    last = num_keys - 1
     if CAUSAL:
-        seen &= keys <= rows + shift
-    return seen
+        last = tl.minimum(last, rows + shift)
+    return keys <= tl.where(rows < num_rows, last, -1)
 
 
 @triton.jit

@@ -17,9 +17,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   static_assert(sizeof(Memory) == SHARED, "what the launch asks for");
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
-  const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4,
+  const Block block;
+  const int q = block.diagonal + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4,
             t = lane % 4;
-  const Place place(q, band_tile, rows, keys);
+  const Place place(block, q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
   if (place.first >= place.last) return;
   load_weights(shared.w, w1, w2);
@@ -28,8 +29,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
   Track track(shared.pieces, shared.line[warp], psi, table_size, delta0, lane);
   __syncthreads();
   const Held out(shared.w.out, lane);
-  x += (long long)blockIdx.y * x_b + g * BLOCK + 8 * t;
-  mask += blockIdx.y * mask_b;
+  x += (long long)block.group * x_b + g * BLOCK + 8 * t;
+  mask += block.group * mask_b;
   Stage* const ring = shared.ring[warp];
   auto fetch = [&](int tile) {
     const int row = tile * ROWS + m, key = place.start + tile * ROWS;

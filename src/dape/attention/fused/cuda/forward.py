@@ -87,7 +87,7 @@ def padded_units(terms: Mixed) -> int:
 
 
 def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> None:
-    """Fill a result; numbers too large for 16 bits set the flag of the result."""
+    """Fill a result, with a flag for weights and numbers too large for 16 bits."""
     query, key, value = map(aligned, (problem.query, problem.key, problem.value))
     batch, heads, rows = query.shape[:3]
     keys, units = key.shape[2], padded_units(terms)
@@ -104,7 +104,8 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
         (min(cdiv(distances * (units + heads), 256), 2048), 1, 1, 256, 1, 1),
     )(
         terms.hidden, terms.static, terms.weight_in, terms.weight_out,
-        hidden, fixed, linear, len(terms.hidden), low, distances,
+        hidden, fixed, linear, found.flag, overflow.largest_weight(), len(terms.hidden), low,
+        distances,
     )  # fmt: skip
     block = 32 * (cdiv(heads, 4) * 4 + where.mixers)
     start(compiled("forward", *values), (cdiv(rows, where.rows) * batch, 1, 1, block, 1, 1))(

@@ -47,7 +47,7 @@ class CudaMixer(MixedMixer):
         return elements, max(1, min(16, rows // ROWS, BLOCKS // (batch * blocks)))
 
     def whole(self, found: Result) -> bool:
-        """Fill a result by a single kernel, if a kernel serves the problem; return whether."""
+        """Fill a result and its flag by one kernel, if it serves the problem; return whether."""
         where = forward.layout_of(self.problem, self.terms)
         if where is not None:
             forward.forward(self.problem, self.terms, where, found)

@@ -166,11 +166,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   if (gated >= 0 && *gate != gated) return;
   extern __shared__ __align__(128) char memory[];
   Memory& shared = *(Memory*)memory;
-  const int q = blockIdx.x + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4,
+  const Block block;
+  const int q = block.diagonal + first_diagonal, warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4,
             t = lane % 4;
-  const Place place(q, band_tile, rows, keys);
+  const Place place(block, q, band_tile, rows, keys);
   const int m = place.row + warp, delta0 = q * KEYS + offset + m;
-  const int tiles = max(0, place.last - place.first), first_element = blockIdx.y * elements;
+  const int tiles = max(0, place.last - place.first), first_element = block.group * elements;
   const int total = tiles * max(0, min(elements, batch - first_element));
   if (add && total == 0) return;
   const Tables& tables = shared.walk.tables[warp];
@@ -248,8 +249,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   __syncthreads();
   lay_out(shared.sums, acc, warp, g, t);
   __syncthreads();
-  slot += ((long long)(blockIdx.y * (gridDim.z / SHARES) + blockIdx.z / SHARES) * slots + blockIdx.x * SHARES +
-           blockIdx.z % SHARES) *
+  slot += ((long long)(block.group * (gridDim.z / SHARES) + block.segment) * slots + block.diagonal * SHARES +
+           block.share) *
           slot_size;
   add_up(slot, shared.sums, add);
 }

@@ -20,15 +20,32 @@ DEVICE int along(int key) { return (key & -BLOCK) * H + (key & (BLOCK - 1)); }
 // The key, among 32 of a warp, in column c of key tile p.
 DEVICE int key_of(int p, int c) { return 8 * (c >> 1) + 2 * p + (c & 1); }
 
+// The diagonal of a block, counted from the first, its elements, and its share and segment of the diagonal, on a grid
+// (diagonals, groups of elements, SHARES segments). Blocks start in the order of their number, and the first diagonals
+// are the longest. All blocks of CHUNK diagonals come before the next diagonals, since long blocks that start late
+// would leave most of the GPU idle. Neighbouring diagonals share lines of memory, and start together.
+constexpr int CHUNK = 8;
+struct Block {
+  int diagonal, group, share, segment;
+  __device__ Block() {
+    const uint32 n = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), all = gridDim.y * gridDim.z,
+                 begin = n / (CHUNK * all) * CHUNK, width = min((uint32)CHUNK, gridDim.x - begin),
+                 left = n - begin * all, part = left / width;
+    diagonal = begin + left % width;
+    group = part / gridDim.z;
+    share = part % gridDim.z % SHARES;
+    segment = part % gridDim.z / SHARES;
+  }
+};
 struct Place {  // the tiles of a block: a segment of the diagonal, and the first row in a tile
   int first, last, start, row;
-  __device__ Place(int q, int band_tile, int rows, int keys)
-      : start((band_tile - q) * KEYS), row(blockIdx.z % SHARES * WARPS) {
+  __device__ Place(const Block& block, int q, int band_tile, int rows, int keys)
+      : start((band_tile - q) * KEYS), row(block.share * WARPS) {
     int low = 1 - start - KEYS, high = keys - start;
     first = low > 0 ? (low + ROWS - 1) / ROWS : 0;
     last = high > 0 ? (min(rows, high) + ROWS - 1) / ROWS : 0;
     int segments = gridDim.z / SHARES, share = (max(0, last - first) + segments - 1) / segments;
-    first += blockIdx.z / SHARES * share;
+    first += block.segment * share;
     last = min(last, first + share);
   }
 };

@@ -17,7 +17,7 @@ from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
-from dape.attention.fused.sums import add_up, cleared, fold
+from dape.attention.fused.sums import cleared, distances_at_once, slots_at_once
 from dape.attention.fused.terms import Mixed
 
 
@@ -99,15 +99,23 @@ class MixedMixer(Mixer[Mixed]):
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Mixed) -> None:
         """Fill the gradients of C, U, W1 and W2, times `unit`."""
-        problem = self.problem
-        units, heads = map(padded, self.terms.weight_in.shape)
-        hidden, static, weights, _ = slots.sums.split(self.sizes(), dim=2)
+        problem, (count, units) = self.problem, self.terms.hidden.shape
+        terms, number, size = slots.sums.shape
+        heads, step = len(self.terms.static), self.tile_keys // self.shares
         first = lowest_distance(problem, self.tile_rows, self.tile_keys)
-        step = self.tile_keys // self.shares
-        by_line = static.unflatten(2, (heads, self.lines)).transpose(2, 3)
-        fold(problem, by_line, first, step, unit, into.static.t())
-        fold(problem, hidden.unflatten(2, (self.lines, units)), first, step, unit, into.hidden)
-        add_up(problem, weights, (heads, units), unit, into.weight_in.t(), into.weight_out)
+        at_once, entries = slots_at_once(terms * number)
+        rows, terms_of_rows = distances_at_once(terms, count, units, padded(units))
+        line, terms_of_line = distances_at_once(terms, count, heads, 1)
+        programs = 2 * padded(heads) * padded(units) // entries
+        programs += cdiv(count, rows) + heads * cdiv(count, line)
+        start(kernels.gradients_kernel, (programs,))(
+            slots.sums, unit, into.static, into.hidden, into.weight_in, into.weight_out,
+            terms, number, number * size, size, first, step, count,
+            H=heads, D=units, HEADS=padded(heads), UNITS=padded(units),
+            LINES=self.lines, SPANS=cdiv(self.lines, step), SLOTS=at_once, OUT=entries,
+            ROWS=rows, TERMS=terms_of_rows, OF_HEAD=line, TERMS_OF_HEAD=terms_of_line,
+            **problem.gated(), num_warps=4,
+        )  # fmt: skip
 
     def compiled(self) -> dict[str, Any]:
         """Return the compile-time arguments of the two kernels."""

@@ -18,6 +18,7 @@ from dape.attention.fused.across_heads import (
     rise,
     tile_positions,
 )
+from dape.attention.fused.sums_kernels import added, folded
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
 
 
@@ -143,3 +144,50 @@ def mix_backward_kernel(
     add_or_store(sums + heads[None, :] * UNITS + units[:, None], sum_w1_DH, ADD)
     sums += UNITS * HEADS
     add_or_store(sums + heads[:, None] * UNITS + units[None, :], sum_w2_HD, ADD)
+
+
+@triton.jit
+def gradients_kernel(
+    sums, unit, static, hidden, w1, w2, terms, slots, term_size, slot_size, lowest, step, count,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    LINES: tl.constexpr, SPANS: tl.constexpr, SLOTS: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr, TERMS: tl.constexpr, OF_HEAD: tl.constexpr, TERMS_OF_HEAD: tl.constexpr,
+    gate, GATED: tl.constexpr,
+):  # fmt: skip
+    """Add up all slots, times `unit`, into the gradients of W1 and W2, of U, and of C.
+
+    The grid is (entries of both weights, then distances of U, ROWS of them in a program, then
+    distances of a head of C, OF_HEAD of them).
+    """
+    if unwanted(gate, GATED):
+        return
+    WEIGHTS: tl.constexpr = HEADS * UNITS
+    TABLES: tl.constexpr = LINES * (HEADS + UNITS)
+    factor = tl.load(unit)
+    place = tl.program_id(0)
+    of_hidden = place - 2 * WEIGHTS // OUT
+    of_static = of_hidden - tl.cdiv(count, ROWS)
+    if of_hidden < 0:
+        n = place * OUT + tl.arange(0, OUT)
+        of_weights = added(sums + TABLES, n, terms * slots, slot_size, SLOTS, OUT) * factor
+        head, d = n % WEIGHTS // UNITS, n % UNITS
+        inside = (head < H) & (d < D)
+        tl.store(w1 + d * H + head, of_weights, inside & (n < WEIGHTS))
+        tl.store(w2 + head * D + d, of_weights, inside & (n >= WEIGHTS))
+    elif of_static < 0:
+        row, units = of_hidden * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, UNITS)[None, :]
+        of_units = folded(
+            sums, terms, slots, LINES, lowest, step, count, D, term_size, slot_size, UNITS, 1,
+            of_hidden * ROWS, 0, SPANS, False, ROWS, UNITS, TERMS,
+        )  # fmt: skip
+        at_u = hidden + row.to(tl.int64) * D + units
+        tl.store(at_u, of_units * factor, (row < count) & (units < D))
+    else:
+        across = tl.cdiv(count, OF_HEAD)
+        h, first = of_static // across, of_static % across * OF_HEAD
+        line = first + tl.arange(0, OF_HEAD)[:, None]
+        of_line = folded(
+            sums + LINES * UNITS, terms, slots, LINES, lowest, step, count, H, term_size, slot_size,
+            1, LINES, first, h, SPANS, False, OF_HEAD, 1, TERMS_OF_HEAD,
+        )  # fmt: skip
+        tl.store(static + h.to(tl.int64) * count + line, of_line * factor, line < count)

@@ -26,7 +26,7 @@ class Mixer(ABC, Generic[Kind]):
     terms: Kind
 
     def whole(self, found: Result) -> bool:
-        """Fill a result by a single kernel, if a kernel serves the problem; return whether."""
+        """Fill a result and its flag by one kernel, if it serves the problem; return whether."""
         return False
 
     @abstractmethod
