@@ -82,22 +82,26 @@ class Work:
 
 def train(work: Work, record: Record) -> Record:
     """Train to a few steps after the first checkpoint, and kill all processes."""
-    checkpoint = work.recipe.tracking.checkpoint_every
+    every = work.recipe.tracking.checkpoint_every
     with launch.started(work.training, work.log("train")) as process:
-        while _last_step(work.run) < checkpoint + AFTER:
+        while _last_step(work.run) < every + AFTER:
             if process.poll() is not None:
                 fault = launch.fault(work.log("train").read_text(), process.returncode)
-                raise UserError(f"ended before step {checkpoint + AFTER}: {fault}")
+                raise UserError(f"ended before step {every + AFTER}: {fault}")
             if time.time() > work.end:
                 raise UserError(f"in time only {_last_step(work.run)} steps")
             time.sleep(0.05)
         processes = len(launch.family(process.pid))
         launch.kill(process)
+    metrics = work.run.read_metrics()
+    saved = [
+        step for step in range(every, len(metrics) + 1, every) if work.run.checkpoint(step).exists()
+    ]
     return {
         "processes": processes,
-        "checkpoint": checkpoint,
-        "checkpoint_bytes": _bytes(work.run.checkpoint(checkpoint)),
-        "metrics": work.run.read_metrics(),
+        "checkpoint": saved[-1],
+        "checkpoint_bytes": _bytes(work.run.checkpoint(saved[-1])),
+        "metrics": metrics,
     }
 
 

@@ -70,7 +70,7 @@ def _interruption(phases: dict[str, Record]) -> Iterator[tuple[str, str]]:
     if "resume" in phases:
         second = phases["resume"]
         losses = [row["loss"] for row in second["repeated"]]
-        apart = max(abs(before / after - 1) for before, after in losses)
+        apart = max((abs(before / after - 1) for before, after in losses), default=0.0)
         equal = f"{len(second['differing'])} differ, losses by at most {apart:.0e}"
         if not second["differing"]:
             equal = "all equal bit for bit"

@@ -45,7 +45,7 @@ LAYOUTS: dict[str, dict[int, tuple[tuple[int, ...], dict[str, str]]]] = {
     "6.7b": {
         1: ((4, 8), {"activation_checkpointing": "blocks"}),
         2: ((8, 16), {"activation_checkpointing": "selective"}),
-        4: ((16, 32), {"activation_checkpointing": "selective"}),
+        4: ((16, 32), {"activation_checkpointing": "none"}),
     },
 }
 ATTENTION_LENGTHS = (32_768, 131_072)

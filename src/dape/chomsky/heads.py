@@ -16,7 +16,7 @@ from dape.attention.fused.sizes import cdiv, next_power_of_2, padded
 from dape.device import has_triton
 from dape.positions.adapter import DAPE, Rows
 
-KEYS = 64  # queries and keys of a tile
+PAIRS = 64  # queries and keys of a tile
 STAGES = 1  # of loads; loads ahead take shared memory, and fewer programs run side by side
 PROGRAMS = 1024  # that fill a GPU
 MOST_HEADS, MOST_UNITS, MOST_TAPS = 8, 64, 3  # that fit 99 KiB of shared memory
@@ -159,9 +159,9 @@ def _rows(x: Tensor) -> Tensor:
 def _sizes(tensors: list[Tensor]) -> tuple[int, dict[str, int]]:
     """Return the number of tiles, and the compile-time sizes of the kernels."""
     (heads, queries, keys), (units, _, taps) = tensors[1].shape[1:], tensors[2].shape[1:]
-    tiles = cdiv(queries * (keys + taps // 2), KEYS - 2 * (taps // 2))
+    tiles = cdiv(queries * (keys + taps // 2), PAIRS - 2 * (taps // 2))
     columns = padded(next_power_of_2(heads) * next_power_of_2(taps))
     return tiles, {
         **{"H": heads, "D": units, "TAPS": taps, "HEADS": columns // next_power_of_2(taps)},
-        **{"P": columns, "UNITS": padded(units), "N": KEYS},
+        **{"P": columns, "UNITS": padded(units), "N": PAIRS},
     }

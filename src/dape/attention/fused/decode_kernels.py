@@ -19,32 +19,35 @@ GROWING = ("num_keys", "table_size", "shift")
 
 
 @triton.jit
+def tables_at(b_H, v_DH, w2_HD, b1_D, b2_H, ON_BIAS: tl.constexpr):
+    """Return U `[D]`, and b2 + W2 phi(U) `[H]`, of a bias for every head, in float32."""
+    u_D = b1_D
+    if ON_BIAS >= 0:
+        u_D += tl.sum(v_DH * b_H[None, :], 1)
+    return u_D, b2_H + tl.sum(w2_HD * tl.where(u_D > 0, u_D, 0.01 * u_D)[None, :], 1)
+
+
+@triton.jit
 def made_tables(
-    distance, heads, p0, p1, span, count, v_DH, w2_HD, b1_D, b2_H, H: tl.constexpr,
+    distance, heads, p0, p1, span, count, v_DH, w2_HD, b_H, u_D, c_H, H: tl.constexpr,
     FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Return U `[D, N]` and C `[H, N]` of a form at distances, as `tables_kernel` makes them.
 
-    Products in TF32 keep fewer digits than float32. They have only what differs from the first
-    distance of the tile: U = U0 + V (B - B0), and C likewise of phi(U) - phi(U0).
+    Products in TF32 keep fewer digits than float32. They have only what differs from a bias B0 of
+    the same span, whose `tables_at` are U0 and C0: U = U0 + V (B - B0), and C likewise.
     """
     b_NH, _x, _y = bias_values(p0, p0, p1, distance, heads, count, span, H, FORM, False, ROWS)
     b_HN = tl.trans(b_NH)
-    first = (tl.arange(0, b_HN.shape[1]) == 0)[None, :]
-    b_H = tl.sum(tl.where(first, b_HN, 0.0), 1)
-    u_D = b1_D
-    u_DN = tl.zeros((b1_D.shape[0], b_HN.shape[1]), tl.float32) + b1_D[:, None]
+    u_DN = tl.zeros((u_D.shape[0], b_HN.shape[1]), tl.float32) + u_D[:, None]
     if ON_BIAS >= 0:
-        u_D = b1_D + tl.sum(v_DH * b_H[None, :], 1)
-        added_HN = b_HN - b_H[:, None]
-        u_DN = tl.dot(v_DH, added_HN, tl.zeros_like(u_DN) + u_D[:, None], input_precision="tf32x3")
-    phi_D = tl.where(u_D > 0, u_D, 0.01 * u_D)
-    added_DN = tl.where(u_DN > 0, u_DN, 0.01 * u_DN) - phi_D[:, None]
-    c_H = b2_H + tl.sum(w2_HD * phi_D[None, :], 1)
+        u_DN = tl.dot(v_DH, b_HN - b_H[:, None], u_DN, input_precision="tf32x3")
     c_HN = tl.zeros_like(b_HN) + c_H[:, None]
     if RESIDUAL:
         c_HN += b_HN
-    return u_DN, tl.dot(w2_HD, added_DN, c_HN, input_precision="tf32x3")
+    phi_DN = tl.where(u_DN > 0, u_DN, 0.01 * u_DN)
+    phi_D = tl.where(u_D > 0, u_D, 0.01 * u_D)
+    return u_DN, tl.dot(w2_HD, phi_DN - phi_D[:, None], c_HN, input_precision="tf32x3")
 
 
 @triton.jit
@@ -122,6 +125,10 @@ def decode_kernel(
         v_DH = w1_DH
         if ON_BIAS >= 0:
             v_DH = tl.trans(load_tap(w1, 0, ON_BIAS, heads, units, channels, H, D, 1))
+        far = tl.abs(shift - low) + tl.arange(0, 1)  # from the first row to the first key
+        b_H, _x, _y = bias_values(p0, p0, p1, far, heads, table_size, span, H, FORM, False, ROWS)
+        b_H = tl.sum(b_H, 0)
+        u_D, c_H = tables_at(b_H, v_DH, w2_HD, b1_D, b2_H, ON_BIAS)
     if F > 0:
         places = tl.arange(0, FEATURES)
         u_FD, c_FH, u_D, c_H = load_feature_tables(hidden, static, heads, units, places, H, D, F)
@@ -175,8 +182,8 @@ def decode_kernel(
                     c_HN = tl.trans(load_static(static, delta_ij, heads, table_size, H))
                 else:
                     u_DN, c_HN = made_tables(
-                        tl.abs(delta_ij), heads, p0, p1, span, table_size, v_DH, w2_HD, b1_D, b2_H,
-                        H, FORM, ROWS, ON_BIAS, RESIDUAL,
+                        tl.abs(delta_ij), heads, p0, p1, span, table_size, v_DH, w2_HD,
+                        b_H, u_D, c_H, H, FORM, ROWS, ON_BIAS, RESIDUAL,
                     )  # fmt: skip
                 x_HN = tl.reshape(x_CK * scale, (HEADS, M * K))
                 s_HN = logits(x_HN, u_DN, c_HN, w1_DH, w2_HD, F > 0)
