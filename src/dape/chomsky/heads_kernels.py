@@ -98,6 +98,12 @@ def gathered(x_NP, key, shift, HEADS: tl.constexpr, TAPS: tl.constexpr):
     return tl.sum(tl.reshape(x_NP, (N, x_NP.shape[1] // HEADS, HEADS)), 1)
 
 
+@triton.jit
+def unshifted(x, x_NP, at_HN, own_HN, TAPS: tl.constexpr):
+    """Return the numbers `[N, H]` of keys of no other tile; a single tap has them in x already."""
+    return x_NP if TAPS == 1 else load_scores(x, at_HN, own_HN)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def heads_kernel(
     scores, bias, w1, b1, w2, b2, out, batch, queries, keys, bias_g, w1_g, b1_g, w2_g, b2_g,
@@ -123,7 +129,7 @@ def heads_kernel(
         h_ND = hidden(a_NP, w1_PD, z_ND)
         y_NP = tl.dot(h_ND, tl.trans(w2_PD), input_precision="tf32x3")
         y_NH = gathered(y_NP, key, shift, HEADS, TAPS) + c_NH
-        y_NH += load_scores(scores + first, at_HN, own_HN)
+        y_NH += unshifted(scores + first, a_NP, at_HN, own_HN, TAPS)
         tl.store(out + first + at_HN, tl.trans(y_NH), own_HN)
 
 
@@ -165,7 +171,7 @@ def heads_backward_kernel(
         own_NP = tl.where(own[:, None], a_NP, 0.0)
         sum_w1_DP = tl.dot(tl.trans(dz_ND), own_NP, sum_w1_DP, input_precision="tf32x3")
         dx_NP = tl.dot(dz_ND, tl.trans(w1_PD), input_precision="tf32x3")
-        dy_NH = load_scores(grad + first, at_HN, own_HN)
+        dy_NH = unshifted(grad + first, dy_NP, at_HN, own_HN, TAPS)
         dx_NH = gathered(dx_NP, key, -shift, HEADS, TAPS) + dy_NH
         tl.store(grad_scores + first + at_HN, tl.trans(dx_NH), own_HN)
         sum_z_ND += dz_ND
