@@ -8,7 +8,7 @@ Options with a dot are changes of the recipe, after those of `CHANGES`. The file
 each phase at its end:
 
 - train: `torchrun -m dape train`. A few steps after the first checkpoint all processes are killed.
-- resume: the same command, to the last step. Losses of steps done twice are compared.
+- resume: the same command, to the last step. Steps done twice must have equal losses, bit for bit.
 - export: `dape export` writes a folder in the format of Hugging Face.
 - evaluate: `dape eval` measures the folder on the test split.
 - load: transformers loads the folder in bfloat16 and goes on with a sentence.
@@ -117,7 +117,7 @@ def resume(work: Work, record: Record) -> Record:
     """Run the command of the training again, and compare the steps done twice.
 
     Raises:
-        UserError: if the run does not go on from the checkpoint, or if a step done twice differs.
+        UserError: if the run does not go on from the checkpoint to the last step.
     """
     said = work.command("resume", *work.training)
     first = record["phases"]["train"]
@@ -279,13 +279,18 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.load:
         print(json.dumps(loaded(arguments.load)))
         return
+    if arguments.recipe is None:
+        parser().error("name a recipe, such as recipes/2.7b.yaml")
     try:
         check_writable(arguments.out)
         work = prepared(arguments, changes)
-        follow(work, begun(work, arguments.gpus), arguments.out)
+        record = begun(work, arguments.gpus)
+        follow(work, record, arguments.out)
     except UserError as error:
         sys.exit(f"error: {error}")
     remove(work.folder)
+    if different := record["phases"]["resume"]["differing"]:
+        sys.exit(f"error: steps {different}, done twice, differ in loss or norm of the gradient")
 
 
 if __name__ == "__main__":

@@ -123,6 +123,17 @@ def test_a_different_loss_is_named(module, record, monkeypatch, tmp_path):
         module.resume(work, record)
 
 
+def test_the_folder_goes_and_a_difference_ends_with_an_error(module, folder, tmp_path, monkeypatch):
+    different: list[int] = []
+    monkeypatch.setattr(module, "PHASES", {"resume": lambda *_: {"differing": different}})
+    given = words(folder, "--folder", tmp_path / "runs", "--out", tmp_path / "record.json")
+    module.main(given)
+    assert not (tmp_path / "runs" / "tiny").exists()
+    different.append(23)
+    with pytest.raises(SystemExit, match=r"^error: steps \[23\], done twice, differ"):
+        module.main(given)
+
+
 def test_a_phase_that_fails_leaves_those_before_it(module, folder, tmp_path, monkeypatch, capsys):
     def fail(work, record):
         raise module.UserError("no room")

@@ -1,4 +1,3 @@
-import gc
 import json
 import math
 import shutil
@@ -6,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from dape import DapeConfig, DapeForCausalLM
 from dape.cli import main
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
-from dape.train import graphs, loop, task
+from dape.train import graphs, task
 from dape.train.recipe import Recipe, read, write
 from dape.train.run import train
 from dape.train.sections import Hardware
@@ -324,15 +322,3 @@ def test_logits_with_room_are_computed_once(data, monkeypatch, room, products):
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     problem.loss(model, *problem.batch("train", 0, 0, 1)).backward()
     assert len(calls) == products
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_leave_the_objects_of_the_first_update_alone(monkeypatch, ranks):
-    """All ranks wait for the one that collects garbage; after the run all is as before."""
-    monkeypatch.setattr(loop, "_updates", lambda session: iter([{"step": 1}, {"step": 2}]))
-    session = SimpleNamespace(fabric=SimpleNamespace(world_size=ranks))
-    frozen = []
-    for _ in loop.updates(session):
-        frozen.append(gc.get_freeze_count())
-    assert frozen[0] == 0 and (frozen[1] > 10_000) == (ranks > 1)
-    assert gc.get_freeze_count() == 0

@@ -42,6 +42,7 @@ def out(data, tmp_path_factory):
         env=os.environ | paths | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stderr
+    assert "lightning" not in done.stderr, "no warning"
     return out
 
 

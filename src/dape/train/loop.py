@@ -1,10 +1,9 @@
 """The training loop: updates, metrics, validation, checkpoints."""
 
-import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,25 +85,6 @@ def fit(session: Session) -> None:
 
 
 def updates(session: Session) -> Iterator[Metrics]:
-    """Make the updates in turn and yield the metrics of each update.
-
-    Compilation leaves hundreds of thousands of objects of Python. A full garbage collection looks
-    at each, and all devices wait for the process that collects. With several devices the collector
-    therefore leaves the objects of the first update alone until the end.
-
-    Raises:
-        UserError: for a loss or gradient norm that is not finite.
-    """
-    with ExitStack() as at_the_end:
-        for number, metrics in enumerate(_updates(session)):
-            yield metrics
-            if number == 0 and session.fabric.world_size > 1:
-                gc.collect()
-                gc.freeze()
-                at_the_end.callback(gc.unfreeze)
-
-
-def _updates(session: Session) -> Iterator[Metrics]:
     """Make the updates in turn and yield the metrics of each update.
 
     The next batch is read while the device computes. A loss or gradient norm that is not finite

@@ -167,7 +167,8 @@ def parallelize(
         for parameter in model.parameters():
             if 1 in parameter.shape and parameter.requires_grad:
                 parameter.register_hook(_with_plain_strides)
-    return fabric.setup_module(Loss(model, task, drawn))
+    # Parameters without memory come to the device when they are sharded, without a warning.
+    return fabric.setup_module(Loss(model, task, drawn), move_to_device=not drawn)
 
 
 def _with_plain_strides(gradient: torch.Tensor) -> torch.Tensor:
