@@ -7,6 +7,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.testing import assert_close
 
 import dape
+from dape.errors import UserError
 
 ADAPTERS = {"dape": dape.DAPE(4, 5).double(), "dape3": dape.DAPE(4, 5, kernel_size=3).double()}
 
@@ -46,3 +47,35 @@ def test_jacobians_over_several_blocks_are_those_of_one():
         parts = jacrev(layer, (0, 1, 2))(*qkv)
     for ours, theirs in zip(parts, whole, strict=True):
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_gradients_are_those_of_lent_parameters(name):
+    """Blocks are computed again in the backward pass, when the parameters are taken back."""
+    layer, qkv = Layer(ADAPTERS[name]), torch.randn(3, 2, 4, 13, 8).double()
+    lent = {
+        key: (value + torch.randn_like(value)).detach().requires_grad_()
+        for key, value in layer.named_parameters()
+    }
+
+    def gradients():
+        loss = functional_call(layer, lent, tuple(qkv)).square().sum()
+        return torch.autograd.grad(loss, list(lent.values()))
+
+    whole = gradients()
+    with blocks_of(100):
+        parts = gradients()
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("at", ["query", "mask"])
+def test_tensors_overwritten_before_the_backward_pass_are_refused(at):
+    query, key, value = torch.randn(3, 2, 4, 13, 8).double()
+    given = {"query": query.requires_grad_() * 1, "mask": torch.ones(2, 13, dtype=torch.bool)}
+    with blocks_of(100):
+        out = dape.attention(key=key, value=value, bias=dape.Kerple(4), **given)
+        given[at][:, 0] = 0
+        with pytest.raises(UserError, match="was overwritten before the backward pass") as error:
+            out.sum().backward()
+    assert "\n" not in str(error.value)

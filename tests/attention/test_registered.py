@@ -11,7 +11,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import dape
+from dape.attention import select
 from dape.attention.fused import operator
+from dape.errors import UserError
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -131,6 +133,49 @@ def test_autocast_changes_nothing_but_the_projection(name):
     assert [t.dtype for t in inside] == [torch.float16] * 4 + [torch.float32] * len(parameters)
     for ours, theirs in zip(inside, outside, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["nothing", "kerple", "fire", "dape-kerple"])
+def test_no_second_derivative_is_ever_zero_unseen(name):
+    """Neither in a Hessian, nor in a loss with a penalty on its gradient."""
+    layer, x = Layer(name), torch.randn(1, 9, 16, requires_grad=True)
+
+    def loss(x):
+        return layer(x).sin().sum()
+
+    second = pytest.raises(UserError, match="first derivatives alone; give backend='chunked'")
+    with second:
+        torch.autograd.functional.hvp(loss, x, torch.ones_like(x))
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with second as error:
+        torch.autograd.grad(loss(x) + gradient.square().sum(), x)
+    assert "\n" not in str(error.value)
+    for parameter in layer.parameters():
+        (gradient,) = torch.autograd.grad(loss(x), parameter, create_graph=True)
+        with second:
+            torch.autograd.grad(gradient.square().sum() + x.sum(), x)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of jvp and vmap
+def test_transforms_go_to_another_backend(monkeypatch):
+    """As on a GPU, where `auto` asks the kernels first."""
+    monkeypatch.setattr(select, "order", lambda _: ["sdpa", "triton", "chunked"])
+    layer, x, moved = Layer("dape-kerple"), torch.randn(2, 1, 9, 16), torch.randn(1, 9, 16)
+    for function, reason in (
+        (lambda: torch.func.jvp(layer, (x[0],), (moved,)), "forward-mode derivatives"),
+        (lambda: torch.func.vmap(layer)(x), "transforms of torch.func"),
+    ):
+        with pytest.raises(UserError, match=f"the kernels know no {reason}"):
+            function()
+    for name in ("nothing", "dape-kerple"):
+        layer = Layer(name, "auto")
+        exact = copy.deepcopy(layer).double()
+        exact.backend = "reference"
+        _, found = torch.func.jvp(layer, (x[0],), (moved,))
+        _, expected = torch.autograd.functional.jvp(exact, x[0].double(), moved.double())
+        assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+        rows = torch.func.vmap(layer)(x)
+        assert_close(rows, torch.stack([layer(x[0]), layer(x[1])]), rtol=1e-4, atol=1e-5)
 
 
 @every_kind

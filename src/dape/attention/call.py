@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from dape.errors import UserError, check_finite, check_switch, check_whole
+
+FORWARD_MODE = "forward-mode derivatives"
 
 
 class Call(NamedTuple):
@@ -188,6 +191,13 @@ def visibility(
         places = torch.arange(rows, device=device) + shift
         visible = (torch.arange(keys, device=device) <= places[:, None])[None, None]
     return visible if mask is None else visible & mask
+
+
+def transform() -> str | None:
+    """Return the transform in force that a kernel with a backward pass alone cannot follow."""
+    if forward_ad._current_level >= 0:
+        return FORWARD_MODE
+    return "transforms of torch.func" if torch._C._are_functorch_transforms_active() else None
 
 
 def check(

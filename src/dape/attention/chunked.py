@@ -1,13 +1,16 @@
 """Blocks of query rows, recomputed in the backward pass, with memory linear in the length."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from dape.attention import reference
 from dape.attention.call import Attended, Call
+from dape.errors import UserError
 
 # Most scores in a block: 16 MiB of float32 on a CPU, enough to fill a GPU.
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
@@ -49,13 +52,56 @@ def attend(call: Call, lse: bool = False) -> Attended:
         out, log_sums = block(0, total)
         return Attended(out.to(dtype), log_sums)
     blocks = []
+    again = block if torch.compiler.is_compiling() else Again(block, whole).compute
     # The largest first, because the others fit into the freed memory.
     for start in reversed(range(0, total, size)):
         stop = min(start + size, total)
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            blocks.append(checkpoint(block, start, stop, use_reentrant=False))
+            blocks.append(checkpoint(again, start, stop, use_reentrant=False))
         else:
             blocks.append(block(start, stop))
     outputs, sums = zip(*blocks[::-1], strict=True)
     out = torch.cat(outputs, dim=2).to(dtype)
     return Attended(out, torch.cat(sums, dim=2) if lse else None)
+
+
+class Again(nn.Module):
+    """A function of a block that computes the same again in the backward pass.
+
+    `torch.func.functional_call` lends parameters to bias and adapter for the forward pass alone,
+    and tensors of the call may be overwritten. A compiled graph holds all tensors itself.
+    """
+
+    def __init__(self, block: Callable[[int, int], tuple[Tensor, Any]], call: Call) -> None:
+        super().__init__()
+        self.block = block
+        modules = (call.bias, call.adapter)
+        self.parts = nn.ModuleList(each for each in modules if isinstance(each, nn.Module))
+        self.lent = self.tensors()
+        inputs = [x for x in call if isinstance(x, Tensor) and not x.is_inference()]
+        self.versions = [(x, x._version) for x in inputs]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the present parameters and buffers of bias and adapter."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def compute(self, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Return the block, with the first parameters and buffers.
+
+        Raises:
+            UserError: for an overwritten tensor of the call.
+        """
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise UserError(
+                "a tensor given to dape.attention was overwritten before the backward pass, which "
+                "computes from it again; give a copy, or backend='reference'"
+            )
+        now = self.tensors()
+        if all(now.get(name) is tensor for name, tensor in self.lent.items()):
+            return self.block(start, stop)
+        found: tuple[Tensor, Any] = functional_call(self, self.lent, (start, stop))
+        return found
+
+    def forward(self, start: int, stop: int) -> tuple[Tensor, Any]:
+        """Return the block, with the parameters at hand."""
+        return self.block(start, stop)

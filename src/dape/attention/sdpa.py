@@ -4,7 +4,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from dape.attention.call import Attended, Call
+from dape.attention.call import FORWARD_MODE, Attended, Call, transform
 
 HALF = (torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
@@ -24,6 +24,8 @@ def obstacle(call: Call) -> str | None:
         return "sdpa knows neither a bias nor an adapter"
     if call.mask is not None:
         return "a mask would exclude the fast kernels of sdpa"
+    if transform() == FORWARD_MODE:
+        return f"the kernels of sdpa know no {FORWARD_MODE}"
     if not call.scale > 0:  # the mask of causality, -inf, is scaled too
         return "the kernels of sdpa want a positive scale"
     moved = not (isinstance(call.shift, int) and call.shift == 0)

@@ -95,7 +95,8 @@ def gathered(x_NP, key, shift, HEADS: tl.constexpr, TAPS: tl.constexpr):
         lane = tl.arange(0, N)[:, None] + shift[None, :]
         x_NP = tl.gather(x_NP, lane & (N - 1), 0)
         x_NP = tl.where(key[:, None] + shift[None, :] >= 0, x_NP, 0.0)
-    return tl.sum(tl.reshape(x_NP, (N, x_NP.shape[1] // HEADS, HEADS)), 1)
+        x_NP = tl.sum(tl.reshape(x_NP, (N, x_NP.shape[1] // HEADS, HEADS)), 1)
+    return x_NP
 
 
 @triton.jit

@@ -192,9 +192,11 @@ def has_gaps(tokens: Tensor) -> bool:
 def moved(positions: Tensor, tokens: Tensor) -> bool:
     """Return whether visible tokens are not as far apart as their indices.
 
-    False while a model is traced, because a trace cannot look at positions, and without data.
+    False where positions cannot be looked at: without data, and while a model is traced or captured
+    in a CUDA graph.
     """
-    if is_tracing(positions) or positions.is_meta:
+    captured = positions.is_cuda and torch.cuda.is_current_stream_capturing()
+    if is_tracing(positions) or positions.is_meta or captured:
         return False
     shift = positions - torch.arange(positions.shape[1], device=positions.device)
     least, most = torch.iinfo(shift.dtype).min, torch.iinfo(shift.dtype).max

@@ -5,13 +5,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dape.attention.call import Attended, Call
 from dape.attention.fused import decode_operator
 from dape.attention.fused.plan import planned
 from dape.attention.fused.problem import Result, problem_of, with_rows
-from dape.attention.fused.registered import below_autograd, register
+from dape.attention.fused.registered import below_autograd, first_derivative, register
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
 from dape.attention.fused.terms import learned, mixes
@@ -170,7 +169,7 @@ class _Attend(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_others: None
     ) -> tuple[Any, ...]:

@@ -5,9 +5,13 @@ takes a new number in the name, because older graphs would call with old argumen
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+
+from dape.errors import UserError
 
 LIBRARY = torch.library.Library("dape", "FRAGMENT")
 
@@ -39,3 +43,38 @@ def below_autograd(operator: Any, *given: Any) -> Any:
     """Return the results of an operator without gradients."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*given)
+
+
+class _Final(torch.autograd.Function):
+    """Gradients that depend on further tensors, and refuse to be differentiated."""
+
+    @staticmethod
+    def forward(_: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(*_: Any) -> NoReturn:
+        raise UserError(
+            "the fused kernels have first derivatives alone; give backend='chunked' for second ones"
+        )
+
+
+def first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a backward pass whose gradients refuse to be differentiated.
+
+    Gradients of PyTorch's `once_differentiable` are cut from the graph. For `torch.autograd.grad`
+    and `torch.autograd.functional.hvp`, their derivatives are then zeros.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        tensors = [x for x in found if x is not None]
+        sources = [x for x in (*ctx.saved_tensors, *grads) if x is not None]
+        final = iter(_Final.apply(len(tensors), *tensors, *sources))
+        return tuple(None if x is None else next(final) for x in found)
+
+    return once

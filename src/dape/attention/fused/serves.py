@@ -2,7 +2,7 @@
 
 import torch
 
-from dape.attention.call import Call
+from dape.attention.call import Call, transform
 from dape.attention.fused.sizes import next_power_of_2, padded
 from dape.attention.fused.tables import hidden_units
 from dape.attention.fused.tables import obstacle as table_obstacle
@@ -23,6 +23,8 @@ LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 def obstacle(call: Call) -> str | None:
     """Return why the fused kernels cannot serve a call, or None."""
     query, value, mask, shift = call.query, call.value, call.mask, call.shift
+    if (around := transform()) is not None:
+        return f"the kernels know no {around}"
     if call.positioned:
         return "positions are given, and the kernels count indices"
     if query.dtype == torch.bfloat16 and query.device.type == "cpu":

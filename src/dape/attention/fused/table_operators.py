@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.plan import planned, start
-from dape.attention.fused.registered import below_autograd, register
+from dape.attention.fused.registered import below_autograd, first_derivative, register
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
@@ -197,7 +196,7 @@ class _Tables(torch.autograd.Function):
         return tuple(below_autograd(forward_operator, *tensors, *how))
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         found = iter(backward_operator(*tensors, grads, *ctx.how))
@@ -278,7 +277,7 @@ class _Fire(torch.autograd.Function):
         return below_autograd(fire_operator, log_c, log_threshold, count, offset)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return *fire_backward_operator(*ctx.saved_tensors, *grads, ctx.offset), None, None
 
