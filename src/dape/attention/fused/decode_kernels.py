@@ -19,12 +19,20 @@ GROWING = ("num_keys", "table_size", "shift")
 
 
 @triton.jit
-def tables_at(b_H, v_DH, w2_HD, b1_D, b2_H, ON_BIAS: tl.constexpr):
-    """Return U `[D]`, and b2 + W2 phi(U) `[H]`, of a bias for every head, in float32."""
-    u_D = b1_D
+def tables_at(
+    distance, heads, units, p0, p1, b1, b2, span, count, v_DH, w2_HD,
+    H: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Return B `[H]`, U `[D]`, and b2 + W2 phi(U) `[H]`, at a distance, in float32."""
+    n = distance + tl.arange(0, 1)
+    b_NH, _x, _y = bias_values(p0, p0, p1, n, heads, count, span, H, FORM, False, ROWS)
+    b_H = tl.sum(b_NH, 0)
+    u_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
     if ON_BIAS >= 0:
         u_D += tl.sum(v_DH * b_H[None, :], 1)
-    return u_D, b2_H + tl.sum(w2_HD * tl.where(u_D > 0, u_D, 0.01 * u_D)[None, :], 1)
+    phi_D = tl.where(u_D > 0, u_D, 0.01 * u_D)
+    b2_H = tl.load(b2 + heads, heads < H, 0.0).to(tl.float32)
+    return b_H, u_D, b2_H + tl.sum(w2_HD * phi_D[None, :], 1)
 
 
 @triton.jit
@@ -120,15 +128,13 @@ def decode_kernel(
     w1_DH = tl.trans(load_tap(w1, 0, 0, heads, units, channels, H, D, 1))
     w2_HD = load_out(w2, heads, units, H, D)
     if FORM is not None:
-        b1_D = tl.load(hidden + units, units < D, 0.0).to(tl.float32)
-        b2_H = tl.load(static + heads, heads < H, 0.0).to(tl.float32)
         v_DH = w1_DH
         if ON_BIAS >= 0:
             v_DH = tl.trans(load_tap(w1, 0, ON_BIAS, heads, units, channels, H, D, 1))
-        far = tl.abs(shift - low) + tl.arange(0, 1)  # from the first row to the first key
-        b_H, _x, _y = bias_values(p0, p0, p1, far, heads, table_size, span, H, FORM, False, ROWS)
-        b_H = tl.sum(b_H, 0)
-        u_D, c_H = tables_at(b_H, v_DH, w2_HD, b1_D, b2_H, ON_BIAS)
+        b_H, u_D, c_H = tables_at(  # from the first row to the first key
+            tl.abs(shift - low), heads, units, p0, p1, hidden, static, span, table_size,
+            v_DH, w2_HD, H, D, FORM, ROWS, ON_BIAS,
+        )  # fmt: skip
     if F > 0:
         places = tl.arange(0, FEATURES)
         u_FD, c_FH, u_D, c_H = load_feature_tables(hidden, static, heads, units, places, H, D, F)
@@ -172,10 +178,9 @@ def decode_kernel(
                 first_key = low + start
                 delta_ij = first_row + n // K + shift - (first_key + n % K)
                 if F > 0:
-                    index = first_key + n % K + tl.maximum(delta_ij, 0)
                     u_DN, c_HN = tables_of_features(
-                        delta_ij, index, psi, index_scale, table_size, v_F, c_F,
-                        u_DF, c_HF, u_D, c_H,
+                        delta_ij, first_key + n % K + tl.maximum(delta_ij, 0), psi, index_scale,
+                        table_size, v_F, c_F, u_DF, c_HF, u_D, c_H,
                     )  # fmt: skip
                 elif FORM is None:
                     u_DN = tl.trans(load_hidden(hidden, delta_ij, units, table_size, D))

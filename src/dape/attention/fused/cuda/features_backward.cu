@@ -257,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   __syncthreads();
   lay_out(shared.sums[warp], acc, shared.pieces.unit, g, t);
   __syncthreads();
-  slot += (long long)(block.group * (gridDim.z / SHARES) + block.segment) * slots + block.diagonal * SHARES +
-          block.share;
+  slot +=
+      (long long)(block.group * (gridDim.z / SHARES) + block.segment) * slots + block.diagonal * SHARES + block.share;
   add_up(*slot, shared.piece_sums, shared.sums, add);
 }
