@@ -158,10 +158,9 @@ def tables_backward_kernel(
     of_taps = parts + tl.program_id(0).to(tl.int64) * size + 3 * HEADS + UNITS
     if MIXED:
         b1_D = tl.load(b1 + units, units < D, 0.0).to(tl.float32)
-        if ON_BIAS < 0:
-            for tap in tl.static_range(T):
-                begin = of_taps + tap * HEADS * UNITS + heads[:, None] * UNITS + units[None, :]
-                tl.store(begin, tl.zeros((HEADS, UNITS), tl.float32))
+        for tap in tl.static_range(T):
+            begin = of_taps + tap * HEADS * UNITS + heads[:, None] * UNITS + units[None, :]
+            tl.store(begin, tl.zeros((HEADS, UNITS), tl.float32))
     for start in range(first, last, N):
         n = start + tl.arange(0, N)
         inside = (n < last)[:, None] & (heads < H)[None, :]
@@ -186,7 +185,7 @@ def tables_backward_kernel(
                     at_tap += heads[:, None] * UNITS + units[None, :]
                     seen_NH = tl.where(inside, b_NH, 0.0)
                     added = tl.dot(tl.trans(seen_NH), gu_ND, input_precision="ieee")
-                    tl.store(at_tap, tl.load(at_tap, start > first, 0.0) + added)
+                    tl.store(at_tap, tl.load(at_tap) + added)
                     u_ND = tl.dot(b_NH, v_HD, u_ND, input_precision="ieee")
                 if not LINEAR:
                     phi_ND = tl.where(u_ND > 0, u_ND, 0.01 * u_ND)
