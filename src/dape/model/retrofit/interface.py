@@ -129,7 +129,7 @@ def layer_mask(
 
 def placed_keys(
     tokens: Bool[Tensor, "batch seen"] | None,
-    positions: Int[Tensor, "batch query"] | None,
+    positions: Int[Tensor, "#batch query"] | None,
     rows: int,
     keys: int,
     past: int | Tensor,
