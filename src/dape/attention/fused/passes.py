@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import decode, overflow, static, windows
-from dape.attention.fused.bands import balance, gradients, scores, softmax_value
+from dape.attention.fused.bands import balance, scores, softmax_value
 from dape.attention.fused.cuda import features, taps
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
+from dape.attention.fused.grad import gradients
 from dape.attention.fused.mixers.features import FeaturesMixer
 from dape.attention.fused.mixers.mixed import MixedMixer
 from dape.attention.fused.mixers.mixer import Mixer
