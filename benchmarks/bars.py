@@ -216,6 +216,8 @@ def main() -> None:
     unknown = [name for name in given.parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        parser.error("the bars need a CUDA GPU, and PyTorch sees none")
     check_writable(given.out)
     record = {"provenance": provenance(DEVICE), "results": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -262,7 +262,11 @@ def follow(work: Work, record: Record, out: Path) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--data", type=Path, default=Path("data/books"))
     parser.add_argument("--gpus", type=int, default=4)

@@ -7,15 +7,16 @@ record lacks have empty cells.
 """
 
 import argparse
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dape.errors import UserError
 from dape.figures.style import ACCENT, palette, save, theme
-from dape.files import write_text
+from dape.files import read_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,11 +114,17 @@ def draw(records: Sequence[Record]) -> "Figure":
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, default=Path("results/scaling/runs"))
     arguments = parser.parse_args(argv)
-    records = [json.loads(each.read_text()) for each in arguments.records]
+    try:
+        remedy = "give records of large_run.py"
+        records = [read_json(each, dict, remedy) for each in arguments.records]
+    except UserError as error:
+        sys.exit(f"error: {error}")
     write_text(arguments.out.with_name(arguments.out.name + ".md"), table(records))
     save(draw(records), arguments.out.with_name(arguments.out.name + ".svg"))
     print(table(records), end="")

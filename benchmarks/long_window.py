@@ -74,7 +74,9 @@ def unequal(records: list[dict[str, Any]], most: float) -> list[int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--lengths", default="262144")

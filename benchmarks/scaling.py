@@ -279,7 +279,9 @@ def listed(kind: type) -> Any:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=list(PARTS))
     parser.add_argument("--gpus", type=listed(int), default=[4, 1, 2])
     parser.add_argument("--sizes", type=listed(str), default=["2.7b", "6.7b", "125m", "350m"])
