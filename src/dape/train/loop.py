@@ -87,42 +87,42 @@ def fit(session: Session) -> None:
 def updates(session: Session) -> Iterator[Metrics]:
     """Make the updates in turn and yield the metrics of each update.
 
-    The next batch is read while the device computes. A loss or gradient norm that is not finite
-    changes no weight.
+    The host waits for the device once in an update, after it has started the whole update and the
+    copy of the next batch. A loss or gradient norm that is not finite ends the updates.
 
     Raises:
         UserError: for a loss or gradient norm that is not finite.
     """
     recipe, fabric, optimizer = session.recipe, session.fabric, session.optimizer
     steps, tokens = recipe.training.steps, session.task.tokens
-    batch = session.batch("train", session.progress.step)
-    recording = record(session, micro_batches(session, batch))
+    parts = micro_batches(session, session.batch("train", session.progress.step))
+    recording = record(session, parts)
     before = math.nan
     for step in range(session.progress.step + 1, steps + 1):
         begun = time.perf_counter()
         state = np.random.SeedSequence([recipe.seed, step, fabric.global_rank])
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0]))
-        parts = micro_batches(session, batch)
         mean = recording.accumulate(parts) if recording else accumulate(session, parts)
         limit = recipe.optimizer.clip_norm or math.inf
         norm = fabric.clip_gradients(
             session.loss, optimizer, max_norm=limit, error_if_nonfinite=False
         )
-        batch = session.batch("train", step)
+        rate = learning_rate(step, steps, recipe.optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=recording is None)
+        parts = micro_batches(session, session.batch("train", step))
         metrics: Metrics = {
             "step": step,
             **({"tokens": step * tokens} if tokens else {}),
             "loss": float(mean),
-            "learning_rate": learning_rate(step, steps, recipe.optimizer),
+            "learning_rate": rate,
             "grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
         }
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise divergence(session.task, metrics, before)
         before = metrics["loss"]
-        for group in optimizer.param_groups:
-            group["lr"] = metrics["learning_rate"]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=recording is None)
         metrics["update_seconds"] = time.perf_counter() - begun
         yield metrics
 
@@ -202,9 +202,9 @@ def divergence(task: Task, metrics: Metrics, before: float) -> UserError:
     return UserError(
         f"step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}, at learning"
         f" rate {metrics['learning_rate']:.2e}; the previous loss was {before:.4f}. The batch was"
-        f" {task.origin(step - 1)}. The update was not made and the checkpoints in"
-        f" {task.recipe.run} are untouched. Try, under another --name, a lower"
-        " optimizer.learning_rate, a longer optimizer.warmup or training.precision=fp32"
+        f" {task.origin(step - 1)}. No checkpoint in {task.recipe.run} has this update. Try, under"
+        " another --name, a lower optimizer.learning_rate, a longer optimizer.warmup or"
+        " training.precision=fp32"
     )
 
 
