@@ -23,6 +23,7 @@ import dape.attention.fused
 from dape.attention.fused import geometry, serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
+CHAINED = {"CHAINED": True, "launch_pdl": True}  # as on Hopper
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -108,6 +109,7 @@ def main(*calls):
         found: dict[str, list[int]] = {}
         for kernel, args, options in started:
             if names is None or kernel.__name__ in names:
+                options = options | (CHAINED if "CHAINED" in options else {})
                 sizes = found.setdefault(kernel.__name__, [])
                 sizes.append(shared_memory(kernel, args, options))
         print(json.dumps(found), flush=True)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from dape.attention.fused.across_heads import load_feature_tables, load_hidden, load_static, rise
 from dape.attention.fused.table_kernels import bias_values, load_out, load_tap
-from dape.attention.fused.tiles import LOG2E, sees, store_output, tile_at, turns, unwanted
+from dape.attention.fused.tiles import LOG2E, follow, sees, store_output, tile_at, turns, unwanted
 
 # Sizes that change with every token. Triton would compile a further kernel for multiples of 16.
 GROWING = ("num_keys", "table_size", "shift")
@@ -101,7 +101,7 @@ def decode_kernel(
     F: tl.constexpr, FEATURES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
     gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B).
 
@@ -111,6 +111,7 @@ def decode_kernel(
     W1 has `channels` columns, first the scores. If EXACT, the rounding error of P meets V too. If
     FLAGS, `gate` becomes 1.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     if FLAGS:

@@ -9,7 +9,7 @@ workspace, and start the compiled kernels with addresses.
 import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +121,19 @@ def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         found: Callable[..., None] = kernel[grid]
         return found
     return partial(_current.recorder.note, kernel, grid)
+
+
+def chained() -> dict[str, bool]:
+    """Return the arguments of a kernel that begins by `tiles.follow`, for the current device.
+
+    GPUs from Hopper on start such a kernel while the kernel before still runs.
+    """
+    able = _has_gpu() and _capability(torch.cuda.current_device())[0] >= 9
+    return {"CHAINED": True, "launch_pdl": True} if able else {"CHAINED": False}
+
+
+_has_gpu = cache(lambda: torch.cuda.is_available() and not torch.version.hip)
+_capability = cache(torch.cuda.get_device_capability)
 
 
 def planned(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dape.attention.fused.tiles import beyond, store_output, unwanted
+from dape.attention.fused.tiles import beyond, follow, store_output, unwanted
 
 
 @triton.jit
@@ -11,12 +11,13 @@ def combine_kernel(
     part, part_lse, out, lse, rest, num_rows, part_s, part_r, lse_s,
     out_b, out_h, out_t, lse_b, lse_h,
     HEADS, V: tl.constexpr, COLUMNS: tl.constexpr, SPANS: tl.constexpr, RESTED: tl.constexpr,
-    gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
+    gate, LIMIT: tl.constexpr, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O of a row from the outputs of all spans, weighted by softmax mass.
 
     The grid is (rows, B H, parts of V). A log-sum-exp beyond a LIMIT sets `gate`.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
