@@ -32,8 +32,8 @@ class Size:
 
 SIZES = {
     "small": Size("recipes/paper/small.yaml", 2**16, 2**15),
-    "125m": Size("recipes/paper/125m.yaml", 2**16, 2**14),
-    "350m": Size("recipes/paper/350m.yaml", 2**16, 2**13),
+    "125m": Size("recipes/paper/125m.yaml", 2**16, 2**15),
+    "350m": Size("recipes/paper/350m.yaml", 2**16, 2**14),
     "smoke": Size("recipes/paper/smoke.yaml", 2**9),
     "demo": Size("recipes/demo.yaml", 2**11),
     "cpu": Size("recipes/cpu.yaml", 2**12),

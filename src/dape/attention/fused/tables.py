@@ -109,18 +109,18 @@ def bias_tables(
     Learnable parameters `[H]` have a Jacobian. The gradient of C goes back to a parameter
     `[rows, H]`.
     """
-    name, *given, span = form
-    parameters = [x for x in given if x is not None]
+    name, p0, p1, span = form
+    parameters = [x for x in (p0, p1) if x is not None]
     learn = torch.is_grad_enabled() and any(x.requires_grad for x in parameters)
     if learn and span == 0:
-        given = [None if x is None else x.detach() for x in given]
+        given = [x if x is None else x.detach() for x in (p0, p1)]
         how = operators.How(name, count, num_heads, derivatives=len(parameters))
         found = operators.forward_operator(None, *given, *[None] * 4, *how)
         return *found, torch.stack(parameters)
     if not parameters:  # an operator knows the device by a tensor
-        given[0] = torch.empty(num_heads, device=device)
+        p0 = torch.empty(num_heads, device=device)
     how = operators.How(name, count, num_heads, span=span)
-    return tuple(operators.forward_operator(None, *given, *[None] * 4, *how))
+    return tuple(operators.forward_operator(None, p0, p1, *[None] * 4, *how))
 
 
 def fast_tables(
