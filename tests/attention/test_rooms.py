@@ -15,6 +15,20 @@ def test_launchers_start_kernels_so_that_a_plan_may_note_them():
     assert not [text for text in texts if re.search(r"_kernel\[", text)]
 
 
+def test_every_kernel_waits_for_the_kernel_before_at_first():
+    kernels = {}
+    for path in FOLDER.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                kernels[node.name] = ast.unparse(node.body[1])  # after the docstring
+    assert len(kernels) > 30
+    assert set(kernels.values()) == {"follow(CHAINED)"}
+    sources = [path.read_text() for path in FOLDER.rglob("*.cu")]
+    heads = [part.partition("{\n")[2] for text in sources for part in text.split("__global__")[1:]]
+    assert len(heads) > 7
+    assert {head.splitlines()[0].strip() for head in heads} == {"follow();"}
+
+
 def test_functions_outside_kernels_have_80_lines_at_most_and_kernels_120():
     for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -161,11 +161,11 @@ def parallelize(
         warnings.filterwarnings("ignore", "TensorFloat32 tensor cores", UserWarning)
         # The compiler warns of in-place operations under checkpoints, and has removed them by then.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        # Uncompiled, softmax and gradient of the float32 logits take a tenth of a step. A second pass
-        # over the logits of a token reads the cache, and costs less than a sum that is rescaled.
-        model.loss_function = torch.compile(  # type: ignore
-            model.loss_function, options={"online_softmax": False}
-        )
+        # Uncompiled, softmax and gradient of the float32 logits take a tenth of a step. A second
+        # pass over the logits of a token reads the cache, and a rescaled sum costs more.
+        loss: Any = model.loss_function
+        compiled_loss = torch.compile(loss, options={"online_softmax": False})
+        model.loss_function = compiled_loss  # type: ignore
     if hardware.strategy == "ddp" and fabric.world_size > 1:
         for parameter in model.parameters():
             if 1 in parameter.shape and parameter.requires_grad:

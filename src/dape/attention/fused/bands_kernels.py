@@ -16,6 +16,7 @@ from dape.attention.fused.tiles import (
     BLOCK,
     LOG2E,
     beyond,
+    follow,
     head_and_rows,
     load_rows,
     sees,
@@ -81,6 +82,7 @@ def scores_kernel(
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, BOTH: tl.constexpr, LIMIT: tl.constexpr,
     gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X = scale Q K^T, and if BOTH Y = dO V^T / unit - delta, of rows against a span of keys.
 
@@ -88,6 +90,7 @@ def scores_kernel(
     is rounded: where a row has one key alone, dP is delta, and nothing is left. A score above a
     LIMIT sets `gate`.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     b = tl.program_id(1).to(tl.int64)
@@ -124,13 +127,14 @@ def softmax_value_kernel(
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
     TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of a head, rows against a span of keys; grid (rows H, B, spans).
 
     If TABLED, C is added to X. If EXACT, the rounding error of P meets V too. A log-sum-exp beyond
     a LIMIT sets `gate`.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)
@@ -197,7 +201,7 @@ def balance_kernel(
     x_b, x_t, stat_b, stat_h, stat_t, out_b, out_h, out_t, grad_b, grad_h,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, TABLED: tl.constexpr, SUMMED: tl.constexpr,
-    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    gate, GATED: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Give rows of P the sum 1, and rows of dS = P Y exact sums; grid (rows H, B).
 
@@ -206,6 +210,7 @@ def balance_kernel(
     forward pass had, and the error of a row of dS meets tables as large as the logits. Therefore
     the kernel takes the mean off Y, and divides the factors of P, Y and dO, by the sum of P.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)

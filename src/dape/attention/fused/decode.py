@@ -12,7 +12,7 @@ from dape.attention.fused import decode_kernels as kernels
 from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.geometry import Extent
 from dape.attention.fused.overflow import asking
-from dape.attention.fused.plan import chained, start
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.sizes import (
     MOST_ROWS,
@@ -140,7 +140,7 @@ def forward(problem: Problem, terms: Mixed | Features | Sources, found: Result) 
         E=head_dim, WIDE=padded(head_dim), V=value_dim, WIDE_V=padded(value_dim), **how,
         CAUSAL=problem.causal, MASKED=problem.mask is not None,
         EXACT=found.exact, RESTED=spans == 1 and found.exact, **flags, FLAGS=found.flag.numel() > 0,
-        M=tile.rows, K=tile.keys, PRECISION=PRECISION, **chained(),
+        M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     combine(parts, parts_lse, asking(problem, None), found)

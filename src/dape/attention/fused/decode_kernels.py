@@ -98,9 +98,8 @@ def decode_kernel(
     HEADS: tl.constexpr, UNITS: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
     V: tl.constexpr, WIDE_V: tl.constexpr,
     FORM: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    F: tl.constexpr, FEATURES: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
-    gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
+    F: tl.constexpr, FEATURES: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    EXACT: tl.constexpr, RESTED: tl.constexpr, gate, GATED: tl.constexpr, FLAGS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(S) V of logits S = A + C + W2 (phi(W1 A + U) - phi(U)); grid (rows, spans, B).

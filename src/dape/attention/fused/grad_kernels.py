@@ -12,6 +12,7 @@ import triton.language as tl
 from dape.attention.fused.bands_kernels import places
 from dape.attention.fused.tiles import (
     BLOCK,
+    follow,
     head_and_rows,
     load_rows,
     sees,
@@ -152,13 +153,14 @@ def grad_kernel(
     old_b, old_h, old_t, new_b, new_h, new_t, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store dQ = unit scale dA K, dK = unit scale dA^T Q and dV = unit P^T dO, with old sums.
 
     The grid is (rows H + keys Hkv, B). Rows come first, since in a low and wide band a program of
     rows is longer than a program of keys.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     b64 = tl.program_id(1).to(tl.int64)

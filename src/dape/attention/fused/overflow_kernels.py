@@ -3,12 +3,23 @@
 import triton
 import triton.language as tl
 
+from dape.attention.fused.tiles import follow
+
 
 @triton.jit
 def weights_kernel(
-    gate, w1, w2, limit, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr
+    gate,
+    w1,
+    w2,
+    limit,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Set `gate` to 1 if |W1| or |W2| |W1| may take scores of 1 beyond `limit`, else to 0."""
+    follow(CHAINED)
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     inside = (units[:, None] < D) & (heads[None, :] < H)
     w1_DH = tl.load(w1 + units[:, None] * H + heads[None, :], inside, 0.0)
@@ -20,9 +31,17 @@ def weights_kernel(
 
 @triton.jit
 def range_kernel(
-    gate, first, second, first_size, second_size, LIMIT: tl.constexpr, N: tl.constexpr
+    gate,
+    first,
+    second,
+    first_size,
+    second_size,
+    LIMIT: tl.constexpr,
+    N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Set `gate` if a number of two tables is beyond a limit; grid (entries)."""
+    follow(CHAINED)
     n = tl.program_id(0) * N + tl.arange(0, N)
     x = tl.maximum(
         tl.abs(tl.load(first + n, n < first_size, 0.0)),
@@ -35,12 +54,13 @@ def range_kernel(
 def feature_range_kernel(
     gate, hidden, static, weight, bias, LIMIT: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
+    HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Set `gate` if FIRE's features may make a number beyond a limit of U `[1 + F, D]` or C.
 
     A feature relu(v x + c) of an x in [0, 1] is no larger than max(c, v + c, 0); the first is 1.
     """
+    follow(CHAINED)
     f, heads, units = tl.arange(0, FEATURES), tl.arange(0, HEADS), tl.arange(0, UNITS)
     inside = (f > 0) & (f <= F)
     v = tl.load(weight + f - 1, inside, 0.0)

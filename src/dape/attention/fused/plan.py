@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
 
 from dape.attention.fused.sizes import cdiv
 
@@ -117,19 +118,25 @@ _current = _Current()
 
 def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     """Return the function that starts a kernel on a grid, or notes the start for a plan."""
-    if _current.recorder is None:
-        found: Callable[..., None] = kernel[grid]
-        return found
-    return partial(_current.recorder.note, kernel, grid)
+    recorder = _current.recorder
+    begin = kernel[grid] if recorder is None else partial(recorder.note, kernel, grid)
+    return partial(begin, **chained(kernel))
 
 
-def chained() -> dict[str, bool]:
-    """Return the arguments of a kernel that begins by `tiles.follow`, for the current device.
+def chained(kernel: Any) -> dict[str, bool]:
+    """Return the options of a kernel of Triton that may start before the kernel before has ended.
 
-    GPUs from Hopper on start such a kernel while the kernel before still runs.
+    Such a kernel begins by `tiles.follow`.
     """
-    able = _has_gpu() and _capability(torch.cuda.current_device())[0] >= 9
+    if "CHAINED" not in kernel.arg_names:
+        return {}
+    able = isinstance(kernel, JITFunction) and overlaps()
     return {"CHAINED": True, "launch_pdl": True} if able else {"CHAINED": False}
+
+
+def overlaps() -> bool:
+    """Return whether kernels overlap on the current GPU: from Hopper on."""
+    return _has_gpu() and _capability(torch.cuda.current_device())[0] >= 9
 
 
 _has_gpu = cache(lambda: torch.cuda.is_available() and not torch.version.hip)

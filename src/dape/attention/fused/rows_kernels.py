@@ -3,15 +3,17 @@
 import triton
 import triton.language as tl
 
-from dape.attention.fused.tiles import LOG2E, load_rows
+from dape.attention.fused.tiles import LOG2E, follow, load_rows
 
 
 @triton.jit
 def largest_kernel(
     x, y, found, num_rows, heads, tiles, x_b, x_h, x_t,
     V: tl.constexpr, WIDE_V: tl.constexpr, SUMMED: tl.constexpr, M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store the largest |x| of some tiles of X, and of `y` by row if SUMMED; grid (parts)."""
+    follow(CHAINED)
     largest_MV = tl.zeros((M, WIDE_V), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         across = tl.cdiv(num_rows, M)
@@ -54,8 +56,10 @@ def half_kernel(
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t,
     hq_b, hq_h, hq_t, hk_b, hk_h, hk_t, hv_b, hv_h, hv_t,
     E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr, M: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store Q, K and, if asked, V in fp16; grid (rows, B H, 2 or 3), of rows and heads the most."""
+    follow(CHAINED)
     which, line = tl.program_id(2), tl.program_id(1)
     if which == 0:
         if line < BATCH * HEADS:
@@ -80,7 +84,7 @@ def row_products_kernel(
     out_b, out_h, out_t, grad_b, grad_h, grad_t, lse_b, lse_h,
     scaled_b, scaled_h, scaled_t, copied_b, copied_h, copied_t, delta_b, delta_h,
     HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, RESTED: tl.constexpr, PADDED: tl.constexpr,
-    SUMMED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr,
+    SUMMED: tl.constexpr, PARTS: tl.constexpr, M: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store the unit, dO / unit, and delta = (O . dO - g) / unit by row; grid (rows, B H).
 
@@ -88,6 +92,7 @@ def row_products_kernel(
     and if PADDED in base 2, with rows past the last, as `Rows` says. The unit is made of the
     largest numbers of so many PARTS, and 1 without.
     """
+    follow(CHAINED)
     b, h = tl.program_id(1) // HEADS, (tl.program_id(1) % HEADS).to(tl.int64)
     scale = 1.0
     if PARTS > 0:

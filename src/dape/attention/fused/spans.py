@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dape.attention.fused import spans_kernels as kernels
-from dape.attention.fused.plan import chained, start
+from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Result
 from dape.attention.fused.sizes import Tile, cdiv, strides
 
@@ -49,5 +49,5 @@ def combine(parts: Tensor, parts_lse: Tensor, asks: dict[str, Any], found: Resul
         parts.stride(0), value_dim, parts_lse.stride(0),
         *strides(found.out), *found.lse.stride()[:2],
         heads, V=value_dim, COLUMNS=COLUMNS, SPANS=spans,
-        RESTED=found.exact, **asks, **chained(), num_warps=4,
+        RESTED=found.exact, **asks, num_warps=4,
     )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from dape.attention.fused.tiles import (
     LOG2E,
     diagonal_tiles,
+    follow,
     head_and_rows,
     load_rows,
     store_output,
@@ -40,9 +41,10 @@ def forward_kernel(
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, RESTED: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(scale Q K^T + C) V of a head over a span of keys; grid (rows H, B, spans)."""
+    follow(CHAINED)
     h, first_row = head_and_rows(tl.program_id(0), num_rows, HEADS, M)
     rows = first_row + tl.arange(0, M)
     b64 = tl.program_id(1).to(tl.int64)
@@ -94,7 +96,7 @@ def grad_query_kernel(
     out_b, out_h, out_t, stat_b, stat_h, line_b, grad_b, grad_h, grad_t, wanted_b, wanted_h,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, SUMMED: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store dQ = unit scale dS K of a head, and correct delta; grid (rows H, B).
 
@@ -102,6 +104,7 @@ def grad_query_kernel(
     error of `delta` from the rounding of the output. The kernel takes the error off `delta`, before
     the sums along keys and diagonals.
     """
+    follow(CHAINED)
     h, first_row = head_and_rows(tl.program_id(0), num_rows, HEADS, M)
     rows = first_row + tl.arange(0, M)
     b64 = tl.program_id(1).to(tl.int64)
@@ -152,13 +155,14 @@ def grad_key_value_kernel(
     out_b, out_h, out_t, stat_b, stat_h, line_b, gk_b, gk_h, gk_t, gv_b, gv_h, gv_t,
     KV_HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, PARAMETERS: tl.constexpr,
-    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Store dK = unit scale dS^T Q and dV = unit P^T dO of a key head; grid (keys Hkv, B).
 
     For a bias of one or two PARAMETERS, also store the sums of dS times each derivative of the
     bias, `[B, tiles of keys, PARAMETERS, H]`.
     """
+    follow(CHAINED)
     kv, tile = (tl.program_id(0) % KV_HEADS).to(tl.int64), tl.program_id(0) // KV_HEADS
     first_key = tile * K
     keys = first_key + tl.arange(0, K)
@@ -230,11 +234,13 @@ def grad_table_kernel(
     out_b, out_h, out_t, stat_b, stat_h, line_b,
     HEADS, GROUP, E: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr, WIDE_V: tl.constexpr,
     CAUSAL: tl.constexpr, LINED: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum dS of a head over the tiles of a diagonal and the batch; grid (diagonals H).
 
     The long diagonals of all heads come first. Rows are stored in reverse.
     """
+    follow(CHAINED)
     h, slot = (tl.program_id(0) % HEADS).to(tl.int64), tl.program_id(0) // HEADS
     q = slot + first_diagonal
     positions = tl.arange(0, M)

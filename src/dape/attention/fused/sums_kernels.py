@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
-from dape.attention.fused.tiles import unwanted
+from dape.attention.fused.tiles import follow, unwanted
 
 SUM_STRIDES = ("table_r", "table_c", "second_r", "second_c")
 
 
 @triton.jit(do_not_specialize=("size",))
-def zero_kernel(x, size, N: tl.constexpr, gate, GATED: tl.constexpr):
+def zero_kernel(x, size, N: tl.constexpr, gate, GATED: tl.constexpr, CHAINED: tl.constexpr):
     """Store zeros; grid (entries)."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
@@ -35,12 +36,13 @@ def sum_kernel(
     slots, unit, table, second, count, slot_size, rows, columns, groups,
     table_r, table_c, second_r, second_c,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, SLOTS: tl.constexpr,
-    OUT: tl.constexpr, gate, GATED: tl.constexpr,
+    OUT: tl.constexpr, gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum matrices `[groups, ROWS, WIDTH]` over slots, times `unit`, into a table; grid (entries).
 
     A table has the rows of all groups. If SECOND, as many groups follow for a second table.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     n = tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -97,9 +99,10 @@ def fold_kernel(
     line_n, line_q, line_r, line_c, table_d, table_c,
     SPANS: tl.constexpr, SKEWED: tl.constexpr,
     DISTANCES: tl.constexpr, COLUMNS: tl.constexpr, TERMS: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum the terms of all lines of a distance d or -d, times `unit`; grid (|d|, columns)."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     first, first_column = tl.program_id(0) * DISTANCES, tl.program_id(1) * COLUMNS

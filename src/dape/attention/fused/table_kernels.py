@@ -15,6 +15,8 @@ FIRE, b1 and b2 meet only the first entry, the constant feature (ONE_CONSTANT). 
 import triton
 import triton.language as tl
 
+from dape.attention.fused.tiles import follow
+
 # Sizes that change with every token of decoding. Triton would compile a further kernel for
 # multiples of 16.
 GROWING = ("count", "offset")
@@ -71,9 +73,10 @@ def load_out(weight, heads, units, H: tl.constexpr, D: tl.constexpr):
 def static_table_kernel(
     p0, p1, static, jacobian, count, span,
     H: tl.constexpr, HEADS: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr,
-    DERIVATIVES: tl.constexpr, N: tl.constexpr,
+    DERIVATIVES: tl.constexpr, N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """C = B of a form, and so many DERIVATIVES by the parameters; grid (entries)."""
+    follow(CHAINED)
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
     b_NH, x_NH, y_NH = bias_values(static, p0, p1, n, heads, count, span, H, FORM, False, ROWS)
     inside = (n < count)[:, None] & (heads < H)[None, :]
@@ -91,11 +94,13 @@ def tables_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     FORM: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, ON_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, LINEAR: tl.constexpr, ONE_CONSTANT: tl.constexpr, N: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """C `[H, N]`, U `[N, T D]`, W1 `[T D, H]` and W2 `[H, T D]`; grid (entries).
 
     ON_BIAS is the first column of W1 on B, or -1.
     """
+    follow(CHAINED)
     n, heads = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, HEADS)
     units = tl.arange(0, UNITS)
     b_NH, _x, _y = bias_values(values, p0, p1, n, heads, count, span, H, FORM, GIVEN, ROWS)
@@ -137,13 +142,14 @@ def tables_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     FORM: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr, MOST_ROWS: tl.constexpr,
     ON_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, LINEAR: tl.constexpr,
-    ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr,
+    ONE_CONSTANT: tl.constexpr, MIXED: tl.constexpr, N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients by p, b2, b1, V and W2 over some entries; grid (parts).
 
     A part holds the padded sums in a row, the sums of a parameter `[ROWS, H]` last. Without MIXED
     the only table is C = B, with ROWS. For a given B the kernel stores the gradient of B.
     """
+    follow(CHAINED)
     heads, units = tl.arange(0, HEADS), tl.arange(0, UNITS)
     sum_x = tl.zeros((HEADS,), tl.float32)
     sum_y = tl.zeros((HEADS,), tl.float32)
@@ -217,8 +223,10 @@ def table_sums_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     ON_BIAS: tl.constexpr, LINEAR: tl.constexpr, MIXED: tl.constexpr,
     ROWS: tl.constexpr, MOST_ROWS: tl.constexpr, PROGRAMS: tl.constexpr, OUT: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Sum all parts, add the gradients of W1 and W2 on scores, and store; grid (entries)."""
+    follow(CHAINED)
     n, p = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, PROGRAMS)
     at = p[:, None].to(tl.int64) * size + n[None, :]
     total = tl.sum(tl.load(parts + at, (p < programs)[:, None] & (n < size)[None, :], 0.0), 0)
@@ -256,8 +264,11 @@ def table_sums_kernel(
 
 
 @triton.jit(do_not_specialize=GROWING)
-def fire_kernel(log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr):
+def fire_kernel(
+    log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr, CHAINED: tl.constexpr
+):
     """psi(n) = log(1 + c n) over distances, 1 / psi(max(offset + n, L)) over indices; grid (n)."""
+    follow(CHAINED)
     n = tl.program_id(0) * N + tl.arange(0, N)
     c = tl.exp(tl.load(log_c).to(tl.float64))
     threshold = tl.exp(tl.load(log_threshold).to(tl.float64))
@@ -269,9 +280,10 @@ def fire_kernel(log_c, log_threshold, psi, scale, count, offset, N: tl.constexpr
 @triton.jit
 def fire_backward_kernel(
     log_c, log_threshold, grad_psi, grad_scale, grad_c, grad_threshold, count, offset,
-    N: tl.constexpr,
+    N: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of log c and log L from the gradients of psi and 1 / psi; a single program."""
+    follow(CHAINED)
     c = tl.exp(tl.load(log_c).to(tl.float64))
     threshold = tl.exp(tl.load(log_threshold).to(tl.float64))
     by_c, by_threshold = tl.zeros((N,), tl.float64), tl.zeros((N,), tl.float64)

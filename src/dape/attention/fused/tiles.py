@@ -14,7 +14,7 @@ with `_s, _b, _h, _t`.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Keys of a head that are neighbours in the scratch.
@@ -23,12 +23,8 @@ BLOCK = tl.constexpr(64)
 
 @triton.jit
 def follow(CHAINED: tl.constexpr):
-    """Wait for the kernel before, if CHAINED, and let the kernel after start beside this one.
-
-    Programs of the kernel after are then in place, and wait here for the results of this one.
-    """
+    """Wait for the results of the kernel before, if this one may start while that one runs."""
     if CHAINED:
-        gdc_launch_dependents()
         gdc_wait()
 
 

@@ -169,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                       float* pairs, int batch, int elements, int rows, int keys, int table_size, int shift,
                       int first_diagonal, int band_tile, int offset, int slots, int add, int x_b, int x_t, int stat_b,
                       int stat_h, int stat_t, int mask_b, int pair_b, int pair_t) {
+  follow();
   struct Memory {
     Pieces pieces;
     Weights w;

@@ -3,6 +3,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     features_mix(__half* x, const float* w1, const float* w2, const Pieces* pieces, const float* psi,
                  const float* scale, const uint8* mask, int rows, int keys, int table_size, int shift,
                  int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {
+  follow();
   struct Stage {
     Ring x;
     float scale[4];

@@ -5,6 +5,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const uint8* mask, int* flag, int rows, int keys, int distances, int low, int offset, double scale,
             double largest_score, double largest_sum, int q_b, int q_h, int k_b, int k_h, int v_b, int v_h, int out_b,
             int out_h, int out_t, int lse_b, int lse_h, int mask_b) {
+  follow();
   extern __shared__ __align__(128) char memory[];
   Shared& s = *(Shared*)memory;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, h = min(warp, H - 1);

@@ -4,7 +4,7 @@ A compiled kernel is kept in Triton's cache on the disk, for later processes.
 """
 
 from collections.abc import Callable
-from ctypes import addressof, c_uint64, c_void_p
+from ctypes import Structure, addressof, byref, c_int, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.cuda import _utils
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 from triton.runtime.cache import get_cache_manager
+
+from dape.attention.fused.plan import overlaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,36 @@ class Kernel:
         words = (c_uint64 * len(args))(*map(word, args))
         first = addressof(words)
         places = (c_void_p * len(args))(*range(first, first + 8 * len(args), 8))
-        _check_cuda(launcher()(function, *sizes, shared_memory, c_void_p(stream), places, None))
+        how = Launch(*sizes, shared_memory, stream, addressof(_OVERLAP), overlaps())
+        _check_cuda(launcher()(byref(how), function, places, None))
+
+
+class Attribute(Structure):
+    """`CUlaunchAttribute` of the driver; the value is a union of 64 bytes."""
+
+    _fields_ = (("id", c_int), ("padding", c_int), ("value", c_int), ("rest", c_int * 15))
+
+
+class Launch(Structure):
+    """`CUlaunchConfig` of the driver."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared_memory", c_uint),
+        ("stream", c_void_p),
+        ("attributes", c_void_p),
+        ("number", c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: `follow` in the kernel waits instead.
+_OVERLAP = Attribute(id=6, value=1)
 
 
 @cache
 def launcher() -> Callable[..., int]:
     """Return the function of the driver for starting a kernel."""
-    function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernel
+    function: Callable[..., int] = _get_gpu_runtime_library().cuLaunchKernelEx
     return function
 
 

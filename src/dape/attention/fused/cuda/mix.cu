@@ -2,6 +2,7 @@
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     mix(__half* x, const float* w1, const float* w2, const float* hidden_table, const uint8* mask, int rows, int keys,
         int table_size, int first_diagonal, int band_tile, int offset, int x_b, int x_t, int mask_b) {
+  follow();
   struct Memory {
     Weights w;
     Tables tables[WARPS];

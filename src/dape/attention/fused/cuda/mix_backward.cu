@@ -151,6 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                  float* slot, int batch, int elements, int rows, int keys, int table_size, int first_diagonal,
                  int band_tile, int offset, int slots, int slot_size, int add, int x_b, int x_t, int stat_b, int stat_h,
                  int stat_t, int mask_b) {
+  follow();
   struct Walk {
     Tables tables[WARPS];
     Stage ring[WARPS][STAGES];

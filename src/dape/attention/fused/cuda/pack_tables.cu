@@ -26,6 +26,7 @@ DEVICE void test_weights(const float* w1, const float* w2, int* flag, float most
 extern "C" __global__ void pack_tables(const float* hidden_table, const float* static_table, const float* w1,
                                        const float* w2, __half* hidden, float* fixed, float* linear, int* flag,
                                        double most, int table_size, int low, int distances) {
+  follow();
   if (blockIdx.x == 0) test_weights(w1, w2, flag, (float)most);
   const long long units = (long long)distances * UNITS, heads = (long long)distances * H;
   for (long long i = blockIdx.x * blockDim.x + threadIdx.x; i < units + heads + H * H; i += gridDim.x * blockDim.x) {

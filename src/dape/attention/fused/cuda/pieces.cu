@@ -1,6 +1,7 @@
 // The tables of FIRE in pieces, a piece for a block and a channel for a thread; `pieces.cuh` has the legend.
 extern "C" __global__ void pieces(Pieces* found, const float* hidden_table, const float* static_table,
                                   const float* weight, const float* bias) {
+  follow();
   struct Memory {
     Spans spans;
     float bound[CHANNELS], slope[CHANNELS];

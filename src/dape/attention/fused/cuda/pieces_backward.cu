@@ -4,6 +4,7 @@ extern "C" __global__ void pieces_backward(const float* total, const float* hidd
                                            const float* weight, const float* bias, const int* gate, int gated,
                                            float* grad_hidden, float* grad_static, float* grad_weight,
                                            float* grad_bias) {
+  follow();
   struct Memory {
     Spans spans;
     float of_v[CHANNELS], of_c[CHANNELS];

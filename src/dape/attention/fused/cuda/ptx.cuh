@@ -7,6 +7,13 @@ typedef unsigned char uint8;
 #define DEVICE __device__ __forceinline__
 #define NEVER __int_as_float(0xff800000)  // -inf; as a quotient it would be divided anew
 
+// Wait for the results of the kernel before, which may still run when this one starts.
+DEVICE void follow() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Copies to shared memory under way: 16 bytes around the L1 cache, or 4, zeros if not `real`.
 DEVICE uint32 address(const void* p) { return (uint32)__cvta_generic_to_shared(p); }
 DEVICE void copy16(uint32 to, const void* from, bool real) {

@@ -226,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                   const int* gate, int gated, Slot* slot, int batch, int elements, int rows, int keys, int table_size,
                   int first_diagonal, int base, int offset, int slots, int add, int x_b, int x_t, int stat_b,
                   int stat_h, int stat_t) {
+  follow();
   struct Walk {
     Stage ring[ROWS][STAGES];
     Sums sums[ROWS];

@@ -3,6 +3,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     taps_mix(const __half* x, __half* logits, const float* w1, const float* w2, const float* hidden_table,
              const float* bias, const float* static_table, int rows, int keys, int table_size, int first_diagonal,
              int base, int offset, int x_b, int x_t) {
+  follow();
   struct Memory {
     Weights w;
     Tables tables;

@@ -19,7 +19,7 @@ from dape.attention.fused.across_heads import (
     places_of_heads,
     tile_positions,
 )
-from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
+from dape.attention.fused.tiles import LOG2E, diagonal_tiles, follow, unwanted
 
 
 @triton.jit
@@ -53,9 +53,10 @@ def fire_mix_kernel(
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + W2 phi(W1 X + U f) + C f along a diagonal, -inf if unseen; grid (diagonals, B)."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -105,7 +106,7 @@ def fire_mix_backward_kernel(
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along a diagonal, and partial sums of all gradients; grid (diagonals, B).
 
@@ -113,6 +114,7 @@ def fire_mix_backward_kernel(
     dpsi += dx scale along the diagonal. Rows cross diagonals, so dx psi, the summand of dscale, is
     stored for every query and key.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -221,11 +223,13 @@ def fire_mix_backward_kernel(
 def add_pairs_kernel(
     pairs, total, batch, num_rows, num_keys, shift, pair_b, pair_t,
     CAUSAL: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, gate, GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add the numbers of a row and WIDTH keys to `total`, by the later index; grid (indices).
 
     Indices are counted from the first key, and `shift` is the index of the first row.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     index, line = tl.program_id(0), tl.arange(0, K)

@@ -19,7 +19,7 @@ from dape.attention.fused.across_heads import (
     tile_positions,
 )
 from dape.attention.fused.sums_kernels import added, folded
-from dape.attention.fused.tiles import LOG2E, diagonal_tiles, unwanted
+from dape.attention.fused.tiles import LOG2E, diagonal_tiles, follow, unwanted
 
 
 @triton.jit
@@ -41,9 +41,10 @@ def mix_kernel(
     num_rows, num_keys, table_size, first_diagonal, band_tile, offset, x_b, x_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, gate, GATED: tl.constexpr,
+    PRECISION: tl.constexpr, gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + W2 (phi(W1 X + U) - phi(U)), -inf if unseen; grid (diagonals, B, segments)."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -77,7 +78,7 @@ def mix_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, ADD: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X <- P, Y <- dA along a diagonal, and partial sums of the gradients of all weights.
 
@@ -86,6 +87,7 @@ def mix_backward_kernel(
     (diagonals, B, segments). Bands add to the slot of a segment, and slots are added in a fixed
     order.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -152,13 +154,14 @@ def gradients_kernel(
     H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     LINES: tl.constexpr, SPANS: tl.constexpr, SLOTS: tl.constexpr, OUT: tl.constexpr,
     ROWS: tl.constexpr, TERMS: tl.constexpr, OF_HEAD: tl.constexpr, TERMS_OF_HEAD: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Add up all slots, times `unit`, into the gradients of W1 and W2, of U, and of C.
 
     The grid is (entries of both weights, then distances of U, ROWS of them in a program, then
     distances of a head of C, OF_HEAD of them).
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     WEIGHTS: tl.constexpr = HEADS * UNITS

@@ -27,7 +27,7 @@ from dape.attention.fused.across_heads import (
     load_static,
     places_of_heads,
 )
-from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, unwanted
+from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, follow, unwanted
 
 
 @triton.jit
@@ -100,12 +100,13 @@ def hidden_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Z <- phi(b1 + sum_t W1_t X + U_t) along one diagonal of columns; grid (diagonals, B, parts).
 
     `started` is the first key of each element that the mask shows.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -173,12 +174,13 @@ def convolution_mix_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """X <- X + sum_t W2_t Z + C along one diagonal, -inf if unseen; grid (diagonals, B, parts).
 
     Keys from `counted` to its end have a weight.
     """
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -220,9 +222,10 @@ def convolution_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """P, and Y <- dS = P Y, along one diagonal; sums of C and W2; grid as `mix`."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
@@ -272,9 +275,10 @@ def hidden_backward_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Z <- dZ = phi'(Z) sum_t W2_t^T dS[j + r - t]; sums of U and b1; grid as `hidden`."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = y.dtype.element_ty
@@ -330,9 +334,10 @@ def grad_scores_kernel(
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    gate, GATED: tl.constexpr,
+    gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Y <- dA = dS + sum_t W1_t^T dZ[j + r - t] along one diagonal; sums of W1; grid as `mix`."""
+    follow(CHAINED)
     if unwanted(gate, GATED):
         return
     compute = x.dtype.element_ty
