@@ -194,7 +194,7 @@ def profile() -> Iterator[Result]:
         for _ in range(3):
             step(ours(parts, "auto"), inputs, parts, TRAINING)
         activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as found:
+        with torch.profiler.profile(activities=activities, acc_events=True) as found:
             for _ in range(5):
                 step(ours(parts, "auto"), inputs, parts, TRAINING)
             torch.cuda.synchronize()

@@ -56,7 +56,7 @@ def milliseconds(run: Callable[[], object], calls: int = 4) -> dict[str, float]:
     run()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=activities, acc_events=True) as found:
         for _ in range(calls):
             run()
         torch.cuda.synchronize()

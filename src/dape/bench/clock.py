@@ -103,7 +103,8 @@ def eager_time(run: Call, rounds: int = 5, calls: int = 10) -> float:
 
 def launches(run: Call) -> int:
     """Return the number of kernels and copies that a run starts on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as recorded:
         run()
         torch.cuda.synchronize()
     events = recorded.key_averages()
