@@ -1,6 +1,6 @@
 """The bars of fused attention, on one GPU, in one process, as ratios to PyTorch's own attention.
 
-    python benchmarks/bars.py [attention decode memory errors training profile ...]
+    python benchmarks/bars.py [attention decode heads memory errors training profile ...]
 
 DAPE-Kerple, V1 and V2, and Kerple with learnable parameters at the paper's 125M shape (12 heads of
 64, 32 hidden units), bf16, causal, and DAPE-FIRE. Short calls are timed inside a CUDA graph,
@@ -13,11 +13,10 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -29,6 +28,8 @@ from dape.bench.case import FORWARD, TRAINING, Case, Parts, build, draw, sets, s
 from dape.bench.clock import Timing, measure
 from dape.files import check_writable
 from dape.provenance import provenance
+from dape.train import measure as train
+from dape.train.recipe import Recipe, override, read
 
 DEVICE = torch.device("cuda")
 SCHEMES = {"dape": "dape-kerple", "static": "kerple", "v2": "dape3-kerple", "fire": "dape-fire"}
@@ -150,39 +151,30 @@ def errors() -> Iterator[Result]:
             yield Result(f"{name} error of {tensor}", error, yardstick, "relative")
 
 
+def heads() -> Iterator[Result]:
+    """Forward passes of more than 16 heads: milliseconds for a head, beside a head of 16."""
+    for head_dim in (80, 128):
+        times = {}
+        for number in (16, 25, 32):
+            given = replace(case(SCHEMES["dape"], 4, 2048), heads=number, head_dim=head_dim)
+            parts = build(given)
+            times[number] = timed(ours(parts, "cuda"), given, parts, FORWARD).median / number
+            yield Result(f"dape {number} heads of {head_dim}, a head", times[number], times[16])
+
+
 def training() -> Iterator[Result]:
-    """A training step of the 125M model, compiled: thousands of tokens a second."""
-    speeds = {}
-    for scheme in ("nope", "dape-kerple"):
-        config = dape.DapeConfig(
-            scheme=scheme, vocab_size=50304, hidden_size=768, num_hidden_layers=12,
-            num_attention_heads=12, train_length=512,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model = dape.DapeForCausalLM(config).to(DEVICE)
-        compiled = torch.compile(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        tokens = torch.randint(50304, (32, 512), device=DEVICE)
-
-        def update(compiled=compiled, tokens=tokens, optimizer=optimizer) -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for _ in range(4):
-            update()
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
-            update()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-        speeds[scheme] = tokens.numel() / median(times) / 1000
-        yield Result(f"training step {scheme}", speeds[scheme], speeds["nope"], "ktok/s")
-        del model, compiled, optimizer
+    """Training of 125M on 32 x 512 by `hardware.compile`: thousands of tokens a second."""
+    for how in ("none", "blocks", "graphs"):
+        speeds: dict[str, float] = {}
+        for scheme in ("nope", "dape-kerple", "dape3-kerple"):
+            changes = {
+                "model.scheme": scheme, "training.batch_size": 32, "hardware.compile": how,
+            }  # fmt: skip
+            torch._dynamo.reset()  # which compiles a block for a limited number of models
+            recipe = override(read("recipes/125m.yaml", Recipe), changes)
+            for found in train.measure(recipe, sizes=[32], steps=20, warm_up=5):
+                speeds[scheme] = found.tokens_per_second / 1000
+            yield Result(f"training {scheme} {how}", speeds[scheme], speeds["nope"], "ktok/s")
 
 
 def profile() -> Iterator[Result]:
@@ -204,7 +196,7 @@ def profile() -> Iterator[Result]:
             yield Result(f"{name} {batch}x{length} {event.key[:60]}", time_ms)
 
 
-PARTS = {f.__name__: f for f in (attention, decode, memory, errors, training, profile)}
+PARTS = {f.__name__: f for f in (attention, decode, heads, memory, errors, training, profile)}
 
 
 def main() -> None:
