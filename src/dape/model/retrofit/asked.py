@@ -37,12 +37,13 @@ class _Traced:
     asked: Asked = Asked()
 
 
-_asked: ContextVar[Asked] = ContextVar("asked", default=_Traced.asked)
+_traced = _Traced()
+_asked: ContextVar[Asked] = ContextVar("asked", default=_traced.asked)
 
 
 def asked() -> Asked:
     """Return what the present call of the model asks."""
-    return _Traced.asked if torch.compiler.is_compiling() else _asked.get()
+    return _traced.asked if torch.compiler.is_compiling() else _asked.get()
 
 
 def keep(
@@ -96,7 +97,7 @@ def forget(*_: Any) -> None:
 
 def _set(value: Asked) -> None:
     if torch.compiler.is_compiling():
-        _Traced.asked = value
+        _traced.asked = value
     else:
         _asked.set(value)
 
