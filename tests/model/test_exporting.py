@@ -8,8 +8,10 @@ from models import fresh, grown, tokens
 from pretrained import pretrained
 from torch.export import Dim, export
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 import dape
+from dape.errors import UserError
 from dape.positions import scheme
 
 # Parts that add to the scores or stand before them, in one layer each: a trace takes seconds.
@@ -45,6 +47,14 @@ def test_an_exported_model_reads_any_length(name):
     for length in LENGTHS:
         ids = tokens(3, length)
         assert_close(program(ids), model(ids), rtol=1e-9, atol=1e-9)
+
+
+def test_an_older_pytorch_refuses_a_free_length_in_a_line(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    model = Logits(grown(scheme="kerple", num_hidden_layers=1).requires_grad_(False))
+    export(model, (tokens(2, 9),))
+    with pytest.raises(UserError, match=r"PyTorch 2.13 .* this is 2.12.1; export a fixed length$"):
+        export(model, (tokens(2, 9),), dynamic_shapes=(free(),))
 
 
 def test_an_exported_model_takes_padding():
