@@ -14,8 +14,6 @@ from dape.errors import UserError
 
 # Most scores in a block: 16 MiB of float32 on a CPU, enough to fill a GPU.
 SCORES_PER_BLOCK = {"cpu": 2**22, "cuda": 2**26}
-# The first release of PyTorch that exports products over free sizes of batch and length.
-EXPORTS = (2, 13)
 
 
 def obstacle(call: Call) -> str | None:
@@ -23,18 +21,9 @@ def obstacle(call: Call) -> str | None:
 
 
 def rows_per_block(call: Call) -> int:
-    """Return the number of query rows in a block, all for an unknown length.
-
-    Raises:
-        UserError: for a free length in `torch.export` before PyTorch 2.13.
-    """
+    """Return the number of query rows in a block, all for an unknown length."""
     batch, heads, rows, _ = call.query.shape
     if torch.compiler.is_exporting():
-        if isinstance(rows, torch.SymInt) and torch.__version__ < EXPORTS:
-            raise UserError(
-                "torch.export with a free length needs PyTorch 2.13 or later for a bias or an"
-                f" adapter, and this is {torch.__version__}; export a fixed length"
-            )
         return rows
     budget = SCORES_PER_BLOCK.get(call.query.device.type, SCORES_PER_BLOCK["cpu"])
     return max(1, min(rows, budget // (batch * heads * call.key.shape[2])))

@@ -5,7 +5,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dape.attention.call import Attended, Call
+from dape.errors import UserError
 from dape.positions.adapter import Rows
+
+# The first release of PyTorch that exports products over free sizes of batch and length.
+EXPORTS = (2, 13)
 
 
 def obstacle(call: Call) -> str | None:
@@ -17,7 +21,12 @@ def attend(call: Call, lse: bool = False) -> Attended:
 
     The computation is in float32, or in float64 with a float64 tensor. Grouped key-value heads are
     never repeated.
+
+    Raises:
+        UserError: for a free length in `torch.export` before PyTorch 2.13.
     """
+    if torch.compiler.is_exporting():
+        check_exportable(call)
     dtype, call = call.result, call.widened()
     visible = call.visible()
     with call.own_dtypes():
@@ -32,6 +41,19 @@ def attend(call: Call, lse: bool = False) -> Attended:
         out = torch.einsum("bkgqj,bkjd->bkgqd", grouped, call.value).flatten(1, 2)
     sums = log_sum_exp(logits, counted) if lse else None
     return Attended(out.to(dtype), sums, weights.to(dtype))
+
+
+def check_exportable(call: Call) -> None:
+    """Refuse a free length in an export by a PyTorch that cannot export the products.
+
+    Raises:
+        UserError: for such a length.
+    """
+    if isinstance(call.query.shape[2], torch.SymInt) and torch.__version__ < EXPORTS:
+        raise UserError(
+            "torch.export with a free length needs PyTorch 2.13 or later for a bias or an adapter,"
+            f" and this is {torch.__version__}; export a fixed length"
+        )
 
 
 def logits_of(
