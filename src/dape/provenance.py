@@ -14,7 +14,7 @@ import torch
 import dape
 from dape.strict import Holds
 
-PACKAGES = ("torch", "transformers", "numpy")
+PACKAGES = ("transformers", "numpy")
 
 
 # Of a record that is read.
@@ -40,8 +40,12 @@ def provenance(device: torch.device | str, argv: list[str] | None = None) -> Pro
     return {
         "command": shlex.join(_words() if argv is None else ["dape", *argv]),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "dape": dape.__version__}
-        | {name: version(name) for name in PACKAGES},
+        "versions": {
+            "python": platform.python_version(),
+            "dape": dape.__version__,
+            "torch": str(torch.__version__),  # with the build, as 2.11.0+cu130
+            **{name: version(name) for name in PACKAGES},
+        },
         "device": device_name(device),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torch.torch_version import TorchVersion
 
 import dape
+from dape.attention import reference
 from dape.errors import UserError
 from dape.positions import scheme
 
@@ -18,7 +19,12 @@ from dape.positions import scheme
 NAMES = [name for name, base in scheme.BASES.items() if base.rotation is None]
 NAMES += ["rope", "dynamic-ntk", "dape-kerple", "dape3-fire", "talking-heads-alibi"]
 LENGTHS = (2, 5, 40)
-pytestmark = pytest.mark.unhooked
+pytestmark = [
+    pytest.mark.unhooked,
+    pytest.mark.skipif(
+        torch.__version__ < reference.EXPORTS, reason="a free length, which this PyTorch refuses"
+    ),
+]
 
 
 class Logits(torch.nn.Module):

@@ -16,9 +16,10 @@ def model(scheme="dape-kerple"):
 def test_the_schedule_is_that_of_torch(warmup):
     settings = Optimizer(learning_rate=0.5, warmup=warmup / 100, final=0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
-    fall = CosineAnnealingLR(optimizer, T_max=100 - warmup, eta_min=0.05)
-    schedule = SequentialLR(optimizer, [rise, fall], milestones=[warmup - 1])
+    schedule = CosineAnnealingLR(optimizer, T_max=100 - warmup, eta_min=0.05)
+    if warmup > 1:
+        rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        schedule = SequentialLR(optimizer, [rise, schedule], milestones=[warmup - 1])
     expected = []
     for _ in range(100):
         expected.append(schedule.get_last_lr()[0])
