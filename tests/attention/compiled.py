@@ -3,7 +3,8 @@
     python compiled.py '{"heads": 5, "kv_heads": 1, "head_dim": 128, "hidden": 48}' ...
 
 Prints a line of JSON for each call: the bytes of shared memory of its kernels by name. `kernels`
-names the kernels to compile, all by default.
+names the kernels to compile, all by default. Fails for a kernel that reads or writes memory before
+it waits for the kernel before.
 """
 
 import json
@@ -59,7 +60,12 @@ def shared_memory(kernel, args, options):
             signature[name] = "fp32"
     own = {name: value for name, value in options.items() if name not in names}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=HOPPER, options=own).metadata.shared
+    found = triton.compile(source, target=HOPPER, options=own)
+    if CHAINED.items() <= options.items():
+        before = found.asm["ptx"].partition("griddepcontrol.wait")[0]
+        assert before != found.asm["ptx"], f"{kernel.__name__} never waits"
+        assert ".global." not in before, f"{kernel.__name__} reads or writes before it waits"
+    return found.metadata.shared
 
 
 def call(

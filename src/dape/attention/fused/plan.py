@@ -9,14 +9,14 @@ workspace, and start the compiled kernels with addresses.
 import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.jit import JITFunction
 
+from dape.attention.fused.overlap import chained
 from dape.attention.fused.sizes import cdiv
 
 # Where plans are made; Triton's interpreter on a CPU compiles nothing.
@@ -121,26 +121,6 @@ def start(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     recorder = _current.recorder
     begin = kernel[grid] if recorder is None else partial(recorder.note, kernel, grid)
     return partial(begin, **chained(kernel))
-
-
-def chained(kernel: Any) -> dict[str, bool]:
-    """Return the options of a kernel of Triton that may start before the kernel before has ended.
-
-    Such a kernel begins by `tiles.follow`.
-    """
-    if "CHAINED" not in kernel.arg_names:
-        return {}
-    able = isinstance(kernel, JITFunction) and overlaps()
-    return {"CHAINED": True, "launch_pdl": True} if able else {"CHAINED": False}
-
-
-def overlaps() -> bool:
-    """Return whether kernels overlap on the current GPU: from Hopper on."""
-    return _has_gpu() and _capability(torch.cuda.current_device())[0] >= 9
-
-
-_has_gpu = cache(lambda: torch.cuda.is_available() and not torch.version.hip)
-_capability = cache(torch.cuda.get_device_capability)
 
 
 def planned(

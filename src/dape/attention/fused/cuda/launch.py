@@ -19,7 +19,7 @@ from torch.cuda import _utils
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 from triton.runtime.cache import get_cache_manager
 
-from dape.attention.fused.plan import overlaps
+from dape.attention.fused.overlap import overlaps
 
 
 @dataclass(frozen=True, slots=True)
