@@ -61,8 +61,9 @@ def logits_of(
 ) -> Float[Tensor, "batch heads query key"]:
     """Return the logits of a widened call, arbitrary for invisible keys."""
     query, key, bias, adapter = call.query, call.key, call.bias, call.adapter
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    scores = torch.einsum("bkgqd,bkjd->bkgqj", grouped, key).flatten(1, 2) * call.scale
+    # The scale is taken to the queries, which are fewer than scores.
+    grouped = (query * call.scale).unflatten(1, (key.shape[1], -1))
+    scores = torch.einsum("bkgqd,bkjd->bkgqj", grouped, key).flatten(1, 2)
     if bias is None and adapter is None:
         return scores
     positions = call.positions()
