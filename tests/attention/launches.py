@@ -29,7 +29,7 @@ def counted():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", start)
-        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
             yield found
     for event in recorded.events():
         name = event.name.removeprefix("aten::")

@@ -144,7 +144,7 @@ def test_a_stack_with_kernels_learns_as_in_float64(scheme, fused):
 @pytest.mark.unhooked
 def test_a_stack_with_kernels_answers_as_its_models_one_by_one(fused, monkeypatch):
     monkeypatch.setattr(stack_module, "PAIRS", 300)  # a few rows at a time
-    task, evaluation = TASKS["stack-manipulation"], Evaluation(4, samples=5, batch_tokens=30)
+    task, evaluation = TASKS["stack-manipulation"], Evaluation(4, samples=20, batch_tokens=30)
     together = stack("dape-kerple", task)
     with torch.no_grad():
         together.flat *= 4  # answers differ between inputs and between models
