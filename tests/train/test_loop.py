@@ -258,19 +258,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert saved == [f"step-{n:08d}" for n in range(2, step, 2)][-2:]
 
 
-@pytest.mark.unhooked
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the compiler's own
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def compiled(test):
+    """Return a test that compiles, with the compiler's own warnings ignored."""
+    for words in ("`torch.jit:DeprecationWarning", "The .grad attribute:UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{words}")(test)
+    return pytest.mark.unhooked(test)
+
+
+@compiled
 def test_compiled_blocks_learn_the_same(data, tmp_path):
     small = {"model": {"num_hidden_layers": 1, "scheme": "nope"}, "training": {"steps": 2}}
     plain = run(recipe(data, tmp_path / "plain", **small))
-    compiled = run(recipe(data, tmp_path / "compiled", hardware={"compile": True}, **small))
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
+    found = run(recipe(data, tmp_path / "compiled", hardware={"compile": True}, **small))
+    assert losses(found) == pytest.approx(losses(plain), rel=1e-5)
     assert counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
 
 
 @pytest.mark.gpu
-@pytest.mark.unhooked
+@compiled
 @pytest.mark.parametrize("scheme", ["nope", "kerple", "dape-kerple", "dape-fire", "dape3-kerple"])
 def test_graphs_learn_the_same_and_resume(data, tmp_path, scheme):
     layout = {"device": "cuda", "micro_batch_size": 4}
@@ -295,7 +300,7 @@ def test_graphs_learn_the_same_and_resume(data, tmp_path, scheme):
 
 
 @pytest.mark.gpu
-@pytest.mark.unhooked
+@compiled
 def test_a_pass_that_no_graph_can_hold_trains_all_the_same(data, tmp_path, capsys, monkeypatch):
     def ask_the_device(self):
         return ordinary(self) * float(torch.ones((), device="cuda"))
