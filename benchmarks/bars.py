@@ -170,7 +170,7 @@ def training() -> Iterator[Result]:
             changes = {
                 "model.scheme": scheme, "training.batch_size": 32, "hardware.compile": how,
             }  # fmt: skip
-            torch._dynamo.reset()  # which compiles a block for a limited number of models
+            torch._dynamo.reset()  # the compiler gives up after eight models
             recipe = override(read("recipes/125m.yaml", Recipe), changes)
             for found in train.measure(recipe, sizes=[32], steps=20, warm_up=5):
                 speeds[scheme] = found.tokens_per_second / 1000

@@ -13,7 +13,8 @@ import torch
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 from triton.runtime.jit import JITFunction
 
-# CUDA of the driver that also takes such starts in graphs, and the first capable GPU, Hopper.
+# The least CUDA of a driver that captures overlapping kernels in graphs, and the least compute
+# capability, that of Hopper.
 DRIVER, CAPABILITY = 12030, (9, 0)
 
 

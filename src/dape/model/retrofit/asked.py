@@ -37,7 +37,7 @@ class _Traced:
     asked: Asked = Asked()
 
 
-_traced = _Traced()
+_traced = _Traced()  # the compiler of PyTorch 2.11 sets no attribute of a class
 _asked: ContextVar[Asked] = ContextVar("asked", default=_traced.asked)
 
 
