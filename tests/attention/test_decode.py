@@ -136,6 +136,17 @@ def mixing():
     return Mixed(torch.zeros(4, 91), torch.zeros(91, 5), torch.zeros(5, 4), torch.zeros(4, 5))
 
 
+@pytest.mark.parametrize(("heads", "units"), [(16, 48), (16, 64), (64, 16), (16, 32), (4, 17)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_warp_repeats_the_products_of_another(heads, units, dtype):
+    """On Hopper a warp takes 16 of 64 rows of heads or units; below 64, warps share columns."""
+    query, key, value = (torch.zeros(1, heads, n, 64, dtype=dtype) for n in (8, 300, 300))
+    problem = FusedProblem(query, key, value, None, None, 1.0, True, 292)
+    tile = decode.tile_of(problem, heads, units)
+    rows = max(heads, decode.padded(units))
+    assert 16 * tile.num_warps <= rows if rows >= 64 else tile.num_warps == 8
+
+
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (3, 1), (1, 3), (1, 16), (64, 1)])
 @pytest.mark.parametrize("size", [64, 128])
 def test_spans_fill_the_gpu_and_cover_the_keys(batch, rows, size):
@@ -164,4 +175,25 @@ def test_on_a_gpu_against_chunked_in_float64(backend, rows, bias, calls):
     textbook = eager(Parts(*modules), *tensors, offset).double()
     doubles = [x.double() for x in (*tensors, *modules)]
     true = dape.attention(*doubles, query_offset=offset, backend="reference")
+    assert (found - true).norm() <= (textbook - true).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("units", [32, 48, 64])
+def test_on_a_gpu_the_wide_way_reads_rows_that_begin_anywhere(units, calls):
+    """Eight warps read other memory behind 64 hidden units; `tile_of` says how."""
+    sizes = ((8, 151, 64), (4, 451, 64), (4, 451, 32))
+    tensors = [
+        torch.randn(1, heads, length + 3, size + 5, device="cuda").bfloat16()[:, :, 1:-2, 3:-2]
+        for heads, length, size in sizes
+    ]
+    tensors[0] = 30 * tensors[0]  # scores of the wide way
+    tensors[0] = torch.nn.functional.pad(tensors[0], (3, 2))[..., 3:-2]
+    modules = (dape.T5(8).cuda(), dape.DAPE(8, units).cuda())
+    found = dape.attention(*tensors, *modules, query_offset=300, backend="cuda").double()
+    assert len(calls) == 1
+    alike = (tensors[0], *(x.repeat_interleave(2, dim=1) for x in tensors[1:]))
+    textbook = eager(Parts(*modules), *alike, 300).double()
+    doubles = [x.double() for x in (*tensors, *modules)]
+    true = dape.attention(*doubles, query_offset=300, backend="reference")
     assert (found - true).norm() <= (textbook - true).norm()

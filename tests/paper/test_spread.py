@@ -109,6 +109,51 @@ def test_after_the_minutes_nothing_starts():
     assert choose(plan(found)) == found
 
 
+def test_a_cell_that_would_end_too_late_does_not_start():
+    found = cells("kerple", "alibi", "fire")
+    prices = {"kerple": 11.0, "alibi": 9.0, "fire": 10.5}
+    ends = spread(
+        found,
+        ["cpu"],
+        Pretended(),
+        silent,
+        minutes=10.0,
+        prices={cell.name: prices[cell.arm] for cell in found},
+    )
+    assert [end.cell.arm for end in ends] == ["alibi"]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_training_may_start_beside_measurements_alone(overlap):
+    busy, most, lock = {"train": 0, "eval": 0}, {"train": 0, "both": 0}, threading.Lock()
+    beside = threading.Event()
+
+    class Watched(Pretended):
+        def call(self, words, device, log):
+            kind = words[0]
+            with lock:
+                busy[kind] += 1
+                most["train"] = max(most["train"], busy["train"])
+                most["both"] = max(most["both"], busy["train"] + busy["eval"])
+                if busy["train"] and busy["eval"]:
+                    beside.set()
+            if overlap and kind == "eval":
+                # The measurements last until a training is there, which the last cell waits for
+                # in vain.
+                beside.wait(0.3)
+            time.sleep(0.01)
+            status = super().call(words, device, log)
+            with lock:
+                busy[kind] -= 1
+            return status
+
+    found = cells("kerple", "alibi", "fire", "t5")
+    ends = spread(found, ["0"], Watched(), silent, overlap=overlap)
+    assert {end.cell.name for end in ends} == {cell.name for cell in found}
+    assert not any(end.error for end in ends)
+    assert most == {"train": 1, "both": 2 if overlap else 1}
+
+
 def test_the_weights_go_and_the_small_results_stay():
     found = cells("kerple")
     spread(found, ["cpu"], Pretended(), silent, weights=False)

@@ -51,7 +51,9 @@ class Arguments:
     seeds: Annotated[Seeds, default("all")] = ()
     """seeds to run, as 0,1"""
     minutes: Annotated[float | None, default("no limit", "FLOAT")] = None
-    """minutes after which no cell starts"""
+    """minutes for all cells: a cell that would end later, by the plan, does not start"""
+    overlap: bool = False
+    """start the next cell while a cell is measured; the GPU needs memory for both"""
     scale: Literal["full", "smoke"] = "full"
     """full, or smoke for miniatures on a CPU and the source of Python's library in runs/smoke"""
     data: Annotated[Folders, default("data/NAME")] = ()
@@ -127,6 +129,8 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
         lambda line: print(line, flush=True),
         arguments.minutes,
         weights=not arguments.discard,
+        overlap=arguments.overlap,
+        prices={each.cell.name: each.minutes for each in planned if each.minutes is not None},
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]

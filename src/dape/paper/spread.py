@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from threading import Lock
 from typing import IO
 
@@ -81,6 +83,15 @@ def devices() -> list[str]:
     return (named if len(named) == count else [str(n) for n in range(count)]) or ["cpu"]
 
 
+@dataclass(slots=True)
+class _Running:
+    """A cell on a device; `trained` when only measurements are left, where cells overlap."""
+
+    cell: Cell
+    device: str
+    trained: bool = False
+
+
 def spread(
     cells: Sequence[Cell],
     devices: Sequence[str],
@@ -88,52 +99,85 @@ def spread(
     say: Callable[[str], None],
     minutes: float | None = None,
     weights: bool = True,
+    overlap: bool = False,
+    prices: Mapping[str, float] | None = None,
 ) -> list[Outcome]:
     """Run the cells in order, with a cell at a time on each device, and return their ends.
 
-    After `minutes` no cell starts. Without `weights`, the weights of a finished cell are deleted.
+    After `minutes` no cell starts, nor does a cell whose price, in minutes by name, is more than
+    what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
+    next cell starts on a device as soon as the training of a cell has ended, beside the
+    measurements of that cell: the device has little to do while a training starts and compiles.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     before = {cell.name: record.ended(cell) for cell in cells}
-    waiting, free = list(cells), list(devices)
-    needed = {cell.needs for cell in cells}
-    running: dict[Future[Outcome], Cell] = {}
+    waiting, needed = list(cells), {cell.needs for cell in cells}
+    running: dict[str, _Running] = {}
     ends: list[Outcome] = []
-    with ThreadPoolExecutor(len(devices)) as pool:
+    # The name of a cell, with the end, or with None after the training.
+    events = SimpleQueue[tuple[str, Future[Outcome] | None]]()
+
+    def begin(cell: Cell, device: str, claim: ExitStack) -> None:
+        say(f"{cell.name} starts on {device}")
+        running[cell.name] = _Running(cell, device)
+        keep = weights or cell.name in needed
+        trained = partial(events.put, (cell.name, None)) if overlap else None
+        future = pool.submit(_run, cell, device, workers, keep, claim, trained)
+        future.add_done_callback(lambda ended: events.put((cell.name, ended)))
+
+    with ThreadPoolExecutor(2 * len(devices)) as pool:
         try:
             while True:
-                while free and time.monotonic() < deadline:
-                    claimed = _claim(waiting, running.values(), before)
-                    if claimed is None:
-                        break
-                    cell, claim = claimed
-                    say(f"{cell.name} starts on {free[0]}")
-                    keep = weights or cell.name in needed
-                    running[pool.submit(_run, cell, free.pop(0), workers, keep, claim)] = cell
+                for device in _free(devices, running.values()):
+                    affordable = partial(_affordable, prices or {}, deadline)
+                    cells_there = [each.cell for each in running.values()]
+                    claimed = _claim(waiting, cells_there, before, affordable)
+                    if claimed:
+                        begin(claimed[0], device, claimed[1])
                 if not running:
                     return ends
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    ends.append(future.result())
-                    free.append(ends[-1].device)
-                    say(describe(ends[-1]))
+                name, ended = events.get()
+                if ended is None:
+                    running[name].trained = True
+                    continue
+                del running[name]
+                ends.append(ended.result())
+                say(describe(ends[-1]))
         except BaseException:
             workers.stop()
             raise
 
 
+def _free(devices: Sequence[str], running: Collection[_Running]) -> list[str]:
+    """Return devices without a training, and with the measurements of one cell at most."""
+    there = {device: [each for each in running if each.device == device] for device in devices}
+    return [
+        device
+        for device, cells in there.items()
+        if len(cells) < 2 and all(each.trained for each in cells)
+    ]
+
+
+def _affordable(prices: Mapping[str, float], deadline: float, cell: Cell) -> bool:
+    """Return whether a cell ends before the deadline, by its price if it has one."""
+    return time.monotonic() + 60 * prices.get(cell.name, 0.0) < deadline
+
+
 def _claim(
-    waiting: list[Cell], running: Collection[Cell], before: Mapping[str, int | None]
+    waiting: list[Cell],
+    running: Collection[Cell],
+    before: Mapping[str, int | None],
+    affordable: Callable[[Cell], bool],
 ) -> tuple[Cell, ExitStack] | None:
     """Take the first cell that can start off the list, with the lock.
 
-    A cell can start if the base model is trained, and no second process runs the cell. Cells ended
-    by a second process leave the list too.
+    A cell can start if the base model is trained, no second process runs the cell, and the cell is
+    affordable. Cells ended by a second process leave the list too.
     """
     pending = {cell.name for cell in (*waiting, *running)}
-    for cell in [each for each in waiting if each.needs not in pending]:
+    for cell in [each for each in waiting if each.needs not in pending and affordable(each)]:
         claim = ExitStack()
         with suppress(UserError):
             claim.enter_context(record.claimed(cell))
@@ -150,12 +194,19 @@ def describe(end: Outcome) -> str:
     return f"{end.cell.name} {how} ({end.seconds / 60:.1f} min on {end.device})"
 
 
-def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitStack) -> Outcome:
+def _run(
+    cell: Cell,
+    device: str,
+    workers: Workers,
+    weights: bool,
+    claim: ExitStack,
+    trained: Callable[[], None] | None,
+) -> Outcome:
     """Run a cell and release the lock; a failing disk is an error of the cell."""
     begun = time.monotonic()
     with claim:
         try:
-            error = _commands(cell, device, workers)
+            error = _commands(cell, device, workers, trained)
             if not weights and _tells(error):
                 record.discard(cell)
         except (OSError, UserError) as failure:
@@ -163,8 +214,13 @@ def _run(cell: Cell, device: str, workers: Workers, weights: bool, claim: ExitSt
     return Outcome(cell, device, time.monotonic() - begun, error)
 
 
-def _commands(cell: Cell, device: str, workers: Workers) -> str | None:
-    """Run the commands in order, keep their files, and return the first error."""
+def _commands(
+    cell: Cell, device: str, workers: Workers, trained: Callable[[], None] | None = None
+) -> str | None:
+    """Run the commands in order, keep their files, and return the first error.
+
+    `trained` is called after a training without an error.
+    """
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
@@ -174,6 +230,8 @@ def _commands(cell: Cell, device: str, workers: Workers) -> str | None:
         seconds[str(command)] = time.monotonic() - begun
         if error:
             break
+        if trained and cell.training and command is cell.commands[0]:
+            trained()
     if _tells(error):
         record.finish(cell, seconds, error)
     return error

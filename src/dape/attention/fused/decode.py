@@ -71,10 +71,14 @@ def tile_of(problem: Problem, heads: int, units: int) -> Tile:
 
     Two programs of a row have 128 KiB of keys and values under way on a multiprocessor of Hopper,
     more than arrives while both mix.
+
+    With 64 heads or units, the MLP's products take four warps on Hopper (`wgmma`), and four further
+    warps would repeat them. For eight warps, PTXAS 12.8 gave some products addresses of other
+    memory, with wrong logits or an illegal access.
     """
     rows = min(next_power_of_2(problem.query.shape[2]), MOST_COLUMNS // heads)
     columns = rows * heads
-    num_warps = 4 if columns <= 16 else 8
+    num_warps = 4 if columns <= 16 or max(heads, padded(units)) >= 64 else 8
     if problem.query.element_size() == 4:
         return Tile(rows, 32, num_warps, 2)
     keys = 64 if columns < MOST_COLUMNS else 32 if units <= 32 else 16
