@@ -4,7 +4,7 @@
 
 Prints a line of JSON for each call: the bytes of shared memory of its kernels by name. `kernels`
 names the kernels to compile, all by default. Fails for a kernel that reads or writes memory before
-it waits for the kernel before.
+it waits for the kernel before, and for machine code that multiplies other numbers than its PTX.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 from importlib import import_module
 from pkgutil import walk_packages
 
+import machine_code
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -51,7 +52,9 @@ def shared_memory(kernel, args, options):
         ):
             constants[(place,)] = value
         elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(place,)] = POINTERS[value.dtype], ALIGNED
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(place,)] = ALIGNED
         elif isinstance(value, int):
             signature[name] = "i32"
             if value % 16 == 0 and special:
@@ -65,16 +68,17 @@ def shared_memory(kernel, args, options):
         before = found.asm["ptx"].partition("griddepcontrol.wait")[0]
         assert before != found.asm["ptx"], f"{kernel.__name__} never waits"
         assert ".global." not in before, f"{kernel.__name__} reads or writes before it waits"
+    assert not machine_code.wrong(found)[1], f"{kernel.__name__} multiplies other numbers"
     return found.metadata.shared
 
 
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
-    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND,
+    gradients=True, mapped=False, room=geometry.SCORES_PER_BAND, cut=False,
 ):  # fmt: skip
     """Run attention, or a map across heads, and its gradients; kernels are only noted.
 
-    `room` is the most scores of a band.
+    `room` is the most scores of a band. Rows of tensors that are `cut` out begin anywhere.
     """
     torch.set_grad_enabled(gradients)
     geometry.SCORES_PER_BAND = room
@@ -86,9 +90,10 @@ def call(
         map_heads(scores, scores[0].detach(), **weights).sum().backward()
         return
     query, key, value = (
-        torch.zeros(1, n, length, head_dim, dtype=getattr(torch, dtype), requires_grad=True)
+        torch.zeros(1, n, length, head_dim + 3 * cut, dtype=getattr(torch, dtype))
         for n, length in ((heads, rows), (kv_heads, keys), (kv_heads, keys))
     )
+    query, key, value = (x[..., 3 * cut :].requires_grad_() for x in (query, key, value))
     adapter = dape.DAPE(heads, hidden, kernel_size=taps) if hidden else None
     parts = getattr(dape, bias)(heads), adapter
     out = dape.attention(query, key, value, *parts, query_offset=keys - rows, backend="triton")

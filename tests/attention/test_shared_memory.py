@@ -44,6 +44,16 @@ def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
     assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
 
 
+# Eight warps for 64 hidden units, and rows that begin anywhere: see `decode.tile_of`.
+WRONG = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 64, "rows": 151, "keys": 451}
+
+
+def test_the_machine_code_of_decoding_multiplies_what_its_ptx_names():
+    calls = [WRONG | {"dtype": "bfloat16", "bias": "T5", "cut": cut} for cut in (True, False)]
+    found = compiled(*(each | {"kernels": ["decode_kernel"]} for each in calls))
+    assert all(len(each["decode_kernel"]) == 1 for each in found)
+
+
 def test_the_map_across_heads_fits_smaller_gpus():
     sizes = {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64}
     for found in compiled(*(sizes | {"mapped": True, "taps": taps} for taps in (1, 3))):
