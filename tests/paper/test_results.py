@@ -153,7 +153,7 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
 
 def test_the_page_holds_everything_itself():
     found = run(experiment())
-    text = page([found, results(CORE)], beside(found.studies))
+    text = page([found, results(CORE)], beside(found.cells))
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert text.count("data:image/svg+xml;base64,") == 1
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
@@ -166,19 +166,32 @@ def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
     monkeypatch.setattr(record.End, "minutes", 90.0)
     hours = f"{1.5 * len(found.cells):.1f} GPU hours"
     for several in ([found], [found, found]):
-        assert f"experiments took {hours}" in page(several, beside(found.studies))
+        assert f"experiments took {hours}" in page(several, beside(found.cells))
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():
     cells = [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == "dape-kerple"]
     pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
-    table = beside(studies(cells))
+    table = beside(cells)
     assert len(table.rows) == len(PUBLISHED)
     rows = {tuple(row[:4]): row[4] for row in table.rows}
     ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
     assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
     assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
     assert rows["dape-kerple, 125m, books", "512", "8,192", "17.88"] == "—"
+
+
+def test_arms_and_seeds_of_all_experiments_in_a_regime_stand_beside_the_published_numbers():
+    first, second = (
+        [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == arm]
+        for arm in ("dape3-kerple", "dape-kerple")
+    )
+    pretend(first, losses=[1.3, 1.2, 1.1, 1.0, 0.95, 0.9])
+    pretend(second, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    rows = {tuple(row[:4]): row[4] for row in beside([*first, *second, *second]).rows}
+    for arm, theirs, loss in (("dape3-kerple", "4.44", 1.3), ("dape-kerple", "4.49", 1.4)):
+        ours = rows[f"{arm}, 125m, arxiv", "512", "512", theirs]
+        assert ours == f"{math.exp(loss):.2f} (125m-arxiv-512-150M)"
 
 
 def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():
