@@ -2,6 +2,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from dape.paper.results import results
 from dape.paper.sections import perplexities
 from dape.paper.spread import spread
 from dape.paper.study import studies
-from dape.paper.sweep import TINY
+from dape.paper.sweep import TINY, Measure
 from dape.positions.scheme import SCHEMES
 
 LOSSES = {"kerple": [2.0, 2.1, 2.2, 2.3, 2.4], "dape-kerple": [1.9, 1.8, 1.7, 1.7, 1.7]}
@@ -57,8 +58,12 @@ def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
     expected = [f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}" for each in seeds]
     assert table.rows[0] == ["kerple", "2", *expected]
     assert "dape-kerple against kerple" in tests.rows[0][0]
-    assert trainings.rows[0] == ["kerple", "2", "2.5000", "1,000", "0.2"]
-    assert "8,192 tokens" in trainings.note and "epochs" in trainings.note
+    assert trainings.header == [
+        *("arm", "runs", "validation loss", "tokens a second", "minutes", "tokens", "epochs")
+    ]
+    text = record.read(found.cells[0]).train_tokens
+    trained = ["2.5000", "1,000", f"{6.5 / 60:.1f}", "8,448", f"{8448 / text:.2g}"]
+    assert trainings.rows[0] == ["kerple", "2", *trained], "tokens of the record, not the regime's"
 
 
 def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
@@ -119,7 +124,7 @@ def pretend(cells, losses):
         made = evaluations.make(cell.arm, losses, train_length=512, lengths=lengths)
         made.save(cell.record.evaluation("last"))
         commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
-        end = End(commands, {"all": 60.0}, None, "c0ffee", 50_000_000)
+        end = End(commands, {str(cell.commands[0]): 60.0}, None, "c0ffee", 50_000_000)
         record.write(cell, end)
 
 
@@ -163,10 +168,24 @@ def test_the_page_holds_everything_itself():
 
 def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
     found = run(experiment())
-    monkeypatch.setattr(record.End, "minutes", 90.0)
+    monkeypatch.setattr(record, "_seconds", lambda cell: 90.0 * 60)
     hours = f"{1.5 * len(found.cells):.1f} GPU hours"
     for several in ([found], [found, found]):
         assert f"experiments took {hours}" in page(several, beside(found.cells))
+
+
+def test_measurements_for_a_second_experiment_cost_the_first_nothing():
+    more = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), ("evaluation/more.json",))
+    alone, both = experiment("kerple"), experiment("kerple", measures=(more,))
+    run(alone)
+    (cell,) = both.cells()
+    end, price = record.read(cell), results(alone).minutes
+    words = str(cell.commands[-1])
+    commands = end.commands | {"evaluation/more.json": words}
+    record.write(cell, replace(end, commands=commands, seconds=end.seconds | {words: 600.0}))
+    (cell.record.path / "evaluation/more.json").write_text("{}")
+    assert results(alone).minutes == pytest.approx(price)
+    assert results(both).minutes == pytest.approx(price + 10)
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():

@@ -45,11 +45,6 @@ class Study:
         """Return the checksum of the training corpus."""
         return record.read(self.cells[0]).checksum or ""
 
-    @property
-    def epochs(self) -> float:
-        """Return the number of passes over the training text."""
-        return self.regime.tokens / record.read(self.cells[0]).train_tokens
-
     def repeated_too_often(self) -> list[str]:
         """Return the arms and seeds with a rise of the validation loss, with both losses."""
         found = []
