@@ -91,6 +91,15 @@ def test_evaluations_of_other_tokens_do_not_meet_in_a_table():
         results(chosen)
 
 
+def test_trainings_on_different_corpora_do_not_meet_in_a_table():
+    chosen = experiment()
+    run(chosen)
+    first, second = chosen.cells()
+    record.write(second, replace(record.read(second), checksum="another"))
+    with pytest.raises(UserError, match="corpora with different checksums"):
+        studies([first, second])
+
+
 def test_where_all_failed_the_table_says_so():
     found = run(experiment("kerple"), fails={"train": "out of memory on cuda"})
     (section,) = found.sections
