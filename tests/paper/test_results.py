@@ -13,7 +13,7 @@ from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
-from dape.paper.experiments import CORE
+from dape.paper.experiments import CORE, COST
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
@@ -195,6 +195,23 @@ def test_measurements_for_a_second_experiment_cost_the_first_nothing():
     (cell.record.path / "evaluation/more.json").write_text("{}")
     assert results(alone).minutes == pytest.approx(price)
     assert results(both).minutes == pytest.approx(price + 10)
+
+
+def test_the_table_of_costs_names_command_commit_and_versions():
+    import evaluations
+    from dape.bench.model import Cost, Costs
+    from dape.bench.record import Entry
+
+    cell = COST.cells()[0]
+    cell.record.path.mkdir(parents=True)
+    entry = Entry("nope", 512, 1, "forward", milliseconds=1.0, peak=2**30)
+    costs = Costs(1, 0, evaluations.PROVENANCE, [Cost("125m", "fused", 2**29, entry)])
+    costs.save(cell.record.path / "results.json")
+    words = str(cell.commands[0])
+    record.write(cell, record.End({"results.json": words}, {words: 60.0}, None, None, 0))
+    text = results(COST).markdown()
+    assert "`dape eval runs/*` at abc, seed 0; cpu; python 3.11, torch 2.13" in text
+    assert "| nope, fused | 1.00 (1.00) | 1.50 |" in text
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():

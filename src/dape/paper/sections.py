@@ -18,6 +18,7 @@ from dape.figures import learned as learned_figures
 from dape.figures import retrieval as retrieval_figures
 from dape.figures import tables
 from dape.figures.curves import over_length
+from dape.figures.speed import origin
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell, by_regime
@@ -115,7 +116,7 @@ def costs(cells: Sequence[Cell]) -> list[Section]:
         Section(
             name,
             tuple(cost_figures.tables(each)),
-            caption=f"{cost_figures.explanation(each)} Measured on {each.provenance['device']}.",
+            caption=f"{cost_figures.explanation(each)} {origin(each.provenance, each.seed)}.",
         )
         for name, each in found.items()
     ]
