@@ -54,6 +54,7 @@ def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
     found = run(experiment(seeds=(0, 1)))
     ((table, tests, trainings),) = (section.tables for section in found.sections)
     assert table.header == ["arm", "runs", "32*", "64", "128", "256", "512"]
+    assert found.sections[0].caption.endswith("Shaded: one standard deviation over seeds.")
     seeds = [[math.exp(loss + seed * 0.006) for seed in (0, 1)] for loss in LOSSES["kerple"]]
     expected = [f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}" for each in seeds]
     assert table.rows[0] == ["kerple", "2", *expected]

@@ -142,8 +142,10 @@ def _curves(study: Study) -> Section:
     top = TALLEST * np.nanmin(values)
     caption = (
         "Perplexity against the length of the window, trained at"
-        f" {study.regime.length:,} tokens. Dashed: without an adapter; solid: with one."
+        f" {study.regime.length:,} tokens. Dashed: encodings alone; solid: encodings with an adapter."
     )
+    if any(len(group.evaluations) > 1 for group in study.groups):
+        caption += " Shaded: one standard deviation over seeds."
     if np.nanmax(values) > top:
         caption += f" Lines leave the figure at {TALLEST:g} times the lowest value."
     else:
@@ -213,8 +215,8 @@ def _places(study: Study) -> str:
 def _training_note(study: Study) -> str:
     notes = [
         f"The corpus has the checksum {study.corpus_checksum[:12]}. Validation loss: the last at"
-        " the training length, nats a token. Minutes, tokens and epochs: of a training on one"
-        " device, without the start and the measurements."
+        " the training length, nats a token. Minutes, tokens and epochs of a training: means over"
+        " runs, on one device, without the start and the measurements."
     ]
     notes += [f"{NOTHING} {name} failed: {error}." for name, error in study.errors.items()]
     risen = study.repeated_too_often()
