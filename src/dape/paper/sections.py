@@ -142,7 +142,8 @@ def _curves(study: Study) -> Section:
     top = TALLEST * np.nanmin(values)
     caption = (
         "Perplexity against the length of the window, trained at"
-        f" {study.regime.length:,} tokens. Dashed: encodings alone; solid: encodings with an adapter."
+        f" {study.regime.length:,} tokens. Dashed: encodings alone; solid: encodings with an"
+        " adapter."
     )
     if any(len(group.evaluations) > 1 for group in study.groups):
         caption += " Shaded: one standard deviation over seeds."
