@@ -253,6 +253,17 @@ def test_an_arm_whose_runs_all_failed_leaves_its_claim_open(tmp_path):
     assert Better("dape-fire", "kerple", REGIME).find([where]) is None, "is only not measured yet"
 
 
+def test_a_check_counts_the_failed_runs_beside_finished_ones(tmp_path):
+    arms = [("kerple", 0), ("kerple", 1), ("dape-kerple", 0), ("dape-kerple", 1), ("fire", 0)]
+    cells = tuple(Cell(tmp_path, f"small/{arm}-{n}", arm, ()) for arm, n in arms)
+    errors = {"small/dape-kerple-1": "step 7: loss nan", "small/fire-0": "out of memory"}
+    groups = group("kerple", flat(3.0), flat(3.1)), group("dape-kerple", flat(2.9))
+    where = replace(study(*groups), cells=cells, errors=errors)
+    found = Better("dape-kerple", "kerple", REGIME).find([where])
+    assert found.number.endswith("(small-arxiv-128-150M, runs failed: 1)") and found.seeds == 1
+    assert Rise("kerple", REGIME, 16, True).find([where]).number.endswith("(small-arxiv-128-150M)")
+
+
 def test_losses_that_are_no_numbers_are_not_the_best_and_huge_ones_are_infinitely_worse():
     assert best_length(group("kerple", [math.nan, 3.2, 3.0, 3.1, 3.1]), 2048) == 512
     found = Better("a", "b", REGIME).find([study(group("a", flat(900.0)), group("b", flat(3.0)))])

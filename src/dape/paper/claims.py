@@ -94,7 +94,7 @@ class Better:
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
-            f" at {length:,} ({study.name})",
+            f" at {length:,} ({study.name}{_lost(study, self.candidate, self.baseline)})",
             seeds=min(len(each.evaluations) for each in paired(candidate, baseline)),
             test=test,
         )
@@ -126,7 +126,7 @@ class Rise:
         return Finding(
             outcome=_decided(test, MARGIN, holds_below=not self.rises),
             number=f"{self.arm} {percent(test.difference)} at {length:,} over its best, at {best:,}"
-            f" ({study.name})",
+            f" ({study.name}{_lost(study, self.arm)})",
             seeds=len(group.evaluations),
             test=test,
         )
@@ -282,6 +282,12 @@ def percent(difference: float) -> str:
     """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
     with np.errstate(over="ignore"):
         return f"{100 * float(np.expm1(difference)):+.1f} %"
+
+
+def _lost(study: Study, *arms: str) -> str:
+    """Return the number of failed runs of arms in words, if any: the other runs are the luckier."""
+    count = sum(cell.arm in arms and cell.name in study.errors for cell in study.cells)
+    return f", runs failed: {count}" if count else ""
 
 
 def _failure(study: Study | None, *arms: str) -> Finding | None:
