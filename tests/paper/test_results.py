@@ -13,7 +13,7 @@ from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
-from dape.paper.experiments import CORE, COST
+from dape.paper.experiments import AMOUNTS, CORE, COST
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
@@ -238,6 +238,17 @@ def test_arms_and_seeds_of_all_experiments_in_a_regime_stand_beside_the_publishe
     for arm, theirs, loss in (("dape3-kerple", "4.44", 1.3), ("dape-kerple", "4.49", 1.4)):
         ours = rows[f"{arm}, 125m, arxiv", "512", "512", theirs]
         assert ours == f"{math.exp(loss):.2f} (125m-arxiv-512-150M)"
+
+
+def test_numbers_of_models_of_both_corpora_name_the_corpus_of_the_measurement():
+    cells = [c for c in AMOUNTS.cells() if c.arm == "kerple" and c.regime.tokens == 150_000_000]
+    pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    file = cells[0].record.evaluation("last")
+    for corpus in ("arxiv", "books"):
+        file.with_stem(f"last-{corpus}").write_text(file.read_text())
+    rows = {tuple(row[:4]): row[4] for row in beside(cells).rows}
+    ours = rows["kerple, 125m, arxiv", "128", "8,192", "31.93"]
+    assert ours == f"{math.exp(1.05):.2f} (125m-mixed-128-150M-on-arxiv)"
 
 
 def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():

@@ -52,5 +52,5 @@ def _ours(each: Published, found: Iterable[Study]) -> list[str]:
             measured = [e.by_length.get(each.length) for e in group.evaluations]
             known = [m.perplexity for m in measured if m is not None]
             if known:
-                values.append(f"{number(float(np.mean(known)))} ({study.regime.name})")
+                values.append(f"{number(float(np.mean(known)))} ({study.name})")
     return values
