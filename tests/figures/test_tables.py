@@ -133,3 +133,13 @@ def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatc
 )
 def test_numbers_have_the_digits_worth_reading(value, metric, text):
     assert number(value, metric) == text
+
+
+def test_a_sentence_has_the_perplexities_of_the_compared_seeds(groups):
+    """Seed 9 of the candidate, which the baseline lacks, has a loss of 9 nats."""
+    worse = make("dape-kerple", [9.0] * 5, seed=9)
+    whole = [each for one in groups for each in one.evaluations]
+    (sentence,) = findings(groups, compare(groups))
+    more = group([*whole, worse])
+    (other,) = findings(more, compare(more))
+    assert other == sentence
