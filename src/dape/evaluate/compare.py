@@ -148,21 +148,23 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
 
 
 def paired(candidate: Group, baseline: Group) -> tuple[Group, Group]:
-    """Return two groups with the runs of shared seeds alone, or whole groups without any.
+    """Return two groups with the runs of `shared_seeds`."""
+    ours, theirs = shared_seeds(candidate.evaluations, baseline.evaluations)
+    return replace(candidate, evaluations=tuple(ours)), replace(baseline, evaluations=tuple(theirs))
 
-    A seed of a single group would change the difference by the luck of the seed.
+
+def shared_seeds(
+    first: Sequence[Record], second: Sequence[Record]
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Return the records of seeds on both sides, or all records without any.
+
+    A seed of a single side would change the difference by the luck of the seed.
     """
-    seeds = [{each.subject.seed for each in side.evaluations} for side in (candidate, baseline)]
+    seeds = [{each.subject.seed for each in side} for side in (first, second)]
     shared = (seeds[0] & seeds[1]) - {None}
     if not shared:
-        return candidate, baseline
-    ours, theirs = (
-        replace(
-            side,
-            evaluations=tuple(each for each in side.evaluations if each.subject.seed in shared),
-        )
-        for side in (candidate, baseline)
-    )
+        return first, second
+    ours, theirs = ([x for x in side if x.subject.seed in shared] for side in (first, second))
     return ours, theirs
 
 
