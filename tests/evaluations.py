@@ -31,7 +31,7 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, documents=DO
             windows=3,
             loss=loss,
             loss_error=0.01 if documents > 1 else None,
-            perplexity=math.exp(loss),
+            perplexity=math.exp(loss) if loss < 700 else math.inf,
             bits_per_byte=loss / math.log(2) / 2,
             document_losses=[share * loss for share in shares],
             contexts=[(length // 2 + 1, length, loss)],

@@ -8,6 +8,7 @@ from scipy import stats
 
 from dape.errors import UserError
 from dape.evaluate.compare import check_comparable, compare, group, split
+from dape.figures.tables import significance
 from dape.positions.scheme import SCHEMES
 from evaluations import LENGTHS, make
 
@@ -59,6 +60,11 @@ def test_the_t_test_is_that_of_scipy_on_the_losses_of_shared_seeds():
         assert (each.candidate, each.baseline) == ("dape-kerple", "kerple")
         assert each.over_seeds.pairs == 3
         assert each.over_seeds.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+        for difference in (each.difference, each.over_seeds.difference):
+            assert difference == pytest.approx(np.mean(ours - theirs)), "without the seed 9"
+        assert each.over_documents.difference == pytest.approx(each.difference)
+        assert each.left_out == 1
+    assert "Runs of a seed that the other scheme lacks" in significance(comparisons).note
 
 
 def test_the_bootstrap_averages_the_losses_of_a_document_over_seeds():

@@ -74,3 +74,12 @@ def test_one_document_has_no_interval():
     records = [use("kerple", 0, documents=1)]
     assert "[" not in tables(records)[0].rows[0][2]
     assert draw([replace(records[0])]).axes
+
+
+def test_the_gain_of_an_adapter_is_of_the_seeds_on_both_sides(records):
+    (expected,) = by_adapter(records, "token")
+    about = {"seed": 1, "run": "runs/kerple-1"}
+    more = use("kerple", 7)
+    more = replace(more, subject=replace(more.subject, **about))
+    (found,) = by_adapter([*records, more], "token")
+    assert found.total == expected.total and found.gains == expected.gains

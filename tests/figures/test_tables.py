@@ -68,7 +68,7 @@ def test_changes_stand_under_their_length_where_another_is_refused(groups):
     learned = make("learned", [2.2, None, 2.3, 2.4, None])
     table = significance(compare([*groups, *group([learned])]))
     (row,) = (cells for cells in table.rows if cells[0] == "learned against kerple")
-    differences = np.array([2.2, 2.3, 2.4]) - np.mean(KERPLE, axis=0)[[0, 2, 3]]
+    differences = np.array([2.2, 2.3, 2.4]) - np.array(KERPLE[0])[[0, 2, 3]]  # of the shared seed
     first, third, fourth = (f"{100 * each:+.1f} %" for each in np.expm1(differences))
     assert row[1:] == [first, "—", third, fourth, "—"]
     place = table.rows.index(row)
@@ -133,3 +133,13 @@ def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatc
 )
 def test_numbers_have_the_digits_worth_reading(value, metric, text):
     assert number(value, metric) == text
+
+
+def test_a_sentence_has_the_perplexities_of_the_compared_seeds(groups):
+    """Seed 9 of the candidate, which the baseline lacks, has a loss of 9 nats."""
+    worse = make("dape-kerple", [9.0] * 5, seed=9)
+    whole = [each for one in groups for each in one.evaluations]
+    (sentence,) = findings(groups, compare(groups))
+    more = group([*whole, worse])
+    (other,) = findings(more, compare(more))
+    assert other == sentence

@@ -25,6 +25,7 @@ from dape.paper.claims import (
     judge,
     percent,
 )
+from dape.paper.results import as_record, verdicts_table
 from dape.paper.study import Study
 from dape.paper.sweep import TINY
 
@@ -222,3 +223,59 @@ def test_a_verdict_says_where_a_part_of_its_checks_is_measured():
     claim = Claim("a claim", "section 0", (Better("a", "b", TINY), Better("c", "d", TINY)))
     for findings, part in (((), ""), ((finding,), "1 of 2 checks measured"), ((finding,) * 2, "")):
         assert Verdict(claim, "reproduced", findings).part == part
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have():
+    """Seed 1 of the baseline is much worse, and the candidate lacks the seed."""
+    ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))
+    theirs = group("kerple", flat(3.0), flat(4.0))
+    found = Better("dape-kerple", "kerple", REGIME).find([study(ours, theirs)])
+    assert found.test.difference == pytest.approx(-0.1) and found.seeds == 1
+    assert "documents" in found.test.name and found.test.pairs == 20
+
+
+def test_an_arm_whose_runs_all_failed_leaves_its_claim_open(tmp_path):
+    arms = ("kerple", "dape-kerple", "dape-fire")
+    cells = tuple(Cell(tmp_path, f"small/{arm}-0", arm, ()) for arm in arms)
+    errors = {"small/dape-kerple-0": "step 7: loss nan"}
+    where = replace(study(group("kerple", flat(3.0))), cells=cells, errors=errors)
+    good = replace(where, groups=(*where.groups, group("alibi", flat(2.9))))
+    fails = Better("dape-kerple", "kerple", REGIME), Rise("dape-kerple", REGIME, 16, False)
+    for check in (*fails, Uses("dape-kerple", REGIME)):
+        found = check.find([where])
+        assert found.outcome == "not decidable at this scale" and found.test is None
+        assert found.number == "dape-kerple failed: step 7: loss nan (small-arxiv-128-150M)"
+    verdict = judge(Claim("it is", "", (Better("alibi", "kerple", REGIME), fails[0])), [good])
+    assert verdict.outcome == "not decidable at this scale" and verdict.weakest.test is None
+    assert as_record(verdict)["checks"][1]["p"] is None
+    row = verdicts_table([verdict]).rows[-1]
+    assert row[1:] == ["not decidable at this scale", "1", "—"]
+    assert Better("dape-fire", "kerple", REGIME).find([where]) is None, "is only not measured yet"
+
+
+def test_a_check_counts_the_failed_runs_beside_finished_ones(tmp_path):
+    arms = [("kerple", 0), ("kerple", 1), ("dape-kerple", 0), ("dape-kerple", 1), ("fire", 0)]
+    cells = tuple(Cell(tmp_path, f"small/{arm}-{n}", arm, ()) for arm, n in arms)
+    errors = {"small/dape-kerple-1": "step 7: loss nan", "small/fire-0": "out of memory"}
+    groups = group("kerple", flat(3.0), flat(3.1)), group("dape-kerple", flat(2.9))
+    where = replace(study(*groups), cells=cells, errors=errors)
+    found = Better("dape-kerple", "kerple", REGIME).find([where])
+    assert found.number.endswith("(small-arxiv-128-150M, runs failed: 1)") and found.seeds == 1
+    assert Rise("kerple", REGIME, 16, True).find([where]).number.endswith("(small-arxiv-128-150M)")
+
+
+def test_losses_that_are_no_numbers_are_not_the_best_and_huge_ones_are_infinitely_worse():
+    assert best_length(group("kerple", [math.nan, 3.2, 3.0, 3.1, 3.1]), 2048) == 512
+    found = Better("a", "b", REGIME).find([study(group("a", flat(900.0)), group("b", flat(3.0)))])
+    assert "a +inf % against b" in found.number and found.outcome == "not reproduced"
+
+
+def test_checks_on_two_corpora_of_a_regime_name_the_corpus():
+    mixed = Regime("small", "mixed", 128)
+    studies = [
+        Study(mixed, corpus, (), (group("kerple", [3.0, 3.0, 3.0, 3.0, last]),), {})
+        for corpus, last in (("arxiv", 3.5), ("books", 3.0))
+    ]
+    checks = tuple(Rise("kerple", mixed, 16, True, corpus) for corpus in ("arxiv", "books"))
+    numbers = [each.number for each in judge(Claim("", "", checks), studies).findings]
+    assert ["on-arxiv" in numbers[0], "on-books" in numbers[1]] == [True, True]

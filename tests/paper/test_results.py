@@ -2,6 +2,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
-from dape.paper.experiments import CORE
+from dape.paper.experiments import AMOUNTS, CORE, COST
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
 from dape.paper.sections import perplexities
 from dape.paper.spread import spread
 from dape.paper.study import studies
-from dape.paper.sweep import TINY
+from dape.paper.sweep import TINY, Measure
 from dape.positions.scheme import SCHEMES
 
 LOSSES = {"kerple": [2.0, 2.1, 2.2, 2.3, 2.4], "dape-kerple": [1.9, 1.8, 1.7, 1.7, 1.7]}
@@ -53,12 +54,17 @@ def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
     found = run(experiment(seeds=(0, 1)))
     ((table, tests, trainings),) = (section.tables for section in found.sections)
     assert table.header == ["arm", "runs", "32*", "64", "128", "256", "512"]
+    assert found.sections[0].caption.endswith("Shaded: one standard deviation over seeds.")
     seeds = [[math.exp(loss + seed * 0.006) for seed in (0, 1)] for loss in LOSSES["kerple"]]
     expected = [f"{statistics.mean(each):.2f} ± {statistics.stdev(each):.2f}" for each in seeds]
     assert table.rows[0] == ["kerple", "2", *expected]
     assert "dape-kerple against kerple" in tests.rows[0][0]
-    assert trainings.rows[0] == ["kerple", "2", "2.5000", "1,000", "0.2"]
-    assert "8,192 tokens" in trainings.note and "epochs" in trainings.note
+    assert trainings.header == [
+        *("arm", "runs", "validation loss", "tokens a second", "minutes", "tokens", "epochs")
+    ]
+    text = record.read(found.cells[0]).train_tokens
+    trained = ["2.5000", "1,000", f"{6.5 / 60:.1f}", "8,448", f"{8448 / text:.2g}"]
+    assert trainings.rows[0] == ["kerple", "2", *trained], "tokens of the record, not the regime's"
 
 
 def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
@@ -84,6 +90,15 @@ def test_evaluations_of_other_tokens_do_not_meet_in_a_table():
     file.write_text(json.dumps(changed))
     with pytest.raises(UserError, match="the scored tokens differ"):
         results(chosen)
+
+
+def test_trainings_on_different_corpora_do_not_meet_in_a_table():
+    chosen = experiment()
+    run(chosen)
+    first, second = chosen.cells()
+    record.write(second, replace(record.read(second), checksum="another"))
+    with pytest.raises(UserError, match="corpora with different checksums"):
+        studies([first, second])
 
 
 def test_where_all_failed_the_table_says_so():
@@ -119,7 +134,7 @@ def pretend(cells, losses):
         made = evaluations.make(cell.arm, losses, train_length=512, lengths=lengths)
         made.save(cell.record.evaluation("last"))
         commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
-        end = End(commands, {"all": 60.0}, None, "c0ffee", 50_000_000)
+        end = End(commands, {str(cell.commands[0]): 60.0}, None, "c0ffee", 50_000_000)
         record.write(cell, end)
 
 
@@ -153,7 +168,7 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
 
 def test_the_page_holds_everything_itself():
     found = run(experiment())
-    text = page([found, results(CORE)], beside(found.studies))
+    text = page([found, results(CORE)], beside(found.cells))
     assert not re.search(r"(src|href)=\"(?!data:|#)", text)
     assert text.count("data:image/svg+xml;base64,") == 1
     assert "dape train recipes/paper/smoke.yaml --name smoke/" in text
@@ -163,22 +178,77 @@ def test_the_page_holds_everything_itself():
 
 def test_a_cell_of_two_experiments_has_one_price(monkeypatch):
     found = run(experiment())
-    monkeypatch.setattr(record.End, "minutes", 90.0)
+    monkeypatch.setattr(record, "_seconds", lambda cell: 90.0 * 60)
     hours = f"{1.5 * len(found.cells):.1f} GPU hours"
     for several in ([found], [found, found]):
-        assert f"experiments took {hours}" in page(several, beside(found.studies))
+        assert f"experiments took {hours}" in page(several, beside(found.cells))
+
+
+def test_measurements_for_a_second_experiment_cost_the_first_nothing():
+    more = Measure(("eval", "context", "{run}", "--lengths", "{reads}"), ("evaluation/more.json",))
+    alone, both = experiment("kerple"), experiment("kerple", measures=(more,))
+    run(alone)
+    (cell,) = both.cells()
+    end, price = record.read(cell), results(alone).minutes
+    words = str(cell.commands[-1])
+    commands = end.commands | {"evaluation/more.json": words}
+    record.write(cell, replace(end, commands=commands, seconds=end.seconds | {words: 600.0}))
+    (cell.record.path / "evaluation/more.json").write_text("{}")
+    assert results(alone).minutes == pytest.approx(price)
+    assert results(both).minutes == pytest.approx(price + 10)
+
+
+def test_the_table_of_costs_names_command_commit_and_versions():
+    import evaluations
+    from dape.bench.model import Cost, Costs
+    from dape.bench.record import Entry
+
+    cell = COST.cells()[0]
+    cell.record.path.mkdir(parents=True)
+    entry = Entry("nope", 512, 1, "forward", milliseconds=1.0, peak=2**30)
+    costs = Costs(1, 0, evaluations.PROVENANCE, [Cost("125m", "fused", 2**29, entry)])
+    costs.save(cell.record.path / "results.json")
+    words = str(cell.commands[0])
+    record.write(cell, record.End({"results.json": words}, {words: 60.0}, None, None, 0))
+    text = results(COST).markdown()
+    assert "`dape eval runs/*` at abc, seed 0; cpu; python 3.11, torch 2.13" in text
+    assert "| nope, fused | 1.00 (1.00) | 1.50 |" in text
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():
     cells = [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == "dape-kerple"]
     pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
-    table = beside(studies(cells))
+    table = beside(cells)
     assert len(table.rows) == len(PUBLISHED)
     rows = {tuple(row[:4]): row[4] for row in table.rows}
     ours = rows["dape-kerple, 125m, arxiv", "512", "8,192", "3.70"]
     assert ours == f"{math.exp(1.05):.2f} (125m-arxiv-512-150M)"
     assert rows["dape-kerple, 125m, arxiv", "128", "8,192", "5.00"] == "—"
     assert rows["dape-kerple, 125m, books", "512", "8,192", "17.88"] == "—"
+
+
+def test_arms_and_seeds_of_all_experiments_in_a_regime_stand_beside_the_published_numbers():
+    first, second = (
+        [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == arm]
+        for arm in ("dape3-kerple", "dape-kerple")
+    )
+    pretend(first, losses=[1.3, 1.2, 1.1, 1.0, 0.95, 0.9])
+    pretend(second, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    rows = {tuple(row[:4]): row[4] for row in beside([*first, *second, *second]).rows}
+    for arm, theirs, loss in (("dape3-kerple", "4.44", 1.3), ("dape-kerple", "4.49", 1.4)):
+        ours = rows[f"{arm}, 125m, arxiv", "512", "512", theirs]
+        assert ours == f"{math.exp(loss):.2f} (125m-arxiv-512-150M)"
+
+
+def test_numbers_of_models_of_both_corpora_name_the_corpus_of_the_measurement():
+    cells = [c for c in AMOUNTS.cells() if c.arm == "kerple" and c.regime.tokens == 150_000_000]
+    pretend(cells, losses=[1.4, 1.3, 1.2, 1.1, 1.05, 1.0])
+    file = cells[0].record.evaluation("last")
+    for corpus in ("arxiv", "books"):
+        file.with_stem(f"last-{corpus}").write_text(file.read_text())
+    rows = {tuple(row[:4]): row[4] for row in beside(cells).rows}
+    ours = rows["kerple, 125m, arxiv", "128", "8,192", "31.93"]
+    assert ours == f"{math.exp(1.05):.2f} (125m-mixed-128-150M-on-arxiv)"
 
 
 def test_published_numbers_are_those_of_schemes_we_have_and_of_lengths_they_can_read():

@@ -54,7 +54,7 @@ def pretend(cell):
             numbers = Retrieval(made.subject, task, None, ASKED, cells, {}, evaluations.PROVENANCE)
             numbers.save(cell.record.retrieval(task))
     commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
-    record.write(cell, End(commands, {"all": 120.0}, None, "c0ffee", 4_000_000))
+    record.write(cell, End(commands, {str(cell.commands[0]): 120.0}, None, "c0ffee", 4_000_000))
 
 
 def cells(*arms, seeds=(0,)):

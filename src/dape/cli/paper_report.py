@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         Corpus(folder)  # or an error that names the folder
     check_writable(home / "report.html", home / "published.md", remedy=REMEDY)
     found = [results(each, dict(arguments.data)) for each in experiments]
-    table = beside(study for each in found for study in each.studies)
+    table = beside(cell for each in found for cell in each.cells)
     write_text(home / "report.html", page(found, table))
     write_text(home / "published.md", table.markdown() + "\n")
     print(f"wrote {home / 'report.html'} and {home / 'published.md'}")

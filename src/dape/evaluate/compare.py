@@ -1,7 +1,7 @@
 """Comparison of runs: seeds of a scheme form a group, and tests compare groups."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -62,7 +62,8 @@ class Comparison:
 
     `difference` is the candidate's mean loss minus the baseline's, in nats. The t-test pairs runs
     by seed, with two shared seeds or more. The bootstrap pairs documents, 20 or more, with the loss
-    of a document averaged over the runs of a group.
+    of a document averaged over the runs of a group. All three compare the runs of `paired`, and
+    `left_out` counts the runs of both groups left out.
     """
 
     candidate: str
@@ -71,6 +72,7 @@ class Comparison:
     difference: float
     over_seeds: PairedTest | None
     over_documents: PairedTest | None
+    left_out: int = 0
 
 
 def group(evaluations: Sequence[Evaluation]) -> list[Group]:
@@ -145,6 +147,27 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     return comparisons
 
 
+def paired(candidate: Group, baseline: Group) -> tuple[Group, Group]:
+    """Return two groups with the runs of `shared_seeds`."""
+    ours, theirs = shared_seeds(candidate.evaluations, baseline.evaluations)
+    return replace(candidate, evaluations=tuple(ours)), replace(baseline, evaluations=tuple(theirs))
+
+
+def shared_seeds(
+    first: Sequence[Record], second: Sequence[Record]
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    """Return the records of seeds on both sides, or all records without any.
+
+    A seed of a single side would change the difference by the luck of the seed.
+    """
+    seeds = [{each.subject.seed for each in side} for side in (first, second)]
+    shared = (seeds[0] & seeds[1]) - {None}
+    if not shared:
+        return first, second
+    ours, theirs = ([x for x in side if x.subject.seed in shared] for side in (first, second))
+    return ours, theirs
+
+
 def split(scheme: str) -> tuple[str, str]:
     """Return the adapter ("" for none) and the encoding in the name of a scheme."""
     for adapter in ADAPTERS:
@@ -166,6 +189,8 @@ def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
 
 
 def _compare(candidate: Group, baseline: Group, length: int) -> Comparison:
+    given = candidate, baseline
+    candidate, baseline = paired(*given)
     ours, theirs = (
         np.mean([each.by_length[length].loss for each in side.evaluations])
         for side in (candidate, baseline)
@@ -177,6 +202,8 @@ def _compare(candidate: Group, baseline: Group, length: int) -> Comparison:
         difference=float(ours - theirs),
         over_seeds=_over_seeds(candidate, baseline, length),
         over_documents=_over_documents(candidate, baseline, length),
+        left_out=sum(len(each.evaluations) for each in given)
+        - sum(len(each.evaluations) for each in (candidate, baseline)),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dape.errors import UserError
-from dape.evaluate.compare import gather, split
+from dape.evaluate.compare import gather, shared_seeds, split
 from dape.evaluate.context import ContextUse, Tally
 from dape.evaluate.significance import RESAMPLES
 
@@ -61,8 +61,8 @@ def by_adapter(
 ) -> list[Contrast]:
     """Return the gain of every scheme with an adapter over the scheme without, by bin.
 
-    The gain is measured at a window length, by default the longest, and is a mean over the seeds of
-    a label.
+    The gain is measured at a window length, by default the longest, and is a mean over the seeds
+    that both labels have.
     """
     groups = gather(records)
     at = -1 if length is None else records[0].lengths.index(length)
@@ -73,7 +73,8 @@ def by_adapter(
         adapter, encoding = split(subjects[label].scheme)
         base = trained.get((encoding, subjects[label].train_length))
         if adapter and base is not None:
-            before, after = (_mean_losses(groups[name], occurrence)[at] for name in (base, label))
+            pair = shared_seeds(groups[base], members)
+            before, after = (_mean_losses(side, occurrence)[at] for side in pair)
             found.append(_contrast(label, base, members[0].tallies[occurrence], before, after))
     return found
 

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dape.evaluate.compare import METRICS, Comparison, Group, compare
+from dape.evaluate.compare import METRICS, Comparison, Group, compare, paired
 from dape.evaluate.record import Evaluation
 from dape.figures import curves, tables
 from dape.figures.style import save
@@ -123,7 +123,8 @@ def findings(groups: Sequence[Group], comparisons: Sequence[Comparison]) -> list
 
 
 def finding(comparison: Comparison, candidate: Group, baseline: Group) -> str:
-    """Return a comparison at the longest length in words."""
+    """Return a comparison at the longest length in words, with perplexities of its runs."""
+    candidate, baseline = paired(candidate, baseline)
     length, trained = comparison.length, candidate.train_length
     times = f", {length / trained:g} times the training length" if trained else ""
     ours, theirs = (

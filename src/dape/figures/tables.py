@@ -1,6 +1,5 @@
 """Tables of results, for the screen, for Markdown and for the report."""
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +132,8 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
                 rows.append([f"p over {found[0].pairs} {label}", *map(p_value, outcomes)])
                 names.append(found[0].name)
     notes = [f"Two-sided p-values: {'; '.join(dict.fromkeys(names))}."] if names else []
+    if any(each.left_out for each in comparisons):
+        notes.append("Runs of a seed that the other scheme lacks are left out.")
     if any(each.over_documents is None for each in comparisons):
         notes.append(f"Fewer than {FEWEST_DOCUMENTS} documents: no p over documents.")
     return Table(
@@ -150,7 +151,8 @@ def change(comparison: Comparison | None) -> str:
     """
     if comparison is None:
         return NOTHING
-    return f"{100 * math.expm1(comparison.difference):+.1f} %"
+    with np.errstate(over="ignore"):
+        return f"{100 * float(np.expm1(comparison.difference)):+.1f} %"
 
 
 def p_value(test: PairedTest | None) -> str:

@@ -5,15 +5,19 @@ from collections.abc import Iterable
 import numpy as np
 
 from dape.figures.tables import NOTHING, Table, number
+from dape.paper.cells import Cell, once
 from dape.paper.published import PUBLISHED, Published
-from dape.paper.study import Study
+from dape.paper.study import Study, studies
 
 CORPORA = ("arxiv", "books")
 
 
-def beside(studies: Iterable[Study]) -> Table:
-    """Return the published numbers by row, and the means of ours over seeds."""
-    found = {study.name: study for study in studies}.values()
+def beside(ended: Iterable[Cell]) -> Table:
+    """Return the published numbers by row, and the means of ours over seeds.
+
+    Cells of several experiments in a regime form a single study, with all arms and seeds.
+    """
+    found = studies(once(ended))
     rows = [
         [
             f"{each.scheme}, {each.size}, {each.corpus}",
@@ -35,18 +39,18 @@ def beside(studies: Iterable[Study]) -> Table:
     )
 
 
-def _ours(each: Published, studies: Iterable[Study]) -> list[str]:
+def _ours(each: Published, found: Iterable[Study]) -> list[str]:
     """Return our means at the same training length, for all our sizes.
 
     The means come from the corresponding corpus, or from every corpus without a correspondence.
     """
     values = []
-    for study in studies:
+    for study in found:
         group = study.group(each.scheme)
         like = each.corpus == study.corpus or each.corpus not in CORPORA
         if group and like and study.regime.length == each.trained:
             measured = [e.by_length.get(each.length) for e in group.evaluations]
             known = [m.perplexity for m in measured if m is not None]
             if known:
-                values.append(f"{number(float(np.mean(known)))} ({study.regime.name})")
+                values.append(f"{number(float(np.mean(known)))} ({study.name})")
     return values

@@ -11,14 +11,19 @@ fewer seeds the test is the paired bootstrap over documents, valid for the compa
 | `Rise`, rising | a length less the best shorter length | log 1.01 | d > m |
 | `Uses` | the longest window less the training length, on far tokens | 0 | d < m |
 
+The best shorter length is the best on the same documents. The luck of the choice makes the
+difference of `Rise` too large and p of `rising` too small, by at most the factor of the number of
+shorter lengths. For `steady` the choice is on the safe side.
+
 A token is far if the pair of its predecessor and the token occurred last beyond the training length
 and within the longest window. `Uses` always tests over documents.
 
 With p < 0.05 and d on the wrong side of m the check is not reproduced. With a greater p, or over
 fewer than 20 documents, the check is not decidable at the measured scale. A perplexity up to 1 %
 above the best perplexity counts as steady. A claim is not reproduced if any check is not
-reproduced, reproduced if all checks are reproduced, and otherwise not decidable. Checks without
-records are left out. Without any check the claim is not measured.
+reproduced, reproduced if all checks are reproduced, and otherwise not decidable. A check is not
+decidable if all runs of an arm diverged or ran out of memory. Checks without records are left out.
+Without any check the claim is not measured. Arms are compared on their shared seeds.
 """
 
 import math
@@ -31,7 +36,7 @@ from jaxtyping import Float
 
 from dape.chomsky.grid import Grid
 from dape.evaluate import context
-from dape.evaluate.compare import Group
+from dape.evaluate.compare import Group, paired
 from dape.evaluate.context import ContextUse
 from dape.evaluate.significance import (
     FEWEST_DOCUMENTS,
@@ -58,12 +63,12 @@ MARGIN = math.log(1.01)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of a check: the number, the seeds of both sides, and the test."""
+    """The outcome of a check: the number, the shared seeds, and the test; None if an arm failed."""
 
     outcome: Outcome
     number: str
     seeds: int
-    test: PairedTest
+    test: PairedTest | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +88,14 @@ class Better:
         candidate, baseline = (
             _measured(study, arm, length) for arm in (self.candidate, self.baseline)
         )
-        if candidate is None or baseline is None:
-            return None
+        if study is None or candidate is None or baseline is None:
+            return _failure(study, self.candidate, self.baseline)
         test = compare(candidate, length, baseline, length)
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
-            f" at {length:,} ({self.regime.name})",
-            seeds=min(len(candidate.evaluations), len(baseline.evaluations)),
+            f" at {length:,} ({study.name}{_lost(study, self.candidate, self.baseline)})",
+            seeds=min(len(each.evaluations) for each in paired(candidate, baseline)),
             test=test,
         )
 
@@ -112,15 +117,16 @@ class Rise:
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
         length = self.regime.length * self.times
-        group = _measured(_study(evidence, self.regime, self.corpus), self.arm, length)
-        if group is None:
-            return None
+        study = _study(evidence, self.regime, self.corpus)
+        group = _measured(study, self.arm, length)
+        if study is None or group is None:
+            return _failure(study, self.arm)
         best = best_length(group, length)
         test = compare(group, length, group, best, MARGIN)
         return Finding(
             outcome=_decided(test, MARGIN, holds_below=not self.rises),
             number=f"{self.arm} {percent(test.difference)} at {length:,} over its best, at {best:,}"
-            f" ({self.regime.name})",
+            f" ({study.name}{_lost(study, self.arm)})",
             seeds=len(group.evaluations),
             test=test,
         )
@@ -144,8 +150,8 @@ class Uses:
         cells = [cell for cell in study.cells if cell.arm == self.arm] if study else []
         files = [cell.record.path / CONTEXT for cell in cells]
         records = [context.load(file) for file in files if file.is_file()]
-        if not records:
-            return None
+        if study is None or not records:
+            return _failure(study, self.arm)
         lengths = records[0].lengths
         tokens, short, long = far_losses(records)
         seen = tokens > 0
@@ -155,7 +161,7 @@ class Uses:
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.arm} {percent(test.difference)} by windows of {lengths[-1]:,} over"
-            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({self.regime.name})",
+            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({study.name})",
             seeds=len(records),
             test=test,
         )
@@ -219,7 +225,13 @@ class Verdict:
     def weakest(self) -> Finding | None:
         """Return the finding with the greatest p, among findings equal to the outcome."""
         decisive = [each for each in self.findings if each.outcome == self.outcome]
-        return max(decisive, key=lambda each: each.test.p_value, default=None)
+        return max(decisive, key=_p, default=None)
+
+
+def _p(finding: Finding) -> float:
+    """Return p for an order of support; failed arms and p-values that are NaN have the least."""
+    p = finding.test.p_value if finding.test else math.nan
+    return math.inf if math.isnan(p) else p
 
 
 def judge(claim: Claim, evidence: Evidence) -> Verdict:
@@ -240,6 +252,7 @@ def compare(
 
     The `difference` is the difference of losses, without the margin.
     """
+    candidate, baseline = paired(candidate, baseline)
     ours, theirs = ({e.subject.seed: e for e in side.evaluations} for side in (candidate, baseline))
     seeds = sorted(seed for seed in ours.keys() & theirs.keys() if seed is not None)
     if len(seeds) >= SEEDS:
@@ -258,17 +271,35 @@ def compare(
 
 
 def best_length(group: Group, length: int) -> int:
-    """Return the length below `length` with the lowest mean loss."""
+    """Return the length below `length` with the lowest mean loss; NaN is above all losses."""
     first = group.evaluations[0]
     shorter = [n for n in first.by_length if n < length]
-    return min(
-        shorter, key=lambda n: float(np.mean([e.by_length[n].loss for e in group.evaluations]))
-    )
+    losses = [np.mean([e.by_length[n].loss for e in group.evaluations]) for n in shorter]
+    return shorter[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
 
 
 def percent(difference: float) -> str:
     """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
-    return f"{100 * math.expm1(difference):+.1f} %"
+    with np.errstate(over="ignore"):
+        return f"{100 * float(np.expm1(difference)):+.1f} %"
+
+
+def _lost(study: Study, *arms: str) -> str:
+    """Return the number of failed runs of arms in words, if any: the other runs are the luckier."""
+    count = sum(cell.arm in arms and cell.name in study.errors for cell in study.cells)
+    return f", runs failed: {count}" if count else ""
+
+
+def _failure(study: Study | None, *arms: str) -> Finding | None:
+    """Return the finding on arms without a finished run, if an arm has only failed runs."""
+    if study is None:
+        return None
+    for arm in arms:
+        errors = [study.errors.get(cell.name) for cell in study.cells if cell.arm == arm]
+        if errors and all(errors):
+            number = f"{arm} failed: {errors[0]} ({study.name})"
+            return Finding("not decidable at this scale", number, len(errors), None)
+    return None
 
 
 def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:

@@ -50,9 +50,7 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     with record.repairable(cells):
         states = {cell.name: record.state(cell, here) for cell in cells}
         spent = {
-            cell.name: record.read(cell).minutes
-            for cell in cells
-            if states[cell.name] == "finished"
+            cell.name: record.minutes([cell]) for cell in cells if states[cell.name] == "finished"
         }
     return [Planned(cell, states[cell.name], *_price(cell, cells, spent)) for cell in cells]
 

@@ -43,11 +43,6 @@ class End:
     checksum: str | None
     train_tokens: int
 
-    @property
-    def minutes(self) -> float:
-        """Return the minutes of all commands."""
-        return math.fsum(self.seconds.values()) / 60
-
 
 def log(cell: Cell) -> Path:
     """Return the file with the output of the cell's commands."""
@@ -95,8 +90,21 @@ def _remedy(cell: Cell) -> str:
 
 
 def minutes(cells: Iterable[Cell]) -> float:
-    """Return the device minutes of ended cells."""
-    return math.fsum(read(cell).minutes for cell in cells)
+    """Return the device minutes of the commands of ended cells.
+
+    Commands of further experiments on the same cells do not count.
+    """
+    return math.fsum(_seconds(cell) for cell in cells) / 60
+
+
+def _seconds(cell: Cell) -> float:
+    """Return the seconds of a cell's commands, in the words of the record."""
+    end = read(cell)
+    kept = (str(path) for command in cell.commands for path in command.keeps)
+    return math.fsum(
+        end.seconds.get(words, 0.0)
+        for words in dict.fromkeys(end.commands[path] for path in kept if path in end.commands)
+    )
 
 
 def state(cell: Cell, checksums: Mapping[str, str]) -> State:

@@ -114,7 +114,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
             [each.number, each.outcome, str(each.seeds), p_value(each.test)]
             for each in verdict.findings
         ]
-    tests = dict.fromkeys(each.test.name for verdict in verdicts for each in verdict.findings)
+    found = [each.test for verdict in verdicts for each in verdict.findings]
+    tests = dict.fromkeys(test.name for test in found if test)
     note = f"Two-sided p: {'; '.join(tests)}." if tests else "Nothing is measured."
     return Table("Verdicts", ["claim", "outcome", "seeds", "p"], rows, note)
 
@@ -130,8 +131,8 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
                 "number": each.number,
                 "outcome": each.outcome,
                 "seeds": each.seeds,
-                "p": each.test.p_value,
-                "test": each.test.name,
+                "p": each.test and each.test.p_value,
+                "test": each.test and each.test.name,
             }
             for each in verdict.findings
         ],

@@ -18,6 +18,7 @@ from dape.figures import learned as learned_figures
 from dape.figures import retrieval as retrieval_figures
 from dape.figures import tables
 from dape.figures.curves import over_length
+from dape.figures.speed import origin
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell, by_regime
@@ -115,7 +116,7 @@ def costs(cells: Sequence[Cell]) -> list[Section]:
         Section(
             name,
             tuple(cost_figures.tables(each)),
-            caption=f"{cost_figures.explanation(each)} Measured on {each.provenance['device']}.",
+            caption=f"{cost_figures.explanation(each)} {origin(each.provenance, each.seed)}.",
         )
         for name, each in found.items()
     ]
@@ -141,8 +142,11 @@ def _curves(study: Study) -> Section:
     top = TALLEST * np.nanmin(values)
     caption = (
         "Perplexity against the length of the window, trained at"
-        f" {study.regime.length:,} tokens. Dashed: without an adapter; solid: with one."
+        f" {study.regime.length:,} tokens. Dashed: encodings alone; solid: encodings with an"
+        " adapter."
     )
+    if any(len(group.evaluations) > 1 for group in study.groups):
+        caption += " Shaded: one standard deviation over seeds."
     if np.nanmax(values) > top:
         caption += f" Lines leave the figure at {TALLEST:g} times the lowest value."
     else:
@@ -170,29 +174,30 @@ def perplexities(study: Study) -> Table:
 
 
 def trainings(study: Study) -> Table:
-    """Return loss, cost and failures of the trainings, by arm."""
+    """Return tokens, loss, cost and failures of the trainings, by arm; means over runs."""
     rows = []
     for arm in study.arms:
-        cells = [cell for cell in study.cells if cell.arm == arm]
-        steps = [record.metrics(cell) for cell in cells if cell.name not in study.errors]
-        losses = [each[-1]["validation_loss"] for each in steps]
-        speeds = [
-            step["tokens_per_second"]
-            for each in steps
-            for step in each
-            if "tokens_per_second" in step
-        ]
-        rows.append(
-            [
-                arm,
-                str(len(losses)),
-                f"{mean(losses):.4f}" if losses else NOTHING,
-                f"{median(speeds):,.0f}" if speeds else NOTHING,
-                f"{sum(record.read(cell).minutes for cell in cells):.1f}",
-            ]
-        )
-    header = ["arm", "runs", "validation loss", "tokens a second", "minutes"]
+        cells = [c for c in study.cells if c.arm == arm and c.name not in study.errors]
+        rows.append([arm, str(len(cells)), *(_training(cells) if cells else [NOTHING] * 5)])
+    header = ["arm", "runs", "validation loss", "tokens a second", "minutes", "tokens", "epochs"]
     return Table("Trainings", header, rows, note=_training_note(study))
+
+
+def _training(cells: Sequence[Cell]) -> list[str]:
+    """Return loss, speed, minutes, tokens and epochs of the finished trainings of an arm."""
+    steps = [record.metrics(cell) for cell in cells]
+    made = [cell.record.read_record() for cell in cells]
+    tokens = mean(each.get("tokens", 0) for each in made)
+    epochs = tokens / record.read(cells[0]).train_tokens
+    loss = mean(each[-1]["validation_loss"] for each in steps)
+    speeds = [s["tokens_per_second"] for each in steps for s in each if "tokens_per_second" in s]
+    return [
+        f"{loss:.4f}",
+        f"{median(speeds):,.0f}" if speeds else NOTHING,
+        f"{mean(each.get('seconds', 0.0) for each in made) / 60:.1f}",
+        f"{tokens:,.0f}",
+        f"{epochs:.2g}",
+    ]
 
 
 def _published(study: Study, arm: str) -> list[Published]:
@@ -210,9 +215,9 @@ def _places(study: Study) -> str:
 
 def _training_note(study: Study) -> str:
     notes = [
-        f"{study.regime.tokens:,} tokens, {study.epochs:.2g} epochs of a corpus with checksum"
-        f" {study.corpus_checksum[:12]}. Validation loss: the last at the training length, nats a"
-        " token. Minutes on one device: all commands of the arm."
+        f"The corpus has the checksum {study.corpus_checksum[:12]}. Validation loss: the last at"
+        " the training length, nats a token. Minutes, tokens and epochs of a training: means over"
+        " runs, on one device, without the start and the measurements."
     ]
     notes += [f"{NOTHING} {name} failed: {error}." for name, error in study.errors.items()]
     risen = study.repeated_too_often()

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from dape.errors import UserError
 from dape.evaluate.compare import Group, check_comparable
 from dape.evaluate.record import Evaluation, load
 from dape.paper import record
@@ -45,11 +46,6 @@ class Study:
         """Return the checksum of the training corpus."""
         return record.read(self.cells[0]).checksum or ""
 
-    @property
-    def epochs(self) -> float:
-        """Return the number of passes over the training text."""
-        return self.regime.tokens / record.read(self.cells[0]).train_tokens
-
     def repeated_too_often(self) -> list[str]:
         """Return the arms and seeds with a rise of the validation loss, with both losses."""
         found = []
@@ -66,10 +62,12 @@ def studies(ended: Sequence[Cell]) -> list[Study]:
     """Return the studies of finished and failed cells.
 
     Raises:
-        UserError: for evaluations in a study with different scored tokens.
+        UserError: for cells of a regime trained on different corpora, or evaluations in a study
+            with different scored tokens.
     """
     found = []
     for regime, cells in by_regime(ended).items():
+        _check_corpus(cells)
         errors = {cell.name: error for cell in cells if (error := record.read(cell).error)}
         finished = [cell for cell in cells if cell.name not in errors]
         found += [
@@ -77,6 +75,21 @@ def studies(ended: Sequence[Cell]) -> list[Study]:
             for corpus in MEASURED_ON.get(regime.corpus, (regime.corpus,))
         ]
     return found
+
+
+def _check_corpus(cells: Sequence[Cell]) -> None:
+    """Refuse cells of a regime with different corpora, which a machine without corpora cannot see.
+
+    Raises:
+        UserError: naming two cells.
+    """
+    first, *others = cells
+    for other in others:
+        if record.read(other).checksum != record.read(first).checksum:
+            raise UserError(
+                f"{other.name} and {first.name} were trained on corpora with different checksums;"
+                " remove the record of one, and run the cell again"
+            )
 
 
 def _groups(cells: Sequence[Cell], regime: Regime, corpus: str) -> tuple[Group, ...]:
