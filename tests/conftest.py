@@ -1,5 +1,6 @@
 """What every test shares: one thread, one seed, few and always the same hypothesis examples."""
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -13,6 +14,12 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+# What no process of the tests imports, neither this one nor those that tests start.
+sys.path.insert(0, str(Path(__file__).with_name("start")))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
+)
+import_module("sitecustomize")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
     if find_spec("triton"):
@@ -43,6 +50,11 @@ def benchmarks():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported stays, and no collection need look through it
 
 
 def pytest_collection_modifyitems(items):
