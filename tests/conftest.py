@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import shapes
+
 torch.set_num_threads(1)
 # What no process of the tests imports, neither this one nor those that tests start.
 sys.path.insert(0, str(Path(__file__).with_name("start")))
@@ -20,6 +22,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
 )
 import_module("sitecustomize")
+shapes.quicken()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
     if find_spec("triton"):
