@@ -22,7 +22,7 @@ class Late(inspect.Signature):
 
 
 class Bound:
-    """Arguments of a call. The first to ask is the memo of shapes, for names in braces."""
+    """Arguments of a call. The first to ask is the memo of shapes, which seldom needs them."""
 
     def __init__(self, bind, args, kwargs):
         self.given, self.asked = (bind, args, kwargs), False
@@ -32,19 +32,28 @@ class Bound:
 
     @property
     def arguments(self):
-        if not self.asked:
-            self.asked = True
-            return NoNames()
+        if self.asked:
+            return self.all()
+        self.asked = True
+        return Names(self)
+
+    def all(self):
         bind, args, kwargs = self.given
         bound = bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.arguments
 
 
-class NoNames(dict):
-    """Names for axes in braces: an axis that has one is an error."""
+class Names:
+    """The arguments in a memo of shapes: a copy of what the memo took as its own has them all."""
+
+    def __init__(self, bound):
+        self.bound, self.taken = bound, False
 
     def copy(self):
+        if self.taken:
+            return self.bound.all()
+        self.taken = True
         return self
 
 
