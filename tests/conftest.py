@@ -33,11 +33,12 @@ settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )
 settings.load_profile("dape")
-# Files of half a minute. They begin first, so that no process waits for another at the end.
+# Files of up to a minute. They begin first, so that no process waits for another at the end.
 LONG = (
     "test_parallelize.py", "test_campaign.py", "test_quickstart.py", "test_contributing.py",
-    "test_many_gpus.py", "test_auto.py", "test_cuda_emulated.py", "test_fused.py",
-    "test_fused_range.py", "test_model_compile.py", "test_large_run.py",
+    "test_many_gpus.py", "test_cuda_emulated.py", "test_fused.py", "test_fused_range.py",
+    "test_model_compile.py", "test_exporting.py", "test_large_run.py", "test_shared_memory.py",
+    "test_generation.py", "test_comparing.py", "test_loop.py", "test_faults.py",
 )  # fmt: skip
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
