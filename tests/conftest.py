@@ -1,5 +1,6 @@
 """What every test shares: one thread, one seed, few and always the same hypothesis examples."""
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -12,7 +13,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+import shapes
+
 torch.set_num_threads(1)
+# What no process of the tests imports, neither this one nor those that tests start.
+sys.path.insert(0, str(Path(__file__).with_name("start")))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
+)
+import_module("sitecustomize")
+shapes.quicken()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first kernel is defined
     if find_spec("triton"):
@@ -23,11 +33,12 @@ settings.register_profile(
     "dape", deadline=None, max_examples=20, derandomize=True, database=None, print_blob=False
 )
 settings.load_profile("dape")
-# Files of half a minute. They begin first, so that no process waits for another at the end.
+# Files of up to a minute. They begin first, so that no process waits for another at the end.
 LONG = (
     "test_parallelize.py", "test_campaign.py", "test_quickstart.py", "test_contributing.py",
-    "test_many_gpus.py", "test_auto.py", "test_cuda_emulated.py", "test_fused.py",
-    "test_fused_range.py", "test_model_compile.py", "test_large_run.py",
+    "test_many_gpus.py", "test_cuda_emulated.py", "test_fused.py", "test_fused_range.py",
+    "test_model_compile.py", "test_exporting.py", "test_large_run.py", "test_shared_memory.py",
+    "test_generation.py", "test_comparing.py", "test_loop.py", "test_faults.py",
 )  # fmt: skip
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -43,6 +54,11 @@ def benchmarks():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what is imported stays, and no collection need look through it
 
 
 def pytest_collection_modifyitems(items):

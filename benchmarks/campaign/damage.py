@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from result import Result
-from stage import copied, differences, must, state
+from stage import copied, differences, state, undisturbed
 from trial import dape, run
 
 _NOBODY = 65534
@@ -87,7 +87,7 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
     A command may say what is wrong, or do without the file: then its result is as without damage.
     """
     for source, readers in READERS.items():
-        expected = {words: _undamaged(stage, room, words, target) for words, target in readers}
+        expected = {words: undisturbed(stage, room, words, target)[1] for words, target in readers}
         trials = [
             (file.relative_to(stage), damage, reader)
             for file in sorted((stage / source).rglob("*"))
@@ -115,12 +115,6 @@ def damaged(stage: Path, room: Path, every: int) -> Iterator[Result]:
 def _tells(text: str, file: Path) -> bool:
     """Return whether an output names a file, or the checkpoint that it is of."""
     return any(str(place) in text for place in (file, *file.parents) if len(place.parts) > 2)
-
-
-def _undamaged(stage: Path, room: Path, words: str, target: str) -> dict[str, Any]:
-    with copied(stage, room / "whole") as whole:
-        must(run(dape(*words.split()), whole))
-        return state(whole / target)
 
 
 def _differences(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from result import Result
-from stage import copied, differences, must, state
+from stage import copied, differences, state, undisturbed
 from trial import Outcome, Trial, dape, run
 
 # A command by name: its words, and the folder that it fills.
@@ -43,9 +43,7 @@ def kills(stage: Path, room: Path, every: int) -> Iterator[Result]:
     given a third time."""
     for name, (words, target) in COMMANDS.items():
         action = dape(*words.split())
-        with copied(stage, room / "whole") as whole:
-            events = must(run(action, whole)).events
-            expected = state(whole / target)
+        events, expected = undisturbed(stage, room, words, target)
         for number in range(1, events + 1, every):
             with copied(stage, room / "kill") as folder:
                 first = run(action, folder, at=number)
@@ -66,9 +64,7 @@ def two_at_once(stage: Path, room: Path, every: int) -> Iterator[Result]:
     """Yield what comes of a command that is given while another stands still at a file event."""
     for name, (words, target) in COMMANDS.items():
         action = dape(*words.split())
-        with copied(stage, room / "whole") as whole:
-            events = must(run(action, whole)).events
-            expected = state(whole / target)
+        events, expected = undisturbed(stage, room, words, target)
         for number in range(1, events + 1, 2 * every):
             with copied(stage, room / "two") as folder:
                 first = Trial(action, folder, at=number, stroke=signal.SIGSTOP)

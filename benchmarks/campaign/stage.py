@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,14 @@ def must(outcome: Outcome) -> Outcome:
     if outcome.kind != "accepted":
         raise SystemExit(f"the campaign cannot begin: {outcome.text}")
     return outcome
+
+
+@cache
+def undisturbed(stage: Path, room: Path, words: str, target: str) -> tuple[int, dict[str, Any]]:
+    """Return the file events of a command without any fault, and what it leaves in its target."""
+    with copied(stage, room / "whole") as whole:
+        events = must(run(dape(*words.split()), whole)).events
+        return events, state(whole / target)
 
 
 @contextmanager

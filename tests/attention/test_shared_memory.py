@@ -25,42 +25,14 @@ CALLS = [
 ]
 
 STEP = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 32, "rows": 1, "gradients": False}
-
-
-def compiled(*calls):
-    """Return the shared memory of kernels by name for each call, compiled for Hopper."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), *map(json.dumps, calls)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
-
-
-def test_the_kernel_of_all_heads_fits_a_hopper_gpu():
-    calls = [*CALLS, STEP, STEP | {"bias": "T5"}]
-    found = compiled(*(each | {"kernels": ["decode_kernel"]} for each in calls))
-    sizes = [size for each in found for size in each["decode_kernel"]]
-    assert len(sizes) == len(calls)
-    assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
-
-
 # Eight warps for 64 hidden units, and rows that begin anywhere: see `decode.tile_of`.
 WRONG = {"heads": 12, "kv_heads": 12, "head_dim": 64, "hidden": 64, "rows": 151, "keys": 451}
-
-
-def test_the_machine_code_of_decoding_multiplies_what_its_ptx_names():
-    calls = [WRONG | {"dtype": "bfloat16", "bias": "T5", "cut": cut} for cut in (True, False)]
-    found = compiled(*(each | {"kernels": ["decode_kernel"]} for each in calls))
-    assert all(len(each["decode_kernel"]) == 1 for each in found)
-
-
-def test_the_map_across_heads_fits_smaller_gpus():
-    sizes = {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64}
-    for found in compiled(*(sizes | {"mapped": True, "taps": taps} for taps in (1, 3))):
-        assert set(found) == {"heads_kernel", "heads_backward_kernel"}
-        assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
-
-
+ANYWHERE = [WRONG | {"dtype": "bfloat16", "bias": "T5", "cut": cut} for cut in (True, False)]
+DECODING = [*CALLS, STEP, STEP | {"bias": "T5"}]
+MAPS = [
+    {"heads": 8, "kv_heads": 8, "head_dim": 8, "hidden": 64, "mapped": True, "taps": taps}
+    for taps in (1, 3)
+]
 KERNELS = {  # a kernel of a call of a bias, hidden units and taps
     ("Kerple", 32, 1): "mix_backward_kernel",
     ("T5", 32, 1): "table_sums_kernel",
@@ -69,28 +41,68 @@ KERNELS = {  # a kernel of a call of a bias, hidden units and taps
     ("Kerple", 0, 1): "sum_kernel",
     ("T5", 0, 1): "grad_table_kernel",
 }
+IN_BFLOAT16 = [
+    {"heads": 12, "kv_heads": 4, "head_dim": 64, "dtype": "bfloat16"}
+    | dict(zip(("bias", "hidden", "taps"), call, strict=True))
+    for call in KERNELS
+]
+BANDS = {
+    "heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260,
+    "dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": ["grad_kernel"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def in_bfloat16():
-    """Return what the calls of `KERNELS` need, all compiled in a process."""
-    sizes = {"heads": 12, "kv_heads": 4, "head_dim": 64, "dtype": "bfloat16"}
-    names = ("bias", "hidden", "taps")
-    calls = (sizes | dict(zip(names, call, strict=True)) for call in KERNELS)
-    return dict(zip(KERNELS, compiled(*calls), strict=True))
+def compiled():
+    """Return the shared memory of kernels by name for each of some calls, compiled for Hopper.
+
+    A process compiles them all. A call that sets gradients or the room of bands holds for itself.
+    """
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    decoding, anywhere = (
+        [each | {"kernels": ["decode_kernel"]} for each in part] for part in (DECODING, ANYWHERE)
+    )
+    parts = {
+        "decoding": decoding, "anywhere": anywhere, "maps": MAPS, "bfloat16": IN_BFLOAT16,
+        "bands": [BANDS],
+    }  # fmt: skip
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        *(json.dumps(each) for part in parts.values() for each in part),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = map(json.loads, run.stdout.splitlines())
+    return {name: [next(lines) for _ in part] for name, part in parts.items()}
+
+
+def test_the_kernel_of_all_heads_fits_a_hopper_gpu(compiled):
+    sizes = [size for each in compiled["decoding"] for size in each["decode_kernel"]]
+    assert len(sizes) == len(DECODING)
+    assert all(0 < size <= HOPPER // 2 for size in sizes)  # two programs on a multiprocessor
+
+
+def test_the_machine_code_of_decoding_multiplies_what_its_ptx_names(compiled):
+    """`compiled.py` compares both for every kernel; these were wrong."""
+    assert [len(each["decode_kernel"]) for each in compiled["anywhere"]] == [1, 1]
+
+
+def test_the_map_across_heads_fits_smaller_gpus(compiled):
+    for found in compiled["maps"]:
+        assert set(found) == {"heads_kernel", "heads_backward_kernel"}
+        assert all(0 < size <= 99 * 1024 for each in found.values() for size in each)
 
 
 @pytest.mark.parametrize("call", KERNELS)
-def test_every_kernel_of_a_call_in_bfloat16_compiles(call, in_bfloat16):
-    found = in_bfloat16[call]
+def test_every_kernel_of_a_call_in_bfloat16_compiles(call, compiled):
+    found = dict(zip(KERNELS, compiled["bfloat16"], strict=True))[call]
     assert KERNELS[call] in found
     assert all(size <= HOPPER for each in found.values() for size in each)
 
 
-def test_so_do_kernels_that_add_up_bands():
-    call = {"heads": 2, "kv_heads": 2, "head_dim": 64, "hidden": 32, "rows": 260, "keys": 260}
-    call |= {"dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": ["grad_kernel"]}
-    (found,) = compiled(call)
+def test_so_do_kernels_that_add_up_bands(compiled):
+    (found,) = compiled["bands"]
     assert len(found["grad_kernel"]) > 1 and max(found["grad_kernel"]) <= HOPPER
 
 

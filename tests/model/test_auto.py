@@ -1,6 +1,7 @@
 """The Auto classes of transformers know the models, in this process and in any other."""
 
 import filecmp
+import json
 import os
 import subprocess
 import sys
@@ -27,28 +28,6 @@ CLASSES = {
 every_auto_class = pytest.mark.parametrize("auto", CLASSES, ids=lambda auto: auto.__name__)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A saved model, with ids and the logits it gives them beside it."""
-    model, ids = fresh(scheme="dape-kerple"), tokens(2, 9)
-    model.save_pretrained(tmp_path / "model")
-    torch.save((ids, model(ids).logits), tmp_path / "expected.pt")
-    return tmp_path / "model"
-
-
-def python(statements, folder):
-    """Run statements in a fresh process with its own cache of remote code."""
-    environment = {
-        **os.environ,
-        "HF_MODULES_CACHE": str(folder.parent / "modules"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", statements, folder], env=environment,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
-
-
 LOAD = """
 import sys, pathlib, torch
 from transformers import AutoModelForCausalLM
@@ -58,6 +37,70 @@ ids, logits = torch.load(folder.parent / "expected.pt")
 assert torch.equal(model(ids).logits, logits)
 assert type(model).__module__ == "dape.model.modeling"
 """
+BEFORE = [
+    "import dape",
+    "from transformers import AutoModelForCausalLM; import dape",
+    # The page of a model imports the Auto classes midway through what ours needs.
+    "import dape; from transformers import LlamaForCausalLM",
+]
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(self, name, path, target=None):
+        if name == "dape":
+            raise ModuleNotFoundError("No module named 'dape'", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+PROGRAMS = {before: before + LOAD.format(trust=False) for before in BEFORE} | {
+    "with trust": LOAD.format(trust=True) + 'model.save_pretrained(folder.parent / "again")',
+    "absent": ABSENT + LOAD.format(trust=True),
+}
+# Each program is a process that has imported PyTorch, and neither transformers nor dape.
+FORKS = """
+import json, os, sys, traceback
+import accelerate, huggingface_hub, safetensors.torch, tokenizers
+import torch, torch._dynamo, torch.distributed.tensor
+assert not {"dape", "transformers"} & sys.modules.keys()
+codes = {}
+for number, (name, program) in enumerate(json.loads(sys.argv[2]).items()):
+    if not os.fork():
+        code = 1
+        try:
+            os.environ["HF_MODULES_CACHE"] = f"{sys.argv[1]}-modules-{number}"
+            sys.stderr = open(f"{sys.argv[1]}-{number}.txt", "w")
+            exec(program, {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    codes[name] = code, open(f"{sys.argv[1]}-{number}.txt").read()
+print(json.dumps(codes))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model, with ids and the logits it gives them beside it."""
+    folder = tmp_path_factory.mktemp("auto")
+    model, ids = fresh(scheme="dape-kerple"), tokens(2, 9)
+    model.save_pretrained(folder / "model")
+    torch.save((ids, model(ids).logits), folder / "expected.pt")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def ended(folder):
+    """Return the exit code and the errors of each program."""
+    run = subprocess.run(
+        [sys.executable, "-c", FORKS, folder, json.dumps(PROGRAMS)],
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @every_auto_class
@@ -82,24 +125,15 @@ def test_every_auto_class_builds_from_a_configuration(auto):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        "import dape",
-        "from transformers import AutoModelForCausalLM; import dape",
-        # The page of a model imports the Auto classes midway through what ours needs.
-        "import dape; from transformers import LlamaForCausalLM",
-    ],
-)
-def test_importing_dape_is_enough_in_any_order(before, folder):
-    run = python(before + LOAD.format(trust=False), folder)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize("before", BEFORE)
+def test_importing_dape_is_enough_in_any_order(before, ended):
+    code, errors = ended[before]
+    assert code == 0, errors
 
 
-def test_a_process_that_never_imported_dape_loads_with_trust(folder):
-    again = 'model.save_pretrained(folder.parent / "again")'
-    run = python(LOAD.format(trust=True) + again, folder)
-    assert run.returncode == 0, run.stderr
+def test_a_process_that_never_imported_dape_loads_with_trust(ended, folder):
+    code, errors = ended["with trust"]
+    assert code == 0, errors
     names = sorted(file.name for file in folder.iterdir())
     assert names == [
         "config.json", "generation_config.json", "model.safetensors", "modeling_dape.py"
@@ -108,18 +142,10 @@ def test_a_process_that_never_imported_dape_loads_with_trust(folder):
     assert filecmp.cmpfiles(folder, folder.parent / "again", names, shallow=False)[0] == names
 
 
-def test_without_the_package_one_line_says_what_to_install(folder):
-    absent = """
-import sys
-class Absent:
-    def find_spec(self, name, path, target=None):
-        if name == "dape":
-            raise ModuleNotFoundError("No module named 'dape'", name=name)
-sys.meta_path.insert(0, Absent())
-"""
-    run = python(absent + LOAD.format(trust=True), folder)
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
+def test_without_the_package_one_line_says_what_to_install(ended):
+    code, errors = ended["absent"]
+    assert code == 1
+    last = errors.splitlines()[-1]
     assert last.startswith("ImportError: ") and last.endswith("Run `pip install dape`")
 
 

@@ -1,12 +1,16 @@
-"""Run by torchrun: trains sharded, copied and spread, and writes what each rank holds."""
+"""Two ranks that train sharded, copied and spread, and write what each of them holds."""
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from small import recipe
 from spread import CALLS, arguments
+from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 import interpreter
@@ -76,5 +80,36 @@ def main(data, out):
     evaluate(out / "ddp", **MEASURING, out=out / "spread-evaluation", context_parallel=devices)
 
 
+def fork(data, out):
+    """Start two ranks as torchrun does, of one process that has imported what both need."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks meet
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = set()
+    for rank in "01":
+        process = os.fork()
+        if not process:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            code = 1
+            try:
+                main(data, out)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        ranks.add(process)
+    while ranks:
+        process, status = os.wait()
+        ranks.remove(process)
+        if status:
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    fork(sys.argv[1], Path(sys.argv[2]))
