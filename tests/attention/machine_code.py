@@ -8,6 +8,7 @@ shared memory alone, and then compared half by half.
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -43,7 +44,13 @@ def wrong(compiled):
     """Return how many halves of operands were compared, and those that differ, with both values."""
     if "wgmma" not in compiled.asm["ptx"]:
         return 0, []
-    named, used = operands_of_ptx(compiled.asm["ptx"]), operands_of_machine(compiled.asm["cubin"])
+    return compared(compiled.asm["ptx"], compiled.asm["cubin"])
+
+
+@cache
+def compared(ptx, cubin):
+    """Return the same for both texts of a kernel."""
+    named, used = operands_of_ptx(ptx), operands_of_machine(cubin)
     assert len(named) == len(used), "a product is not in both texts"
     pairs = [
         (ours, theirs)
@@ -151,7 +158,9 @@ def instructions(cubin):
     with NamedTemporaryFile() as file:
         file.write(cubin)
         file.flush()
-        run = subprocess.run([NVDISASM, file.name], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [NVDISASM, "-ndf", "-c", file.name], capture_output=True, text=True, check=True
+        )
     line = r"/\*[0-9a-f]{4,5}\*/\s+(@!?U?P\d+ )?([A-Za-z0-9_.]+) ([^;]*);"
     yield from (match.groups() for match in re.finditer(line, run.stdout))
 
