@@ -27,7 +27,7 @@ check: $(BIN)/.test
 # and files keep the order of tests/conftest.py.
 SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
-test: export PYTHONDONTWRITEBYTECODE := # each process would compile all of it again
+test: export PYTHONDONTWRITEBYTECODE := # or each process compiles every module again
 test: $(BIN)/.test
 	$(BIN)/pytest $(SPREAD) -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
 	$(BIN)/pytest $(SPREAD) -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)

@@ -11,6 +11,7 @@ import evaluations
 from dape.evaluate.compare import Group
 from dape.evaluate.context import ContextUse, Tally
 from dape.evaluate.significance import PairedTest
+from dape.figures.tables import percent
 from dape.paper.cells import Cell, Regime
 from dape.paper.claims import (
     Better,
@@ -23,7 +24,6 @@ from dape.paper.claims import (
     compare,
     far_losses,
     judge,
-    percent,
 )
 from dape.paper.results import as_record, verdicts_table
 from dape.paper.study import Study

@@ -138,9 +138,7 @@ def test_a_training_may_start_beside_measurements_alone(overlap):
                 if busy["train"] and busy["eval"]:
                     beside.set()
             if overlap and kind == "eval":
-                # The measurements last until a training is there, which the last cell waits for
-                # in vain.
-                beside.wait(0.3)
+                beside.wait(10)  # the first measurements last until a training is beside them
             time.sleep(0.01)
             status = super().call(words, device, log)
             with lock:

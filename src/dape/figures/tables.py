@@ -149,10 +149,13 @@ def change(comparison: Comparison | None) -> str:
 
     With several seeds the change is the ratio of geometric means.
     """
-    if comparison is None:
-        return NOTHING
+    return NOTHING if comparison is None else percent(comparison.difference)
+
+
+def percent(difference: float) -> str:
+    """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
     with np.errstate(over="ignore"):
-        return f"{100 * float(np.expm1(comparison.difference)):+.1f} %"
+        return f"{100 * float(np.expm1(difference)):+.1f} %"
 
 
 def p_value(test: PairedTest | None) -> str:

@@ -44,6 +44,7 @@ from dape.evaluate.significance import (
     paired_bootstrap,
     paired_t,
 )
+from dape.figures.tables import percent
 from dape.paper.cells import Regime
 from dape.paper.study import Study
 from dape.paper.sweep import CONTEXT
@@ -276,12 +277,6 @@ def best_length(group: Group, length: int) -> int:
     shorter = [n for n in first.by_length if n < length]
     losses = [np.mean([e.by_length[n].loss for e in group.evaluations]) for n in shorter]
     return shorter[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
-
-
-def percent(difference: float) -> str:
-    """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
-    with np.errstate(over="ignore"):
-        return f"{100 * float(np.expm1(difference)):+.1f} %"
 
 
 def _lost(study: Study, *arms: str) -> str:

@@ -72,9 +72,9 @@ def tile_of(problem: Problem, heads: int, units: int) -> Tile:
     Two programs of a row have 128 KiB of keys and values under way on a multiprocessor of Hopper,
     more than arrives while both mix.
 
-    With 64 heads or units, the MLP's products take four warps on Hopper (`wgmma`), and four further
-    warps would repeat them. For eight warps, PTXAS 12.8 gave some products addresses of other
-    memory, with wrong logits or an illegal access.
+    With 64 heads or units after padding, four warps share the MLP's products on Hopper (`wgmma`),
+    and four further warps would repeat the products. For eight warps, PTXAS 12.8 gave some products
+    addresses of other memory, with wrong logits or an illegal access.
     """
     rows = min(next_power_of_2(problem.query.shape[2]), MOST_COLUMNS // heads)
     columns = rows * heads
