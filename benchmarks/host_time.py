@@ -1,4 +1,4 @@
-"""The host's time for short calls of attention, with plans and without.
+"""The host's time for short calls of attention: by launchers, by plans, and by graphs of plans.
 
     python benchmarks/host_time.py [SCHEME ...] [--backend cuda] [--profile]
 
@@ -14,6 +14,7 @@ import cProfile
 import ctypes
 import itertools
 import pstats
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from torch import Tensor
 
 import dape
 from dape.attention import select
-from dape.attention.fused import plan
+from dape.attention.fused import plan, replay
 from dape.bench.case import Case, Parts, build
 
 SCHEMES = ("nope", "kerple", "dape-kerple", "dape-t5", "fire", "dape-fire", "dape3-kerple")
@@ -43,6 +44,14 @@ class Nothing:
         """Do nothing."""
 
     launch_metadata = run = nothing
+
+
+class Driver:
+    """A driver whose functions do nothing."""
+
+    def __getattr__(self, _: str) -> Callable[..., int]:
+        """Return a function that succeeds."""
+        return lambda *_: 0
 
 
 def without_a_gpu() -> None:
@@ -85,7 +94,10 @@ def without_a_gpu() -> None:
         module.kernel = lambda *_, **__: launch.Kernel(None, 0)
     select.missing = lambda _: None
     select.order = lambda _: list(select.BACKENDS)
-    plan.DEVICES, plan.current_stream = ("cpu",), lambda device: 0
+    plan.DEVICES = ("cpu",)
+    plan.current_stream = replay.current_stream = replay.aside = lambda device: 0
+    replay.is_current_stream_capturing = lambda: False
+    replay.driver = Driver
 
 
 def calls_of(parts: Parts, backend: str) -> dict[str, Callable[[], object]]:
@@ -161,14 +173,22 @@ def main() -> None:
         torch.set_num_threads(1)
         without_a_gpu()
     devices = plan.DEVICES
-    print(f"{'microseconds a call':34} {'without plans':>14} {'with plans':>12}")
+    often = replay.OFTEN
+    print(f"{'microseconds a call':34} {'without plans':>14} {'with plans':>12} {'as graphs':>12}")
     for scheme in given.schemes:
         parts = build(Case(scheme, 12, 64, 64, 1, "bf16", DEVICE, 0))
         for name, call in calls_of(parts, given.backend).items():
-            plan.DEVICES = ()
-            without = microseconds(call)
+            plan.DEVICES, replay.OFTEN = (), sys.maxsize
+            times = [microseconds(call)]
             plan.DEVICES = devices
-            print(f"{scheme:14} {name:19} {without:14.0f} {microseconds(call):12.0f}", flush=True)
+            times.append(microseconds(call))
+            replay.OFTEN = often
+            plan.GRAPHS = replay.Graphs()
+            times.append(microseconds(call))
+            print(
+                f"{scheme:14} {name:19} {times[0]:14.0f} {times[1]:12.0f} {times[2]:12.0f}",
+                flush=True,
+            )
             if given.profile and name != "decode":
                 profiled(call)
 

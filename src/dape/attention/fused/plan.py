@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dape.attention.fused.overlap import chained
+from dape.attention.fused.replay import FEWEST_KERNELS, GRAPHS, current_stream
 from dape.attention.fused.sizes import cdiv
 
 # Where plans are made; Triton's interpreter on a CPU compiles nothing.
@@ -32,6 +34,8 @@ _ALLOCATIONS = {
     for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 }
 
+
+_numbers = count()
 
 # Shape, strides and dtype of a tensor.
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -62,27 +66,37 @@ class Start(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The kernels of a call in order, the results, and the bytes of the workspace between."""
+    """The kernels of a call in order, the results, and the bytes of the workspace between.
+
+    `number` tells plans apart. With `repeats`, kernels for the same addresses become a graph.
+    """
 
     starts: list[Start]
     results: list[Layout]
     workspace: int
+    number: int
+    repeats: bool
 
     def run(self, addresses: list[int], device: torch.device) -> list[Tensor]:
         """Return the results for tensors at some addresses."""
         found = [empty(layout, device) for layout in self.results]
         addresses = [*addresses, *[x.data_ptr() for x in found]]
         if self.workspace:
-            workspace = torch.empty(self.workspace, dtype=torch.uint8, device=device)
+            workspace = empty(((self.workspace,), (1,), torch.uint8), device)
             addresses.append(workspace.data_ptr())
-        stream = current_stream(device)
+        begin = partial(self._begin, addresses)
+        if not (self.repeats and GRAPHS.run(self.number, tuple(addresses), device, begin)):
+            begin(current_stream(device))
+        return found
+
+    def _begin(self, addresses: list[int], stream: int) -> None:
+        """Start the kernels on a stream."""
         for kernel, arguments, places in self.starts:
             arguments = arguments.copy()
             arguments[0] = stream
             for place, piece, offset in places:
                 arguments[place] = addresses[piece] + offset
             kernel(*arguments)
-        return found
 
 
 class _Recorder(TorchDispatchMode):
@@ -208,7 +222,8 @@ def plan_of(
         run, first = prepared(kernel, grid, arguments, options)
         places = [(len(first) + n, piece, offset) for n, piece, offset in places]
         starts.append(Start(run, [*first, *arguments], places))
-    return Plan(starts, [layout_of(x) for x in results], size)
+    repeats = len(starts) >= FEWEST_KERNELS
+    return Plan(starts, [layout_of(x) for x in results], size, next(_numbers), repeats)
 
 
 def _memory_of(x: Tensor) -> int:
@@ -263,9 +278,3 @@ def prepared(
     compiled = kernel.warmup(*arguments, grid=whole, **options)
     run = partial(compiled.run, *whole)  # loads the kernel
     return run, [0, compiled.function, compiled.packed_metadata, None, None, None]
-
-
-def current_stream(device: torch.device) -> int:
-    """Return the current stream of a GPU, without the object that PyTorch makes for a user."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
-    return stream

@@ -1,0 +1,107 @@
+"""The kernels of a plan as one CUDA graph, for tensors that come back to the same addresses.
+
+The host starts a graph about as fast as a kernel. In training, the allocator of PyTorch gives the
+tensors of a layer the addresses of the step before, and all kernels of a call become one start.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from ctypes import byref, c_void_p
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+from torch.cuda import is_current_stream_capturing
+from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
+
+# Kernels of a call from which a graph pays, and the call with the same addresses that makes it.
+FEWEST_KERNELS, OFTEN = 3, 3
+# Graphs are kept for so many plans and addresses, the latest.
+MOST_GRAPHS = 1024
+# CU_STREAM_CAPTURE_MODE_RELAXED: other threads go on.
+RELAXED = 2
+
+_lock = Lock()
+
+
+class Graphs:
+    """The graphs of all plans, by plan and addresses, or how often the addresses came so far."""
+
+    def __init__(self) -> None:
+        self.known: OrderedDict[tuple[int, ...], c_void_p | int] = OrderedDict()
+
+    def run(
+        self,
+        plan: int,
+        addresses: tuple[int, ...],
+        device: torch.device,
+        begin: Callable[[int], None],
+    ) -> bool:
+        """Start the graph of a plan for some addresses, or return False if there is none.
+
+        `begin` starts the kernels on a stream. Within a capture of the caller there is no graph.
+        """
+        if is_current_stream_capturing():
+            return False
+        key = plan, *addresses
+        graph = self.known.get(key, 0)
+        if isinstance(graph, int):
+            graph += 1
+            if graph == OFTEN and _lock.acquire(blocking=False):
+                try:
+                    graph = record(device, begin)
+                finally:
+                    _lock.release()
+            self.known[key] = graph
+            self._forget()
+        self.known.move_to_end(key)
+        if isinstance(graph, int):
+            return False
+        _check_cuda(driver().cuGraphLaunch(graph, c_void_p(current_stream(device))))
+        return True
+
+    def _forget(self) -> None:
+        while len(self.known) > MOST_GRAPHS:
+            _, graph = self.known.popitem(last=False)
+            if not isinstance(graph, int):
+                _check_cuda(driver().cuGraphExecDestroy(graph))
+
+
+GRAPHS = Graphs()
+
+
+def record(device: torch.device, begin: Callable[[int], None]) -> c_void_p:
+    """Return the executable graph of the kernels that `begin` starts."""
+    stream, graph, executable = c_void_p(aside(device)), c_void_p(), c_void_p()
+    _check_cuda(driver().cuStreamBeginCapture_v2(stream, RELAXED))
+    try:
+        begin(aside(device))
+    finally:
+        _check_cuda(driver().cuStreamEndCapture(stream, byref(graph)))
+    _check_cuda(driver().cuGraphInstantiateWithFlags(byref(executable), graph, 0))
+    _check_cuda(driver().cuGraphDestroy(graph))
+    return executable
+
+
+@cache
+def driver() -> Any:
+    """Return the library of the driver."""
+    return _get_gpu_runtime_library()
+
+
+@cache
+def _stream_aside(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def aside(device: torch.device) -> int:
+    """Return a stream for captures, which never runs anything."""
+    stream: int = _stream_aside(device).cuda_stream
+    return stream
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the current stream of a GPU, without the object that PyTorch makes for a user."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
