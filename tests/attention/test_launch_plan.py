@@ -1,7 +1,9 @@
 """Plans of fused calls: what they start gives the numbers of the launchers, bit for bit."""
 
 import ctypes
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -223,6 +225,24 @@ def test_the_latest_graphs_are_kept(driver, monkeypatch):
     addressed(graphs, 4)
     assert driver.destroyed == [driver.launched[1]] and len(graphs.known) == 3
     assert addressed(graphs, 1) and addressed(graphs, 3) and not addressed(graphs, 2)
+
+
+def test_threads_share_graphs(driver, monkeypatch):
+    """No thread starts a graph that another thread has destroyed."""
+    monkeypatch.setattr(replay, "MOST_GRAPHS", 2)
+    graphs, slow = replay.Graphs(), driver.cuGraphLaunch
+
+    def launch(executable, stream):
+        time.sleep(0)  # another thread may go on
+        return slow(executable, stream)
+
+    def work(first):
+        return sum(addressed(graphs, first + n // 4 % 2) for n in range(200))
+
+    monkeypatch.setattr(driver, "cuGraphLaunch", launch)
+    with ThreadPoolExecutor(8) as pool:
+        launched = sum(pool.map(work, range(8)))
+    assert launched == len(driver.launched) > 0 and driver.destroyed
 
 
 def test_nothing_is_captured_within_a_capture(driver, monkeypatch):

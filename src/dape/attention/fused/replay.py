@@ -19,10 +19,8 @@ from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
 FEWEST_KERNELS, OFTEN = 3, 3
 # Graphs are kept for so many plans and addresses, the latest.
 MOST_GRAPHS = 1024
-# CU_STREAM_CAPTURE_MODE_RELAXED: other threads go on.
-RELAXED = 2
-
-_lock = Lock()
+# CU_STREAM_CAPTURE_MODE_RELAXED: other threads go on. CU_STREAM_NON_BLOCKING.
+RELAXED, NON_BLOCKING = 2, 1
 
 
 class Graphs:
@@ -30,6 +28,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.known: OrderedDict[tuple[int, ...], c_void_p | int] = OrderedDict()
+        self._lock = Lock()
 
     def run(
         self,
@@ -44,28 +43,27 @@ class Graphs:
         """
         if is_current_stream_capturing():
             return False
-        key = plan, *addresses
+        with self._lock:
+            graph = self._found((plan, *addresses), device, begin)
+            if isinstance(graph, int):
+                return False
+            _check_cuda(driver().cuGraphLaunch(graph, c_void_p(current_stream(device))))
+            return True
+
+    def _found(
+        self, key: tuple[int, ...], device: torch.device, begin: Callable[[int], None]
+    ) -> c_void_p | int:
+        """Return the graph of a key, or how often the key came."""
         graph = self.known.get(key, 0)
         if isinstance(graph, int):
-            graph += 1
-            if graph == OFTEN and _lock.acquire(blocking=False):
-                try:
-                    graph = record(device, begin)
-                finally:
-                    _lock.release()
+            graph = record(device, begin) if graph + 1 == OFTEN else graph + 1
             self.known[key] = graph
-            self._forget()
         self.known.move_to_end(key)
-        if isinstance(graph, int):
-            return False
-        _check_cuda(driver().cuGraphLaunch(graph, c_void_p(current_stream(device))))
-        return True
-
-    def _forget(self) -> None:
-        while len(self.known) > MOST_GRAPHS:
-            _, graph = self.known.popitem(last=False)
-            if not isinstance(graph, int):
-                _check_cuda(driver().cuGraphExecDestroy(graph))
+        if len(self.known) > MOST_GRAPHS:
+            _, last = self.known.popitem(last=False)
+            if not isinstance(last, int):
+                _check_cuda(driver().cuGraphExecDestroy(last))
+        return graph
 
 
 GRAPHS = Graphs()
@@ -91,14 +89,15 @@ def driver() -> Any:
 
 
 @cache
-def _stream_aside(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 def aside(device: torch.device) -> int:
-    """Return a stream for captures, which never runs anything."""
-    stream: int = _stream_aside(device).cuda_stream
-    return stream
+    """Return a stream for captures, which never runs anything.
+
+    Streams of PyTorch come from a pool, and another thread may use the same one.
+    """
+    stream = c_void_p()
+    with torch.cuda.device(device):
+        _check_cuda(driver().cuStreamCreate(byref(stream), NON_BLOCKING))
+    return stream.value or 0
 
 
 def current_stream(device: torch.device) -> int:
