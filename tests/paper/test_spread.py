@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.plan import choose, plan
 from dape.paper.spread import Workers, devices, spread
+from dape.runs import RunFolder
+from dape.train.recipe import Recipe, read
 
 STUB = """
 import os, sys, time
@@ -150,6 +153,46 @@ def test_a_training_may_start_beside_measurements_alone(overlap):
     assert {end.cell.name for end in ends} == {cell.name for cell in found}
     assert not any(end.error for end in ends)
     assert most == {"train": 1, "both": 2 if overlap else 1}
+
+
+@pytest.mark.parametrize(
+    ("left", "age", "together"), [(29.0, 0.0, 2), (31.0, 0.0, 1), (29.0, 60.0, 1)]
+)
+def test_a_training_starts_half_a_minute_before_the_end_of_another(
+    left, age, together, monkeypatch
+):
+    """By the last two updates of this process: older metrics are of an interrupted training."""
+    monkeypatch.setattr("dape.paper.spread.LOOK", 0.01)
+    lock, second, busy, most = threading.Lock(), threading.Event(), [], []
+
+    class Watched(Pretended):
+        def call(self, words, device, log):
+            if words[0] != "train":
+                return super().call(words, device, log)
+            with lock:
+                busy.append(words)
+                most.append(len(busy))
+                if len(most) == 2:
+                    second.set()
+            status = super().call(words, device, log)
+            run = RunFolder(Path("runs") / words[words.index("--name") + 1])
+            steps = read(run.recipe, Recipe).training.steps
+            lines = (
+                {"step": steps - 2, "seconds": 90.0},
+                {"step": steps - 1, "seconds": 90 + left},
+            )
+            ended = run.metrics.read_text()
+            run.metrics.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+            os.utime(run.metrics, (time.time() - age,) * 2)
+            second.wait(5.0 if together == 2 else 0.3)
+            run.metrics.write_text(ended)
+            with lock:
+                busy.remove(words)
+            return status
+
+    ends = spread(cells("kerple", "alibi"), ["0"], Watched(), silent, overlap=True)
+    assert [end.error for end in ends] == [None, None]
+    assert max(most) == together
 
 
 def test_the_weights_go_and_the_small_results_stay():

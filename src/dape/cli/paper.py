@@ -53,7 +53,7 @@ class Arguments:
     minutes: Annotated[float | None, default("no limit", "FLOAT")] = None
     """minutes for all cells: a cell that would end later, by the plan, does not start"""
     overlap: bool = False
-    """start the next cell while a cell is measured; the GPU needs memory for both"""
+    """start the next cell half a minute before a training ends; the GPU needs memory for both"""
     scale: Literal["full", "smoke"] = "full"
     """full, or smoke for miniatures on a CPU and the source of Python's library in runs/smoke"""
     data: Annotated[Folders, default("data/NAME")] = ()

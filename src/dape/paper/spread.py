@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import IO
 
 from dape.errors import UserError
@@ -22,6 +22,9 @@ from dape.paper.cells import Cell, Command
 # Errors caused by the model, with which the cell is a result.
 TELLING = re.compile(r"out of memory|step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
 ERROR = "dape: error: "
+# Seconds in which a training starts and compiles: on an H200, 24 before the first update, and 7 to
+# 38 for the first ten. Seconds between looks at a training.
+START, LOOK = 30.0, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +88,11 @@ def devices() -> list[str]:
 
 @dataclass(slots=True)
 class _Running:
-    """A cell on a device; `trained` when only measurements are left, where cells overlap."""
+    """A cell on a device; `leaves_room` for the next one near the end, where cells overlap."""
 
     cell: Cell
     device: str
-    trained: bool = False
+    leaves_room: bool = False
 
 
 def spread(
@@ -106,8 +109,8 @@ def spread(
 
     After `minutes` no cell starts, nor does a cell whose price, in minutes by name, is more than
     what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
-    next cell starts on a device as soon as the training of a cell has ended, beside the
-    measurements of that cell: the device has little to do while a training starts and compiles.
+    next cell starts on a device 30 seconds before the training of a cell ends, and goes on beside
+    the measurements of that cell: the device has little to do while a training starts and compiles.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out.
     """
@@ -116,15 +119,15 @@ def spread(
     waiting, needed = list(cells), {cell.needs for cell in cells}
     running: dict[str, _Running] = {}
     ends: list[Outcome] = []
-    # The name of a cell, with the end, or with None after the training.
+    # The name of a cell, with the end, or with None when the cell leaves room.
     events = SimpleQueue[tuple[str, Future[Outcome] | None]]()
 
     def begin(cell: Cell, device: str, claim: ExitStack) -> None:
         say(f"{cell.name} starts on {device}")
         running[cell.name] = _Running(cell, device)
         keep = weights or cell.name in needed
-        trained = partial(events.put, (cell.name, None)) if overlap else None
-        future = pool.submit(_run, cell, device, workers, keep, claim, trained)
+        leave_room = partial(events.put, (cell.name, None)) if overlap else None
+        future = pool.submit(_run, cell, device, workers, keep, claim, leave_room)
         future.add_done_callback(lambda ended: events.put((cell.name, ended)))
 
     with ThreadPoolExecutor(2 * len(devices)) as pool:
@@ -140,7 +143,7 @@ def spread(
                     return ends
                 name, ended = events.get()
                 if ended is None:
-                    running[name].trained = True
+                    running[name].leaves_room = True
                     continue
                 del running[name]
                 ends.append(ended.result())
@@ -151,12 +154,12 @@ def spread(
 
 
 def _free(devices: Sequence[str], running: Collection[_Running]) -> list[str]:
-    """Return devices without a training, and with the measurements of one cell at most."""
+    """Return devices without a cell, or with one that leaves room."""
     there = {device: [each for each in running if each.device == device] for device in devices}
     return [
         device
         for device, cells in there.items()
-        if len(cells) < 2 and all(each.trained for each in cells)
+        if len(cells) < 2 and all(each.leaves_room for each in cells)
     ]
 
 
@@ -200,13 +203,13 @@ def _run(
     workers: Workers,
     weights: bool,
     claim: ExitStack,
-    trained: Callable[[], None] | None,
+    leave_room: Callable[[], None] | None,
 ) -> Outcome:
     """Run a cell and release the lock; a failing disk is an error of the cell."""
     begun = time.monotonic()
     with claim:
         try:
-            error = _commands(cell, device, workers, trained)
+            error = _commands(cell, device, workers, leave_room)
             if not weights and _tells(error):
                 record.discard(cell)
         except (OSError, UserError) as failure:
@@ -215,26 +218,64 @@ def _run(
 
 
 def _commands(
-    cell: Cell, device: str, workers: Workers, trained: Callable[[], None] | None = None
+    cell: Cell, device: str, workers: Workers, leave_room: Callable[[], None] | None = None
 ) -> str | None:
     """Run the commands in order, keep their files, and return the first error.
 
-    `trained` is called after a training without an error.
+    `leave_room` is called near the end of a training, and after a training without an error.
     """
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
     for command in cell.commands:
+        near_end = leave_room if cell.training and command is cell.commands[0] else None
         begun = time.monotonic()
-        error = _command(cell, command, device, workers)
+        with _watched(cell, near_end) if near_end else nullcontext():
+            error = _command(cell, command, device, workers)
         seconds[str(command)] = time.monotonic() - begun
         if error:
             break
-        if trained and cell.training and command is cell.commands[0]:
-            trained()
+        if near_end:
+            near_end()
     if _tells(error):
         record.finish(cell, seconds, error)
     return error
+
+
+@contextmanager
+def _watched(cell: Cell, near_end: Callable[[], None]) -> Iterator[None]:
+    """Call `near_end` once the training has no more than `START` seconds left."""
+    begun, ended = time.time(), Event()
+
+    def watch() -> None:
+        while not ended.wait(LOOK):
+            if _seconds_left(cell, begun) <= START:
+                near_end()
+                return
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _seconds_left(cell: Cell, begun: float) -> float:
+    """Return the seconds left of a training, by its last updates, or infinity if not known."""
+    metrics = cell.run.metrics
+    if not (cell.training and metrics.is_file() and metrics.stat().st_mtime > begun):
+        return float("inf")  # metrics from before this process are of an interrupted one
+    with suppress(UserError):
+        match cell.run.read_metrics()[-2:]:
+            case [
+                {"step": before, "seconds": earlier},
+                {"step": step, "seconds": now},
+            ] if step > before:
+                left = cell.training.recipe.training.steps - step
+                return float(left * (now - earlier) / (step - before))
+    return float("inf")
 
 
 def _tells(error: str | None) -> bool:
