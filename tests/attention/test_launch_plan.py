@@ -251,6 +251,20 @@ def test_nothing_is_captured_within_a_capture(driver, monkeypatch):
     assert not any(addressed(graphs, 1) for _ in range(5)) and not driver.graphs
 
 
+def test_without_memory_for_a_graph_the_kernels_start_one_by_one(driver, monkeypatch):
+    graphs, streams = replay.Graphs(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "cuGraphInstantiateWithFlags", lambda *given: 2)
+        assert not any(addressed(graphs, 1, begin=streams.append) for _ in range(5))
+    assert streams == [8], "a plan that found no memory asks no more"
+    for _ in range(3):
+        addressed(graphs, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "cuGraphLaunch", lambda *given: 2)
+        assert not addressed(graphs, 2)
+    assert addressed(graphs, 2)
+
+
 def test_a_failed_start_ends_the_capture(driver):
     graphs = replay.Graphs()
 

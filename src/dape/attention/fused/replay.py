@@ -21,6 +21,8 @@ FEWEST_KERNELS, OFTEN = 3, 3
 MOST_GRAPHS = 1024
 # CU_STREAM_CAPTURE_MODE_RELAXED: other threads go on. CU_STREAM_NON_BLOCKING.
 RELAXED, NON_BLOCKING = 2, 1
+# CUDA_ERROR_OUT_OF_MEMORY: graphs need memory beside that of PyTorch, which may hold all there is.
+OUT_OF_MEMORY = 2
 
 
 class Graphs:
@@ -39,7 +41,8 @@ class Graphs:
     ) -> bool:
         """Start the graph of a plan for some addresses, or return False if there is none.
 
-        `begin` starts the kernels on a stream. Within a capture of the caller there is no graph.
+        `begin` starts the kernels on a stream. Within a capture of the caller, or without memory
+        for it, there is no graph.
         """
         if is_current_stream_capturing():
             return False
@@ -47,8 +50,7 @@ class Graphs:
             graph = self._found((plan, *addresses), device, begin)
             if isinstance(graph, int):
                 return False
-            _check_cuda(driver().cuGraphLaunch(graph, c_void_p(current_stream(device))))
-            return True
+            return _has_memory(driver().cuGraphLaunch(graph, c_void_p(current_stream(device))))
 
     def _found(
         self, key: tuple[int, ...], device: torch.device, begin: Callable[[int], None]
@@ -56,7 +58,9 @@ class Graphs:
         """Return the graph of a key, or how often the key came."""
         graph = self.known.get(key, 0)
         if isinstance(graph, int):
-            graph = record(device, begin) if graph + 1 == OFTEN else graph + 1
+            graph += 1
+            if graph == OFTEN:
+                graph = record(device, begin) or graph
             self.known[key] = graph
         self.known.move_to_end(key)
         if len(self.known) > MOST_GRAPHS:
@@ -69,17 +73,24 @@ class Graphs:
 GRAPHS = Graphs()
 
 
-def record(device: torch.device, begin: Callable[[int], None]) -> c_void_p:
-    """Return the executable graph of the kernels that `begin` starts."""
+def record(device: torch.device, begin: Callable[[int], None]) -> c_void_p | None:
+    """Return the executable graph of the kernels that `begin` starts, None for lack of memory."""
     stream, graph, executable = c_void_p(aside(device)), c_void_p(), c_void_p()
     _check_cuda(driver().cuStreamBeginCapture_v2(stream, RELAXED))
     try:
         begin(aside(device))
     finally:
         _check_cuda(driver().cuStreamEndCapture(stream, byref(graph)))
-    _check_cuda(driver().cuGraphInstantiateWithFlags(byref(executable), graph, 0))
+    made = _has_memory(driver().cuGraphInstantiateWithFlags(byref(executable), graph, 0))
     _check_cuda(driver().cuGraphDestroy(graph))
-    return executable
+    return executable if made else None
+
+
+def _has_memory(status: int) -> bool:
+    """Return whether the driver had memory; any other error is raised."""
+    if status != OUT_OF_MEMORY:
+        _check_cuda(status)
+    return status != OUT_OF_MEMORY
 
 
 @cache
