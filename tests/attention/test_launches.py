@@ -24,9 +24,9 @@ MOST = {
     "dape-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4)), 6, 21),
     "dape-alibi": (lambda: (dape.ALiBi(4), dape.DAPE(4)), 6, 21),
     "dape-t5": (lambda: (dape.T5(4), dape.DAPE(4)), 6, 21),
-    "fire": (lambda: (dape.FIRE(4), None), 10, 36),
-    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 45),
-    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 11, 47),
+    "fire": (lambda: (dape.FIRE(4), None), 10, 28),
+    "dape-fire": (lambda: (dape.FIRE(4), dape.DAPE(4)), 11, 31),
+    "dape3-kerple": (lambda: (dape.Kerple(4), dape.DAPE(4, kernel_size=3)), 11, 35),
 }
 
 

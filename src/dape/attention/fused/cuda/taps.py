@@ -5,7 +5,6 @@ through memory.
 """
 
 from functools import cache
-from math import prod
 from typing import Any
 
 import torch
@@ -85,11 +84,10 @@ class CudaTapsMixer(Mixer[Taps]):
         )  # fmt: skip
         return weights, grad
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shapes of the partial sums of C, U, W1, W2 and b1."""
-        units = padded(len(self.terms.hidden_bias))
-        layer, lines = (TAPS, units, HEADS), OUT + ROWS
-        return [(lines, HEADS), (lines, TAPS, units), layer, layer, (units,)]
+    @property
+    def lines(self) -> int:
+        """Return the number of distances of a block."""
+        return OUT + ROWS
 
     def slots(self) -> Slots:
         """Return room for the partial sums of all bands."""
@@ -98,22 +96,18 @@ class CudaTapsMixer(Mixer[Taps]):
         count = max(self.diagonals(band)[1] for band in all_bands)
         elements = min(group, cdiv(group * count, BLOCKS))
         segments = max(1, min(16, rows // SEGMENT, BLOCKS // (group * count)))
-        shape = cdiv(group, elements) * segments, count, sum(map(prod, self.shapes()))
+        sizes = taps.sizes_of(self.lines, TAPS, padded(len(self.terms.hidden_bias)), HEADS)
+        shape = cdiv(group, elements) * segments, count, sum(sizes)
         add = len(all_bands) > 1
         sums = self.problem.query.new_empty(shape, dtype=torch.float32)
         return Slots(cleared(sums, self.problem) if add else sums, elements, segments, add)
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
-        shapes = self.shapes()
-        parts = slots.sums.split(list(map(prod, shapes)), dim=2)
-        static, hidden, weight_in, weight_out, bias = (
-            part.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)
-        )
         offset = (self.problem.offset + HALO) % OUT
         lowest = self.diagonals(blocks(self.problem)[0])[0] * OUT + offset - (OUT - 1)
-        sums = taps.Slots(static, hidden, weight_in, weight_out, bias, slots.segments)
-        taps.add_slots(self.problem, sums, (lowest, lowest + TAPS // 2), OUT, unit, into)
+        starts = lowest, lowest + TAPS // 2
+        taps.add_slots(self.problem, slots.sums, self.lines, TAPS, starts, OUT, unit, into)
 
     def macros(self) -> tuple[int, ...]:
         """Return the macros of the sources, in the order of `NAMES`."""

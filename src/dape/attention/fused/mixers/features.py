@@ -12,24 +12,23 @@ from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.rows import Rows
-from dape.attention.fused.sizes import padded
-from dape.attention.fused.sums import add_up, fold, zeros
+from dape.attention.fused.sizes import cdiv, padded
+from dape.attention.fused.sums import distances_at_once, slots_at_once, zeros
 from dape.attention.fused.terms import Features
 
 # A tile that fits the registers, and its padded number of lines.
 TILE_ROWS, TILE_KEYS, LINES = 8, 16, 32
+SIZES = ("H", "D", "F", "HEADS", "UNITS", "FEATURES")
 
 
 class Slots(NamedTuple):
-    """Partial sums of gradients: a slot for an element and a diagonal; `scale` is for all slots."""
+    """Partial sums of gradients: a slot for an element and a diagonal; `scale` is for all slots.
 
-    weight_in: Float[Tensor, "group slots UNITS HEADS"]
-    weight_out: Float[Tensor, "group slots HEADS UNITS"]
-    hidden: Float[Tensor, "group slots 1+FEATURES UNITS"]
-    static: Float[Tensor, "group slots 1+FEATURES HEADS"]
-    psi: Float[Tensor, "group slots lines"]
-    weight: Float[Tensor, "group slots FEATURES"]
-    bias: Float[Tensor, "group slots FEATURES"]
+    A slot holds U `[1 + FEATURES, UNITS]`, C `[1 + FEATURES, HEADS]`, W1 `[HEADS, UNITS]`, W2
+    likewise, v and c `[FEATURES]`, and psi `[lines]`.
+    """
+
+    sums: Float[Tensor, "group slots size"]
     scale: Float[Tensor, "indices"]
 
 
@@ -43,12 +42,9 @@ class FeaturesMixer(Mixer[Features]):
         group, _, count = count_diagonals(self.problem, TILE_ROWS, TILE_KEYS, 0)
         units, heads = map(padded, self.terms.weight_in.shape)
         features = padded(len(self.terms.weight))
-        shapes = (
-            *((units, heads), (heads, units), (1 + features, units), (1 + features, heads)),
-            *((LINES,), (features,), (features,)),
-        )
-        lead, scale = (group, count), tuple(self.terms.scale.shape)
-        return Slots(*zeros(self.problem.query, *((*lead, *x) for x in shapes), scale))
+        size = (1 + features) * (units + heads) + 2 * heads * units + 2 * features + LINES
+        scale = tuple(self.terms.scale.shape)
+        return Slots(*zeros(self.problem.query, (group, count, size), scale))
 
     def tables(self, band: Band) -> list[Tensor]:
         """Return the terms of a band in the order of the kernels."""
@@ -75,9 +71,9 @@ class FeaturesMixer(Mixer[Features]):
         pairs = x.new_empty(batch, count, keys, dtype=torch.float32)
         start(kernels.fire_mix_backward_kernel, (where.number, batch))(
             x, y, *self.tables(band), rows.lse, mask,
-            *(sums[:, where.slot :] for sums in slots[:-1]), pairs,
+            slots.sums[:, where.slot :], pairs,
             count, keys, len(self.terms.psi),
-            where.first, where.band_tile, where.offset, slots.psi.shape[1],
+            where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), *pairs.stride()[:2],
             LINES=LINES, **self.compiled(), num_warps=8, num_stages=1,
         )  # fmt: skip
@@ -86,17 +82,18 @@ class FeaturesMixer(Mixer[Features]):
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Features) -> None:
         """Fill the gradients of C, U, W1, W2, and of the features, times `unit`."""
-        problem = self.problem
-        first = lowest_distance(problem, TILE_ROWS, TILE_KEYS)
-        fold(problem, slots.psi[..., None], first, TILE_KEYS, unit, into.psi[:, None])
-        add_up(problem, slots.static, slots.static.shape[2:], unit, into.static.t())
-        add_up(problem, slots.scale[None, None], (len(into.scale), 1), unit, into.scale[:, None])
-        for sums, table in ((slots.weight, into.weight), (slots.bias, into.bias)):
-            add_up(problem, sums, (sums.shape[2], 1), unit, table[:, None])
-        if len(into.weight_in):
-            add_up(problem, slots.hidden, slots.hidden.shape[2:], unit, into.hidden)
-            add_up(problem, slots.weight_in, slots.weight_in.shape[2:], unit, into.weight_in)
-            add_up(problem, slots.weight_out, slots.weight_out.shape[2:], unit, into.weight_out)
+        group, count, size = slots.sums.shape
+        distances, indices = len(into.psi), len(into.scale)
+        at_once, entries = slots_at_once(group * count)
+        lines, terms = distances_at_once(group, distances, 1, 1)
+        programs = cdiv(size - LINES, entries) + cdiv(distances, lines) + cdiv(indices, entries)
+        compiled = {name: self.compiled()[name] for name in SIZES}
+        start(kernels.feature_gradients_kernel, (programs,))(
+            *slots, unit, *into, group, count, count * size, size,
+            lowest_distance(self.problem, TILE_ROWS, TILE_KEYS), TILE_KEYS, distances, indices,
+            **compiled, LINES=LINES, SPANS=cdiv(LINES, TILE_KEYS), SLOTS=at_once, OUT=entries,
+            DISTANCES=lines, TERMS=terms, **self.problem.gated(), num_warps=4,
+        )  # fmt: skip
 
     def compiled(self) -> dict[str, Any]:
         """Return the compile-time arguments of the two kernels."""

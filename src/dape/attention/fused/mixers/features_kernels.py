@@ -13,12 +13,14 @@ import triton.language as tl
 
 from dape.attention.fused.across_heads import (
     add_dot,
+    add_or_store,
     in_parts,
     load_feature_tables,
     load_weights,
     places_of_heads,
     tile_positions,
 )
+from dape.attention.fused.sums_kernels import added, folded
 from dape.attention.fused.tiles import LOG2E, diagonal_tiles, follow, unwanted
 
 
@@ -99,8 +101,8 @@ def fire_mix_kernel(
 @triton.jit
 def fire_mix_backward_kernel(
     x, y, w1, w2, hidden_table, static_table, psi, scale, weight, bias, lse, mask,
-    grad_w1, grad_w2, grad_hidden, grad_static, grad_psi, grad_weight, grad_bias, grad_scale,
-    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots,
+    sums, grad_scale,
+    num_rows, num_keys, table_size, first_diagonal, band_tile, offset, slots, slot_size,
     x_b, x_t, stat_b, stat_h, stat_t, mask_b, pair_b, pair_t,
     H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
@@ -195,28 +197,81 @@ def fire_mix_backward_kernel(
         sum_psi_N += dx_N * across_N
         at = b.to(tl.int64) * pair_b + rows.to(tl.int64) * pair_t + keys
         tl.store(grad_scale + at, dx_N * along_N, live)
-    slot = (b * slots + tl.program_id(0)).to(tl.int64)
+    sums += (b * slots + tl.program_id(0)).to(tl.int64) * slot_size
+    HIDDEN: tl.constexpr = (FEATURES + 1) * UNITS
+    WEIGHTS: tl.constexpr = HIDDEN + (FEATURES + 1) * HEADS
+    ALONE: tl.constexpr = WEIGHTS + 2 * HEADS * UNITS
     if D > 0:
-        at_w1 = slot * UNITS * HEADS + units[:, None] * HEADS + heads[None, :]
-        tl.store(grad_w1 + at_w1, tl.load(grad_w1 + at_w1) + sum_w1_DH)
-        at_w2 = slot * UNITS * HEADS + heads[:, None] * UNITS + units[None, :]
-        tl.store(grad_w2 + at_w2, tl.load(grad_w2 + at_w2) + sum_w2_HD)
-        at_1 = slot * (FEATURES + 1) * UNITS + units
-        tl.store(grad_hidden + at_1, tl.load(grad_hidden + at_1) + sum_u_D)
-        at_u = at_1[None, :] + (places[:, None] + 1) * UNITS
-        tl.store(grad_hidden + at_u, tl.load(grad_hidden + at_u) + sum_u_FD)
-    at_1 = slot * (FEATURES + 1) * HEADS + heads
-    tl.store(grad_static + at_1, tl.load(grad_static + at_1) + sum_c_H)
-    at_c = at_1[None, :] + (places[:, None] + 1) * HEADS
-    tl.store(grad_static + at_c, tl.load(grad_static + at_c) + sum_c_FH)
-    at_f = slot * FEATURES + places
-    tl.store(grad_weight + at_f, tl.load(grad_weight + at_f) + sum_v_F)
-    tl.store(grad_bias + at_f, tl.load(grad_bias + at_f) + sum_bias_F)
+        add_or_store(sums + units, sum_u_D, True)
+        add_or_store(sums + (places[:, None] + 1) * UNITS + units[None, :], sum_u_FD, True)
+        at_w = sums + WEIGHTS
+        add_or_store(at_w + heads[None, :] * UNITS + units[:, None], sum_w1_DH, True)
+        add_or_store(at_w + (heads[:, None] + HEADS) * UNITS + units[None, :], sum_w2_HD, True)
+    add_or_store(sums + HIDDEN + heads, sum_c_H, True)
+    add_or_store(sums + HIDDEN + (places[:, None] + 1) * HEADS + heads[None, :], sum_c_FH, True)
+    add_or_store(sums + ALONE + places, sum_v_F, True)
+    add_or_store(sums + ALONE + FEATURES + places, sum_bias_F, True)
     lines = tl.arange(0, LINES)
     on_line = lines[:, None] == (n // K - n % K + K - 1)[None, :]
-    at_l = slot * LINES + lines
     summed_L = tl.sum(tl.where(on_line, sum_psi_N[None, :], 0.0), 1)
-    tl.store(grad_psi + at_l, tl.load(grad_psi + at_l) + summed_L)
+    add_or_store(sums + ALONE + 2 * FEATURES + lines, summed_L, True)
+
+
+@triton.jit
+def feature_gradients_kernel(
+    sums, scale_sums, unit, static, hidden, w1, w2, psi, scale, weight, bias,
+    terms, slots, term_size, slot_size, lowest, step, distances, indices,
+    H: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    HEADS: tl.constexpr, UNITS: tl.constexpr, FEATURES: tl.constexpr,
+    LINES: tl.constexpr, SPANS: tl.constexpr, SLOTS: tl.constexpr, OUT: tl.constexpr,
+    DISTANCES: tl.constexpr, TERMS: tl.constexpr, gate, GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Add up all slots, times `unit`, into the gradients of tables and weights, psi and scale.
+
+    The grid is (entries of a slot, then distances of psi, DISTANCES of them in a program, then
+    indices of scale, OUT of them).
+    """
+    follow(CHAINED)
+    if unwanted(gate, GATED):
+        return
+    HIDDEN: tl.constexpr = (FEATURES + 1) * UNITS
+    STATIC: tl.constexpr = (FEATURES + 1) * HEADS
+    WEIGHTS: tl.constexpr = HEADS * UNITS
+    ALL: tl.constexpr = HIDDEN + STATIC + 2 * WEIGHTS + 2 * FEATURES
+    factor = tl.load(unit)
+    place = tl.program_id(0)
+    of_psi = place - tl.cdiv(ALL, OUT)
+    of_scale = of_psi - tl.cdiv(distances, DISTANCES)
+    if of_psi < 0:
+        n = place * OUT + tl.arange(0, OUT)
+        total = added(sums, n, terms * slots, slot_size, SLOTS, OUT) * factor
+        f, d = n // UNITS, n % UNITS
+        tl.store(hidden + f * D + d, total, (n < HIDDEN) & (f < F + 1) & (d < D))
+        n -= HIDDEN
+        f, h = n // HEADS, n % HEADS
+        tl.store(static + h * (F + 1) + f, total, (n >= 0) & (f < F + 1) & (h < H))
+        n -= STATIC
+        h, d = n % WEIGHTS // UNITS, n % UNITS
+        inside = (n >= 0) & (h < H) & (d < D)
+        tl.store(w1 + d * H + h, total, inside & (n < WEIGHTS))
+        tl.store(w2 + h * D + d, total, inside & (n >= WEIGHTS) & (n < 2 * WEIGHTS))
+        n -= 2 * WEIGHTS
+        f = n % FEATURES
+        inside = (n >= 0) & (f < F)
+        tl.store(weight + f, total, inside & (n < FEATURES))
+        tl.store(bias + f, total, inside & (n >= FEATURES) & (n < 2 * FEATURES))
+    elif of_scale < 0:
+        first = of_psi * DISTANCES
+        of_line = folded(
+            sums + ALL, terms, slots, LINES, lowest, step, distances, 1,
+            term_size, slot_size, 1, 1, first, 0, SPANS, False, DISTANCES, 1, TERMS,
+        )  # fmt: skip
+        line = first + tl.arange(0, DISTANCES)[:, None]
+        tl.store(psi + line, of_line * factor, line < distances)
+    else:
+        n = of_scale * OUT + tl.arange(0, OUT)
+        tl.store(scale + n, tl.load(scale_sums + n, n < indices, 0.0) * factor, n < indices)
 
 
 @triton.jit

@@ -17,8 +17,8 @@ from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
 from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.rows import Rows
-from dape.attention.fused.sizes import Tile, next_power_of_2, padded
-from dape.attention.fused.sums import add_up, fold, zeros
+from dape.attention.fused.sizes import Tile, cdiv, next_power_of_2, padded
+from dape.attention.fused.sums import distances_at_once, slots_at_once, zeros
 from dape.attention.fused.terms import Taps
 
 # The fastest of a few on an H100 at 12 heads, 32 hidden units and 3 taps.
@@ -43,18 +43,23 @@ class Pass(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The partial sums of gradients, for each segment of each diagonal of each element of a group.
+    """Partial sums of gradients, for each segment of each diagonal of each element of a group.
 
-    U and b1 are summed along the diagonals of columns, which may be one more than the diagonals of
-    keys.
+    A slot has the parts of `sizes_of`. U and b1 are summed along the diagonals of columns, which
+    may be one more than the diagonals of keys.
     """
 
-    static: Float[Tensor, "terms slots lines HEADS"]
-    hidden: Float[Tensor, "terms slots lines TAPS UNITS"]
-    weight_in: Float[Tensor, "terms slots TAPS UNITS HEADS"]
-    weight_out: Float[Tensor, "terms slots TAPS UNITS HEADS"]
-    hidden_bias: Float[Tensor, "terms slots UNITS"]
+    sums: Float[Tensor, "terms slots size"]
     segments: int
+
+
+def sizes_of(lines: int, taps: int, units: int, heads: int) -> list[int]:
+    """Return how many numbers a slot has of C, U, W1, W2 and b1, for padded sizes.
+
+    C is `[lines, HEADS]`, U `[lines, TAPS, UNITS]`, W1 and W2 are `[TAPS, UNITS, HEADS]`.
+    """
+    layer = taps * units * heads
+    return [lines * heads, lines * taps * units, layer, layer, units]
 
 
 def tile_of(problem: Problem, terms: Taps) -> Tile:
@@ -72,7 +77,9 @@ def _lines_of(tile: Tile) -> int:
 
 def add_slots(
     problem: Problem,
-    slots: Slots,
+    sums: Float[Tensor, "terms slots size"],
+    lines: int,
+    taps: int,
     lowest: tuple[int, int],
     step: int,
     unit: Float[Tensor, ""],
@@ -81,19 +88,22 @@ def add_slots(
     """Fill the gradients of C, U, W1, W2 and b1, times `unit`, from the sums of all slots.
 
     `lowest` are the distances to a key, and to the key of tap 0 from a column, of the first line of
-    the first diagonal. The lines of the next diagonal are `step` further.
+    the first diagonal. The lines of the next diagonal are `step` further. `taps` are padded.
     """
-    bias = into.hidden_bias
-    fold(problem, slots.static, lowest[0], step, unit, into.static.t())
-    for tap, table in enumerate(into.hidden.split(len(bias), dim=1)):
-        fold(problem, slots.hidden[:, :, :, tap], lowest[1] - tap, step, unit, table)
-    padded_sizes = slots.weight_in.shape[3:]
-    for sums, layer in (
-        (slots.weight_in, into.weight_in),
-        (slots.weight_out, into.weight_out.t()),
-    ):
-        add_up(problem, sums, padded_sizes, unit, layer, groups=into.taps)
-    add_up(problem, slots.hidden_bias, (slots.hidden_bias.shape[2], 1), unit, bias[:, None])
+    (terms, count, size), (heads, distances) = sums.shape, into.static.shape
+    units = len(into.hidden_bias)
+    layers = size - sum(sizes_of(lines, taps, padded(units), padded(heads))[:2])
+    at_once, entries = slots_at_once(terms * count)
+    of_head = distances_at_once(terms, distances, heads, padded(heads))
+    of_tap = distances_at_once(terms, distances, units, padded(units))
+    programs = cdiv(distances, of_head[0]) + into.taps * cdiv(distances, of_tap[0])
+    start(kernels.taps_gradients_kernel, (programs + cdiv(layers, entries),))(
+        sums, unit, *into, terms, count, count * size, size, *lowest, step, distances,
+        H=heads, D=units, T=into.taps, HEADS=padded(heads), UNITS=padded(units), TAPS=taps,
+        LINES=lines, SPANS=cdiv(lines, step), SLOTS=at_once, OUT=entries,
+        ROWS=of_head[0], TERMS=of_head[1], ROWS_OF_TAP=of_tap[0], TERMS_OF_TAP=of_tap[1],
+        **problem.gated(), num_warps=4,
+    )  # fmt: skip
 
 
 class TapsMixer(Mixer[Taps]):
@@ -152,29 +162,36 @@ class TapsMixer(Mixer[Taps]):
         """Return P and dA of a band from scores X and, in place, Y; add to the slots."""
         given, terms = self.begin(x, band), self.terms
         batch, *size = band.sizes
-        z, p, count = given.hidden, torch.empty_like(x), slots.static.shape[1]
+        z, p, counts = given.hidden, torch.empty_like(x), slots.sums.shape[1:]
         by_key, by_column = (
-            [where.first, where.band_tile, where.offset, count]
+            [where.first, where.band_tile, where.offset, *counts]
             for where in (given.keys, given.columns)
         )
-        at_key, at_column = (slice(where.slot, None) for where in (given.keys, given.columns))
+        compiled = {**self.compiled(), "num_stages": 1}
+        static, hidden, weight_in, weight_out, bias = (
+            part[:, where.slot :]
+            for part, where in zip(
+                slots.sums.split(self.sizes(), dim=2),
+                (given.keys, given.columns, given.keys, given.keys, given.columns),
+                strict=True,
+            )
+        )
         strides = (*x.stride()[:2], *z.stride()[:2])
-        lines, compiled = _lines_of(self.tile), {**self.compiled(), "num_stages": 1}
+        lines = _lines_of(self.tile)
         start(kernels.convolution_backward_kernel, (given.keys.number, batch, slots.segments))(
             x, p, y, z, terms.weight_out, terms.static, rows.lse, given.mask,
-            slots.static[:, at_key], slots.weight_out[:, at_key], *self.counted(),
+            static, weight_out, *self.counted(),
             *size, band.shift, terms.static.shape[1], *by_key,
             *strides, *rows.lse.stride(), given.mask.stride(0), LINES=lines, **compiled,
         )  # fmt: skip
         start(kernels.hidden_backward_kernel, (given.columns.number, batch, slots.segments))(
             y, z, terms.weight_out, given.mask, given.started,
-            slots.hidden[:, at_column], slots.hidden_bias[:, at_column],
-            *size, band.shift, *by_column,
+            hidden, bias, *size, band.shift, *by_column,
             *strides, given.mask.stride(0), LINES=lines, **compiled,
         )  # fmt: skip
         start(kernels.grad_scores_kernel, (given.keys.number, batch, slots.segments))(
-            x, y, z, terms.weight_in, given.mask, slots.weight_in[:, at_key],
-            *size, band.shift, *by_key[:2], count,
+            x, y, z, terms.weight_in, given.mask, weight_in,
+            *size, band.shift, *by_key[:2], *counts,
             *strides, given.mask.stride(0), **compiled,
         )  # fmt: skip
         return p, y
@@ -186,25 +203,27 @@ class TapsMixer(Mixer[Taps]):
 
     def slots(self) -> Slots:
         """Return partial sums of zero for the bands of the problem."""
-        compiled, tile = self.compiled(), self.tile
-        taps, units, heads = (compiled[x] for x in ("TAPS", "UNITS", "HEADS"))
-        reach, lines = self.terms.taps // 2, _lines_of(tile)
-        group, rows, count = count_diagonals(self.problem, *tile[:2], 0, reach)
+        tile = self.tile
+        group, rows, count = count_diagonals(self.problem, *tile[:2], 0, self.terms.taps // 2)
         segments = self.segments(group, count, rows)
-        lead = group * segments, count
-        shapes = (lines, heads), (lines, taps, units), (taps, units, heads), (taps, units, heads)
-        made = zeros(self.problem.query, *((*lead, *x) for x in (*shapes, (units,))))
-        static, hidden, weight_in, weight_out, hidden_bias = made
-        return Slots(static, hidden, weight_in, weight_out, hidden_bias, segments)
+        shape = group * segments, count, sum(self.sizes())
+        (sums,) = zeros(self.problem.query, shape)
+        return Slots(sums, segments)
+
+    def sizes(self) -> list[int]:
+        """Return the sizes of the parts of a slot."""
+        taps, units, heads = (self.compiled()[x] for x in ("TAPS", "UNITS", "HEADS"))
+        return sizes_of(_lines_of(self.tile), taps, units, heads)
 
     def gradients(self, slots: Slots, unit: Float[Tensor, ""], into: Taps) -> None:
         """Fill the gradients of C, U, W1, W2 and b1, times `unit`."""
-        problem, tile = self.problem, self.tile
+        problem, tile, reach = self.problem, self.tile, into.taps // 2
         lowest = (
             lowest_distance(problem, *tile[:2]),
-            lowest_distance(problem, *tile[:2], into.taps // 2),
+            lowest_distance(problem, *tile[:2], reach),
         )
-        add_slots(problem, slots, lowest, tile.keys, unit, into)
+        lines, taps = _lines_of(tile), next_power_of_2(into.taps)
+        add_slots(problem, slots.sums, lines, taps, lowest, tile.keys, unit, into)
 
     def compiled(self) -> dict[str, Any]:
         """Return the compile-time arguments and the launch options of every kernel."""

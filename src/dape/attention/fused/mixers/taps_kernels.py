@@ -27,6 +27,7 @@ from dape.attention.fused.across_heads import (
     load_static,
     places_of_heads,
 )
+from dape.attention.fused.sums_kernels import added, folded
 from dape.attention.fused.tiles import BLOCK, LOG2E, diagonal_tiles, follow, unwanted
 
 
@@ -206,6 +207,13 @@ def convolution_mix_kernel(
 
 
 @triton.jit
+def place_of_slot(b, slots, slot_size):
+    """Return where the slot of a program begins."""
+    segment = b * tl.num_programs(2) + tl.program_id(2)
+    return (segment * slots + tl.program_id(0)).to(tl.int64) * slot_size
+
+
+@triton.jit
 def along_diagonals(at, sums_NC, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH: tl.constexpr):
     """Add the sums `[N, WIDTH]` of a tile, by its diagonals, to a slot `[LINES, WIDTH]`."""
     lines, columns = tl.arange(0, LINES), tl.arange(0, WIDTH)
@@ -217,7 +225,7 @@ def along_diagonals(at, sums_NC, n, K: tl.constexpr, LINES: tl.constexpr, WIDTH:
 @triton.jit
 def convolution_backward_kernel(
     x, p, y, z, w2, static_table, lse, mask, grad_static, grad_w2, counted, counted_end,
-    num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots,
+    num_rows, num_keys, shift, table_size, first_diagonal, band_tile, offset, slots, slot_size,
     x_b, x_t, z_b, z_t, stat_b, stat_h, stat_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
@@ -261,16 +269,16 @@ def convolution_backward_kernel(
         tl.store(y + at, ds_NH, stored)
         sum_c_NH += ds_NH
         sum_w2_TDH = tl.dot(tl.trans(z_NTD), ds_NH, sum_w2_TDH, input_precision=PRECISION)
-    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
-    along_diagonals(grad_static + slot * LINES * HEADS, sum_c_NH, n, K, LINES, HEADS)
+    slot = place_of_slot(b, slots, slot_size)
+    along_diagonals(grad_static + slot, sum_c_NH, n, K, LINES, HEADS)
     at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_w2 + slot * TAPS * UNITS * HEADS + at, sum_w2_TDH, True)
+    add_or_store(grad_w2 + slot + at, sum_w2_TDH, True)
 
 
 @triton.jit
 def hidden_backward_kernel(
     y, z, w2, mask, started, grad_hidden, grad_bias,
-    num_rows, num_keys, shift, first_diagonal, band_tile, offset, slots,
+    num_rows, num_keys, shift, first_diagonal, band_tile, offset, slots, slot_size,
     x_b, x_t, z_b, z_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr,
@@ -320,16 +328,16 @@ def hidden_backward_kernel(
         else:
             sum_u_NTD += tl.where(seen[:, :, None], dz_ND[:, None, :], 0.0)
         sum_b_D += tl.sum(dz_ND, 0)
-    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
+    slot = place_of_slot(b, slots, slot_size)
     sums = tl.reshape(sum_u_NTD + sum_all_ND[:, None, :], (M * K, TAPS * UNITS))
-    along_diagonals(grad_hidden + slot * LINES * TAPS * UNITS, sums, n, K, LINES, TAPS * UNITS)
-    add_or_store(grad_bias + slot * UNITS + units, sum_b_D, True)
+    along_diagonals(grad_hidden + slot, sums, n, K, LINES, TAPS * UNITS)
+    add_or_store(grad_bias + slot + units, sum_b_D, True)
 
 
 @triton.jit
 def grad_scores_kernel(
     x, y, z, w1, mask, grad_w1,
-    num_rows, num_keys, shift, first_diagonal, band_tile, slots,
+    num_rows, num_keys, shift, first_diagonal, band_tile, slots, slot_size,
     x_b, x_t, z_b, z_t, mask_b,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
     TAPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr,
@@ -367,6 +375,62 @@ def grad_scores_kernel(
         da_NH = tl.where(inside, da_NH, 0.0).to(compute)
         tl.store(y + at, da_NH, stored[:, None] & (heads[None, :] < H))
         sum_w1_TDH = tl.dot(tl.trans(dz_NTD), a_NH, sum_w1_TDH, input_precision=PRECISION)
-    slot = ((b * tl.num_programs(2) + tl.program_id(2)) * slots + tl.program_id(0)).to(tl.int64)
+    slot = place_of_slot(b, slots, slot_size)
     at = tl.arange(0, TAPS * UNITS)[:, None] * HEADS + heads[None, :]
-    add_or_store(grad_w1 + slot * TAPS * UNITS * HEADS + at, sum_w1_TDH, True)
+    add_or_store(grad_w1 + slot + at, sum_w1_TDH, True)
+
+
+@triton.jit
+def taps_gradients_kernel(
+    sums, unit, static, hidden, w1, w2, b1, terms, slots, term_size, slot_size,
+    lowest, lowest_hidden, step, count,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, UNITS: tl.constexpr,
+    TAPS: tl.constexpr, LINES: tl.constexpr, SPANS: tl.constexpr, SLOTS: tl.constexpr,
+    OUT: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, ROWS_OF_TAP: tl.constexpr,
+    TERMS_OF_TAP: tl.constexpr, gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Add up all slots, times `unit`, into the gradients of W1, W2 and b1, of U, and of C.
+
+    The grid is (entries of the layers, then distances of a tap of U, ROWS_OF_TAP of them in a
+    program, then distances of C, ROWS of them).
+    """
+    follow(CHAINED)
+    if unwanted(gate, GATED):
+        return
+    STATIC: tl.constexpr = LINES * HEADS
+    TABLES: tl.constexpr = STATIC + LINES * TAPS * UNITS
+    LAYER: tl.constexpr = TAPS * UNITS * HEADS
+    factor = tl.load(unit)
+    place = tl.program_id(0)
+    of_hidden = place - tl.cdiv(2 * LAYER + UNITS, OUT)
+    across = tl.cdiv(count, ROWS_OF_TAP)
+    of_static = of_hidden - T * across
+    if of_hidden < 0:
+        n = place * OUT + tl.arange(0, OUT)
+        total = added(sums + TABLES, n, terms * slots, slot_size, SLOTS, OUT) * factor
+        tap, d, h = n % LAYER // (UNITS * HEADS), n // HEADS % UNITS, n % HEADS
+        inside = (tap < T) & (d < D) & (h < H)
+        channel = tap * D + d
+        tl.store(w1 + channel * H + h, total, inside & (n < LAYER))
+        tl.store(w2 + h * T * D + channel, total, inside & (n >= LAYER) & (n < 2 * LAYER))
+        n -= 2 * LAYER
+        tl.store(b1 + n, total, (n >= 0) & (n < D))
+    elif of_static < 0:
+        tap, first = of_hidden // across, of_hidden % across * ROWS_OF_TAP
+        row, units = first + tl.arange(0, ROWS_OF_TAP)[:, None], tl.arange(0, UNITS)[None, :]
+        of_units = folded(
+            sums + STATIC + tap * UNITS, terms, slots, LINES, lowest_hidden - tap, step, count, D,
+            term_size, slot_size, TAPS * UNITS, 1, first, 0, SPANS, False,
+            ROWS_OF_TAP, UNITS, TERMS_OF_TAP,
+        )  # fmt: skip
+        at_u = hidden + row.to(tl.int64) * T * D + tap * D + units
+        tl.store(at_u, of_units * factor, (row < count) & (units < D))
+    else:
+        first = of_static * ROWS
+        row, heads = first + tl.arange(0, ROWS)[:, None], tl.arange(0, HEADS)[None, :]
+        of_heads = folded(
+            sums, terms, slots, LINES, lowest, step, count, H, term_size, slot_size, HEADS, 1,
+            first, 0, SPANS, False, ROWS, HEADS, TERMS,
+        )  # fmt: skip
+        at_c = static + heads.to(tl.int64) * count + row
+        tl.store(at_c, of_heads * factor, (row < count) & (heads < H))
