@@ -143,7 +143,10 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
             "additive mask of zeros and -inf give mask == 0"
         )
     if shape[1] > keys or (isinstance(past, int) and shape[1] not in (past + rows, keys)):
-        raise UserError(f"attention_mask {shape} must cover {past} cached and {rows} new keys")
+        full = f", and the static cache holds {keys}" if past + rows > keys else ""
+        raise UserError(
+            f"attention_mask {shape} must cover {past} cached and {rows} new keys{full}"
+        )
     return pad(attention_mask.bool(), (0, keys - shape[1]))
 
 

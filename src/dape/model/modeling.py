@@ -271,10 +271,15 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pass on all positions, because a bias needs the positions of the cached keys too."""
+        """Pass on all positions, because a bias needs the positions of the cached keys too.
+
+        The cache has the name `past_key_values` in every release, by which PEFT looks for it.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
         if position_ids is None:
             position_ids = positions_of_gaps(inputs.get("attention_mask"))
         if position_ids is None:
