@@ -93,6 +93,14 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way():
     near(once[1:, 3:], model(ids[1:, 3:]).logits)
 
 
+@pytest.mark.parametrize("name", ["dape-kerple", "dape3-fire", "rope"])
+def test_a_number_that_returns_begins_a_document(name):
+    model, ids = model_of(name), tokens(2, 9)
+    number = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]]).expand(2, -1)
+    expected = torch.cat([model(ids[:, at : at + 3]).logits for at in (0, 3, 6)], 1)
+    near(model(ids, seq_idx=number).logits, expected)
+
+
 def test_packing_is_that_of_transformers():
     theirs = llama(attn_implementation="eager")
     ours, batch = modern(theirs), packed("position_ids", documents())

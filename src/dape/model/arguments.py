@@ -97,8 +97,8 @@ def packed_documents(
 ) -> Tensor | None:
     """Return the number of each token's document, from either form of collators.
 
-    `seq_idx` `[B, T]` is the number; `cu_seq_lens_q` `[N + 1]` are the N documents' bounds among
-    all tokens, row after row, and `cu_seq_lens_k` the bounds of the keys.
+    `seq_idx` `[B, T]` changes where a document begins; `cu_seq_lens_q` `[N + 1]` are the N
+    documents' bounds among all tokens, row after row, and `cu_seq_lens_k` the bounds of the keys.
 
     Raises:
         UserError: for shapes that do not fit, and keys with bounds unlike the queries'.
@@ -106,7 +106,7 @@ def packed_documents(
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
             raise UserError(f"seq_idx {list(seq_idx.shape)} must be [{batch}, {length}]")
-        return seq_idx
+        return (seq_idx.diff(prepend=seq_idx[:, :1]) != 0).cumsum(-1)
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None
     if cu_seq_lens_q is None or cu_seq_lens_k is None or not cu_seq_lens_q.equal(cu_seq_lens_k):

@@ -92,7 +92,8 @@ class DapeModel(DapePreTrainedModel):
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
             output_attentions: whether to return softmax weights, from whole matrices.
-            seq_idx: document number of each token, `[B, T]`, for packed rows.
+            seq_idx: document number of each token, `[B, T]`, for packed rows; where the number
+                changes, a document begins.
             cu_seq_lens_q: bounds of the documents in a packed row.
             cu_seq_lens_k: equal to `cu_seq_lens_q`.
             cache: newer name of `past_key_values`.

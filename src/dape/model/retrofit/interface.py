@@ -200,8 +200,10 @@ def attend(
     bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     seen = layer_mask_of(attention_mask, query, key)
-    if seen.gaps:
-        check_reach(getattr(adapter, "reach", 0))
+    reach = getattr(adapter, "reach", 0)
+    whole = reach and isinstance(attention_mask, Tensor)  # of the caller
+    if seen.gaps or (whole and has_gaps(attention_mask)):
+        check_reach(reach)
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
     refuse_unused(seen, **more)
