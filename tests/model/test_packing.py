@@ -251,3 +251,5 @@ def test_arguments_that_change_nothing_are_taken():
         output_router_logits=False, return_dict=False, use_cache=False,
     )  # fmt: skip
     assert len(out) == 1 and torch.equal(out[0], model(ids).logits)
+    states = model.model(ids, logits_to_keep=2).last_hidden_state
+    assert torch.equal(model.lm_head(states), out[0])

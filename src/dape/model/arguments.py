@@ -16,7 +16,8 @@ from dape.errors import UserError, unknown
 CACHE_NAMES = ("past_key_values", "cache")
 # The name in outputs of the release at hand.
 CACHE = fields(BaseModelOutputWithPast)[1].name
-# The loss takes the first three, and transformers' decorators take the last.
+# The loss takes the first three, and transformers' decorators take the next. Trainers ask the stack
+# of blocks, which has no logits, as they ask the language model.
 _TAKEN = frozenset(
     {
         "ignore_index",
@@ -26,6 +27,7 @@ _TAKEN = frozenset(
         "debug_io_dir",
         "output_hidden_states",
         "prune_layers",
+        "logits_to_keep",
     }
 )
 # The bounds of documents give the same information.
@@ -38,7 +40,6 @@ _KNOWN = (
     "input_ids",
     "inputs_embeds",
     "labels",
-    "logits_to_keep",
     "output_attentions",
     "past_key_values",
     "position_ids",
