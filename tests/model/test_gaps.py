@@ -79,10 +79,15 @@ def test_convolutions_along_the_keys_refuse_gaps(model):
         dape.retrofit(model, "dape3")
     else:
         model = fresh(scheme=model)
-    with pytest.raises(UserError, match="hides tokens between visible tokens") as error:
-        model(tokens(2, 8), attention_mask=MASK)
-    assert "\n" not in str(error.value)
+    of_each_query = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
+    of_each_query[:, :, 6:, 2:4] = False  # a tree of two branches behind one beginning
+    for mask in (MASK, of_each_query):
+        with pytest.raises(UserError, match="hides tokens between visible tokens") as error:
+            model(tokens(2, 8), attention_mask=mask)
+        assert "\n" not in str(error.value)
     model(tokens(2, 8), attention_mask=MASK.sort(-1).values)
+    window = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril().triu(-2)
+    model(tokens(2, 8), attention_mask=window)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "falcon-alibi", "llama"])

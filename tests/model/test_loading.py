@@ -5,7 +5,9 @@ import torch
 from models import fresh, tokens
 from transformers import AutoModelForCausalLM, pipeline
 
+from dape.attention.select import BACKENDS
 from dape.data.tokenizer import byte
+from dape.errors import UserError
 
 PIECES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 OFFLOADED = ("model.layers.1", "model.norm")
@@ -29,6 +31,24 @@ def test_placed_models_compute_the_same(device_map, scheme, tmp_path):
         assert torch.equal(placed(ids).logits, model(ids).logits)
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(placed.generate(ids, **options), model.generate(ids, **options))
+
+
+@pytest.mark.parametrize("scheme", ["dape-kerple", "fire", "t5", "talking-heads-alibi"])
+@torch.no_grad()
+def test_fused_kernels_leave_offloaded_parameters_to_the_modules(scheme, monkeypatch, tmp_path):
+    model, ids = fresh(scheme=scheme), tokens(2, 9)
+    model.save_pretrained(tmp_path / "model")
+    expected = model(ids).logits
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", offload_folder=tmp_path / "weights",
+        device_map={name: "disk" if "layers" in name else "cpu" for name in PIECES},
+    )  # fmt: skip
+    # As on a GPU, `auto` asks the fused kernels first.
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(gpu_only=False))
+    assert torch.equal(placed(ids).logits, expected)
+    placed.config.backend = "triton"
+    with pytest.raises(UserError, match=r"a parameter of .* is on meta, and the query on cpu"):
+        placed(ids)
 
 
 @pytest.mark.parametrize("block", ["paper", "modern"])

@@ -215,6 +215,10 @@ def test_a_mask_must_cover_the_cached_keys_too():
     cache = model(ids[:, :4]).past_key_values
     with pytest.raises(UserError, match="must cover 4 cached and 3 new keys"):
         model(ids[:, 4:], attention_mask=torch.ones(2, 3), past_key_values=cache)
+    full = StaticCache(model.config, max_cache_len=4)
+    model(ids[:, :4], past_key_values=full)
+    with pytest.raises(UserError, match="1 new keys, and the static cache holds 4"):
+        model(ids[:, 4:5], attention_mask=torch.ones(2, 5), past_key_values=full)
 
 
 @pytest.mark.parametrize("block", ["paper", "modern"])

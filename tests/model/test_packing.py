@@ -93,6 +93,14 @@ def test_rows_of_a_batch_are_packed_each_in_its_own_way():
     near(once[1:, 3:], model(ids[1:, 3:]).logits)
 
 
+@pytest.mark.parametrize("name", ["dape-kerple", "dape3-fire", "rope"])
+def test_a_number_that_returns_begins_a_document(name):
+    model, ids = model_of(name), tokens(2, 9)
+    number = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0, 0]]).expand(2, -1)
+    expected = torch.cat([model(ids[:, at : at + 3]).logits for at in (0, 3, 6)], 1)
+    near(model(ids, seq_idx=number).logits, expected)
+
+
 def test_packing_is_that_of_transformers():
     theirs = llama(attn_implementation="eager")
     ours, batch = modern(theirs), packed("position_ids", documents())
@@ -243,3 +251,5 @@ def test_arguments_that_change_nothing_are_taken():
         output_router_logits=False, return_dict=False, use_cache=False,
     )  # fmt: skip
     assert len(out) == 1 and torch.equal(out[0], model(ids).logits)
+    states = model.model(ids, logits_to_keep=2).last_hidden_state
+    assert torch.equal(model.lm_head(states), out[0])

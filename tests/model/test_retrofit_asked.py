@@ -109,6 +109,15 @@ def test_documents_are_those_of_the_present_call():
 
 
 @torch.no_grad()
+def test_a_trainer_may_call_a_method_in_place_of_the_forward():
+    """As TRL and Lightning do, so that hooks around the forward are around the method."""
+    model, ids = grown("llama"), tokens(2, 6)
+    expected = model(ids).logits
+    model.forward = lambda other, inputs: other.lm_head(other.model(**inputs).last_hidden_state)
+    assert torch.equal(model(model, {"input_ids": ids}), expected)
+
+
+@torch.no_grad()
 def test_a_mask_of_ones_or_cached_keys_say_that_a_row_is_one_document():
     """As in transformers, whose `generate` gives such positions."""
     model, ids = grown("llama"), tokens(2, 6)

@@ -47,6 +47,20 @@ def test_another_attention_never_leaves_the_adapters_out(name, by, other):
     assert torch.equal(logits(model, ids), logits(pretrained(name), ids))
 
 
+def test_a_model_by_the_attention_of_adapters_but_without_any_is_refused(tmp_path):
+    """TRL loads a reference model by the name of the base and the attention of the policy."""
+    model, _ = mounted_and_moved("llama")
+    model.save_pretrained(tmp_path)
+    implementation = model.config._attn_implementation
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation)
+    ids = tokens(2, 9)
+    with pytest.raises(UserError, match="the model has no mounted adapters, as a ref") as error:
+        logits(base.eval(), ids)
+    assert "\n" not in str(error.value)
+    dape.load_adapters(base, tmp_path)
+    assert torch.equal(logits(base, ids), logits(model, ids))
+
+
 @every_model
 def test_a_saved_model_and_the_adapters_beside_it_are_the_model(name, tmp_path):
     model, _ = mounted_and_moved(name)

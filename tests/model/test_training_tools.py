@@ -5,8 +5,14 @@ import math
 
 import pytest
 import torch
-from models import fresh, tokens
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import fresh, grown, tokens
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from pretrained import move, pretrained
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -117,6 +123,25 @@ def test_rows_of_a_batch_share_a_trained_encoding(retrofitted):
     with pytest.raises(UserError, match="call the model once for each name") as error:
         tuned(input_ids=ids, adapter_names=["first", "second"])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+@torch.no_grad()
+def test_tuned_prompts_come_once_in_a_generation(kind):
+    model = grown(scheme="dape-kerple")
+    model.lm_head.weight.mul_(5)
+    tuned = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    move(tuned.prompt_encoder, 0.5)
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    ids[0, :2], mask[0, :2] = 0, 0
+    expected, seen = ids, mask
+    for _ in range(6):
+        logits = tuned(input_ids=expected, attention_mask=seen).logits[:, -1, 1:]
+        expected = torch.cat([expected, logits.argmax(-1, keepdim=True) + 1], dim=1)
+        seen = torch.cat([seen, seen[:, -1:]], dim=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
+    out = tuned.generate(input_ids=ids, attention_mask=mask, **options)
+    assert torch.equal(out[:, 6:], expected[:, 6:])
 
 
 def trainer(model, folder, **options):

@@ -16,7 +16,8 @@ from dape.errors import UserError, unknown
 CACHE_NAMES = ("past_key_values", "cache")
 # The name in outputs of the release at hand.
 CACHE = fields(BaseModelOutputWithPast)[1].name
-# The loss takes the first three, and transformers' decorators take the last.
+# The loss takes the first three, and transformers' decorators take the next. Trainers ask the stack
+# of blocks, which has no logits, as they ask the language model.
 _TAKEN = frozenset(
     {
         "ignore_index",
@@ -26,6 +27,7 @@ _TAKEN = frozenset(
         "debug_io_dir",
         "output_hidden_states",
         "prune_layers",
+        "logits_to_keep",
     }
 )
 # The bounds of documents give the same information.
@@ -38,7 +40,6 @@ _KNOWN = (
     "input_ids",
     "inputs_embeds",
     "labels",
-    "logits_to_keep",
     "output_attentions",
     "past_key_values",
     "position_ids",
@@ -97,8 +98,8 @@ def packed_documents(
 ) -> Tensor | None:
     """Return the number of each token's document, from either form of collators.
 
-    `seq_idx` `[B, T]` is the number; `cu_seq_lens_q` `[N + 1]` are the N documents' bounds among
-    all tokens, row after row, and `cu_seq_lens_k` the bounds of the keys.
+    `seq_idx` `[B, T]` changes where a document begins; `cu_seq_lens_q` `[N + 1]` are the N
+    documents' bounds among all tokens, row after row, and `cu_seq_lens_k` the bounds of the keys.
 
     Raises:
         UserError: for shapes that do not fit, and keys with bounds unlike the queries'.
@@ -106,7 +107,7 @@ def packed_documents(
     if seq_idx is not None:
         if seq_idx.shape != (batch, length):
             raise UserError(f"seq_idx {list(seq_idx.shape)} must be [{batch}, {length}]")
-        return seq_idx
+        return (seq_idx.diff(prepend=seq_idx[:, :1]) != 0).cumsum(-1)
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None
     if cu_seq_lens_q is None or cu_seq_lens_k is None or not cu_seq_lens_q.equal(cu_seq_lens_k):

@@ -47,7 +47,7 @@ def masking(
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
     gaps = padding is not None and has_gaps(padding)
-    if gaps:
+    if gaps or (reach and not causal and has_gaps(mask)):
         check_reach(reach)
     index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
@@ -143,7 +143,10 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
             "additive mask of zeros and -inf give mask == 0"
         )
     if shape[1] > keys or (isinstance(past, int) and shape[1] not in (past + rows, keys)):
-        raise UserError(f"attention_mask {shape} must cover {past} cached and {rows} new keys")
+        full = f", and the static cache holds {keys}" if past + rows > keys else ""
+        raise UserError(
+            f"attention_mask {shape} must cover {past} cached and {rows} new keys{full}"
+        )
     return pad(attention_mask.bool(), (0, keys - shape[1]))
 
 
@@ -184,19 +187,27 @@ def count_visible(tokens: Tensor) -> Tensor:
     return (tokens.cumsum(-1) - 1).clamp(min=0)
 
 
-def has_gaps(tokens: Tensor) -> bool:
-    """Return whether hidden tokens lie between visible tokens of a row, as `moved`."""
-    return moved(count_visible(tokens), tokens)
+def has_gaps(tokens: Tensor | None) -> bool:
+    """Return whether hidden tokens lie between visible tokens of a row; False if `unreadable`."""
+    if tokens is None or unreadable(tokens):
+        return False
+    begins = tokens & ~pad(tokens[..., :-1], (1, 0))
+    return bool((begins.sum(-1) > 1).any())
+
+
+def unreadable(tensor: Tensor) -> bool:
+    """Return whether a tensor cannot be looked at.
+
+    A tensor has no data on the device `meta`, and while a model is traced or captured in a CUDA
+    graph.
+    """
+    captured = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_tracing(tensor) or tensor.is_meta or captured
 
 
 def moved(positions: Tensor, tokens: Tensor) -> bool:
-    """Return whether visible tokens are not as far apart as their indices.
-
-    False where positions cannot be looked at: without data, and while a model is traced or captured
-    in a CUDA graph.
-    """
-    captured = positions.is_cuda and torch.cuda.is_current_stream_capturing()
-    if is_tracing(positions) or positions.is_meta or captured:
+    """Return whether visible tokens are not as far apart as indices; False if `unreadable`."""
+    if unreadable(positions):
         return False
     shift = positions - torch.arange(positions.shape[1], device=positions.device)
     least, most = torch.iinfo(shift.dtype).min, torch.iinfo(shift.dtype).max

@@ -92,7 +92,8 @@ class DapeModel(DapePreTrainedModel):
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
             output_attentions: whether to return softmax weights, from whole matrices.
-            seq_idx: document number of each token, `[B, T]`, for packed rows.
+            seq_idx: document number of each token, `[B, T]`, for packed rows; where the number
+                changes, a document begins.
             cu_seq_lens_q: bounds of the documents in a packed row.
             cu_seq_lens_k: equal to `cu_seq_lens_q`.
             cache: newer name of `past_key_values`.
@@ -271,10 +272,15 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pass on all positions, because a bias needs the positions of the cached keys too."""
+        """Pass on all positions, because a bias needs the positions of the cached keys too.
+
+        The cache has the name `past_key_values` in every release, by which PEFT looks for it.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
         if position_ids is None:
             position_ids = positions_of_gaps(inputs.get("attention_mask"))
         if position_ids is None:

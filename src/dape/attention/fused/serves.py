@@ -40,7 +40,22 @@ def obstacle(call: Call) -> str | None:
     widest = max(query.shape[3], value.shape[3])
     if widest > WIDEST_HEAD:
         return f"head_dim={widest} is more than {WIDEST_HEAD}"
-    return size_obstacle(call) or table_obstacle(call.bias, call.adapter)
+    return size_obstacle(call) or table_obstacle(call.bias, call.adapter) or elsewhere(call)
+
+
+def elsewhere(call: Call) -> str | None:
+    """Return which module has a parameter on another device than the query, or None.
+
+    Accelerate moves an offloaded parameter to the device when the module is called. The kernels
+    read parameters without a call of the module.
+    """
+    device = call.query.device
+    for module in (call.bias, call.adapter):
+        for parameter in () if module is None else module.parameters():
+            if parameter.device != device:
+                name = type(module).__name__
+                return f"a parameter of {name} is on {parameter.device}, and the query on {device}"
+    return None
 
 
 def size_obstacle(call: Call) -> str | None:

@@ -51,13 +51,17 @@ def keep(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
-    An `own_bias` of the model, ALiBi, does not read `position_ids`.
+    An `own_bias` of the model, ALiBi, does not read `position_ids`. A trainer may call a method of
+    its own in place of the forward, whose arguments are no tokens.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor | None):
+        return args, kwargs
     weights = model.config.get_text_config().output_attentions
-    documents, positions = _documents(given), given.get("position_ids")
+    documents, positions = _documents(tokens, given), given.get("position_ids")
     if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
         positions = None
     if positions is not None:
@@ -102,12 +106,11 @@ def _set(value: Asked) -> None:
         _asked.set(value)
 
 
-def _documents(given: Mapping[str, Any]) -> Tensor | None:
+def _documents(tokens: Tensor | None, given: Mapping[str, Any]) -> Tensor | None:
     """Return the documents that arguments of a model name, or None.
 
     As in transformers, `position_ids` tell documents apart without a mask and without a cache.
     """
-    tokens = given.get("input_ids", given.get("inputs_embeds"))
     if tokens is None:
         return None
     bounds = (given.get(name) for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k"))

@@ -187,21 +187,29 @@ def attend(
     bias counts hidden tokens too.
 
     Raises:
-        UserError: for a bias without `relative` at unknown positions, for bidirectional attention,
-            or for packed documents without a mask in between.
+        UserError: without a mounted adapter, for a bias without `relative` at unknown positions,
+            for bidirectional attention, or for packed documents without a mask in between.
     """
+    if not hasattr(module, "adapter"):
+        raise UserError(
+            f"attn_implementation={NAME!r}: the model has no mounted adapters, as a reference "
+            "model that a trainer loads by name; mount adapters by dape.load_adapters, or give the "
+            "trainer ref_model=copy.deepcopy(model)"
+        )
     if dropout:
         logger.warning_once(f"attention dropout {dropout} is not applied with adapters mounted")
     wide = query.dtype == torch.float64  # which autocast leaves alone, in PyTorch's own too
     if torch.is_autocast_enabled(query.device.type) and not wide:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    adapter: nn.Module | None = in_use(getattr(module, "adapter", None))
+    adapter: nn.Module | None = in_use(module.adapter)
     bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     seen = layer_mask_of(attention_mask, query, key)
-    if seen.gaps:
-        check_reach(getattr(adapter, "reach", 0))
+    reach = getattr(adapter, "reach", 0)
+    whole = reach and isinstance(attention_mask, Tensor)  # of the caller
+    if seen.gaps or (whole and has_gaps(attention_mask)):
+        check_reach(reach)
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
     refuse_unused(seen, **more)
