@@ -1,6 +1,7 @@
 """The checks of jaxtyping's hook without the work that only a failure needs: they find the same."""
 
 import inspect
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,9 @@ def quicken():
     _decorator.inspect = SimpleNamespace(**vars(inspect) | {"signature": Late.from_callable})
     arrays = _array_types._MetaAbstractArray
     arrays.__instancecheck_str__ = _remembering(arrays.__instancecheck_str__)
+    # A function within another is decorated whenever that runs: equal signatures share a check.
+    _decorator._make_fn_with_signature = _of_equal_signatures(_decorator._make_fn_with_signature)
+    _decorator._apply_typechecker = cache(_decorator._apply_typechecker)
 
 
 class Late(inspect.Signature):
@@ -55,6 +59,27 @@ class Names:
             return self.bound.all()
         self.taken = True
         return self
+
+
+def _of_equal_signatures(make):
+    """Return `make` of a check, which makes one for all equal signatures of a local function."""
+    once = cache(make)
+
+    def check(name, qualname, module, signature, output):
+        defaults = [parameter.default for parameter in signature.parameters.values()]
+        plain = all(isinstance(x, type | str | int | float | None) for x in defaults)
+        local = "<locals>" in qualname and plain and _hashable(signature)
+        return (once if local else make)(name, qualname, module, signature, output)
+
+    return check
+
+
+def _hashable(signature):
+    try:
+        hash(signature)
+        return True
+    except TypeError:
+        return False
 
 
 def _remembering(whole):

@@ -27,6 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
+from pkgutil import walk_packages
 
 import damage
 import disks
@@ -47,14 +48,22 @@ PARTS = {
     "hostile": hostile.hostile,
     "nonsense": nonsense.nonsense,
 }
+PACKAGES = ("chomsky", "data", "evaluate", "figures", "model", "train")
 WARM = (
     "lightning.fabric",
     "torch.utils.tensorboard",
-    "lm_eval",
+    "torch.distributed.checkpoint",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
     "datasets",
     "seaborn",
+    "matplotlib.backends.backend_svg",
     "jinja2",
     "importlib.readers",
+    "tyro._backends._tyro_backend",
+    "typeguard",
+    "requests",
 )
 
 
@@ -89,7 +98,11 @@ def main() -> int:
 
 def warm() -> None:
     """Import all that commands import, so that no trial has to."""
-    for name in (*(f"dape.cli.{each.replace(' ', '_')}" for each in COMMANDS), *WARM):
+    packages = [f"dape.{name}" for name in PACKAGES]
+    paths = [(import_module(name).__path__, f"{name}.") for name in packages]
+    ours = [module.name for path in paths for module in walk_packages(*path)]
+    ours += [f"dape.cli.{each.replace(' ', '_')}" for each in COMMANDS]
+    for name in (*ours, *WARM):
         try:
             import_module(name)
         except ImportError:

@@ -16,7 +16,7 @@ SCHEMES, LENGTHS = ("kerple", "dape-kerple"), (64, 128, 256, 512, 1024)
 def desk(tmp_path_factory):
     """Return the folder in which the commands of the page were given."""
     folder, chosen = tmp_path_factory.mktemp("compare"), random.Random(0)
-    for split, count in {"train": 1, "validation": 1, "test": 3}.items():
+    for split, count in {"train": 1, "validation": 1, "test": 2}.items():
         (folder / "texts" / split).mkdir(parents=True)
         for number in range(count):
             words = " ".join(chosen.choice(("one", "two", "three")) for _ in range(400))

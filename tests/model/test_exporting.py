@@ -101,7 +101,7 @@ def test_a_retrofitted_model_is_exported_with_its_adapters(name):
 def test_an_onnx_file_has_the_logits_of_the_model(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = Logits(fresh(scheme="dape-kerple")).eval()
+    model = Logits(fresh(scheme="dape-kerple", num_hidden_layers=1)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about PyTorch's own insides
         torch.onnx.export(
