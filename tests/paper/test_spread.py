@@ -316,3 +316,15 @@ def test_the_error_of_a_cell_is_of_its_last_attempt(monkeypatch):
         assert end.error == error
         assert [each.state for each in plan(found)] == [state]
     assert record.read(found[0]).error == "out of memory on cuda (status 2)"
+
+
+def test_beside_another_cell_a_lack_of_memory_is_no_result():
+    found = cells("kerple", "alibi")
+    fails = {
+        "/kerple-0": "dape: error: out of memory on cuda",
+        "/alibi-0": "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1",
+    }
+    spread(found, ["0"], Pretended(fails=fails), silent, overlap=True)
+    assert [each.state for each in plan(found)] == ["missing", "failed"]
+    spread(found[:1], ["0"], Pretended(fails=fails), silent)
+    assert [each.state for each in plan(found)] == ["failed", "failed"]

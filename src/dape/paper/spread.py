@@ -20,7 +20,8 @@ from dape.paper import record
 from dape.paper.cells import Cell, Command
 
 # Errors caused by the model, with which the cell is a result.
-TELLING = re.compile(r"out of memory|step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
+MEMORY = re.compile(r"out of memory")
+DIVERGED = re.compile(r"step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
 ERROR = "dape: error: "
 # Seconds in which a training starts and compiles: on an H200, 24 before the first update, and 7 to
 # 38 for the first ten. Seconds between looks at a training.
@@ -111,6 +112,7 @@ def spread(
     what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
     next cell starts on a device 30 seconds before the training of a cell ends, and goes on beside
     the measurements of that cell: the device has little to do while a training starts and compiles.
+    A lack of memory then is no result, since the other cell may be the cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out.
     """
@@ -210,7 +212,7 @@ def _run(
     with claim:
         try:
             error = _commands(cell, device, workers, leave_room)
-            if not weights and _tells(error):
+            if not weights and _tells(error, alone=leave_room is None):
                 record.discard(cell)
         except (OSError, UserError) as failure:
             error = str(failure)
@@ -237,7 +239,7 @@ def _commands(
             break
         if near_end:
             near_end()
-    if _tells(error):
+    if _tells(error, alone=leave_room is None):
         record.finish(cell, seconds, error)
     return error
 
@@ -278,9 +280,9 @@ def _seconds_left(cell: Cell, begun: float) -> float:
     return float("inf")
 
 
-def _tells(error: str | None) -> bool:
-    """Return whether the model caused the error, which then is a result."""
-    return error is None or bool(TELLING.search(error))
+def _tells(error: str | None, alone: bool) -> bool:
+    """Return whether there is no error, or one of the model alone on the device: a result."""
+    return error is None or bool(DIVERGED.search(error) or (alone and MEMORY.search(error)))
 
 
 def _command(cell: Cell, command: Command, device: str, workers: Workers) -> str | None:
