@@ -4,7 +4,13 @@ import pytest
 import torch
 from pretrained import NAMES, bias_for, move, pretrained, tokens
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    RobertaConfig,
+    RobertaForCausalLM,
+    StaticCache,
+)
 
 import dape
 from dape.errors import UserError
@@ -48,6 +54,17 @@ def test_each_document_has_the_logits_it_has_alone(name, form):
     expected = alone(model, texts)
     near(model(**batch).logits[0], expected)
     near(model(**batch, use_cache=False).logits[0], expected)
+
+
+@torch.no_grad()
+def test_a_family_counts_the_positions_of_a_document_behind_the_number_of_padding():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = RobertaConfig(vocab_size=32, intermediate_size=24, is_decoder=True, **sizes)
+    model = move(RobertaForCausalLM(config).eval().double(), 0.1)
+    move(dape.retrofit(model, "dape", "kerple").adapters.double(), 0.3)
+    texts = [torch.randint(3, 32, (length,)) for length in LENGTHS]
+    batch = DataCollatorWithFlattening(**FORMS["seq_idx"])([{"input_ids": ids} for ids in texts])
+    near(model(**batch).logits[0], alone(model, texts))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom"])

@@ -47,11 +47,12 @@ def asked() -> Asked:
 
 
 def keep(
-    own_bias: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    own_bias: bool, first: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
-    An `own_bias` of the model, ALiBi, does not read `position_ids`. A trainer may call a method of
+    The model counts positions from `first`. An `own_bias` of the model, ALiBi, does not read
+    `position_ids`. A trainer may call a method of
     its own in place of the forward, whose arguments are no tokens.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -70,7 +71,7 @@ def keep(
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
-    return args, {**kwargs, "position_ids": count_within(documents)}
+    return args, {**kwargs, "position_ids": count_within(documents) + first}
 
 
 def _check_mask(mask: Any, positions: Tensor) -> None:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,8 +23,13 @@ def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..
 
 
 def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
-    """Keep what a call of the model asks of every attention, until undone."""
-    keep = partial(asked.keep, own_bias)
+    """Keep what a call of the model asks of every attention, until undone.
+
+    RoBERTa's family counts positions from the number after that of padding.
+    """
+    counting = (x for x in model.modules() if hasattr(x, "create_position_ids_from_input_ids"))
+    first = next((cast(int, each.padding_idx) + 1 for each in counting), 0)
+    keep = partial(asked.keep, own_bias, first)
     undo.callback(model.register_forward_pre_hook(keep, with_kwargs=True).remove)
     undo.callback(model.register_forward_hook(asked.forget, always_call=True).remove)
 
