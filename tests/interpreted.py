@@ -48,6 +48,8 @@ def all_operators(f, h, i, j, out, whole, N: tl.constexpr):
     out += N
     tl.store(out + n, tl.load(f + n, (n % 3 > 0) & (n < N - 2), 7.0) + tl.load(f + n, n > 4, 0.0))
     out += N
+    tl.store(out + n, tl.load(f + 9 + (n - 8)) - tl.load(f + N + (4 - n.to(tl.int64))))
+    out += N
     matrix = tl.load(f + n[:, None] * 2 + n[None, :])
     half = tl.load(h + (n[:, None] + n[None, :]), (n < 9)[None, :], 0.0)
     tl.store(out + n, tl.sum(tl.dot(matrix, tl.trans(matrix), input_precision="ieee"), 0))
@@ -76,7 +78,7 @@ def numbers(seed):
     signs = 2 * torch.randint(2, (2 * SIZE,), generator=draw) - 1
     integers = (torch.randint(1, MOST, (2 * SIZE,), generator=draw) * signs).int()
     wide = torch.randint(-(2**40), 2**40, (SIZE,), generator=draw)
-    out, whole = torch.zeros(15 * SIZE), torch.zeros(5 * SIZE, dtype=torch.int64)
+    out, whole = torch.zeros(16 * SIZE), torch.zeros(5 * SIZE, dtype=torch.int64)
     all_operators[(1,)](floats, halves, integers, wide, out, whole, N=SIZE)
     return out.view(torch.int32).tolist(), whole.tolist()
 
