@@ -39,9 +39,9 @@ def test_lines_fold_onto_their_distances(terms, slots, reach, first, step, count
 
 @pytest.mark.parametrize(("terms", "slots"), [(1, 1), (3, 5), (4, 300)])
 def test_matrices_of_slots_are_summed_into_two_tables(terms, slots):
-    rows, columns, groups, room = 3, 5, 2, (4, 8)
-    sums = torch.randn(terms, slots, 2 * groups * 32 + 16)  # the end of a slot holds other sums
-    expected = sums[..., :128].double().sum((0, 1)).view(2, groups, *room)[..., :rows, :columns] / 4
-    tables = torch.full((2, groups * rows, columns), torch.nan)
-    add_up(PROBLEM, sums[..., :128], room, UNIT, tables[0], tables[1], groups)
-    assert_close(tables.double(), expected.flatten(1, 2), rtol=1e-5, atol=1e-5)
+    rows, columns, room = 3, 5, (4, 8)
+    sums = torch.randn(terms, slots, 2 * 32 + 16)  # the end of a slot holds other sums
+    expected = sums[..., :64].double().sum((0, 1)).view(2, *room)[..., :rows, :columns] / 4
+    tables = torch.full((2, rows, columns), torch.nan)
+    add_up(PROBLEM, sums[..., :64], room, UNIT, tables[0], tables[1])
+    assert_close(tables.double(), expected, rtol=1e-5, atol=1e-5)

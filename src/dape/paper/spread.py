@@ -110,9 +110,10 @@ def spread(
 
     After `minutes` no cell starts, nor does a cell whose price, in minutes by name, is more than
     what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
-    next cell starts on a device 30 seconds before the training of a cell ends, and goes on beside
-    the measurements of that cell: the device has little to do while a training starts and compiles.
-    A lack of memory then is no result, since the other cell may be the cause.
+    next cell starts on a device 30 seconds before the training of a cell ends, because the device
+    has little to do while a training starts and compiles. The measurements of the first cell run
+    beside the second training. A lack of memory then is no result, since the other cell may be the
+    cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out.
     """
@@ -281,7 +282,10 @@ def _seconds_left(cell: Cell, begun: float) -> float:
 
 
 def _tells(error: str | None, alone: bool) -> bool:
-    """Return whether there is no error, or one of the model alone on the device: a result."""
+    """Return whether the end is a result: no error, or an error that the model caused.
+
+    A model that is not `alone` on the device may lack memory because of another cell.
+    """
     return error is None or bool(DIVERGED.search(error) or (alone and MEMORY.search(error)))
 
 

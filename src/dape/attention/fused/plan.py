@@ -68,14 +68,13 @@ class Start(NamedTuple):
 class Plan(NamedTuple):
     """The kernels of a call in order, the results, and the bytes of the workspace between.
 
-    `number` tells plans apart. With `repeats`, kernels for the same addresses become a graph.
+    `number` tells plans apart. Kernels for the same addresses become a graph.
     """
 
     starts: list[Start]
     results: list[Layout]
     workspace: int
     number: int
-    repeats: bool
 
     def run(self, addresses: list[int], device: torch.device) -> list[Tensor]:
         """Return the results for tensors at some addresses."""
@@ -85,7 +84,8 @@ class Plan(NamedTuple):
             workspace = empty(((self.workspace,), (1,), torch.uint8), device)
             addresses.append(workspace.data_ptr())
         begin = partial(self._begin, addresses)
-        if not (self.repeats and GRAPHS.run(self.number, tuple(addresses), device, begin)):
+        several = len(self.starts) >= FEWEST_KERNELS
+        if not (several and GRAPHS.run(self.number, tuple(addresses), device, begin)):
             begin(current_stream(device))
         return found
 
@@ -222,8 +222,7 @@ def plan_of(
         run, first = prepared(kernel, grid, arguments, options)
         places = [(len(first) + n, piece, offset) for n, piece, offset in places]
         starts.append(Start(run, [*first, *arguments], places))
-    repeats = len(starts) >= FEWEST_KERNELS
-    return Plan(starts, [layout_of(x) for x in results], size, next(_numbers), repeats)
+    return Plan(starts, [layout_of(x) for x in results], size, next(_numbers))
 
 
 def _memory_of(x: Tensor) -> int:

@@ -26,18 +26,17 @@ def add_up(
     unit: Float[Tensor, ""],
     table: Float[Tensor, "rows columns"],
     second: Float[Tensor, "rows columns"] | None = None,
-    groups: int = 1,
 ) -> None:
     """Fill a table, times `unit`, from matrices of `padded` sizes, a matrix in every slot.
 
-    For a table of several groups a slot has as many matrices, followed by those of a second table.
+    The matrix of a second table follows in the slot.
     """
     count, (rows, width) = slots.shape[0] * slots.shape[1], padded
-    size = rows * width * groups * (1 if second is None else 2)
+    size = rows * width * (1 if second is None else 2)
     also, (at_once, entries) = table if second is None else second, slots_at_once(count)
     start(kernels.sum_kernel, (cdiv(size, entries),))(
         slots, unit, table, also, count, slots.stride(1),
-        len(table) // groups, table.shape[1], groups, *table.stride(), *also.stride(),
+        *table.shape, *table.stride(), *also.stride(),
         WIDTH=width, ROWS=rows, SECOND=second is not None, SLOTS=at_once, OUT=entries,
         **problem.gated(), num_warps=4,
     )  # fmt: skip

@@ -31,29 +31,27 @@ def added(slots, n, count, slot_size, SLOTS: tl.constexpr, OUT: tl.constexpr):
 
 
 # Arguments without a kernel for every value.
-@triton.jit(do_not_specialize=("count", "rows", "columns", "groups", *SUM_STRIDES))
+@triton.jit(do_not_specialize=("count", "rows", "columns", *SUM_STRIDES))
 def sum_kernel(
-    slots, unit, table, second, count, slot_size, rows, columns, groups,
+    slots, unit, table, second, count, slot_size, rows, columns,
     table_r, table_c, second_r, second_c,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, SECOND: tl.constexpr, SLOTS: tl.constexpr,
     OUT: tl.constexpr, gate, GATED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Sum matrices `[groups, ROWS, WIDTH]` over slots, times `unit`, into a table; grid (entries).
+    """Sum matrices `[ROWS, WIDTH]` over slots, times `unit`, into a table; grid (entries).
 
-    A table has the rows of all groups. If SECOND, as many groups follow for a second table.
+    If SECOND, the matrix of a second table follows in a slot.
     """
     follow(CHAINED)
     if unwanted(gate, GATED):
         return
     n = tl.program_id(0) * OUT + tl.arange(0, OUT)
     total = added(slots, n, count, slot_size, SLOTS, OUT) * tl.load(unit)
-    group, r, c = n // (ROWS * WIDTH), n // WIDTH % ROWS, n % WIDTH
+    matrix, r, c = n // (ROWS * WIDTH), n // WIDTH % ROWS, n % WIDTH
     inside = (r < rows) & (c < columns)
-    tl.store(table + (group * rows + r) * table_r + c * table_c, total, inside & (group < groups))
+    tl.store(table + r * table_r + c * table_c, total, inside & (matrix == 0))
     if SECOND:
-        group -= groups
-        at = second + (group * rows + r) * second_r + c * second_c
-        tl.store(at, total, inside & (group >= 0) & (group < groups))
+        tl.store(second + r * second_r + c * second_c, total, inside & (matrix == 1))
 
 
 @triton.jit

@@ -52,8 +52,8 @@ def keep(
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
     The model counts positions from `first`. An `own_bias` of the model, ALiBi, does not read
-    `position_ids`. A trainer may call a method of
-    its own in place of the forward, whose arguments are no tokens.
+    `position_ids`. A trainer may call a method of its own in place of the forward; the arguments of
+    the method are no tokens.
     """
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}

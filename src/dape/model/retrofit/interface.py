@@ -207,8 +207,7 @@ def attend(
     backend: str = getattr(module, "attention_backend", "auto")
     seen = layer_mask_of(attention_mask, query, key)
     reach = getattr(adapter, "reach", 0)
-    whole = reach and isinstance(attention_mask, Tensor)  # of the caller
-    if seen.gaps or (whole and has_gaps(attention_mask)):
+    if reach and (seen.gaps or (isinstance(attention_mask, Tensor) and has_gaps(attention_mask))):
         check_reach(reach)
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)

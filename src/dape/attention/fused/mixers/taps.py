@@ -92,7 +92,7 @@ def add_slots(
     """
     (terms, count, size), (heads, distances) = sums.shape, into.static.shape
     units = len(into.hidden_bias)
-    layers = size - sum(sizes_of(lines, taps, padded(units), padded(heads))[:2])
+    layers = sum(sizes_of(lines, taps, padded(units), padded(heads))[2:])
     at_once, entries = slots_at_once(terms * count)
     of_head = distances_at_once(terms, distances, heads, padded(heads))
     of_tap = distances_at_once(terms, distances, units, padded(units))
