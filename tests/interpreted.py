@@ -1,15 +1,12 @@
 """A kernel of every operator that kernels use, by Triton's interpreter.
 
-    python interpreted.py SEED
+    TRITON_INTERPRET=1 python interpreted.py SEED
 
 Prints the numbers of the operators as JSON, computed by the interpreter as it is.
 """
 
 import json
-import os
 import sys
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton

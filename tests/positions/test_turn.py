@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.testing import assert_close
 
 from dape.positions import turn as module
@@ -102,15 +104,17 @@ def test_a_cpu_float64_and_learnt_angles_take_the_formula():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rotation", [RoPE(64), RoPE(64, fraction=0.25), YaRN(64, 512)])
-def test_on_a_gpu_rotations_are_those_of_a_cpu(rotation, dtype):
+def test_on_a_gpu_rotations_are_those_of_a_cpu(rotation, compiled, dtype):
     query, key = (torch.randn(2, h, 700, 64, requires_grad=True) for h in (12, 4))
     positions = torch.stack([torch.arange(700), torch.arange(700) + 9])
     true = rotation(query.double(), key.double(), positions)
     cotangents = [torch.randn_like(x) for x in (query, key)]
     gradients = torch.autograd.grad(true, (query, key), [c.double() for c in cotangents])
     given = [x.detach().to("cuda", dtype).requires_grad_() for x in (query, key)]
-    found = rotation(*given, positions.cuda())
+    turned = torch.compile(rotation, fullgraph=True) if compiled else rotation
+    found = turned(*given, positions.cuda())
     moved = torch.autograd.grad(found, given, [c.to("cuda", dtype) for c in cotangents])
     # Angles of float32 at position 709 are off by up to 3e-5.
     tolerance = max(2e-4, 1.2 * TOLERANCE[dtype])
@@ -118,14 +122,47 @@ def test_on_a_gpu_rotations_are_those_of_a_cpu(rotation, dtype):
         assert_close(ours.cpu().double(), theirs.double(), rtol=tolerance, atol=2 * tolerance)
 
 
-def test_a_compiler_reads_the_formula_alone(monkeypatch):
-    """On a GPU `served` looks for Triton, and no whole graph can hold the look."""
-
-    def unreadable(x, cos):
-        torch._dynamo.graph_break()
-        return True
-
-    monkeypatch.setattr(module, "served", unreadable)
+def test_a_compiler_takes_the_kernel_and_an_exporter_the_formula(monkeypatch):
     x, cos, sin = drawn(*CASES[0])
-    compiled = torch.compile(turn, fullgraph=True, backend="eager")
-    assert_close(compiled(x, cos, sin).double(), exact(x, cos, sin), rtol=1e-6, atol=1e-6)
+    graphs = []
+
+    def kept(graph, _):
+        graphs.append(str(graph.graph))
+        return make_boxed_func(graph)
+
+    monkeypatch.setattr(module, "served", lambda x, cos: True)  # as on a GPU
+    compiled = torch.compile(turn, fullgraph=True, backend=aot_autograd(fw_compiler=kept))
+    for length in (33, 34, 35):  # the second compilation is for every length
+        x, cos, sin = drawn(2, 3, length, 16, 8, True)
+        x.requires_grad_()
+        cotangent = torch.randn_like(x)
+        found = compiled(x, cos, sin)
+        assert_close(found.double(), exact(x, cos, sin), rtol=1e-6, atol=1e-6)
+        (gradient,) = torch.autograd.grad(found, x, cotangent)
+        (true,) = torch.autograd.grad(exact(x, cos, sin), x, cotangent.double())
+        assert_close(gradient, true.float(), rtol=1e-6, atol=1e-6)
+    assert len(graphs) == 4 and all("dape.turn" in graph for graph in graphs)
+    exported = torch.export.export(Turned(), (x.detach(), cos, sin))
+    assert "dape" not in str(exported.graph) and "mul" in str(exported.graph)
+
+
+class Turned(torch.nn.Module):
+    def forward(self, x, cos, sin):
+        return turn(x, cos, sin)
+
+
+def test_the_operator_keeps_its_promises_to_pytorch():
+    for case in CASES[:4]:
+        x, cos, sin = drawn(*case)
+        for given in (x, x.contiguous(), x.mT.contiguous().mT):
+            given = given.detach().requires_grad_()
+            torch.library.opcheck(module.operator, (given, cos, sin, -1.0))
+
+
+def test_a_compiler_maps_the_operator(monkeypatch):
+    monkeypatch.setattr(module, "served", lambda x, cos: True)
+    x, cos, sin = drawn(*CASES[1])
+    each = torch.stack([x, 2 * x, x + 1])
+    compiled = torch.compile(torch.vmap(turn, (0, None, None)), backend="aot_eager")
+    true = torch.stack([exact(part, cos, sin) for part in each])
+    assert_close(compiled(each, cos, sin).double(), true, rtol=1e-6, atol=1e-6)

@@ -1,8 +1,12 @@
 """The turn of a rotation: as a formula, and on a GPU in a single kernel, forward and backward.
 
-Without a compiler the formula takes eight kernels, and passes float32 numbers through memory.
+Without a compiler the formula takes eight kernels, and passes float32 numbers through memory. A
+compiler puts the angles into the same kernel, and computes cosine and sine again for each head of
+each sequence: on an H200, 0.29 ms for 32,768 tokens of 512 numbers. An operator is opaque to the
+compiler, and gets cosines and sines from memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dape.device import has_triton
+from dape.registered import below_autograd, register
 
 Rows = Float[Tensor, "batch heads length head_dim"]
 Waves = Float[Tensor, "... length pairs"]
@@ -20,21 +25,22 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     """Return x with the leading pairs turned, scaled like cosine and sine."""
-    # A compiler cannot read the look for Triton in `served`.
-    if captured() or not served(x, cos):
+    if exported() or not served(x, cos):
         return formula(x, cos, sin)
-    turned: Tensor = Turn.apply(x, cos, sin, 1.0)
+    # A compiler cannot read `Turn`, which says how to map it and how to differentiate it forward.
+    apply = operator if torch.compiler.is_compiling() else Turn.apply
+    turned: Tensor = apply(x, cos, sin, 1.0)
     return turned
 
 
 def served(x: Rows, cos: Waves) -> bool:
-    """Return whether the kernel serves a call."""
-    return x.is_cuda and x.dtype in SERVED and not cos.requires_grad and has_triton()
+    """Return whether the kernel serves a call, where Triton is installed."""
+    return x.is_cuda and x.dtype in SERVED and not cos.requires_grad
 
 
-def captured() -> bool:
-    """Return whether a compiler or an exporter reads the formula."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+def exported() -> bool:
+    """Return whether an exporter reads the formula, for machines without this package."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
@@ -53,7 +59,8 @@ class Turn(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         """Return the turned x, with shape, dtype and strides of x."""
-        return launch(x, cos, sin, sign)
+        turned: Tensor = below_autograd(operator, x, cos, sin, sign)
+        return turned
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Any) -> None:
@@ -78,20 +85,35 @@ class Turn(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
         """Return the turned x for every element of a further axis."""
-        *tensors, sign = given
-        each = torch.vmap(lambda x, cos, sin: formula(x, cos, sign * sin), axes[:3])
-        return each(*tensors), 0
+        return each_turned(Turn.apply, info.batch_size, axes, *given)
+
+
+def each_turned(
+    apply: Callable[..., Tensor], count: int, axes: tuple[int | None, ...], *given: Any
+) -> tuple[Tensor, int]:
+    """Return the turned x for every element of a further axis, as a larger batch."""
+    *tensors, sign = given
+    x, *waves = (
+        each.expand(count, *each.shape) if axis is None else each.movedim(axis, 0)
+        for each, axis in zip(tensors, axes[:3], strict=True)
+    )
+    sizes = x.shape[:2]
+    waves = [(each[:, None] if each.ndim == 3 else each).expand(*sizes, -1, -1) for each in waves]
+    turned = apply(*(each.flatten(0, 1) for each in (x, *waves)), sign)
+    return turned.unflatten(0, sizes), 0
 
 
 def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """Return x turned by the angles times the sign, computed by the kernel."""
+    """Return x turned by the angles times the sign, computed by the kernel if there is Triton."""
+    if not has_triton():
+        return like(x).copy_(formula(x, cos, sign * sin))
     import triton
 
     from dape.positions.turn_kernels import turn_kernel
 
+    out = like(x)
     x = x if x.stride(3) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
-    out = torch.empty_like(x)
     batch, heads, length, width = x.shape
     pairs, rows = cos.shape[-1], batch * heads * length
     rest = width - 2 * pairs
@@ -104,3 +126,16 @@ def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
                 triton.next_power_of_2(rest) if rest else 0, ROWS,
             )  # fmt: skip
     return out
+
+
+def like(x: Tensor, *_: Any) -> Tensor:
+    """Return room for the turned x."""
+    return torch.empty_like(x if x.stride(3) == 1 else x.contiguous())
+
+
+operator = register(
+    "turn_1(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", launch, like, Turn.apply
+)
+torch.library.register_vmap(
+    operator, lambda info, axes, *given: each_turned(operator, info.batch_size, axes, *given)
+)

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from dape.positions import turn
+
 # Matrix products, by the index of their left factor.
 _PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
 
@@ -39,7 +41,8 @@ def _policy(_context: Any, operator: Any, *arguments: Any, **_named: Any) -> Che
     The wide product, into the hidden units of the feed-forward layer, takes four times the memory
     of a narrow product, and two ninths of a block's arithmetic.
     """
-    keep = operator.namespace == "dape" or "scaled_dot_product" in operator.name()
+    attends = operator.namespace == "dape" and operator is not turn.operator
+    keep = attends or "scaled_dot_product" in operator.name()
     if operator in _PRODUCTS:
         left, right = arguments[_PRODUCTS[operator] :][:2]
         keep = right.shape[1] <= left.shape[1]

@@ -13,9 +13,9 @@ from dape.attention.call import Call
 from dape.attention.fused import decode
 from dape.attention.fused.formed import form_of
 from dape.attention.fused.problem import Result, problem_of
-from dape.attention.fused.registered import register
 from dape.attention.fused.tables import first_column, mixes_scores
 from dape.positions.adapter import DAPE
+from dape.registered import register
 
 
 def sources_of(call: Call) -> decode.Sources | None:

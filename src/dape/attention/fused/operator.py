@@ -10,10 +10,10 @@ from dape.attention.call import Attended, Call
 from dape.attention.fused import decode_operator
 from dape.attention.fused.plan import planned
 from dape.attention.fused.problem import Result, problem_of, with_rows
-from dape.attention.fused.registered import below_autograd, first_derivative, register
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
 from dape.attention.fused.terms import learned, mixes
+from dape.registered import below_autograd, first_derivative, register
 
 
 def attend(call: Call, backend: str) -> Attended:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.plan import planned, start
-from dape.attention.fused.registered import below_autograd, first_derivative, register
+from dape.registered import below_autograd, first_derivative, register
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
