@@ -153,3 +153,50 @@ def test_a_mask_of_four_axes_is_refused_where_positions_lie_apart_from_indices()
     near(found[:, 3:], model(ids[:, 3:], use_cache=False).logits)
     with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
         model(ids, attention_mask=causal[None, None], position_ids=restarted, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_part_that_is_a_model_reads_the_positions_of_the_caller():
+    model, ids = pretrained("llama", torch.float64), tokens(2, 6)
+    move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    given = {"position_ids": torch.tensor([[0, 3, 4, 8, 9, 13]]), "use_cache": False}
+    given["attention_mask"] = torch.ones_like(ids)
+    found = model.lm_head(model.model(ids, **given)[0])
+    assert torch.equal(found, model(ids, **given).logits)
+
+
+PADDED = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
+APART = {"attention_mask": torch.ones_like(MASK), "position_ids": MASK.cumsum(-1) + MASK}
+WHOLE = MASK[:, None, None] & torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("model", "options", "error"),
+    [
+        ("dape-kerple", {"attention_mask": MASK}, "a compiled model counts them: give position_id"),
+        ("dape3-kerple", {"attention_mask": MASK}, "the adapter convolves over neighbouring keys"),
+        ("dape3-kerple", {"attention_mask": WHOLE}, "the adapter convolves over neighbouring keys"),
+        ("rope", {"token_type_ids": MASK}, "the model knows only token type 0"),
+        ("llama", {"attention_mask": MASK}, "place tokens otherwise apart than indices"),
+        ("llama", APART, "place tokens otherwise apart than indices"),
+        ("llama", {**APART, "attention_mask": WHOLE.bool()}, "give an attention_mask .batch, keys"),
+    ],
+)
+@torch.no_grad()
+def test_compiled_code_refuses_at_run_time_what_it_would_compute_otherwise(model, options, error):
+    """Positions and masks are read as eager code reads them, or refused, by the graph itself."""
+    torch._dynamo.reset()
+    if model == "llama":
+        model = pretrained("llama", torch.float64)
+        move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    else:
+        model = grown(scheme=model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, usual = tokens(2, 8), {"attention_mask": PADDED, "use_cache": False}
+    if "token_type_ids" in options:
+        usual["token_type_ids"] = torch.zeros_like(MASK)
+    near(compiled(ids, **usual).logits[PADDED.bool()], model(ids, **usual).logits[PADDED.bool()])
+    with pytest.raises(RuntimeError, match=error) as refused:
+        compiled(ids, use_cache=False, **options)
+    assert len(str(refused.value)) < 255 and "\n" not in str(refused.value)

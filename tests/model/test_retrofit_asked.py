@@ -149,10 +149,15 @@ def test_a_mask_of_ones_or_cached_keys_say_that_a_row_is_one_document():
 
 
 @torch.no_grad()
-def test_a_part_of_the_model_says_that_only_the_whole_model_reads_bounds():
-    model, (_, batch) = grown("llama"), packed("seq_idx")
-    with pytest.raises(UserError, match="only in a call of the whole model") as error:
-        model.model(batch["input_ids"], seq_idx=batch["seq_idx"])
+@torch.no_grad()
+def test_a_part_that_is_a_model_keeps_documents_apart_and_a_layer_says_that_it_cannot():
+    model, (texts, batch) = grown("llama"), packed("seq_idx")
+    found = model.model(batch["input_ids"], seq_idx=batch["seq_idx"])[0]
+    near(found, torch.cat([model.model(ids[None])[0] for ids in texts], 1))
+    layer, waves = model.model.layers[0], model.model.rotary_emb
+    where = torch.arange(found.shape[1])[None]
+    with pytest.raises(UserError, match="not of a layer") as error:
+        layer(found, position_embeddings=waves(found, where), seq_idx=batch["seq_idx"])
     assert "\n" not in str(error.value)
 
 

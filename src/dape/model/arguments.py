@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import is_tracing
 
 from dape.errors import UserError, unknown
+from dape.model.conditions import look, refuse
 
 # Releases of transformers name the cache of keys and values by either.
 CACHE_NAMES = ("past_key_values", "cache")
@@ -60,10 +60,10 @@ def refuse_unused(arguments: Mapping[str, Any]) -> None:
         if name == "is_causal" and value is True:
             continue
         if name == "token_type_ids":
-            if not is_tracing(value) and value.any():
-                raise UserError(
-                    "token_type_ids: the model knows only token type 0; leave token_type_ids out"
-                )
+            refuse(
+                look(value.any()),
+                "token_type_ids: the model knows only token type 0; leave token_type_ids out",
+            )
         elif name not in _TAKEN | _IMPLIED:
             raise unknown("argument of the model", name, _TAKEN.union(_IMPLIED, _KNOWN))
 

@@ -12,6 +12,17 @@ from transformers.utils import is_tracing
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES
+from dape.model.conditions import look, refuse
+
+REACHES = (
+    "attention_mask hides tokens between visible tokens, and the adapter convolves over"
+    " neighbouring keys: put the hidden tokens of a row before the visible ones, or leave"
+    " them out"
+)
+COMPILED = (
+    "attention_mask hides tokens between visible tokens, and a compiled model counts them: give"
+    " position_ids too"
+)
 
 
 def masking(
@@ -46,16 +57,18 @@ def masking(
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
-    gaps = padding is not None and has_gaps(padding)
-    if gaps or (reach and not causal and has_gaps(mask)):
-        check_reach(reach)
+    gaps: bool | Tensor = False
+    if mask is not None and (reach or (causal and relative and position_ids is None)):
+        gaps = look(has_gaps(mask))
+        if reach or isinstance(gaps, Tensor):
+            refuse(gaps, REACHES if reach else COMPILED)
     index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)
         if position_ids is None and not relative:
             position_ids = count_within(documents[:, :rows])
     query_positions = key_positions = None
-    if position_ids is not None or gaps or not (relative or padding is None):
+    if position_ids is not None or gaps is True or not (relative or padding is None):
         if position_ids is not None:
             check_positions(position_ids, hidden_states.shape[0], rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
@@ -118,14 +131,11 @@ def mask_of_generation(inputs: Mapping[str, Any], position_ids: Tensor) -> Tenso
 
 
 def positions_of_gaps(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the positions of all keys in a step of `generate`, None for a mask without gaps.
-
-    A compiled step cannot look for gaps.
-    """
+    """Return the positions of all keys in a step of `generate`, None for a mask without gaps."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     tokens = attention_mask.bool()
-    return count_visible(tokens) if has_gaps(tokens) else None
+    return count_visible(tokens) if look(has_gaps(tokens)) is True else None
 
 
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
@@ -187,42 +197,18 @@ def count_visible(tokens: Tensor) -> Tensor:
     return (tokens.cumsum(-1) - 1).clamp(min=0)
 
 
-def has_gaps(tokens: Tensor | None) -> bool:
-    """Return whether hidden tokens lie between visible tokens of a row; False if `unreadable`."""
-    if tokens is None or unreadable(tokens):
-        return False
+def has_gaps(tokens: Tensor) -> Tensor:
+    """Return whether hidden tokens lie between visible tokens of a row, as a tensor."""
     begins = tokens & ~pad(tokens[..., :-1], (1, 0))
-    return bool((begins.sum(-1) > 1).any())
+    return (begins.sum(-1) > 1).any()
 
 
-def unreadable(tensor: Tensor) -> bool:
-    """Return whether a tensor cannot be looked at.
-
-    A tensor has no data on the device `meta`, and while a model is traced or captured in a CUDA
-    graph.
-    """
-    captured = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return is_tracing(tensor) or tensor.is_meta or captured
-
-
-def moved(positions: Tensor, tokens: Tensor) -> bool:
-    """Return whether visible tokens are not as far apart as indices; False if `unreadable`."""
-    if unreadable(positions):
-        return False
+def moved(positions: Tensor, tokens: Tensor) -> Tensor:
+    """Return whether visible tokens are not as far apart as indices, as a tensor."""
     shift = positions - torch.arange(positions.shape[1], device=positions.device)
     least, most = torch.iinfo(shift.dtype).min, torch.iinfo(shift.dtype).max
     first, last = shift.masked_fill(~tokens, most).amin(-1), shift.masked_fill(~tokens, least)
-    return bool((first < last.amax(-1)).any())
-
-
-def check_reach(reach: int) -> None:
-    """Raise a `UserError` for an adapter that would take hidden tokens for neighbours."""
-    if reach:
-        raise UserError(
-            "attention_mask hides tokens between visible tokens, and the adapter convolves over"
-            " neighbouring keys: put the hidden tokens of a row before the visible ones, or leave"
-            " them out"
-        )
+    return (first < last.amax(-1)).any()
 
 
 def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor | None:
@@ -235,13 +221,14 @@ def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor 
         UserError: for positions below the number of cached keys, whose document is then unknown.
     """
     begins = key_positions.diff(prepend=key_positions[:, :1] - 1) != 1
+    if isinstance(past, int) and past:
+        refuse(
+            look((key_positions[:, 0] < 0).any()),
+            "position_ids begin below the number of cached keys: give attention_mask [batch, keys],"
+            " 1 for visible cached and new keys",
+        )
     if is_tracing(begins):
         return begins.cumsum(-1)
-    if isinstance(past, int) and past and (key_positions[:, 0] < 0).any():
-        raise UserError(
-            f"position_ids begin below {past}, the number of cached keys: give attention_mask "
-            "[batch, keys], 1 for visible cached and new keys"
-        )
     return begins.cumsum(-1) if begins.any() else None
 
 

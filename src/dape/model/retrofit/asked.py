@@ -1,21 +1,25 @@
 """What a call of a retrofitted model asks of every attention.
 
 Models of transformers drop some arguments on the way to the attentions. A hook before the forward
-of the model keeps the arguments, and the mask function hands them to every layer.
+of the model, and of its parts that are models, keeps the arguments of the outermost call, and the
+mask function hands them to every layer.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers.utils import is_tracing
+from torch import Tensor, nn
 
-from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, packed_documents
-from dape.model.masking import count_within, documents_of_positions, positions_of_keys
+from dape.model.conditions import look, refuse
+from dape.model.masking import (
+    count_within,
+    documents_of_positions,
+    positions_of_keys,
+)
 
 
 class Asked(NamedTuple):
@@ -23,12 +27,13 @@ class Asked(NamedTuple):
 
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
     `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
-    `position_ids` of a single document.
+    `position_ids` of a single document. `model` is called, and is None between calls.
     """
 
     documents: Tensor | None = None
     weights: bool = False
     positions: Tensor | None = None
+    model: nn.Module | None = None
 
 
 class _Traced:
@@ -47,14 +52,21 @@ def asked() -> Asked:
 
 
 def keep(
-    own_bias: bool, first: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    own_bias: bool,
+    first: int,
+    parts: Sequence[nn.Module],
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
     The model counts positions from `first`. An `own_bias` of the model, ALiBi, does not read
-    `position_ids`. A trainer may call a method of its own in place of the forward; the arguments of
-    the method are no tokens.
+    `position_ids`. Within a call of one of the `parts`, a call of another asks nothing. A trainer
+    may call a method of its own in place of the forward; the arguments of the method are no tokens.
     """
+    if any(asked().model is each for each in parts if each is not model):
+        return args, kwargs
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
@@ -67,7 +79,7 @@ def keep(
         positions = None
     if positions is not None:
         _check_mask(given.get("attention_mask"), positions)
-    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions))
+    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, model))
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
@@ -82,22 +94,23 @@ def _check_mask(mask: Any, positions: Tensor) -> None:
     Raises:
         UserError: for such a mask.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or is_tracing(mask) or mask.is_meta:
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.dtype != torch.bool:
         return
     rows, keys = positions.shape[1], mask.shape[3]
     placed = positions_of_keys(positions.new_ones(1, keys), positions, rows, keys - rows)
     shift = placed - torch.arange(keys, device=placed.device)
     apart = shift[:, keys - rows :, None] != shift[:, None, :]
-    if mask.dtype == torch.bool and (apart & mask[:, 0]).any():
-        raise UserError(
-            "position_ids beside an attention_mask of four axes: adapters see indices, which lie "
-            "otherwise apart than the positions; give an attention_mask [batch, keys]"
-        )
+    refuse(
+        look((apart & mask[:, 0]).any()),
+        "position_ids beside an attention_mask of four axes: adapters see indices, which lie "
+        "otherwise apart than the positions; give an attention_mask [batch, keys]",
+    )
 
 
-def forget(*_: Any) -> None:
-    """Ask nothing, after the forward."""
-    _set(Asked())
+def forget(model: nn.Module, *_: Any) -> None:
+    """Ask nothing, after the forward of the called model."""
+    if asked().model is model:
+        _set(Asked())
 
 
 def _set(value: Asked) -> None:

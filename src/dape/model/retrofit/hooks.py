@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from dape.errors import UserError
@@ -23,15 +24,17 @@ def before_each(undo: ExitStack, modules: Sequence[nn.Module], hook: Callable[..
 
 
 def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
-    """Keep what a call of the model asks of every attention, until undone.
+    """Keep what a call of the model, or of a part, asks of every attention, until undone.
 
     RoBERTa's family counts positions from the number after that of padding.
     """
     counting = (x for x in model.modules() if hasattr(x, "create_position_ids_from_input_ids"))
     first = next((cast(int, each.padding_idx) + 1 for each in counting), 0)
-    keep = partial(asked.keep, own_bias, first)
-    undo.callback(model.register_forward_pre_hook(keep, with_kwargs=True).remove)
-    undo.callback(model.register_forward_hook(asked.forget, always_call=True).remove)
+    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
+    keep = partial(asked.keep, own_bias, first, parts)
+    for each in parts:
+        undo.callback(each.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        undo.callback(each.register_forward_hook(asked.forget, always_call=True).remove)
 
 
 def refuse_another(config: PreTrainedConfig, *_: Any) -> None:

@@ -22,8 +22,9 @@ from transformers.utils import is_tracing, logging
 from dape.attention import attention
 from dape.errors import UserError
 from dape.model.blocks import in_use
+from dape.model.conditions import look, refuse
 from dape.model.masking import (
-    check_reach,
+    REACHES,
     count_within,
     documents_of_keys,
     has_gaps,
@@ -33,6 +34,10 @@ from dape.model.masking import (
 from dape.model.retrofit.asked import asked
 
 NAME = "dape"
+COMPILED = (
+    "position_ids or attention_mask place tokens otherwise apart than indices, by which a compiled "
+    "model with a mounted bias goes: call the model without torch.compile"
+)
 logger = logging.get_logger(__name__)
 
 
@@ -42,8 +47,9 @@ class LayerMask(NamedTuple):
     `mask`, `causal` and `query_offset` are as in `dape.attention`. `key_offset` counts the tokens
     dropped by a sliding cache before the first key. `placed` holds the positions of the dropped
     tokens and the keys, and is None for the indices. `moved` says whether positions lie otherwise
-    apart than indices, and `gaps` whether hidden tokens lie between visible tokens. `packed` says
-    whether a row holds several documents, and `weights` whether softmax weights are returned.
+    apart than indices, and `gaps` whether hidden tokens lie between visible tokens; both are
+    tensors while nobody can look. `packed` says whether a row holds several documents, and
+    `weights` whether softmax weights are returned.
     """
 
     mask: Tensor | None
@@ -51,8 +57,8 @@ class LayerMask(NamedTuple):
     query_offset: int | Tensor
     key_offset: int = 0
     placed: Tensor | None = None
-    moved: bool = False
-    gaps: bool = False
+    moved: bool | Tensor = False
+    gaps: bool | Tensor = False
     packed: bool = False
     weights: bool = False
 
@@ -96,7 +102,7 @@ def layer_mask(
     Raises:
         UserError: for documents packed in a row behind cached keys.
     """
-    documents, weights, positions = asked()
+    documents, weights, positions = asked()[:3]
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
         tokens = None
@@ -110,36 +116,24 @@ def layer_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, tokens,
             allow_is_causal_skip=False, **kwargs,
         )  # fmt: skip
-    gaps = tokens is not None and has_gaps(tokens)
+    gaps: bool | Tensor = False if tokens is None else look(has_gaps(tokens))
+    apart: bool | Tensor = False
+    placed: Tensor | None = None
     if documents is not None:
         documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
         same = (documents[:, :q_length, None] == documents[:, None, kv_offset:])[:, None]
         mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
-        placed, apart = count_within(documents), False
-    elif tokens is None and positions is None:
-        placed, apart = None, False
-    else:
-        placed, apart = placed_keys(tokens, positions, q_length, kv_offset + kv_length, q_offset)
+        placed = count_within(documents)
+    elif tokens is not None or positions is not None:
+        if positions is not None and tokens is None:
+            tokens = positions.new_ones(1, kv_offset + kv_length, dtype=torch.bool)
+        placed = positions_of_keys(tokens, positions, q_length, q_offset)
+        apart = look(moved(placed, tokens))
     # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(
         mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
         weights,
     )  # fmt: skip
-
-
-def placed_keys(
-    tokens: Bool[Tensor, "batch seen"] | None,
-    positions: Int[Tensor, "#batch query"] | None,
-    rows: int,
-    keys: int,
-    past: int | Tensor,
-) -> tuple[Int[Tensor, "batch seen"], bool]:
-    """Return the positions of keys, and whether positions lie otherwise apart than indices."""
-    if tokens is None:
-        device = None if positions is None else positions.device
-        tokens = torch.ones(1, keys, dtype=torch.bool, device=device)
-    placed = positions_of_keys(tokens, positions, rows, past)
-    return placed, moved(placed, tokens)
 
 
 def layer_mask_of(
@@ -206,9 +200,9 @@ def attend(
     bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     seen = layer_mask_of(attention_mask, query, key)
-    reach = getattr(adapter, "reach", 0)
-    if reach and (seen.gaps or (isinstance(attention_mask, Tensor) and has_gaps(attention_mask))):
-        check_reach(reach)
+    if getattr(adapter, "reach", 0):
+        own = isinstance(attention_mask, Tensor)
+        refuse(look(has_gaps(attention_mask)) if own else seen.gaps, REACHES)
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
     refuse_unused(seen, **more)
@@ -216,7 +210,9 @@ def attend(
     absolute = bias is not None and not getattr(bias, "relative", False)
     if absolute:
         check_known(seen, bias, query.shape[2])
-    if absolute or (seen.moved and not by_index):
+    elif bias is not None and not by_index and isinstance(seen.moved, Tensor):
+        refuse(seen.moved, COMPILED)
+    if absolute or (seen.moved is True and not by_index):
         positions = seen.positions(query.shape[2], key.shape[2], query.device)
     weighted = bool(output_attentions) or seen.weights or backend == "reference"
     out = attention(
@@ -249,9 +245,9 @@ def refuse_unused(
         seq_idx is not None and seq_idx.any()
     ):
         raise UserError(
-            "seq_idx and cu_seq_lens_q separate documents only in a call of the whole model with "
-            "adapters mounted; give a part of the model restarting position_ids, no "
-            "attention_mask, and use_cache=False"
+            "seq_idx and cu_seq_lens_q separate documents in a call of a model with adapters "
+            "mounted, not of a layer; give the layer a boolean attention_mask [batch, 1, queries, "
+            "keys]"
         )
 
 

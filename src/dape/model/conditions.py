@@ -1,0 +1,35 @@
+"""Conditions of the data: looked at in a call, asserted in the graph of a compiled call."""
+
+import torch
+from torch import Tensor
+from transformers.utils import is_tracing
+
+from dape.errors import UserError
+
+
+def look(condition: Tensor) -> bool | Tensor:
+    """Return a condition as a bool; the tensor itself while nobody can look at it.
+
+    Nobody can while a model is traced or captured in a CUDA graph. A condition on the device `meta`
+    has no data, and counts as false.
+    """
+    captured = condition.is_cuda and torch.cuda.is_current_stream_capturing()
+    if captured or is_tracing(condition):
+        return condition
+    return not condition.is_meta and bool(condition)
+
+
+def refuse(condition: bool | Tensor, error: str) -> None:
+    """Refuse a condition that holds. A tensor is looked at when the compiled graph runs.
+
+    Args:
+        condition: a result of `look`.
+        error: text of less than 255 characters, the most that a GPU prints.
+
+    Raises:
+        UserError: if the condition holds; compiled code raises a `RuntimeError`.
+    """
+    if isinstance(condition, Tensor):
+        torch._assert_async(~condition, error)
+    elif condition:
+        raise UserError(error)
