@@ -112,6 +112,10 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     assert prices["kerple"] == pytest.approx(150e6 / 400e3 / 60 + 2)
     assert prices["dape3-kerple"] == pytest.approx(2.1 * 150e6 / 400e3 / 60 + 2)
     assert choose(plan(big))[0].arm == "dape3-kerple", "the longest is first"
+    turns = {cell.name: int(cell.arm.startswith("dape")) for cell in big}
+    last = choose(plan(big), turns=turns)
+    assert last == sorted(choose(plan(big)), key=lambda cell: turns[cell.name])
+    assert [turns[cell.name] for cell in last] == sorted(turns.values())
     small = cells("kerple", tokens=(2**13, 2**14))
     assert [each.minutes for each in plan(small)] == [None, None]
     run(small[:1])

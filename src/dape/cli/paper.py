@@ -36,7 +36,8 @@ Folders = Annotated[tuple[tuple[str, str], ...], commas("NAME=FOLDER,...", folde
 class Arguments:
     """Plan experiments, train and measure missing cells, and write the tables.
 
-    The same command again resumes after an interruption, and skips finished cells.
+    Experiments run in the given order, and the longest cells of each first. The same command again
+    resumes after an interruption, and skips finished cells.
     """
 
     names: Annotated[
@@ -92,15 +93,21 @@ def main(argv: list[str]) -> int | None:
         for folder in data.values():
             Corpus(folder)  # or an error that names the folder
         check_writable(*(each.folder / TABLE for each in experiments), remedy=REMEDY)
-    status = run(once(cell for each in experiments for cell in each.cells(data)), arguments)
+    turns = {
+        cell.name: turn
+        for turn, each in reversed(list(enumerate(experiments)))
+        for cell in each.cells(data)
+    }
+    cells = once(cell for each in experiments for cell in each.cells(data))
+    status = run(cells, turns, arguments)
     if not arguments.plan:
         for each in experiments:
             show(results(each, data))
     return status
 
 
-def run(cells: list["Cell"], arguments: Arguments) -> int:
-    """Print the plan, and run cells that are due unless `--plan` is set."""
+def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int:
+    """Print the plan, and run cells that are due, by their turns, unless `--plan` is set."""
     from dape.paper import plan, spread
 
     arms = {cell.arm for cell in cells}
@@ -110,7 +117,7 @@ def run(cells: list["Cell"], arguments: Arguments) -> int:
     devices = spread.devices()
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
-    due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds)
+    due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds, turns)
     for folder, waiting in plan.without_corpus(due).items():
         print(
             f"no corpus in {folder}: {len(waiting)} cells wait; prepare the corpus"

@@ -60,11 +60,13 @@ def choose(
     only: Sequence[str] = (),
     retry: bool = False,
     seeds: Sequence[int] = (),
+    turns: Mapping[str, int] | None = None,
 ) -> list[Cell]:
-    """Return the cells to run, the longest first, limited to arms `only` and `seeds` if given.
+    """Return the cells to run, limited to arms `only` and `seeds` if given.
 
-    With `retry`, cells that diverged or ran out of memory run again. A finished cell runs again if
-    another cell needs the model and the model is missing.
+    Cells run by their `turns`, by name, and the longest of a turn first. With `retry`, cells that
+    diverged or ran out of memory run again. A finished cell runs again if another cell needs the
+    model and the model is missing.
     """
     chosen = [
         each
@@ -79,7 +81,9 @@ def choose(
         for each in planned
         if each.cell.name in needed and each not in chosen and not each.cell.run.has_model
     ]
-    return [each.cell for each in sorted(chosen, key=lambda each: -(each.minutes or 0))]
+    turn = turns or {}
+    chosen.sort(key=lambda each: (turn.get(each.cell.name, 0), -(each.minutes or 0)))
+    return [each.cell for each in chosen]
 
 
 def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
