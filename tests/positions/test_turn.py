@@ -142,6 +142,9 @@ def test_a_compiler_takes_the_kernel_and_an_exporter_the_formula(monkeypatch):
         (true,) = torch.autograd.grad(exact(x, cos, sin), x, cotangent.double())
         assert_close(gradient, true.float(), rtol=1e-6, atol=1e-6)
     assert len(graphs) == 4 and all("dape.turn" in graph for graph in graphs)
+    x, cos, sin = drawn(2, 3, 1, 16, 8, True)
+    assert_close(compiled(x, cos, sin).double(), exact(x, cos, sin), rtol=1e-6, atol=1e-6)
+    assert "dape.turn" not in graphs.pop(), "a step of decoding"
     exported = torch.export.export(Turned(), (x.detach(), cos, sin))
     assert "dape" not in str(exported.graph) and "mul" in str(exported.graph)
 

@@ -25,10 +25,12 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     """Return x with the leading pairs turned, scaled like cosine and sine."""
-    if exported() or not served(x, cos):
+    compiled = torch.compiler.is_compiling()
+    # A compiler adds the few numbers of a step of decoding to a kernel that the host starts anyway.
+    if exported() or not served(x, cos) or (compiled and x.shape[2] == 1):
         return formula(x, cos, sin)
     # A compiler cannot read `Turn`, which says how to map it and how to differentiate it forward.
-    apply = operator if torch.compiler.is_compiling() else Turn.apply
+    apply = operator if compiled else Turn.apply
     turned: Tensor = apply(x, cos, sin, 1.0)
     return turned
 
