@@ -113,6 +113,24 @@ def test_a_compiled_model_keeps_documents_apart():
     near(compiled(**batch).logits[0], alone(model, texts))
 
 
+def replica(module):
+    """Return a copy as `DataParallel` makes one for a device."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+    for name, child in module.named_children():
+        copied._modules[name] = replica(child)
+    return copied
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_copies_of_data_parallelism_keep_documents_apart(name):
+    model, (texts, batch) = grown(name), packed("seq_idx")
+    batch = {name: batch[name] for name in ("input_ids", "seq_idx")}
+    near(replica(model)(**batch).logits[0], alone(model, texts))
+
+
 @torch.no_grad()
 def test_documents_are_those_of_the_present_call():
     model, (_, batch) = grown("llama"), packed("seq_idx")

@@ -6,12 +6,12 @@ mask function hands them to every layer.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
@@ -27,13 +27,14 @@ class Asked(NamedTuple):
 
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
     `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
-    `position_ids` of a single document. `model` is called, and is None between calls.
+    `position_ids` of a single document. `whose` is the model and the part that is called, by
+    numbers, and None between calls.
     """
 
     documents: Tensor | None = None
     weights: bool = False
     positions: Tensor | None = None
-    model: nn.Module | None = None
+    whose: tuple[int, int] | None = None
 
 
 class _Traced:
@@ -52,9 +53,9 @@ def asked() -> Asked:
 
 
 def keep(
+    whose: tuple[int, int],
     own_bias: bool,
     first: int,
-    parts: Sequence[nn.Module],
     model: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -62,10 +63,12 @@ def keep(
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
     The model counts positions from `first`. An `own_bias` of the model, ALiBi, does not read
-    `position_ids`. Within a call of one of the `parts`, a call of another asks nothing. A trainer
-    may call a method of its own in place of the forward; the arguments of the method are no tokens.
+    `position_ids`. Within a call of a part, a call of another part of the model asks nothing. A
+    trainer may call a method of its own in place of the forward; the arguments of the method are no
+    tokens.
     """
-    if any(asked().model is each for each in parts if each is not model):
+    within = asked().whose
+    if within is not None and within[0] == whose[0] and within[1] != whose[1]:
         return args, kwargs
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -79,7 +82,7 @@ def keep(
         positions = None
     if positions is not None:
         _check_mask(given.get("attention_mask"), positions)
-    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, model))
+    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose))
     placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
     if documents is None or placed or "position_ids" not in names[len(args) :]:
         return args, kwargs
@@ -107,9 +110,9 @@ def _check_mask(mask: Any, positions: Tensor) -> None:
     )
 
 
-def forget(model: nn.Module, *_: Any) -> None:
-    """Ask nothing, after the forward of the called model."""
-    if asked().model is model:
+def forget(whose: tuple[int, int], *_: Any) -> None:
+    """Ask nothing, after the forward of the part that was called."""
+    if asked().whose == whose:
         _set(Asked())
 
 

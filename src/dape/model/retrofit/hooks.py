@@ -30,11 +30,13 @@ def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
     """
     counting = (x for x in model.modules() if hasattr(x, "create_position_ids_from_input_ids"))
     first = next((cast(int, each.padding_idx) + 1 for each in counting), 0)
-    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    keep = partial(asked.keep, own_bias, first, parts)
-    for each in parts:
+    # Numbers, because DataParallel calls copies of the parts.
+    parts = (each for each in model.modules() if isinstance(each, PreTrainedModel))
+    for number, each in enumerate(parts):
+        whose = id(model), number
+        keep, forget = partial(asked.keep, whose, own_bias, first), partial(asked.forget, whose)
         undo.callback(each.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        undo.callback(each.register_forward_hook(asked.forget, always_call=True).remove)
+        undo.callback(each.register_forward_hook(forget, always_call=True).remove)
 
 
 def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
