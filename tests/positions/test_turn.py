@@ -162,10 +162,21 @@ def test_the_operator_keeps_its_promises_to_pytorch():
             torch.library.opcheck(module.operator, (given, cos, sin, -1.0))
 
 
-def test_a_compiler_maps_the_operator(monkeypatch):
+@pytest.mark.parametrize("by", ["vmap", "grad", "jvp"])
+def test_transforms_of_compiled_code_read_the_formula(by, monkeypatch):
     monkeypatch.setattr(module, "served", lambda x, cos: True)
     x, cos, sin = drawn(*CASES[1])
     each = torch.stack([x, 2 * x, x + 1])
-    compiled = torch.compile(torch.vmap(turn, (0, None, None)), backend="aot_eager")
-    true = torch.stack([exact(part, cos, sin) for part in each])
-    assert_close(compiled(each, cos, sin).double(), true, rtol=1e-6, atol=1e-6)
+
+    def loss(turn):
+        return lambda x: turn(x, cos, sin).pow(3).sum()
+
+    def transformed(turn):
+        return {
+            "vmap": torch.vmap(lambda x: turn(x, cos, sin)),
+            "grad": torch.vmap(torch.func.grad(loss(turn))),
+            "jvp": lambda each: torch.func.jvp(loss(turn), (each[0] + 1,), (each[1] + 1,))[1],
+        }[by]
+
+    compiled = torch.compile(transformed(turn), backend="aot_eager")
+    assert_close(compiled(each).double(), transformed(exact)(each.double()), rtol=1e-5, atol=1e-4)

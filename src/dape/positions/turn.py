@@ -6,7 +6,6 @@ each sequence: on an H200, 0.29 ms for 32,768 tokens of 512 numbers. An operator
 compiler, and gets cosines and sines from memory.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +25,7 @@ SERVED = (torch.float16, torch.bfloat16, torch.float32)
 def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     """Return x with the leading pairs turned, scaled like cosine and sine."""
     compiled = torch.compiler.is_compiling()
-    # A compiler adds the few numbers of a step of decoding to a kernel that the host starts anyway.
-    if exported() or not served(x, cos) or (compiled and x.shape[2] == 1):
+    if not served(x, cos) or (compiled and better_read(x)):
         return formula(x, cos, sin)
     # A compiler cannot read `Turn`, which says how to map it and how to differentiate it forward.
     apply = operator if compiled else Turn.apply
@@ -37,12 +35,19 @@ def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
 
 def served(x: Rows, cos: Waves) -> bool:
     """Return whether the kernel serves a call, where Triton is installed."""
-    return x.is_cuda and x.dtype in SERVED and not cos.requires_grad
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return x.is_cuda and x.dtype in SERVED and not cos.requires_grad and not tracing
 
 
-def exported() -> bool:
-    """Return whether an exporter reads the formula, for machines without this package."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+def better_read(x: Rows) -> bool:
+    """Return whether a compiler shall read the formula.
+
+    An exporter shall, for machines without this package. The few numbers of a step of decoding go
+    into a kernel that the host starts anyway. Transforms of `torch.func` know the formula.
+    """
+    # `is_exporting` is true in all compiled code of PyTorch 2.11.
+    exporting = torch.compiler._is_exporting_flag
+    return exporting or x.shape[2] == 1 or torch._C._are_functorch_transforms_active()
 
 
 def formula(x: Rows, cos: Waves, sin: Waves) -> Rows:
@@ -86,23 +91,16 @@ class Turn(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, axes: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
-        """Return the turned x for every element of a further axis."""
-        return each_turned(Turn.apply, info.batch_size, axes, *given)
-
-
-def each_turned(
-    apply: Callable[..., Tensor], count: int, axes: tuple[int | None, ...], *given: Any
-) -> tuple[Tensor, int]:
-    """Return the turned x for every element of a further axis, as a larger batch."""
-    *tensors, sign = given
-    x, *waves = (
-        each.expand(count, *each.shape) if axis is None else each.movedim(axis, 0)
-        for each, axis in zip(tensors, axes[:3], strict=True)
-    )
-    sizes = x.shape[:2]
-    waves = [(each[:, None] if each.ndim == 3 else each).expand(*sizes, -1, -1) for each in waves]
-    turned = apply(*(each.flatten(0, 1) for each in (x, *waves)), sign)
-    return turned.unflatten(0, sizes), 0
+        """Return the turned x for every element of a further axis, as a larger batch."""
+        *tensors, sign = given
+        x, *waves = (
+            each.expand(info.batch_size, *each.shape) if axis is None else each.movedim(axis, 0)
+            for each, axis in zip(tensors, axes[:3], strict=True)
+        )
+        sizes = x.shape[:2]
+        waves = [(each[:, None] if each.ndim == 3 else each) for each in waves]
+        waves = [each.expand(*sizes, -1, -1).flatten(0, 1) for each in waves]
+        return Turn.apply(x.flatten(0, 1), *waves, sign).unflatten(0, sizes), 0
 
 
 def launch(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
@@ -137,7 +135,4 @@ def like(x: Tensor, *_: Any) -> Tensor:
 
 operator = register(
     "turn_1(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", launch, like, Turn.apply
-)
-torch.library.register_vmap(
-    operator, lambda info, axes, *given: each_turned(operator, info.batch_size, axes, *given)
 )
