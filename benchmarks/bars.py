@@ -1,6 +1,6 @@
 """The bars of fused attention, on one GPU, in one process, as ratios to PyTorch's own attention.
 
-    python benchmarks/bars.py [attention decode heads memory errors training profile ...]
+    python benchmarks/bars.py [attention wide decode heads memory errors training profile ...]
 
 DAPE-Kerple, V1 and V2, and Kerple with learnable parameters at the paper's 125M shape (12 heads of
 64, 32 hidden units), bf16, causal, and DAPE-FIRE. Short calls are timed inside a CUDA graph,
@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import dape
 from dape.bench import parity
-from dape.bench.case import FORWARD, TRAINING, Case, Parts, build, draw, sets, step
+from dape.bench.case import FORWARD, TRAINING, Case, Inputs, Parts, build, draw, sets, step
 from dape.bench.clock import Timing, measure
 from dape.files import check_writable
 from dape.provenance import provenance
@@ -33,6 +33,8 @@ from dape.train.recipe import Recipe, override, read
 
 DEVICE = torch.device("cuda")
 SCHEMES = {"dape": "dape-kerple", "static": "kerple", "v2": "dape3-kerple", "fire": "dape-fire"}
+# A factor of the queries that takes some scores beyond 64, as a trained model may have them.
+WIDE = 16.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,20 @@ def case(scheme: str, batch: int, length: int) -> Case:
     return Case(scheme, 12, 64, length, batch, "bf16", DEVICE, 0)
 
 
-def timed(attend: Callable[..., Tensor], given: Case, parts: Parts, direction: str) -> Timing:
-    """Return the timing of a call."""
-    calls = [partial(step, attend, each, parts, direction) for each in draw(given, sets(given))]
-    return measure(calls, DEVICE)
+def drawn(given: Case, count: int, factor: float) -> list[Inputs]:
+    """Return sets of inputs, with queries times a factor."""
+    return [
+        each._replace(query=(factor * each.query.detach()).requires_grad_())
+        for each in draw(given, count)
+    ]
+
+
+def timed(
+    attend: Callable[..., Tensor], given: Case, parts: Parts, direction: str, factor: float = 1.0
+) -> Timing:
+    """Return the timing of a call, with queries times a factor."""
+    every = drawn(given, sets(given), factor)
+    return measure([partial(step, attend, each, parts, direction) for each in every], DEVICE)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -97,6 +109,19 @@ def attention() -> Iterator[Result]:
                     launches=found.launches,
                     clock=found.clock,
                 )
+
+
+def wide() -> Iterator[Result]:
+    """Forward, and with backward, where scores beyond 64 take the wide way."""
+    for batch, length in ((1, 8192), (4, 2048), (32, 512)):
+        for direction in (FORWARD, TRAINING):
+            yardstick = timed(plain, case("nope", batch, length), Parts(), direction, WIDE).median
+            for name in ("dape", "v2", "fire"):
+                given = case(SCHEMES[name], batch, length)
+                parts = build(given)
+                found = timed(ours(parts, "cuda"), given, parts, direction, WIDE)
+                what = f"{name} cuda wide {batch}x{length} {direction}"
+                yield Result(what, found.median, yardstick, clock=found.clock)
 
 
 def decode() -> Iterator[Result]:
@@ -180,10 +205,11 @@ def training() -> Iterator[Result]:
 
 def profile() -> Iterator[Result]:
     """The time of every kernel of one forward and backward pass."""
-    shapes = ((1, 8192), (32, 512))
-    for name, (batch, length) in [*product(("dape", "v2"), shapes), ("static", (1, 8192))]:
+    shapes = ((1, 8192, 1.0), (32, 512, 1.0), (32, 512, WIDE))
+    profiled = [*product(("dape", "v2"), shapes), ("static", shapes[0]), ("fire", shapes[-1])]
+    for name, (batch, length, factor) in profiled:
         given = case(SCHEMES[name], batch, length)
-        parts, inputs = build(given), draw(given, 1)[0]
+        parts, inputs = build(given), drawn(given, 1, factor)[0]
         for _ in range(3):
             step(ours(parts, "auto"), inputs, parts, TRAINING)
         activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -194,10 +220,11 @@ def profile() -> Iterator[Result]:
         averages = sorted(found.key_averages(), key=lambda e: -e.device_time_total)
         for event in averages[:14]:
             time_ms = event.device_time_total / 5000
-            yield Result(f"{name} {batch}x{length} {event.key[:60]}", time_ms)
+            way = " wide" if factor > 1 else ""
+            yield Result(f"{name}{way} {batch}x{length} {event.key[:60]}", time_ms)
 
 
-PARTS = {f.__name__: f for f in (attention, decode, heads, memory, errors, training, profile)}
+PARTS = {f.__name__: f for f in (attention, wide, decode, heads, memory, errors, training, profile)}
 
 
 def main() -> None:
