@@ -3,10 +3,12 @@
 import pytest
 import torch
 from models import grown, tokens
+from pretrained import move, pretrained
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import CompileConfig
 
+import dape
 from dape.positions.scheme import ADAPTERS, BASES
 
 
@@ -31,6 +33,33 @@ def test_one_graph_serves_every_length(block):
             ours = step(compiled, ids)
         for mine, theirs in zip(ours, step(model, ids), strict=True):
             assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", ["dape-kerple", "llama"])
+@torch.no_grad()
+def test_masks_and_positions_may_come_with_a_later_length(name):
+    """The length is a symbol then, and the length of the first mask is a number."""
+    torch.compiler.reset()
+    if name == "llama":
+        model = pretrained(name, torch.float64)
+        move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    else:
+        model = grown(scheme=name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    positions, ones = torch.arange(7)[None], torch.ones(3, 9, dtype=torch.long)
+    calls = [
+        (tokens(2, 4), {}),
+        (tokens(2, 6), {"attention_mask": ones[:2, :6]}),
+        (tokens(2, 7), {"position_ids": positions}),
+        (tokens(2, 8), {"attention_mask": causal[None, None]}),
+        (tokens(3, 9), {"attention_mask": ones}),
+        (tokens(3, 7), {"position_ids": positions.expand(3, -1)}),
+    ]
+    for ids, given in calls:
+        ours, theirs = (f(ids, use_cache=False, **given).logits for f in (compiled, model))
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.unhooked

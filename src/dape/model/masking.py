@@ -152,7 +152,8 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
             "or integer [batch, 1, queries, keys], 1 where a key may be seen; in place of an "
             "additive mask of zeros and -inf give mask == 0"
         )
-    if shape[1] > keys or (isinstance(past, int) and shape[1] not in (past + rows, keys)):
+    covers = not isinstance(past, int) or shape[1] == past + rows or shape[1] == keys
+    if shape[1] > keys or not covers:
         full = f", and the static cache holds {keys}" if past + rows > keys else ""
         raise UserError(
             f"attention_mask {shape} must cover {past} cached and {rows} new keys{full}"
@@ -168,8 +169,12 @@ def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Ten
             f"position_ids {shape} are {position_ids.dtype}; positions are whole numbers, and the"
             " schemes pi, ntk and yarn interpolate"
         )
-    covers = shape[-1] in (rows, past + rows) if isinstance(past, int) else shape[-1] >= rows
-    if len(shape) != 2 or shape[0] not in (1, batch) or not covers:
+    if isinstance(past, int):
+        covers = shape[-1] == rows or shape[-1] == past + rows
+    else:
+        covers = shape[-1] >= rows
+    # A compiler finds no symbol for a length in a tuple, but can compare the two.
+    if len(shape) != 2 or not (shape[0] == 1 or shape[0] == batch) or not covers:
         raise UserError(
             f"position_ids {shape} must be [1 or {batch}, {rows}], or with positions of the cached "
             f"keys in front [1 or {batch}, {past + rows}]"
