@@ -180,6 +180,7 @@ WHOLE = MASK[:, None, None] & torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
         ("rope", {"token_type_ids": MASK}, "the model knows only token type 0"),
         ("llama", {"attention_mask": MASK}, "place tokens otherwise apart than indices"),
         ("llama", APART, "place tokens otherwise apart than indices"),
+        ("gpt2", APART, "place tokens otherwise apart than indices"),
         ("llama", {**APART, "attention_mask": WHOLE.bool()}, "give an attention_mask .batch, keys"),
     ],
 )
@@ -188,9 +189,10 @@ def test_compiled_code_refuses_at_run_time_what_it_would_compute_otherwise(model
     """Positions and masks are read as eager code reads them, or refused, by the graph itself."""
     torch._dynamo.reset()
     backend = "aot_eager" if model == "dape-kerple" else "eager"  # which removes what is not used
-    if model == "llama":
-        model = pretrained("llama", torch.float64)
-        move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    mounted = {"llama": {"bias": "kerple"}, "gpt2": {"adapter": "transformer-xl"}}
+    if model in mounted:
+        parts, model = mounted[model], pretrained(model, torch.float64)
+        move(dape.retrofit(model, **parts).adapters, 0.3)
     else:
         model = grown(scheme=model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

@@ -35,8 +35,8 @@ from dape.model.retrofit.asked import asked
 
 NAME = "dape"
 COMPILED = (
-    "position_ids or attention_mask place tokens otherwise apart than indices, by which a compiled "
-    "model with a mounted bias goes: call the model without torch.compile"
+    "position_ids or attention_mask place tokens otherwise apart than indices, by which biases and "
+    "adapters in a compiled model go: call the model without torch.compile"
 )
 logger = logging.get_logger(__name__)
 
@@ -210,8 +210,9 @@ def attend(
     absolute = bias is not None and not getattr(bias, "relative", False)
     if absolute:
         check_known(seen, bias, query.shape[2])
-    elif bias is not None and not by_index and isinstance(seen.moved, Tensor):
-        refuse(seen.moved, COMPILED)
+    elif isinstance(seen.moved, Tensor) and not by_index:
+        if bias is not None or getattr(adapter, "needs_rows", False):
+            refuse(seen.moved, COMPILED)
     if absolute or (seen.moved is True and not by_index):
         positions = seen.positions(query.shape[2], key.shape[2], query.device)
     weighted = bool(output_attentions) or seen.weights or backend == "reference"
