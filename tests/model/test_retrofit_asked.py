@@ -14,6 +14,7 @@ from transformers import (
 
 import dape
 from dape.errors import UserError
+from dape.model.retrofit import interface
 
 LENGTHS = (4, 1, 7)
 FORMS = {
@@ -111,6 +112,32 @@ def test_a_compiled_model_keeps_documents_apart():
     model, (texts, batch) = grown("llama"), packed("seq_idx")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     near(compiled(**batch).logits[0], alone(model, texts))
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_compiled_training_of_single_documents_makes_no_mask_of_documents(name, monkeypatch):
+    """transformers makes one, `[B, 1, T, T]`, which the fused kernels do not serve."""
+    torch._dynamo.reset()
+    model, ids, masks = grown(name, "dape", "fire").train(), tokens(2, 4), []
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1  # not applied
+    attend = interface.attention
+
+    def watched(*args, mask=None, **kwargs):
+        masks.append(None if mask is None else mask.ndim)
+        return attend(*args, mask=mask, **kwargs)
+
+    monkeypatch.setattr(interface, "attention", watched)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (
+        torch.autograd.grad(f(ids, labels=ids, use_cache=False).loss, parameters)
+        for f in (compiled, model)
+    )
+    for mine, true in zip(ours, theirs, strict=True):
+        assert_close(mine, true, rtol=1e-9, atol=1e-12)
+    assert masks == [2, 2, None, None]
 
 
 def replica(module):

@@ -204,8 +204,10 @@ def count_visible(tokens: Tensor) -> Tensor:
 
 def has_gaps(tokens: Tensor) -> Tensor:
     """Return whether hidden tokens lie between visible tokens of a row, as a tensor."""
-    begins = tokens & ~pad(tokens[..., :-1], (1, 0))
-    return (begins.sum(-1) > 1).any()
+    keys = tokens.shape[-1]
+    index = torch.arange(keys, device=tokens.device)
+    first, last = index.where(tokens, keys).amin(-1), index.where(tokens, -1).amax(-1)
+    return (last - first + 1 > tokens.sum(-1)).any()
 
 
 def moved(positions: Tensor, tokens: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import is_tracing
 
 from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
@@ -83,10 +84,24 @@ def keep(
     if positions is not None:
         _check_mask(given.get("attention_mask"), positions)
     _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose))
-    placed = not {"position_ids", "attention_mask"}.isdisjoint(given)
-    if documents is None or placed or "position_ids" not in names[len(args) :]:
+    if not {"position_ids", "attention_mask"}.isdisjoint(given):
         return args, kwargs
-    return args, {**kwargs, "position_ids": count_within(documents) + first}
+    added = _added(tokens, documents, given, first)
+    return args, {**kwargs, **{name: added[name] for name in added if name in names[len(args) :]}}
+
+
+def _added(
+    tokens: Tensor | None, documents: Tensor | None, given: Mapping[str, Any], first: int
+) -> dict[str, Tensor]:
+    """Return positions within documents, or while a model is traced a mask of a single document.
+
+    transformers looks at positions for documents, cannot while traced, and makes a whole mask then.
+    """
+    if documents is not None:
+        return {"position_ids": count_within(documents) + first}
+    if tokens is None or not is_tracing(tokens) or not set(CACHE_NAMES).isdisjoint(given):
+        return {}
+    return {"attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.long)}
 
 
 def _check_mask(mask: Any, positions: Tensor) -> None:

@@ -190,7 +190,7 @@ def attend(
             "model that a trainer loads by name; mount adapters by dape.load_adapters, or give the "
             "trainer ref_model=copy.deepcopy(model)"
         )
-    if dropout:
+    if dropout and not torch.compiler.is_compiling():  # which cannot warn
         logger.warning_once(f"attention dropout {dropout} is not applied with adapters mounted")
     wide = query.dtype == torch.float64  # which autocast leaves alone, in PyTorch's own too
     if torch.is_autocast_enabled(query.device.type) and not wide:
@@ -210,9 +210,9 @@ def attend(
     absolute = bias is not None and not getattr(bias, "relative", False)
     if absolute:
         check_known(seen, bias, query.shape[2])
-    elif isinstance(seen.moved, Tensor) and not by_index:
-        if bias is not None or getattr(adapter, "needs_rows", False):
-            refuse(seen.moved, COMPILED)
+    reads = bias is not None or getattr(adapter, "needs_rows", False)
+    if reads and isinstance(seen.moved, Tensor) and not (absolute or by_index):
+        refuse(seen.moved, COMPILED)
     if absolute or (seen.moved is True and not by_index):
         positions = seen.positions(query.shape[2], key.shape[2], query.device)
     weighted = bool(output_attentions) or seen.weights or backend == "reference"
