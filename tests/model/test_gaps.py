@@ -167,6 +167,7 @@ def test_a_part_that_is_a_model_reads_the_positions_of_the_caller():
 
 PADDED = torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]])
 APART = {"attention_mask": torch.ones_like(MASK), "position_ids": MASK.cumsum(-1) + MASK}
+ENDS = torch.tensor([0, 3, 8])
 WHOLE = MASK[:, None, None] & torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
 
 
@@ -179,6 +180,8 @@ WHOLE = MASK[:, None, None] & torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
         ("dape3-kerple", {"attention_mask": WHOLE}, "the adapter convolves over neighbouring keys"),
         ("rope", {"token_type_ids": MASK}, "the model knows only token type 0"),
         ("llama", {"attention_mask": MASK}, "place tokens otherwise apart than indices"),
+        ("rope", {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": 2 * ENDS}, "given, and be equal"),
+        ("rope", {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS}, "number of all tokens at the end"),
         ("llama", APART, "place tokens otherwise apart than indices"),
         ("gpt2", APART, "place tokens otherwise apart than indices"),
         ("llama", {**APART, "attention_mask": WHOLE.bool()}, "give an attention_mask .batch, keys"),

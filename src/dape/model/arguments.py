@@ -48,6 +48,9 @@ _KNOWN = (
     "use_cache",
 )
 
+UNEQUAL = "cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal"
+UNFINISHED = "cu_seq_lens_q must be a row of bounds with the number of all tokens at the end"
+
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
     """Raise a `UserError` for an argument whose value the model would ignore.
@@ -110,9 +113,11 @@ def packed_documents(
         return (seq_idx.diff(prepend=seq_idx[:, :1]) != 0).cumsum(-1)
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         return None
-    if cu_seq_lens_q is None or cu_seq_lens_k is None or not cu_seq_lens_q.equal(cu_seq_lens_k):
-        raise UserError("cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal")
-    if cu_seq_lens_q.ndim != 1 or int(cu_seq_lens_q[-1]) != batch * length:
-        raise UserError(f"cu_seq_lens_q must be a row of bounds with {batch * length} at the end")
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or cu_seq_lens_q.shape != cu_seq_lens_k.shape:
+        raise UserError(UNEQUAL)
+    if cu_seq_lens_q.ndim != 1:
+        raise UserError(UNFINISHED)
+    refuse(look((cu_seq_lens_q != cu_seq_lens_k).any()), UNEQUAL)
+    refuse(look(cu_seq_lens_q[-1] != batch * length), UNFINISHED)
     tokens = torch.arange(batch * length, device=cu_seq_lens_q.device)
     return torch.searchsorted(cu_seq_lens_q, tokens, right=True).view(batch, length)
