@@ -181,7 +181,11 @@ WHOLE = MASK[:, None, None] & torch.ones(1, 1, 8, 8, dtype=torch.long).tril()
         ("rope", {"token_type_ids": MASK}, "the model knows only token type 0"),
         ("llama", {"attention_mask": MASK}, "place tokens otherwise apart than indices"),
         ("rope", {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": 2 * ENDS}, "given, and be equal"),
-        ("rope", {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS}, "number of all tokens at the end"),
+        (
+            "rope",
+            {"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS},
+            "with the number of tokens at the end",
+        ),
         ("llama", APART, "place tokens otherwise apart than indices"),
         ("gpt2", APART, "place tokens otherwise apart than indices"),
         ("llama", {**APART, "attention_mask": WHOLE.bool()}, "give an attention_mask .batch, keys"),

@@ -49,7 +49,6 @@ _KNOWN = (
 )
 
 UNEQUAL = "cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal"
-UNFINISHED = "cu_seq_lens_q must be a row of bounds with the number of all tokens at the end"
 
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
@@ -115,9 +114,10 @@ def packed_documents(
         return None
     if cu_seq_lens_q is None or cu_seq_lens_k is None or cu_seq_lens_q.shape != cu_seq_lens_k.shape:
         raise UserError(UNEQUAL)
-    if cu_seq_lens_q.ndim != 1:
-        raise UserError(UNFINISHED)
     refuse(look((cu_seq_lens_q != cu_seq_lens_k).any()), UNEQUAL)
-    refuse(look(cu_seq_lens_q[-1] != batch * length), UNFINISHED)
+    wrong = cu_seq_lens_q.ndim != 1 or look(cu_seq_lens_q[-1] != batch * length)
+    # A number in the text would be a new compilation for every length.
+    last = "the number of tokens" if isinstance(wrong, Tensor) else batch * length
+    refuse(wrong, f"cu_seq_lens_q must be a row of bounds with {last} at the end")
     tokens = torch.arange(batch * length, device=cu_seq_lens_q.device)
     return torch.searchsorted(cu_seq_lens_q, tokens, right=True).view(batch, length)
