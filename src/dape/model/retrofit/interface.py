@@ -102,7 +102,8 @@ def layer_mask(
     Raises:
         UserError: for documents packed in a row behind cached keys.
     """
-    documents, weights, positions = asked()[:3]
+    asks = asked()
+    documents, positions = asks.documents, asks.positions
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if tokens is not None and not is_tracing(tokens) and tokens.all():
         tokens = None
@@ -132,7 +133,7 @@ def layer_mask(
     # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(
         mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
-        weights,
+        asks.weights,
     )  # fmt: skip
 
 
