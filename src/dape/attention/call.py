@@ -281,10 +281,11 @@ def check_where(
         return
     if mask.dtype != torch.bool:
         raise UserError(f"mask has dtype {mask.dtype}; it must be torch.bool, true where seen")
-    sizes = {2: ((batch,), (keys,)), 4: ((1, batch), (1,), (1, rows), (keys,))}.get(mask.ndim, ())
-    pairs = zip(mask.shape, sizes, strict=True) if sizes else ()
-    # A compiler finds no symbol for a length in a tuple, but can compare the two.
-    if not sizes or not all(any(n == one for one in fit) for n, fit in pairs):
+    sizes = {2: ((batch,), (keys,)), 4: ((1, batch), (1,), (1, rows), (keys,))}.get(mask.ndim)
+    # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
+    if sizes is None or not all(
+        any(n == one for one in fit) for n, fit in zip(mask.shape, sizes, strict=True)
+    ):
         raise UserError(
             f"mask {list(mask.shape)} must be [{batch}, {keys}] or "
             f"[1 or {batch}, 1, 1 or {rows}, {keys}]"

@@ -93,13 +93,12 @@ def main(argv: list[str]) -> int | None:
         for folder in data.values():
             Corpus(folder)  # or an error that names the folder
         check_writable(*(each.folder / TABLE for each in experiments), remedy=REMEDY)
-    turns = {
-        cell.name: turn
-        for turn, each in reversed(list(enumerate(experiments)))
-        for cell in each.cells(data)
-    }
-    cells = once(cell for each in experiments for cell in each.cells(data))
-    status = run(cells, turns, arguments)
+    groups = [each.cells(data) for each in experiments]
+    turns: dict[str, int] = {}
+    for turn, group in enumerate(groups):
+        for cell in group:
+            turns.setdefault(cell.name, turn)
+    status = run(once(cell for group in groups for cell in group), turns, arguments)
     if not arguments.plan:
         for each in experiments:
             show(results(each, data))

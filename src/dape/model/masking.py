@@ -173,7 +173,7 @@ def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Ten
         covers = shape[-1] == rows or shape[-1] == past + rows
     else:
         covers = shape[-1] >= rows
-    # A compiler finds no symbol for a length in a tuple, but can compare the two.
+    # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
     if len(shape) != 2 or not (shape[0] == 1 or shape[0] == batch) or not covers:
         raise UserError(
             f"position_ids {shape} must be [1 or {batch}, {rows}], or with positions of the cached "

@@ -27,7 +27,7 @@ def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     compiled = torch.compiler.is_compiling()
     if not served(x, cos) or (compiled and better_read(x)):
         return formula(x, cos, sin)
-    # A compiler cannot read `Turn`, which says how to map it and how to differentiate it forward.
+    # `Turn` has rules for `vmap` and forward derivatives. A compiler reads no function with rules.
     apply = operator if compiled else Turn.apply
     turned: Tensor = apply(x, cos, sin, 1.0)
     return turned

@@ -16,11 +16,7 @@ from transformers.utils import is_tracing
 
 from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
-from dape.model.masking import (
-    count_within,
-    documents_of_positions,
-    positions_of_keys,
-)
+from dape.model.masking import count_within, documents_of_positions, positions_of_keys
 
 
 class Asked(NamedTuple):

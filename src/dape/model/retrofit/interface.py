@@ -34,7 +34,7 @@ from dape.model.masking import (
 from dape.model.retrofit.asked import asked
 
 NAME = "dape"
-COMPILED = (
+APART = (
     "position_ids or attention_mask place tokens otherwise apart than indices, by which biases and "
     "adapters in a compiled model go: call the model without torch.compile"
 )
@@ -213,7 +213,7 @@ def attend(
         check_known(seen, bias, query.shape[2])
     reads = bias is not None or getattr(adapter, "needs_rows", False)
     if reads and isinstance(seen.moved, Tensor) and not (absolute or by_index):
-        refuse(seen.moved, COMPILED)
+        refuse(seen.moved, APART)
     if absolute or (seen.moved is True and not by_index):
         positions = seen.positions(query.shape[2], key.shape[2], query.device)
     weighted = bool(output_attentions) or seen.weights or backend == "reference"
