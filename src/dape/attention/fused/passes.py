@@ -33,6 +33,10 @@ from dape.attention.fused.terms import (
     terms_of,
 )
 
+# Bands of the wide way of a forward pass. A band more starts three kernels more, in calls without
+# wide numbers too.
+MOST_BANDS = 8
+
 
 def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
     """Return the mixer of a problem that mixes heads.
@@ -76,7 +80,7 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
             overflow.set_flag(found.flag, terms)
             forward_by_bands(mixer, found)
         wider, silent = problem._replace(gate=Gate(found.flag, True)), found.silent()
-        if isinstance(terms, Mixed):
+        if isinstance(terms, Mixed) and len(bands(wider)) > MOST_BANDS:
             decode.forward(wider, terms, silent)
         else:
             forward_by_bands(mixer_of(wider, backend), silent)

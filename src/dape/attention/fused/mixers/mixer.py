@@ -69,5 +69,5 @@ class Mixer(ABC, Generic[Kind]):
         return {
             "H": heads, "D": units, "HEADS": padded(heads), "UNITS": padded(units),
             "CAUSAL": self.problem.causal, "MASKED": self.problem.mask is not None,
-            "PRECISION": PRECISION, **self.problem.gated(),
+            "PRECISION": "tf32x3" if self.problem.wide else PRECISION, **self.problem.gated(),
         }  # fmt: skip
