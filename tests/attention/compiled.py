@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 import dape
 import dape.attention.fused
-from dape.attention.fused import geometry, serves
+from dape.attention.fused import geometry, passes, serves
 
 HOPPER = GPUTarget("cuda", 90, 32)
 CHAINED = {"CHAINED": True, "launch_pdl": True}  # as on Hopper
@@ -75,13 +75,15 @@ def shared_memory(kernel, args, options):
 def call(
     heads, kv_heads, head_dim, hidden, rows=40, keys=40, bias="Kerple", dtype="float16", taps=1,
     gradients=True, mapped=False, room=geometry.SCORES_PER_BAND, cut=False,
+    most_bands=passes.MOST_BANDS,
 ):  # fmt: skip
     """Run attention, or a map across heads, and its gradients; kernels are only noted.
 
-    `room` is the most scores of a band. Rows of tensors that are `cut` out begin anywhere.
+    `room` is the most scores of a band. With more than `most_bands` bands the wide way of a forward
+    pass is the kernel of decoding. Rows of tensors that are `cut` out begin anywhere.
     """
     torch.set_grad_enabled(gradients)
-    geometry.SCORES_PER_BAND = room
+    geometry.SCORES_PER_BAND, passes.MOST_BANDS = room, most_bands
     if mapped:
         from dape.chomsky.heads import mapped as map_heads
 

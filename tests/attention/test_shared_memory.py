@@ -60,7 +60,8 @@ def compiled():
     """
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     decoding, anywhere = (
-        [each | {"kernels": ["decode_kernel"]} for each in part] for part in (DECODING, ANYWHERE)
+        [each | {"kernels": ["decode_kernel"], "most_bands": 0} for each in part]
+        for part in (DECODING, ANYWHERE)
     )
     parts = {
         "decoding": decoding, "anywhere": anywhere, "maps": MAPS, "bfloat16": IN_BFLOAT16,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dape.attention.fused.problem import Band, Problem, Result
 from dape.attention.fused.rows import Rows
-from dape.attention.fused.sizes import PRECISION, WIDE_PROGRAMS, padded
+from dape.attention.fused.sizes import PRECISION, WIDE_PRECISION, WIDE_PROGRAMS, padded
 from dape.attention.fused.terms import Mixing
 
 Kind = TypeVar("Kind", bound=Mixing)
@@ -69,5 +69,5 @@ class Mixer(ABC, Generic[Kind]):
         return {
             "H": heads, "D": units, "HEADS": padded(heads), "UNITS": padded(units),
             "CAUSAL": self.problem.causal, "MASKED": self.problem.mask is not None,
-            "PRECISION": "tf32x3" if self.problem.wide else PRECISION, **self.problem.gated(),
+            "PRECISION": WIDE_PRECISION if self.problem.wide else PRECISION, **self.problem.gated(),
         }  # fmt: skip
