@@ -146,6 +146,13 @@ def either_first(apply):
     return shorter
 
 
+def extremes():
+    """Return the functions for the larger and the smaller number; newer ones drop NaN as a GPU."""
+    nan, one = (TensorHandle(np.array([x], np.float32), tl.float32) for x in (np.nan, 1.0))
+    keeps = np.isnan(interpreter.interpreter_builder.create_maxnumf(nan, one).data).any()
+    return (np.maximum, np.minimum) if keeps else (np.fmax, np.fmin)
+
+
 def offset(whole):
     """Return a shorter sum, given the whole, of pointers and integers."""
 
@@ -342,8 +349,9 @@ METHODS |= {
 }
 METHODS["__add__"] = lambda whole: operator(*ARITHMETIC["add"])(offset(whole))
 METHODS |= {"__getitem__": indexed, "to": converted}
+LARGER, SMALLER = extremes()
 FUNCTIONS = {
     "where": chosen, "dot": multiplied, "load": loaded, "store": stored, "cast": converted,
     "arange": counted,
-    "maximum": either_first(np.maximum), "minimum": either_first(np.minimum),
+    "maximum": either_first(LARGER), "minimum": either_first(SMALLER),
 }  # fmt: skip
