@@ -39,21 +39,32 @@ def test_the_steps_are_the_gradient_of_the_loss_and_the_last_logits():
     torch.testing.assert_close(model.read(made, tokens), logits)
 
 
+@pytest.mark.parametrize("length", [1, 9])
+def test_the_next_token_has_the_logits_of_the_whole_pass_every_time(length):
+    made, tokens = drawn(), torch.randint(13, (2, length))
+    logits = made(input_ids=tokens).logits[:, -1:]
+    cache = model.cache_of(made, tokens[:, :-1])
+    for _ in range(3):
+        torch.testing.assert_close(model.continued(made, tokens[:, -1:], cache), logits)
+        assert cache.get_seq_length() == length - 1
+
+
 def test_every_model_is_measured_at_every_length(tmp_path, capsys):
     words = ("--schemes", "nope,dape-kerple", "--forms", "fused,textbook", "--out", str(tmp_path))
+    words += ("--directions", "all")
     assert cli.main(["bench", "model", *TINY, *words]) == 0
     found = model.load(tmp_path / "results.json")
     places = {
         (cost.entry.method, cost.form, cost.entry.length, cost.entry.direction)
         for cost in found.costs
     }
-    assert len(places) == len(found.costs) == 2 * 2 * 2 * 2
+    assert len(places) == len(found.costs) == 2 * 2 * 2 * 3
     assert all(cost.entry.milliseconds > 0 for cost in found.costs)
     one = found.find("tiny", "dape-kerple", "textbook", 12, "forward")
     assert one.weights == 4 * sum(each.numel() for each in drawn().parameters())
     page = (tmp_path / "table.md").read_text()
     rows = re.findall(r"^\| dape-kerple, textbook \| .*$", page, re.MULTILINE)
-    assert len(rows) == 2 and "nan" not in page
+    assert len(rows) == 3 and "nan" not in page
     assert json.loads((tmp_path / "results.json").read_text())["provenance"]["command"].startswith(
         "dape bench model"
     )

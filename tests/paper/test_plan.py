@@ -127,7 +127,7 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
 def test_the_plan_marks_prices_that_no_finished_cell_gives():
     legend = "~: includes estimates"
     estimated = table(plan(COST.cells()), devices=1)
-    assert [row[-1] for row in estimated.rows] == ["~6", "~8", "~15", "~20", "~49"]
+    assert [row[-1] for row in estimated.rows] == ["~8", "~10", "~17", "~22", "~57"]
     assert legend in estimated.note
     core = table(plan(CORE.cells()), devices=1)
     assert all(row[-1].startswith("~") for row in core.rows) and legend in core.note

@@ -48,19 +48,29 @@ class Timing(NamedTuple):
 def measure(calls: Sequence[Call], device: torch.device) -> Timing:
     """Return the timing of calls that differ only in inputs."""
     calls[0]()  # compiles, tunes, loads libraries
-    return on_gpu(calls) if device.type == "cuda" else on_cpu(calls)
+    return on_gpu(calls) if device.type == "cuda" else Timing(wall_times(calls), 1, WALL)
 
 
-def on_cpu(calls: Sequence[Call]) -> Timing:
-    """Return the timing by the wall clock; the peak of memory is not known."""
+def by_wall_clock(call: Call, device: torch.device) -> Timing:
+    """Return the timing of a call and of waiting for its result, as a person meets it."""
+    call()
+    if device.type != "cuda":
+        return Timing(wall_times([call]), 1, WALL)
+    peak, _ = peak_and_time(call)
+    return Timing(wall_times([call], torch.cuda.synchronize), 1, WALL, peak)
+
+
+def wall_times(calls: Sequence[Call], wait: Call = lambda: None) -> list[float]:
+    """Return the milliseconds of runs within the budget by the wall clock."""
     found: list[float] = []
     for call in islice(cycle(calls), MOST):
         begun = time.perf_counter()
         call()
+        wait()
         found.append(1000 * (time.perf_counter() - begun))
         if len(found) >= FEWEST and sum(found) >= BUDGET:
             break
-    return Timing(found, 1, WALL)
+    return found
 
 
 def on_gpu(calls: Sequence[Call]) -> Timing:

@@ -1,10 +1,13 @@
-"""`dape bench model`: time and memory of whole models, forward and in training, over the length."""
+"""`dape bench model`: time and memory of whole models over the length.
+
+A forward pass, training, and a token more with a cache.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from dape.bench.attempt import attempt, release
 from dape.bench.attention import entry_at
 from dape.bench.case import FORWARD, TRAINING
-from dape.bench.clock import measure
+from dape.bench.clock import Timing, by_wall_clock, measure
 from dape.bench.record import Entry, Missing
 from dape.errors import UserError, unknown
 from dape.files import read_json, write_json
@@ -20,11 +23,16 @@ from dape.positions.scheme import resolve
 from dape.provenance import Provenance
 from dape.strict import build
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
 FORMAT = 1
 # Backends of `dape.attention` by the form of the computation.
 FORMS = {"fused": "auto", "textbook": "reference"}
 # Logits of a forward pass: the scored tokens of the protocol `last`.
 LOGITS = 256
+NEXT = "next token"
+DIRECTIONS = (FORWARD, TRAINING, NEXT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,7 @@ def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], No
     """Return the costs of all models; `keep` gets the costs so far and the latest cost.
 
     A model is drawn once for a size, scheme and form. Weights are float32 under bfloat16 autocast
-    in training, and bfloat16 in a forward pass. On a CPU, weights and products are float32.
+    in training, and bfloat16 otherwise. On a CPU, weights and products are float32.
 
     Raises:
         UserError: for an unknown size, scheme or form.
@@ -138,10 +146,10 @@ def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], No
 def _costs_of(plan: Plan, size: str, scheme: str, form: str) -> Iterator[Cost]:
     """Yield the costs of a model: first in training, while the weights are float32."""
     model = attempt(partial(_build, plan, SIZES[size], scheme, form))
-    for direction in (TRAINING, FORWARD):
+    for direction in (TRAINING, FORWARD, NEXT):
         if direction not in plan.directions:
             continue
-        if isinstance(model, nn.Module) and direction == FORWARD and plan.device.type == "cuda":
+        if isinstance(model, nn.Module) and direction != TRAINING and plan.device.type == "cuda":
             model = model.to(torch.bfloat16)
         weights = 0
         if isinstance(model, nn.Module):
@@ -179,15 +187,44 @@ def _entry(
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
     shape = (plan.batch, length)
     tokens = torch.randint(plan.vocab_size, shape, generator=generator, device=plan.device)
+    if direction == NEXT:
+        return entry_at(place, attempt(partial(_next, model, tokens)))
     step = train if direction == TRAINING else read
     timing = attempt(partial(measure, [partial(step, model, tokens)], plan.device))
     return entry_at(place, timing)
+
+
+def _next(model: nn.Module, tokens: Tensor) -> Timing:
+    """Return the timing of the last token, with the cache in the peak of memory."""
+    cache = cache_of(model, tokens[:, :-1])
+    found = by_wall_clock(partial(continued, model, tokens[:, -1:], cache), tokens.device)
+    kept = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return found if found.peak is None else found._replace(peak=found.peak + kept)
 
 
 @torch.no_grad()
 def read(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the logits of the last 256 tokens."""
     logits: Tensor = model(input_ids=tokens, logits_to_keep=LOGITS, use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()
+def cache_of(model: nn.Module, tokens: Tensor) -> "DynamicCache":
+    """Return the cache of a model after some tokens."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    if tokens.shape[1]:
+        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+@torch.no_grad()
+def continued(model: nn.Module, token: Tensor, cache: "DynamicCache") -> Tensor:
+    """Return the logits of a token after those in the cache, which stays as it was."""
+    logits: Tensor = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+    cache.crop(-1)
     return logits
 
 

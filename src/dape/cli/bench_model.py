@@ -18,13 +18,15 @@ RESULTS, TABLE = "results.json", "table.md"
 DIRECTIONS = {
     "forward": ("forward",),
     "training": ("forward + backward",),
+    "generation": ("next token",),
     "both": ("forward", "forward + backward"),
+    "all": ("forward", "forward + backward", "next token"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """Measure time and memory of whole models with random weights, forward and in training.
+    """Measure time and memory of whole models with random weights.
 
     Writes results.json and table.md, updated after every measurement.
     """
@@ -39,8 +41,8 @@ class Arguments:
     """tokens of a sequence, as 512,2048 or 512,...,8192"""
     batch: int = 1
     """sequences of a call"""
-    directions: Literal["forward", "training", "both"] = "both"
-    """forward pass, forward and backward pass, or both"""
+    directions: Literal["forward", "training", "generation", "both", "all"] = "both"
+    """forward pass, forward and backward pass, the next token, the first two, or all"""
     vocab_size: int = 50304
     """entries of the embedding"""
     device: str = "auto"

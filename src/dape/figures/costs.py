@@ -1,7 +1,6 @@
 """Time and memory of whole models, measured by `dape bench model`, as tables."""
 
-from dape.bench.case import DIRECTIONS
-from dape.bench.model import LOGITS, Cost, Costs
+from dape.bench.model import DIRECTIONS, LOGITS, Cost, Costs
 from dape.figures.speed import digits, milliseconds, origin
 from dape.figures.tables import NOTHING, Table
 
@@ -21,9 +20,10 @@ def explanation(costs: Costs) -> str:
     return (
         f"Batch {costs.batch}, random weights. forward: bfloat16 weights, logits of the last "
         f"{LOGITS} tokens. forward + backward: float32 weights under bfloat16 autocast, the "
-        "gradients of all parameters, no optimizer. Medians in milliseconds; GiB at the peak with "
-        "the weights. textbook: whole score matrices, as the paper's formula; fused: the fastest "
-        "backend of `dape.attention`."
+        "gradients of all parameters, no optimizer. next token: bfloat16 weights, the last token "
+        "of the length with a cache of the others, by the wall clock, as in `generate`. Medians in "
+        "milliseconds; GiB at the peak with the weights and the cache. textbook: whole score "
+        "matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
     )
 
 

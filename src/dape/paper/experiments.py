@@ -235,14 +235,17 @@ COST = Experiment(
     parts=tuple(
         Bench(
             f"cost-{size}",
-            ("model", "--sizes", size, "--schemes", ",".join(TIMED), "--lengths", "512,...,8192"),
+            (
+                *("model", "--sizes", size, "--schemes", ",".join(TIMED)),
+                *("--lengths", "512,...,8192", "--directions", "all"),
+            ),
             small=(
                 *("model", "--sizes", "small", "--schemes", "nope,dape-kerple"),
-                *("--lengths", "32,64", "--vocab-size", "512"),
+                *("--lengths", "32,64", "--vocab-size", "512", "--directions", "all"),
             ),
             minutes=minutes,
         )
-        for size, minutes in (("125m", 6.0), ("350m", 8.0), ("2.7b", 15.0), ("6.7b", 20.0))
+        for size, minutes in (("125m", 8.0), ("350m", 10.0), ("2.7b", 17.0), ("6.7b", 22.0))
     ),
     sections=("costs",),
 )
