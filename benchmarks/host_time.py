@@ -189,7 +189,7 @@ def main() -> None:
                 f"{scheme:14} {name:19} {times[0]:14.0f} {times[1]:12.0f} {times[2]:12.0f}",
                 flush=True,
             )
-            if given.profile and name != "decode":
+            if given.profile:
                 profiled(call)
 
 
