@@ -7,11 +7,14 @@ import pytest
 import torch
 from models import SIZES, fresh, grown, tokens
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
 from dape.errors import UserError
+from dape.model import modeling
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM, DapeModel
+from dape.positions.rotary import RoPE
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
@@ -171,6 +174,32 @@ def test_explicit_positions_equal_implicit_ones(scheme, cache):
     assert_close(out[seen], expected[seen], rtol=1e-9, atol=1e-9)
     short = model(ids, attention_mask=mask, position_ids=positions.int(), use_cache=False).logits
     assert_close(short[seen], expected[seen], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["rope", "yarn", "dynamic-ntk", "xpos", "randomized-rope"])
+@pytest.mark.parametrize("one_more", [False, True])
+def test_layers_share_angles_and_turn_as_by_their_own(scheme, one_more, monkeypatch):
+    model, ids = grown(scheme=scheme).eval(), tokens(2, 9)
+    if one_more:
+        model.model.layers[1].self_attn.rotation = RoPE(model.config.head_dim, base=100.0)
+    shared = model(ids).logits
+    monkeypatch.setattr(modeling, "angles_of", lambda *_: None)
+    assert torch.equal(model(ids).logits, shared)
+
+
+def test_angles_of_one_pass_are_computed_once(monkeypatch):
+    model, ids, calls = grown(scheme="rope"), tokens(2, 9), []
+    waves = RoPE.waves
+    monkeypatch.setattr(RoPE, "waves", lambda *given: calls.append(1) or waves(*given))
+    model(ids)
+    assert len(model.model.layers) > 1 and len(calls) == 1
+
+
+def test_angles_reach_layers_in_float32_where_fsdp_rounds_their_tensors():
+    """FSDP maps a cast over the tensors among the arguments of a layer."""
+    angles = RoPE(8).angles(torch.arange(3000), torch.bfloat16)
+    (given,) = tree_leaves({"angles": angles})
+    assert given is angles and angles.cos.dtype == torch.float32
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

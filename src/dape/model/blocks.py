@@ -13,6 +13,7 @@ from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.configuration import DapeConfig
 from dape.positions import scheme
+from dape.positions.rotary import Angles
 
 INTO_STREAM = "into_stream"
 # The attributes by which callers of a bias or adapter decide on arguments.
@@ -97,13 +98,19 @@ class DapeAttention(nn.Module):
         cache: Cache | None = None,
         output_attentions: bool = False,
         context_parallel: ContextParallel | None = None,
+        angles: Angles | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the mixed hidden states `[B, T, C]`, and the weights if asked for."""
+        """Return the mixed hidden states `[B, T, C]`, and the weights if asked for.
+
+        `angles` are those of the rotation at the positions, if layers share them.
+        """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, d]
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [B, Hkv, T, d]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if self.rotation is not None:
+        if angles is not None:
+            query, key = angles.turn(query, key)
+        elif self.rotation is not None:
             index = torch.arange(query.shape[2], device=query.device) + query_offset
             query, key = self.rotation(
                 query, key, index if query_positions is None else query_positions

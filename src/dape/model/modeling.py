@@ -8,6 +8,7 @@
 - embedding and output layer are untied by default, with the paper's GPT-NeoX initialisation
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
@@ -32,7 +33,7 @@ from dape.model.blocks import DapeDecoderLayer, in_use, norm
 from dape.model.configuration import DapeConfig
 from dape.model.masking import mask_of_generation, masking, part_of_sequence, positions_of_gaps
 from dape.positions import scheme
-from dape.positions.rotary import RandomizedRoPE
+from dape.positions.rotary import RandomizedRoPE, angles_of
 
 DRAWS = "randomised positions need whole sequences in training; "
 
@@ -57,6 +58,8 @@ class DapeModel(DapePreTrainedModel):
         self.layers = nn.ModuleList(
             DapeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
+        for layer in cast(Iterable[DapeDecoderLayer], self.layers):
+            layer.self_attn.rotation = self.rotation  # which has no parameters
         self.norm = norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -125,17 +128,22 @@ class DapeModel(DapePreTrainedModel):
             if self.draws:
                 raise UserError(DRAWS + "leave context_parallel out")
             where = part_of_sequence(hidden_states, context_parallel, *given)
-        if self.position_embedding is not None:
+        rotation, angles = self.rotation, None
+        if self.position_embedding is not None or rotation is not None:
             positions = where["query_positions"]
             if positions is None:
                 index = torch.arange(length, device=hidden_states.device)
                 positions = index + where["query_offset"]
-            hidden_states = self.position_embedding(hidden_states, positions)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer in an early exit
+            if self.position_embedding is not None:
+                hidden_states = self.position_embedding(hidden_states, positions)
+            angles = angles_of(rotation, positions, hidden_states.dtype)
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer in an early exit
+        for layer in cast(Iterable[DapeDecoderLayer], layers):
             hidden_states = layer(
                 hidden_states,
                 cache=cache,
                 output_attentions=bool(output_attentions),
+                angles=angles if layer.self_attn.rotation is rotation else None,
                 **where,
             )
         return BaseModelOutputWithPast(self.norm(hidden_states), cache)
@@ -157,10 +165,14 @@ class DapeModel(DapePreTrainedModel):
         return DynamicCache(config=self.config) if use_cache and given is None else given
 
     @property
+    def rotation(self) -> Any:
+        """The rotation of the first layer, or None; all layers of a new model have the same."""
+        return cast(DapeDecoderLayer, self.layers[0]).self_attn.rotation
+
+    @property
     def draws(self) -> bool:
         """Whether positions of this forward pass are drawn at random."""
-        first = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        return self.training and isinstance(first.rotation, RandomizedRoPE)
+        return self.training and isinstance(self.rotation, RandomizedRoPE)
 
     @property
     def recomputes(self) -> bool:
@@ -171,7 +183,7 @@ class DapeModel(DapePreTrainedModel):
     def relative(self) -> bool:
         """Whether every part of the scheme depends on differences of positions alone."""
         attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
-        parts = (self.position_embedding, attention.rotation, in_use(attention.position_bias))
+        parts = (self.position_embedding, self.rotation, in_use(attention.position_bias))
         return all(part is None or bool(part.relative) for part in parts)
 
     @property

@@ -14,6 +14,7 @@ can be loaded as `pi`, `ntk`, `dynamic-ntk` or `yarn`, to read longer sequences.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -77,8 +78,41 @@ class RoPE(nn.Module):
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
         """Return queries and keys turned by position, with shapes and dtypes unchanged."""
-        cos, sin = self.waves(positions, torch.promote_types(query.dtype, torch.float32))
+        return self.angles(positions, query.dtype).turn(query, key)
+
+    def angles(self, positions: Positions, dtype: torch.dtype) -> "Angles":
+        """Return the angles for queries and keys of a dtype."""
+        return Angles(*self.waves(positions, wide_of(dtype)))
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines of a forward pass, which layers with the same rotation share.
+
+    FSDP rounds tensors among the arguments of a layer to 16 bits, and leaves other objects alone.
+    """
+
+    cos: Waves
+    sin: Waves
+
+    def turn(self, query: Query, key: Key) -> tuple[Query, Key]:
+        """Return queries and keys turned, on any device."""
+        cos, sin = self.cos.to(query.device), self.sin.to(query.device)
         return turn(query, cos, sin), turn(key, cos, sin)
+
+
+def angles_of(
+    rotation: nn.Module | None, positions: Positions, dtype: torch.dtype
+) -> Angles | None:
+    """Return the angles of a rotation that turns keys as queries, by the positions alone."""
+    if isinstance(rotation, RoPE) and type(rotation).forward is RoPE.forward:
+        return rotation.angles(positions, dtype)
+    return None
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of angles: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class PositionInterpolation(RoPE):
@@ -285,7 +319,7 @@ class XPos(RoPE):
         """Return queries turned and shrunk, keys turned and grown."""
         if query.dtype == torch.float16:
             raise UserError("xPos overflows float16 near position 4,000; use bfloat16 or float32")
-        dtype = torch.promote_types(query.dtype, torch.float32)
+        dtype = wide_of(query.dtype)
         cos, sin = self.waves(positions, dtype)
         pairs = torch.arange(0, self.width, 2, dtype=dtype, device=query.device) / self.width
         scale = ((pairs + 0.4) / 1.4) ** (positions[..., None] / self.scale_base)
