@@ -7,13 +7,17 @@ import torch
 from problems import Problem, differentiate, leaves
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import dape
 from dape.attention import select
 from dape.attention.fused import operator
 from dape.errors import UserError
+from dape.registered import straight
 
 # The interpreter's own warnings, of NumPy.
 pytestmark = [
@@ -217,3 +221,36 @@ def distance(found, true):
     """Return the largest relative error of the two, in the Euclidean norm."""
     pairs = zip(found, true, strict=True)
     return max((torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in pairs)
+
+
+def ways(x):
+    """Return which of both a call takes: the operator, or the function behind it."""
+    return straight(lambda *_: "operator", lambda *_: "function")(x, 3, [None, x])
+
+
+class Marked(torch.Tensor):
+    """A subclass, as those of FSDP."""
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+def test_the_dispatcher_is_left_out_where_nothing_watches():
+    x, found = torch.ones(2), []
+    learnt = torch.nn.Parameter(torch.ones(2))
+    assert ways(x) == "function" and ways(learnt) == "operator"
+    with torch.no_grad():
+        assert ways(learnt) == "function"
+    with torch.inference_mode():
+        assert ways(torch.ones(2)) == "function"
+    assert ways(x.to("meta")) == ways(x.as_subclass(Marked)) == "operator"
+    with FlopCounterMode(display=False):
+        assert ways(x) == "operator"
+    with FakeTensorMode() as fake:
+        assert ways(fake.from_tensor(x)) == "operator"
+    with forward_ad.dual_level():
+        assert ways(forward_ad.make_dual(x, x)) == "operator"
+    torch.func.vmap(lambda each: found.append(ways(each)) or each)(x)
+    torch.jit.trace(lambda each: found.append(ways(each)) or each + 1, x, check_trace=False)
+    assert set(found) == {"operator"}
+    compiled = torch.compile(lambda each: each + len(ways(each)), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), x + len("operator"))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dape.device import has_triton
-from dape.registered import below_autograd, register
+from dape.registered import below_autograd, register, straight
 
 Rows = Float[Tensor, "batch heads length head_dim"]
 Waves = Float[Tensor, "... length pairs"]
@@ -28,8 +28,7 @@ def turn(x: Rows, cos: Waves, sin: Waves) -> Rows:
     if not served(x, cos) or (compiled and better_read(x)):
         return formula(x, cos, sin)
     # `Turn` has rules for `vmap` and forward derivatives. A compiler reads no function with rules.
-    apply = operator if compiled else Turn.apply
-    turned: Tensor = apply(x, cos, sin, 1.0)
+    turned: Tensor = operator(x, cos, sin, 1.0) if compiled else turned_by(x, cos, sin, 1.0)
     return turned
 
 
@@ -136,3 +135,4 @@ def like(x: Tensor, *_: Any) -> Tensor:
 operator = register(
     "turn_1(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", launch, like, Turn.apply
 )
+turned_by = straight(Turn.apply, launch)

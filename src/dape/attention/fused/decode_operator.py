@@ -15,7 +15,7 @@ from dape.attention.fused.formed import form_of
 from dape.attention.fused.problem import Result, problem_of
 from dape.attention.fused.tables import first_column, mixes_scores
 from dape.positions.adapter import DAPE
-from dape.registered import register
+from dape.registered import register, straight
 
 
 def sources_of(call: Call) -> decode.Sources | None:
@@ -69,3 +69,4 @@ operator = register(
     _decode,
     _fake,
 )
+decoded = straight(operator, _decode)

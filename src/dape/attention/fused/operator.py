@@ -13,7 +13,7 @@ from dape.attention.fused.problem import Result, problem_of, with_rows
 from dape.attention.fused.sizes import MOST_ROWS
 from dape.attention.fused.tables import tables
 from dape.attention.fused.terms import learned, mixes
-from dape.registered import below_autograd, first_derivative, register
+from dape.registered import below_autograd, first_derivative, register, straight
 
 
 def attend(call: Call, backend: str) -> Attended:
@@ -27,7 +27,7 @@ def attend(call: Call, backend: str) -> Attended:
     sources = decode_operator.sources_of(call)
     if sources is not None:
         given = query, call.key, call.value, seen, call.scale, call.causal, shift
-        return Attended(*decode_operator.operator(*given, *sources))
+        return Attended(*decode_operator.decoded(*given, *sources))
     count = max(keys - min(0, shift), rows + shift)
     found = tables(call.bias, call.adapter, query.shape[1], count, query.device, call.key_offset)
     begun = call.begun
@@ -36,7 +36,7 @@ def attend(call: Call, backend: str) -> Attended:
     wide = call.result != call.value.dtype
     trains = torch.is_grad_enabled() and any(table.requires_grad for table in found)
     exact = wide or (trains and mixes(found))
-    out, lse, rest, _ = forward_operator(
+    out, lse, rest, _ = solved(
         query, call.key, call.value, found, seen, begun, call.scale, call.causal, shift,
         call.halo, backend, exact,
     )  # fmt: skip
@@ -204,6 +204,7 @@ forward_operator = register(
     f"attend_2({_PROBLEM}, {_HOW}, bool exact) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _forward_fake, _with_gradients,
 )  # fmt: skip
+solved = straight(forward_operator, _forward)
 backward_operator = register(
     f"attend_backward_3({_PROBLEM}, Tensor out, Tensor lse, Tensor rest, Tensor flag, "
     f"Tensor grad_out, Tensor? grad_lse, {_HOW}, bool learns) -> Tensor[]",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dape.attention.fused.formed import form_named, rows_of
 from dape.attention.fused.plan import planned, start
-from dape.registered import below_autograd, first_derivative, register
+from dape.registered import below_autograd, first_derivative, register, straight
 
 # Entries of a tile, and programs of the backward pass. A program computes a partial sum.
 ENTRIES, PROGRAMS = 32, 128
@@ -213,6 +213,7 @@ def _with_gradients(*given: Any) -> list[Tensor]:
 forward_operator = register(
     f"tables_3({_TENSORS}, {_HOW}) -> Tensor[]", _forward, _forward_fake, _with_gradients
 )
+tables = straight(forward_operator, _forward)
 backward_operator = register(
     f"tables_backward_3({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
 )
@@ -292,6 +293,7 @@ fire_operator = register(
     "fire_1(Tensor log_c, Tensor log_threshold, SymInt count, SymInt offset) -> (Tensor, Tensor)",
     _fire, _fire_fake, _fire_with_gradients,
 )  # fmt: skip
+fire_tables = straight(fire_operator, _fire)
 fire_backward_operator = register(
     "fire_backward_1(Tensor log_c, Tensor log_threshold, Tensor grad_psi, Tensor grad_scale, "
     "SymInt offset) -> (Tensor, Tensor)",

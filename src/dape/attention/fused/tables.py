@@ -115,12 +115,12 @@ def bias_tables(
     if learn and span == 0:
         given = [x if x is None else x.detach() for x in (p0, p1)]
         how = operators.How(name, count, num_heads, derivatives=len(parameters))
-        found = operators.forward_operator(None, *given, *[None] * 4, *how)
+        found = operators.tables(None, *given, *[None] * 4, *how)
         return *found, torch.stack(parameters)
     if not parameters:  # an operator knows the device by a tensor
         p0 = torch.empty(num_heads, device=device)
     how = operators.How(name, count, num_heads, span=span)
-    return tuple(operators.forward_operator(None, p0, p1, *[None] * 4, *how))
+    return tuple(operators.tables(None, p0, p1, *[None] * 4, *how))
 
 
 def fast_tables(
@@ -141,9 +141,9 @@ def fast_tables(
     how = operators.How(name, count, num_heads, on_bias, adapter.residual, linear, features, span)
     layers = adapter.weight_in, adapter.bias_in, adapter.weight_out, adapter.bias_out
     if taps > 1:
-        found = operators.forward_operator(values, p0, p1, *with_free_bias(layers), *how)
+        found = operators.tables(values, p0, p1, *with_free_bias(layers), *how)
         return *found, adapter.bias_in.float()
-    return tuple(operators.forward_operator(values, p0, p1, *layers, *how))
+    return tuple(operators.tables(values, p0, p1, *layers, *how))
 
 
 def with_free_bias(layers: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ def fire_tables(
     psi `[N]` is over distances. 1 / psi(max(i, L)) `[N]` is over indices i from `key_offset` on.
     v and c are `[F]`. Without an adapter D = 0.
     """
-    psi, scale = operators.fire_operator(bias.log_c, bias.log_threshold, count, key_offset)
+    psi, scale = operators.fire_tables(bias.log_c, bias.log_threshold, count, key_offset)
     values = torch.cat((bias.bias_out[:, None], bias.weight_out), dim=1).float()
     heads, entries = values.shape
     mixing: tuple[Tensor, ...]
