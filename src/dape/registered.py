@@ -54,7 +54,7 @@ def straight(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def undisturbed(given: Iterable[Any]) -> bool:
-    """Return whether arguments have no gradients and no transform, mode or tracer watches."""
+    """Return whether nothing is to be differentiated, and no transform, mode or tracer watches."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()

@@ -161,7 +161,7 @@ class _Attend(torch.autograd.Function):
         *tables: Tensor,
     ) -> tuple[Tensor, ...]:
         given = query, key, value, tables, mask, begun
-        found = below_autograd(forward_operator, *given, *how, exact)
+        found = solved(*given, *how, exact)
         ctx.how = how
         ctx.save_for_backward(query, key, value, mask, begun, *found, *tables)
         ctx.mark_non_differentiable(*found[2:])
@@ -175,7 +175,7 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         query, key, value, mask, begun, out, lse, rest, flag, *tables = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = backward_operator(
+        found = differentiated(
             query, key, value, tables, mask, begun, out, lse, rest, flag, grad_out, grad_lse,
             *ctx.how, any(ctx.needs_input_grad[7:]),
         )  # fmt: skip
@@ -211,3 +211,4 @@ backward_operator = register(
     _backward,
     _backward_fake,
 )
+differentiated = straight(backward_operator, _backward)

@@ -193,13 +193,13 @@ class _Tables(torch.autograd.Function):
     def forward(ctx: Any, how: How, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.how = how
         ctx.save_for_backward(*tensors)
-        return tuple(below_autograd(forward_operator, *tensors, *how))
+        return tuple(tables(*tensors, *how))
 
     @staticmethod
     @first_derivative
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        found = iter(backward_operator(*tensors, grads, *ctx.how))
+        found = iter(tables_backward(*tensors, grads, *ctx.how))
         return None, *(None if x is None else next(found) for x in tensors)
 
 
@@ -217,6 +217,7 @@ tables = straight(forward_operator, _forward)
 backward_operator = register(
     f"tables_backward_3({_TENSORS}, Tensor[] grads, {_HOW}) -> Tensor[]", _backward, _backward_fake
 )
+tables_backward = straight(backward_operator, _backward)
 
 
 def _fire(log_c: Tensor, log_threshold: Tensor, count: int, offset: int) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,8 @@ class _Fire(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.offset = offset
         ctx.save_for_backward(log_c, log_threshold)
-        return below_autograd(fire_operator, log_c, log_threshold, count, offset)
+        found: tuple[Tensor, Tensor] = fire_tables(log_c, log_threshold, count, offset)
+        return found
 
     @staticmethod
     @first_derivative
