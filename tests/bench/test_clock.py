@@ -18,7 +18,7 @@ def calls(number, log):
 
 
 def test_the_wall_clock_rotates_over_the_inputs_after_a_warm_up(monkeypatch):
-    ticks = count()
+    ticks = count(0.0)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: next(ticks))  # a second a look
     monkeypatch.setattr(clock, "BUDGET", 7000)
     log = []
