@@ -147,7 +147,7 @@ def either_first(apply):
 
 
 def extremes():
-    """Return the functions for the larger and the smaller number; newer ones drop NaN as a GPU."""
+    """Return the functions for the larger and the smaller number; some drop NaN, as GPUs do."""
     nan, one = (TensorHandle(np.array([x], np.float32), tl.float32) for x in (np.nan, 1.0))
     keeps = np.isnan(interpreter.interpreter_builder.create_maxnumf(nan, one).data).any()
     return (np.maximum, np.minimum) if keeps else (np.fmax, np.fmin)

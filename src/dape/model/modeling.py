@@ -33,7 +33,7 @@ from dape.model.blocks import DapeDecoderLayer, in_use, norm
 from dape.model.configuration import DapeConfig
 from dape.model.masking import mask_of_generation, masking, part_of_sequence, positions_of_gaps
 from dape.positions import scheme
-from dape.positions.rotary import RandomizedRoPE, angles_of
+from dape.positions.rotary import Angles, RandomizedRoPE, angles_of
 
 DRAWS = "randomised positions need whole sequences in training; "
 
@@ -128,25 +128,29 @@ class DapeModel(DapePreTrainedModel):
             if self.draws:
                 raise UserError(DRAWS + "leave context_parallel out")
             where = part_of_sequence(hidden_states, context_parallel, *given)
-        rotation, angles = self.rotation, None
-        if self.position_embedding is not None or rotation is not None:
-            positions = where["query_positions"]
-            if positions is None:
-                index = torch.arange(length, device=hidden_states.device)
-                positions = index + where["query_offset"]
-            if self.position_embedding is not None:
-                hidden_states = self.position_embedding(hidden_states, positions)
-            angles = angles_of(rotation, positions, hidden_states.dtype)
+        hidden_states, angles = self._placed(hidden_states, where)
         layers = self.layers[: self.config.num_hidden_layers]  # fewer in an early exit
         for layer in cast(Iterable[DapeDecoderLayer], layers):
             hidden_states = layer(
                 hidden_states,
                 cache=cache,
                 output_attentions=bool(output_attentions),
-                angles=angles if layer.self_attn.rotation is rotation else None,
+                angles=angles if layer.self_attn.rotation is self.rotation else None,
                 **where,
             )
         return BaseModelOutputWithPast(self.norm(hidden_states), cache)
+
+    def _placed(self, embedded: Tensor, where: dict[str, Any]) -> tuple[Tensor, Angles | None]:
+        """Return vectors with an embedding of positions, and the angles that layers share."""
+        if self.position_embedding is None and self.rotation is None:
+            return embedded, None
+        positions = where["query_positions"]
+        if positions is None:
+            index = torch.arange(embedded.shape[1], device=embedded.device)
+            positions = index + where["query_offset"]
+        if self.position_embedding is not None:
+            embedded = self.position_embedding(embedded, positions)
+        return embedded, angles_of(self.rotation, positions, embedded.dtype)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the given cache, or a new cache if `use_cache` asks for one."""

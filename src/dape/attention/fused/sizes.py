@@ -7,8 +7,8 @@ from torch import Tensor
 
 # Products of float32 are taken in float32, not TF32.
 PRECISION = "ieee"
-# Products of adapters in the wide way take three parts of TF32, with the errors of float32 in about
-# half its time. Triton has no such products for AMD.
+# Products of adapters in the wide way take three parts of TF32, by tensor cores and with about the
+# errors of float32. Triton has no such products for AMD.
 WIDE_PRECISION = PRECISION if torch.version.hip else "tf32x3"
 # No tile has more rows or keys. Lines over rows or keys are padded to multiples.
 WIDEST_TILE = 128
