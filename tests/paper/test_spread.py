@@ -284,6 +284,7 @@ def test_what_another_recipe_left_does_not_mix_with_a_new_record():
     [
         ("4,6", 2, ["4", "6"]),
         (None, 2, ["0", "1"]),
+        (None, 1, ["0"]),
         ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
         ("", 0, ["cpu"]),
     ],

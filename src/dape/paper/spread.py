@@ -83,8 +83,8 @@ def devices() -> list[str]:
     import torch
 
     count = torch.cuda.device_count()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:count]
-    return (named if len(named) == count else [str(n) for n in range(count)]) or ["cpu"]
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named[:count] or [str(n) for n in range(count)] or ["cpu"]
 
 
 @dataclass(slots=True)
