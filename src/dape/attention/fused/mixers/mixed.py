@@ -20,6 +20,9 @@ from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.sums import cleared, distances_at_once, slots_at_once
 from dape.attention.fused.terms import Mixed
 
+# Rows of a tile of the forward kernel, which has no sums in its registers.
+MIX_ROWS = 8
+
 
 class Slots(NamedTuple):
     """Partial sums of gradients: a slot for some elements, a segment of a diagonal and a share.
@@ -42,8 +45,8 @@ class MixedMixer(Mixer[Mixed]):
     """
 
     __slots__ = ()
-    # Tiles of more rows would not fit the registers, nor in float32 shared memory.
-    tile_rows, tile_keys, lines, shares = 8, 16, 32, 1
+    # With more rows the backward kernel spills registers.
+    tile_rows, tile_keys, lines, shares = 4, 16, 32, 1
 
     def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
         """Return the number of elements for a program, and of segments of a diagonal.
@@ -70,13 +73,13 @@ class MixedMixer(Mixer[Mixed]):
     def mix(self, x: Tensor, band: Band) -> Tensor:
         """Return logits without C of a band, in place of scores X; -inf where unseen."""
         terms, mask = self.terms, self.mask(x, band)
-        where = diagonals(self.problem, band, self.tile_rows, self.tile_keys)
+        where = diagonals(self.problem, band, MIX_ROWS, self.tile_keys)
         batch, rows, keys = band.sizes
         _, segments = self.share(batch, where.number, rows)
         start(kernels.mix_kernel, (where.number, batch, segments))(
             x, terms.weight_in, terms.weight_out, terms.hidden, mask, rows, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *x.stride()[:2], mask.stride(0),
-            **self.compiled(), num_warps=4,
+            **{**self.compiled(), "M": MIX_ROWS}, num_warps=4,
         )  # fmt: skip
         return x
 
@@ -93,7 +96,7 @@ class MixedMixer(Mixer[Mixed]):
             count, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,
-            **self.compiled(), num_warps=8, num_stages=1,
+            **self.compiled(), num_warps=4, num_stages=1,
         )  # fmt: skip
         return x, y
 
