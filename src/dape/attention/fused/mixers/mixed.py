@@ -45,6 +45,11 @@ class MixedMixer(Mixer[Mixed]):
     # Tiles of more rows would not fit the registers, nor in float32 shared memory.
     tile_rows, tile_keys, lines, shares = 8, 16, 32, 1
 
+    @property
+    def static(self) -> Tensor:
+        """Return C, which logits of `mix` lack."""
+        return self.terms.static
+
     def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
         """Return the number of elements for a program, and of segments of a diagonal.
 
