@@ -17,7 +17,7 @@ from dape.attention.fused.sums import distances_at_once, slots_at_once, zeros
 from dape.attention.fused.terms import Features
 
 # A tile that fits the registers, and its padded number of lines.
-TILE_ROWS, TILE_KEYS, LINES = 8, 16, 32
+TILE_ROWS, TILE_KEYS, LINES = 4, 16, 32
 SIZES = ("H", "D", "F", "HEADS", "UNITS", "FEATURES")
 
 
@@ -75,7 +75,7 @@ class FeaturesMixer(Mixer[Features]):
             count, keys, len(self.terms.psi),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), *pairs.stride()[:2],
-            LINES=LINES, **self.compiled(), num_warps=8, num_stages=1,
+            LINES=LINES, **self.compiled(), num_warps=4, num_stages=1,
         )  # fmt: skip
         add_pairs(self.problem, slots.scale[band.keys.start :], pairs, band)
         return x, y

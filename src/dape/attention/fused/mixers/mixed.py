@@ -42,8 +42,8 @@ class MixedMixer(Mixer[Mixed]):
     """
 
     __slots__ = ()
-    # Tiles of more rows would not fit the registers, nor in float32 shared memory.
-    tile_rows, tile_keys, lines, shares = 8, 16, 32, 1
+    # With more rows the backward kernel spills registers.
+    tile_rows, tile_keys, lines, shares = 4, 16, 32, 1
 
     @property
     def static(self) -> Tensor:
@@ -98,7 +98,7 @@ class MixedMixer(Mixer[Mixed]):
             count, keys, len(terms.hidden),
             where.first, where.band_tile, where.offset, *slots.sums.shape[1:],
             *x.stride()[:2], *rows.lse.stride(), mask.stride(0), LINES=self.lines, ADD=slots.add,
-            **self.compiled(), num_warps=8, num_stages=1,
+            **self.compiled(), num_warps=4, num_stages=1,
         )  # fmt: skip
         return x, y
 
