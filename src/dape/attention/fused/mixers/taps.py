@@ -25,7 +25,7 @@ from dape.attention.fused.terms import Taps
 TILE = Tile(4, 16, 4, 3)
 # Tiles that fit the registers if the padded hidden units of a position's taps have more than
 # MOST_BYTES, and more than twice as many.
-SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 8, 1), Tile(4, 4, 8, 1), 256
+SMALL_TILE, SMALLEST_TILE, MOST_BYTES = Tile(8, 8, 4, 1), Tile(4, 8, 4, 1), 256
 
 
 class Pass(NamedTuple):
