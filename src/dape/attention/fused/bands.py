@@ -26,14 +26,14 @@ SPAN = 8
 
 
 def tile_of(kernel: str, part: Problem) -> Tile:
-    """Return the tile of a kernel: small ones for few rows, and where four bytes fill memory.
+    """Return the tile of a kernel: small ones for few rows, and where many rows of four bytes are.
 
     The loads under way of wide heads fit the 99 KiB of shared memory of smaller GPUs.
     """
     tile = TILES[kernel]
     if max(part.query.shape[3], part.value.shape[3]) > (128 if kernel == "scores" else 64):
         tile = tile._replace(num_stages=tile.num_stages - 1)
-    if part.scratch == torch.float32:
+    if part.scratch == torch.float32 and not part.in_float32:
         tile = Tile(min(tile.rows, 32), min(tile.keys, 32), 4, 2)
     if part.query.shape[2] <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)

@@ -16,10 +16,12 @@ from dape.attention.fused.cuda import features, taps
 from dape.attention.fused.cuda.mix import CudaMixer
 from dape.attention.fused.geometry import Scratch, bands, blocks
 from dape.attention.fused.grad import gradients
+from dape.attention.fused.mixers import taps_rows
 from dape.attention.fused.mixers.features import FeaturesMixer
 from dape.attention.fused.mixers.mixed import MixedMixer
 from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.mixers.taps import TapsMixer
+from dape.attention.fused.mixers.taps_rows import TapsRowsMixer
 from dape.attention.fused.problem import Gate, Gradients, Problem, Result
 from dape.attention.fused.rows import Rows, in_half
 from dape.attention.fused.terms import (
@@ -71,6 +73,9 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
         # In float32, and with flag 1 backward too.
         found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
         decode.forward(problem, terms, found)
+    elif isinstance(terms, Taps) and taps_rows.serves(problem):
+        found = found._replace(flag=problem.query.new_empty(int(narrow), dtype=torch.int32))
+        forward_by_bands(TapsRowsMixer.of(problem, terms, found.flag), found.silent())
     elif not narrow:
         forward_by_bands(mixer_of(problem, backend), found)
     else:

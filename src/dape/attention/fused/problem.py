@@ -48,7 +48,7 @@ class Problem(NamedTuple):
 
     `mask` is true for visible keys. `halo` and `begun` are for `Taps` alone: the numbers of first
     and last keys without weight, and elements with a visible key before the first key. With a
-    `gate` kernels run if the flag agrees.
+    `gate` kernels run if the flag agrees. The scratch of few rows of 16 bits may be `in_float32`.
     """
 
     query: Float[Tensor, "batch heads rows head_dim"]
@@ -62,11 +62,12 @@ class Problem(NamedTuple):
     halo: tuple[int, int] = (0, 0)
     begun: Bool[Tensor, "batch"] | None = None
     gate: Gate | None = None
+    in_float32: bool = False
 
     @property
     def scratch(self) -> torch.dtype:
         """Return the dtype of the scratch."""
-        exact = self.wide or self.query.dtype == torch.float32
+        exact = self.wide or self.in_float32 or self.query.dtype == torch.float32
         return torch.float32 if exact else torch.float16
 
     @property

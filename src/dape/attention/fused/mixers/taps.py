@@ -121,11 +121,7 @@ class TapsMixer(Mixer[Taps]):
         problem, tile, reach = self.problem, self.tile, self.terms.taps // 2
         batch, rows, keys = band.sizes
         mask = self.mask(x, band)
-        started = mask
-        if problem.mask is not None:
-            started = mask.to(torch.uint8).argmax(1).to(torch.int32)
-            if problem.begun is not None:
-                started.masked_fill_(problem.begun[band.batch], 0)
+        started = self.started(mask, band)
         given = Pass(
             diagonals(problem, band, *tile[:2]),
             diagonals(problem, band, *tile[:2], reach),
@@ -141,6 +137,15 @@ class TapsMixer(Mixer[Taps]):
             *x.stride()[:2], *z.stride()[:2], mask.stride(0), **self.compiled(),
         )  # fmt: skip
         return given
+
+    def started(self, mask: Tensor, band: Band) -> Tensor:
+        """Return the first key of each element that the mask shows; without a mask any tensor."""
+        if self.problem.mask is None:
+            return mask
+        found = mask.to(torch.uint8).argmax(1).to(torch.int32)
+        if self.problem.begun is not None:
+            found.masked_fill_(self.problem.begun[band.batch], 0)
+        return found
 
     def mix(self, x: Tensor, band: Band) -> Tensor:
         """Return logits of a band, in place of scores X; -inf where unseen."""
