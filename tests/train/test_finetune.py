@@ -1,5 +1,6 @@
 """Fine-tuning of a pretrained model: what plain PyTorch does, with all but the adapters at rest."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +8,13 @@ from small import batch, losses
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import dape
 from dape import strict
@@ -58,12 +65,14 @@ def finished(base, data, tmp_path_factory):
 
 
 def plain_losses(model, parameters, data):
-    """Return the losses of six steps of AdamW in plain PyTorch."""
+    """Return the losses of six steps of AdamW in plain PyTorch, with the seed of each step."""
     windows = Windows(Corpus(data).split("train"), 16, seed=0)
     optimizer = torch.optim.AdamW(parameters, lr=1e-1, betas=(0.9, 0.95), weight_decay=0)
     found = []
     for step in range(6):
         tokens = torch.from_numpy(batch(windows, step, 8))
+        seed = np.random.SeedSequence([0, step + 1, 0]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -134,6 +143,20 @@ def test_the_model_as_it_is_trains_whole_and_is_saved_whole(base, data, tmp_path
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
     assert (folder / "model" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_dropout_of_the_base_is_on_in_every_step_whenever_the_run_validates(data, tmp_path, every):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = GPT2Config(vocab_size=257, **sizes, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(7)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    whole = {"adapter": None, "train": "all", "options": {}}
+    often = {"validate_every": every}
+    folder = run(recipe(tmp_path / "gpt2", data, tmp_path / "run", model=whole, tracking=often))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").train()
+    expected = plain_losses(model, list(model.parameters()), data)
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
 
 
 def test_keys_of_the_configuration_change(data, tmp_path):
