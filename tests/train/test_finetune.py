@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -185,6 +187,16 @@ def test_mistakes_are_found_before_a_step(base, data, tmp_path, model, words):
     with pytest.raises(UserError, match=words):
         run(recipe(base, data, tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_reads_later_tokens_is_not_trained(data, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(7)
+    config = BertConfig(vocab_size=257, **sizes, intermediate_size=20, initializer_range=0.5)
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    whole = {"adapter": None, "train": "all", "options": {}}
+    with pytest.raises(UserError, match="reads later tokens, and is no causal language model"):
+        run(recipe(tmp_path / "bert", data, tmp_path / "run", model=whole))
 
 
 def test_layouts_that_fine_tuning_does_not_have(base, data, tmp_path, monkeypatch):

@@ -174,7 +174,8 @@ class _Session:
 
     def run(self, prompts: "Mapping[str, _Asked]", again: bool) -> list[Retrieval]:
         """Return a record for each task, with earlier measurements unless `again`."""
-        with self.model.on_demand(self.device, max(self.plan.lengths)) as network:
+        longest, precision = max(self.plan.lengths), self.origin["precision"]
+        with self.model.on_demand(self.device, longest, precision) as network:
             return [self._record(task, asked, again, network) for task, asked in prompts.items()]
 
     def _record(

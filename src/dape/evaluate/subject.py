@@ -126,23 +126,39 @@ class Model:
         return str(file_of_model(self.source).parent)
 
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model for inference on the device, in the saved precision.
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Yield the model for inference on the device.
 
-        A model with a stored table of positions by formula stores `longest` tokens.
+        For products of the `precision` fp32 the weights are in float32, and otherwise in the saved
+        precision. A model with a stored table of positions by formula stores `longest` tokens.
+
+        Raises:
+            UserError: for a model that is not causal.
         """
         from dape.model.loading import load_causal
 
         stored = STORED.get(self.config.model_type)
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
-        model = load_causal(self.source, self.partial_weights, **options)
-        yield model.to(device).eval()
+        model = load_causal(self.source, self.partial_weights, **options, **_dtype(precision))
+        yield self._checked(model.to(device).eval())
+
+    def _checked(self, network: nn.Module) -> nn.Module:
+        """Return a network, a `UserError` for a foreign network that is not causal."""
+        from dape.model.loading import check_causal
+
+        if self.config.model_type != "dape":
+            check_causal(network, self.source)
+        return network
 
     @contextmanager
-    def on_demand(self, device: torch.device, longest: int) -> Iterator[Callable[[], nn.Module]]:
+    def on_demand(
+        self, device: torch.device, longest: int, precision: str | None = None
+    ) -> Iterator[Callable[[], nn.Module]]:
         """Yield a function that returns the model `loaded`, once for all calls."""
         with ExitStack() as stack:
-            yield cache(lambda: stack.enter_context(self.loaded(device, longest)))
+            yield cache(lambda: stack.enter_context(self.loaded(device, longest, precision)))
 
     def precision(self, device: torch.device, asked: str = "auto") -> str:
         """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
@@ -228,16 +244,19 @@ class Finetuned(Model):
         return _checksum([super().weights, files_checksum(self.folder.adapters)])
 
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
         """Yield the model on the device, with the adapters, if any."""
         if self._chosen["adapter"] is None:
-            with super().loaded(device, longest) as model:
+            with super().loaded(device, longest, precision) as model:
                 yield model
             return
         from dape.model.loading import load_causal
         from dape.model.retrofit import load_adapters
 
-        model = load_causal(self.source, self.partial_weights, config=self.config)
+        options = {"config": self.config, **_dtype(precision)}
+        model = load_causal(self.source, self.partial_weights, **options)
         model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])
         yield model.eval()
@@ -262,12 +281,29 @@ class InMemory(Model):
     def _tokenizer_folder(self) -> str:
         return "FOLDER, the folder of the tokenizer"
 
+    def precision(self, device: torch.device, asked: str = "auto") -> str:
+        """Return the precision of products, bf16 for weights below float32.
+
+        Raises:
+            UserError: for an unknown precision, or fp32 for weights below float32.
+        """
+        found = super().precision(device, asked)
+        low = {x.dtype for x in self.network.parameters()} & {torch.bfloat16, torch.float16}
+        if low and asked == "fp32":
+            raise UserError(
+                f"precision='fp32': {self.source} has weights in {min(map(str, low))}; give"
+                " model.float(), or precision='bf16'"
+            )
+        return "bf16" if low else found
+
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
         """Yield the model in evaluation mode on its device; afterwards restore the mode."""
         training = [module for module in self.network.modules() if module.training]
         try:
-            yield self.network.eval()
+            yield self._checked(self.network.eval())
         finally:
             for module in training:
                 module.training = True
@@ -278,6 +314,11 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+
+
+def _dtype(precision: str | None) -> dict[str, torch.dtype]:
+    """Return the option of loading for weights in float32, if products are in float32."""
+    return {"dtype": torch.float32} if precision == "fp32" else {}
 
 
 def _checksum(content: Any) -> str:

@@ -3,12 +3,15 @@
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dape.data.hub import fetch
+from dape.device import device_of
 from dape.errors import UserError, out_of_memory
 
 _NAMED = 3  # weights named in an error
@@ -70,6 +73,29 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     if not partial_weights:
         _refuse(source, {"misses": report["missing_keys"], "has": report["unexpected_keys"]})
     return model
+
+
+@torch.inference_mode()
+def check_causal(model: nn.Module, source: str) -> None:
+    """Refuse a model whose predictions read later tokens, which makes every loss too low.
+
+    After the same first token, two texts need the same first prediction, up to rounding.
+    transformers loads BERT, XLNet and others as causal models that read in both directions.
+
+    Raises:
+        UserError: naming the model.
+    """
+    device = device_of(model, torch.device("cpu"))
+    texts = torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], device=device)
+    found = model(input_ids=texts, use_cache=False).logits
+    first, second = found[:, 0].float()
+    rounding = torch.finfo(found.dtype).eps ** 0.5 * first.abs().max()
+    if (first - second).abs().max() > rounding:
+        raise UserError(
+            f"{source} ({type(model).__name__}) reads later tokens, and is no causal language"
+            " model; give a model that reads from left to right, such as a BERT with"
+            " is_decoder=true in config.json"
+        )
 
 
 def _refuse(source: str, faults: dict[str, set[str]]) -> None:

@@ -192,10 +192,12 @@ class Retrofitting(NextToken):
 
     def build(self, device: torch.device) -> nn.Module:
         """Load the model, mount adapters, and freeze all parameters outside `base.train`."""
+        from dape.model.loading import check_causal
         from dape.model.retrofit import retrofit, set_trainable
 
         chosen, source = self.recipe.model, source_of(self.recipe)
         model = load(source, chosen.config).to(device)
+        check_causal(model, source)
         tokens = model.config.get_text_config().vocab_size
         folder = file_of_model(source).parent
         self.corpus.check_model(source, tokens, of_model(source), folder)
