@@ -160,6 +160,26 @@ def test_a_tokenizer_whose_end_of_text_is_ordinary_text_is_refused(tmp_path):
         load(str(tmp_path))
 
 
+def test_a_tokenizer_that_reads_unknown_characters_as_the_end_of_text_is_refused(tmp_path):
+    letters = {letter: number for number, letter in enumerate(["<unk>", *"abcdefghknu<>/s "])}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    names = {"unk_token": "<unk>", "eos_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads the end of text '<unk>' in ordinary text, where"):
+        load(str(tmp_path))
+
+
+def test_bits_per_byte_are_refused_where_a_character_may_be_unknown():
+    known = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642.\n"
+    letters = {letter: number for number, letter in enumerate(["<unk>", *sorted(set(known))])}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode(encoder(serialize(tokenizer))(known)) == known
+    with pytest.raises(UserError, match="keeps every byte"):
+        token_bytes(tokenizer)
+
+
 def test_random_bytes_of_characters_round_trip():
     text = "".join(random.Random(0).choices([chr(c) for c in range(0xD800)], k=20_000))
     ids = encoder(serialize(BYTE))(text)

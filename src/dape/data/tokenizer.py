@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
-PROBE = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642.\n"
+RARE = "\ue000\U00010380\U00012000"  # characters that only a tokenizer of bytes knows
+PROBE = f"A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642{RARE}.\n"
 
 
 def load(name_or_path: str) -> "PreTrainedTokenizerFast":
@@ -28,7 +29,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
 
     Raises:
         UserError: for an unknown tokenizer, or a tokenizer without an end of text, or a tokenizer
-            that reads the end of text in ordinary text, where documents would merge.
+            that reads the end of text in ordinary text, where documents would be cut.
     """
     if name_or_path == "byte":
         return byte()
@@ -42,10 +43,10 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
                 'add "eos_token" to tokenizer_config.json'
             )
         tokenizer.eos_token = known[0]
-    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
+    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b{RARE}"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads the end of text {tokenizer.eos_token!r} in ordinary "
-            "text, and documents would merge; use another tokenizer"
+            "text, where documents would be cut; use another tokenizer"
         )
     return tokenizer
 
