@@ -18,6 +18,7 @@ _FACTS = {
     "versions": dict[str, str],
     "data": Annotated[dict[str, Any], Holds({"path": str, "checksum": str})],
     "started": str,
+    "base_weights": str,
     "step": int,
     "tokens": int,
     **dict.fromkeys(("loss", "validation_loss", "seconds"), float),

@@ -1,5 +1,7 @@
 """Fine-tuning of a pretrained model: what plain PyTorch does, with all but the adapters at rest."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,9 @@ import dape
 from dape import strict
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
+from dape.evaluate import evaluate
+from dape.model.loading import fingerprint
+from dape.runs import RunFolder
 from dape.train import loop
 from dape.train.plan import check
 from dape.train.recipe import Retrofit
@@ -145,6 +150,32 @@ def test_the_model_as_it_is_trains_whole_and_is_saved_whole(base, data, tmp_path
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[name], tensor, rtol=1e-3, atol=1e-3)
     assert (folder / "model" / "tokenizer.json").is_file()
+
+
+def test_adapters_of_a_base_that_changed_are_neither_trained_on_nor_measured(data, tmp_path):
+    base = tmp_path / "base"
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / str(seed))
+    shutil.copytree(tmp_path / "7", base)
+    folder = run(recipe(base, data, tmp_path / "run"))
+    (before,) = evaluate(folder, lengths=[16])
+    shutil.copytree(tmp_path / "8", base, dirs_exist_ok=True)
+    words = f"the weights of {base} changed since the training of {folder} began; put the first"
+    with pytest.raises(UserError, match=words):
+        evaluate(folder, lengths=[16])
+    shutil.rmtree(folder / "adapters")
+    RunFolder(folder).update_record({"ended": None})
+    with pytest.raises(UserError, match=words):
+        run(recipe(base, data, folder))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "7", dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "7", dtype=torch.float32)
+    assert (
+        fingerprint(half) == fingerprint(whole) == RunFolder(folder).read_record()["base_weights"]
+    )
+    shutil.copytree(tmp_path / "7", base, dirs_exist_ok=True)
+    (after,) = evaluate(run(recipe(base, data, folder)), lengths=[16])
+    assert after.by_length == before.by_length
 
 
 @pytest.mark.parametrize("every", [1, 4])

@@ -247,16 +247,21 @@ class Finetuned(Model):
     def loaded(
         self, device: torch.device, longest: int = 0, precision: str | None = None
     ) -> Iterator[nn.Module]:
-        """Yield the model on the device, with the adapters, if any."""
+        """Yield the model on the device, with the adapters, if any.
+
+        Raises:
+            UserError: for a base whose weights changed since the training.
+        """
         if self._chosen["adapter"] is None:
             with super().loaded(device, longest, precision) as model:
                 yield model
             return
-        from dape.model.loading import load_causal
+        from dape.model.loading import check_base, load_causal
         from dape.model.retrofit import load_adapters
 
         options = {"config": self.config, **_dtype(precision)}
         model = load_causal(self.source, self.partial_weights, **options)
+        check_base(model, self.source, self.folder)
         model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])
         yield model.eval()

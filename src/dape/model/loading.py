@@ -1,5 +1,6 @@
 """Pretrained causal language models, without missing or unused weights."""
 
+import hashlib
 from pickle import UnpicklingError
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers.utils import logging
 from dape.data.hub import fetch
 from dape.device import device_of
 from dape.errors import UserError, out_of_memory
+from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error
+_SAMPLED = 64  # numbers of a parameter in the fingerprint
 
 
 def load_config(source: str, **changes: Any) -> Any:
@@ -96,6 +99,34 @@ def check_causal(model: nn.Module, source: str) -> None:
             " model; give a model that reads from left to right, such as a BERT with"
             " is_decoder=true in config.json"
         )
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of the first numbers of all parameters, equal for loads in any precision.
+
+    The numbers are rounded to bfloat16. A further training moves some of them.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        first = parameter.flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
+        found.update(name.encode() + first.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_base(model: nn.Module, source: str, run: RunFolder) -> str:
+    """Return the fingerprint of the base of a fine-tuning, the same as when the run began.
+
+    Raises:
+        UserError: for a base that was changed since.
+    """
+    found = fingerprint(model)
+    if run.read_record().get("base_weights", found) != found:
+        raise UserError(
+            f"the weights of {source} changed since the training of {run} began; put the first"
+            " weights back, or train again under another --name"
+        )
+    return found
 
 
 def _refuse(source: str, faults: dict[str, set[str]]) -> None:
