@@ -156,6 +156,19 @@ class RunFolder:
         """
         return read_json(self.record, _known, _REMEDY) if lexists(self.record) else {}
 
+    def check_data(self, data: str, checksum: str, remedy: str) -> None:
+        """Refuse a corpus in `data` unlike the training corpus, if the run has a record of it.
+
+        Raises:
+            UserError: with both checksums and the remedy.
+        """
+        before = self.read_record().get("data", {}).get("checksum", checksum)
+        if checksum != before:
+            raise UserError(
+                f"{self} was trained on other data: {data} has checksum {checksum[:12]}, not"
+                f" {before[:12]}; {remedy}"
+            )
+
     def update_record(self, entries: dict[str, Any]) -> None:
         """Write entries into the record, over entries of the same name."""
         write_json(self.record, self.read_record() | entries)

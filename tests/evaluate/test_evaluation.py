@@ -238,6 +238,25 @@ def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
         evaluate(run, corpus, LENGTHS, precision="int8")
 
 
+def test_a_training_corpus_prepared_anew_may_hold_other_test_documents(tmp_path):
+    data = prepare(tmp_path / "corpus")
+    run = make_run(tmp_path / "run", data, "kerple")
+    entry = {"path": str(data), "checksum": Corpus(data).checksum}
+    RunFolder(run).update_record({"data": entry})
+    (before,) = evaluate(run, lengths=LENGTHS)
+    shutil.rmtree(tmp_path / "corpus")
+    prepare(tmp_path / "corpus", seed=1)
+    words = (
+        rf"trained on other data: {data} has checksum \w+, not {entry['checksum'][:12]}; give --d"
+    )
+    with pytest.raises(UserError, match=words):
+        evaluate(run, lengths=LENGTHS)
+    with pytest.raises(UserError, match=words):
+        evaluate_retrieval(run, ["needle"], lengths=[300])
+    (asked,) = evaluate(run, data, LENGTHS)
+    assert asked.targets.data == Corpus(data).checksum != before.targets.data
+
+
 def moved(model):
     """Return a model with weights far from the start, so that it reads more than a token."""
     with torch.no_grad():

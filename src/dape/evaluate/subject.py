@@ -109,13 +109,21 @@ class Model:
         """Return the corpus in `data`, by default the training corpus.
 
         Raises:
-            UserError: for a model without a recipe, or a corpus prepared with another tokenizer.
+            UserError: for a model without a recipe, a corpus prepared with another tokenizer, or a
+                training corpus that was prepared anew since.
         """
-        if data is None and self.recipe is None:
-            raise UserError(f"{self.source} has no recipe with a corpus; give --data")
-        corpus = data if isinstance(data, Corpus) else Corpus(data or self.recipe["data"])  # type: ignore[index]
+        corpus = self._training_corpus() if data is None else data
+        corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
         tokenizer, folder = self.tokenizer(), self._tokenizer_folder()
         corpus.check_model(self.source, self.config.vocab_size, tokenizer, folder)
+        return corpus
+
+    def _training_corpus(self) -> Corpus:
+        """Return the corpus of the training, whose test split the model never read."""
+        if self.recipe is None:
+            raise UserError(f"{self.source} has no recipe with a corpus; give --data")
+        corpus, remedy = Corpus(self.recipe["data"]), "give --data, with texts that it did not read"
+        self.folder.check_data(self.recipe["data"], corpus.checksum, remedy)
         return corpus
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
