@@ -122,6 +122,17 @@ def test_token_bytes_where_a_space_is_put_first():
     assert sizes[rest].sum() == len(text[1:].encode())
 
 
+def test_a_common_token_named_for_padding_has_bytes():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe(), eos_token="<|endoftext|>")
+    text = "What! 1! <|endoftext|>"
+    ids = encoder(serialize(tokenizer))(text)
+    tokenizer.pad_token = "!"
+    assert tokenizer.pad_token_id in ids
+    sizes = token_bytes(tokenizer)
+    assert sizes[ids].sum() == len(text.encode())
+    assert sizes[tokenizer.eos_token_id] == 0
+
+
 def test_token_bytes_of_composed_text():
     backend = bpe(normalizers.NFC())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
