@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     XLNetConfig,
     XLNetLMHeadModel,
@@ -294,6 +296,22 @@ def test_a_module_in_16_bits_is_recorded_in_16_bits(llama, corpus, dtype):
     words = rf"precision='fp32': models\[0\].* has weights in {dtype}; give model.float\(\), or"
     with pytest.raises(UserError, match=words):
         evaluate(model, corpus, LENGTHS, precision="fp32")
+
+
+def test_a_cap_of_the_scores_is_not_left_out(corpus, tmp_path):
+    """By the code of transformers for the cap, which its default attention does not have."""
+    config = Gemma2Config(
+        **LLAMA, num_key_value_heads=1, head_dim=8, intermediate_size=32,
+        attn_logit_softcapping=0.5, query_pre_attn_scalar=1, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = moved(Gemma2ForCausalLM(config))
+    model.save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    (found,) = evaluate(tmp_path, corpus, LENGTHS, blocks=1)
+    for length in LENGTHS:
+        expected = own_loss(model, corpus, found.targets, length)
+        assert found.by_length[length].document_losses == pytest.approx(expected, rel=1e-6)
 
 
 def bert(**changes):

@@ -50,8 +50,7 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     Raises:
         UserError: for an unknown model, damaged files, or missing or unused weights.
     """
-    if "config" not in options:
-        load_config(source)
+    options = _attention(options.get("config") or load_config(source)) | options
     verbosity = logging.get_verbosity()
     if not partial_weights:
         logging.set_verbosity_error()  # the error below replaces the warning
@@ -76,6 +75,15 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     if not partial_weights:
         _refuse(source, {"misses": report["missing_keys"], "has": report["unexpected_keys"]})
     return model
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    """Return the option of loading for a model that caps scores, as Gemma 2 does.
+
+    PyTorch's attention, the default of transformers, leaves the cap out.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
 
 
 @torch.inference_mode()
