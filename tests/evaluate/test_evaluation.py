@@ -272,6 +272,7 @@ def test_weights_saved_in_16_bits_are_measured_in_float32_where_the_record_says_
 ):
     moved(llama).to(torch.bfloat16).save_pretrained(tmp_path)
     byte().save_pretrained(tmp_path)
+    assert open_model(tmp_path).precision(torch.device("cuda")) == "bf16"
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     (found,) = evaluate(tmp_path, corpus, LENGTHS, blocks=1)
     assert found.provenance["precision"] == "fp32"

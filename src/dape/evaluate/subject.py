@@ -169,7 +169,9 @@ class Model:
             yield cache(lambda: stack.enter_context(self.loaded(device, longest, precision)))
 
     def precision(self, device: torch.device, asked: str = "auto") -> str:
-        """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
+        """Return the precision of products; `auto` on a GPU is that of training or file, else fp32.
+
+        A file in 16 bits is measured in bf16, since float32 weights would need twice the memory.
 
         Raises:
             UserError: for an unknown precision.
@@ -179,7 +181,9 @@ class Model:
                 raise unknown("precision", asked, (*PRECISIONS, "auto"))
             return asked
         trained = (self.recipe or {}).get("training", {}).get("precision")
-        return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
+        saved = getattr(self.config.get_text_config(), "dtype", None)
+        low = trained == "bf16-mixed" or saved in (torch.bfloat16, torch.float16)
+        return "bf16" if device.type == "cuda" and low else "fp32"
 
     def check_spread(self) -> None:
         """Raise a `UserError` for a model whose windows several devices cannot share."""
