@@ -18,6 +18,7 @@ _FACTS = {
     "versions": dict[str, str],
     "data": Annotated[dict[str, Any], Holds({"path": str, "checksum": str})],
     "started": str,
+    "base_weights": str,
     "step": int,
     "tokens": int,
     **dict.fromkeys(("loss", "validation_loss", "seconds"), float),
@@ -154,6 +155,19 @@ class RunFolder:
             UserError: for a damaged record.
         """
         return read_json(self.record, _known, _REMEDY) if lexists(self.record) else {}
+
+    def check_data(self, data: str, checksum: str, remedy: str) -> None:
+        """Refuse a corpus in `data` unlike the training corpus, if the run has a record of it.
+
+        Raises:
+            UserError: with both checksums and the remedy.
+        """
+        before = self.read_record().get("data", {}).get("checksum", checksum)
+        if checksum != before:
+            raise UserError(
+                f"{self} was trained on other data: {data} has checksum {checksum[:12]}, not"
+                f" {before[:12]}; {remedy}"
+            )
 
     def update_record(self, entries: dict[str, Any]) -> None:
         """Write entries into the record, over entries of the same name."""

@@ -5,6 +5,7 @@ import json
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CTRLConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
@@ -32,6 +33,7 @@ CONFIGS = {
         pad_token_id=1,
     ),
     "mpt": MptConfig(**SHAPE, d_model=16, n_heads=2, n_layers=1, max_seq_len=ENDS),
+    "ctrl": CTRLConfig(**SHAPE, **NARROW, dff=32),
     "gptj": GPTJConfig(**SHAPE, **NARROW, rotary_dim=4),
 }
 

@@ -24,6 +24,7 @@ QUESTIONS = [
 ]
 END = 256
 LENGTHS = (8, 16, 64)
+GENERATED = 3  # tokens of a generation, which leave less of the prompt
 
 
 def task(folder, name, documents, **settings):
@@ -62,6 +63,16 @@ def tasks(tmp_path_factory):
         doc_to_target="answer",
         target_delimiter="",
         metric_list=[{"metric": "acc"}],
+    )
+    task(
+        folder,
+        "continuing",
+        QUESTIONS,
+        output_type="generate_until",
+        doc_to_text="{{context}}",
+        doc_to_target="{{choices[0]}}",
+        generation_kwargs={"until": ["."], "max_gen_toks": GENERATED, "do_sample": False},
+        metric_list=[{"metric": "exact_match"}],
     )
     return folder
 
@@ -159,6 +170,39 @@ def test_the_file_tells_what_was_asked_and_what_was_cut(run, tasks):
     }
     assert content["cut"] == len(over) == 9
     assert result(run, "choosing", 64)["cut"] == 0
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16384])
+def test_each_prompt_that_is_cut_before_a_generation_counts(run, tasks, batch_tokens):
+    words = ("--tasks", "continuing", "--include-path", tasks, "--lengths", "16,48,64", "--again")
+    assert not dape("eval", "harness", run, *words, "--batch-tokens", batch_tokens)
+    for length in (16, 48, 64):
+        over = [each for each in QUESTIONS if len(each["context"]) > length - GENERATED]
+        assert result(run, "continuing", length)["cut"] == len(over)
+    assert len(over) == 0
+
+
+def test_generations_are_those_of_greedy_decoding_after_the_cut(run, tasks, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    found, generate = [], HFLM.generate_until
+
+    def heard(self, requests, **options):
+        found.extend(zip(requests, answers := generate(self, requests, **options), strict=True))
+        return answers
+
+    monkeypatch.setattr(HFLM, "generate_until", heard)
+    words = ("--tasks", "continuing", "--include-path", tasks, "--lengths", "16", "--again")
+    assert not dape("eval", "harness", run, *words)
+    model = DapeForCausalLM.from_pretrained(run / "model").eval()
+    assert len(found) == len(QUESTIONS)
+    for request, answer in found:
+        tokens, new = list(request.args[0].encode())[-(16 - GENERATED) :], []
+        while len(new) < GENERATED and not {END, ord(".")} & {*new}:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([tokens + new])).logits
+            new.append(int(logits[0, -1].argmax()))
+        assert answer == byte().decode(new, skip_special_tokens=True).split(".")[0]
 
 
 def test_without_lengths_it_is_the_training_length_and_a_limit_is_heeded(run, tasks):

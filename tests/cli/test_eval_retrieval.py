@@ -1,6 +1,7 @@
 """`dape eval retrieval` and `dape plot retrieval` on small run folders."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from dape.data.shards import Corpus
 from dape.data.tokenizer import byte
 from dape.evaluate.prompts import needle, passkey
+from dape.evaluate.trials import Plan, retrieve
 from dape.model.modeling import DapeForCausalLM
-from folders import dape, make_run, prepare, refused
+from folders import dape, make_run, prepare, refused, text
 
 ASKED = ("--lengths", "350,400", "--depths", "0,0.5,1", "--trials", "2", "--seed", "5")
 
@@ -72,7 +74,34 @@ def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
     assert content["plan"] == {"lengths": [350, 400], "depths": [0, 0.5, 1], "trials": 2, "seed": 5}
     assert (content["scheme"], content["seed"], content["train_length"]) == ("kerple", 0, 16)
     assert content["data"] == Corpus(corpus).checksum
-    assert record(runs[0], "passkey")["data"] is None
+    assert content["split"] == "test"
+    other = record(runs[0], "passkey")
+    assert other["data"] is None and other["split"] is None
+
+
+def test_needles_of_another_split_are_measured_and_not_drawn_together(tmp_path, capsys):
+    sizes = {"train": 50, "validation": 700, "test": 700}
+    for split, size in sizes.items():
+        (tmp_path / "text" / split).mkdir(parents=True)
+        words = text(size, random.Random(split))
+        (tmp_path / "text" / split / "0.txt").write_text(words)
+    assert not dape("prepare", tmp_path / "text", "--out", tmp_path / "data", "--workers", "1")
+    runs = [make_run(tmp_path / f"run-{n}", tmp_path / "data", "kerple", n) for n in (0, 1)]
+    asked = ("--tasks", "needle", "--lengths", "400", "--depths", "0.5", "--trials", "2")
+    assert not dape("eval", "retrieval", *runs, *asked)
+    first = [record(run, "needle")["cells"] for run in runs]
+    assert not dape("eval", "retrieval", runs[0], *asked, "--split", "validation")
+    (second,) = record(runs[0], "needle")["cells"]
+    prompts = needle(byte(), Corpus(tmp_path / "data"), "validation")
+    model = DapeForCausalLM.from_pretrained(runs[0] / "model").eval()
+    found, _ = retrieve(model, prompts, Plan((400,), (0.5,), trials=2, seed=0), batch_tokens=400)
+    assert second["log_probability"] == pytest.approx(found[0].log_probability, rel=1e-5)
+    assert second["log_probability"] != pytest.approx(first[0][0]["log_probability"], rel=1e-5)
+    capsys.readouterr()
+    line = refused(
+        capsys, "plot", "retrieval", *runs, "--task", "needle", "--out", tmp_path / "map.md"
+    )
+    assert "had different prompts (task, corpus, split, " in line
 
 
 def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):

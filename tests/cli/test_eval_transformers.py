@@ -49,6 +49,7 @@ def own_loss(model, corpus, targets, length, begin=None):
         ("gpt_neox", {}),
         ("mpt", {"max_seq_len": 65}),
         ("gptj", {"n_positions": 65}),
+        ("ctrl", {"n_positions": 65}),
     ],
 )
 def test_the_longest_position_of_a_config_limits_no_model_that_can_go_on(

@@ -101,6 +101,17 @@ def test_links_to_nothing_are_told_counted_and_listed(tmp_path):
         made.prepare(source, out=tmp_path / "other")
 
 
+def test_a_file_linked_twice_is_a_document_of_a_single_split(tmp_path):
+    texts = [f"text number {number}" for number in range(30)]
+    (tmp_path / "source" / "first").mkdir(parents=True)
+    for number, text in enumerate(texts):
+        (tmp_path / "source" / "first" / f"{number}.txt").write_text(text)
+    (tmp_path / "source" / "latest").symlink_to("first")
+    corpus, _ = made.prepare(tmp_path / "source", out=tmp_path / "out", workers=1)
+    found = [each for name in writer.SPLITS for each in made.documents(corpus, name)]
+    assert sorted(found) == sorted(made.byte_tokens(text) for text in texts)
+
+
 def test_text_may_stand_under_another_key(tmp_path):
     texts = made.texts(5)
     lines = [json.dumps({"content": text, "text": 3}) + "\n" for text in texts]

@@ -122,6 +122,17 @@ def test_token_bytes_where_a_space_is_put_first():
     assert sizes[rest].sum() == len(text[1:].encode())
 
 
+def test_a_common_token_named_for_padding_has_bytes():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe(), eos_token="<|endoftext|>")
+    text = "What! 1! <|endoftext|>"
+    ids = encoder(serialize(tokenizer))(text)
+    tokenizer.pad_token = "!"
+    assert tokenizer.pad_token_id in ids
+    sizes = token_bytes(tokenizer)
+    assert sizes[ids].sum() == len(text.encode())
+    assert sizes[tokenizer.eos_token_id] == 0
+
+
 def test_token_bytes_of_composed_text():
     backend = bpe(normalizers.NFC())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
@@ -158,6 +169,26 @@ def test_a_tokenizer_whose_end_of_text_is_ordinary_text_is_refused(tmp_path):
     Tokenizer(models.Unigram(pieces, unk_id=0)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="reads the end of text '</s>' in ordinary text"):
         load(str(tmp_path))
+
+
+def test_a_tokenizer_that_reads_unknown_characters_as_the_end_of_text_is_refused(tmp_path):
+    letters = {letter: number for number, letter in enumerate(["<unk>", *"abcdefghknu<>/s "])}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    names = {"unk_token": "<unk>", "eos_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads the end of text '<unk>' in ordinary text, where"):
+        load(str(tmp_path))
+
+
+def test_bits_per_byte_are_refused_where_a_character_may_be_unknown():
+    known = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642.\n"
+    letters = {letter: number for number, letter in enumerate(["<unk>", *sorted(set(known))])}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode(encoder(serialize(tokenizer))(known)) == known
+    with pytest.raises(UserError, match="keeps every byte"):
+        token_bytes(tokenizer)
 
 
 def test_random_bytes_of_characters_round_trip():

@@ -47,6 +47,19 @@ def test_models_without_a_recipe_are_never_seeds_of_each_other():
     assert [each.label for each in group(models)] == ["llama (one)", "llama (two)"]
 
 
+def test_a_second_training_of_a_seed_is_no_further_seed():
+    again = make("kerple", KERPLE[0], seed=0, run="runs/again")
+    groups = group([*seeds("kerple", KERPLE), again, *seeds("dape-kerple", DAPE)])
+    labels = ["kerple (runs/kerple-0)", "kerple (runs/again)", "dape-kerple"]
+    assert [each.label for each in groups] == labels
+    np.testing.assert_allclose(groups[0].values("loss"), KERPLE)
+    (*_, last) = compare(groups)
+    ours, theirs = np.array(DAPE)[:, -1], np.array(KERPLE)[:, -1]
+    assert (last.candidate, last.baseline, last.over_seeds.pairs) == (labels[2], labels[0], 3)
+    assert last.difference == pytest.approx(np.mean(ours - theirs))
+    assert last.over_seeds.p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+
+
 def test_the_t_test_is_that_of_scipy_on_the_losses_of_shared_seeds():
     runs = [
         *seeds("kerple", KERPLE),

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
 
 import dape
 from dape.data.shards import Corpus
@@ -229,6 +238,113 @@ def test_a_lower_precision_is_close_recorded_and_not_the_same(run, corpus):
         assert close.by_length[length].loss != loss
     with pytest.raises(UserError, match="unknown precision 'int8'"):
         evaluate(run, corpus, LENGTHS, precision="int8")
+
+
+def test_a_training_corpus_prepared_anew_may_hold_other_test_documents(tmp_path):
+    data = prepare(tmp_path / "corpus")
+    run = make_run(tmp_path / "run", data, "kerple")
+    entry = {"path": str(data), "checksum": Corpus(data).checksum}
+    RunFolder(run).update_record({"data": entry})
+    (before,) = evaluate(run, lengths=LENGTHS)
+    shutil.rmtree(tmp_path / "corpus")
+    prepare(tmp_path / "corpus", seed=1)
+    words = (
+        rf"trained on other data: {data} has checksum \w+, not {entry['checksum'][:12]}; give --d"
+    )
+    with pytest.raises(UserError, match=words):
+        evaluate(run, lengths=LENGTHS)
+    with pytest.raises(UserError, match=words):
+        evaluate_retrieval(run, ["needle"], lengths=[300])
+    (asked,) = evaluate(run, data, LENGTHS)
+    assert asked.targets.data == Corpus(data).checksum != before.targets.data
+
+
+def moved(model):
+    """Return a model with weights far from the start, so that it reads more than a token."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.eval()
+
+
+def test_weights_saved_in_16_bits_are_measured_in_float32_where_the_record_says_so(
+    llama, corpus, tmp_path
+):
+    moved(llama).to(torch.bfloat16).save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    assert open_model(tmp_path).precision(torch.device("cuda")) == "bf16"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    (found,) = evaluate(tmp_path, corpus, LENGTHS, blocks=1)
+    assert found.provenance["precision"] == "fp32"
+    for length in LENGTHS:
+        expected = own_loss(model, corpus, found.targets, length)
+        assert found.by_length[length].document_losses == pytest.approx(expected, rel=1e-6)
+    (asked,) = evaluate_retrieval(tmp_path, lengths=[300], depths=[0.5], trials=1)
+    (held,) = evaluate_retrieval(
+        model, tokenizer=byte(), lengths=[300], depths=[0.5], trials=1, precision="fp32"
+    )
+    assert asked.cells[0].log_probability == pytest.approx(held.cells[0].log_probability, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_in_16_bits_is_recorded_in_16_bits(llama, corpus, dtype):
+    model = moved(llama).to(dtype)
+    (found,) = evaluate(model, corpus, LENGTHS, blocks=1)
+    assert found.provenance["precision"] == "bf16"
+    for length in LENGTHS:
+        expected = own_loss(model, corpus, found.targets, length)
+        assert found.by_length[length].document_losses == pytest.approx(expected, rel=2e-2)
+    words = rf"precision='fp32': models\[0\].* has weights in {dtype}; give model.float\(\), or"
+    with pytest.raises(UserError, match=words):
+        evaluate(model, corpus, LENGTHS, precision="fp32")
+
+
+def test_a_cap_of_the_scores_is_not_left_out(corpus, tmp_path):
+    """By the code of transformers for the cap, which its default attention does not have."""
+    config = Gemma2Config(
+        **LLAMA, num_key_value_heads=1, head_dim=8, intermediate_size=32,
+        attn_logit_softcapping=0.5, query_pre_attn_scalar=1, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = moved(Gemma2ForCausalLM(config))
+    model.save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    (found,) = evaluate(tmp_path, corpus, LENGTHS, blocks=1)
+    for length in LENGTHS:
+        expected = own_loss(model, corpus, found.targets, length)
+        assert found.by_length[length].document_losses == pytest.approx(expected, rel=1e-6)
+
+
+def bert(**changes):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=257, **sizes, intermediate_size=32, **changes)
+    return moved(BertLMHeadModel(config))
+
+
+def xlnet():
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    return moved(XLNetLMHeadModel(XLNetConfig(vocab_size=257, **sizes)))
+
+
+@pytest.mark.parametrize("make", [bert, xlnet])
+def test_a_model_that_reads_later_tokens_is_refused(make, corpus, tmp_path):
+    model = make()
+    with pytest.raises(UserError, match=r"models\[0\] .* reads later tokens, and is no causal"):
+        evaluate(model, corpus, LENGTHS)
+    model.save_pretrained(tmp_path)
+    byte().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads later tokens, and is no causal language model"):
+        evaluate(tmp_path, corpus, LENGTHS)
+    with pytest.raises(UserError, match="reads later tokens, and is no causal language model"):
+        evaluate_retrieval(tmp_path, lengths=[300])
+
+
+def test_a_bert_that_reads_from_left_to_right_is_measured(corpus):
+    model = bert(is_decoder=True)
+    (found,) = evaluate(model, corpus, LENGTHS, blocks=1)
+    for length in LENGTHS:
+        expected = own_loss(model, corpus, found.targets, length)
+        assert found.by_length[length].document_losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_model_of_others_has_the_precision_of_the_runs_beside_it(run):

@@ -1,5 +1,8 @@
 """Fine-tuning of a pretrained model: what plain PyTorch does, with all but the adapters at rest."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,12 +10,23 @@ from small import batch, losses
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import dape
 from dape import strict
 from dape.data.shards import Corpus, Windows
 from dape.errors import UserError
+from dape.evaluate import evaluate
+from dape.model.loading import fingerprint
+from dape.runs import RunFolder
 from dape.train import loop
 from dape.train.plan import check
 from dape.train.recipe import Retrofit
@@ -58,12 +72,14 @@ def finished(base, data, tmp_path_factory):
 
 
 def plain_losses(model, parameters, data):
-    """Return the losses of six steps of AdamW in plain PyTorch."""
+    """Return the losses of six steps of AdamW in plain PyTorch, with the seed of each step."""
     windows = Windows(Corpus(data).split("train"), 16, seed=0)
     optimizer = torch.optim.AdamW(parameters, lr=1e-1, betas=(0.9, 0.95), weight_decay=0)
     found = []
     for step in range(6):
         tokens = torch.from_numpy(batch(windows, step, 8))
+        seed = np.random.SeedSequence([0, step + 1, 0]).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed[0]))
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()
@@ -136,6 +152,46 @@ def test_the_model_as_it_is_trains_whole_and_is_saved_whole(base, data, tmp_path
     assert (folder / "model" / "tokenizer.json").is_file()
 
 
+def test_adapters_of_a_base_that_changed_are_neither_trained_on_nor_measured(data, tmp_path):
+    base = tmp_path / "base"
+    for seed in (7, 8):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(tmp_path / str(seed))
+    shutil.copytree(tmp_path / "7", base)
+    folder = run(recipe(base, data, tmp_path / "run"))
+    (before,) = evaluate(folder, lengths=[16])
+    shutil.copytree(tmp_path / "8", base, dirs_exist_ok=True)
+    words = f"the weights of {base} changed since the training of {folder} began; put the first"
+    with pytest.raises(UserError, match=words):
+        evaluate(folder, lengths=[16])
+    shutil.rmtree(folder / "adapters")
+    RunFolder(folder).update_record({"ended": None})
+    with pytest.raises(UserError, match=words):
+        run(recipe(base, data, folder))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "7", dtype=torch.bfloat16)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "7", dtype=torch.float32)
+    assert (
+        fingerprint(half) == fingerprint(whole) == RunFolder(folder).read_record()["base_weights"]
+    )
+    shutil.copytree(tmp_path / "7", base, dirs_exist_ok=True)
+    (after,) = evaluate(run(recipe(base, data, folder)), lengths=[16])
+    assert after.by_length == before.by_length
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_dropout_of_the_base_is_on_in_every_step_whenever_the_run_validates(data, tmp_path, every):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = GPT2Config(vocab_size=257, **sizes, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(7)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    whole = {"adapter": None, "train": "all", "options": {}}
+    often = {"validate_every": every}
+    folder = run(recipe(tmp_path / "gpt2", data, tmp_path / "run", model=whole, tracking=often))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").train()
+    expected = plain_losses(model, list(model.parameters()), data)
+    assert losses(folder) == pytest.approx(expected, rel=1e-5)
+
+
 def test_keys_of_the_configuration_change(data, tmp_path):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = dape.DapeConfig(scheme="rope", vocab_size=257, train_length=16, **sizes)
@@ -162,6 +218,16 @@ def test_mistakes_are_found_before_a_step(base, data, tmp_path, model, words):
     with pytest.raises(UserError, match=words):
         run(recipe(base, data, tmp_path / "run", model=model))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_reads_later_tokens_is_not_trained(data, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(7)
+    config = BertConfig(vocab_size=257, **sizes, intermediate_size=20, initializer_range=0.5)
+    BertLMHeadModel(config).save_pretrained(tmp_path / "bert")
+    whole = {"adapter": None, "train": "all", "options": {}}
+    with pytest.raises(UserError, match="reads later tokens, and is no causal language model"):
+        run(recipe(tmp_path / "bert", data, tmp_path / "run", model=whole))
 
 
 def test_layouts_that_fine_tuning_does_not_have(base, data, tmp_path, monkeypatch):

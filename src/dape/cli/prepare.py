@@ -89,6 +89,6 @@ def _summarize(folder: Path) -> None:
     where = f" (listed in {folder / SKIPPED})" if skipped["broken"] else ""
     console.print(
         f"skipped: {skipped['broken']:,} broken{where}, {skipped['empty']:,} empty documents, "
-        f"{ignored:,} files of other kinds\nchecksum: {manifest['checksum']}",
+        f"{ignored:,} files of other kinds or linked twice\nchecksum: {manifest['checksum']}",
         markup=False,
     )

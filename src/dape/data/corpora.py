@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -55,7 +55,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A named source: parts in a fixed order, and the number of skipped files of unknown kind."""
+    """A named source: parts in a fixed order, and the number of ignored files.
+
+    Files of unknown kind are ignored, and further links to a file of the source.
+    """
 
     name: str
     parts: tuple[Part, ...]
@@ -114,7 +117,7 @@ def _part(path: Path, key: str, names: str) -> Part:
 def _folder(name: str, folder: Path) -> Source:
     found = list(_files(folder))
     # Neither pipe nor socket, but possibly a broken link, which reading reports.
-    known = [x for x in found if _kind(x) and (x.is_file() or not x.exists())]
+    known = _once(x for x in found if _kind(x) and (x.is_file() or not x.exists()))
     keys = [path.relative_to(folder).as_posix() for path in known]
     parts = tuple(
         _part(path, key, f"{folder.resolve().name}/{key}")
@@ -123,6 +126,14 @@ def _folder(name: str, folder: Path) -> Source:
     if not parts:
         raise UserError(f"source {name!r} has no files of a known kind ({', '.join(KINDS)})")
     return Source(name, parts, len(found) - len(parts), {})
+
+
+def _once(files: Iterable[Path]) -> list[Path]:
+    """Return the files without further links to a file, whose text could be in two splits."""
+    first: dict[str, Path] = {}
+    for path in files:
+        first.setdefault(os.path.realpath(path), path)
+    return [*first.values()]
 
 
 def _files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
-PROBE = "A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642.\n"
+RARE = "\ue000\U00010380\U00012000"  # characters that only a tokenizer of bytes knows
+PROBE = f"A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642{RARE}.\n"
 
 
 def load(name_or_path: str) -> "PreTrainedTokenizerFast":
@@ -28,7 +29,7 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
 
     Raises:
         UserError: for an unknown tokenizer, or a tokenizer without an end of text, or a tokenizer
-            that reads the end of text in ordinary text, where documents would merge.
+            that reads the end of text in ordinary text, where documents would be cut.
     """
     if name_or_path == "byte":
         return byte()
@@ -42,10 +43,10 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
                 'add "eos_token" to tokenizer_config.json'
             )
         tokenizer.eos_token = known[0]
-    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b"):
+    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b{RARE}"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads the end of text {tokenizer.eos_token!r} in ordinary "
-            "text, and documents would merge; use another tokenizer"
+            "text, where documents would be cut; use another tokenizer"
         )
     return tokenizer
 
@@ -181,7 +182,7 @@ def _is_byte(serialized: str) -> bool:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " vocabulary"]:
-    """Return the number of UTF-8 bytes of each token, 0 for a special token.
+    """Return the number of UTF-8 bytes of each token, 0 for a special token unknown to texts.
 
     The bytes of a text's tokens sum to the bytes of the text. Therefore a loss in nats a token is
     `loss / ln 2 * tokens / bytes` bits a byte. For a tokenizer with composed characters (NFC), the
@@ -193,7 +194,8 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
     """
     byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
     counts = np.zeros(vocab_size(tokenizer), np.int64)
-    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
+    encode, added = encoder(serialize(tokenizer)), set(tokenizer.added_tokens_decoder)
+    special = _unknown_to_texts(tokenizer, encode)
     for token, number in tokenizer.get_vocab().items():
         if number in special:
             continue
@@ -203,7 +205,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
             counts[number] = len(token)
         else:
             counts[number] = len(token.replace("\u2581", " ").encode())
-    ids = encoder(serialize(tokenizer))(PROBE)
+    ids = encode(PROBE)
     put_first = tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("\u2581")
     read = tokenizer.decode(ids)
     kept = read in (PROBE, unicodedata.normalize("NFC", PROBE))
@@ -213,3 +215,11 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
             f"{tokenizer.name_or_path or 'the given tokenizer'} does not"
         )
     return counts
+
+
+def _unknown_to_texts(
+    tokenizer: "PreTrainedTokenizerFast", encode: Callable[[str], UInt[np.ndarray, " tokens"]]
+) -> set[int]:
+    """Return the special tokens without a common token such as "!", named for padding."""
+    pairs = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return {number for number, token in pairs if number not in encode(f"a{token}b")}

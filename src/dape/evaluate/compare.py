@@ -1,5 +1,6 @@
 """Comparison of runs: seeds of a scheme form a group, and tests compare groups."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -83,16 +84,19 @@ def group(evaluations: Sequence[Evaluation]) -> list[Group]:
 def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return records of runs by label, in order of appearance, without repeated runs.
 
-    The label is the scheme. Runs that differ only in the seed share a label. If recipes differ but
-    schemes agree, the label adds the training length, or else the name of the first run.
+    The label is the scheme. Runs that differ only in the seed share a label, each seed once. If
+    recipes differ but schemes agree, the label adds the training length, or else the name of the
+    first run. A second training with the same recipe and seed is labelled by its name too.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
+    copies: Counter[tuple[object, ...]] = Counter()
     first = {each.subject.run: each for each in reversed(records)}
     for run in dict.fromkeys(each.subject.run for each in records):
         each, subject = first[run], first[run].subject
         alone = run if subject.settings is None else None
-        key = (subject.scheme, subject.train_length, subject.settings, alone)
-        found.setdefault(key, []).append(each)
+        recipe = (subject.scheme, subject.train_length, subject.settings, alone)
+        found.setdefault((*recipe, copies[*recipe, subject.seed]), []).append(each)
+        copies[*recipe, subject.seed] += 1
     schemes = [scheme for scheme, *_ in found]
     trained = [(scheme, length) for scheme, length, *_ in found]
     labelled = {}

@@ -218,7 +218,8 @@ def context_use(
     tallied = _tallies(plan)
     if done is not None and done.measured == done.lengths:
         return done
-    with model.loaded(device, longest.length) as network, model.refusing():
+    precision = provenance["precision"]
+    with model.loaded(device, longest.length, precision) as network, model.refusing():
         if done is None:
             lengths = [each.length for each in plan.windows]
             subject = model.subject(network)
@@ -230,7 +231,7 @@ def context_use(
                 windows,
                 batch_tokens=batch_tokens,
                 device=device_of(network, device),
-                precision=PRECISIONS[provenance["precision"]],
+                precision=PRECISIONS[precision],
                 advance=advance,
             )
             done = replace(

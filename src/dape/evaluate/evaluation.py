@@ -182,7 +182,8 @@ class _Session:
             self._announce(done)
         if missing or done is None:
             longest = max(windows.length for windows in self.plan.windows)
-            with self.model.loaded(self.device, longest) as network:
+            precision = self.origin["precision"]
+            with self.model.loaded(self.device, longest, precision) as network:
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)

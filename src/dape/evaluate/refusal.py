@@ -10,7 +10,10 @@ from torch.overrides import TorchFunctionMode
 from dape.errors import RankError, UserError, out_of_memory
 
 # Models with a formula for any length, stored in a table up to the number in this key.
-STORED = {"codegen": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
+STORED = {
+    **dict.fromkeys(("codegen", "ctrl", "gptj"), "n_positions"),
+    "mpt": "max_seq_len",
+}
 
 
 class Refused(UserError):

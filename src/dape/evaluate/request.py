@@ -106,7 +106,7 @@ class Request:
         )
         try:
             with truncations() as log:
-                outcome = self._evaluate(task)
+                outcome = self._evaluate(task, log)
         except (Refused, AssertionError) as error:  # lm-eval asserts that answers fit
             reason = str(error) or f"an answer alone is longer than {self.length} tokens"
             return [harnessed(task=task, refused=reason, parts=[task])]
@@ -127,14 +127,13 @@ class Request:
             for name, entry in outcome["results"].items()
         ]
 
-    def _evaluate(self, task: str) -> dict[str, Any]:
+    def _evaluate(self, task: str, log: Truncations) -> dict[str, Any]:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
         rows = max(1, self.batch_tokens // self.length)
         with explained(self.length, rows), self.model.refusing():
             return lm_eval.simple_evaluate(
-                HFLM(
+                _counting(log)(
                     pretrained=self.network,
                     tokenizer=self.tokenizer,
                     max_length=self.length,
@@ -146,6 +145,29 @@ class Request:
                 limit=self.limit,
                 log_samples=False,
             )
+
+
+def _counting(log: Truncations) -> Any:
+    """Return lm-eval's class of models, with a count of each prompt cut before a generation.
+
+    lm-eval itself warns once for a batch of prompts.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        def tok_batch_encode(
+            self,
+            strings: Any,
+            padding_side: Any = "left",
+            left_truncate_len: Any = None,
+            **how: Any,
+        ) -> Any:
+            tokens, mask = super().tok_batch_encode(strings, padding_side, **how)
+            last = left_truncate_len or tokens.shape[1]
+            log.count += int((mask.sum(1) > last).sum())
+            return tokens[:, -last:], mask[:, -last:]
+
+    return Counting
 
 
 def scores(entry: Mapping[str, Any]) -> list[Score]:

@@ -43,6 +43,7 @@ class Retrieval:
         cells: scores by length and depth.
         refused: the reason for each length refused by the model or the prompt.
         provenance: command, commit, versions and device.
+        split: split of the corpus around a needle.
         format: version of the file format.
     """
 
@@ -53,6 +54,7 @@ class Retrieval:
     cells: list[Cell]
     refused: dict[int, str]
     provenance: Provenance
+    split: str | None = None
     format: int = FORMAT
 
     def values(self, metric: str) -> Float[np.ndarray, "depths lengths"]:
@@ -172,7 +174,8 @@ class _Session:
 
     def run(self, prompts: "Mapping[str, _Asked]", again: bool) -> list[Retrieval]:
         """Return a record for each task, with earlier measurements unless `again`."""
-        with self.model.on_demand(self.device, max(self.plan.lengths)) as network:
+        longest, precision = max(self.plan.lengths), self.origin["precision"]
+        with self.model.on_demand(self.device, longest, precision) as network:
             return [self._record(task, asked, again, network) for task, asked in prompts.items()]
 
     def _record(
@@ -191,7 +194,9 @@ class _Session:
 
     def _empty(self, network: nn.Module, task: str, asked: "_Asked") -> Retrieval:
         subject = self.model.subject(network)
-        return Retrieval(subject, task, asked.data, self.plan, [], {}, self.origin)
+        return Retrieval(
+            subject, task, asked.data, self.plan, [], {}, self.origin, split=asked.split
+        )
 
     def _with(self, done: Retrieval, length: int, asked: "_Asked", network: nn.Module) -> Retrieval:
         """Return the record with a further length."""
@@ -225,24 +230,25 @@ class _Session:
     def _same(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
         return (
             repeats(before, self.model, self.origin)
-            and (before.task, before.data) == (task, asked.data)
+            and (before.task, before.data, before.split) == (task, asked.data, asked.split)
             and replace(before.plan, lengths=self.plan.lengths) == self.plan
         )
 
 
 class _Asked(NamedTuple):
-    """The prompts of a task, and the checksum of the corpus around a needle."""
+    """The prompts of a task, and the checksum and the split of the corpus around a needle."""
 
     prompts: Prompts
-    data: str | None
+    data: str | None = None
+    split: str | None = None
 
 
 def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split: str) -> _Asked:
     """Return the prompts of a task for a model."""
     if task == "needle":
         text = model.corpus(corpus)
-        return _Asked(needle(text.tokenizer(), text, split), text.checksum)
+        return _Asked(needle(text.tokenizer(), text, split), text.checksum, split)
     tokenizer = model.tokenizer()
     if tokenizer is None:
         raise UserError(f"{model.source} has no tokenizer.json; a passkey needs a tokenizer")
-    return _Asked(passkey(tokenizer), None)
+    return _Asked(passkey(tokenizer))

@@ -109,13 +109,21 @@ class Model:
         """Return the corpus in `data`, by default the training corpus.
 
         Raises:
-            UserError: for a model without a recipe, or a corpus prepared with another tokenizer.
+            UserError: for a model without a recipe, a corpus prepared with another tokenizer, or a
+                training corpus that was prepared anew since.
         """
-        if data is None and self.recipe is None:
-            raise UserError(f"{self.source} has no recipe with a corpus; give --data")
-        corpus = data if isinstance(data, Corpus) else Corpus(data or self.recipe["data"])  # type: ignore[index]
+        corpus = self._training_corpus() if data is None else data
+        corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
         tokenizer, folder = self.tokenizer(), self._tokenizer_folder()
         corpus.check_model(self.source, self.config.vocab_size, tokenizer, folder)
+        return corpus
+
+    def _training_corpus(self) -> Corpus:
+        """Return the corpus of the training, whose test split the model never read."""
+        if self.recipe is None:
+            raise UserError(f"{self.source} has no recipe with a corpus; give --data")
+        corpus, remedy = Corpus(self.recipe["data"]), "give --data, with texts that it did not read"
+        self.folder.check_data(self.recipe["data"], corpus.checksum, remedy)
         return corpus
 
     def tokenizer(self) -> "PreTrainedTokenizerFast | None":
@@ -126,26 +134,44 @@ class Model:
         return str(file_of_model(self.source).parent)
 
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model for inference on the device, in the saved precision.
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Yield the model for inference on the device.
 
-        A model with a stored table of positions by formula stores `longest` tokens.
+        For products of the `precision` fp32 the weights are in float32, and otherwise in the saved
+        precision. A model with a stored table of positions by formula stores `longest` tokens.
+
+        Raises:
+            UserError: for a model that is not causal.
         """
         from dape.model.loading import load_causal
 
         stored = STORED.get(self.config.model_type)
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
-        model = load_causal(self.source, self.partial_weights, **options)
-        yield model.to(device).eval()
+        model = load_causal(self.source, self.partial_weights, **options, **_dtype(precision))
+        yield self._checked(model.to(device).eval())
+
+    def _checked(self, network: nn.Module) -> nn.Module:
+        """Return a network, a `UserError` for a foreign network that is not causal."""
+        from dape.model.loading import check_causal
+
+        if self.config.model_type != "dape":
+            check_causal(network, self.source)
+        return network
 
     @contextmanager
-    def on_demand(self, device: torch.device, longest: int) -> Iterator[Callable[[], nn.Module]]:
+    def on_demand(
+        self, device: torch.device, longest: int, precision: str | None = None
+    ) -> Iterator[Callable[[], nn.Module]]:
         """Yield a function that returns the model `loaded`, once for all calls."""
         with ExitStack() as stack:
-            yield cache(lambda: stack.enter_context(self.loaded(device, longest)))
+            yield cache(lambda: stack.enter_context(self.loaded(device, longest, precision)))
 
     def precision(self, device: torch.device, asked: str = "auto") -> str:
-        """Return the precision of products; `auto` is that of the training on a GPU, else fp32.
+        """Return the precision of products; `auto` on a GPU is that of training or file, else fp32.
+
+        A file in 16 bits is measured in bf16, since float32 weights would need twice the memory.
 
         Raises:
             UserError: for an unknown precision.
@@ -155,7 +181,9 @@ class Model:
                 raise unknown("precision", asked, (*PRECISIONS, "auto"))
             return asked
         trained = (self.recipe or {}).get("training", {}).get("precision")
-        return "bf16" if device.type == "cuda" and trained == "bf16-mixed" else "fp32"
+        saved = getattr(self.config.get_text_config(), "dtype", None)
+        low = trained == "bf16-mixed" or saved in (torch.bfloat16, torch.float16)
+        return "bf16" if device.type == "cuda" and low else "fp32"
 
     def check_spread(self) -> None:
         """Raise a `UserError` for a model whose windows several devices cannot share."""
@@ -228,16 +256,24 @@ class Finetuned(Model):
         return _checksum([super().weights, files_checksum(self.folder.adapters)])
 
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
-        """Yield the model on the device, with the adapters, if any."""
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
+        """Yield the model on the device, with the adapters, if any.
+
+        Raises:
+            UserError: for a base whose weights changed since the training.
+        """
         if self._chosen["adapter"] is None:
-            with super().loaded(device, longest) as model:
+            with super().loaded(device, longest, precision) as model:
                 yield model
             return
-        from dape.model.loading import load_causal
+        from dape.model.loading import check_base, load_causal
         from dape.model.retrofit import load_adapters
 
-        model = load_causal(self.source, self.partial_weights, config=self.config)
+        options = {"config": self.config, **_dtype(precision)}
+        model = load_causal(self.source, self.partial_weights, **options)
+        check_base(model, self.source, self.folder)
         model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])
         yield model.eval()
@@ -262,12 +298,29 @@ class InMemory(Model):
     def _tokenizer_folder(self) -> str:
         return "FOLDER, the folder of the tokenizer"
 
+    def precision(self, device: torch.device, asked: str = "auto") -> str:
+        """Return the precision of products, bf16 for weights below float32.
+
+        Raises:
+            UserError: for an unknown precision, or fp32 for weights below float32.
+        """
+        found = super().precision(device, asked)
+        low = {x.dtype for x in self.network.parameters()} & {torch.bfloat16, torch.float16}
+        if low and asked == "fp32":
+            raise UserError(
+                f"precision='fp32': {self.source} has weights in {min(map(str, low))}; give"
+                " model.float(), or precision='bf16'"
+            )
+        return "bf16" if low else found
+
     @contextmanager
-    def loaded(self, device: torch.device, longest: int = 0) -> Iterator[nn.Module]:
+    def loaded(
+        self, device: torch.device, longest: int = 0, precision: str | None = None
+    ) -> Iterator[nn.Module]:
         """Yield the model in evaluation mode on its device; afterwards restore the mode."""
         training = [module for module in self.network.modules() if module.training]
         try:
-            yield self.network.eval()
+            yield self._checked(self.network.eval())
         finally:
             for module in training:
                 module.training = True
@@ -278,6 +331,11 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+
+
+def _dtype(precision: str | None) -> dict[str, torch.dtype]:
+    """Return the option of loading for weights in float32, if products are in float32."""
+    return {"dtype": torch.float32} if precision == "fp32" else {}
 
 
 def _checksum(content: Any) -> str:

@@ -116,12 +116,12 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
 
 def check(records: Sequence[Retrieval]) -> Retrieval:
     """Return the first record; raise a `UserError` for records of different prompts."""
-    asked = [(each.task, each.data, each.plan) for each in records]
+    asked = [(each.task, each.data, each.split, each.plan) for each in records]
     for other, words in zip(records[1:], asked[1:], strict=True):
         if words != asked[0]:
             raise UserError(
                 f"{other.subject.run} and {records[0].subject.run} had different prompts (task, "
-                "corpus, lengths, depths, trials or seed); run `dape eval retrieval` on all "
+                "corpus, split, lengths, depths, trials or seed); run `dape eval retrieval` on all "
                 "models together"
             )
     return records[0]

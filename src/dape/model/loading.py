@@ -1,17 +1,23 @@
 """Pretrained causal language models, without missing or unused weights."""
 
+import hashlib
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from dape.data.hub import fetch
+from dape.device import device_of
 from dape.errors import UserError, out_of_memory
+from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error
+_SAMPLED = 64  # numbers of a parameter in the fingerprint
 
 
 def load_config(source: str, **changes: Any) -> Any:
@@ -44,8 +50,7 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     Raises:
         UserError: for an unknown model, damaged files, or missing or unused weights.
     """
-    if "config" not in options:
-        load_config(source)
+    options = _attention(options.get("config") or load_config(source)) | options
     verbosity = logging.get_verbosity()
     if not partial_weights:
         logging.set_verbosity_error()  # the error below replaces the warning
@@ -70,6 +75,66 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     if not partial_weights:
         _refuse(source, {"misses": report["missing_keys"], "has": report["unexpected_keys"]})
     return model
+
+
+def _attention(config: Any) -> dict[str, Any]:
+    """Return the option of loading for a model that caps scores, as Gemma 2 does.
+
+    PyTorch's attention, the default of transformers, leaves the cap out.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+@torch.inference_mode()
+def check_causal(model: nn.Module, source: str) -> None:
+    """Refuse a model whose predictions read later tokens, which makes every loss too low.
+
+    After the same first token, two texts need the same first prediction, up to rounding.
+    transformers loads BERT, XLNet and others as causal models that read in both directions.
+
+    Raises:
+        UserError: naming the model.
+    """
+    device = device_of(model, torch.device("cpu"))
+    texts = torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], device=device)
+    found = model(input_ids=texts, use_cache=False).logits
+    first, second = found[:, 0].float()
+    rounding = torch.finfo(found.dtype).eps ** 0.5 * first.abs().max()
+    if (first - second).abs().max() > rounding:
+        raise UserError(
+            f"{source} ({type(model).__name__}) reads later tokens, and is no causal language"
+            " model; give a model that reads from left to right, such as a BERT with"
+            " is_decoder=true in config.json"
+        )
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Return a checksum of the first numbers of all parameters, equal for loads in any precision.
+
+    The numbers are rounded to bfloat16. A further training moves some of them.
+    """
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        first = parameter.flatten()[:_SAMPLED].to("cpu", torch.bfloat16)
+        found.update(name.encode() + first.view(torch.int16).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def check_base(model: nn.Module, source: str, run: RunFolder) -> str:
+    """Return the fingerprint of the base of a fine-tuning, the same as when the run began.
+
+    Raises:
+        UserError: for a base that was changed since.
+    """
+    found = fingerprint(model)
+    if run.read_record().get("base_weights", found) != found:
+        raise UserError(
+            f"the weights of {source} changed since the training of {run} began; put the first"
+            " weights back, or train again under another --name"
+        )
+    return found
 
 
 def _refuse(source: str, faults: dict[str, set[str]]) -> None:

@@ -72,10 +72,5 @@ def _finished(run: RunFolder, recipe: Recipe) -> Trained:
 
 def _corpus(run: RunFolder, recipe: Recipe) -> Corpus:
     corpus = Corpus(recipe.data)
-    trained_on = run.read_record().get("data", {}).get("checksum", corpus.checksum)
-    if corpus.checksum != trained_on:
-        raise UserError(
-            f"{run} was trained on other data: {recipe.data} has checksum {corpus.checksum[:12]},"
-            f" not {trained_on[:12]}; restore the first corpus, or finish the run"
-        )
+    run.check_data(recipe.data, corpus.checksum, "restore the first corpus, or finish the run")
     return corpus

@@ -170,6 +170,7 @@ def lay_out(task: Task) -> Session:
     model, drawn = parallelize.start(fabric, task)
     task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
     loss = parallelize.parallelize(fabric, model, task, drawn)
+    loss.train()  # a pretrained model comes without dropout, as for inference
     return Session(task, fabric, model, loss, adamw(model, task.recipe.optimizer), Progress())
 
 

@@ -189,13 +189,17 @@ class Retrofitting(NextToken):
 
     recipe: Retrofit
     _mounted: "Mounted | None" = None
+    _weights: str = ""
 
     def build(self, device: torch.device) -> nn.Module:
         """Load the model, mount adapters, and freeze all parameters outside `base.train`."""
+        from dape.model.loading import check_base, check_causal
         from dape.model.retrofit import retrofit, set_trainable
 
         chosen, source = self.recipe.model, source_of(self.recipe)
         model = load(source, chosen.config).to(device)
+        check_causal(model, source)
+        self._weights = check_base(model, source, self.recipe.run)
         tokens = model.config.get_text_config().vocab_size
         folder = file_of_model(source).parent
         self.corpus.check_model(source, tokens, of_model(source), folder)
@@ -212,6 +216,10 @@ class Retrofitting(NextToken):
                 backend=chosen.backend,
             )
         return model
+
+    def facts(self, model: nn.Module) -> dict[str, Any]:
+        """Return also the fingerprint of the pretrained weights."""
+        return super().facts(model) | {"base_weights": self._weights}
 
     def save(self, fabric: "Fabric", model: nn.Module) -> None:
         """Write the adapters, or the model if no adapters are mounted."""
