@@ -57,6 +57,7 @@ def seed():
 
 
 def pytest_collection_finish():
+    import_module("compiler").quicken()
     gc.collect()
     gc.freeze()  # what is imported stays, and no collection need look through it
 
