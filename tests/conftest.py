@@ -16,7 +16,7 @@ from hypothesis import settings
 import shapes
 
 torch.set_num_threads(1)
-# What no process of the tests imports, neither this one nor those that tests start.
+# What processes do first, this one and those that tests start.
 sys.path.insert(0, str(Path(__file__).with_name("start")))
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [sys.path[0], os.environ.get("PYTHONPATH")])
@@ -57,6 +57,7 @@ def seed():
 
 
 def pytest_collection_finish():
+    import_module("compiler").quicken()
     gc.collect()
     gc.freeze()  # what is imported stays, and no collection need look through it
 

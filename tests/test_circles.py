@@ -36,11 +36,14 @@ def imported(text, files):
     return names & files
 
 
-GRAPH = {name: imported(path.read_text(), FILES.keys()) - {name} for name, path in FILES.items()}
+@pytest.fixture(scope="module")
+def graph():
+    """Return the files that each file imports; to read them all takes most of a second."""
+    return {name: imported(path.read_text(), FILES.keys()) - {name} for name, path in FILES.items()}
 
 
-def test_no_two_files_import_each_other():
-    order = list(TopologicalSorter(GRAPH).static_order())  # raises CycleError for a circle
+def test_no_two_files_import_each_other(graph):
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError for a circle
     assert set(order) == FILES.keys()
     assert order.index("dape.attention.fused.terms") < order.index("dape.attention.fused.passes")
 
@@ -52,9 +55,9 @@ def test_a_circle_is_found():
         TopologicalSorter(graph).prepare()
 
 
-def test_no_folder_imports_a_folder_above():
+def test_no_folder_imports_a_folder_above(graph):
     assert {name.split(".")[1] for name in FILES if name.count(".") > 1} == set(ORDER)
-    for name, others in GRAPH.items():
+    for name, others in graph.items():
         if name.count(".") > 1:
             for other in others:
                 if other.count(".") > 1:

@@ -98,6 +98,14 @@ def pretrained(name, dtype=torch.float32):
     return model
 
 
+def of_one_layer(model):
+    """Return a model without all layers but the first: a compiler traces each as it does that."""
+    (layers,) = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    del layers[1:]
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def move(module, by):
     """Add noise to every parameter."""
     with torch.no_grad():

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from models import fresh, grown, tokens
-from pretrained import pretrained
+from pretrained import of_one_layer, pretrained
 from torch.export import Dim, export
 from torch.testing import assert_close
 from torch.torch_version import TorchVersion
@@ -87,7 +87,7 @@ def test_an_exported_model_tells_documents_apart_by_their_positions():
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_retrofitted_model_is_exported_with_its_adapters(name):
-    model = pretrained(name, torch.float64)
+    model = of_one_layer(pretrained(name, torch.float64))
     mounted = dape.retrofit(model, bias="kerple")
     for parameter in mounted.adapters.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

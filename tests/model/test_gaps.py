@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import fresh, grown, tokens
 from peft import PromptTuningConfig, get_peft_model
-from pretrained import bias_for, move, pretrained
+from pretrained import bias_for, move, of_one_layer, pretrained
 from torch.testing import assert_close
 from transformers import DynamicCache
 
@@ -198,10 +198,10 @@ def test_compiled_code_refuses_at_run_time_what_it_would_compute_otherwise(model
     backend = "aot_eager" if model == "dape-kerple" else "eager"  # which removes what is not used
     mounted = {"llama": {"bias": "kerple"}, "gpt2": {"adapter": "transformer-xl"}}
     if model in mounted:
-        parts, model = mounted[model], pretrained(model, torch.float64)
+        parts, model = mounted[model], of_one_layer(pretrained(model, torch.float64))
         move(dape.retrofit(model, **parts).adapters, 0.3)
     else:
-        model = grown(scheme=model)
+        model = grown(scheme=model, num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     ids, usual = tokens(2, 8), {"attention_mask": PADDED, "use_cache": False}
     if "token_type_ids" in options:

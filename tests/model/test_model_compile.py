@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import grown, tokens
-from pretrained import move, pretrained
+from pretrained import move, of_one_layer, pretrained
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from transformers import CompileConfig
@@ -42,7 +42,7 @@ def test_masks_and_positions_may_come_with_a_later_length(name):
     """The length is a symbol then, and the length of the first mask is a number."""
     torch.compiler.reset()
     if name == "llama":
-        model = pretrained(name, torch.float64)
+        model = of_one_layer(pretrained(name, torch.float64))
         move(dape.retrofit(model, bias="kerple").adapters, 0.3)
     else:
         model = grown(scheme=name, num_hidden_layers=1)
@@ -83,7 +83,7 @@ def test_generating_with_a_static_cache_compiles_whole(scheme):
     """As `generate` does by itself on a GPU: a graph for the prompt, and one for every token."""
     torch.compiler.reset()
     counters.clear()
-    model = grown(scheme=scheme)
+    model = grown(scheme=scheme, num_hidden_layers=1)
     ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.long)
     ids[0, :2], mask[0, :2] = 0, 0
     options = {
