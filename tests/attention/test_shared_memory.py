@@ -65,7 +65,7 @@ def compiled():
     )
     parts = {
         "decoding": decoding, "anywhere": anywhere, "maps": MAPS, "bfloat16": IN_BFLOAT16,
-        "bands": [BANDS],
+        "bands": [BANDS], "rows": [STEP | {"taps": 3, "kernels": ["rows_mix_kernel"]}],
     }  # fmt: skip
     command = [
         sys.executable,
@@ -87,6 +87,12 @@ def test_the_kernel_of_all_heads_fits_a_hopper_gpu(compiled):
 def test_the_machine_code_of_decoding_multiplies_what_its_ptx_names(compiled):
     """`compiled.py` compares both for every kernel; these were wrong."""
     assert [len(each["decode_kernel"]) for each in compiled["anywhere"]] == [1, 1]
+
+
+def test_the_kernel_of_a_step_with_taps_fits_smaller_gpus(compiled):
+    (found,) = compiled["rows"]
+    (size,) = found["rows_mix_kernel"]
+    assert 0 < size <= 99 * 1024
 
 
 def test_the_map_across_heads_fits_smaller_gpus(compiled):
