@@ -31,8 +31,7 @@ def mlp(x_NH, w1_HD, rest_HD, w2_DH, one_HH, u_ND, PRECISION: tl.constexpr):
     """
     w_ND = add_dot(x_NH, w1_HD, rest_HD, tl.zeros_like(u_ND), PRECISION)
     r_ND = rise(w_ND, u_ND).to(x_NH.dtype)
-    exact = x_NH.dtype == tl.float32
-    y_NH = x_NH if exact else tl.dot(x_NH, one_HH, input_precision=PRECISION)
+    y_NH = x_NH if x_NH.dtype == tl.float32 else tl.dot(x_NH, one_HH, input_precision=PRECISION)
     return w_ND + u_ND, r_ND, tl.dot(r_ND, w2_DH, y_NH, input_precision=PRECISION)
 
 
