@@ -240,6 +240,6 @@ class Stack:
         with torch.no_grad():
             self.flat.copy_(state["flat"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for generator, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
-            generator.set_state(saved)
+        for own, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
+            own.set_state(saved)
         self.losses.copy_(state["losses"])
