@@ -179,6 +179,19 @@ def test_a_dape_is_best_on_more_tasks_than_by_chance():
     assert "best on 9 of 12 tasks, 1 of 3 schemes" in found.number
 
 
+@pytest.mark.parametrize("order", [("kerple", "dape-kerple"), ("dape-kerple", "kerple")])
+def test_tasks_that_both_sides_solve_decide_nothing(order):
+    """Two scores of 100 have no winner, whichever scheme comes first."""
+    level = {scheme: {task: [100.0] for task in VARYING} for scheme in order}
+    found = BestOf("").find(evidence(level))
+    assert found.outcome == "not decidable at this scale" and found.test.p_value == 1
+    assert "best on 0 of 12 tasks, level on 12, 1 of 2 schemes" in found.number
+    level["kerple"] |= {task: [90.0] for task in VARYING[:7]}
+    found = BestOf("").find(evidence(level))
+    assert found.test.pairs == 7 and found.test.p_value == pytest.approx(2 / 2**7)
+    assert "best on 7 of 12 tasks, level on 5" in found.number and found.outcome == "reproduced"
+
+
 @pytest.mark.parametrize(
     ("values", "edge", "outcome"),
     [
