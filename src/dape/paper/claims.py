@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dape.chomsky.grid import Grid
 from dape.evaluate import context
@@ -50,7 +50,7 @@ from dape.paper.study import Study
 from dape.paper.sweep import CONTEXT
 
 Evidence = Sequence[Study | Grid]  # the outcome of measurements
-Documents = Float[np.ndarray, " documents"]
+Documents, Tokens = Float[np.ndarray, " documents"], Int[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
     "not reproduced",
@@ -156,7 +156,7 @@ class Uses:
         lengths = records[0].lengths
         tokens, short, long = far_losses(records)
         seen = tokens > 0
-        test = paired_bootstrap(
+        test = _over_documents(
             long[seen] / tokens[seen], short[seen] / tokens[seen], tokens[seen].astype(int)
         )
         return Finding(
@@ -267,8 +267,16 @@ def compare(
             for side, n in ((candidate, length), (baseline, baseline_length))
         ]
         tokens = np.array(candidate.evaluations[0].targets.tokens)
-        test = paired_bootstrap(rows[0] - margin, rows[1], tokens)
+        test = _over_documents(rows[0] - margin, rows[1], tokens)
     return replace(test, difference=test.difference + margin)
+
+
+def _over_documents(candidate: Documents, baseline: Documents, tokens: Tokens) -> PairedTest:
+    """Return the bootstrap over documents, without a result for one document or none."""
+    if len(tokens) >= 2:
+        return paired_bootstrap(candidate, baseline, tokens)
+    difference = float((candidate - baseline).mean()) if len(tokens) else math.nan
+    return PairedTest("none over documents (fewer than 2)", len(tokens), difference, p_value=1.0)
 
 
 def best_length(group: Group, length: int) -> int:
