@@ -50,7 +50,8 @@ from dape.paper.study import Study
 from dape.paper.sweep import CONTEXT
 
 Evidence = Sequence[Study | Grid]  # the outcome of measurements
-Documents, Tokens = Float[np.ndarray, " documents"], Int[np.ndarray, " documents"]
+Documents = Float[np.ndarray, " documents"]
+Tokens = Int[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
     "not reproduced",
