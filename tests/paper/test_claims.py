@@ -252,6 +252,15 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
     assert "documents" in found.test.name and found.test.pairs == 20
 
 
+def test_arms_without_a_shared_seed_decide_nothing():
+    """The luck of the seeds is in the difference, and no test over documents sees the luck."""
+    ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))
+    theirs = Group("kerple", (evaluations.make("kerple", flat(3.0), 1),))
+    found = Better("dape-kerple", "kerple", REGIME).find([study(ours, theirs)])
+    assert found.test.p_value < 0.05 and found.seeds == 0
+    assert found.outcome == "not decidable at this scale"
+
+
 def test_an_arm_whose_runs_all_failed_leaves_its_claim_open(tmp_path):
     arms = ("kerple", "dape-kerple", "dape-fire")
     cells = tuple(Cell(tmp_path, f"small/{arm}-0", arm, ()) for arm in arms)

@@ -23,7 +23,8 @@ fewer than 20 documents, the check is not decidable at the measured scale. A per
 above the best perplexity counts as steady. A claim is not reproduced if any check is not
 reproduced, reproduced if all checks are reproduced, and otherwise not decidable. A check is not
 decidable if all runs of an arm diverged or ran out of memory. Checks without records are left out.
-Without any check the claim is not measured. Arms are compared on their shared seeds.
+Without any check the claim is not measured. Arms are compared on their shared seeds, and
+without a shared seed the check is not decidable.
 """
 
 import math
@@ -93,11 +94,14 @@ class Better:
         if study is None or candidate is None or baseline is None:
             return _failure(study, self.candidate, self.baseline)
         test = compare(candidate, length, baseline, length)
+        seeds = len(_seeds(candidate) & _seeds(baseline))
         return Finding(
-            outcome=_decided(test, 0.0, holds_below=True),
+            outcome=_decided(test, 0.0, holds_below=True)
+            if seeds
+            else "not decidable at this scale",
             number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
             f" at {length:,} ({study.name}{_lost(study, self.candidate, self.baseline)})",
-            seeds=min(len(each.evaluations) for each in paired(candidate, baseline)),
+            seeds=seeds,
             test=test,
         )
 
@@ -286,6 +290,10 @@ def best_length(group: Group, length: int) -> int:
     shorter = [n for n in first.by_length if n < length]
     losses = [np.mean([e.by_length[n].loss for e in group.evaluations]) for n in shorter]
     return shorter[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+
+
+def _seeds(group: Group) -> set[int | None]:
+    return {each.subject.seed for each in group.evaluations}
 
 
 def _lost(study: Study, *arms: str) -> str:
