@@ -193,6 +193,7 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
         ("schemes: [learned]", "a learned embedding ends at the training length"),
         ("seeds: [0, 0]", "seeds=0,0: give a value, each once"),
         ("seeds: [-1]", "seeds=-1 must be at least 0"),
+        ("seeds: [1073741824]", "seeds=1073741824 must be below 1,073,741,824"),
         ("tasks: even-pairs", "tasks='even-pairs': expected a list"),
         ("tasks: []", "tasks=: give a value, each once"),
         ("model: {hidden_size: 60}", "hidden_size=60 is not a multiple"),

@@ -8,15 +8,17 @@ import torch
 from cells import small
 
 from dape import cli
+from dape.chomsky import maps
 from dape.chomsky import run as runs
 from dape.chomsky.cell import load_model
 from dape.chomsky.maps import load
 from dape.chomsky.measure import TEST
 from dape.chomsky.task import single
 from dape.chomsky.tasks import TASKS
+from dape.evaluate.capture import Row
 from dape.figures import chomsky_map
 
-SCHEMES = ("kerple", "dape-kerple", "randomized-rope")
+SCHEMES = ("kerple", "alibi", "dape-kerple", "randomized-rope")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +29,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def made(folder, scheme, *more):
-    words = ("binary-addition", "--scheme", scheme, "--length", "7", "--examples", "3")
+def made(folder, scheme, *more, length="7"):
+    words = ("binary-addition", "--scheme", scheme, "--length", length, "--examples", "3")
     out = folder / f"{scheme}.json"
     files = ("--out", str(out), *more)
     assert not cli.main(["chomsky", "map", str(folder), "--task", *words, *files])
@@ -72,10 +74,23 @@ def test_lines_are_those_of_the_formula(folder):
     assert layer.with_scores == pytest.approx(np.mean(pairs), rel=2e-3)
 
 
-def test_without_an_adapter_nothing_is_added(folder):
-    found = made(folder, "kerple")
-    assert np.abs(found.layers[0].change).max() < 1e-6
-    assert found.layers[0].with_scores is None
+@pytest.mark.parametrize("scheme", ["kerple", "alibi"])
+def test_without_an_adapter_nothing_is_added(folder, scheme):
+    """The rounding of A + B is no f, and has no correlation."""
+    (layer,) = made(folder, scheme, length="60").layers
+    assert np.abs(layer.bias).max() > 1 and not np.any(layer.change)
+    assert layer.spread["change"] == 0 and layer.with_scores is None and layer.with_bias is None
+
+
+def test_a_constant_f_is_kept_without_its_rounding():
+    generator = np.random.default_rng(0)
+    scores, bias = generator.normal(size=(2, 2, 50)).astype(np.float32) * 5
+    row = Row(0, True, scores, bias, scores + bias + np.float32([[3.0], [0.0]]))
+    assert np.ptp(row.change, axis=1).min() > 0
+    layer = maps._layer([row], 50)
+    np.testing.assert_allclose(layer.change, np.repeat([[3.0], [0.0]], 50, 1), rtol=1e-4)
+    assert layer.spread["change"] < 1e-12
+    assert layer.with_scores is None and layer.with_bias is None
 
 
 def test_the_figure_and_the_table_have_a_row_a_layer(folder):
@@ -107,5 +122,5 @@ def test_damaged_parameters_and_absent_models_are_one_line(folder, capsys):
     assert cli.main([*words, "--scheme", "kerple"]) == 2
     assert "cannot read" in capsys.readouterr().err
     file.write_bytes(whole)
-    assert cli.main([*words, "--scheme", "alibi"]) == 2
-    assert "alibi-0.json is missing; train it by `dape chomsky train`" in capsys.readouterr().err
+    assert cli.main([*words, "--scheme", "fire"]) == 2
+    assert "fire-0.json is missing; train it by `dape chomsky train`" in capsys.readouterr().err

@@ -5,8 +5,9 @@ import torch
 from cells import cell
 
 from dape.chomsky.encoder import Encoder, Noise
-from dape.chomsky.measure import Evaluation, OneByOne, accuracies, accuracy
-from dape.chomsky.task import Sample
+from dape.chomsky.measure import TEST, Evaluation, OneByOne, accuracies, accuracy
+from dape.chomsky.stack import NOISE
+from dape.chomsky.task import SEEDS, Sample, generator, single
 from dape.chomsky.tasks import TASKS
 
 
@@ -55,3 +56,13 @@ def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
 def test_the_score_is_over_the_lengths_beyond_training():
     found = cell("even-pairs", "kerple", 0, [100.0, 90.0, 50.0, 60.0, 40.0], trained=2)
     assert found.score == pytest.approx(50) and found.score_within == pytest.approx(95)
+
+
+def test_training_its_noise_and_the_tests_draw_apart_on_a_cpu():
+    """PyTorch's generator on a CPU reads 32 bits of a seed, and the kinds differ above them."""
+    seeds = [kind + seed for kind in (0, NOISE, TEST) for seed in (0, 1, 41, SEEDS - 1)]
+    drawn = [torch.rand(3, generator=generator(seed)).tolist() for seed in seeds]
+    assert all(drawn.count(each) == 1 for each in drawn)
+    assert drawn[2] == torch.rand(3, generator=torch.Generator().manual_seed(41)).tolist()
+    trained, tested = (TASKS["bucket-sort"].sample(single(n, 8), 41) for n in (41, TEST + 41))
+    assert not torch.equal(trained.inputs, tested.inputs)

@@ -10,7 +10,7 @@ from dape.chomsky import stack as stack_module
 from dape.chomsky.encoder import Model, build, configure
 from dape.chomsky.measure import Evaluation, OneByOne, accuracies
 from dape.chomsky.stack import NOISE, Stack, Training
-from dape.chomsky.task import Draw, single
+from dape.chomsky.task import Draw, generator, single
 from dape.chomsky.tasks import TASKS
 
 SMALL = Model(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, adapter_hidden=8)
@@ -41,11 +41,11 @@ def alone(scheme, task, seed, lengths):
     model = build(config, len(task.outputs), seed).train()
     optimizer = torch.optim.Adam(model.parameters(), TRAINING.learning_rate)
     draw, total = single(seed, TRAINING.batch_size), 0.0
-    generator = torch.Generator().manual_seed(seed + NOISE)
+    noises = generator(seed + NOISE)
     for length in lengths:
         inputs, outputs, _ = task.sample(draw, length)
         tokens = inputs.shape[1] + outputs.shape[1]
-        noise = model.noise([generator], len(inputs), tokens, TRAINING.dropout)
+        noise = model.noise([noises], len(inputs), tokens, TRAINING.dropout)
         logits = model(inputs, outputs.shape[1], noise.one(0))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), outputs.flatten())
         optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """The figure and table of A, B and f(A, B): their lines and cells are the record's."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ from dape.evaluate.capture import Row
 from dape.evaluate.heads import describe
 from dape.evaluate.learned import Layer, LearnedRows, smooth
 from dape.evaluate.subject import Subject
-from dape.figures.learned import POINTS, draw, table
+from dape.figures.learned import POINTS, draw, note, table
 
 KEYS, FAR = 1000, 100
 DISTANCE = np.arange(KEYS)[::-1]
@@ -56,6 +57,21 @@ def test_the_lines_are_means_over_spans_of_keys(record, row):
             np.testing.assert_allclose(line.get_ydata(), means, rtol=1e-3, atol=1e-4)
             middles = [(a + b - 1) / 2 for a, b in pairwise(edges)]
             np.testing.assert_allclose(line.get_xdata(), middles)
+
+
+@pytest.mark.parametrize("keys", [65, 100, 150, 256, 2048])
+def test_the_note_has_the_keys_in_a_point_of_the_lines(record, keys):
+    """The distance of neighbouring points of the drawn lines, for texts of any length."""
+    spans = np.linspace(0, keys, min(256, keys) + 1).astype(int)
+    values = np.random.default_rng(0).normal(size=(3, keys))
+    layer = replace(
+        record.layers[0], **dict.fromkeys(("scores", "bias", "change"), smooth(values, spans))
+    )
+    found = replace(record, length=keys, query=keys - 1, spans=spans.tolist(), layers=[layer])
+    widths = [
+        np.median(np.diff(axes.get_lines()[0].get_xdata())).round() for axes in draw(found).axes[:2]
+    ]
+    assert "{:.0f} of A and {:.0f} of B and f".format(*widths) in note(found)
 
 
 def test_heads_are_named_beside_the_figure_and_counted_below_the_table(record):

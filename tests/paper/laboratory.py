@@ -45,6 +45,9 @@ class Pretended(Workers):
     calls: list = field(default_factory=list)
     losses: dict = field(default_factory=dict)
 
+    def sees(self, device):
+        return True
+
     def call(self, words, device, log):
         self.calls.append((words, device))
         for part, last in self.fails.items():

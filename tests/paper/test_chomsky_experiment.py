@@ -18,6 +18,7 @@ from dape.chomsky.tasks import TASKS
 from dape.cli import chomsky_map, chomsky_train
 from dape.cli.arguments import parse
 from dape.errors import UserError
+from dape.paper import record
 from dape.paper.chomsky import Above, BestOf, Near, grids
 from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.encoders import Encoders
@@ -67,6 +68,27 @@ def test_a_command_trains_as_the_recipe_says(name):
         assert chosen.task in benchmark.tasks
         assert chosen.out == tuple(cell.run.path / kept for kept in command.keeps)
     assert len(cell.commands) == 2
+
+
+def test_a_changed_recipe_changes_the_cells(tmp_path):
+    """Records of the earlier rate do not stand for the later one, which nothing else would tell."""
+    (cell,) = [each for each in CELLS if each.name == "bucket-sort/alibi"]
+    for seed in (0, 1, 2):
+        save("bucket-sort", "alibi", seed, 90.0)
+    cell.record.record.write_text("{}")
+    record.finish(cell, {str(cell.commands[0]): 1.0}, None)
+    assert [each.state for each in plan([cell])] == ["finished"]
+    text = Path("recipes/chomsky.yaml").read_text()
+    Path("recipes").unlink()
+    Path("recipes").mkdir()
+    for name, value in (
+        ("learning_rate: 3.0e-4", "learning_rate: 1.0e-3"),
+        ("samples: 128", "samples: 64"),
+    ):
+        assert text.count(name) == 1
+        Path("recipes/chomsky.yaml").write_text(text.replace(name, value))
+        (same,) = [each for each in CHOMSKY.cells() if each.name == cell.name]
+        assert [each.state for each in plan([same])] == ["changed"]
 
 
 def test_in_miniature_from_the_cells_to_the_page():
@@ -155,6 +177,19 @@ def test_a_dape_is_best_on_more_tasks_than_by_chance():
     expected = chances[chances <= chances[9] * (1 + 1e-7)].sum()
     assert found.test.p_value == pytest.approx(expected) and found.outcome == "reproduced"
     assert "best on 9 of 12 tasks, 1 of 3 schemes" in found.number
+
+
+@pytest.mark.parametrize("order", [("kerple", "dape-kerple"), ("dape-kerple", "kerple")])
+def test_tasks_that_both_sides_solve_decide_nothing(order):
+    """Two scores of 100 have no winner, whichever scheme comes first."""
+    level = {scheme: {task: [100.0] for task in VARYING} for scheme in order}
+    found = BestOf("").find(evidence(level))
+    assert found.outcome == "not decidable at this scale" and found.test.p_value == 1
+    assert "best on 0 of 12 tasks, level on 12, 1 of 2 schemes" in found.number
+    level["kerple"] |= {task: [90.0] for task in VARYING[:7]}
+    found = BestOf("").find(evidence(level))
+    assert found.test.pairs == 7 and found.test.p_value == pytest.approx(2 / 2**7)
+    assert "best on 7 of 12 tasks, level on 5" in found.number and found.outcome == "reproduced"
 
 
 @pytest.mark.parametrize(

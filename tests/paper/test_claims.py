@@ -218,6 +218,24 @@ def test_few_documents_decide_nothing(tmp_path):
     assert found.test.p_value < 0.001 and found.outcome == "not decidable at this scale"
 
 
+def test_one_document_decides_nothing_and_ends_no_report(tmp_path):
+    made = [evaluations.make(x, flat(loss), documents=1) for x, loss in (("a", 2.9), ("b", 3.0))]
+    groups = [Group(each.subject.scheme, (each,)) for each in made]
+    found = Better("a", "b", REGIME).find([study(*groups)])
+    assert found.test.difference == pytest.approx(
+        -0.1 * made[0].measurements[0].document_losses[0] / 2.9
+    )
+    assert found.outcome == "not decidable at this scale" and found.test.pairs == 1
+    cell = Cell(tmp_path, "small/kerple-0", "kerple", ())
+    for far, pairs in (([4] + [0] * 24, 1), ([0] * 25, 0)):
+        losses = [[[10.0] * 25, [mean * n for n in far], [20.0] * 25] for mean in (3.0, 2.0)]
+        record = use([[5] * 25, far, [5] * 25], losses, lengths=[128, 256])
+        record.save(cell.record.evaluation("context"))
+        found = Uses("kerple", REGIME).find([replace(study(), cells=(cell,))])
+        assert found.outcome == "not decidable at this scale" and found.test.pairs == pairs
+        assert ("-63.2 %" if pairs else "+nan %") in found.number
+
+
 def test_a_verdict_says_where_a_part_of_its_checks_is_measured():
     finding = Finding("reproduced", "", 1, PairedTest("t", 3, -0.1, 0.01))
     claim = Claim("a claim", "section 0", (Better("a", "b", TINY), Better("c", "d", TINY)))
@@ -232,6 +250,15 @@ def test_arms_are_compared_on_the_seeds_that_both_have():
     found = Better("dape-kerple", "kerple", REGIME).find([study(ours, theirs)])
     assert found.test.difference == pytest.approx(-0.1) and found.seeds == 1
     assert "documents" in found.test.name and found.test.pairs == 20
+
+
+def test_arms_without_a_shared_seed_decide_nothing():
+    """The luck of the seeds is in the difference, and no test over documents sees the luck."""
+    ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))
+    theirs = Group("kerple", (evaluations.make("kerple", flat(3.0), 1),))
+    found = Better("dape-kerple", "kerple", REGIME).find([study(ours, theirs)])
+    assert found.test.p_value < 0.05 and found.seeds == 0
+    assert found.outcome == "not decidable at this scale"
 
 
 def test_an_arm_whose_runs_all_failed_leaves_its_claim_open(tmp_path):

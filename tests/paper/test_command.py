@@ -57,6 +57,10 @@ def test_what_is_asked_for_must_be_there(capsys):
         assert f"--minutes {minutes}: must be" in refused(
             capsys, "paper", "core", "--minutes", minutes
         )
+    line = refused(capsys, "paper", "core", "--seeds", "0,7", "--plan")
+    assert "--seeds 7: the seeds of the cells are 0; leave --seeds out" in line
+    line = refused(capsys, "paper", "chomsky", "--seeds", "0", "--plan")
+    assert "--seeds 0: no cell is of a single seed; leave --seeds out" in line
     for only in ("", ","):
         assert f"--only: {only!r} names nothing" in refused(capsys, "paper", "core", "--only", only)
 

@@ -10,6 +10,7 @@ from dape.paper.cells import Regime
 from dape.paper.experiments import CORE, COST
 from dape.paper.plan import choose, plan, table, without_corpus
 from dape.paper.spread import spread
+from dape.paper.sweep import USES
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,26 @@ def test_memory_that_does_not_suffice_is_a_result_of_the_measurement_too():
     )
     assert states(found) == ["failed"]
     assert found[0].record.read_record()["validation_loss"] == 2.5
+
+
+def test_a_measurement_that_failed_runs_again_where_less_is_asked():
+    memory = "dape: error: out of memory on cuda"
+    found = cells("kerple")
+    run(found, fails={"eval": memory})
+    shorter = cells("kerple", reads="32,64")
+    assert states(found) == ["failed"] and states(shorter) == ["changed"]
+    further = replace(
+        found[0], commands=(*found[0].commands, USES.command(found[0].run, found[0].regime, "32"))
+    )
+    assert states([further]) == ["failed"], "the measurement that failed is still asked for"
+    run(shorter)
+    assert states(shorter) == ["finished"]
+
+
+def test_a_training_that_failed_fails_whatever_is_measured():
+    diverged = "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1"
+    run(cells("kerple"), fails={"train": diverged})
+    assert states(cells("kerple")) == states(cells("kerple", reads="32,64")) == ["failed"]
 
 
 def test_only_some_arms_are_due():

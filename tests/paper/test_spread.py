@@ -106,6 +106,28 @@ def test_a_record_that_cannot_be_written_fails_its_cell_alone():
     assert "File exists" in outcomes["kerple"] and outcomes["alibi"] is None
 
 
+def test_a_gpu_that_is_lost_gets_no_further_cell(monkeypatch):
+    """PyTorch sees no GPU there, and a command would train on the CPU in its place."""
+    gpus, lines = [2], []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus[0])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+
+    class Losing(Pretended):
+        sees = Workers.sees
+
+        def call(self, words, device, log):
+            gpus[0] = 1 if device == "1" else gpus[0]
+            return super().call(words, device, log)
+
+    workers, found = Losing(), cells("kerple", "alibi", "fire", "rope")
+    ends = spread(found, ["0", "1"], workers, lines.append)
+    assert [each.cell.name for each in ends if each.device == "1"] == [found[1].name]
+    assert len(ends) == 4 and lines.count("GPU 1 is gone; no further cell starts there") == 1
+    gpus[0] = 0
+    assert spread(cells("nope"), ["0"], Losing(), lines.append) == []
+    assert Workers().sees("cpu")
+
+
 def test_after_the_minutes_nothing_starts():
     found = cells("kerple", "alibi")
     assert spread(found, ["cpu"], Pretended(), silent, minutes=0.0) == []
@@ -204,7 +226,9 @@ def test_the_weights_go_and_the_small_results_stay():
     assert [each.state for each in plan(found)] == ["finished"]
 
 
-def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path):
+def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 6)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = cells("kerple", "alibi", "fire")
     workers = Workers(program=(sys.executable, "-c", STUB))
     log = tmp_path / "log"

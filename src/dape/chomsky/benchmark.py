@@ -11,6 +11,7 @@ from dape import strict
 from dape.chomsky.encoder import Model, configure
 from dape.chomsky.measure import Evaluation
 from dape.chomsky.stack import Training
+from dape.chomsky.task import SEEDS
 from dape.chomsky.tasks import TASKS, resolve
 from dape.errors import UserError, check_finite, check_whole
 from dape.files import read_yaml, shipped
@@ -50,6 +51,8 @@ class Benchmark:
                 raise UserError(f"{name}={','.join(map(str, values))}: give a value, each once")
         for seed in self.seeds:
             check_whole(0, seeds=seed)
+            if seed >= SEEDS:
+                raise UserError(f"seeds={seed} must be below {SEEDS:,}")
         _check(self)
         for scheme in self.schemes:
             _check_reach(self, scheme)

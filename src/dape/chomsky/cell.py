@@ -103,7 +103,8 @@ def finished(benchmark: Benchmark, task: str, scheme: str, seed: int) -> Cell | 
     changed = differences(cell.settings, benchmark.settings())
     if changed:
         raise UserError(
-            f"{file} was made with other settings: {', '.join(changed)}; take another --out"
+            f"{file} was made with other settings: {', '.join(changed)}; take another --out, or"
+            f" remove {benchmark.folder} and train again"
         )
     return cell
 

@@ -31,12 +31,15 @@ class Grid:
         found = self.scores(task, scheme)
         return float(found.mean()) if len(found) else float("nan")
 
-    def best(self, task: str) -> str:
-        """Return the scheme with the highest mean score."""
-        return max(
-            (scheme for scheme in self.schemes if (task, scheme) in self.cells),
-            key=lambda scheme: self.mean(task, scheme),
-        )
+    def best(self, task: str) -> set[str]:
+        """Return the schemes with the highest mean score, several if the scores are equal."""
+        means = {
+            scheme: self.mean(task, scheme)
+            for scheme in self.schemes
+            if (task, scheme) in self.cells
+        }
+        highest = max(means.values())
+        return {scheme for scheme, mean in means.items() if mean == highest}
 
     def common(self, *schemes: str) -> list[str]:
         """Return the tasks that depend on the order of the input and have cells of all schemes."""

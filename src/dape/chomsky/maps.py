@@ -130,7 +130,7 @@ def _layer(rows: Sequence[Row], inputs: int) -> Layer:
     parts = {
         "scores": np.stack([row.scores for row in rows]).astype(np.float64),
         "bias": np.stack([row.bias for row in rows]).astype(np.float64),
-        "change": np.stack([row.change for row in rows]),
+        "change": np.stack([_change(row) for row in rows]),
         "weights": np.stack([row.weights for row in rows]),
     }
     read = {name: part[:, :, :inputs] for name, part in parts.items()}
@@ -141,6 +141,19 @@ def _layer(rows: Sequence[Row], inputs: int) -> Layer:
         with_scores=_correlation(read["change"], read["scores"]),
         with_bias=_correlation(read["change"], read["bias"]),
     )
+
+
+def _change(row: Row) -> Float[np.ndarray, "heads keys"]:
+    """Return f(A, B) of a row; a line that varies by rounding only is constant.
+
+    f is a difference of logits. Without an adapter, f would be the rounding of A + B, and correlate
+    with A and B.
+    """
+    largest = np.abs(row.scores).max(axis=1) + np.abs(row.bias).max(axis=1)
+    rounding = 4 * np.finfo(row.logits.dtype).eps * largest[:, None]
+    mean = row.change.mean(axis=1, keepdims=True)
+    constant = np.ptp(row.change, axis=1, keepdims=True) <= rounding
+    return np.where(constant, np.where(np.abs(mean) > rounding, mean, 0.0), row.change)
 
 
 def _correlation(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dape.chomsky.encoder import Encoder
-from dape.chomsky.task import Sample, Strings, Task, single
+from dape.chomsky.task import Sample, Strings, Task, generator, single
 
 TEST = 2**33  # added to a length for the seed of the examples, beyond all seeds of training
 
@@ -72,10 +72,10 @@ def accuracy(
     models: Models, sample: Sample, seed: int, batch_tokens: int
 ) -> Float[Tensor, " models"]:
     """Return the percentage of right scored symbols of a sample, by model, in float64."""
-    generator = torch.Generator(sample.inputs.device).manual_seed(TEST + seed)
+    positions = generator(TEST + seed, sample.inputs.device)
     right: Any = 0
     for part in _parts(sample, batch_tokens):
-        answers = models.answers(part.inputs, part.outputs.shape[1], generator)
+        answers = models.answers(part.inputs, part.outputs.shape[1], positions)
         right = right + ((answers == part.outputs) & part.scored).sum((1, 2))
     found: Tensor = 100 * right.double() / sample.scored.sum()
     return found

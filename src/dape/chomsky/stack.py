@@ -28,7 +28,7 @@ from dape.chomsky.mapped import (
     views,
     within,
 )
-from dape.chomsky.task import Draw, Sample, Task
+from dape.chomsky.task import Draw, Sample, Task, generator
 from dape.model.configuration import DapeConfig
 
 NOISE = 2**32  # added to a seed for dropout and randomised positions
@@ -96,8 +96,7 @@ class Stack:
             [self.flat], lr=training.learning_rate, fused=on_gpu, capturable=on_gpu
         )
         self._data, self._noise = (
-            [torch.Generator(self.device).manual_seed(seed + offset) for seed in seeds]
-            for offset in (0, NOISE)
+            [generator(seed + offset, self.device) for seed in seeds] for offset in (0, NOISE)
         )
         self._draw = Draw(self._data, training.batch_size)
         self.losses = torch.zeros(len(self.seeds), device=self.device)
@@ -241,6 +240,6 @@ class Stack:
         with torch.no_grad():
             self.flat.copy_(state["flat"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for generator, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
-            generator.set_state(saved)
+        for own, saved in zip((*self._data, *self._noise), state["generators"], strict=True):
+            own.set_state(saved)
         self.losses.copy_(state["losses"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from dape.errors import UserError
 
 Strings = Int[Tensor, "batch length"]
+SEEDS = 2**30  # seeds of models and lengths of tests are below this number
 
 
 class Sample(NamedTuple):
@@ -55,9 +56,20 @@ class Draw:
         return self.integers(2**63 - 1, *counts.shape[1:]) % counts
 
 
+def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a random generator of a seed below 2^34; the low 32 bits are below `SEEDS`.
+
+    PyTorch's generator on a CPU reads the low 32 bits of a seed alone. There the two high bits of
+    the seed take the places of the free high bits among the 32.
+    """
+    made = torch.Generator(device)
+    folded = seed % 2**32 + (seed >> 32) * SEEDS
+    return made.manual_seed(folded if made.device.type == "cpu" else seed)
+
+
 def single(seed: int, batch: int, device: torch.device | str = "cpu") -> Draw:
     """Return the source of a whole batch from a seed."""
-    return Draw([torch.Generator(device).manual_seed(seed)], batch)
+    return Draw([generator(seed, device)], batch)
 
 
 class Task:

@@ -113,6 +113,7 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     for arm in arguments.only:
         if arm not in arms:
             raise unknown("arm", arm, arms)
+    check_seeds(cells, arguments.seeds)
     devices = spread.devices()
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
@@ -146,6 +147,22 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
         " or for lack of time)"
     )
     return 1 if failed else 0
+
+
+def check_seeds(cells: list["Cell"], seeds: tuple[int, ...]) -> None:
+    """Refuse seeds that no cell has; a cell of encoders trains all its seeds side by side.
+
+    Raises:
+        UserError: naming the seed and the seeds of the cells.
+    """
+    known = sorted({cell.training.seed for cell in cells if cell.training})
+    for seed in seeds:
+        if seed not in known:
+            have = f"the seeds of the cells are {', '.join(map(str, known))}"
+            raise UserError(
+                f"--seeds {seed}: {have if known else 'no cell is of a single seed'}; leave --seeds"
+                " out, or name seeds of the cells"
+            )
 
 
 def show(found: "Results") -> None:

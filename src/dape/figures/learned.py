@@ -63,12 +63,16 @@ def _panels(layer: Layer) -> dict[str, np.ndarray]:
 
 def _coarser(record: LearnedRows, values: np.ndarray, noisy: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return positions of keys and lines to draw, with at most `POINTS` points for noisy lines."""
-    edges, spans = np.array(record.spans), values.shape[1]
-    step = -(-spans // POINTS) if noisy else 1
-    first = np.arange(0, spans, step)
+    edges = np.array(record.spans)
+    first = np.arange(0, values.shape[1], _step(record) if noisy else 1)
     sums = np.add.reduceat(values * np.diff(edges), first, axis=1)
     edges = np.append(edges[first], edges[-1])
     return (edges[:-1] + edges[1:] - 1) / 2, sums / np.diff(edges)
+
+
+def _step(record: LearnedRows) -> int:
+    """Return the number of spans in a point of a noisy line."""
+    return -(-(len(record.spans) - 1) // POINTS)
 
 
 def _title(record: LearnedRows) -> str:
@@ -78,8 +82,8 @@ def _title(record: LearnedRows) -> str:
 
 def note(record: LearnedRows) -> str:
     """Return the explanation of the lines."""
-    keys = record.query + 1
-    widths = (keys / min(keys, POINTS), keys / (len(record.spans) - 1))
+    span = (record.query + 1) / (len(record.spans) - 1)
+    widths = (span * _step(record), span)
     mean = "; lines are means over neighbouring keys, {:.0f} of A and {:.0f} of B and f"
     border = (
         "length trained at" if record.far == record.subject.train_length else "half of the keys"

@@ -6,7 +6,8 @@
 | `BestOf` | tasks with the highest mean score for a DAPE | on more than by an equal chance |
 | `Near` | difference of a mean score and the published score | within 2 points |
 
-Only tasks that depend on the order of the input count. The tests are the two-sided sign test over
+Only tasks that depend on the order of the input count. Tasks with equal scores on both sides, such
+as two scores of 100, are left out of the tests. The tests are the two-sided sign test over
 tasks for `Above`, the binomial test against an equal chance for every scheme for `BestOf`, and two
 one-sided t-tests over seeds for `Near`. On a task a difference is clear with p < 0.05 by Welch's
 test over seeds.
@@ -177,20 +178,23 @@ class BestOf:
         from scipy.stats import binomtest
 
         grid = _grid(evidence)
-        adapted = [scheme for scheme in grid.schemes if scheme.startswith("dape")] if grid else []
+        adapted = (
+            {scheme for scheme in grid.schemes if scheme.startswith("dape")} if grid else set()
+        )
         tasks = grid.common(*grid.schemes) if grid else []
         if grid is None or not tasks or not adapted or len(adapted) == len(grid.schemes):
             return None
-        wins = sum(grid.best(task) in adapted for task in tasks)
+        wins, decided = _wins([grid.best(task) for task in tasks], adapted)
         share = len(adapted) / len(grid.schemes)
-        p = float(binomtest(wins, len(tasks), share).pvalue)
+        p = float(binomtest(wins, decided, share).pvalue) if decided else 1.0
+        level = f", level on {len(tasks) - decided}" if decided < len(tasks) else ""
         return Finding(
-            outcome=_outcome(p, wins > share * len(tasks)),
-            number=f"a DAPE best on {wins} of {len(tasks)} tasks, {len(adapted)} of"
+            outcome=_outcome(p, wins > share * decided),
+            number=f"a DAPE best on {wins} of {len(tasks)} tasks{level}, {len(adapted)} of"
             f" {len(grid.schemes)} schemes with DAPE (paper: {self.paper})",
             seeds=min(len(grid.scores(task, each)) for task in tasks for each in grid.schemes),
             test=PairedTest(
-                "binomial test over tasks (scipy.stats.binomtest)", len(tasks), float(wins), p
+                "binomial test over tasks (scipy.stats.binomtest)", decided, float(wins), p
             ),
         )
 
@@ -245,6 +249,12 @@ class Near:
 
 def _grid(evidence: Evidence) -> Grid | None:
     return next((each for each in evidence if isinstance(each, Grid)), None)
+
+
+def _wins(best: Sequence[set[str]], schemes: set[str]) -> tuple[int, int]:
+    """Return the tasks won by some schemes, and the tasks won by these or by others alone."""
+    wins = sum(each <= schemes for each in best)
+    return wins, wins + sum(not each & schemes for each in best)
 
 
 def _clear(grid: Grid, task: str, first: str, second: str) -> bool:

@@ -23,7 +23,8 @@ fewer than 20 documents, the check is not decidable at the measured scale. A per
 above the best perplexity counts as steady. A claim is not reproduced if any check is not
 reproduced, reproduced if all checks are reproduced, and otherwise not decidable. A check is not
 decidable if all runs of an arm diverged or ran out of memory. Checks without records are left out.
-Without any check the claim is not measured. Arms are compared on their shared seeds.
+Without any check the claim is not measured. Arms are compared on their shared seeds, and
+without a shared seed the check is not decidable.
 """
 
 import math
@@ -32,7 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dape.chomsky.grid import Grid
 from dape.evaluate import context
@@ -51,6 +52,7 @@ from dape.paper.sweep import CONTEXT
 
 Evidence = Sequence[Study | Grid]  # the outcome of measurements
 Documents = Float[np.ndarray, " documents"]
+Tokens = Int[np.ndarray, " documents"]
 Outcome = Literal["reproduced", "not reproduced", "not decidable at this scale", "not measured"]
 _FROM_THE_WORST: tuple[Outcome, ...] = (
     "not reproduced",
@@ -92,11 +94,14 @@ class Better:
         if study is None or candidate is None or baseline is None:
             return _failure(study, self.candidate, self.baseline)
         test = compare(candidate, length, baseline, length)
+        seeds = len(_seeds(candidate) & _seeds(baseline))
         return Finding(
-            outcome=_decided(test, 0.0, holds_below=True),
+            outcome=_decided(test, 0.0, holds_below=True)
+            if seeds
+            else "not decidable at this scale",
             number=f"{self.candidate} {percent(test.difference)} against {self.baseline}"
             f" at {length:,} ({study.name}{_lost(study, self.candidate, self.baseline)})",
-            seeds=min(len(each.evaluations) for each in paired(candidate, baseline)),
+            seeds=seeds,
             test=test,
         )
 
@@ -156,7 +161,7 @@ class Uses:
         lengths = records[0].lengths
         tokens, short, long = far_losses(records)
         seen = tokens > 0
-        test = paired_bootstrap(
+        test = _over_documents(
             long[seen] / tokens[seen], short[seen] / tokens[seen], tokens[seen].astype(int)
         )
         return Finding(
@@ -267,8 +272,16 @@ def compare(
             for side, n in ((candidate, length), (baseline, baseline_length))
         ]
         tokens = np.array(candidate.evaluations[0].targets.tokens)
-        test = paired_bootstrap(rows[0] - margin, rows[1], tokens)
+        test = _over_documents(rows[0] - margin, rows[1], tokens)
     return replace(test, difference=test.difference + margin)
+
+
+def _over_documents(candidate: Documents, baseline: Documents, tokens: Tokens) -> PairedTest:
+    """Return the bootstrap over documents, without a result for one document or none."""
+    if len(tokens) >= 2:
+        return paired_bootstrap(candidate, baseline, tokens)
+    difference = float((candidate - baseline).mean()) if len(tokens) else math.nan
+    return PairedTest("none over documents (fewer than 2)", len(tokens), difference, p_value=1.0)
 
 
 def best_length(group: Group, length: int) -> int:
@@ -277,6 +290,10 @@ def best_length(group: Group, length: int) -> int:
     shorter = [n for n in first.by_length if n < length]
     losses = [np.mean([e.by_length[n].loss for e in group.evaluations]) for n in shorter]
     return shorter[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
+
+
+def _seeds(group: Group) -> set[int | None]:
+    return {each.subject.seed for each in group.evaluations}
 
 
 def _lost(study: Study, *arms: str) -> str:

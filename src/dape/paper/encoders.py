@@ -1,17 +1,20 @@
 """The Chomsky benchmark as a part of an experiment: cells of encoders trained side by side."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from dape.chomsky import cell as cells
-from dape.chomsky.benchmark import SCHEMES
+from dape.chomsky.benchmark import SCHEMES, read
 from dape.chomsky.tasks import TASKS
 from dape.files import read_json
 from dape.paper.cells import INSIDE, Cell, Command, Regime, run_folder
+from dape.paper.sweep import Options
+from dape.paper.sweep import words as chosen
 from dape.strict import build
+from dape.train.recipe import flat
 
 RECIPE = "recipes/chomsky.yaml"
 STEPS = 10_000  # Deletang et al. train a million, the DAPE paper 200,000
@@ -30,12 +33,17 @@ GROUPS = {
 }
 MAPPED = ("reverse-string", "missing-duplicate", "parity-check", "bucket-sort")
 SPEED = "speed.json"
-SMALL = (
-    *("--model.hidden-size", "16", "--model.num-hidden-layers", "1"),
-    *("--model.num-attention-heads", "2", "--model.adapter-hidden", "4"),
-    *("--training.batch-size", "4", "--training.length", "4"),
-    *("--evaluation.longest", "8", "--evaluation.samples", "4", "--device", "cpu"),
-)
+SMALL: Options = {
+    "model.hidden_size": 16,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 2,
+    "model.adapter_hidden": 4,
+    "training.batch_size": 4,
+    "training.length": 4,
+    "evaluation.longest": 8,
+    "evaluation.samples": 4,
+    "device": "cpu",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +51,7 @@ class Encoders:
     """A cell for each scheme and group of tasks, with all seeds and tasks side by side.
 
     mapped: tasks with a map of the first seed's encoder, for schemes in `map_schemes`.
-    options: further words of `dape chomsky train`.
+    options: options of `dape chomsky train` over the recipe, by dotted name.
     """
 
     groups: Mapping[str, tuple[str, ...]]
@@ -52,7 +60,7 @@ class Encoders:
     steps: int = STEPS
     mapped: tuple[str, ...] = MAPPED
     map_schemes: tuple[str, ...] = ("kerple", "dape-kerple")
-    options: tuple[str, ...] = ()
+    options: Options = field(default_factory=dict)
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -71,11 +79,14 @@ class Encoders:
             yield Cell(home, name, scheme, commands, minutes=minutes, timed=True)
 
     def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Command:
+        """Return the training, with all settings by name: a changed recipe changes the command."""
         kept = [cells.path(Path(), task, scheme, seed) for task, seed in product(tasks, self.seeds)]
+        settings = flat(read(Path(RECIPE)).settings())
+        options = {**settings, "training.steps": self.steps, **self.options}
         words = (
             *("chomsky", "train", RECIPE, "--out", str(run_folder(home, name))),
             *("--tasks", *tasks, "--schemes", scheme, "--seeds", *map(str, self.seeds)),
-            *("--training.steps", str(self.steps), "--together", str(len(tasks)), *self.options),
+            *("--together", str(len(tasks)), *chosen(options)),
         )
         return Command(words, {path: path for path in (*kept, INSIDE.record)})
 

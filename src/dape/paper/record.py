@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import locked, read_json, remove, write_json
-from dape.paper.cells import Cell, Command
+from dape.paper.cells import INSIDE, Cell, Command
 from dape.strict import build
 from dape.train import recipe as recipes
 
@@ -119,7 +119,7 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     if _other_recipe(cell) or _other_data(cell, end, checksums):
         return "changed"
     if end.error:
-        return "failed"
+        return "changed" if _failed_otherwise(cell, end) else "failed"
     return "finished" if _measured(cell, end) else "changed"
 
 
@@ -213,10 +213,24 @@ def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
     return now is not None and now != end.checksum
 
 
+def _failed_otherwise(cell: Cell, end: End) -> bool:
+    """Return whether a command failed that is another one now; a training keeps its recipe."""
+    trained = end.commands.get(str(INSIDE.record)) if cell.training else None
+    reached = any(words != trained for words in end.seconds)
+    return reached and any(
+        end.commands.get(str(path), str(each)) != str(each)
+        for each in _measures(cell)
+        for path in each.keeps
+    )
+
+
+def _measures(cell: Cell) -> tuple[Command, ...]:
+    return cell.commands[1:] if cell.training else cell.commands
+
+
 def _measured(cell: Cell, end: End) -> bool:
     """Return whether the record holds the files of all commands, measured as asked."""
-    measures = cell.commands[1:] if cell.training else cell.commands
     kept = [cell.record.path / path for each in cell.commands for path in each.keeps]
     return all(path.is_file() for path in kept) and all(
-        end.commands.get(str(path)) == str(each) for each in measures for path in each.keeps
+        end.commands.get(str(path)) == str(each) for each in _measures(cell) for path in each.keeps
     )

@@ -51,6 +51,10 @@ class Workers:
     lock: Lock = field(default_factory=Lock)
     stopped: bool = False
 
+    def sees(self, device: str) -> bool:
+        """Return whether a device is there; a command on a lost GPU would take the CPU instead."""
+        return device == "cpu" or device in devices()
+
     def call(self, words: Sequence[str], device: str, log: IO[bytes]) -> int:
         """Run a command to the end on a device, and return the status."""
         visible = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
@@ -115,11 +119,11 @@ def spread(
     beside the second training. A lack of memory then is no result, since the other cell may be the
     cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
-    a second process are left out.
+    a second process are left out. No cell starts on a GPU that the machine has lost.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     before = {cell.name: record.ended(cell) for cell in cells}
-    waiting, needed = list(cells), {cell.needs for cell in cells}
+    there, waiting, needed = list(devices), list(cells), {cell.needs for cell in cells}
     running: dict[str, _Running] = {}
     ends: list[Outcome] = []
     # The name of a cell, with the end, or with None when the cell leaves room.
@@ -136,7 +140,7 @@ def spread(
     with ThreadPoolExecutor(2 * len(devices)) as pool:
         try:
             while True:
-                for device in _free(devices, running.values()):
+                for device in _free(_kept(there, workers, say), running.values()):
                     affordable = partial(_affordable, prices or {}, deadline)
                     cells_there = [each.cell for each in running.values()]
                     claimed = _claim(waiting, cells_there, before, affordable)
@@ -154,6 +158,14 @@ def spread(
         except BaseException:
             workers.stop()
             raise
+
+
+def _kept(devices: list[str], workers: Workers, say: Callable[[str], None]) -> list[str]:
+    """Return the devices, after lost ones are taken off the list."""
+    for device in [each for each in devices if not workers.sees(each)]:
+        devices.remove(device)
+        say(f"GPU {device} is gone; no further cell starts there")
+    return devices
 
 
 def _free(devices: Sequence[str], running: Collection[_Running]) -> list[str]:
