@@ -89,8 +89,10 @@ class DapeModel(DapePreTrainedModel):
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
                 `[B, 1, T, Tk]` in place of the causal mask.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
-                default. A compiled or exported model needs `position_ids` for a mask that hides
-                tokens between visible tokens.
+                default, up to a constant where only distances count. A rotation stores turned keys
+                in a cache, so give `position_ids` in every call with the cache or in none. A
+                compiled or exported model needs `position_ids` for a mask that hides tokens between
+                visible tokens.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
@@ -298,7 +300,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         if position_ids is None:
-            position_ids = positions_of_gaps(inputs.get("attention_mask"))
+            position_ids = positions_of_gaps(inputs.get("attention_mask"), self.model.relative)
         if position_ids is None:
             return inputs
         mask = mask_of_generation(inputs, position_ids)
