@@ -166,6 +166,11 @@ class DapeModel(DapePreTrainedModel):
                 "causal=False: earlier tokens see later ones, and a cache keeps keys that do not; "
                 "leave past_key_values out"
             )
+        if given is not None and any(given.is_sliding):
+            raise UserError(
+                "past_key_values drops the keys before a sliding window, and the model reads all "
+                "keys: give a cache of this model, such as DynamicCache(config=model.config)"
+            )
         if given is not None and self.draws and int(given.get_seq_length()):
             raise UserError(DRAWS + "leave past_key_values out, or call model.eval()")
         return DynamicCache(config=self.config) if use_cache and given is None else given
