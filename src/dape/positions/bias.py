@@ -212,7 +212,9 @@ class KerplePower(Bias):
     ) -> Float[Tensor, "*batch heads query key"]:
         """Return `-a_h |i - j|^{p_h}`."""
         delta = distance(query_positions, key_positions, self.raw_p.dtype)
-        return -per_head(self.a) * delta ** per_head(self.p)
+        here = delta == 0  # where the second derivative of a power by p is NaN
+        power = (delta.masked_fill(here, 1) ** per_head(self.p)).masked_fill(here, 0)
+        return -per_head(self.a) * power
 
 
 class T5(Bias):
