@@ -67,7 +67,8 @@ def masking(
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)
         if position_ids is None and not relative:
-            position_ids = count_within(documents[:, :rows])
+            shown = None if padding is None else padding[:, :rows]
+            position_ids = count_within(documents[:, :rows], shown)
     query_positions = key_positions = None
     if position_ids is not None or gaps is True or not (relative or padding is None):
         if position_ids is not None:
@@ -267,8 +268,12 @@ def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tenso
     return pad(documents, (0, keys - documents.shape[1]), value=-1)
 
 
-def count_within(documents: Tensor) -> Tensor:
-    """Return the position of each token in the document, from 0."""
+def count_within(documents: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Return the number of earlier tokens in the document, of those that `tokens` shows."""
     index = torch.arange(documents.shape[1], device=documents.device)
     begins = documents.diff(prepend=documents[:, :1] - 1) != 0
-    return index - torch.where(begins, index, 0).cummax(-1).values
+    starts = torch.where(begins, index, 0).cummax(-1).values
+    if tokens is None:
+        return index - starts
+    earlier = (tokens.cumsum(-1) - tokens.long()).expand_as(starts)
+    return earlier - earlier.gather(-1, starts)
