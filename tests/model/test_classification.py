@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
+from dape.errors import UserError
 from dape.model.configuration import DapeConfig
 from dape.model.huggingface import DapeForSequenceClassification
 
@@ -31,6 +32,35 @@ def test_scores_are_those_of_the_last_token_of_each_row_alone(model, side):
         assert_close(logits[row : row + 1], model(alone).logits, rtol=1e-5, atol=1e-6)
         hidden = model.model(alone).last_hidden_state[:, -1]
         assert_close(model(alone).logits, hidden @ model.score.weight.T)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+@torch.no_grad()
+def test_a_mask_says_which_token_is_the_last(model, side, given):
+    """Whatever the tokens of the padding, and whether the last visible token is that of padding."""
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, slice(0, 4) if side == "left" else slice(5, 9)] = 0
+    ids[1, 8] = model.config.pad_token_id
+    inputs = ids if given == "input_ids" else model.model.embed_tokens(ids)
+    found = model(**{given: inputs}, attention_mask=mask).logits
+    for row in range(2):
+        alone = model.model(ids[row : row + 1, mask[row].bool()]).last_hidden_state[0, -1]
+        assert_close(found[row], model.score.weight @ alone, rtol=1e-5, atol=1e-6)
+    first = model.model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    rest = {given: inputs[:, 6:], "past_key_values": first}
+    if side == "left":
+        assert_close(model(**rest, attention_mask=mask).logits, found, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_unknown_padding_is_refused(model):
+    model.config.pad_token_id = None
+    ids = tokens(2, 9)
+    with pytest.raises(UserError, match=r"^pad_token_id=None.*: give attention_mask \[") as error:
+        model(ids)
+    assert "\n" not in str(error.value)
+    both = model(ids, attention_mask=torch.ones_like(ids)).logits
+    assert_close(both[:1], model(ids[:1]).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_labels(model):

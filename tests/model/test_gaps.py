@@ -42,6 +42,28 @@ def test_hidden_tokens_are_as_if_left_out(scheme):
         near(torch.cat(pieces, 1)[row, MASK[row].bool()], alone)
 
 
+@pytest.mark.parametrize("scheme", [*SCHEMES, "yarn", "xpos", "dynamic-ntk"])
+@torch.no_grad()
+def test_a_second_turn_with_padding_reads_the_cache_of_the_first(scheme):
+    """Keys of the first turn, padded on the left alone, are turned by indices."""
+    model, ids = grown(scheme=scheme), tokens(2, 8)
+    model.lm_head.weight.data.mul_(5)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 1, 1]])
+    cache = DynamicCache(config=model.config)
+    pieces = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in ((0, 4), (4, 8))
+    ]
+    cache.crop(4)
+    how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
+    found = model.generate(ids, attention_mask=mask, past_key_values=cache, **how)
+    for row in range(2):
+        alone = ids[row : row + 1, mask[row].bool()]
+        near(torch.cat(pieces, 1)[row, mask[row].bool()], model(alone).logits[0])
+        expected = model.generate(alone, use_cache=False, **how)
+        assert torch.equal(found[row, 8:], expected[0, alone.shape[1] :])
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_goes_on_as_if_hidden_tokens_were_left_out(cache):
     model, ids = grown(scheme="dape-kerple"), tokens(2, 8)

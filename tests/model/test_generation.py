@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import grown, tokens
 from torch.testing import assert_close
+from transformers import DynamicCache, MistralConfig, StaticCache
 
 from dape.errors import UserError
 
@@ -178,3 +179,13 @@ def test_positions_drawn_in_training_do_not_go_through_a_cache():
     with pytest.raises(UserError, match=r"in training; leave past_key_values out, or .*eval"):
         generate(model.train(), ids)
     assert torch.equal(generate(model.eval(), ids, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_a_cache_of_a_sliding_window_is_refused(cache):
+    """Keys before the window are gone, and the model would take the rest for the first keys."""
+    how = {"max_cache_len": 20} if cache is StaticCache else {}
+    config = MistralConfig(num_hidden_layers=2, sliding_window=4)
+    with pytest.raises(UserError, match=r"^past_key_values .* give a cache of this model") as error:
+        grown(scheme="kerple")(tokens(1, 6), past_key_values=cache(config=config, **how))
+    assert "\n" not in str(error.value)

@@ -1,15 +1,18 @@
 """Documents packed in one row are computed as if alone, and masks of four axes as they are."""
 
 import functools
+import re
 
 import pytest
 import torch
 from models import SIZES, grown, tokens
+from pretrained import move, pretrained
 from test_blocks import llama, modern
 from test_schemes import NAMES
 from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
+import dape
 from dape.errors import UserError
 
 LENGTHS = (4, 1, 7)
@@ -140,6 +143,49 @@ def test_padding_and_documents_hide_keys_together():
     out = model(ids, attention_mask=mask, seq_idx=number).logits
     near(out[:, 2:5], model(ids[:, 2:5]).logits)
     near(out[:, 5:], model(ids[:, 5:]).logits)
+
+
+CONVOLVES = re.compile("dape[357]-")
+HIDDEN = torch.tensor([[0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1]])
+NUMBERS = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 4 + [2] * 5])
+
+
+def pieces():
+    """Return the row and the visible tokens of every document."""
+    return [
+        (row, (NUMBERS[row] == number) & HIDDEN[row].bool())
+        for row in range(2)
+        for number in NUMBERS[row].unique()
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not CONVOLVES.match(name)])
+def test_a_document_is_as_if_its_hidden_tokens_were_left_out(name):
+    model, ids = model_of(name), tokens(2, 12)
+    found = model(ids, attention_mask=HIDDEN, seq_idx=NUMBERS).logits
+    for row, shown in pieces():
+        near(found[row, shown], model(ids[row : row + 1, shown]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"), [("llama", "kerple"), ("llama", "fire"), ("gpt2", "kerple"), ("bloom", None)]
+)
+@torch.no_grad()
+def test_mounted_biases_leave_out_the_hidden_tokens_of_a_document(name, bias):
+    """BLOOM takes no positions and counts the visible tokens of the mask."""
+    model, ids = pretrained(name, torch.float64), tokens(2, 12)
+    mounted = dape.retrofit(model, bias=bias)
+    move(mounted.adapters, 0.3)
+    for each in mounted.attentions if bias == "fire" else ():
+        each.position_bias.log_threshold.zero_()  # so that B depends on every position
+    positions = torch.zeros_like(ids)
+    for row, shown in pieces():
+        positions[row, shown] = torch.arange(int(shown.sum()))
+    own = {} if bias is None else {"position_ids": positions}
+    found = model(ids, attention_mask=HIDDEN, seq_idx=NUMBERS, use_cache=False, **own).logits
+    for row, shown in pieces():
+        alone = model(ids[row : row + 1, shown], use_cache=False).logits[0]
+        assert_close(found[row, shown], alone, rtol=1e-6, atol=1e-6)  # Llama's angles are float32
 
 
 def test_a_mask_of_ones_says_that_a_row_is_one_document():

@@ -186,6 +186,16 @@ def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
             "adapter='dape3-kerple' is a whole scheme; give adapter='dape3', bias='kerple'",
         ),
         ("llama", {"adapter": "dape-rope"}, "is a whole scheme; give adapter='dape'$"),
+        (
+            "llama",
+            {"adapter": functools.partial(dape.DAPE, 4, 64)},
+            r"^adapter=functools.partial\(DAPE, 4, 64\): values need names",
+        ),
+        (
+            "llama",
+            {"bias": functools.partial(dape.FIRE, train_length=7)},
+            r"^bias=functools.partial\(FIRE, train_length=7\): the model gives train_length",
+        ),
         ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is a module, but layers"),
         ("llama", {"options": {"adapter": {"hiden": 3}}}, "'hiden'; did you mean 'hidden'"),
         ("llama", {"options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import dape
+from dape.positions.adapter import Rows
 
 MODULES = {
     "alibi": lambda: dape.ALiBi(12),
@@ -132,3 +133,46 @@ def test_attention_itself_asks_for_no_default(backend):
     torch.set_default_dtype(torch.float32)
     expected = dape.attention(query, key, value, *parts, backend="reference")
     assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+ROTATIONS = {"rope": lambda: dape.RoPE(8), "dynamic-ntk": lambda: dape.DynamicNTK(8, 16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+@pytest.mark.parametrize("name", [*BIASES, *ROTATIONS])
+def test_positions_of_few_bits_do_not_overflow(name, dtype):
+    most, query = torch.iinfo(dtype).max, torch.randn(1, 1, 5, 8)
+    positions = torch.tensor([-most, 0, 1, most - 1, most], dtype=dtype)
+
+    def result(positions):
+        if name in ROTATIONS:
+            return ROTATIONS[name]()(query, query, positions)
+        return built(name)(positions, positions)
+
+    assert_close(result(positions), result(positions.long()), rtol=0, atol=0)
+
+
+def rows():
+    places = torch.arange(5)
+    visible = (places <= places[:, None])[None, None]
+    query, key = torch.randn(1, 12, 5, 64), torch.randn(1, 12, 5, 64)
+    return Rows(query, key, places, places, visible, 0.125)
+
+
+@pytest.mark.parametrize("name", sorted({*MODULES} - {"learned"}))
+def test_autocast_rounds_no_module_that_is_called_alone(name):
+    module, places = built(name), torch.arange(5)
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    given = (
+        (places, places) if name in BIASES else (torch.randn(1, 12, 5, 5), torch.randn(12, 5, 5))
+    )
+    given = (*given, rows()) if getattr(module, "needs_rows", False) else given
+    expected = module.double()(
+        *(x.double() if x.is_floating_point() else x for x in given[:2]), *given[2:]
+    )
+    module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(*given)
+    assert found.dtype == torch.float32
+    assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)

@@ -33,6 +33,24 @@ def test_the_gradients_are_those_of_the_formula_also_at_distance_zero():
     assert_close(bias.raw_p.grad, slope_p * p * (1 - p / 2), rtol=1e-12, atol=1e-12)
 
 
+def test_second_derivatives_are_those_of_the_formula_also_at_distance_zero():
+    bias = KerplePower(3).double()
+    positions, index = torch.arange(6), torch.arange(6.0, dtype=torch.float64)
+    delta = (index[:, None] - index).abs()
+
+    def formula(raw_p, raw_a):
+        power = torch.exp(2 * raw_p.sigmoid()[:, None, None] * delta.clamp(min=1).log())
+        return (-(1 + raw_a.exp()).log()[:, None, None] * power * (delta > 0)).square().sum()
+
+    def ours(raw_p, raw_a):
+        lent = {"raw_p": raw_p, "raw_a": raw_a}
+        return torch.func.functional_call(bias, lent, (positions, positions)).square().sum()
+
+    at = bias.raw_p.detach(), bias.raw_a.detach()
+    expected = torch.autograd.functional.hessian(formula, at)
+    assert_close(torch.autograd.functional.hessian(ours, at), expected)
+
+
 def test_it_starts_uniform_within_the_bounds():
     bias = KerplePower(20_000)
     for values, low, high in ((bias.p, 0.01, 1.99), (bias.a, 0.01, 1.0)):

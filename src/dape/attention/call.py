@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dape.errors import UserError, check_finite, check_switch, check_whole
+from dape.positions.wide import without_overflow
 
 FORWARD_MODE = "forward-mode derivatives"
 
@@ -154,17 +155,13 @@ def checked(
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale
+    query_positions, key_positions = (
+        None if x is None else without_overflow(x) for x in (query_positions, key_positions)
+    )
     return Call(
         query, key, value, bias, adapter, mask, causal, scale, query_offset, key_offset,
-        without_overflow(query_positions), without_overflow(key_positions),
+        query_positions, key_positions,
     )  # fmt: skip
-
-
-def without_overflow(positions: Tensor | None) -> Tensor | None:
-    """Return positions whose differences do not overflow, such as those of 8 bits."""
-    if positions is None or positions.is_floating_point() or positions.itemsize > 2:
-        return positions
-    return positions.long()
 
 
 def widened(

@@ -42,8 +42,9 @@ def masking(
 
     Positions stay None if neither padding nor documents move positions. The position of a token
     then equals the index. A scheme with `relative` parts then keeps biases without a batch axis,
-    also beside padding, unless the mask has gaps. Cached keys without `position_ids` count back
-    from the first query. `reach` is the reach of the adapter along the keys.
+    also beside padding, unless the mask has gaps. Beside gaps, positions count from the index of
+    the first visible token. Cached keys without `position_ids` count back from the first query.
+    `reach` is the reach of the adapter along the keys.
 
     Raises:
         UserError: for arguments that do not fit together.
@@ -66,13 +67,16 @@ def masking(
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)
         if position_ids is None and not relative:
-            position_ids = count_within(documents[:, :rows])
+            shown = None if padding is None else padding[:, :rows]
+            position_ids = count_within(documents[:, :rows], shown)
     query_positions = key_positions = None
     if position_ids is not None or gaps is True or not (relative or padding is None):
         if position_ids is not None:
             check_positions(position_ids, hidden_states.shape[0], rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
         key_positions = positions_of_keys(tokens, position_ids, rows, past)
+        if relative and position_ids is None:
+            key_positions = key_positions + first_visible(tokens)
         query_positions = key_positions[:, index]
         if position_ids is not None and mask is None and documents is None:
             documents = documents_of_positions(key_positions, past)
@@ -130,12 +134,14 @@ def mask_of_generation(inputs: Mapping[str, Any], position_ids: Tensor) -> Tenso
     return position_ids.new_ones(position_ids.shape[0], keys) if mask is None else mask
 
 
-def positions_of_gaps(attention_mask: Tensor | None) -> Tensor | None:
+def positions_of_gaps(attention_mask: Tensor | None, relative: bool) -> Tensor | None:
     """Return the positions of all keys in a step of `generate`, None for a mask without gaps."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     tokens = attention_mask.bool()
-    return count_visible(tokens) if look(has_gaps(tokens)) is True else None
+    if look(has_gaps(tokens)) is not True:
+        return None
+    return count_visible(tokens) + (first_visible(tokens) if relative else 0)
 
 
 def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
@@ -202,6 +208,15 @@ def count_visible(tokens: Tensor) -> Tensor:
     return (tokens.cumsum(-1) - 1).clamp(min=0)
 
 
+def first_visible(tokens: Tensor) -> Tensor:
+    """Return the index of the first visible token of each row, `[B, 1]`.
+
+    Without gaps, a relative scheme takes indices for positions, and a rotation has turned cached
+    keys by indices. Positions beside gaps therefore count from the index of the first token.
+    """
+    return tokens.int().argmax(-1, keepdim=True)
+
+
 def has_gaps(tokens: Tensor) -> Tensor:
     """Return whether hidden tokens lie between visible tokens of a row, as a tensor."""
     keys = tokens.shape[-1]
@@ -253,8 +268,12 @@ def documents_of_keys(documents: Tensor, keys: int, past: int | Tensor) -> Tenso
     return pad(documents, (0, keys - documents.shape[1]), value=-1)
 
 
-def count_within(documents: Tensor) -> Tensor:
-    """Return the position of each token in the document, from 0."""
+def count_within(documents: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Return the number of earlier tokens in the document, of those that `tokens` shows."""
     index = torch.arange(documents.shape[1], device=documents.device)
     begins = documents.diff(prepend=documents[:, :1] - 1) != 0
-    return index - torch.where(begins, index, 0).cummax(-1).values
+    starts = torch.where(begins, index, 0).cummax(-1).values
+    if tokens is None:
+        return index - starts
+    earlier = (tokens.cumsum(-1) - tokens.long()).expand_as(starts)
+    return earlier - earlier.gather(-1, starts)

@@ -89,8 +89,10 @@ class DapeModel(DapePreTrainedModel):
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
                 `[B, 1, T, Tk]` in place of the causal mask.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
-                default. A compiled or exported model needs `position_ids` for a mask that hides
-                tokens between visible tokens.
+                default, up to a constant where only distances count. A rotation stores turned keys
+                in a cache, so give `position_ids` in every call with the cache or in none. A
+                compiled or exported model needs `position_ids` for a mask that hides tokens between
+                visible tokens.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.
@@ -163,6 +165,11 @@ class DapeModel(DapePreTrainedModel):
             raise UserError(
                 "causal=False: earlier tokens see later ones, and a cache keeps keys that do not; "
                 "leave past_key_values out"
+            )
+        if given is not None and any(given.is_sliding):
+            raise UserError(
+                "past_key_values drops the keys before a sliding window, and the model reads all "
+                "keys: give a cache of this model, such as DynamicCache(config=model.config)"
             )
         if given is not None and self.draws and int(given.get_seq_length()):
             raise UserError(DRAWS + "leave past_key_values out, or call model.eval()")
@@ -298,7 +305,7 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         if position_ids is None:
-            position_ids = positions_of_gaps(inputs.get("attention_mask"))
+            position_ids = positions_of_gaps(inputs.get("attention_mask"), self.model.relative)
         if position_ids is None:
             return inputs
         mask = mask_of_generation(inputs, position_ids)

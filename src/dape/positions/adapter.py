@@ -17,7 +17,7 @@ from torch.nn.functional import leaky_relu, pad
 
 from dape.errors import UserError, check_switch, check_whole
 from dape.positions.bias import sinusoids
-from dape.positions.wide import Wide, parameter
+from dape.positions.wide import Wide, own_dtypes, parameter
 
 INPUTS = ("concat", "sum", "bias", "scores")
 
@@ -174,7 +174,8 @@ def across(
     weight: Float[Tensor, "out channels"], x: Float[Tensor, "*batch channels query key"]
 ) -> Float[Tensor, "*batch out query key"]:
     """Return a product with the channels at each query and key."""
-    return torch.einsum("oc,...cqk->...oqk", weight, x)
+    with own_dtypes(x.device):
+        return torch.einsum("oc,...cqk->...oqk", weight, x)
 
 
 class TalkingHeads(Wide):
@@ -252,7 +253,8 @@ class CoPE(Wide):
     ) -> Float[Tensor, "batch heads query key"]:
         """Return logits `[batch, heads, query, key]`."""
         place = self.places(scores, rows)
-        table = rows.query.to(scores.dtype) @ self.weight.to(scores.dtype).mT
+        with own_dtypes(scores.device):
+            table = rows.query.to(scores.dtype) @ self.weight.to(scores.dtype).mT
         below, above = (table.gather(-1, x.long()) for x in (place.floor(), place.ceil()))
         return scores + bias + below.lerp(above, place - place.floor())
 
@@ -317,7 +319,9 @@ class TransformerXL(Wide):
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
         """Return logits `[batch, heads, query, key]`."""
-        return scores + bias + rows.scale * (self.content(rows, scores) + self.offset(rows, scores))
+        with own_dtypes(scores.device):
+            terms = self.content(rows, scores) + self.offset(rows, scores)
+        return scores + bias + rows.scale * terms
 
     def content(self, rows: Rows, scores: Tensor) -> Float[Tensor, "batch heads 1 key"]:
         """Return `u . k_j`, in the dtype of the scores."""

@@ -16,7 +16,7 @@ from torch.nn.functional import embedding, relu, softplus
 
 from dape.errors import UserError, check_whole
 from dape.positions.absolute import frequencies
-from dape.positions.wide import Wide, parameter, widen
+from dape.positions.wide import Wide, own_dtypes, parameter, widen, without_overflow
 
 
 class Bias(Wide):
@@ -49,7 +49,8 @@ def distance(
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "*batch 1 query key"]:
     """Return `|i - j|`, exact in float32 up to 2^24, with an axis for the heads."""
-    difference = query_positions[..., :, None] - key_positions[..., None, :]
+    query, key = without_overflow(query_positions), without_overflow(key_positions)
+    difference = query[..., :, None] - key[..., None, :]
     return difference.abs().to(torch.promote_types(dtype, torch.float32)).unsqueeze(-3)
 
 
@@ -212,7 +213,9 @@ class KerplePower(Bias):
     ) -> Float[Tensor, "*batch heads query key"]:
         """Return `-a_h |i - j|^{p_h}`."""
         delta = distance(query_positions, key_positions, self.raw_p.dtype)
-        return -per_head(self.a) * delta ** per_head(self.p)
+        here = delta == 0  # where the second derivative of a power by p is NaN
+        power = (delta.masked_fill(here, 1) ** per_head(self.p)).masked_fill(here, 0)
+        return -per_head(self.a) * power
 
 
 class T5(Bias):
@@ -308,7 +311,7 @@ class Sandwich(Bias):
         """Return the compressed inner products."""
         # Positions count from the first key, in float64: a shift of all positions changes nothing.
         query, key = (
-            sinusoids(x - key_positions[..., :1], self.d_bar, torch.float64)
+            sinusoids(without_overflow(x) - key_positions[..., :1], self.d_bar, torch.float64)
             for x in (query_positions, key_positions)
         )
         product = (query @ key.mT).unsqueeze(-3).to(torch.float32)
@@ -384,5 +387,6 @@ class FIRE(Bias):
         normaliser = torch.maximum(query[..., :, None], key[..., None, :]).unsqueeze(-3)
         ratio = torch.log1p(self.c * delta) / normaliser
         hidden = relu(per_head(self.weight_in[:, 0]) * ratio + per_head(self.bias_in))
-        out = torch.einsum("hc,...cqk->...hqk", widen(self.weight_out), hidden)
+        with own_dtypes(hidden.device):
+            out = torch.einsum("hc,...cqk->...hqk", widen(self.weight_out), hidden)
         return out + per_head(self.bias_out)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
 from dape.positions.turn import Waves, turn
+from dape.positions.wide import without_overflow
 
 Query = Float[Tensor, "batch heads length head_dim"]
 Key = Float[Tensor, "batch kv_heads length head_dim"]
@@ -208,7 +209,7 @@ class DynamicNTK(RoPE):
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
         """Return the frequencies of each position."""
-        excess = ((positions + 1).to(dtype) / self.train_length - 1).clamp(min=0)
+        excess = ((without_overflow(positions) + 1).to(dtype) / self.train_length - 1).clamp(min=0)
         base = self.base * (1 + self.factor * excess) ** (self.width / (self.width - 2))
         return frequencies(self.width, base[..., None], dtype, positions.device)
 

@@ -4,6 +4,7 @@ bfloat16 cannot tell position 256 from 257, and rounds a slope by up to 1/256 of
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,19 @@ def widen(tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def parameter(*shape: int) -> nn.Parameter:
     """Return an uninitialised parameter, in the wider of float32 and the default dtype."""
     return nn.Parameter(widen(torch.empty(shape)))
+
+
+def without_overflow(positions: Tensor) -> Tensor:
+    """Return positions whose differences do not overflow, such as those of 8 bits."""
+    small = not positions.is_floating_point() and positions.itemsize <= 2
+    return positions.long() if small else positions
+
+
+def own_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+    """Return the context in which products keep the dtypes of the factors, without autocast."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class Wide(nn.Module):

@@ -1,6 +1,7 @@
 """The adapter and the bias of an attention, and a check for unchanged logits at the start."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dape.errors import UserError, unknown
 from dape.positions.adapter import DAPE, Rows, TransformerXL
-from dape.positions.scheme import ADAPTERS, BASES, Part
+from dape.positions.scheme import ADAPTERS, BASES, DIMENSIONS, Part
 
 Factory = str | Callable[..., nn.Module]
 
@@ -102,7 +103,8 @@ def part_of(place: str, given: Factory) -> Part:
     """Return the part of a name, or of a factory with the options of a `functools.partial`.
 
     Raises:
-        UserError: for an unknown name, or a module in place of a factory.
+        UserError: for an unknown name, a module in place of a factory, or a `partial` with values
+            without names or with dimensions of the model.
     """
     if isinstance(given, nn.Module):
         raise UserError(
@@ -111,6 +113,7 @@ def part_of(place: str, given: Factory) -> Part:
         )
     if callable(given):
         if isinstance(given, functools.partial):
+            check_partial(place, given)
             return Part(given.func, given.keywords)  # type: ignore[arg-type]
         return Part(given)  # type: ignore[arg-type]
     if given in PARTS[place]:
@@ -121,6 +124,27 @@ def part_of(place: str, given: Factory) -> Part:
             bias = f", bias={base!r}" if base in PARTS["bias"] else ""
             raise UserError(f"adapter={given!r} is a whole scheme; give adapter={name!r}{bias}")
     raise unknown(place, given, PARTS[place])
+
+
+def check_partial(place: str, given: functools.partial[Any]) -> None:
+    """Check that the values of a `functools.partial` are options by name.
+
+    Raises:
+        UserError: for values without names, and for dimensions, which the model gives.
+    """
+    name = getattr(given.func, "__name__", repr(given.func))
+    if given.args:
+        values = ", ".join(map(repr, given.args))
+        raise UserError(
+            f"{place}=functools.partial({name}, {values}): values need names, such as "
+            "functools.partial(dape.DAPE, hidden=64)"
+        )
+    taken = DIMENSIONS & inspect.signature(given.func).parameters.keys()
+    if dimensions := sorted(taken & given.keywords.keys()):
+        raise UserError(
+            f"{place}=functools.partial({name}, {dimensions[0]}={given.keywords[dimensions[0]]!r}):"
+            f" the model gives {dimensions[0]}; leave it out"
+        )
 
 
 def name_of(place: str, part: Part) -> str:

@@ -124,7 +124,8 @@ def layer_mask(
         documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
         same = (documents[:, :q_length, None] == documents[:, None, kv_offset:])[:, None]
         mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
-        placed = count_within(documents)
+        placed = count_within(documents, tokens)
+        apart = gaps
     elif tokens is not None or positions is not None:
         if positions is not None and tokens is None:
             tokens = positions.new_ones(1, kv_offset + kv_length, dtype=torch.bool)
