@@ -54,7 +54,7 @@ def test_a_second_turn_with_padding_reads_the_cache_of_the_first(scheme):
         model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
         for a, b in ((0, 4), (4, 8))
     ]
-    cache.crop(4)
+    cache.crop(-4)  # the last four; newer transformers takes no length
     how = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [0]}
     found = model.generate(ids, attention_mask=mask, past_key_values=cache, **how)
     for row in range(2):
