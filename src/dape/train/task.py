@@ -121,7 +121,9 @@ class NextToken(Task):
         weights = get_model_state_dict(model, options=options)
         if fabric.is_global_zero:
             with whole(self.recipe.run.model) as partial:
-                model.save_pretrained(partial, state_dict=weights)  # type: ignore[operator]
+                model.save_pretrained(  # type: ignore[operator]
+                    partial, state_dict=shared_again(model, weights)
+                )
                 self.corpus.tokenizer().save_pretrained(partial)
         fabric.barrier()
 
@@ -230,6 +232,20 @@ class Retrofitting(NextToken):
             with whole(self.recipe.run.adapters) as partial:
                 self._mounted.save(partial)
         fabric.barrier()
+
+
+def shared_again(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
+    """Return whole weights in which the names of a shared parameter share a tensor again.
+
+    Gathered shards have a tensor for each name, and a file would have the tensor twice.
+    """
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, name)
+    first = {
+        name: names[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: weights[first.get(name, name)] for name in weights}
 
 
 def _loss_of_part(
