@@ -9,7 +9,7 @@ import torch
 from safetensors.numpy import load_file
 from small import losses, metrics, recipe, validation_loss
 from spread import CALLS, arguments
-from two_ranks import MEASURING, ROPE
+from two_ranks import MEASURING, ROPE, table
 
 from dape import DapeConfig, DapeForCausalLM, attention
 from dape.attention.context_parallel import ContextParallel
@@ -47,10 +47,10 @@ def out(data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    ["fsdp", "fused", "ddp", "fsdp-step", "fsdp-pass", "spread", "spread-rope"],
+    ["fsdp", "fused", "ddp", "fsdp-step", "fsdp-pass", "fsdp-rope", "spread", "spread-rope"],
 )
 def test_two_ranks_train_as_one(out, layout):
-    one = "one-rope" if layout == "spread-rope" else "one"
+    one = "one-rope" if layout.endswith("rope") else "one"
     assert losses(out / layout) == pytest.approx(losses(out / one), rel=1e-5)
     norms = [[entry["grad_norm"] for entry in metrics(out / name)] for name in (layout, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -70,6 +70,16 @@ def test_the_exported_model_is_whole(out, data, layout):
     model = DapeForCausalLM.from_pretrained(out / layout / "model").eval()
     logged = metrics(out / layout)[-1]["validation_loss"]
     assert validation_loss(model, Corpus(data), batches=8) == pytest.approx(logged, rel=1e-6)
+
+
+def test_a_matrix_of_embedding_and_head_is_saved_once(out):
+    """A file of shards gathered by name had the matrix twice."""
+    found, expected = (
+        load_file(out / layout / "model/model.safetensors") for layout in ("fsdp-rope", "one-rope")
+    )
+    assert found.keys() == expected.keys() and "lm_head.weight" not in found
+    entries = "model.embed_tokens.weight"
+    assert found[entries] == pytest.approx(expected[entries], abs=1e-5)
 
 
 def test_each_rank_holds_its_part_of_each_parameter(out):
@@ -130,6 +140,21 @@ def test_windows_over_two_ranks_have_the_perplexity_of_one(out):
         one, two = (each.by_length[length] for each in (expected, found))
         assert two.windows == one.windows
         assert two.loss == pytest.approx(one.loss, rel=1e-6)
+
+
+def test_windows_over_two_ranks_end_where_a_table_of_positions_ends(out):
+    """Padding to equal chunks reads no row, and both ranks refuse a position that one has."""
+    model, tokens = table()
+    with torch.no_grad():
+        logits = model.double()(input_ids=tokens[:, :18]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), tokens[:, 1:19], reduction="none"
+    )
+    for rank in (0, 1):
+        found = torch.load(out / f"table-{rank}.pt", weights_only=False)
+        assert "position 18 is outside the learned embedding" in found[19]
+        for length in (17, 18):
+            assert found[length] == pytest.approx(expected[:, :length].numpy(), abs=1e-5)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -14,9 +14,12 @@ from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 import interpreter
+from dape import DapeConfig, DapeForCausalLM
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
+from dape.errors import UserError
 from dape.evaluate import evaluate
+from dape.evaluate.perplexity import _spread_forward
 from dape.train import drawing, task
 from dape.train.loop import fit
 from dape.train.parallelize import context_parallel
@@ -33,6 +36,7 @@ LAYOUTS = {
     "fsdp-bf16": ({"strategy": "fsdp", "activation_checkpointing": "selective"}, BF16),
     "fsdp-step": ({"strategy": "fsdp", "gather": "step", "micro_batch_size": 1}, {}),
     "fsdp-pass": ({"strategy": "fsdp", "gather": "pass", "micro_batch_size": 1}, {}),
+    "fsdp-rope": ({"strategy": "fsdp"}, ROPE),
     "spread-rope": ({"strategy": "ddp", "context_parallel": 2, "micro_batch_size": 4}, ROPE),
     "spread": (
         {"strategy": "fsdp", "context_parallel": 2, "activation_checkpointing": "selective"},
@@ -65,6 +69,27 @@ def spread(devices: ContextParallel):
     return found
 
 
+def table():
+    """Return a model with a table of 18 positions, no multiple of four chunks, and windows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DapeConfig(scheme="learned", train_length=18, vocab_size=17, **sizes)
+    return DapeForCausalLM(config).eval(), torch.randint(17, (2, 20))
+
+
+def losses_by_table(devices: ContextParallel):
+    """Return this rank's losses of windows of 17 to 19 tokens, or the refusal."""
+    model, tokens = table()
+    found = {}
+    for length in (19, 18, 17):
+        try:
+            with torch.inference_mode():
+                found[length] = _spread_forward(model, tokens[:, : length + 1], length, devices)
+        except UserError as error:
+            found[length] = str(error)
+    return found
+
+
 def main(data, out):
     interpreter.quicken()
     drawing.LARGE = 100  # numbers: sharded models start in parts
@@ -77,6 +102,7 @@ def main(data, out):
         train(recipe(data, out / name, hardware=hardware, **others))
     devices = context_parallel(fabric, recipe(data, out, hardware=LAYOUTS["spread"][0]).hardware)
     torch.save(spread(devices), out / f"attention-{rank}.pt")
+    torch.save(losses_by_table(devices), out / f"table-{rank}.pt")
     evaluate(out / "ddp", **MEASURING, out=out / "spread-evaluation", context_parallel=devices)
 
 

@@ -24,11 +24,15 @@ from dape.attention.operator import attention
 
 
 class ContextParallel(NamedTuple):
-    """The devices that share a sequence, by the name of the process group."""
+    """The devices that share a sequence, by the name of the process group.
+
+    `end` is the number of tokens before the padding at the end of a sequence, None without padding.
+    """
 
     group: str
     rank: int
     ranks: int
+    end: int | None = None
 
     def part(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return this device's two chunks of a tensor of the whole sequence.
@@ -39,8 +43,16 @@ class ContextParallel(NamedTuple):
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
     def positions(self, length: int, device: torch.device) -> Int[Tensor, " length"]:
-        """Return the positions in the sequence of the `length` tokens of this device."""
-        return self.part(torch.arange(length * self.ranks, device=device), dim=0)
+        """Return the positions in the sequence of the `length` tokens of this device.
+
+        Padding has the last position of the sequence, which every table of positions has.
+        """
+        return self.part(self.all_positions(length, device), dim=0)
+
+    def all_positions(self, length: int, device: torch.device) -> Int[Tensor, " sequence"]:
+        """Return the positions of a sequence of which each device has `length` tokens."""
+        index = torch.arange(length * self.ranks, device=device)
+        return index if self.end is None else index.clamp(max=self.end - 1)
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of all devices' tensors, in place."""

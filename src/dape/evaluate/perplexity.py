@@ -117,10 +117,11 @@ def _spread_forward(
     inputs, targets = tokens[:, :-1], tokens[:, -scored:]
     length = inputs.shape[1]
     filled = F.pad(inputs, (0, -length % (2 * spread.ranks)))
-    positions = spread.positions(filled.shape[1] // spread.ranks, tokens.device)
+    positions = spread.part(torch.arange(filled.shape[1], device=tokens.device), dim=0)
     kept = ((positions >= length - scored) & (positions < length)).nonzero()[:, 0]
+    padded = spread._replace(end=length)
     output = model(
-        input_ids=spread.part(filled), logits_to_keep=kept, use_cache=False, context_parallel=spread
+        input_ids=spread.part(filled), logits_to_keep=kept, use_cache=False, context_parallel=padded
     )
     columns = positions[kept] - (length - scored)
     logits, labels = output.logits.float().flatten(0, 1), targets[:, columns]

@@ -33,6 +33,7 @@ from dape.model.blocks import DapeDecoderLayer, in_use, norm
 from dape.model.configuration import DapeConfig
 from dape.model.masking import mask_of_generation, masking, part_of_sequence, positions_of_gaps
 from dape.positions import scheme
+from dape.positions.absolute import Learned
 from dape.positions.rotary import Angles, RandomizedRoPE, angles_of
 
 DRAWS = "randomised positions need whole sequences in training; "
@@ -151,6 +152,7 @@ class DapeModel(DapePreTrainedModel):
             index = torch.arange(embedded.shape[1], device=embedded.device)
             positions = index + where["query_offset"]
         if self.position_embedding is not None:
+            _check_everywhere(self.position_embedding, embedded, where.get("context_parallel"))
             embedded = self.position_embedding(embedded, positions)
         return embedded, angles_of(self.rotation, positions, embedded.dtype)
 
@@ -202,6 +204,16 @@ class DapeModel(DapePreTrainedModel):
         """Number of keys to each side on which a logit depends through the adapter's taps."""
         attention = cast(DapeDecoderLayer, self.layers[0]).self_attn
         return getattr(in_use(attention.adapter), "reach", 0)
+
+
+def _check_everywhere(embedding: Any, part: Tensor, spread: ContextParallel | None) -> None:
+    """Raise the `UserError` for a position of a shared sequence on all devices.
+
+    A device that refuses alone leaves the others waiting for keys.
+    """
+    if spread is not None and isinstance(embedding, Learned):
+        positions = spread.all_positions(part.shape[1], part.device)
+        embedding.check(len(positions) if spread.end is None else spread.end, positions)
 
 
 class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
