@@ -240,10 +240,9 @@ def shared_again(model: nn.Module, weights: dict[str, Any]) -> dict[str, Any]:
     Gathered shards have a tensor for each name, and a file would have the tensor twice.
     """
     names: dict[nn.Parameter, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, name)
     first = {
-        name: names[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)
+        name: names.setdefault(parameter, name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     return {name: weights[first.get(name, name)] for name in weights}
 

@@ -53,6 +53,6 @@ class TapsRowsMixer(TapsMixer):
             H=heads, D=units, T=terms.taps, HEADS=padded(heads), UNITS=padded(units),
             CAUSAL=self.problem.causal, MASKED=self.problem.mask is not None,
             FLAGS=flags, K=KEYS, PRECISION=WIDE_PRECISION,
-            **self.problem.gated(), num_warps=4,
+            num_warps=4,
         )  # fmt: skip
         return logits
