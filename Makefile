@@ -28,9 +28,6 @@ check: $(BIN)/.test
 SPREAD := -n auto --dist loadfile --no-loadscope-reorder
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE := # or each process compiles every module again
-# Bytes that a process keeps of freed memory, or each large tensor of a test would have new pages.
-test: export MALLOC_MMAP_THRESHOLD_ := 500000000
-test: export MALLOC_TRIM_THRESHOLD_ := 1000000000
 test: $(BIN)/.test
 	$(BIN)/pytest $(SPREAD) -m "not unhooked" --jaxtyping-packages=dape,beartype.beartype
 	$(BIN)/pytest $(SPREAD) -m unhooked $$(grep -rl --include='*.py' mark.unhooked tests)
