@@ -1,8 +1,9 @@
 """Biases of few parameters in Triton: B and the derivatives at a distance.
 
-A form takes the distance, the head, the number of heads, and two parameters of the head as in the
-module, and returns B and the derivatives by both. All numbers are float64, which is cheap for a
-table of few entries and keeps float32 results exact. The form of T5 takes the distance, the
+A form takes the distance, the head, the number of heads, and the pointers of two parameters `[H]`
+as in the module, and returns B and the derivatives by both. A form without parameters reads no
+pointer. All numbers are float64, which is cheap for a table of few entries and keeps float32 results
+exact. The form of T5 takes the distance, the
 distance of the last row, and the number of rows, and returns the row of T5's W. For a bias without
 a form, the module makes the table, and autograd takes the gradient of the table back.
 """
@@ -52,6 +53,12 @@ def log(x):
 
 
 @triton.jit
+def parameter(of_heads, head, heads):
+    """Return the parameter of a head, zero beyond the last head."""
+    return tl.load(of_heads + head, head < heads, 0.0).to(tl.float64)
+
+
+@triton.jit
 def nothing(delta, head, heads, x, y):
     """B = 0."""
     return delta * 0.0, delta * 0.0, delta * 0.0
@@ -60,6 +67,8 @@ def nothing(delta, head, heads, x, y):
 @triton.jit
 def alibi(delta, head, heads, x, y):
     """B = -s_h delta with the slopes of `ALiBi`."""
+    head = head.to(tl.float64)
+    heads = head * 0.0 + heads
     even = tl.exp2(tl.floor(tl.log2(heads) + 1e-9))
     exponent = tl.where(head < even, (head + 1) * 8 / even, (2 * (head - even) + 1) * 4 / even)
     return -tl.exp2(-exponent) * delta, delta * 0.0, delta * 0.0
@@ -68,8 +77,8 @@ def alibi(delta, head, heads, x, y):
 @triton.jit
 def kerple(delta, head, heads, raw_p, raw_a):
     """B = -p log(1 + a delta), p and a by softplus."""
-    p, by_p = softplus(raw_p)
-    a, by_a = softplus(raw_a)
+    p, by_p = softplus(parameter(raw_p, head, heads))
+    a, by_a = softplus(parameter(raw_a, head, heads))
     logarithm = log(1.0 + a * delta)
     return -p * logarithm, -logarithm * by_p, -p * delta / (1.0 + a * delta) * by_a
 
@@ -77,8 +86,8 @@ def kerple(delta, head, heads, raw_p, raw_a):
 @triton.jit
 def kerple_power(delta, head, heads, raw_p, raw_a):
     """B = -a delta^p, p by twice a sigmoid, a by softplus."""
-    p = 2.0 / (1.0 + tl.exp(-raw_p))
-    a, by_a = softplus(raw_a)
+    p = 2.0 / (1.0 + tl.exp(-parameter(raw_p, head, heads)))
+    a, by_a = softplus(parameter(raw_a, head, heads))
     log = tl.log(tl.maximum(delta, 1.0))
     power = tl.where(delta > 0, tl.exp(p * log), 0.0)
     return -a * power, -a * power * log * p * (1.0 - p / 2), -power * by_a

@@ -41,11 +41,8 @@ def bias_values(
         value = tl.load(values + at, inside, 0.0)
         by_x, by_y = value, value
     else:
-        x_H = tl.load(p0 + heads, heads < H, 0.0).to(tl.float64)[None, :]
-        y_H = tl.load(p1 + heads, heads < H, 0.0).to(tl.float64)[None, :]
         delta_NH = n[:, None].to(tl.float64) + 0.0 * heads[None, :].to(tl.float64)
-        head_H = heads[None, :].to(tl.float64)
-        value, by_x, by_y = FORM(delta_NH, head_H, head_H * 0.0 + H, x_H, y_H)
+        value, by_x, by_y = FORM(delta_NH, heads[None, :], H, p0, p1)
         value = tl.where(inside, value, 0.0)
         by_x, by_y = tl.where(inside, by_x, 0.0), tl.where(inside, by_y, 0.0)
     return value.to(tl.float32), by_x.to(tl.float32), by_y.to(tl.float32)

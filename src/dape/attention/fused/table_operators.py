@@ -89,14 +89,12 @@ def _made(given: Sequence[Any], how: How) -> list[Tensor]:
 
     values, p0, p1, w1, b1, w2, b2 = given
     found = _forward_fake(*given, *how)
-    grid = (cdiv(how.entries, ENTRIES),)
-    # ALiBi's kernel loads parameters that its formula ignores: an output would be unwritten there
-    written = next(x for x in (b2, p0) if x is not None)
-    known = tuple(written if x is None else x for x in (values, p0, p1))
+    static, grid = found[0], (cdiv(how.entries, ENTRIES),)
+    known = tuple(static if x is None else x for x in (values, p0, p1))
     compiled, switches = _compiled(w1, how), _switches(values, p0, how)
     if w1 is None:
         start(kernels.static_table_kernel, grid)(
-            *known[1:], found[0], found[-1], how.entries, how.span,
+            *known[1:], static, found[-1], how.entries, how.span,
             H=compiled["H"], HEADS=compiled["HEADS"], FORM=switches["FORM"],
             ROWS=switches["ROWS"], DERIVATIVES=how.derivatives, N=ENTRIES, num_warps=4,
         )  # fmt: skip

@@ -118,7 +118,7 @@ def bias_tables(
         found = operators.tables(None, *given, *[None] * 4, *how)
         return *found, torch.stack(parameters)
     if not parameters:  # an operator knows the device by a tensor
-        p0 = torch.zeros(num_heads, device=device)
+        p0 = torch.empty(num_heads, device=device)
     how = operators.How(name, count, num_heads, span=span)
     return tuple(operators.tables(None, p0, p1, *[None] * 4, *how))
 
