@@ -1,6 +1,6 @@
 """The bars of fused attention, on one GPU, in one process, as ratios to PyTorch's own attention.
 
-    python benchmarks/bars.py [attention wide decode heads memory errors training profile ...]
+    python benchmarks/bars.py [attention wide biases decode heads memory errors training ...]
 
 DAPE-Kerple, V1 and V2, and Kerple with learnable parameters at the paper's 125M shape (12 heads of
 64, 32 hidden units), bf16, causal, and DAPE-FIRE. Short calls are timed inside a CUDA graph,
@@ -124,6 +124,19 @@ def wide() -> Iterator[Result]:
                 yield Result(what, found.median, yardstick, clock=found.clock)
 
 
+def biases() -> Iterator[Result]:
+    """DAPE V2 behind Kerple, and behind ALiBi, whose bias at 8,192 tokens is -4,096."""
+    for batch, length in ((1, 8192), (4, 2048), (32, 512)):
+        for direction in (FORWARD, TRAINING):
+            yardstick = timed(plain, case("nope", batch, length), Parts(), direction).median
+            for scheme in ("dape3-kerple", "dape3-alibi"):
+                given = case(scheme, batch, length)
+                parts = build(given)
+                found = timed(ours(parts, "cuda"), given, parts, direction)
+                what = f"{scheme} cuda {batch}x{length} {direction}"
+                yield Result(what, found.median, yardstick, clock=found.clock)
+
+
 def decode() -> Iterator[Result]:
     """One query against 32,768 cached keys."""
     keys = 32768
@@ -224,7 +237,10 @@ def profile() -> Iterator[Result]:
             yield Result(f"{name}{way} {batch}x{length} {event.key[:60]}", time_ms)
 
 
-PARTS = {f.__name__: f for f in (attention, wide, decode, heads, memory, errors, training, profile)}
+PARTS = {
+    f.__name__: f
+    for f in (attention, wide, biases, decode, heads, memory, errors, training, profile)
+}
 
 
 def main() -> None:

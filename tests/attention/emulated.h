@@ -158,6 +158,14 @@ template <class F> int reduced(int x, F f) {
 }
 inline int __reduce_min_sync(uint32, int x) { return reduced(x, [](int a, int b) { return a < b ? a : b; }); }
 inline int __reduce_max_sync(uint32, int x) { return reduced(x, [](int a, int b) { return a > b ? a : b; }); }
+inline uint32 __float_as_uint(float x) {
+  uint32 bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline uint32 __funnelshift_l(uint32 low, uint32 high, int n) {
+  return (uint32)(((uint64_t)high << 32 | low) << n >> 32);
+}
 inline uint32 __byte_perm(uint32 a, uint32 b, uint32 selector) {
   const uint64_t bytes = (uint64_t)b << 32 | a;
   uint32 found = 0;

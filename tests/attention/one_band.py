@@ -54,8 +54,12 @@ def solutions(mixer):
 
     x = in_scratch(scores)
     logits = values(mixer.mix(x, band))
-    if isinstance(terms, Mixed):
-        logits = (logits + terms.static[:, (i[:, None] - j).abs()]).masked_fill(~seen, 0)
+    if mixer.static is not None:
+        tables = mixer.static.unflatten(0, (-1, heads))
+        c = tables[0][:, (i[:, None] - j).abs()]
+        for first, table in enumerate(tables[1:]):  # the first two keys have tables of their own
+            c[..., first] = table[:, (i - first).abs()]
+        logits = (logits + c).masked_fill(~seen, 0)
     slots, into = mixer.slots(), type(terms)(*map(torch.empty_like, terms))
     p, da = mixer.mix_backward(in_scratch(scores), in_scratch(grads), band, rows_of, slots)
     mixer.gradients(slots, rows_of.unit, into)

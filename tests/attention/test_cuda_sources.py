@@ -67,7 +67,7 @@ def test_the_kernels_with_taps_compile(heads, hidden, name, capability):
     adapter = dape.DAPE(heads, hidden, kernel_size=3)
     tables = operator.tables(dape.Kerple(heads), adapter, heads, 64, query.device)
     given = operator.problem_of(query, query, query, tables, None, 1.0, True, 0)
-    source = taps.source(name, *taps.CudaTapsMixer(given, given.terms).macros())
+    source = taps.source(name, *taps.CudaTapsMixer(given, given.terms, given.terms.static).macros())
     assert refusal(source, capability) == ""
 
 

@@ -1,10 +1,22 @@
 """DAPE V2 in CUDA, on a CPU: against the formula, the textbook, and the kernels in Triton."""
 
+from dataclasses import replace
+
 import one_band
 import pytest
 import torch
-from emulated_calls import MARKS, check, check_repeats, relative, solve_seeded
+from emulated_calls import (
+    MARKS,
+    check,
+    check_repeats,
+    drawn,
+    operate,
+    relative,
+    solve_seeded,
+    tables_of,
+)
 from problems import Problem
+from test_fused_range import Far
 
 from dape.attention.fused import geometry, passes, plan, windows
 from dape.attention.fused.cuda import taps
@@ -33,6 +45,20 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_calls_equal_the_textbook(emulated, name):
     check(PROBLEMS[name])
+
+
+@pytest.mark.parametrize("slope", [3.0, 10.0, -1.0])
+@pytest.mark.parametrize("name", ["one window", "several windows"])
+def test_large_biases_stay_in_16_bits(emulated, name, slope):
+    problem = replace(PROBLEMS[name], batch=1)
+    *tensors, seen, _, adapter = drawn(problem)
+    given = *tensors, seen, Far(problem.heads, 0.0, slope), adapter
+    tables = tables_of(problem, *given[4:])
+    assert max(tables[0].abs().max(), tables[1].abs().max()) > 20
+    how = (problem.head_dim**-0.5, True, problem.query_offset, "cuda", False)
+    flag = operate(*(x.half() for x in tensors), tables, None, *how)[3]
+    assert flag.tolist() == [0]
+    check(problem, given)
 
 
 def terms(heads=4, units=16, entries=100):
@@ -76,7 +102,7 @@ def test_elements_segments_and_bands_change_nothing(
     shape = problem_of(batch=2, rows=rows, keys=rows + 5, query_offset=5)
     expected = solve_seeded(shape)
     monkeypatch.setattr(module, name, value)
-    slots = taps.CudaTapsMixer(given_problem(rows, rows + 5, 5), terms()).slots()
+    slots = taps.CudaTapsMixer.of(given_problem(rows, rows + 5, 5), terms()).slots()
     assert slots[1:] == (elements, segments, add)
     for found, true in zip(solve_seeded(shape), expected, strict=True):
         assert relative(found, true.double()) < 1e-3
@@ -90,9 +116,9 @@ def test_a_plan_notes_all_that_several_bands_start(emulated, monkeypatch):
     """PyTorch's own operations, such as zeros, would leave the call without a plan."""
     monkeypatch.setattr(geometry, "SCORES_PER_BAND", 14 * 64 * 64)
     noted, unit = plan._Recorder(), torch.ones(())
-    monkeypatch.setattr(plan._current, "recorder", noted)
     given = given_problem(66, 71, 5)
     mixer = passes.mixer_of(given, "cuda")
+    monkeypatch.setattr(plan._current, "recorder", noted)
     with noted:
         slots = mixer.slots()
         mixer.gradients(slots, unit, given.terms)
@@ -106,6 +132,10 @@ def test_a_plan_notes_all_that_several_bands_start(emulated, monkeypatch):
         {"if (column + TILES == 0) r[n][TILES] = 0;": ""},
         {": tap ? sum : sum - begin": ": sum"},
         {"if (p < HALO && t == 0) pair &= 0xffff0000u;": ""},
+        {"leaky(sum - u[0])": "leaky(sum)"},
+        {"if (p < 2 && (low || high))": "if (false)"},
+        {"if (begins && tap < 2)": "if (false)"},
+        {"!positive(signs, n, i, e)": "false"},
     ],
 )
 def test_a_wrong_kernel_is_noticed(emulated):

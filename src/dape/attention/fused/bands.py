@@ -13,7 +13,6 @@ from dape.attention.fused.problem import Problem, Result
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import PRECISION, Tile, cdiv, padded, strides
 from dape.attention.fused.spans import combine, key_spans, parts_of
-from dape.attention.fused.terms import Mixed
 
 # The fastest of a few on an H100 at head_dim 64, by `benchmarks/tiles.py`.
 TILES = {
@@ -38,11 +37,6 @@ def tile_of(kernel: str, part: Problem) -> Tile:
     if part.query.shape[2] <= 16 and kernel in ("scores", "softmax_value"):
         tile = tile._replace(rows=16)
     return tile
-
-
-def static_table(part: Problem) -> Tensor | None:
-    """Return C if logits in the scratch lack C, a table over the distance."""
-    return part.terms.static if isinstance(part.terms, Mixed) else None
 
 
 def scores(
@@ -75,44 +69,45 @@ def scores(
     )  # fmt: skip
 
 
-def softmax_value(x: Tensor, part: Problem, found: Result) -> None:
+def softmax_value(x: Tensor, part: Problem, found: Result, static: Tensor | None) -> None:
     """Fill the result of a band from its logits, over spans of keys where rows alone are too few.
 
-    A log-sum-exp too large for 16 bits sets the flag.
+    `static` is the C of `Mixer`, if the logits lack C. A log-sum-exp too large for 16 bits sets the
+    flag.
     """
-    value, table, tile = part.value, static_table(part), tile_of("softmax_value", part)
+    value, tile = part.value, tile_of("softmax_value", part)
     batch, heads, rows, value_dim = found.out.shape
     keys = value.shape[2]
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
-    asks, entries = asking(part, found.flag), found.lse if table is None else table
+    asks, entries = asking(part, found.flag), found.lse if static is None else static
     programs = part.programs(cdiv(rows, tile.rows) * heads, batch * spans)
     start(kernels.softmax_value_kernel, (programs, batch, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
         entries.shape[1], *x.stride()[:2], *strides(value),
         *parts.stride()[:4], *parts_lse.stride()[:3],
         heads, heads // value.shape[1], V=value_dim, WIDE_V=padded(value_dim),
-        TABLED=table is not None, EXACT=found.exact, RESTED=found.exact and spans == 1,
-        CAUSAL=part.causal, PRECISION=PRECISION,
+        TABLES=0 if static is None else len(static) // heads,
+        EXACT=found.exact, RESTED=found.exact and spans == 1, CAUSAL=part.causal,
+        PRECISION=PRECISION,
         **asks if spans == 1 else asking(part, None), **tile.launch(),
     )  # fmt: skip
     combine(parts, parts_lse, asks, found)
 
 
-def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows) -> None:
-    """Change dO and Y, such that rows of P and dS have exact sums; X are logits.
+def balance(x: Tensor, y: Tensor, part: Problem, rows: Rows, static: Tensor | None) -> None:
+    """Change dO and Y, such that rows of P and dS have exact sums; X are logits, perhaps without C.
 
     The band has whole rows.
     """
     batch, heads, count, value_dim = rows.scaled.shape
-    table, tile = static_table(part), tile_of("softmax_value", part)
-    entries = rows.lse if table is None else table
+    tile, entries = tile_of("softmax_value", part), rows.lse if static is None else static
     wanted = rows.lse if rows.grad_lse is None else rows.grad_lse
     programs = part.programs(cdiv(count, tile.rows) * heads, batch)
     start(kernels.balance_kernel, (programs, batch))(
         x, y, entries, rows.lse, rows.scaled, wanted, rows.unit,
         count, part.key.shape[2], part.offset, entries.shape[1],
         *x.stride()[:2], *rows.lse.stride(), *strides(rows.scaled), *wanted.stride()[:2],
-        heads, V=value_dim, WIDE_V=padded(value_dim), TABLED=table is not None,
+        heads, V=value_dim, WIDE_V=padded(value_dim), TABLED=static is not None,
         SUMMED=rows.grad_lse is not None, CAUSAL=part.causal, **part.gated(), **tile.launch(),
     )  # fmt: skip

@@ -120,19 +120,28 @@ def scores_kernel(
 
 
 @triton.jit
+def with_first_keys(c_MK, head_table, indices, keys, table_size, heads):
+    """Return C of a tile with the entries of keys 0 and 1, from a second and a third table."""
+    distances = indices - keys
+    inside = (keys < 2) & (distances >= 0) & (distances < table_size)
+    at = (keys + 1).to(tl.int64) * heads * table_size + distances
+    return tl.where(keys < 2, tl.load(head_table + at, inside, 0.0), c_MK)
+
+
+@triton.jit
 def softmax_value_kernel(
     x, value, table, out, lse, rest, num_rows, num_keys, shift, keys_per_split,
     table_size, x_b, x_t, value_b, value_h, value_t,
     out_s, out_b, out_h, out_t, lse_s, lse_b, lse_h,
     HEADS, GROUP, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr,
-    TABLED: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
+    TABLES: tl.constexpr, EXACT: tl.constexpr, RESTED: tl.constexpr,
     gate, LIMIT: tl.constexpr, GATED: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """O = softmax(X) V of a head, rows against a span of keys; grid (rows H, B, spans).
 
-    If TABLED, C is added to X. If EXACT, the rounding error of P meets V too. A log-sum-exp beyond
-    a LIMIT sets `gate`.
+    TABLES of C are added to X: none, one, or three, of which the last two are for keys 0 and 1. If
+    EXACT, the rounding error of P meets V too. A log-sum-exp beyond a LIMIT sets `gate`.
     """
     follow(CHAINED)
     if unwanted(gate, GATED):
@@ -156,9 +165,12 @@ def softmax_value_kernel(
             inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
             s_MK = tl.load(head_x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
             s_MK = s_MK.to(tl.float32)
-            if TABLED:
+            if TABLES > 0:
                 distance = first_row + shift - first_key
-                s_MK += toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
+                c_MK = toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
+                if TABLES > 1 and first_key == 0:
+                    c_MK = with_first_keys(c_MK, head_table, rows + shift, keys, table_size, HEADS)
+                s_MK += c_MK
             s_MK = tl.where(
                 sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf")
             )

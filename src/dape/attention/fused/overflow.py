@@ -28,11 +28,10 @@ def largest_weight(taps: int = 1) -> float:
     return LARGEST_NUMBER / LARGEST_SCORE / taps**2
 
 
-def set_flag(flag: Tensor, terms: Mixing) -> None:
+def set_flag(flag: Tensor, terms: Mixing, in_scratch: bool) -> None:
     """Set a flag to 1 if weights or tables alone leave the range of 16 bits, else to 0.
 
-    Tables of `Mixed` stay in float32. Tables of DAPE V2 and FIRE enter the logits and hidden units
-    of the scratch.
+    Tables count if they enter the logits and hidden units `in_scratch`.
     """
     units, heads = terms.weight_in.shape
     most = largest_weight(terms.taps if isinstance(terms, Taps) else 1)
@@ -40,6 +39,8 @@ def set_flag(flag: Tensor, terms: Mixing) -> None:
         flag, terms.weight_in, terms.weight_out, most, H=heads, D=units,
         HEADS=next_power_of_2(heads), UNITS=max(1, next_power_of_2(units)), num_warps=4,
     )  # fmt: skip
+    if not in_scratch:
+        return
     if isinstance(terms, Features):
         features = len(terms.weight)
         start(kernels.feature_range_kernel, (1,))(

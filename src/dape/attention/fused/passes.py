@@ -53,7 +53,7 @@ def mixer_of(problem: Problem, backend: str) -> Mixer[Any]:
         return FeaturesMixer(problem, terms)
     if isinstance(terms, Taps):
         fast = in_cuda and windows.serves(problem, terms)
-        return taps.CudaTapsMixer(problem, terms) if fast else TapsMixer(problem, terms)
+        return taps.CudaTapsMixer.of(problem, terms) if fast else TapsMixer(problem, terms)
     assert isinstance(terms, Mixed)
     return CudaMixer(problem, terms) if in_cuda else MixedMixer(problem, terms)
 
@@ -82,7 +82,7 @@ def forward(problem: Problem, backend: str, exact: bool) -> Result:
         found = found._replace(flag=problem.query.new_empty(1, dtype=torch.int32))
         mixer = mixer_of(problem, backend)
         if not mixer.whole(found):
-            overflow.set_flag(found.flag, terms)
+            overflow.set_flag(found.flag, terms, in_scratch=mixer.static is None)
             forward_by_bands(mixer, found)
         wider, silent = problem._replace(gate=Gate(found.flag, True)), found.silent()
         if isinstance(terms, Mixed) and len(bands(wider)) > MOST_BANDS:
@@ -99,7 +99,7 @@ def forward_by_bands(mixer: Mixer[Any], found: Result) -> None:
     for band in all_bands:
         x, part = scratch.view(band), problem.part(band)
         scores(x, part, flag=found.flag)
-        softmax_value(mixer.mix(x, band), part, found.at(band))
+        softmax_value(mixer.mix(x, band), part, found.at(band), mixer.static)
 
 
 def backward(
@@ -157,7 +157,7 @@ def backward_by_bands(mixer: Mixer[Any], rows: Rows, into: Gradients, tables: Te
         part, its = problem.part(band), rows.at(band)
         scores(x, part, y, its)
         if problem.scratch == torch.float32:
-            balance(mixer.mix(x, band), y, part, its)
+            balance(mixer.mix(x, band), y, part, its, mixer.static)
             scores(x, part)
         x, y = mixer.mix_backward(x, y, band, its, slots)
         gradients(x, y, part, its, into.of_queries(band), *into.of_keys(band))

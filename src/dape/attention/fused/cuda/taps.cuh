@@ -1,9 +1,12 @@
 // Heads mixed by convolutions of three taps along the keys, for an fp16 scratch: what `taps_mix.cu` and
 // `taps_backward.cu` share.
 //
-//   z[c, unit] = b1 + sum_t W1_t x[c + t - 1] + U_t       r = leaky(z)
-//   s[key, head] = x + C + sum_t W2_t r[key + t - 1]      P = exp(s - lse)      dS = P (dP - delta) = P Y
+//   w[c, unit] = sum_t W1_t x[c + t - 1]                  r = leaky(w + U) - leaky(U)
+//   s[key, head] = x + sum_t W2_t r[key + t - 1]          P = exp(s + C - lse)      dS = P (dP - delta) = P Y
 //   dz[c, unit] = leaky'(z) sum_t W2_t^T dS[c + 1 - t]    dA[key, head] = dS + sum_t W1_t^T dz[key + 1 - t]
+//
+// for U = b1 + sum_t U_t of a column, z = w + U, and logits C at scores of zero (`taps_at_zero.cu`). U and C are
+// float32, and however large they are, r is no larger than w.
 //
 // A warp has a window of KEYS neighbouring keys of one row. Every layer loses a key at each end of the window, so the
 // window overlaps its neighbours: it computes all layers from X alone, and keeps the OUT keys in its middle. Only
@@ -29,7 +32,10 @@ typedef uint32 Line[TILES + 2];
 typedef Line Heads[2];
 typedef Line Units[UT];
 
-DEVICE float leaky(float z) { return fmaxf(z, 0.01f * z); }
+constexpr float SLOPE = 0.01f;
+DEVICE float leaky(float z) { return fmaxf(z, SLOPE * z); }
+// leaky(w + u) - leaky(u), divided by 1 - SLOPE, which the fragments of W2 have as a factor.
+DEVICE float rise(float w, float u) { return fmaf(SLOPE / (1.f - SLOPE), w, fmaxf(w, -u)) + fminf(u, 0.f); }
 // The first or the second numbers of two pairs.
 DEVICE uint32 lows(uint32 a, uint32 b) { return __byte_perm(a, b, 0x5410); }
 DEVICE uint32 highs(uint32 a, uint32 b) { return __byte_perm(a, b, 0x7632); }
@@ -44,9 +50,9 @@ DEVICE void turn_line(Line& to, const Line& from) {
   extend(to);
 }
 
-// The weights as fragments: W1 [unit, head] and W2^T [unit, head] as B operands of two unit tiles each, W2 [head, unit]
-// and W1^T [head, unit] as A operands of 16 units each. `rest` is what rounding left of W1: a hidden unit near zero has
-// the gradient of its sign, and the rounding of a layer would turn the units of all keys alike.
+// The weights as fragments: W1 [unit, head] and W2^T [unit, head] as B operands of two unit tiles each, (1 - SLOPE) W2
+// [head, unit] and W1^T [head, unit] as A operands of 16 units each. `rest` is what rounding left of W1: a hidden unit
+// near zero has the gradient of its sign, and the rounding of a layer would turn the units of all keys alike.
 typedef uint4 Matrix[TAPS][STEPS][32];
 struct Weights {
   Matrix in, rest, out;
@@ -63,7 +69,9 @@ DEVICE void load_weights(Weights& weights, const float* w1, const float* w2) {
     const int lane = i % 32, s = i / 32 % STEPS, tap = i / 32 / STEPS, g = lane / 4, t = lane % 4;
     const int unit = 16 * s + g, head = 2 * t, column = 16 * s + 2 * t;
     auto two_in = [&](int n, int h) { return pack(in(tap, n, h), in(tap, n, h + 1)); };
-    auto two_out = [&](int h, int n) { return pack(out(tap, h, n), out(tap, h, n + 1)); };
+    auto two_out = [&](int h, int n) {
+      return pack((1.f - SLOPE) * out(tap, h, n), (1.f - SLOPE) * out(tap, h, n + 1));
+    };
     auto two_left = [&](int n, int h) {
       const float a = in(tap, n, h), b = in(tap, n, h + 1);
       const float2 rounded = __half22float2(half2_of(pack(a, b)));
@@ -86,17 +94,19 @@ DEVICE void load_weights(Weights& weights, const float* w1, const float* w2) {
   }
 }
 
-// b1 + sum_t U_t and C over the distance. All rows of a block share them: row m and tile p meet entry m - p + TILES -
+// U, and for P also C, over the distance. All rows of a block share them: row m and tile p meet entry m - p + TILES -
 // 1, column by column. A line of U ends with 8 unused numbers, so that lanes of different g meet different banks.
 struct Tables {
-  float u[ROWS + TILES - 1][8][UNITS + 8], c[ROWS + TILES - 1][HEADS][8];
+  float u[ROWS + TILES - 1][8][UNITS + 8];
+#ifdef BACKWARD
+  float c[ROWS + TILES - 1][HEADS][8];
+#endif
 };
 DEVICE float u_of(const float* hidden_table, int size, int tap, int unit, int distance) {
   return distance >= 0 && distance < size ? hidden_table[((long long)distance * TAPS + tap) * D + unit] : 0.f;
 }
 // `distance` is that of the first key of a window in row 0.
-DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* bias, const float* static_table,
-                        int size, int distance) {
+DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* bias, int size, int distance) {
 #pragma unroll 5
   for (int i = threadIdx.x; i < (ROWS + TILES - 1) * 8 * UNITS; i += THREADS) {
     const int unit = i % UNITS, c = i / UNITS % 8, v = i / UNITS / 8, d = distance + v - (TILES - 1) - TILES * c;
@@ -107,11 +117,6 @@ DEVICE void load_tables(Tables& tables, const float* hidden_table, const float* 
       for (int tap = 0; tap < TAPS; tap++) sum += u_of(hidden_table, size, tap, unit, d + 1 - tap);
     }
     tables.u[v][c][unit] = sum;
-  }
-#pragma unroll 4
-  for (int i = threadIdx.x; i < (ROWS + TILES - 1) * 8 * HEADS; i += THREADS) {
-    const int c = i % 8, head = i / 8 % HEADS, v = i / 8 / HEADS, d = distance + v - (TILES - 1) - TILES * c;
-    tables.c[v][head][c] = head < H && d >= 0 && d < size ? static_table[(long long)head * size + d] : 0.f;
   }
 }
 
@@ -218,10 +223,15 @@ DEVICE void never(Heads& s, const Window& window, int t) {
   }
 }
 
-// r = leaky(z) from X. At the first of all keys a tap has nothing, which is taken off U, and the column before it,
-// which key 0 meets, is zero.
-DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, const Weights& w, const Window& window,
-                        const float* hidden_table, int size, int m, int lane) {
+// Whether the hidden units are positive, a bit for each: the last one found is the lowest bit of its word.
+typedef uint32 Signs[UT / 2];
+DEVICE bool positive(const Signs& signs, int n, int i, int e) {
+  return signs[n / 2] >> (8 * HALF - 1 - n % 2 * 4 * HALF - 4 * i - e) & 1;
+}
+// r from X. At the first of all keys a tap has nothing, which is taken off U, and the column before it, which key 0
+// meets, is zero.
+DEVICE void first_layer(Units& r, Signs& signs, const Heads& turned, const Tables& tables, const Weights& w,
+                        const Window& window, const float* hidden_table, int size, int m, int lane) {
   const int g = lane / 4, t = lane % 4, column = window.key + TILES * g;
   float2 missing[UT] = {};
   if (window.begins()) {
@@ -245,33 +255,30 @@ DEVICE void first_layer(Units& r, const Heads& turned, const Tables& tables, con
     for (int i = 0; i < HALF; i++) {
       const float2 low = *(const float2*)&tables.u[m - i + TILES - 1][g][8 * n + 2 * t],
                    high = *(const float2*)&tables.u[m - i + HALF - 1][g][8 * n + 2 * t];
-      float z[4] = {low.x, low.y, high.x, high.y};
-      if (i == 0) z[0] -= missing[n].x, z[1] -= missing[n].y;
+      float u[4] = {low.x, low.y, high.x, high.y}, wx[4] = {};
+      if (i == 0) u[0] -= missing[n].x, u[1] -= missing[n].y;
 #pragma unroll
       for (int tap = 0; tap < TAPS; tap++) {
         const int p = i + tap;
-        mma(z, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], b[tap].x, b[tap].y);
-        mma(z, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], rest[tap].x, rest[tap].y);
+        mma(wx, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], b[tap].x, b[tap].y);
+        mma(wx, turned[0][p], turned[0][p + HALF], turned[1][p], turned[1][p + HALF], rest[tap].x, rest[tap].y);
       }
-      r[n][i + 1] = pack(leaky(z[0]), leaky(z[1]));
-      r[n][i + 1 + HALF] = pack(leaky(z[2]), leaky(z[3]));
+      r[n][i + 1] = pack(rise(wx[0], u[0]), rise(wx[1], u[1]));
+      r[n][i + 1 + HALF] = pack(rise(wx[2], u[2]), rise(wx[3], u[3]));
+#ifdef BACKWARD
+#pragma unroll
+      for (int e = 0; e < 4; e++)  // the sign of -z
+        signs[n / 2] = __funnelshift_l(__float_as_uint(-u[e] - wx[e]), signs[n / 2], 1);
+#endif
     }
     if (column + TILES == 0) r[n][TILES] = 0;
     extend(r[n]);
   }
 }
-// Logits of tile p from X and the hidden units, in fp16: pairs of heads g and g + 8.
-DEVICE uint2 second_layer(const Heads& x, const Units& r, int p, const Tables& tables, const Matrix& w, int m,
-                          int lane) {
-  const int g = lane / 4, t = lane % 4;
-  float s[4];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float2 own = __half22float2(half2_of(x[i][p + 1])),
-                 c = *(const float2*)&tables.c[m - p + TILES - 1][8 * i + g][2 * t];
-    s[2 * i] = own.x + c.x;
-    s[2 * i + 1] = own.y + c.y;
-  }
+// Logits without C of tile p, from X and r, in fp16: pairs of heads g and g + 8.
+DEVICE uint2 second_layer(const Heads& x, const Units& r, int p, const Matrix& w, int lane) {
+  const float2 first = __half22float2(half2_of(x[0][p + 1])), second = __half22float2(half2_of(x[1][p + 1]));
+  float s[4] = {first.x, first.y, second.x, second.y};
 #pragma unroll
   for (int tap = 0; tap < TAPS; tap++)
 #pragma unroll

@@ -4,6 +4,7 @@ A warp computes all layers of a window of keys from the scores alone. Hidden uni
 through memory.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +18,7 @@ from dape.attention.fused.mixers import taps
 from dape.attention.fused.mixers.mixed import Slots
 from dape.attention.fused.mixers.mixer import Mixer
 from dape.attention.fused.plan import start
-from dape.attention.fused.problem import Band
+from dape.attention.fused.problem import Band, Problem
 from dape.attention.fused.rows import Rows
 from dape.attention.fused.sizes import cdiv, padded
 from dape.attention.fused.sums import cleared
@@ -31,17 +32,37 @@ HALO = 4
 OUT = 8 * TILES - 2 * HALO
 # Blocks to fill a large GPU a few times over, resident blocks of each kernel on a multiprocessor,
 # and the least rows of a segment of a diagonal.
-BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1}, 256
+BLOCKS, RESIDENT, SEGMENT = 528, {"taps_mix": 2, "taps_backward": 1, "taps_at_zero": 2}, 256
+# Entries of C that a block of `taps_at_zero` makes, and its threads.
+DISTANCES, THREADS = 32, 256
 
 
+@dataclass(frozen=True, slots=True)
 class CudaTapsMixer(Mixer[Taps]):
     """A mixer whose warps have a window of keys of one row each.
 
     Tile n of diagonal q has the rows 8 n + m for m < 8. Its windows begin with the key
     `base` - q OUT + 8 (n - 1). The blocks of the longest diagonals start first.
+    `at_zero` is C with `W2 phi(U)`: of keys from the third on, of the first, and of the second.
     """
 
-    __slots__ = ()
+    at_zero: Float[Tensor, "3*heads distances"]
+
+    @classmethod
+    def of(cls, problem: Problem, terms: Taps) -> "CudaTapsMixer":
+        """Return the mixer of a problem, with C."""
+        heads, entries = terms.static.shape
+        found = cls(problem, terms, terms.static.new_empty(3 * heads, entries))
+        grid = (cdiv(entries, DISTANCES), 1, 1, THREADS, 1, 1)
+        start(compiled("taps_at_zero", *found.macros()), grid)(
+            found.at_zero, terms.weight_out, terms.hidden, terms.hidden_bias, terms.static, entries
+        )
+        return found
+
+    @property
+    def static(self) -> Tensor:
+        """Return C, which logits of `mix` lack."""
+        return self.at_zero
 
     def diagonals(self, band: Band) -> tuple[int, int, int]:
         """Return the first diagonal of a band, the number of diagonals, and `base`."""
@@ -53,7 +74,7 @@ class CudaTapsMixer(Mixer[Taps]):
         return first, (base + last_tile + OUT - 1 - HALO) // OUT + 1 - first, base
 
     def mix(self, x: Tensor, band: Band) -> Tensor:
-        """Return logits of a band from scores X, in a scratch of their own; -inf where unseen."""
+        """Return logits without C of a band from scores X, in a scratch of their own."""
         terms, logits = self.terms, torch.empty_like(x)
         first, number, base = self.diagonals(band)
         batch, rows, _ = band.sizes
@@ -62,7 +83,7 @@ class CudaTapsMixer(Mixer[Taps]):
         grid = (batch, number, segments, 32 * ROWS, 1, 1)
         start(compiled("taps_mix", *self.macros()), grid)(
             x, logits, terms.weight_in, terms.weight_out, terms.hidden, terms.hidden_bias,
-            terms.static, rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
+            rows, x.shape[2] * ALIGNMENT, len(terms.hidden), first, base,
             (self.problem.offset + HALO) % OUT, *x.stride()[:2],
         )  # fmt: skip
         return logits
@@ -77,7 +98,7 @@ class CudaTapsMixer(Mixer[Taps]):
         grid = (cdiv(batch, slots.elements), number, slots.segments, 32 * ROWS, 1, 1)
         start(compiled("taps_backward", *self.macros()), grid)(
             x, y, weights, grad, terms.weight_in, terms.weight_out, terms.hidden,
-            terms.hidden_bias, terms.static, rows.lse, *self.problem.gated().values(),
+            terms.hidden_bias, self.at_zero, rows.lse, *self.problem.gated().values(),
             slots.sums, batch, slots.elements, count, x.shape[2] * ALIGNMENT, len(terms.hidden),
             first, base, (self.problem.offset + HALO) % OUT, slots.sums.shape[1], int(slots.add),
             *x.stride()[:2], *rows.lse.stride(),
@@ -120,11 +141,14 @@ NAMES = ["H", "D", "UNITS", "TILES", "ROWS", "STAGES", "BLOCK"]
 
 def shared_memory(name: str, units: int) -> int:
     """Return the bytes of shared memory of a kernel for a padded number of hidden units."""
+    if name == "taps_at_zero":
+        return 4 * (TAPS * HEADS * units + 2 * (DISTANCES + 2) * (units + 1))
     matrix, window = 2 * TAPS * HEADS * units, 2 * HEADS * 8 * TILES
-    tables = 4 * 8 * (ROWS + TILES - 1) * (units + 8 + HEADS)
+    tables = 4 * 8 * (ROWS + TILES - 1) * (units + 8)
     if name == "taps_mix":
         return 3 * matrix + tables + ROWS * STAGES * window
-    sums = 4 * (8 * TILES * (units + HEADS) + 8 * units)
+    tables += 4 * 8 * (ROWS + TILES - 1) * HEADS
+    sums = 4 * (8 * TILES * (units + HEADS) + 8 * units + 16 * HEADS)
     return 5 * matrix + tables + ROWS * max(2 * STAGES * window + sums, 4 * matrix)
 
 
@@ -132,6 +156,8 @@ def source(name: str, *values: int) -> str:
     """Return the source of the kernel of that name for these macros."""
     defines: dict[str, Any] = dict(zip(NAMES, values, strict=True))
     defines |= {"SHARED": shared_memory(name, defines["UNITS"]), "BLOCKS": RESIDENT[name]}
+    if name == "taps_at_zero":
+        return source_of(defines | {"DISTANCES": DISTANCES}, f"{name}.cu")
     if name == "taps_backward":
         defines["BACKWARD"] = 1
     return source_of(defines, "pairs.cuh", "taps.cuh", f"{name}.cu")

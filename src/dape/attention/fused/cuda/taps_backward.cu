@@ -1,5 +1,7 @@
 // P and dA from X and Y = dP - delta, with the sums of all gradients; `taps.cuh` has the legend.
 
+// Line l is the distance of row m and key m + KEYS - HALO - 1 - l of a window.
+constexpr int LINES = OUT + ROWS;
 // A window of X and of Y on its way.
 struct Stage {
   Ring x, y;
@@ -9,13 +11,15 @@ struct Accumulators {
   float w1[TAPS][UT][4] = {}, w2[TAPS][UT][4] = {};
 };
 typedef float4 Fragments[2 * TAPS * UT][32];
-// What it sums in shared memory, lane by lane, by the keys of its window: dz and dS, and dz at the first of all keys.
+// What it sums in shared memory, lane by lane, by the keys of its window: dz and dS, and, of the first of all keys, dz,
+// and dS, of the second too.
 struct Sums {
-  float4 u[HALF][UT][32], c[TILES][32];
+  float4 u[HALF][UT][32], c[TILES][32], first[2][32];
   float2 begin[UT][32];
 };
-// Sums of all warps, as a slot holds them: line l is the distance of row m and key m + KEYS - HALO - 1 - l.
-constexpr int LINES = OUT + ROWS;
+// Sums of all warps at a line: dS of all keys, of the first of all keys, and of the second.
+typedef float Lines[3][LINES][HEADS];
+// Sums of all warps, as a slot holds them.
 struct Slot {
   float c[LINES][HEADS], u[LINES][TAPS][UNITS], w1[TAPS][UNITS][HEADS], w2[TAPS][UNITS][HEADS], b1[UNITS];
 };
@@ -31,30 +35,54 @@ DEVICE void add4(float4& sum, float a, float b, float c, float d) {
   own.x += a, own.y += b, own.z += c, own.w += d;
   sum = own;
 }
-// P, and dS in place of Y, with its sums by key.
+// Logits at scores of zero over the distance: of keys from the third on, of the first, and of the second.
+DEVICE float c_of(const float* static_table, int size, int which, int head, int distance) {
+  const bool real = head < H && distance >= 0 && distance < size;
+  return real ? static_table[(long long)(which * H + head) * size + distance] : 0.f;
+}
+// `distance` is that of the first key of a window in row 0.
+DEVICE void load_static(Tables& tables, const float* static_table, int size, int distance) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < (ROWS + TILES - 1) * 8 * HEADS; i += THREADS) {
+    const int c = i % 8, head = i / 8 % HEADS, v = i / 8 / HEADS;
+    tables.c[v][head][c] = c_of(static_table, size, 0, head, distance + v - (TILES - 1) - TILES * c);
+  }
+}
+// P, and dS in place of Y, with its sums by key. The first two of all keys are keys 0 and 1 of a column, and have a C
+// of their own.
 DEVICE void softmax_backward(Heads& ps, Heads& ys, const Heads& xs, const Units& r, const Row& of_row, Sums& sums,
-                             const Tables& tables, const Matrix& w_out, const Window& window, int m, int lane) {
+                             const Tables& tables, const float* static_table, int size, const Matrix& w_out,
+                             const Window& window, int m, int lane) {
+  const int g = lane / 4, t = lane % 4, key = window.key + 2 * TILES * t;
+  const bool low = key == 0, high = key + TILES == 0;
 #pragma unroll
   for (int p = 0; p < TILES; p++) {
-    const uint2 logits = second_layer(xs, r, p, tables, w_out, m, lane);
+    const uint2 logits = second_layer(xs, r, p, w_out, lane);
     ps[0][p + 1] = logits.x;
     ps[1][p + 1] = logits.y;
   }
-  if (window.partial()) never(ps, window, lane % 4);
+  if (window.partial()) never(ps, window, t);
 #pragma unroll
   for (int p = 0; p < TILES; p++) {
     float ds[2][2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const float2 s = __half22float2(half2_of(ps[i][p + 1])), y = __half22float2(half2_of(ys[i][p + 1]));
-      const float p0 = exp2_fast(fmaf(s.x, LOG2E, of_row.log_sum[i])),
-                  p1 = exp2_fast(fmaf(s.y, LOG2E, of_row.log_sum[i]));
+      float2 c = *(const float2*)&tables.c[m - p + TILES - 1][8 * i + g][2 * t];
+      if (p < 2 && (low || high)) {
+        const float own = c_of(static_table, size, p + 1, 8 * i + g, window.distance + window.key - p);
+        c = make_float2(low ? own : c.x, high ? own : c.y);
+      }
+      const float p0 = exp2_fast(fmaf(s.x + c.x, LOG2E, of_row.log_sum[i])),
+                  p1 = exp2_fast(fmaf(s.y + c.y, LOG2E, of_row.log_sum[i]));
       ds[i][0] = p0 * y.x;
       ds[i][1] = p1 * y.y;
       ps[i][p + 1] = pack(p0, p1);
       ys[i][p + 1] = pack(ds[i][0], ds[i][1]);
     }
     add4(sums.c[p][lane], ds[0][0], ds[0][1], ds[1][0], ds[1][1]);
+    if (p < 2 && low) add4(sums.first[p][lane], ds[0][0], 0.f, ds[1][0], 0.f);
+    if (p < 2 && high) add4(sums.first[p][lane], 0.f, ds[0][1], 0.f, ds[1][1]);
   }
 }
 // Numbers of keys in the middle of the window alone, of a pair of columns 2 t and 2 t + 1 of tile p.
@@ -64,8 +92,8 @@ DEVICE uint32 middle(uint32 pair, int p, int t) {
   return pair;
 }
 // dz of units 8 n .. 8 n + 7 in place of the hidden units, with its sums by key.
-DEVICE void hidden_backward(Line& r, const Heads& ds_turned, Sums& sums, const Matrix& w_turned, const Window& window,
-                            int n, int lane) {
+DEVICE void hidden_backward(Line& r, const Signs& signs, const Heads& ds_turned, Sums& sums, const Matrix& w_turned,
+                            const Window& window, int n, int lane) {
   const int column = window.key + TILES * (lane / 4);
   uint2 b[TAPS];
 #pragma unroll
@@ -78,8 +106,9 @@ DEVICE void hidden_backward(Line& r, const Heads& ds_turned, Sums& sums, const M
       const int p = i + 2 - tap;
       mma(dz, ds_turned[0][p], ds_turned[0][p + HALF], ds_turned[1][p], ds_turned[1][p + HALF], b[tap].x, b[tap].y);
     }
-    slope_backward(dz[0], dz[1], r[i + 1], 0.01f);
-    slope_backward(dz[2], dz[3], r[i + 1 + HALF], 0.01f);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (!positive(signs, n, i, e)) dz[e] *= SLOPE;
     if (i == HALF - 1 && column + TILES == 0) dz[2] = dz[3] = 0.f;
     add4(sums.u[i][n][lane], dz[0], dz[1], dz[2], dz[3]);
     if (i == 0 && column == 0) {
@@ -91,8 +120,8 @@ DEVICE void hidden_backward(Line& r, const Heads& ds_turned, Sums& sums, const M
   }
 }
 // dA in place of dS, with the sums of W1 and W2; dz takes the place of the hidden units.
-DEVICE void layers_backward(Heads& ys, Units& r, Accumulators& acc, const Heads& xs, Sums& sums, const Weights& w,
-                            const Window& window, int lane) {
+DEVICE void layers_backward(Heads& ys, Units& r, const Signs& signs, Accumulators& acc, const Heads& xs, Sums& sums,
+                            const Weights& w, const Window& window, int lane) {
   const int t = lane % 4;
   Heads turned;
 #pragma unroll
@@ -112,7 +141,7 @@ DEVICE void layers_backward(Heads& ys, Units& r, Accumulators& acc, const Heads&
       for (int tap = 0; tap < TAPS; tap++)
         mma(acc.w2[tap][n], ys[0][p], ys[1][p], ys[0][p + HALF], ys[1][p + HALF], other[p + tap - 1],
             other[p + tap - 1 + HALF]);
-    hidden_backward(r[n], turned, sums, w.out_turned, window, n, lane);
+    hidden_backward(r[n], signs, turned, sums, w.out_turned, window, n, lane);
 #pragma unroll
     for (int p = 0; p < TILES; p++) other[p + 1] = middle(turn(r[n][p + 1]), p, t);
 #pragma unroll
@@ -147,9 +176,9 @@ DEVICE float u_sum(const Sums& sums, int w, int unit) {
   const int c = w / TILES, p = w % TILES;
   return ((const float*)&sums.u[p % HALF][unit / 8][4 * c + unit % 8 / 2])[p / HALF * 2 + unit % 2];
 }
-DEVICE float c_sum(const Sums& sums, int w, int head) {
+DEVICE float c_sum(const float4 (*sums)[32], int w, int head) {
   const int c = w / TILES, p = w % TILES;
-  return ((const float*)&sums.c[p][4 * (head % 8) + c / 2])[head / 8 * 2 + c % 2];
+  return ((const float*)&sums[p][4 * (head % 8) + c / 2])[head / 8 * 2 + c % 2];
 }
 DEVICE float begin_sum(const Sums& sums, int w, int unit) {
   const float2 begin = sums.begin[unit / 8][4 * (w / TILES) + unit % 8 / 2];
@@ -164,17 +193,53 @@ DEVICE void along_line(int line, F f) {
     if (w >= HALO && w < KEYS - HALO) f(m, w);
   }
 }
-// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line. `room`
-// holds a number for every thread.
-DEVICE void add_tables(Slot& slot, const Sums (&sums)[ROWS], float* room, int distance, int add) {
-  auto put = [&](float& at, float sum) { at = add ? at + sum : sum; };
+// The sums of dS of all warps by line, in their order.
+DEVICE void add_lines(Lines& lines, const Sums (&sums)[ROWS]) {
 #pragma unroll 2
   for (int i = threadIdx.x; i < LINES * HEADS; i += THREADS) {
     const int line = i / HEADS, head = i % HEADS;
-    float sum = 0.f;
-    along_line(line, [&](int m, int w) { sum += c_sum(sums[m], w, head); });
-    put(slot.c[line][head], sum);
+    float all = 0.f, first = 0.f, second = 0.f;
+    along_line(line, [&](int m, int w) {
+      all += c_sum(sums[m].c, w, head);
+      if (w % TILES == 0) first += c_sum(sums[m].first, w, head);
+      if (w % TILES == 1) second += c_sum(sums[m].first, w, head);
+    });
+    lines[0][line][head] = all;
+    lines[1][line][head] = first;
+    lines[2][line][head] = second;
   }
+}
+// The gradient of W2 has dS leaky(z), and a warp sums dS r. Here is dS leaky(U) of its lines, in the order of the
+// fragments of W2. At the first of all keys, a tap has nothing in U, and the column before has no hidden units.
+typedef float Rest[TAPS * UNITS * HEADS / THREADS];
+DEVICE void add_at_zero(Rest& rest, const Lines& lines, const Tables& tables, const float* hidden_table, int size,
+                        int distance, bool begins) {
+#pragma unroll
+  for (int k = 0; k < TAPS * UNITS * HEADS / THREADS; k++) {
+    const int i = threadIdx.x + k * THREADS, head = i % HEADS, unit = i / HEADS % UNITS, tap = i / HEADS / UNITS;
+    float sum = 0.f;
+#pragma unroll 4
+    for (int line = 0; line < LINES; line++) {
+      const int s = KEYS - HALO - 2 - line + tap, m = max(0, -s), w = s + m;  // a row and a key of the tap's column
+      const float u = tables.u[m - w % TILES + TILES - 1][w / TILES][unit];
+      float weight = lines[0][line][head];
+      if (begins && tap < 2) {
+        const float of_first = lines[1][line][head], at_first = tap ? of_first : lines[2][line][head];
+        weight -= tap ? of_first : of_first + at_first;
+        const float missing = unit < D ? u_of(hidden_table, size, 0, unit, distance - s + 1) : 0.f;
+        sum = fmaf(at_first, leaky(u - missing), sum);
+      }
+      sum = fmaf(weight, leaky(u), sum);
+    }
+    rest[k] = sum;
+  }
+}
+// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line. `room`
+// holds a number for every thread.
+DEVICE void add_tables(Slot& slot, const Lines& lines, const Sums (&sums)[ROWS], float* room, int distance, int add) {
+  auto put = [&](float& at, float sum) { at = add ? at + sum : sum; };
+  for (int i = threadIdx.x; i < LINES * HEADS; i += THREADS)
+    put(slot.c[i / HEADS][i % HEADS], lines[0][i / HEADS][i % HEADS]);
   static_assert(THREADS % UNITS == 0, "a thread has lines of one unit");
   float total = 0.f;
 #pragma unroll 2
@@ -196,15 +261,18 @@ DEVICE void add_tables(Slot& slot, const Sums (&sums)[ROWS], float* room, int di
     put(slot.b1[threadIdx.x], sum);
   }
 }
-DEVICE void add_weights(Slot& slot, const Fragments (&fragments)[ROWS], int add) {
+DEVICE void add_weights(Slot& slot, const Fragments (&fragments)[ROWS], const Rest& rest, int add) {
+  constexpr int COUNT = TAPS * UNITS * HEADS / THREADS;
   float* const all = &slot.w1[0][0][0];
-#pragma unroll 4
-  for (int i = threadIdx.x; i < 2 * TAPS * UNITS * HEADS; i += THREADS) {
+#pragma unroll
+  for (int k = 0; k < 2 * COUNT; k++) {
+    const int i = threadIdx.x + k * THREADS;
     const int head = i % HEADS, unit = i / HEADS % UNITS, layer = i / HEADS / UNITS;
     const int lane = 4 * (head % 8) + unit % 8 / 2, e = head / 8 * 2 + unit % 2;
     float sum = 0.f;
 #pragma unroll
     for (int m = 0; m < ROWS; m++) sum += ((const float*)&fragments[m][layer * UT + unit / 8][lane])[e];
+    if (k >= COUNT) sum = fmaf(1.f - SLOPE, sum, rest[k - COUNT]);
     all[i] = add ? all[i] + sum : sum;
   }
 }
@@ -228,7 +296,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                   int stat_h, int stat_t) {
   follow();
   struct Walk {
-    Stage ring[ROWS][STAGES];
+    union {
+      Stage ring[ROWS][STAGES];
+      struct {
+        Lines lines;
+        float room[THREADS];
+      } end;
+    };
     Sums sums[ROWS];
   };
   struct Memory {
@@ -250,7 +324,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   if (add && total == 0) return;
   Sums& sums = shared.walk.sums[m];
   load_weights(shared.w, w1, w2);
-  load_tables(shared.tables, hidden_table, bias, static_table, table_size, distance);
+  load_tables(shared.tables, hidden_table, bias, table_size, distance);
+  load_static(shared.tables, static_table, table_size, distance);
   for (int i = lane; i < (int)(sizeof(Sums) / 4); i += 32) ((float*)&sums)[i] = 0.f;
   __syncthreads();
   Accumulators acc;
@@ -289,6 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const Stage& stage = ring[n % STAGES];
       Heads xs, ys, ps;
       Units r;
+      Signs signs;
       take_window(xs, stage.x, lane);
       if (window.partial()) hide(xs, window, t);
       {
@@ -299,13 +375,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
           xs[i][0] = turn(turned[i][0]);
           xs[i][TILES + 1] = turn(turned[i][TILES + 1]);
         }
-        first_layer(r, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
+        first_layer(r, signs, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
       }
       take_window(ys, stage.y, lane);
       if (window.partial()) hide(ys, window, t);
-      softmax_backward(ps, ys, xs, r, of_row, sums, shared.tables, shared.w.out, window, m, lane);
+      softmax_backward(ps, ys, xs, r, of_row, sums, shared.tables, static_table, table_size, shared.w.out, window, m,
+                       lane);
       store_window(ps, weights, row_at(here), key, keys, g, t);
-      layers_backward(ys, r, acc, xs, sums, shared.w, window, lane);
+      layers_backward(ys, r, signs, acc, xs, sums, shared.w, window, lane);
       store_window(ys, grad, row_at(here), key, keys, g, t);
     }
     __syncwarp();
@@ -313,9 +390,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   wait<0>();
   __syncthreads();
   slot += (long long)(blockIdx.x * gridDim.z + blockIdx.z) * slots + blockIdx.y;
-  add_tables(*slot, shared.walk.sums, &shared.tables.u[0][0][0], distance - (KEYS - HALO - 1), add);
+  Lines& lines = shared.walk.end.lines;
+  add_lines(lines, shared.walk.sums);
+  __syncthreads();
+  add_tables(*slot, lines, shared.walk.sums, shared.walk.end.room, distance - (KEYS - HALO - 1), add);
+  Rest rest;
+  add_at_zero(rest, lines, shared.tables, hidden_table, table_size, distance, place.start + place.first * ROWS <= 0);
   __syncthreads();
   lay_out(shared.fragments[m], acc, lane);
   __syncthreads();
-  add_weights(*slot, shared.fragments, add);
+  add_weights(*slot, shared.fragments, rest, add);
 }

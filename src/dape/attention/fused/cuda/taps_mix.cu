@@ -1,8 +1,8 @@
-// Logits from X, to a scratch of their own; -inf if unseen; `taps.cuh` has the legend.
+// Logits without C from X, to a scratch of their own; -inf if unseen; `taps.cuh` has the legend.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     taps_mix(const __half* x, __half* logits, const float* w1, const float* w2, const float* hidden_table,
-             const float* bias, const float* static_table, int rows, int keys, int table_size, int first_diagonal,
-             int base, int offset, int x_b, int x_t) {
+             const float* bias, int rows, int keys, int table_size, int first_diagonal, int base, int offset, int x_b,
+             int x_t) {
   follow();
   struct Memory {
     Weights w;
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const int distance = q * OUT + offset + HALO;
   if (place.first >= place.last) return;
   load_weights(shared.w, w1, w2);
-  load_tables(shared.tables, hidden_table, bias, static_table, table_size, distance);
+  load_tables(shared.tables, hidden_table, bias, table_size, distance);
   __syncthreads();
   const uint32 first_row = (uint32)blockIdx.x * x_b + g * BLOCK;
   Ring* const ring = shared.ring[m];
@@ -38,14 +38,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       const Window window = {place.start + tile * ROWS, distance + m};
       Heads xs, turned;
       Units r;
+      Signs signs;
       take_window(xs, ring[tile % STAGES], lane);
       if (window.partial()) hide(xs, window, t);
       turn_line(turned[0], xs[0]);
       turn_line(turned[1], xs[1]);
-      first_layer(r, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
+      first_layer(r, signs, turned, shared.tables, shared.w, window, hidden_table, table_size, m, lane);
 #pragma unroll
       for (int p = 0; p < TILES; p++) {
-        const uint2 s = second_layer(xs, r, p, shared.tables, shared.w.out, m, lane);
+        const uint2 s = second_layer(xs, r, p, shared.w.out, lane);
         xs[0][p + 1] = s.x;
         xs[1][p + 1] = s.y;
       }

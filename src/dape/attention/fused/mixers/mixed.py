@@ -48,6 +48,11 @@ class MixedMixer(Mixer[Mixed]):
     # With more rows the backward kernel spills registers.
     tile_rows, tile_keys, lines, shares = 4, 16, 32, 1
 
+    @property
+    def static(self) -> Tensor:
+        """Return C, which logits of `mix` lack."""
+        return self.terms.static
+
     def share(self, batch: int, diagonals: int, rows: int) -> tuple[int, int]:
         """Return the number of elements for a program, and of segments of a diagonal.
 

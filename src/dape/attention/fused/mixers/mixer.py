@@ -29,12 +29,17 @@ class Mixer(ABC, Generic[Kind]):
         """Fill a result and its flag by one kernel, if it serves the problem; return whether."""
         return False
 
+    @property
+    def static(self) -> Tensor | None:
+        """Return C in float32 if logits of `mix` lack C: `[H, N]`, or `[3 H, N]`.
+
+        The second form has C of keys from the third on, of the first, and of the second.
+        """
+        return None
+
     @abstractmethod
     def mix(self, x: Tensor, band: Band) -> Tensor:
-        """Return logits of a band from scores X, which may be overwritten; -inf where unseen.
-
-        Logits of `Mixed` lack C, since C stays in float32.
-        """
+        """Return logits of a band from scores X, which may be overwritten; -inf where unseen."""
 
     @abstractmethod
     def slots(self) -> Any:
