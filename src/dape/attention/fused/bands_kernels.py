@@ -120,12 +120,51 @@ def scores_kernel(
 
 
 @triton.jit
-def with_first_keys(c_MK, head_table, indices, keys, table_size, heads):
-    """Return C of a tile with the entries of keys 0 and 1, from a second and a third table."""
-    distances = indices - keys
-    inside = (keys < 2) & (distances >= 0) & (distances < table_size)
-    at = (keys + 1).to(tl.int64) * heads * table_size + distances
-    return tl.where(keys < 2, tl.load(head_table + at, inside, 0.0), c_MK)
+def with_first_keys(c_MK, tables, indices_M, keys, table_size, heads):
+    """Return C of a tile with the entries of keys 0 and 1, from the two tables after the first."""
+    first = tables + heads * table_size.to(tl.int64)
+    second = first + heads * table_size.to(tl.int64)
+    inside = (indices_M >= 0) & (indices_M < table_size)
+    first_M = tl.load(first + indices_M, inside, 0.0)
+    second_M = tl.load(second + indices_M - 1, inside & (indices_M > 0), 0.0)
+    c_MK = tl.where(keys == 0, first_M[:, None], c_MK)
+    return tl.where(keys == 1, second_M[:, None], c_MK)
+
+
+@triton.jit
+def add_keys(
+    top_M, total_M, acc_MV, head_x, head_values, head_table, first_row, first_key,
+    num_rows, num_keys, shift, table_size, x_t, value_t,
+    HEADS, V: tl.constexpr, WIDE_V: tl.constexpr, CAUSAL: tl.constexpr, TABLES: tl.constexpr,
+    EXACT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return the largest logit, the sum of exponentials, and the sum of values with K more keys.
+
+    TABLES of C are added to X: none, one, or three, of which the last two are for keys 0 and 1.
+    """
+    rows, keys = first_row + tl.arange(0, M)[:, None], first_key + tl.arange(0, K)[None, :]
+    inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
+    s_MK = tl.load(head_x + places(rows, first_key, x_t, HEADS, K), inside, 0.0).to(tl.float32)
+    if TABLES > 0:
+        distance = first_row + shift - first_key
+        c_MK = toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
+        if TABLES > 1:
+            indices_M = first_row + shift + tl.arange(0, M)
+            c_MK = with_first_keys(c_MK, head_table, indices_M, keys, table_size, HEADS)
+        s_MK += c_MK
+    s_MK = tl.where(sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf"))
+    new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
+    safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
+    p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
+    shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
+    total_M = total_M * shrink_M + tl.sum(p_MK, 1)
+    v_KV = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
+    rounded_MK = p_MK.to(v_KV.dtype)
+    acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
+    if EXACT:
+        left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
+        acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
+    return new_top_M, total_M, acc_MV
 
 
 @triton.jit
@@ -160,32 +199,19 @@ def softmax_value_kernel(
         high = tl.minimum(num_keys, low + keys_per_split)
         if CAUSAL:
             high = tl.minimum(high, first_row + M + shift)
+        if TABLES > 1:  # a tile of its own, since a branch in the loop would stop the loads ahead
+            top_M, total_M, acc_MV = add_keys(
+                top_M, total_M, acc_MV, head_x, head_values, head_table, first_row, low,
+                num_rows, num_keys, shift, table_size, x_t, value_t, HEADS, V, WIDE_V,
+                CAUSAL, TABLES, EXACT, M, K, PRECISION,
+            )  # fmt: skip
+            low += K
         for first_key in range(low, high, K):
-            keys = first_key + tl.arange(0, K)[None, :]
-            inside = (rows < num_rows) & (keys < tl.cdiv(num_keys, BLOCK) * BLOCK)
-            s_MK = tl.load(head_x + places(rows, first_key, x_t, HEADS, K), inside, 0.0)
-            s_MK = s_MK.to(tl.float32)
-            if TABLES > 0:
-                distance = first_row + shift - first_key
-                c_MK = toeplitz(head_table, table_size, distance, 1.0, M, K, False, False)
-                if TABLES > 1 and first_key == 0:
-                    c_MK = with_first_keys(c_MK, head_table, rows + shift, keys, table_size, HEADS)
-                s_MK += c_MK
-            s_MK = tl.where(
-                sees(rows, keys, num_rows, num_keys, shift, CAUSAL), s_MK, float("-inf")
-            )
-            new_top_M = tl.maximum(top_M, tl.max(s_MK, 1))
-            safe_M = tl.where(new_top_M == float("-inf"), 0.0, new_top_M)
-            p_MK = tl.exp2((s_MK - safe_M[:, None]) * LOG2E)
-            shrink_M = tl.exp2((top_M - safe_M) * LOG2E)
-            total_M = total_M * shrink_M + tl.sum(p_MK, 1)
-            v_KV = load_rows(head_values, value_t, first_key, num_keys, V, K, WIDE_V)
-            rounded_MK = p_MK.to(v_KV.dtype)
-            acc_MV = tl.dot(rounded_MK, v_KV, acc_MV * shrink_M[:, None], input_precision=PRECISION)
-            if EXACT:
-                left_MK = (p_MK - rounded_MK.to(tl.float32)).to(v_KV.dtype)
-                acc_MV = tl.dot(left_MK, v_KV, acc_MV, input_precision=PRECISION)
-            top_M = new_top_M
+            top_M, total_M, acc_MV = add_keys(
+                top_M, total_M, acc_MV, head_x, head_values, head_table, first_row, first_key,
+                num_rows, num_keys, shift, table_size, x_t, value_t, HEADS, V, WIDE_V,
+                CAUSAL, min(TABLES, 1), EXACT, M, K, PRECISION,
+            )  # fmt: skip
         acc_MV /= tl.where(total_M > 0, total_M, 1.0)[:, None]
         columns = tl.arange(0, WIDE_V)[None, :]
         at = (

@@ -17,8 +17,14 @@ struct Sums {
   float4 u[HALF][UT][32], c[TILES][32], first[2][32];
   float2 begin[UT][32];
 };
-// Sums of all warps at a line: dS of all keys, of the first of all keys, and of the second.
-typedef float Lines[3][LINES][HEADS];
+// What the warps have at the end. Sums of dS by line: of all keys, of the first of all keys, and of the second.
+// leaky(U) of columns, of which that of tap t of line l is l + 2 - t: of all columns, and of that of the first of all
+// keys.
+struct End {
+  float all[LINES][HEADS], first[LINES][HEADS], second[LINES][HEADS];
+  float at_zero[LINES + 2][UNITS], begin[LINES + 2][UNITS];
+  float room[THREADS];
+};
 // Sums of all warps, as a slot holds them.
 struct Slot {
   float c[LINES][HEADS], u[LINES][TAPS][UNITS], w1[TAPS][UNITS][HEADS], w2[TAPS][UNITS][HEADS], b1[UNITS];
@@ -193,8 +199,10 @@ DEVICE void along_line(int line, F f) {
     if (w >= HALO && w < KEYS - HALO) f(m, w);
   }
 }
-// The sums of dS of all warps by line, in their order.
-DEVICE void add_lines(Lines& lines, const Sums (&sums)[ROWS]) {
+// `distance` is that of the first key of a window in row 0. If no window of the block `begins` with the first of all
+// keys, the tables for that key stay out of use.
+DEVICE void fill_end(End& end, const Sums (&sums)[ROWS], const Tables& tables, const float* hidden_table, int size,
+                     int distance, bool begins) {
 #pragma unroll 2
   for (int i = threadIdx.x; i < LINES * HEADS; i += THREADS) {
     const int line = i / HEADS, head = i % HEADS;
@@ -204,42 +212,51 @@ DEVICE void add_lines(Lines& lines, const Sums (&sums)[ROWS]) {
       if (w % TILES == 0) first += c_sum(sums[m].first, w, head);
       if (w % TILES == 1) second += c_sum(sums[m].first, w, head);
     });
-    lines[0][line][head] = all;
-    lines[1][line][head] = first;
-    lines[2][line][head] = second;
+    end.all[line][head] = all;
+    end.first[line][head] = first;
+    end.second[line][head] = second;
+  }
+#pragma unroll 4
+  for (int i = threadIdx.x; i < (LINES + 2) * UNITS; i += THREADS) {
+    const int n = i / UNITS, unit = i % UNITS, s = KEYS - HALO - n, m = max(0, -s), w = s + m;  // row m and key w
+    const float u = tables.u[m - w % TILES + TILES - 1][w / TILES][unit];
+    end.at_zero[n][unit] = leaky(u);
+    if (begins) end.begin[n][unit] = leaky(u - (unit < D ? u_of(hidden_table, size, 0, unit, distance - s + 1) : 0.f));
   }
 }
-// The gradient of W2 has dS leaky(z), and a warp sums dS r. Here is dS leaky(U) of its lines, in the order of the
-// fragments of W2. At the first of all keys, a tap has nothing in U, and the column before has no hidden units.
+// The gradient of W2 has dS leaky(z), and a warp sums dS r. Here is dS leaky(U), in the order of the fragments of W2.
+// At the first of all keys, a tap has nothing in U, and the column before has no hidden units.
 typedef float Rest[TAPS * UNITS * HEADS / THREADS];
-DEVICE void add_at_zero(Rest& rest, const Lines& lines, const Tables& tables, const float* hidden_table, int size,
-                        int distance, bool begins) {
+DEVICE void add_at_zero(Rest& rest, const End& end, bool begins) {
+  constexpr int PAIRS = UNITS * HEADS / THREADS;
 #pragma unroll
-  for (int k = 0; k < TAPS * UNITS * HEADS / THREADS; k++) {
-    const int i = threadIdx.x + k * THREADS, head = i % HEADS, unit = i / HEADS % UNITS, tap = i / HEADS / UNITS;
-    float sum = 0.f;
+  for (int k = 0; k < PAIRS; k++) {
+    const int i = threadIdx.x + k * THREADS, head = i % HEADS, unit = i / HEADS;
+    float sums[TAPS] = {}, near = end.at_zero[0][unit], own = end.at_zero[1][unit];
+    float own_begin = begins ? end.begin[1][unit] : 0.f;
 #pragma unroll 4
     for (int line = 0; line < LINES; line++) {
-      const int s = KEYS - HALO - 2 - line + tap, m = max(0, -s), w = s + m;  // a row and a key of the tap's column
-      const float u = tables.u[m - w % TILES + TILES - 1][w / TILES][unit];
-      float weight = lines[0][line][head];
-      if (begins && tap < 2) {
-        const float of_first = lines[1][line][head], at_first = tap ? of_first : lines[2][line][head];
-        weight -= tap ? of_first : of_first + at_first;
-        const float missing = unit < D ? u_of(hidden_table, size, 0, unit, distance - s + 1) : 0.f;
-        sum = fmaf(at_first, leaky(u - missing), sum);
+      const float all = end.all[line][head], far = end.at_zero[line + 2][unit];
+      float first = 0.f, second = 0.f, far_begin = 0.f;
+      if (begins) {
+        first = end.first[line][head], second = end.second[line][head], far_begin = end.begin[line + 2][unit];
+        sums[0] = fmaf(second, far_begin, sums[0]);
+        sums[1] = fmaf(first, own_begin, sums[1]);
       }
-      sum = fmaf(weight, leaky(u), sum);
+      sums[0] = fmaf(all - first - second, far, sums[0]);
+      sums[1] = fmaf(all - first, own, sums[1]);
+      sums[2] = fmaf(all, near, sums[2]);
+      near = own, own = far, own_begin = far_begin;
     }
-    rest[k] = sum;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) rest[tap * PAIRS + k] = sums[tap];
   }
 }
-// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line. `room`
-// holds a number for every thread.
-DEVICE void add_tables(Slot& slot, const Lines& lines, const Sums (&sums)[ROWS], float* room, int distance, int add) {
+// The sums of the warps by key, in their order, to a slot or added to it; `distance` is that of the first line.
+DEVICE void add_tables(Slot& slot, End& end, const Sums (&sums)[ROWS], int distance, int add) {
   auto put = [&](float& at, float sum) { at = add ? at + sum : sum; };
   for (int i = threadIdx.x; i < LINES * HEADS; i += THREADS)
-    put(slot.c[i / HEADS][i % HEADS], lines[0][i / HEADS][i % HEADS]);
+    put(slot.c[i / HEADS][i % HEADS], end.all[i / HEADS][i % HEADS]);
   static_assert(THREADS % UNITS == 0, "a thread has lines of one unit");
   float total = 0.f;
 #pragma unroll 2
@@ -252,12 +269,12 @@ DEVICE void add_tables(Slot& slot, const Lines& lines, const Sums (&sums)[ROWS],
       put(slot.u[line][tap][unit], distance + line + 1 - tap < 0 ? 0.f : tap ? sum : sum - begin);
     total += sum;
   }
-  room[threadIdx.x] = total;
+  end.room[threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.x < UNITS) {
     float sum = 0.f;
 #pragma unroll
-    for (int i = 0; i < THREADS; i += UNITS) sum += room[i + threadIdx.x];
+    for (int i = 0; i < THREADS; i += UNITS) sum += end.room[i + threadIdx.x];
     put(slot.b1[threadIdx.x], sum);
   }
 }
@@ -298,10 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   struct Walk {
     union {
       Stage ring[ROWS][STAGES];
-      struct {
-        Lines lines;
-        float room[THREADS];
-      } end;
+      End end;
     };
     Sums sums[ROWS];
   };
@@ -390,12 +404,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   wait<0>();
   __syncthreads();
   slot += (long long)(blockIdx.x * gridDim.z + blockIdx.z) * slots + blockIdx.y;
-  Lines& lines = shared.walk.end.lines;
-  add_lines(lines, shared.walk.sums);
+  const bool begins = place.start + place.first * ROWS <= 0;
+  End& end = shared.walk.end;
+  fill_end(end, shared.walk.sums, shared.tables, hidden_table, table_size, distance, begins);
   __syncthreads();
-  add_tables(*slot, lines, shared.walk.sums, shared.walk.end.room, distance - (KEYS - HALO - 1), add);
+  add_tables(*slot, end, shared.walk.sums, distance - (KEYS - HALO - 1), add);
   Rest rest;
-  add_at_zero(rest, lines, shared.tables, hidden_table, table_size, distance, place.start + place.first * ROWS <= 0);
+  add_at_zero(rest, end, begins);
   __syncthreads();
   lay_out(shared.fragments[m], acc, lane);
   __syncthreads();
