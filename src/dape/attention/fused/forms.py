@@ -2,10 +2,10 @@
 
 A form takes the distance, the head, the number of heads, and the pointers of two parameters `[H]`
 as in the module, and returns B and the derivatives by both. A form without parameters reads no
-pointer. All numbers are float64, which is cheap for a table of few entries and keeps float32 results
-exact. The form of T5 takes the distance, the
-distance of the last row, and the number of rows, and returns the row of T5's W. For a bias without
-a form, the module makes the table, and autograd takes the gradient of the table back.
+pointer. All numbers are float64, which is cheap for a table of few entries and keeps float32
+results exact. The form of T5 takes the distance, the distance of the last row, and the number of
+rows, and returns the row of T5's W. For a bias without a form, the module makes the table, and
+autograd takes the gradient of the table back.
 """
 
 from typing import Any, NamedTuple
