@@ -12,6 +12,8 @@ _EXHAUSTED = re.compile(
     r"|Storage size calculation overflowed",
     re.IGNORECASE,
 )
+# As exchanges between processes report the end of a process.
+_PEERS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 _LARGEST = 2**63 - 1  # of PyTorch's whole numbers
 
 
@@ -85,3 +87,9 @@ def out_of_memory(error: BaseException) -> bool:
         or _EXHAUSTED.search(str(each))
         for each in behind(error)
     )
+
+
+def of_a_peer(error: BaseException) -> bool:
+    """Return whether the error of an exchange reports the end of another process."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or any(word in str(error) for word in _PEERS)

@@ -11,7 +11,6 @@ products. Memory and exchange are small beside the products, because products gr
 of the length.
 """
 
-import os
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from dape.attention.operator import attention
+from dape.errors import UserError
+from dape.ranks import check_launched, local_rank, local_ranks, ranks
 
 
 class ContextParallel(NamedTuple):
@@ -90,11 +91,22 @@ def over_all_processes(device: torch.device) -> tuple[ContextParallel | None, to
     """Return the devices of all processes of `torchrun`, and the device of this process.
 
     A single process keeps the requested device, and shares no sequence.
+
+    Raises:
+        UserError: for fewer GPUs than processes on this machine, and for processes that no launcher
+            started.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if ranks() == 1:
         return None, device
+    check_launched()
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        gpus, processes = torch.cuda.device_count(), local_ranks()
+        if gpus < processes:
+            raise UserError(
+                f"--device {device}: {processes} processes for {gpus} GPUs; start {gpus} with"
+                f" `torchrun --nproc_per_node={gpus}`, or take --device cpu"
+            )
+        device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     world = cast(dist.ProcessGroup, dist.group.WORLD)

@@ -81,8 +81,8 @@ def run(arguments: Arguments) -> None:
     from transformers.utils import logging
 
     from dape.evaluate.opening import open_model
+    from dape.ranks import is_first_rank
     from dape.train import plan
-    from dape.train.parallelize import is_first_rank
     from dape.train.run import check_folder, finetune
 
     logging.disable_progress_bar()  # progress bars of loading

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     if argv and argv[0] in ("-h", "--help"):
         parse(Arguments, argv, PROG, Arguments(Recipe()))
     runs = [parsed(words) for words in combinations(argv)]
-    from dape.train.parallelize import is_first_rank
+    from dape.ranks import is_first_rank
     from dape.train.plan import check_all
 
     check_all([each.recipe for each in runs])
@@ -79,7 +79,7 @@ def values(word: str) -> list[str]:
 
 def run(arguments: Arguments, speaks: bool) -> None:
     """Train, or print the cost; only a process that `speaks` for all prints."""
-    from dape.train.parallelize import ranks
+    from dape.ranks import ranks
     from dape.train.plan import cost
     from dape.train.run import train
 

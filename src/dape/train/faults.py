@@ -10,13 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from torch.distributed import DistError
-
-from dape.errors import RankError, out_of_memory
+from dape.errors import RankError, of_a_peer, out_of_memory
 from dape.runs import RunFolder
 from dape.train.sections import Hardware
-
-_PEERS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
 
 
 @contextmanager
@@ -38,7 +34,7 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
                     " hardware.activation_checkpointing=blocks, or shard with"
                     " hardware.strategy=fsdp"
                 ) from None
-            if ranks == 1 or not _of_a_peer(error):
+            if ranks == 1 or not of_a_peer(error):
                 raise
             raise RankError(f"{name}a process of the run has ended; {_resumption(run)}") from None
 
@@ -92,11 +88,6 @@ def wait_for(path: Path, seconds: float = 60.0) -> None:
                 f" {seconds:.0f} s; give an --out in a folder that all machines share"
             )
         time.sleep(0.05)
-
-
-def _of_a_peer(error: Exception) -> bool:
-    """Return whether the error of an exchange reports the end of a process."""
-    return isinstance(error, DistError) or any(word in str(error) for word in _PEERS)
 
 
 def _resumption(run: RunFolder) -> str:

@@ -1,7 +1,6 @@
 """The layout of a model over devices: the distributed code, outside the model."""
 
 import logging
-import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dape.attention.context_parallel import ContextParallel
-from dape.errors import RankError, UserError
+from dape.errors import UserError
+from dape.ranks import check_launched, local_ranks, ranks
 from dape.train.drawing import Drawing, put
 from dape.train.recipe import Settings
 from dape.train.recompute import recomputed
@@ -26,50 +26,13 @@ if TYPE_CHECKING:
 PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
 
 
-_LAUNCHED = "start several processes by `torchrun`, or unset its variables"
-
-
-def ranks() -> int:
-    """Return the number of processes of this training, as started by `torchrun`, or 1."""
-    return _from_environment("WORLD_SIZE", 1)
-
-
-def rank() -> int:
-    """Return the number of this process among `ranks()`.
-
-    Raises:
-        RankError: for a number that a launcher cannot have set.
-    """
-    found = _from_environment("RANK", 0)
-    if found >= ranks():
-        raise RankError(f"the environment has RANK={found} and WORLD_SIZE={ranks()}; {_LAUNCHED}")
-    return found
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is the first, which prints and writes for all."""
-    return rank() == 0
-
-
-def _from_environment(name: str, default: int) -> int:
-    """Return a number that a launcher such as `torchrun` sets.
-
-    Raises:
-        RankError: for a value that is no such number.
-    """
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise RankError(f"the environment has {name}={text!r}, no whole number; {_LAUNCHED}")
-    return int(text)
-
-
 def device(hardware: Hardware) -> torch.device:
     """Return the kind of device to train on.
 
     Raises:
         UserError: for fewer GPUs than processes on this machine.
     """
-    gpus, processes = torch.cuda.device_count(), _from_environment("LOCAL_WORLD_SIZE", 1)
+    gpus, processes = torch.cuda.device_count(), local_ranks()
     if hardware.device == "cpu" or (hardware.device == "auto" and not gpus):
         return torch.device("cpu")
     if not gpus:
@@ -84,12 +47,7 @@ def device(hardware: Hardware) -> torch.device:
 
 def launch(recipe: Settings) -> "Fabric":
     """Return Lightning's Fabric, started: a single device, DDP, or FSDP2."""
-    absent = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if ranks() > 1 and absent:  # it would wait for processes that nobody started
-        raise RankError(
-            f"the environment has WORLD_SIZE={ranks()} without {', '.join(sorted(absent))};"
-            f" {_LAUNCHED}"
-        )
+    check_launched()
     from lightning.fabric import Fabric
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -103,7 +61,7 @@ def launch(recipe: Settings) -> "Fabric":
         strategy = ModelParallelStrategy(
             sharded, data_parallel_size=ranks(), tensor_parallel_size=1
         )
-    local = _from_environment("LOCAL_WORLD_SIZE", 1)
+    local = local_ranks()
     fabric = Fabric(
         accelerator=device(recipe.hardware).type,
         devices=local,

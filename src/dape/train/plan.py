@@ -13,6 +13,7 @@ from dape.attention.select import check_backend
 from dape.data.shards import MANIFEST, Corpus
 from dape.errors import UserError
 from dape.positions import scheme
+from dape.ranks import ranks
 from dape.train import estimate, parallelize, track
 from dape.train.recipe import Recipe, Retrofit, flat, override, read
 from dape.train.task import draw, vocabulary
@@ -54,9 +55,9 @@ def check_all(recipes: Sequence[Recipe]) -> None:
             f"{_swept(recipes)} would share a folder; give each value once, leave --out out"
             " and keep {scheme}, {seed} or a key such as {training.length} in the name"
         )
-    if len(recipes) > 1 and parallelize.ranks() > 1:
+    if len(recipes) > 1 and ranks() > 1:
         raise UserError(
-            f"{_swept(recipes)} on {parallelize.ranks()} devices: several recipes in a command"
+            f"{_swept(recipes)} on {ranks()} devices: several recipes in a command"
             " need a single device; give a command for each recipe"
         )
     for recipe in recipes:
@@ -73,7 +74,7 @@ def check(recipe: Recipe | Retrofit) -> None:
     if isinstance(recipe, Recipe):
         _check_scheme(recipe)
     check_backend(recipe.model.backend)
-    recipe.micro_batches(recipe.groups(parallelize.ranks()))
+    recipe.micro_batches(recipe.groups(ranks()))
     parallelize.device(recipe.hardware)
     track.check(recipe)
     chunks = 2 * recipe.hardware.context_parallel
@@ -108,7 +109,7 @@ def check_memory(recipe: Recipe | Retrofit) -> None:
         UserError: naming the size of the part, and the memory.
     """
     training, hardware = recipe.training, recipe.hardware
-    rows = training.batch_size // recipe.groups(parallelize.ranks())
+    rows = training.batch_size // recipe.groups(ranks())
     tokens = 2 * 8 * rows * (training.length + 1)  # windows of 64-bit tokens, and their stack
     _fit({"training.batch_size": tokens}, torch.device("cpu"))
     if isinstance(recipe, Recipe):
@@ -139,7 +140,7 @@ def _fit(parts: dict[str, int], device: torch.device) -> None:
 
 
 def _check_layout(recipe: Retrofit) -> None:
-    if parallelize.ranks() > 1 and recipe.hardware.strategy == "fsdp":
+    if ranks() > 1 and recipe.hardware.strategy == "fsdp":
         raise UserError(
             "hardware.strategy='fsdp': adapters are not sharded; several devices take ddp, with "
             "hardware.activation_checkpointing=blocks if memory is short"

@@ -13,6 +13,7 @@ from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import is_free, locked, remove_leftovers, tidy, write_text
 from dape.provenance import device_name, provenance
+from dape.ranks import is_first_rank, rank, ranks
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
@@ -96,12 +97,12 @@ def follow(task: Task) -> RunFolder:
     run = task.recipe.run
     check_folder(task.recipe, task.data)
     if run.finished:
-        if parallelize.is_first_rank():
+        if is_first_rank():
             tidy(run.path)
         return run
     busy = f"another process is training in {run}; wait for the end, or give another --name"
-    lock = locked(run.path, busy) if parallelize.is_first_rank() else nullcontext()
-    with lock, explained(run, task.recipe.hardware, parallelize.rank(), parallelize.ranks()):
+    lock = locked(run.path, busy) if is_first_rank() else nullcontext()
+    with lock, explained(run, task.recipe.hardware, rank(), ranks()):
         session = begin(task)
         fabric = session.fabric
         fit(session)

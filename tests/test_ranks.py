@@ -1,0 +1,39 @@
+"""The processes of a command: which ones there are, and what they must have in common."""
+
+import pytest
+import torch
+
+from dape import cli
+from dape.attention.context_parallel import over_all_processes
+from dape.errors import UserError
+
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "WORLD_SIZE='', no whole number"),
+        ("two", "WORLD_SIZE='two', no whole number"),
+        ("2", "WORLD_SIZE=2 without LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"),
+    ],
+)
+def test_an_evaluation_names_variables_that_no_launcher_sets(monkeypatch, capsys, value, message):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    assert cli.main(["eval", "runs/none", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"dape: error: the environment has {message}; start several processes")
+
+
+def test_an_evaluation_by_more_processes_than_gpus_is_refused(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1" if name.endswith("RANK") else "4")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes for 2 GPUs; start 2 with `torchrun"):
+        over_all_processes(torch.device("cuda"))
