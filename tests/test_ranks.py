@@ -37,3 +37,13 @@ def test_an_evaluation_by_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs; start 2 with `torchrun"):
         over_all_processes(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS.keys() - set(cli.TOGETHER)))
+def test_a_command_of_a_single_process_is_refused_by_all(monkeypatch, capsys, name):
+    """All processes would do the whole work, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, shown in ("0", f"`dape {name}` is the work of a single process"), ("1", ""):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main([*name.split(), "nowhere"]) == 2
+        assert shown in (found := capsys.readouterr().err) and bool(found) == bool(shown)

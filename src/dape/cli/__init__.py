@@ -10,6 +10,7 @@ from importlib import import_module
 from types import FrameType
 
 from dape.errors import RankError, UserError, out_of_memory, unknown
+from dape.ranks import ranks
 from dape.text import one_line
 
 # `dape eval retrieval` is `main` of cli/eval_retrieval.py, called with the words after the name.
@@ -48,6 +49,7 @@ MOVED = {
     ("info", "--schemes"): "info schemes",
 }
 COMPLETION = "`dape --completion > FILE` and `source FILE` complete words in bash and zsh."
+TOGETHER = ("train", "retrofit", "eval")  # the commands of several processes
 CONTINUED = "give the same command again to go on"
 HELP = ("-h", "--help", "help")
 
@@ -117,6 +119,11 @@ def _run(words: list[str]) -> int:
     if name not in COMMANDS:
         print(_usage(name), end="")
         return 0
+    if name not in TOGETHER and ranks() > 1:
+        raise UserError(
+            f"`dape {name}` is the work of a single process, and the environment has WORLD_SIZE="
+            f"{ranks()}; start the command without torchrun, or unset WORLD_SIZE"
+        )
     return import_module(f"dape.cli.{name.replace(' ', '_')}").main(rest) or 0
 
 
