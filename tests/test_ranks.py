@@ -47,3 +47,18 @@ def test_a_command_of_a_single_process_is_refused_by_all(monkeypatch, capsys, na
         monkeypatch.setenv("RANK", rank)
         assert cli.main([*name.split(), "nowhere"]) == 2
         assert shown in (found := capsys.readouterr().err) and bool(found) == bool(shown)
+
+
+def test_the_end_of_another_process_is_a_line(monkeypatch, capsys):
+    error = RuntimeError("pair.cc:553] Connection closed by peer [127.0.0.1]:19369")
+
+    def fail(words):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", fail)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        cli.main(["eval"])
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["eval"]) == 2
+    assert "dape: error: rank 1 of 2: another process has ended;" in capsys.readouterr().err

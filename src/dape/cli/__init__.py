@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
-from dape.errors import RankError, UserError, out_of_memory, unknown
-from dape.ranks import ranks
+from dape.errors import RankError, UserError, of_a_peer, out_of_memory, unknown
+from dape.ranks import rank, ranks
 from dape.text import one_line
 
 # `dape eval retrieval` is `main` of cli/eval_retrieval.py, called with the words after the name.
@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}; mend the cause and run the command again")
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if out_of_memory(error):
+            return _fail("out of memory; take smaller batches, shorter lengths or a smaller model")
+        if ranks() == 1 or not of_a_peer(error):
             raise
-        return _fail("out of memory; take smaller batches, shorter lengths or a smaller model")
+        return _fail(f"rank {rank()} of {ranks()}: another process has ended; {CONTINUED}")
 
 
 @contextmanager
