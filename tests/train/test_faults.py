@@ -114,6 +114,15 @@ def test_what_all_ranks_meet_the_first_says(monkeypatch, capsys):
     assert "nowhere.yaml" in capsys.readouterr().err
 
 
+def test_what_a_machine_meets_its_first_rank_says(monkeypatch, capsys):
+    """The file may be absent on the second machine alone."""
+    for rank, local, shown in ("8", "0", True), ("9", "1", False):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert main(["train", "nowhere.yaml"]) == 2
+        assert ("nowhere.yaml" in capsys.readouterr().err) == shown
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     explained = faults.explained(RunFolder(tmp_path), Hardware(), rank=0, ranks=2)
     with pytest.raises(RuntimeError, match="a fault of the program"), explained:

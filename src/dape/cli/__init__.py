@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("MPLBACKEND", None)  # figures are files; a wrong name would end the command
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
-    # The first of several processes reports an error of all processes.
-    first = os.environ.get("RANK", "0") == "0"
+    # The first process of a machine reports an error of all: files of machines may differ.
+    first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     try:
         with _terminable():
             return _run(words)
