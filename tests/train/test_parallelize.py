@@ -142,6 +142,14 @@ def test_windows_over_two_ranks_have_the_perplexity_of_one(out):
         assert two.loss == pytest.approx(one.loss, rel=1e-6)
 
 
+def test_a_rank_that_sees_no_earlier_result_measures_what_the_first_measures(out):
+    """A rank that measured alone would wait for the others."""
+    (file,) = (out / "spread-evaluation").rglob("non_overlapping.json")
+    kept = {str(each.length): each.loss for each in load(file).measurements}
+    assert list(kept) == ["17", "34"]
+    assert all(json.loads((out / f"again-{rank}.json").read_text()) == kept for rank in (0, 1))
+
+
 def test_windows_over_two_ranks_end_where_a_table_of_positions_ends(out):
     """Padding to equal chunks reads no row, and both ranks refuse a position that one has."""
     model, tokens = table()

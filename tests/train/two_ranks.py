@@ -104,6 +104,11 @@ def main(data, out):
     torch.save(spread(devices), out / f"attention-{rank}.pt")
     torch.save(losses_by_table(devices), out / f"table-{rank}.pt")
     evaluate(out / "ddp", **MEASURING, out=out / "spread-evaluation", context_parallel=devices)
+    # Again, where the second rank sees no result of the first measurement.
+    place = out / ("elsewhere" if rank else "spread-evaluation")
+    (again,) = evaluate(out / "ddp", **MEASURING, out=place, context_parallel=devices)
+    losses = {each.length: each.loss for each in again.measurements}
+    (out / f"again-{rank}.json").write_text(json.dumps(losses))
 
 
 def fork(data, out):

@@ -11,7 +11,7 @@ products. Memory and exchange are small beside the products, because products gr
 of the length.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ from torch.distributed import distributed_c10d
 from dape.attention.operator import attention
 from dape.errors import UserError
 from dape.ranks import check_launched, local_rank, local_ranks, ranks
+
+Value = TypeVar("Value")
 
 
 class ContextParallel(NamedTuple):
@@ -59,6 +61,12 @@ class ContextParallel(NamedTuple):
         """Return the sum of all devices' tensors, in place."""
         dist.all_reduce(x, group=_group(self.group))
         return x
+
+    def of_first(self, value: Value) -> Value:
+        """Return the value of the first device on all devices."""
+        values = [value]
+        dist.broadcast_object_list(values, group=_group(self.group), group_src=0)
+        return values[0]
 
     def attention(
         self,
