@@ -65,6 +65,19 @@ def check_launched() -> None:
         )
 
 
+def check_same_corpus(folder: object, checksum: str, first: str) -> None:
+    """Refuse a corpus unlike that of the first process, as on a machine with files of its own.
+
+    Raises:
+        RankError: with both checksums.
+    """
+    if checksum != first:
+        raise RankError(
+            f"rank {rank()} of {ranks()}: {folder} has checksum {checksum[:12]}, and {first[:12]}"
+            " for the first process; copy the folder from the machine of the first process"
+        )
+
+
 def _from_environment(name: str, default: int) -> int:
     """Return a number that a launcher sets."""
     text = os.environ.get(name, str(default))

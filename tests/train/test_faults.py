@@ -123,6 +123,14 @@ def test_what_a_machine_meets_its_first_rank_says(monkeypatch, capsys):
         assert ("nowhere.yaml" in capsys.readouterr().err) == shown
 
 
+def test_a_corpus_unlike_that_of_the_first_rank_is_refused(data, tmp_path, monkeypatch):
+    """Each rank would read batches of its own, of one batch in part."""
+    other = {"path": data, "checksum": "0" * 64}
+    monkeypatch.setattr("lightning.fabric.Fabric.broadcast", lambda self, found: (found[0], other))
+    with pytest.raises(RankError, match=r"has checksum .*, and 000000000000 for the first process"):
+        train(recipe(data, tmp_path / "run"))
+
+
 def test_other_errors_stay_what_they_are(tmp_path):
     explained = faults.explained(RunFolder(tmp_path), Hardware(), rank=0, ranks=2)
     with pytest.raises(RuntimeError, match="a fault of the program"), explained:

@@ -24,6 +24,7 @@ from dape.evaluate.refusal import Refused
 from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
+from dape.ranks import check_same_corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -174,7 +175,8 @@ class _Session:
         """Return the evaluation, with earlier measurements unless `again`."""
         done = None if again else self._before()
         if self.context_parallel is not None:  # other machines may see other files
-            done = self.context_parallel.of_first(done)
+            done, first = self.context_parallel.of_first((done, self.plan.targets.data))
+            check_same_corpus(self.plan.corpus.folder, self.plan.targets.data, first)
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
         ]

@@ -13,7 +13,7 @@ from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.files import is_free, locked, remove_leftovers, tidy, write_text
 from dape.provenance import device_name, provenance
-from dape.ranks import is_first_rank, rank, ranks
+from dape.ranks import check_same_corpus, is_first_rank, rank, ranks
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
@@ -145,7 +145,9 @@ def begin(task: Task) -> Session:
         facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
     # A slow file system may show this process less than the first process.
-    saved = fabric.broadcast(run.saved_checkpoints())
+    saved, data = fabric.broadcast((run.saved_checkpoints(), task.data))
+    if task.data and data:
+        check_same_corpus(task.data["path"], task.data["checksum"], data["checksum"])
     for path in (run.recipe, *saved):
         wait_for(path)
     load = partial(checkpoint.load, model=model, optimizer=session.optimizer)
