@@ -104,6 +104,16 @@ def test_ranks_that_cannot_share_the_batch(capsys, monkeypatch):
     assert capsys.readouterr().err == "", "the first rank speaks for all"
 
 
+def test_the_first_rank_prints_the_cost(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["train", str(RECIPES / "125m.yaml"), "--model.vocab-size", "300", "--dry-run"]
+    words += ["--hardware.device", "cpu"]
+    for rank, lines in ("0", 6), ("1", 0):
+        monkeypatch.setenv("RANK", rank)
+        assert main(words) == 0
+        assert len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_the_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])

@@ -84,7 +84,9 @@ def run(arguments: Arguments, speaks: bool) -> None:
     from dape.train.run import train
 
     if arguments.dry_run:
-        print(cost(arguments.recipe, ranks()))
+        text = cost(arguments.recipe, ranks())
+        if speaks:
+            print(text)
         return
     if arguments.measure:
         measured(arguments.recipe, speaks)
