@@ -67,6 +67,21 @@ def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
     assert evaluation(tmp_path / name)["measurements"]
 
 
+def test_missing_weights_are_drawn_alike_in_every_process(tmp_path, made, corpus):
+    """Lengths of an interrupted measurement, and parts of a spread window, are of one model."""
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    without(tmp_path / "llama", "lm_head.weight")
+    words = ("eval", tmp_path / "llama", "--data", corpus, "--partial-weights", "--again")
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        assert not dape(*words, "--lengths", 16)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        losses.append(evaluation(tmp_path / "llama")["measurements"][0]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_weights_of_another_scheme_are_refused(tmp_path, corpus, capsys):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for scheme in ("kerple", "dape-kerple"):

@@ -45,7 +45,7 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     """Return the model in a folder or of a name on the hub, on the CPU.
 
     transformers draws missing weights at random, and continues. `partial_weights` allows the same
-    here. `options` go to `from_pretrained`.
+    here, with the same numbers in every load. `options` go to `from_pretrained`.
 
     Raises:
         UserError: for an unknown model, damaged files, or missing or unused weights.
@@ -55,13 +55,15 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     if not partial_weights:
         logging.set_verbosity_error()  # the error below replaces the warning
     try:
-        model, report = fetch(
-            AutoModelForCausalLM.from_pretrained,
-            source,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)  # for missing weights
+            model, report = fetch(
+                AutoModelForCausalLM.from_pretrained,
+                source,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
     except (SafetensorError, RuntimeError, UnpicklingError) as error:
         if out_of_memory(error):
             raise
