@@ -6,7 +6,7 @@ import torch
 from dape import cli
 from dape.attention.context_parallel import over_all_processes
 from dape.errors import RankError, UserError
-from dape.ranks import check_same_corpus
+from dape.ranks import check_same
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,8 +66,8 @@ def test_the_end_of_another_process_is_a_line(monkeypatch, capsys):
 
 
 def test_a_corpus_unlike_that_of_the_first_process_is_refused(monkeypatch):
-    check_same_corpus("data", "a" * 64, "a" * 64)
+    check_same("data", "a" * 64, "a" * 64)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RankError, match=r"rank 1 of 2: data has checksum b{12}, and a{12} for the"):
-        check_same_corpus("data", "b" * 64, "a" * 64)
+        check_same("data", "b" * 64, "a" * 64)

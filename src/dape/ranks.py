@@ -65,8 +65,8 @@ def check_launched() -> None:
         )
 
 
-def check_same_corpus(folder: object, checksum: str, first: str) -> None:
-    """Refuse a corpus unlike that of the first process, as on a machine with files of its own.
+def check_same(folder: object, checksum: str, first: str) -> None:
+    """Refuse files unlike those of the first process, as on a machine with files of its own.
 
     Raises:
         RankError: with both checksums.

@@ -123,12 +123,18 @@ def test_what_a_machine_meets_its_first_rank_says(monkeypatch, capsys):
         assert ("nowhere.yaml" in capsys.readouterr().err) == shown
 
 
-def test_a_corpus_unlike_that_of_the_first_rank_is_refused(data, tmp_path, monkeypatch):
-    """Each rank would read batches of its own, of one batch in part."""
-    other = {"path": data, "checksum": "0" * 64}
-    monkeypatch.setattr("lightning.fabric.Fabric.broadcast", lambda self, found: (found[0], other))
-    with pytest.raises(RankError, match=r"has checksum .*, and 000000000000 for the first process"):
-        train(recipe(data, tmp_path / "run"))
+def test_a_corpus_or_recipe_unlike_that_of_the_first_rank_is_refused(data, tmp_path, monkeypatch):
+    """Each rank would read batches of its own, or make updates of its own."""
+    same, other = recipe(data, tmp_path / "run"), {"path": data, "checksum": "0" * 64}
+    faster = recipe(data, tmp_path / "run", optimizer={"learning_rate": 0.5})
+    for changed, message in (
+        ((same, other), r"has checksum .*, and 000000000000 for the first process"),
+        ((faster, None), r"rank 0 of 1: .*optimizer.learning_rate=0.01 \(was 0.5\); give all"),
+    ):
+        first = ([], *changed)
+        monkeypatch.setattr("lightning.fabric.Fabric.broadcast", lambda self, _, first=first: first)
+        with pytest.raises(RankError, match=message):
+            train(same)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):

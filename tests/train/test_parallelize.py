@@ -150,6 +150,13 @@ def test_a_rank_that_sees_no_earlier_result_measures_what_the_first_measures(out
     assert all(json.loads((out / f"again-{rank}.json").read_text()) == kept for rank in (0, 1))
 
 
+def test_two_ranks_with_different_weights_measure_nothing(out):
+    """A window would go through layers of both models."""
+    refused = (out / "mixed.txt").read_text()
+    assert refused.startswith(f"rank 1 of 2: {out / 'fsdp-rope' / 'model'} has checksum ")
+    assert not list((out / "mixed").rglob("non_overlapping.json"))
+
+
 def test_windows_over_two_ranks_end_where_a_table_of_positions_ends(out):
     """Padding to equal chunks reads no row, and both ranks refuse a position that one has."""
     model, tokens = table()

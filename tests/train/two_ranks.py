@@ -17,7 +17,7 @@ import interpreter
 from dape import DapeConfig, DapeForCausalLM
 from dape.attention.context_parallel import ContextParallel
 from dape.data.shards import Corpus
-from dape.errors import UserError
+from dape.errors import RankError, UserError
 from dape.evaluate import evaluate
 from dape.evaluate.perplexity import _spread_forward
 from dape.train import drawing, task
@@ -109,6 +109,14 @@ def main(data, out):
     (again,) = evaluate(out / "ddp", **MEASURING, out=place, context_parallel=devices)
     losses = {each.length: each.loss for each in again.measurements}
     (out / f"again-{rank}.json").write_text(json.dumps(losses))
+    # Where the second rank has other weights, as on a machine with files of its own.
+    model = out / ("fsdp-rope" if rank else "ddp") / "model"
+    try:
+        evaluate(model, data, **MEASURING, out=out / "mixed", context_parallel=devices)
+    except RankError as error:
+        (out / "mixed.txt").write_text(str(error))
+    except RuntimeError:
+        assert rank == 0, "the second rank ended before an exchange"
 
 
 def fork(data, out):

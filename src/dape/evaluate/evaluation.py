@@ -24,7 +24,7 @@ from dape.evaluate.refusal import Refused
 from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
-from dape.ranks import check_same_corpus
+from dape.ranks import check_same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -176,7 +176,7 @@ class _Session:
         done = None if again else self._before()
         if self.context_parallel is not None:  # other machines may see other files
             done, first = self.context_parallel.of_first((done, self.plan.targets.data))
-            check_same_corpus(self.plan.corpus.folder, self.plan.targets.data, first)
+            check_same(self.plan.corpus.folder, self.plan.targets.data, first)
         missing = [
             each for each in self.plan.windows if not done or each.length not in done.lengths
         ]
@@ -186,12 +186,21 @@ class _Session:
             longest = max(windows.length for windows in self.plan.windows)
             precision = self.origin["precision"]
             with self.model.loaded(self.device, longest, precision) as network:
+                self._check_weights(network)
                 done = done or self._empty(self.model.subject(network))
                 for windows in missing:
                     done = self._with(done, windows, network)
                     self.kept.keep(done)
         self.kept.finish(done)
         return done
+
+    def _check_weights(self, network: nn.Module) -> None:
+        """Refuse weights unlike those of the first of several processes."""
+        from dape.model.loading import fingerprint
+
+        if self.context_parallel is not None:
+            own = fingerprint(network)
+            check_same(self.model.source, own, self.context_parallel.of_first(own))
 
     def _empty(self, subject: Subject) -> Evaluation:
         return Evaluation(subject, self.plan.targets, [], self.origin)

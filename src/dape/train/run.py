@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from dape.data.shards import Corpus
-from dape.errors import UserError
+from dape.errors import RankError, UserError
 from dape.files import is_free, locked, remove_leftovers, tidy, write_text
 from dape.provenance import device_name, provenance
-from dape.ranks import check_same_corpus, is_first_rank, rank, ranks
+from dape.ranks import check_same, is_first_rank, rank, ranks
 from dape.runs import RunFolder
 from dape.train import checkpoint, parallelize
 from dape.train.checkpoint import Progress
@@ -145,9 +145,14 @@ def begin(task: Task) -> Session:
         facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
     # A slow file system may show this process less than the first process.
-    saved, data = fabric.broadcast((run.saved_checkpoints(), task.data))
+    saved, first, data = fabric.broadcast((run.saved_checkpoints(), recipe, task.data))
+    if changed := differences(first, recipe):
+        raise RankError(
+            f"rank {rank()} of {ranks()}: other settings than those of the first process:"
+            f" {', '.join(changed)}; give all processes the same recipe and options"
+        )
     if task.data and data:
-        check_same_corpus(task.data["path"], task.data["checksum"], data["checksum"])
+        check_same(task.data["path"], task.data["checksum"], data["checksum"])
     for path in (run.recipe, *saved):
         wait_for(path)
     load = partial(checkpoint.load, model=model, optimizer=session.optimizer)
