@@ -21,6 +21,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MiniMaxM3VLForCausalLM,
+    MiniMaxM3VLTextConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -143,6 +145,16 @@ MODELS = {
     "gpt-oss": lambda: GptOssForCausalLM(
         GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
     ),
+    "minimax-m3": lambda: MiniMaxM3VLForCausalLM(
+        MiniMaxM3VLTextConfig(
+            **SMALL,
+            layer_types=["full_attention", "minimax_m3_sparse"],
+            mlp_layer_types=["dense", "dense"],
+            dense_intermediate_size=20,
+            index_n_heads=2,
+            index_head_dim=8,
+        )
+    ),
     "linear": lambda: nn.Linear(2, 2),
 }
 
@@ -160,6 +172,11 @@ MODELS = {
         (
             "gpt-oss",
             r"GptOssAttention cannot be retrofitted: attention with attention sinks \(s_aux\)",
+        ),
+        (
+            "minimax-m3",
+            r"MiniMaxM3VLAttention cannot be retrofitted: attention with a further tensor "
+            r"\(block_indices\)",
         ),
         ("linear", "Linear cannot be retrofitted: not a PreTrainedModel"),
     ],

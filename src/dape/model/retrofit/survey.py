@@ -18,7 +18,7 @@ from dape.model.retrofit.architectures import architecture_of
 from dape.model.retrofit.interface import layer_mask
 
 SURVEY = "dape_survey"
-# Arguments of an attention beyond softmax(scale q k^T + mask) v and Gemma 2's cap.
+# Tensors given to an attention beyond softmax(scale q k^T + mask) v.
 BEYOND = {"s_aux": "attention sinks", "position_bias": "a separate bias"}
 TOKENS = 8
 
@@ -107,8 +107,10 @@ def record(
         UserError: for an unsupported attention.
     """
     name = type(module).__name__
-    for key_word, meaning in BEYOND.items():
-        if more.get(key_word) is not None:
+    for key_word, given in more.items():
+        # Models such as MiniMax M3 leave out keys by a tensor that has no effect in short texts.
+        if isinstance(given, Tensor) and key_word != "position_ids":
+            meaning = BEYOND.get(key_word, "a further tensor")
             raise UserError(f"{name} cannot be retrofitted: attention with {meaning} ({key_word})")
     if not getattr(module, "is_causal", True):
         raise UserError(f"{name} cannot be retrofitted: attention is not causal")
