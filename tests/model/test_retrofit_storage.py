@@ -25,6 +25,8 @@ from transformers import (
     MiniMaxM3VLTextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XmodConfig,
+    XmodForCausalLM,
 )
 
 import dape
@@ -155,6 +157,7 @@ MODELS = {
             index_head_dim=8,
         )
     ),
+    "xmod": lambda: XmodForCausalLM(XmodConfig(**SIZES, intermediate_size=20, is_decoder=True)),
     "linear": lambda: nn.Linear(2, 2),
 }
 
@@ -177,6 +180,11 @@ MODELS = {
             "minimax-m3",
             r"MiniMaxM3VLAttention cannot be retrofitted: attention with a further tensor "
             r"\(block_indices\)",
+        ),
+        (
+            "xmod",
+            "XmodForCausalLM cannot be retrofitted: a call with tokens alone ends in ValueError: "
+            "Input language unknown",
         ),
         ("linear", "Linear cannot be retrofitted: not a PreTrainedModel"),
     ],

@@ -83,11 +83,10 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
         with implementation(model, SURVEY):
             call(model)
         found = list(_found.get().values())
-    except (AttributeError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be retrofitted: the model's code computes attention "
-            "outside the attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
-        ) from error
+    except UserError:
+        raise
+    except (AttributeError, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{type(model).__name__} cannot be retrofitted: {reason(model)}") from error
     finally:
         _found.reset(token)
     if not found:
@@ -96,6 +95,19 @@ def surveyed(model: PreTrainedModel) -> list[Attention]:
             "attention interface of transformers (ALL_ATTENTION_FUNCTIONS)"
         )
     return found
+
+
+def reason(model: PreTrainedModel) -> str:
+    """Return why a survey failed, by a call of the model's own code."""
+    try:
+        call(model)
+    except (AttributeError, TypeError, IndexError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        return f"a call with tokens alone ends in {type(error).__name__}: {first}"
+    return (
+        "the model's code computes attention outside the attention interface of transformers "
+        "(ALL_ATTENTION_FUNCTIONS)"
+    )
 
 
 def record(
