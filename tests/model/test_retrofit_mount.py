@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from pretrained import NAMES, bias_for, logits, move, padded, pretrained, tokens
+from pretrained import GROUPED, NAMES, bias_for, logits, move, padded, pretrained, tokens
 from torch.testing import assert_close
+from transformers import MoshiConfig, MoshiForCausalLM
 
 import dape
 
@@ -71,3 +72,18 @@ def test_gradients_reach_the_adapters_alone_and_a_step_moves_the_logits(name):
         else:
             assert parameter.grad is None, where
     assert (logits(model, ids) - before).abs().max() > 1e-4
+
+
+def test_a_model_whose_own_code_is_causal_by_its_mask_alone():
+    sizes = {name: GROUPED[name] for name in GROUPED if name != "intermediate_size"}
+    model = MoshiForCausalLM(MoshiConfig(**sizes, head_dim=6, ffn_dim=20)).eval()
+    model.config._attn_implementation = "eager"
+    move(model, 0.1)
+    ids, mask = padded()
+    expected = logits(model, ids, attention_mask=mask)
+    dape.retrofit(model, bias="kerple")
+    seen = mask.bool()
+    found = logits(model, ids, attention_mask=mask)
+    assert_close(found[seen], expected[seen], rtol=0, atol=1e-5)
+    without = logits(model, ids[1:])
+    assert_close(without, expected[1:], rtol=0, atol=1e-5)

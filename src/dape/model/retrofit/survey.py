@@ -161,7 +161,9 @@ def call(model: PreTrainedModel) -> Tensor:
     places = torch.arange(1, TOKENS + 1, device=device_of(embeddings))[None]
     tokens = places % embeddings.weight.shape[0]
     try:
-        return model.eval()(input_ids=tokens, use_cache=False)[0]
+        # Moshi in its own code sees later tokens without a mask.
+        mask = torch.ones_like(tokens)
+        return model.eval()(input_ids=tokens, attention_mask=mask, use_cache=False)[0]
     finally:
         for module in training:
             module.training = True
