@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from pretrained import NAMES, bias_for, move, padded, pretrained, tokens
+from pretrained import GROUPED, NAMES, WINDOWS, bias_for, move, padded, pretrained, tokens
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
 import dape
 from dape.errors import UserError
@@ -157,3 +157,21 @@ def test_attentions_are_the_models_own_at_the_start(name):
     for mine, theirs in zip(ours.attentions, own.attentions, strict=True):
         assert_close(mine, theirs, rtol=0, atol=1e-6)
     assert_close(ours.logits, own.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_layers_that_share_keys_are_computed_for_the_last_queries_alone(keep):
+    """As Gemma 4 does from transformers 5.24 on, which cuts the rows of masks."""
+    layers = {"num_hidden_layers": 4, "layer_types": WINDOWS["layer_types"] * 2}
+    inputs = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 4}
+    config = Gemma4TextConfig(
+        **{**GROUPED, **WINDOWS, **layers, **inputs},
+        head_dim=8, global_head_dim=8, num_kv_shared_layers=2,
+    )  # fmt: skip
+    model = move(Gemma4ForCausalLM(config).eval(), 0.1)
+    move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    ids, mask = padded()
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    for cache in ({"use_cache": False}, {"past_key_values": StaticCache(config, max_cache_len=16)}):
+        last = model(ids, attention_mask=mask, logits_to_keep=keep, **cache).logits
+        assert_close(last, whole[:, -keep:], rtol=0, atol=1e-5)

@@ -48,8 +48,8 @@ class LayerMask(NamedTuple):
     dropped by a sliding cache before the first key. `placed` holds the positions of the dropped
     tokens and the keys, and is None for the indices. `moved` says whether positions lie otherwise
     apart than indices, and `gaps` whether hidden tokens lie between visible tokens; both are
-    tensors while nobody can look. `packed` says whether a row holds several documents, and
-    `weights` whether softmax weights are returned.
+    tensors while nobody can look. `packed` says whether a row holds several documents,
+    `weights` whether softmax weights are returned, and `rows` counts the queries.
     """
 
     mask: Tensor | None
@@ -61,6 +61,18 @@ class LayerMask(NamedTuple):
     gaps: bool | Tensor = False
     packed: bool = False
     weights: bool = False
+    rows: int = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the mask of the queries that a slice of `[B, 1, Tq, Tk]` names.
+
+        Gemma 4 computes layers that share keys for the last queries alone.
+        """
+        if not isinstance(index, tuple):
+            return tuple.__getitem__(self, index)
+        start, stop, _ = index[2].indices(self.rows)
+        mask = self.mask if self.mask is None or self.mask.ndim == 2 else self.mask[index]
+        return self._replace(mask=mask, query_offset=self.query_offset + start, rows=stop - start)
 
     @property
     def ndim(self) -> int:
@@ -134,7 +146,7 @@ def layer_mask(
     # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(
         mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
-        asks.weights,
+        asks.weights, q_length,
     )  # fmt: skip
 
 
