@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from pretrained import NAMES, bias_for, move, pretrained, tokens
+from pretrained import NAMES, SIZES, bias_for, move, pretrained, tokens
 from torch.testing import assert_close
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     DataCollatorWithFlattening,
     DynamicCache,
     RobertaConfig,
@@ -66,6 +68,15 @@ def test_a_family_counts_the_positions_of_a_document_behind_the_number_of_paddin
     texts = [torch.randint(3, 32, (length,)) for length in LENGTHS]
     batch = DataCollatorWithFlattening(**FORMS["seq_idx"])([{"input_ids": ids} for ids in texts])
     near(model(**batch).logits[0], alone(model, texts))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_documents_are_refused_by_a_model_that_takes_no_positions(form):
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 20}
+    model = BartForCausalLM(BartConfig(**SIZES, **sizes))
+    dape.retrofit(model)
+    with pytest.raises(UserError, match=r"BartForCausalLM takes no position_ids, .* a row of"):
+        model(**packed(form)[1])
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "bloom"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import is_tracing
 
+from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
 from dape.model.masking import count_within, documents_of_positions, positions_of_keys
@@ -63,6 +64,9 @@ def keep(
     `position_ids`. Within a call of a part, a call of another part of the model asks nothing. A
     trainer may call a method of its own in place of the forward; the arguments of the method are no
     tokens.
+
+    Raises:
+        UserError: for packed documents, if the model takes no positions.
     """
     within = asked().whose
     if within is not None and within[0] == whose[0] and within[1] != whose[1]:
@@ -75,6 +79,11 @@ def keep(
         return args, kwargs
     weights = model.config.get_text_config().output_attentions
     documents, positions = _documents(tokens, given), given.get("position_ids")
+    if documents is not None and not own_bias and "position_ids" not in names:
+        raise UserError(
+            f"{type(model).__name__} takes no position_ids, and counts positions over all "
+            "documents packed in a row: give each document a row of its own"
+        )
     if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
         positions = None
     if positions is not None:
