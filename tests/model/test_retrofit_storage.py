@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     GptOssConfig,
@@ -197,6 +199,16 @@ def test_a_model_that_cannot_be_served_is_told_why_and_left_alone(name, words):
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_cross_attention_is_refused_by_its_name_in_a_call_that_reaches_it():
+    model, ids = GPT2LMHeadModel(GPT2Config(**SIZES, add_cross_attention=True)).eval(), tokens(1, 6)
+    expected = logits(model, ids)
+    dape.retrofit(model)
+    assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="GPT2Attention has no adapter, as a cross-atten") as error:
+        model(ids, encoder_hidden_states=torch.zeros(1, 3, 24))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,12 @@ def attend(
             for bidirectional attention, or for packed documents without a mask in between.
     """
     if not hasattr(module, "adapter"):
+        if asked().whose is not None:  # a call of a model with adapters
+            raise UserError(
+                f"{type(module).__name__} has no adapter, as a cross-attention, which a call with "
+                "tokens alone does not reach: leave out encoder_hidden_states and images, or "
+                "unmount the adapters"
+            )
         raise UserError(
             f"attn_implementation={NAME!r}: the model has no mounted adapters, as a reference "
             "model that a trainer loads by name; mount adapters by dape.load_adapters, or give the "
