@@ -243,6 +243,21 @@ def test_a_verdict_says_where_a_part_of_its_checks_is_measured():
         assert Verdict(claim, "reproduced", findings).part == part
 
 
+def test_among_equal_p_values_the_smallest_difference_has_the_least_support():
+    """All p are the smallest of the bootstrap, 0.0002. The margin of a rise is 1 %."""
+    arms = {"alibi": 3.0, "dape-alibi": 2.93, "kerple": 3.1, "dape-kerple": 3.06, "fire": 3.0}
+    where = [study(*(group(arm, flat(loss)) for arm, loss in arms.items()))]
+    better = tuple(Better(f"dape-{x}", x, REGIME) for x in ("alibi", "kerple"))
+    for checks in (better, better[::-1]):
+        verdict = judge(Claim("DAPE-X is better", "", checks), where)
+        assert {each.test.p_value for each in verdict.findings} == {0.0002}
+        assert verdict.weakest.number.startswith("dape-kerple -3.9 %")
+    steady, falling = flat(3.0), [3.0, 3.0, 3.0, 3.0, 2.97]
+    where = [study(group("a", falling), group("b", [*steady[:4], 3.004]))]
+    checks = tuple(Rise(arm, REGIME, 16, rises=False) for arm in "ab")
+    assert judge(Claim("steady", "", checks), where).weakest.number.startswith("b +0.4 %")
+
+
 def test_arms_are_compared_on_the_seeds_that_both_have():
     """Seed 1 of the baseline is much worse, and the candidate lacks the seed."""
     ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))

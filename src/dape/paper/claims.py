@@ -66,12 +66,16 @@ MARGIN = math.log(1.01)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The outcome of a check: the number, the shared seeds, and the test; None if an arm failed."""
+    """The outcome of a check: the number, the shared seeds, and the test; None if an arm failed.
+
+    The test is of difference = `margin`.
+    """
 
     outcome: Outcome
     number: str
     seeds: int
     test: PairedTest | None
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ class Rise:
             f" ({study.name}{_lost(study, self.arm)})",
             seeds=len(group.evaluations),
             test=test,
+            margin=MARGIN,
         )
 
     def moved(self, move: Callable[[Regime], Regime]) -> "Rise":
@@ -229,15 +234,21 @@ class Verdict:
 
     @property
     def weakest(self) -> Finding | None:
-        """Return the finding with the greatest p, among findings equal to the outcome."""
+        """Return the finding with the least support, among findings equal to the outcome."""
         decisive = [each for each in self.findings if each.outcome == self.outcome]
-        return max(decisive, key=_p, default=None)
+        return min(decisive, key=_support, default=None)
 
 
-def _p(finding: Finding) -> float:
-    """Return p for an order of support; failed arms and p-values that are NaN have the least."""
-    p = finding.test.p_value if finding.test else math.nan
-    return math.inf if math.isnan(p) else p
+def _support(finding: Finding) -> tuple[float, float]:
+    """Return a key in the order of support: the smaller p, then the greater difference.
+
+    Clear differences share the smallest p of a bootstrap. Failed arms and p-values that are NaN
+    have the least support.
+    """
+    test = finding.test
+    if test is None or math.isnan(test.p_value):
+        return -math.inf, 0.0
+    return -test.p_value, abs(test.difference - finding.margin)
 
 
 def judge(claim: Claim, evidence: Evidence) -> Verdict:
