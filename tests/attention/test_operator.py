@@ -304,10 +304,29 @@ def test_differences_of_small_integers_do_not_overflow(bias, causal):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.unhooked  # the annotations are of signed integers without axes
+@pytest.mark.parametrize(
+    "offset", [torch.tensor(194, dtype=torch.uint8), torch.tensor([[194]])], ids=str
+)
+@pytest.mark.parametrize("modules", ["none", "dape3-kerple"])
+def test_an_offset_may_be_any_tensor_of_a_whole_number(offset, modules):
+    """195, the index of the first key, exceeds the offset: the difference is -1, and not 255."""
+    bias, adapter = (
+        (dape.Kerple(4), dape.DAPE(4, kernel_size=3)) if modules != "none" else (None,) * 2
+    )
+    found, expected = (
+        dape.attention(*Problem().tensors(), bias, adapter, query_offset=each, key_offset=195)
+        for each in (offset, 194)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.unhooked  # the hook refuses it before
-def test_an_offset_for_each_sequence_is_refused():
-    with pytest.raises(UserError, match=r"query_offset \[2\] is torch.int64; give a whole number"):
-        dape.attention(*Problem().tensors(), query_offset=torch.tensor([2, 3]))
+@pytest.mark.parametrize("offset", [torch.tensor([2, 3]), torch.tensor(True), torch.tensor(2j)])
+def test_an_offset_that_is_no_whole_number_is_refused(offset):
+    message = rf"query_offset \{list(offset.shape)} is {offset.dtype}; give a whole number"
+    with pytest.raises(UserError, match=message.replace("]", r"\]")):
+        dape.attention(*Problem().tensors(), query_offset=offset)
 
 
 @pytest.mark.parametrize("modules", ["none", "dape3-kerple"])

@@ -13,6 +13,7 @@ from dape.errors import UserError, check_finite, check_switch, check_whole
 from dape.positions.wide import without_overflow
 
 FORWARD_MODE = "forward-mode derivatives"
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Call(NamedTuple):
@@ -158,6 +159,8 @@ def checked(
     query_positions, key_positions = (
         None if x is None else without_overflow(x) for x in (query_positions, key_positions)
     )
+    if isinstance(query_offset, Tensor):
+        query_offset = without_overflow(query_offset).reshape(())
     return Call(
         query, key, value, bias, adapter, mask, causal, scale, query_offset, key_offset,
         query_positions, key_positions,
@@ -253,7 +256,7 @@ def check_numbers(
     check_whole(-(2**63), key_offset=key_offset)
     if not isinstance(query_offset, Tensor):
         check_whole(-(2**63), query_offset=query_offset)
-    elif query_offset.is_floating_point() or query_offset.numel() != 1:
+    elif query_offset.dtype not in _WHOLE or query_offset.numel() != 1:
         shape = list(query_offset.shape)
         raise UserError(f"query_offset {shape} is {query_offset.dtype}; give a whole number")
 
