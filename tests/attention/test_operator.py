@@ -1,5 +1,6 @@
 """`dape.attention` against the float64 textbook: outputs and all gradients, option by option."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -235,7 +236,7 @@ def test_a_key_of_another_dtype_is_refused(backend):
 
 @pytest.mark.unhooked  # the hook refuses them by the annotations, before the operator does
 @pytest.mark.parametrize("name", ["query", "key", "value"])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_numbers_that_are_not_floating_point_are_refused(name, dtype):
     tensors = dict(zip(("query", "key", "value"), Problem().tensors(torch.float32), strict=True))
     tensors[name] = tensors[name].to(dtype)
@@ -258,8 +259,19 @@ def test_modules_of_other_heads_are_named():
 @pytest.mark.parametrize("name", ["bias", "adapter"])
 def test_a_name_is_no_module(name):
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(UserError, match=f"{name}='kerple' is no module; dape.Kerple"):
-        dape.attention(q, q, q, **{name: "kerple"})
+    for wrong in ("kerple", dape.Kerple):
+        message = re.escape(f"{name}={wrong!r} is no module; give one, such as dape.Kerple(")
+        with pytest.raises(UserError, match=message):
+            dape.attention(q, q, q, **{name: wrong})
+
+
+@pytest.mark.unhooked  # the hook refuses them before
+@pytest.mark.parametrize("name", ["query", "key", "value", "mask", "query_positions"])
+def test_what_is_no_tensor_is_named(name):
+    tensors = dict(zip(("query", "key", "value"), Problem().tensors(), strict=True))
+    for wrong in ([1.0], torch.ones(3).numpy()):
+        with pytest.raises(UserError, match=f"^{name} is a (list|ndarray); give a torch.Tensor$"):
+            dape.attention(**{**tensors, name: wrong})
 
 
 @pytest.mark.parametrize(
@@ -282,10 +294,14 @@ def test_masks_that_do_not_fit_are_refused(mask):
 
 def test_positions_of_another_length_are_refused():
     query, key, _ = Problem(rows=5, keys=7).tensors()
-    with pytest.raises(UserError, match=r"query_positions \[1\] must end with length 5"):
-        check_where(query, key, None, torch.tensor([3]), None)
-    with pytest.raises(UserError, match=r"key_positions \[2, 5\] must end with length 7"):
-        check_where(query, key, None, None, torch.zeros(2, 5))
+    batch = len(query)
+    for shape in ((), (1,), (batch + 1, 5), (batch, 4, 5)):
+        message = f"query_positions {list(shape)} must be [5] or [1 or {batch}, 5]"
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_where(query, key, None, torch.zeros(shape), None)
+    message = f"key_positions [{batch}, 5] must be [7] or [1 or {batch}, 7]"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_where(query, key, None, None, torch.zeros(batch, 5))
 
 
 @pytest.mark.unhooked  # the annotations are of signed integers
@@ -314,8 +330,9 @@ def test_an_offset_may_be_any_tensor_of_a_whole_number(offset, modules):
     bias, adapter = (
         (dape.Kerple(4), dape.DAPE(4, kernel_size=3)) if modules != "none" else (None,) * 2
     )
+    tensors = Problem().tensors()
     found, expected = (
-        dape.attention(*Problem().tensors(), bias, adapter, query_offset=each, key_offset=195)
+        dape.attention(*tensors, bias, adapter, query_offset=each, key_offset=195)
         for each in (offset, 194)
     )
     assert torch.equal(found, expected)
@@ -336,6 +353,17 @@ def test_tensors_without_data_have_the_shapes_of_the_output(modules):
     adapter = dape.DAPE(4, kernel_size=3).to("meta") if modules != "none" else None
     out = dape.attention(query, key, value, bias, adapter)
     assert out.is_meta and out.shape == (*query.shape[:3], 6)
+
+
+@pytest.mark.unhooked  # the hook refuses them before
+def test_a_backend_is_a_name_and_a_switch_is_true_or_false():
+    tensors = Problem().tensors()
+    for wrong in (None, ["auto"]):
+        with pytest.raises(UserError, match=re.escape(f"unknown backend {str(wrong)!r}")):
+            dape.attention(*tensors, backend=wrong)
+    for name in ("return_lse", "return_weights"):
+        with pytest.raises(UserError, match=f"{name}='no' must be True or False"):
+            dape.attention(*tensors, **{name: "no"})
 
 
 def test_unknown_backends_and_impossible_requests_are_refused():

@@ -204,15 +204,16 @@ def check(
     query: Tensor, key: Tensor, value: Tensor, bias: nn.Module | None, adapter: nn.Module | None
 ) -> None:
     """Raise a `UserError` for tensors and modules that do not fit together."""
+    _check_tensors(query=query, key=key, value=value)
     reason = _misfit(query, key, value)
     if reason is not None:
         shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
         raise UserError(f"{shapes}: {reason}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
             raise UserError(
-                f"the {name} is {tensor.dtype}; attention takes floating-point numbers, such as "
-                f"{name}.float()"
+                f"the {name} is {tensor.dtype}; attention takes floating-point numbers of 16 bits "
+                f"or more, such as {name}.float()"
             )
     if query.dtype != key.dtype:
         raise UserError(
@@ -221,12 +222,22 @@ def check(
     for name, module in (("bias", bias), ("adapter", adapter)):
         if module is None:
             continue
-        if not callable(module):
-            raise UserError(f"{name}={module!r} is no module; dape.Kerple and dape.DAPE make such")
+        if not callable(module) or isinstance(module, type):
+            raise UserError(
+                f"{name}={module!r} is no module; give one, such as dape.Kerple(num_heads) or "
+                "dape.DAPE(num_heads)"
+            )
         for size, axis in (("num_heads", 1), ("head_dim", 3)):
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:
                 raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+
+
+def _check_tensors(**values: Any) -> None:
+    """Raise a `UserError` for a value that is no tensor, and not None."""
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise UserError(f"{name} is a {type(value).__name__}; give a torch.Tensor")
 
 
 def _misfit(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -271,22 +282,31 @@ def check_where(
     """Raise a `UserError` for a mask or positions that do not fit the queries and keys."""
     batch, _, rows, _ = query.shape
     keys = key.shape[2]
+    _check_tensors(mask=mask, query_positions=query_positions, key_positions=key_positions)
     for name, positions, length in (
         ("query_positions", query_positions, rows),
         ("key_positions", key_positions, keys),
     ):
-        if positions is not None and positions.shape[-1] != length:
-            raise UserError(f"{name} {list(positions.shape)} must end with length {length}")
+        if positions is not None and not _fits(positions, ((length,),), ((1, batch), (length,))):
+            raise UserError(
+                f"{name} {list(positions.shape)} must be [{length}] or [1 or {batch}, {length}]"
+            )
     if mask is None:
         return
     if mask.dtype != torch.bool:
         raise UserError(f"mask has dtype {mask.dtype}; it must be torch.bool, true where seen")
-    sizes = {2: ((batch,), (keys,)), 4: ((1, batch), (1,), (1, rows), (keys,))}.get(mask.ndim)
-    # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
-    if sizes is None or not all(
-        any(n == one for one in fit) for n, fit in zip(mask.shape, sizes, strict=True)
-    ):
+    if not _fits(mask, ((batch,), (keys,)), ((1, batch), (1,), (1, rows), (keys,))):
         raise UserError(
             f"mask {list(mask.shape)} must be [{batch}, {keys}] or "
             f"[1 or {batch}, 1, 1 or {rows}, {keys}]"
         )
+
+
+def _fits(tensor: Tensor, *forms: tuple[tuple[int, ...], ...]) -> bool:
+    """Return whether a tensor has one of the forms, each with the lengths allowed on each axis."""
+    # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
+    return any(
+        len(form) == tensor.ndim
+        and all(any(n == one for one in fit) for n, fit in zip(tensor.shape, form, strict=True))
+        for form in forms
+    )

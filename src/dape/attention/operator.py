@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dape.attention.call import checked
 from dape.attention.select import select
-from dape.errors import UserError
+from dape.errors import UserError, check_switch
 
 
 def attention(
@@ -66,6 +66,7 @@ def attention(
     Raises:
         UserError: for shapes that do not fit together, or a backend that cannot serve the call.
     """
+    check_switch(return_weights=return_weights, return_lse=return_lse)
     if return_weights and return_lse:
         raise UserError(
             "return_weights=True and return_lse=True: a call returns weights or log-sum-exp; "

@@ -121,8 +121,8 @@ def check_backend(backend: str) -> None:
     """Raise a `UserError` for a backend that is unknown or does not work on this machine."""
     if backend == "auto":
         return
-    if backend not in BACKENDS:
-        raise unknown("backend", backend, ("auto", *BACKENDS))
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise unknown("backend", str(backend), ("auto", *BACKENDS))
     reason = absent(backend)
     if reason is not None:
         raise UserError(f"backend={backend!r} does not work here: {reason}; use 'auto'")
