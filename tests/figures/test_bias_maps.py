@@ -1,6 +1,7 @@
 """Pictures of encodings: what is drawn, read back from the axes, against the papers' formulas."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -289,6 +290,28 @@ def test_distances_are_logarithmic_and_so_are_values_far_from_zero():
     assert scales == {"alibi": "asinh", "kerple": "linear"}
     ticks = draw("alibi", View(heads=1, length=10000)).axes[0].get_yticklabels()
     assert [text.get_text() for text in ticks] == ["−10", "−1", "0"]  # noqa: RUF001
+
+
+@pytest.mark.parametrize("name", ["rope", "sinusoidal"])
+def test_a_single_pair_fills_its_map(name):
+    """The only angle of a pair of width 2 is the distance itself, or the position."""
+    axes = draw(name, View(heads=1, head_dim=2, length=LENGTH)).axes[1]
+    (mesh,) = axes.collections
+    assert mesh.get_datalim(axes.transData).height == np.ptp(axes.get_ylim()) == 1
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["0"]
+    wave = np.cos(DISTANCE) if name == "rope" else np.sin(DISTANCE)
+    np.testing.assert_allclose(waves(axes), [wave], atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [9_999, 10_001, 40_000])
+def test_numbers_of_maps_do_not_overlap(length):
+    figure = draw("xpos", View(heads=1, length=length))
+    figure.canvas.draw()
+    for axes in figure.axes[:3]:
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+        shown = [box for box in boxes if axes.bbox.x0 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1 + 1]
+        assert len(shown) > 2
+        assert all(a.x1 < b.x0 for a, b in pairwise(shown))
 
 
 def test_the_seed_decides_and_nothing_outside_is_drawn_from():

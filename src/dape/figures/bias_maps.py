@@ -20,6 +20,7 @@ STEEP = 30  # larger values get a logarithmic axis, because a softmax hardly dis
 HEIGHT, LINES_ASPECT = 2.1, 1.6  # of panels, in inches, and of lines; maps are square
 CAPTION = 18  # characters to an inch
 TICKS = 6  # on an axis of distances, at most
+WIDE = 10_000  # from here on a map has room for half the numbers below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def _map(axes: "Axes", each: Map, label_y: bool) -> None:
     (x_name, x), (y_name, y) = each.x, each.y
     matrix = np.ma.isMaskedArray(each.values)
     mesh = axes.pcolormesh(
-        x, y, each.values, cmap="viridis" if matrix else "RdBu_r", rasterized=True
+        _edges(x), _edges(y), each.values, cmap="viridis" if matrix else "RdBu_r", rasterized=True
     )
     if not matrix:
         reach = np.abs(each.values).max()
@@ -118,14 +119,25 @@ def _map(axes: "Axes", each: Map, label_y: bool) -> None:
     axes.set_box_aspect(1)
     axes.invert_yaxis()
     axes.locator_params(integer=True, nbins=5)
+    if len(y) == 1:
+        axes.set_yticks(y)
+    if x[-1] >= WIDE:
+        axes.locator_params("x", integer=True, nbins=3)
     axes.xaxis.set_major_formatter("{x:,g}")
     axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_title(each.title, fontsize="medium")
     axes.set(xlabel=x_name, ylabel=y_name if label_y else "")
     axes.tick_params(labelleft=label_y)
     if x_name == DISTANCE:
-        _distances(axes, len(x))
+        _distances(axes, len(x), TICKS if x[-1] < WIDE else 4)
     _legend(axes, mesh, matrix)
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """Return the borders of cells around their centres; a cell alone has the width 1."""
+    steps = np.diff(centres) if len(centres) > 1 else np.ones(1)
+    first, last = centres[0] - steps[0] / 2, centres[-1] + steps[-1] / 2
+    return np.array([first, *(centres[1:] + centres[:-1]) / 2, last])
 
 
 def _legend(axes: "Axes", mesh: "QuadMesh", matrix: bool) -> None:
@@ -160,11 +172,11 @@ def value_axis(axes: "Axes", lines: Sequence[np.ndarray]) -> None:
     axes.set_ylim(low, high)
 
 
-def _distances(axes: "Axes", length: int) -> None:
+def _distances(axes: "Axes", length: int, most: int = TICKS) -> None:
     """Make the x axis linear up to 1, then logarithmic, with ticks at powers of two."""
     axes.set_xscale("symlog", base=2, linthresh=1)
     powers = np.arange(int(np.log2(length)) + 1)
-    ticks = [0, *(2 ** powers[:: math.ceil(len(powers) / TICKS)]).tolist()]
+    ticks = [0, *(2 ** powers[:: math.ceil(len(powers) / most)]).tolist()]
     axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlim(0, length)
