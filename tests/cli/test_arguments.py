@@ -102,10 +102,10 @@ class Numbers:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seed", "-1"], "--seed -1: at least 0"),
-        (["--seed", str(2**63)], f"--seed {2**63}: between -2**63 and 2**63"),
-        (["--counts", "1", str(10**20)], f"--counts {10**20}: between"),
-        (["--inner.steps", str(-(10**20))], f"--steps -{10**20}: between"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--seed", str(2**63)], f"--seed {2**63}: must be less than 2**63"),
+        (["--counts", "1", str(10**20)], f"--counts {10**20}: must be less than 2**63"),
+        (["--inner.steps", str(-(10**20))], f"--steps -{10**20}: must be at least -{2**63}"),
     ],
 )
 def test_a_number_beyond_64_bits_and_a_seed_below_0_are_refused(words, message):

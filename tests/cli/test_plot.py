@@ -84,6 +84,11 @@ def test_mistakes_are_one_line_with_the_remedy(runs, tmp_path, capsys):
     assert "dape plot RUN..." in refused(capsys, "plot", "--out", tmp_path / "a.png")
     unknown = refused(capsys, "plot", tmp_path / "nothing", "--out", tmp_path / "a.png")
     assert "the evaluation is missing; run `dape eval`" in unknown
+    for words, rule in (
+        (["--protocol", "sliding"], "protocol sliding needs a stride; only sliding takes --stride"),
+        (["--stride", "3"], "protocol last has no stride; only sliding takes --stride"),
+    ):
+        assert rule in refused(capsys, "plot", *runs, *words, "--out", tmp_path / "a.png")
 
 
 def test_runs_evaluated_on_other_tokens_are_not_drawn_together(runs, tmp_path, capsys):

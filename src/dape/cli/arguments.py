@@ -55,10 +55,10 @@ def _check_numbers(arguments: Any) -> None:
         if is_dataclass(value):
             _check_numbers(value)
         for each in value if isinstance(value, tuple) else (value,):
-            if type(each) is int and abs(each) >= 2**63:
-                raise UserError(f"{option} {each}: between -2**63 and 2**63")
-            if field.name in ("seed", "seeds") and each is not None and each < 0:
-                raise UserError(f"{option} {each}: at least 0")
+            least = 0 if field.name in ("seed", "seeds") else -(2**63)
+            if type(each) is int and not least <= each < 2**63:
+                bound = f"at least {least}" if each < least else "less than 2**63"
+                raise UserError(f"{option} {each}: must be {bound}")
 
 
 def _description(cls: type) -> str:

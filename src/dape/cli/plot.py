@@ -47,11 +47,13 @@ def main(argv: list[str]) -> None:
     arguments = parse(Arguments, argv, prog="dape plot")
     from dape.cli.progress import note_repeats
     from dape.evaluate.compare import check_comparable, group
+    from dape.evaluate.protocols import check_stride
     from dape.evaluate.record import load
     from dape.figures.curves import over_length
     from dape.figures.report import Report
     from dape.runs import RunFolder
 
+    check_stride(arguments.protocol, arguments.stride)
     place = (arguments.protocol, arguments.stride, arguments.split)
     evaluations = [load(RunFolder(run).evaluation(*place)) for run in arguments.runs]
     note_repeats(evaluations)

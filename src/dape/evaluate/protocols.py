@@ -91,9 +91,7 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
         raise unknown("protocol", name, get_args(Name))
     if not lengths or min(lengths) < 1:
         raise UserError(f"lengths {list(lengths)}: give at least a length, of 1 token or more")
-    if (stride is None) == (name == "sliding"):
-        verb = "needs a" if name == "sliding" else "has no"
-        raise UserError(f"protocol {name} {verb} stride; only sliding takes --stride TOKENS")
+    check_stride(name, stride)
     shortest, longest = min(lengths), max(lengths)
     if stride is not None:
         if not 1 <= stride <= shortest:
@@ -108,6 +106,13 @@ def protocol(name: str, lengths: Sequence[int], stride: int | None = None) -> Pr
             "because every length scores the same tokens"
         )
     return Protocol(name, longest, block=longest, step=longest)
+
+
+def check_stride(name: str, stride: int | None) -> None:
+    """Raise a `UserError` for `sliding` without a stride, or another protocol with a stride."""
+    if (stride is None) == (name == "sliding"):
+        verb = "needs a" if name == "sliding" else "has no"
+        raise UserError(f"protocol {name} {verb} stride; only sliding takes --stride TOKENS")
 
 
 def choose_blocks(
