@@ -186,6 +186,13 @@ def test_a_finished_run_says_so(finished, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_run_without_updates_ends_with_no_tokens(data, tmp_path, capsys):
+    settings = recipe(data, tmp_path / "run", training={"steps": 0})
+    for _ in range(2):
+        assert main(command(settings, tmp_path)) == 0
+        assert f"{tmp_path / 'run'} is finished: 0 steps, 0 tokens" in capsys.readouterr().out
+
+
 def test_killed_before_the_export_a_run_still_ends(data, tmp_path, capsys):
     settings = recipe(data, tmp_path / "run")
     whole = json.loads((run(settings) / "run.json").read_text())

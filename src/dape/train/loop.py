@@ -60,7 +60,7 @@ def fit(session: Session) -> None:
     begun = time.perf_counter() - progress.seconds
     with _reporter(session) as reporter:
         if steps == 0:
-            found: Metrics = {"step": 0, "validation_loss": validate(session)}
+            found = {**reached(session, 0), "validation_loss": validate(session)}
             found["seconds"] = time.perf_counter() - begun
             if reporter:
                 reporter.only(found)
@@ -94,7 +94,7 @@ def updates(session: Session) -> Iterator[Metrics]:
         UserError: for a loss or gradient norm that is not finite.
     """
     recipe, fabric, optimizer = session.recipe, session.fabric, session.optimizer
-    steps, tokens = recipe.training.steps, session.task.tokens
+    steps = recipe.training.steps
     parts = micro_batches(session, session.batch("train", session.progress.step))
     recording = record(session, parts)
     before = math.nan
@@ -114,8 +114,7 @@ def updates(session: Session) -> Iterator[Metrics]:
         optimizer.zero_grad(set_to_none=recording is None)
         parts = micro_batches(session, session.batch("train", step))
         metrics: Metrics = {
-            "step": step,
-            **({"tokens": step * tokens} if tokens else {}),
+            **reached(session, step),
             "loss": float(mean),
             "learning_rate": rate,
             "grad_norm": float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm),
@@ -125,6 +124,12 @@ def updates(session: Session) -> Iterator[Metrics]:
         before = metrics["loss"]
         metrics["update_seconds"] = time.perf_counter() - begun
         yield metrics
+
+
+def reached(session: Session, step: int) -> Metrics:
+    """Return a step and the tokens up to the step, without tokens if steps differ."""
+    tokens = session.task.tokens
+    return {"step": step} if tokens is None else {"step": step, "tokens": step * tokens}
 
 
 def record(session: Session, parts: list[Batch]) -> graphs.Recording | None:
