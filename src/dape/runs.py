@@ -91,8 +91,9 @@ class RunFolder:
         return self.path / "evaluation" / f"{'-'.join(filter(None, parts))}.json"
 
     def evaluations(self) -> list[Path]:
-        """Return the files of all evaluations."""
-        return sorted((self.path / "evaluation").glob("*.json"))
+        """Return the files of all evaluations of perplexity."""
+        files = sorted((self.path / "evaluation").glob("*.json"))
+        return [file for file in files if not file.name.startswith("context")]
 
     def retrieval(self, task: str) -> Path:
         """Return the file of a retrieval: `retrieval/passkey.json`."""

@@ -190,6 +190,13 @@ def test_what_was_not_measured_is_not_on_the_card(run, tmp_path):
     assert "None" not in bare and "{" not in bare.replace("scheme_options: {}", "")
 
 
+def test_the_use_of_far_text_is_no_perplexity_of_the_card(run, tmp_path):
+    dape("eval", "context", run, "--lengths", "16,32", "--documents", 1)
+    assert (run / "evaluation" / "context.json").is_file()
+    dape("export", run, "--out", tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.eval_results is None
+
+
 def test_the_card_of_a_checkpoint_says_so_and_knows_no_later_number(run, tmp_path):
     dape("eval", run, "--lengths", "16", "--documents", "1")
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
