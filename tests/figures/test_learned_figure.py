@@ -43,6 +43,12 @@ def record(row):
     )
 
 
+def test_the_title_counts_the_query_from_0_as_the_option_does(record):
+    title = f", query {record.query:,} of document 3"
+    assert record.query == KEYS - 1
+    assert draw(record).get_suptitle().endswith(title) and table(record).title.endswith(title)
+
+
 def test_the_lines_are_means_over_spans_of_keys(record, row):
     panels = draw(record).axes[:3]
     assert [axes.get_title() for axes in panels] == ["scores A", "bias B", "adapter f(A, B)"]

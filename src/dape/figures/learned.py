@@ -76,8 +76,8 @@ def _step(record: LearnedRows) -> int:
 
 
 def _title(record: LearnedRows) -> str:
-    """Return a title with model and query."""
-    return f"{record.subject.scheme}, query {record.query + 1:,} of document {record.document}"
+    """Return a title with model and query, counted from 0 as in `--query`."""
+    return f"{record.subject.scheme}, query {record.query:,} of document {record.document}"
 
 
 def note(record: LearnedRows) -> str:
