@@ -66,6 +66,13 @@ def test_unknown_names_are_refused_with_the_nearest(name, near):
         scheme.resolve(name)
 
 
+@pytest.mark.parametrize("name", ["dape", "dape3", "dape-add", "talking-heads"])
+def test_an_adapter_without_a_base_is_refused_with_a_base(name):
+    with pytest.raises(UserError, match=f"{name}' is an adapter alone; add a base, as {name}-ker"):
+        scheme.resolve(name)
+    assert scheme.resolve(f"{name}-kerple").adapter is not None
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [

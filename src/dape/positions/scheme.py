@@ -220,6 +220,8 @@ def resolve(name: str) -> Scheme:
     Raises:
         UserError: for an unknown name, with the nearest known ones.
     """
+    if name in ADAPTERS:
+        raise UserError(f"scheme {name!r} is an adapter alone; add a base, as {name}-kerple")
     if name not in SCHEMES:
         raise unknown("scheme", name, {*BASES, *get_close_matches(name, SCHEMES)})
     return SCHEMES[name]
