@@ -60,7 +60,7 @@ class Heard(Watch):
     """Keeps what it hears; after so many announcements the process dies."""
 
     def __init__(self, most=math.inf):
-        self.most, self.lines, self.fed, self.expected = most, [], 0, None
+        self.most, self.lines, self.fed, self.expected, self.notes = most, [], 0, None, []
 
     def begin(self, tokens):
         self.expected = tokens
@@ -72,6 +72,9 @@ class Heard(Watch):
         if len(self.lines) == self.most:
             raise KeyboardInterrupt
         self.lines.append((name, length, outcome.split()[0]))
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 def own_loss(model, corpus, targets, length):
@@ -181,6 +184,32 @@ def test_what_was_measured_is_measured_anew_when_anything_is_different(run, corp
     assert outcomes(documents=1) == anew  # other weights
     monkeypatch.setattr("dape.provenance.commit", lambda: "another commit")
     assert outcomes(documents=1) == anew
+
+
+def test_a_finished_result_is_replaced_by_less_only_with_a_word(run, corpus):
+    def notes(lengths=LENGTHS, **asked):
+        evaluate(run, corpus, lengths, watch=(heard := Heard()), **asked)
+        return heard.notes
+
+    said = (
+        f"{run}/evaluation/last.json has other tokens, lengths or precision, and is replaced at the"
+        " end of this measurement; --out FOLDER keeps the file"
+    )
+    assert notes() == notes() == notes(again=True) == []
+    assert notes([16, 64]) == [said]
+    assert notes() == [], "more than before"
+    assert notes(documents=1) == notes(documents=1, precision="bf16") == [said]
+    asked = {"lengths": [300, 400], "trials": 1, "depths": [0.5]}
+    for change, word in (
+        ({}, False),
+        ({"lengths": [300, 400, 500]}, False),
+        ({"lengths": [300]}, True),
+        ({"seed": 1}, True),
+    ):
+        evaluate_retrieval(run, **asked | change, watch=(heard := Heard()))
+        assert [note.startswith(f"{run}/retrieval/passkey.json has") for note in heard.notes] == [
+            True
+        ] * word
 
 
 def test_a_kept_file_that_is_damaged_is_measured_anew(run, corpus):

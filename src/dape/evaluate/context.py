@@ -161,6 +161,7 @@ def evaluate_context(
         watch.begin(planned.tokens * len(opened))
         for model, folder, origin in zip(opened, folders, made, strict=True):
             kept = Kept(folder.evaluation(*place) if folder else None, load)
+            kept.note_lost(watch, origin, lambda each: _alike(each, planned))
             done = None if again else _before(kept, model, planned, origin)
             for windows in planned.windows[: len(done.measured) if done else 0]:
                 watch.announce(str(model.folder), windows.length, KEPT)
@@ -187,10 +188,15 @@ def _before(
     same = (
         replace(each, provenance=origin)
         for each in kept.read()
-        if repeats(each, model, origin)
-        and (each.targets, each.lengths) == (plan.targets, [each.length for each in plan.windows])
+        if repeats(each, model, origin) and _alike(each, plan)
     )
     return max(same, key=lambda each: len(each.measured), default=None)
+
+
+def _alike(before: ContextUse, plan: Plan) -> bool:
+    """Return whether an earlier record has the same windows."""
+    lengths = [windows.length for windows in plan.windows]
+    return (before.targets, before.lengths) == (plan.targets, lengths)
 
 
 def context_use(

@@ -173,6 +173,12 @@ class _Session:
 
     def run(self, again: bool) -> Evaluation:
         """Return the evaluation, with earlier measurements unless `again`."""
+        asked = {windows.length for windows in self.plan.windows}
+        self.kept.note_lost(
+            self.watch,
+            self.origin,
+            lambda each: each.targets == self.plan.targets and {*each.lengths} <= asked,
+        )
         done = None if again else self._before()
         if self.context_parallel is not None:  # other machines may see other files
             done, first = self.context_parallel.of_first((done, self.plan.targets.data))

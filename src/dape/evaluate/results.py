@@ -12,6 +12,7 @@ import torch
 from dape.errors import UserError
 from dape.evaluate.record import Recorded, save
 from dape.evaluate.subject import InMemory, Model
+from dape.evaluate.watch import Watch
 from dape.files import locked, remove
 from dape.provenance import provenance
 from dape.runs import RunFolder, unfinished
@@ -19,7 +20,7 @@ from dape.runs import RunFolder, unfinished
 KEPT = "measured before; --again measures again"  # the outcome shown for a kept length
 # Keys of the provenance in which an earlier measurement must agree to be used again.
 _SAME = ("commit", "versions", "device", "precision", "limit", "tasks")
-Record = TypeVar("Record")
+Record = TypeVar("Record", bound=Recorded)
 
 
 @contextmanager
@@ -80,6 +81,20 @@ class Kept(Generic[Record]):
         for file in (self.file, unfinished(self.file)) if self.file else ():
             with suppress(UserError):
                 yield self.load(file)
+
+    def note_lost(
+        self, watch: Watch, origin: Mapping[str, Any], whole: Callable[[Record], bool]
+    ) -> None:
+        """Note a finished record that the next replaces without being `whole` in the next."""
+        if self.file is None or not self.writes:
+            return
+        with suppress(UserError):
+            before = self.load(self.file)
+            if before.provenance.get("precision") != origin["precision"] or not whole(before):
+                watch.note(
+                    f"{self.file} has other tokens, lengths or precision, and is replaced at the"
+                    " end of this measurement; --out FOLDER keeps the file"
+                )
 
     def keep(self, record: Record) -> None:
         """Write the measurements of an unfinished record."""

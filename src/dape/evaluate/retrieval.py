@@ -182,6 +182,7 @@ class _Session:
         self, task: str, asked: "_Asked", again: bool, network: Callable[[], nn.Module]
     ) -> Retrieval:
         kept = Kept(self.folder.retrieval(task) if self.folder else None, load)
+        kept.note_lost(self.watch, self.origin, lambda each: self._within(each, task, asked))
         done = None if again else self._before(kept, task, asked)
         if done is None:
             done = self._empty(network(), task, asked)
@@ -228,11 +229,17 @@ class _Session:
         return before.with_cells(list(cells.values()), refused)
 
     def _same(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
-        return (
-            repeats(before, self.model, self.origin)
-            and (before.task, before.data, before.split) == (task, asked.data, asked.split)
-            and replace(before.plan, lengths=self.plan.lengths) == self.plan
-        )
+        return repeats(before, self.model, self.origin) and self._alike(before, task, asked)
+
+    def _alike(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
+        """Return whether an earlier record has the same prompts, perhaps of other lengths."""
+        return (before.task, before.data, before.split) == (
+            task, asked.data, asked.split,
+        ) and replace(before.plan, lengths=self.plan.lengths) == self.plan  # fmt: skip
+
+    def _within(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
+        """Return whether the plan has all prompts of an earlier record."""
+        return self._alike(before, task, asked) and {*before.lengths} <= {*self.plan.lengths}
 
 
 class _Asked(NamedTuple):
