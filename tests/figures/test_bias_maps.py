@@ -274,6 +274,12 @@ def test_a_long_matrix_is_sampled_from_the_first_position_to_the_last():
     assert values[-1, 256] == pytest.approx(-(1999 - middles[255]) / 256, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["yarn", "sinusoidal"])
+def test_heads_of_an_encoding_equal_for_all_heads_are_not_asked_for(name):
+    with pytest.raises(UserError, match=f"matrices: {name} is equal for all heads; leave"):
+        draw(name, View(heads=2, length=9, matrices=(2,)))
+
+
 def test_heads_are_chosen():
     axes = draw("alibi", View(heads=8, length=9, matrices=(2, 7))).axes
     assert [each.get_title() for each in axes[1:]] == ["$B$, head 2", "$B$, head 7"]

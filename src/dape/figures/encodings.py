@@ -69,6 +69,8 @@ def _rows(name: str, modules: Modules, view: View) -> list[Row]:
         if _sees_bias_alone(adapter):
             rows.append(_bias_row("$B + f(B)$", _adapted(bias, adapter), view))
         return rows
+    if view.matrices and (rotation or embedding):
+        raise UserError(f"matrices: {base} is equal for all heads; leave matrices out")
     if rotation is not None:
         return [_rotation_row(base, rotation, view)]
     if embedding is not None:
