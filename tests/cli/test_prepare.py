@@ -42,7 +42,7 @@ def test_a_corpus_is_made_summarized_and_not_made_twice(capsys, sources, tmp_pat
     manifest = (tmp_path / "out" / "manifest.json").stat()
     status, again, _ = run(capsys, *command)
     assert status == 0
-    assert "is prepared already, from the same arguments; nothing to do" in again
+    assert "is prepared already, from the same arguments, and files of the same names" in again
     assert out in again
     assert (tmp_path / "out" / "manifest.json").stat() == manifest
 

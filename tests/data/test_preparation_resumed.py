@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -143,3 +144,22 @@ def test_what_another_process_prepared_meanwhile_is_not_done_again(tmp_path):
     (tmp_path / "out" / ".lock").touch()  # of a process killed at its very end
     assert Preparation(options).finished
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_source_that_changed_since_the_interruption_is_not_mixed_with_its_past(
+    tmp_path, monkeypatch, small_steps
+):
+    path, texts = tmp_path / "train.jsonl", made.texts(40, seed=3)
+    path.write_bytes(made.json_lines(texts))
+    options = Options(sources=(str(path),), out=tmp_path / "out", workers=1)
+    interrupted(options, monkeypatch, 2)
+    assert Preparation(options).resumed
+    size = path.stat().st_size
+    path.write_bytes(made.json_lines(text.swapcase() for text in texts))
+    assert path.stat().st_size == size
+    os.utime(path, (time.time() + 1,) * 2)  # clocks of file systems tick in milliseconds
+    message = rf"{path} changed after the interruption; start again with --overwrite"
+    with pytest.raises(UserError, match=message):
+        Preparation(options)
+    corpus, _ = made.prepare(path, out=options.out, overwrite=True)
+    assert made.documents(corpus, "train") == [made.byte_tokens(text.swapcase()) for text in texts]

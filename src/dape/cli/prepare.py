@@ -31,7 +31,10 @@ def main(argv: list[str]) -> None:
     options = parse(Arguments, argv, "dape prepare")
     preparation = Preparation(options)
     if preparation.finished:
-        print(f"{options.out} is prepared already, from the same arguments; nothing to do.")
+        print(
+            f"{options.out} is prepared already, from the same arguments, and files of the same"
+            " names and sizes; nothing to do (--overwrite prepares anew)."
+        )
     else:
         if preparation.resumed:
             print(f"Resuming the interrupted preparation of {options.out}.")

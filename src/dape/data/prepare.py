@@ -113,6 +113,7 @@ class Preparation:
         elif self.resumed:
             there = read_json(journal, lambda found: _arguments(found["header"]), AGAIN)
             _refuse_other(self._folder, there, self._header)
+            _refuse_changed(self._parts, journal)
         elif not (manifest.is_file() or journal.is_file() or is_free(self._folder)):
             raise UserError(f"{self._folder} holds other files; give --out a new or empty folder")
 
@@ -221,6 +222,14 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             for name, value in {"text_key": TEXT, **header["options"]}.items()
         },
     }
+
+
+def _refuse_changed(parts: list[Part], journal: Path) -> None:
+    """Raise a `UserError` for a file changed after the journal, of which a half may be read."""
+    noted = journal.stat().st_mtime_ns
+    for path in (Path(part.location) for part in parts):
+        if path.is_file() and path.stat().st_mtime_ns > noted:
+            raise UserError(f"{path} changed after the interruption; {AGAIN}")
 
 
 def _refuse_inside(options: Options) -> None:
