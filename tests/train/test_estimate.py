@@ -48,6 +48,15 @@ def test_arithmetic_is_what_torch_counts(scheme):
     assert flops_per_token(module, length) * length == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("scheme", ["cope", "transformer-xl"])
+def test_an_adapter_that_multiplies_queries_multiplies_by_token_as_torch_counts(scheme):
+    module, length = model(scheme=scheme), 8
+    tokens = torch.randint(V, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        module(input_ids=tokens)
+    assert flops_per_token(module, length) * length == 3 * counter.get_total_flops()
+
+
 def test_the_states_take_what_their_tensors_take():
     module = model()
     optimizer = adamw(module, Optimizer())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dape.positions.adapter import CoPE, TransformerXL
 from dape.train.optimize import is_positional
 from dape.train.recipe import Recipe
 
@@ -54,21 +55,32 @@ def size(model: nn.Module) -> Size:
 
 
 def flops_per_token(model: nn.Module, length: int) -> int:
-    r"""Return the FLOP of training on a token, 6 N + 3 T sum_l (4 C + 2 a_l).
+    r"""Return the FLOP of training on a token, 6 (N + sum_l b_l) + 3 T sum_l (4 C + 2 a_l).
 
-    N is the number of parameters in matrix products, T the length, C the width and a_l the number
-    of weights of the adapter in layer l. Per pair of tokens, q k^T and the weighted sum cost 2 C
-    each, and an adapter costs 2 a_l. The backward pass costs twice the forward pass. As in PaLM
+    N is the number of parameters in matrix products, T the length and C the width. The adapter of
+    layer l multiplies b_l times for a token and a_l times for a pair of tokens. Per pair, q k^T and
+    the weighted sum cost 2 C each. The backward pass costs twice the forward pass. As in PaLM
     (Chowdhery et al., 2022, appendix B), masked pairs count and recomputation does not.
     """
     config: Any = model.config
-    mixing = sum(
-        weight.numel()
-        for name, weight in model.named_parameters()
-        if "adapter" in name.split(".") and weight.ndim > 1
-    )
-    pairs = 4 * config.hidden_size * config.num_hidden_layers + 2 * mixing
-    return 6 * size(model).multiplied + 3 * length * pairs
+    adapters = [
+        _products(module, config.hidden_size)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "adapter"
+    ]
+    by_token, by_pair = (sum(each) for each in zip((0, 0), *adapters, strict=True))
+    pairs = 4 * config.hidden_size * config.num_hidden_layers + 2 * by_pair
+    return 6 * (size(model).multiplied + by_token) + 3 * length * pairs
+
+
+def _products(adapter: nn.Module, width: int) -> tuple[int, int]:
+    """Return the multiplications of an adapter for a token, and for a pair of tokens."""
+    if isinstance(adapter, CoPE):
+        return len(adapter.weight) * width, 0
+    if isinstance(adapter, TransformerXL):
+        by_pair = adapter.num_heads * adapter.weight.shape[2]
+        return adapter.weight.numel() + adapter.u.numel(), by_pair
+    return 0, sum(weight.numel() for weight in adapter.parameters() if weight.ndim > 1)
 
 
 def peak_flops(device: torch.device) -> float | None:
