@@ -65,6 +65,7 @@ def test_every_model_is_measured_at_every_length(tmp_path, capsys):
     page = (tmp_path / "table.md").read_text()
     rows = re.findall(r"^\| dape-kerple, textbook \| .*$", page, re.MULTILINE)
     assert len(rows) == 3 and "nan" not in page
+    assert "On a CPU all is float32, and memory is not measured." in page
     assert json.loads((tmp_path / "results.json").read_text())["provenance"]["command"].startswith(
         "dape bench model"
     )

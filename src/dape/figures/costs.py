@@ -21,7 +21,8 @@ def explanation(costs: Costs) -> str:
         f"Batch {costs.batch}, random weights. forward: bfloat16 weights, logits of the last "
         f"{LOGITS} tokens. forward + backward: float32 weights under bfloat16 autocast, the "
         "gradients of all parameters, no optimizer. next token: bfloat16 weights, the last token "
-        "of the length with a cache of the others, by the wall clock, as in `generate`. Medians in "
+        "of the length with a cache of the others, by the wall clock, as in `generate`. On a CPU "
+        "all is float32, and memory is not measured. Medians in "
         "milliseconds; GiB at the peak with the weights and the cache. textbook: whole score "
         "matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
     )
