@@ -57,6 +57,18 @@ def test_an_adapter_that_multiplies_queries_multiplies_by_token_as_torch_counts(
     assert flops_per_token(module, length) * length == 3 * counter.get_total_flops()
 
 
+@pytest.mark.parametrize("trained", ["adapter", "gate_proj"])
+def test_frozen_matrices_have_no_gradient_to_compute(trained):
+    module, length = model(block="modern", scheme="dape-kerple"), 8
+    parts = {"embed_tokens", "position_bias", "adapter", trained}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not parts.isdisjoint(name.split(".")))
+    tokens = torch.randint(V, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        module(input_ids=tokens, labels=tokens).loss.backward()
+    assert flops_per_token(module, length) * length == counter.get_total_flops()
+
+
 def test_the_states_take_what_their_tensors_take():
     module = model()
     optimizer = adamw(module, Optimizer())

@@ -36,11 +36,15 @@ _GROUPS = {
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Number of parameters of a model: in total, in the position scheme, in matrix products."""
+    """Number of parameters of a model: in total, in the position scheme, in matrix products.
+
+    `frozen` counts the parameters in matrix products without a gradient.
+    """
 
     parameters: int
     positional: int
     multiplied: int
+    frozen: int
 
 
 def size(model: nn.Module) -> Size:
@@ -49,18 +53,21 @@ def size(model: nn.Module) -> Size:
     positional = sum(p.numel() for name, p in named if is_positional(name))
     lookup = model.get_input_embeddings().weight  # type: ignore[operator]
     tied = lookup is model.get_output_embeddings().weight  # type: ignore[operator]
-    matrices = sum(p.numel() for name, p in named if p.ndim > 1 and not is_positional(name))
-    multiplied = matrices if tied else matrices - lookup.numel()
-    return Size(sum(p.numel() for _, p in named), positional, multiplied)
+    matrices = [p for name, p in named if p.ndim > 1 and not is_positional(name)]
+    products = [p for p in matrices if tied or p is not lookup]
+    multiplied = sum(p.numel() for p in products)
+    frozen = sum(p.numel() for p in products if not p.requires_grad)
+    return Size(sum(p.numel() for _, p in named), positional, multiplied, frozen)
 
 
 def flops_per_token(model: nn.Module, length: int) -> int:
-    r"""Return the FLOP of training on a token, 6 (N + sum_l b_l) + 3 T sum_l (4 C + 2 a_l).
+    r"""Return the FLOP of training on a token, 6 (N + sum_l b_l) - 2 F + 3 T sum_l (4 C + 2 a_l).
 
-    N is the number of parameters in matrix products, T the length and C the width. The adapter of
-    layer l multiplies b_l times for a token and a_l times for a pair of tokens. Per pair, q k^T and
-    the weighted sum cost 2 C each. The backward pass costs twice the forward pass. As in PaLM
-    (Chowdhery et al., 2022, appendix B), masked pairs count and recomputation does not.
+    N is the number of parameters in matrix products, F the number of those frozen, whose own
+    gradient is not computed, T the length and C the width. The adapter of layer l multiplies b_l
+    times for a token and a_l times for a pair of tokens. Per pair, q k^T and the weighted sum cost
+    2 C each. Otherwise the backward pass costs twice the forward pass. As in PaLM (Chowdhery et
+    al., 2022, appendix B), masked pairs count and recomputation does not.
     """
     config: Any = model.config
     adapters = [
@@ -70,7 +77,8 @@ def flops_per_token(model: nn.Module, length: int) -> int:
     ]
     by_token, by_pair = (sum(each) for each in zip((0, 0), *adapters, strict=True))
     pairs = 4 * config.hidden_size * config.num_hidden_layers + 2 * by_pair
-    return 6 * (size(model).multiplied + by_token) + 3 * length * pairs
+    numbers = size(model)
+    return 6 * (numbers.multiplied + by_token) - 2 * numbers.frozen + 3 * length * pairs
 
 
 def _products(adapter: nn.Module, width: int) -> tuple[int, int]:
