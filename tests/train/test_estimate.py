@@ -94,3 +94,10 @@ def test_sharding_divides_the_states_and_checkpointing_shrinks_activations():
     thrifty = memory(recipe("data", "out", hardware=again), 1000, V, ranks=2)
     assert thrifty["logits"] == copied["logits"] / 2
     assert thrifty["activations"] < copied["activations"] / 2
+
+
+@pytest.mark.parametrize(("tokens", "held"), [(2**14, 2**14), (2**15, 2**15), (2**18, 2**15)])
+def test_logits_take_the_memory_of_the_tokens_held_at_a_time(tokens, held):
+    sizes = {"length": 2**10, "batch_size": tokens // 2**10, "precision": "bf16-mixed"}
+    logits = memory(recipe("data", "out", training=sizes), 1000, V, ranks=1)["logits"]
+    assert logits * GIB == held * V * (3 * 4 + 2)

@@ -27,6 +27,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 GIB = 2**30
+# Tokens whose logits are held at a time, with gradients 20 GB at 50,000 entries.
+TOKENS_AT_ONCE = 2**15
 # Folder and file of the limits of control groups, in versions 2 and 1.
 _GROUPS = {
     "": ("/sys/fs/cgroup", "memory.max"),
@@ -123,9 +125,9 @@ def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict
 
     Weights, gradients and two moments are float32, 16 bytes a parameter. A block keeps about 34 C
     bytes a token in mixed precision (Korthikanti et al., 2022, eq. 2, without the score matrices),
-    or only the input of C values with checkpointing. Logits count three times in float32 and once
-    in the dtype of the computation. The estimate for the 125M recipe is 17.9 GiB, and PyTorch 2.11
-    took 17.0 GiB on an H200.
+    or only the input of C values with checkpointing. Logits, of `TOKENS_AT_ONCE` tokens at most,
+    count three times in float32 and once in the dtype of the computation. The estimate for the 125M
+    recipe is 17.9 GiB, and PyTorch 2.11 took 17.0 GiB on an H200.
     """
     width, layers = recipe.model.hidden_size, recipe.model.num_hidden_layers
     wide = 2 if recipe.training.precision == "fp32" else 1
@@ -143,5 +145,5 @@ def memory(recipe: Recipe, parameters: int, vocab_size: int, ranks: int) -> dict
     return {
         "weights, gradients, moments": (16 / shards + whole) * parameters / GIB,
         "activations": tokens * kept / GIB,
-        "logits": tokens * vocab_size * (12 + 2 * wide) / GIB,
+        "logits": min(tokens, TOKENS_AT_ONCE) * vocab_size * (12 + 2 * wide) / GIB,
     }

@@ -17,7 +17,7 @@ from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.files import whole
 from dape.runs import RunFolder
-from dape.train.estimate import flops_per_token, size
+from dape.train.estimate import TOKENS_AT_ONCE, flops_per_token, size
 from dape.train.recipe import Recipe, Retrofit, Settings
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from dape.model.retrofit import Mounted
 
 Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
-# Tokens whose logits are held at a time, with gradients 20 GB at 50,000 entries.
-TOKENS_AT_ONCE = 2**15
 
 
 class Task(ABC):
