@@ -46,6 +46,8 @@ def test_tables_hold_mean_deviation_maximum_and_what_needs_no_reading(grid):
     assert "| bucket-sort* | 20.0 | 90.1 | 91.5 ± 0.7 | 93.0 ± 0.0 |" in page
     assert "| even-pairs | 50.0 | 50.0 | 51.0 | 62.0 | 70.5 | 66.0 |" in page
     assert "| odds-first | 50.0 | 50.0 | 99.0 (0.250) |" in page
+    lengths = "constant, blind: without reading the input, means over the lengths 41 to 500."
+    assert page.count(lengths) == page.count("| task | constant | blind |") == 3
     assert "lengths 3 to 4" in page and "from memory, unverified" in page
     # 24 models of 6 + 3 seconds; 6 steps in 6 seconds each.
     assert "24 models" in page and "0.06 device hours on a GPU; 1 model steps a" in page

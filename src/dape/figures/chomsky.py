@@ -66,8 +66,7 @@ def scores(grid: Grid) -> Table:
         grid,
         f"Score: percent of scored symbols right, mean over lengths {lengths}",
         lambda found: _spread([each.score for each in found]),
-        "± one standard deviation over seeds. constant, blind: without reading the input. "
-        "* the order of the input does not matter.",
+        "± one standard deviation over seeds.",
     )
 
 
@@ -102,6 +101,10 @@ def _table(grid: Grid, title: str, cell: Callable[[Sequence[Cell]], str], note: 
         cells = [NOTHING if each is None else cell(each) for each in found]
         row = [name + "*" * task.permutable, f"{task.chance:.1f}", f"{task.blind:.1f}", *cells]
         rows.append(row)
+    note += (
+        " constant, blind: without reading the input, means over the lengths 41 to 500."
+        " * the order of the input does not matter."
+    )
     return Table(title, ["task", "constant", "blind", *grid.schemes], rows, note)
 
 
