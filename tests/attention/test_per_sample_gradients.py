@@ -76,6 +76,21 @@ def test_tensors_overwritten_before_the_backward_pass_are_refused(at):
     with blocks_of(100):
         out = dape.attention(key=key, value=value, bias=dape.Kerple(4), **given)
         given[at][:, 0] = 0
-        with pytest.raises(UserError, match="was overwritten before the backward pass") as error:
+        with pytest.raises(UserError, match="overwritten before the backward pass") as error:
             out.sum().backward()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("modules", [{"bias": dape.Kerple(4)}, {"adapter": dape.DAPE(4)}])
+def test_parameters_overwritten_before_the_backward_pass_are_refused(modules):
+    """Gradients were those of the new parameters, where PyTorch refuses."""
+    query, key, value = torch.randn(3, 2, 4, 13, 8).requires_grad_()
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    with blocks_of(100):
+        out = dape.attention(query, key, value, **modules)
+        out.sum().backward()
+        torch.optim.SGD(parameters, lr=0.1).step()  # after the backward pass
+        out = dape.attention(query, key, value, **modules)
+        torch.optim.SGD(parameters, lr=0.1).step()
+        with pytest.raises(UserError, match="a parameter of its bias or adapter, was overwritten"):
+            out.sum().backward()

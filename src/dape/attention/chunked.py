@@ -69,7 +69,8 @@ class Again(nn.Module):
     """A function of a block that computes the same again in the backward pass.
 
     `torch.func.functional_call` lends parameters to bias and adapter for the forward pass alone,
-    and tensors of the call may be overwritten. A compiled graph holds all tensors itself.
+    and parameters and tensors of the call may be overwritten. A compiled graph holds all tensors
+    itself.
     """
 
     def __init__(self, block: Callable[[int, int], tuple[Tensor, Any]], call: Call) -> None:
@@ -78,8 +79,9 @@ class Again(nn.Module):
         modules = (call.bias, call.adapter)
         self.parts = nn.ModuleList(each for each in modules if isinstance(each, nn.Module))
         self.lent = self.tensors()
-        inputs = [x for x in call if isinstance(x, Tensor) and not x.is_inference()]
-        self.versions = [(x, x._version) for x in inputs]
+        # Not the buffers, which a forward may write, as that of a batch normalisation does.
+        inputs = [*(x for x in call if isinstance(x, Tensor)), *self.parameters()]
+        self.versions = [(x, x._version) for x in inputs if not x.is_inference()]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the present parameters and buffers of bias and adapter."""
@@ -89,12 +91,13 @@ class Again(nn.Module):
         """Return the block, with the first parameters and buffers.
 
         Raises:
-            UserError: for an overwritten tensor of the call.
+            UserError: for an overwritten parameter or tensor of the call.
         """
         if any(tensor._version != version for tensor, version in self.versions):
             raise UserError(
-                "a tensor given to dape.attention was overwritten before the backward pass, which "
-                "computes from it again; give a copy, or backend='reference'"
+                "a tensor given to dape.attention, or a parameter of its bias or adapter, was "
+                "overwritten before the backward pass, which computes from it again; overwrite "
+                "after the backward pass, or give a copy"
             )
         now = self.tensors()
         if all(now.get(name) is tensor for name, tensor in self.lent.items()):
