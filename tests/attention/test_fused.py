@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from problems import Problem, close, drawn, fused, leaves, solve
 from torch.testing import assert_close
 
@@ -14,6 +15,7 @@ from dape.attention.fused import geometry, operator, passes
 from dape.attention.fused.mixers import mixer
 from dape.attention.fused.problem import Problem as FusedProblem
 from dape.attention.fused.terms import Mixed
+from dape.attention.select import BACKENDS
 from dape.bench import parity
 from dape.bench.case import DTYPES, TRAINING, Case, build, draw
 from dape.errors import UserError
@@ -172,6 +174,37 @@ def test_what_it_cannot_serve_is_refused_in_a_line(options, message):
     query, key, value = Problem().tensors(torch.float32)
     with pytest.raises(UserError, match=rf"backend='triton' cannot serve this call: .*{message}"):
         dape.attention(query, key, value, backend="triton", **options)
+
+
+def changed_by_weight_norm(bias, adapter):
+    with pytest.warns(FutureWarning):
+        torch.nn.utils.weight_norm(adapter, "weight_in")
+    torch.nn.init.constant_(adapter.weight_in_g, 3.0)
+
+
+def changed_by_pruning(bias, adapter):
+    torch.nn.utils.prune.random_unstructured(adapter, "weight_out", 0.5)
+    torch.nn.init.constant_(adapter.weight_out_orig, 2.0)
+
+
+def changed_by_a_hook(bias, adapter):
+    bias.register_forward_hook(lambda module, given, found: 3 * found)
+
+
+@pytest.mark.parametrize("change", [changed_by_weight_norm, changed_by_pruning, changed_by_a_hook])
+def test_modules_with_hooks_are_called(change, monkeypatch):
+    """The kernels read old weights, or left out the hook."""
+    (query, key, value), (bias, adapter) = Problem().tensors(), (dape.Kerple(4), dape.DAPE(4, 5))
+    change(bias, adapter)
+    delta = (torch.arange(7)[:, None] - torch.arange(7)).double()
+    scores, values = query @ key.mT / 3**0.5, bias(torch.arange(7), torch.arange(7)).double()
+    expected = adapter(scores, values).masked_fill(delta < 0, -torch.inf).softmax(-1) @ value
+    # As on a GPU, `auto` asks the fused kernels first.
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(gpu_only=False))
+    given = query.float(), key.float(), value.float(), bias, adapter
+    assert_close(dape.attention(*given).double(), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="has hooks, and the kernels call no module"):
+        dape.attention(*given, backend="triton")
 
 
 DRAWS = 4

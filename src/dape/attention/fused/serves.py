@@ -16,6 +16,8 @@ MOST_CHANNELS = 256
 FEWEST_ROWS = 64
 # CUDA's limit of a grid along the second axis, for the heads of a batch.
 MOST_PROGRAMS = 65535
+# Of a module, for its calls.
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Capabilities with more than 160 KiB of shared memory for a block: A100, H100, B200 and B300.
 LARGE = ((8, 0), (9, 0), (10, 0), (10, 3))
 
@@ -40,20 +42,25 @@ def obstacle(call: Call) -> str | None:
     widest = max(query.shape[3], value.shape[3])
     if widest > WIDEST_HEAD:
         return f"head_dim={widest} is more than {WIDEST_HEAD}"
-    return size_obstacle(call) or table_obstacle(call.bias, call.adapter) or elsewhere(call)
+    return size_obstacle(call) or table_obstacle(call.bias, call.adapter) or uncalled(call)
 
 
-def elsewhere(call: Call) -> str | None:
-    """Return which module has a parameter on another device than the query, or None.
+def uncalled(call: Call) -> str | None:
+    """Return which module would compute otherwise if it were called, or None.
 
-    Accelerate moves an offloaded parameter to the device when the module is called. The kernels
-    read parameters without a call of the module.
+    The kernels read parameters without a call of the module. A call runs hooks, as those of
+    `torch.nn.utils.weight_norm` and `prune`, which set the weights. Accelerate moves an offloaded
+    parameter to the device in a call.
     """
     device = call.query.device
     for module in (call.bias, call.adapter):
-        for parameter in () if module is None else module.parameters():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        name = type(module).__name__
+        if any([getattr(module, hooks) for hooks in _HOOKS]):
+            return f"{name} has hooks, and the kernels call no module"
+        for parameter in module.parameters():
             if parameter.device != device:
-                name = type(module).__name__
                 return f"a parameter of {name} is on {parameter.device}, and the query on {device}"
     return None
 
