@@ -27,6 +27,19 @@ def test_attention_and_its_parts_import_torch_alone():
     assert imported("import dape; dape.attention, dape.Kerple, dape.DAPE") == {"torch"}
 
 
+def test_attention_needs_no_triton():
+    """A build of PyTorch for CPUs comes without."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch, dape;"
+        "bias, adapter, x = dape.Kerple(4), dape.DAPE(4), torch.randn(1, 4, 40, 16);"
+        "whole = dape.attention(x, x, x, bias, adapter);"
+        "last = dape.attention(x[:, :, -1:], x, x, bias, adapter, query_offset=39);"
+        "print((whole[:, :, -1:] - last).abs().max().item() < 1e-5)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["True"], run.stderr
+
+
 def test_the_operator_keeps_its_name_after_its_subpackage_is_imported():
     assert import_module("dape.attention").attention is dape.attention
     assert dape.attention is import_module("dape.attention.operator").attention

@@ -4,22 +4,26 @@ Tables of U and C over all distances cost more than a query against as many keys
 decoding therefore makes U and C where it needs them, from a bias of few parameters.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dape.attention.call import Call
-from dape.attention.fused import decode
 from dape.attention.fused.formed import form_of
 from dape.attention.fused.problem import Result, problem_of
 from dape.attention.fused.tables import first_column, mixes_scores
 from dape.positions.adapter import DAPE
 from dape.registered import register, straight
 
+if TYPE_CHECKING:
+    from dape.attention.fused import decode
 
-def sources_of(call: Call) -> decode.Sources | None:
+
+def sources_of(call: Call) -> "decode.Sources | None":
     """Return the sources of the tables of a call, or None if the operator does not serve a call."""
+    from dape.attention.fused import decode
+
     adapter, form = call.adapter, form_of(call.bias)
     if form is None or not mixes_scores(adapter) or not is_small(call, adapter):
         return None
@@ -33,6 +37,8 @@ def sources_of(call: Call) -> decode.Sources | None:
 
 def is_small(call: Call, adapter: DAPE) -> bool:
     """Return whether programs may make tables for the rows, heads and hidden units of a call."""
+    from dape.attention.fused import decode
+
     batch, heads, rows, _ = call.query.shape
     few = batch * rows <= decode.MOST_MADE and call.key.shape[2] >= decode.KEYS_PER_ROW * rows
     fits = heads <= decode.MOST_HEADS and adapter.hidden <= decode.MOST_UNITS
@@ -50,6 +56,8 @@ def _decode(
     *sources: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp of every row."""
+    from dape.attention.fused import decode
+
     problem = problem_of(query, key, value, (), mask, scale, causal, offset)
     found = Result.of(problem, exact=False)
     with torch.cuda.device_of(query):
