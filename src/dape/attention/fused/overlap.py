@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.cuda._utils import _check_cuda, _get_gpu_runtime_library
-from triton.runtime.jit import JITFunction
 
 # The least CUDA of a driver that captures overlapping kernels in graphs, and the least compute
 # capability, that of Hopper.
@@ -20,6 +19,8 @@ DRIVER, CAPABILITY = 12030, (9, 0)
 
 def chained(kernel: Any) -> dict[str, bool]:
     """Return the options of a kernel of Triton that may start while the kernel before runs."""
+    from triton.runtime.jit import JITFunction
+
     if "CHAINED" not in kernel.arg_names:
         return {}
     able = isinstance(kernel, JITFunction) and overlaps()
