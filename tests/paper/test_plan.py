@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from laboratory import Pretended, cells, enter
@@ -8,7 +9,7 @@ from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
 from dape.paper.experiments import CORE, COST
-from dape.paper.plan import choose, plan, table, without_corpus
+from dape.paper.plan import choose, pack, plan, table, without_corpus
 from dape.paper.spread import spread
 from dape.paper.sweep import USES
 
@@ -182,3 +183,45 @@ def test_the_plan_as_a_table_adds_up():
         ["0", "0", "2", "0"],
         ["2", "0", "2", "0"],
     ]
+
+
+def finished(order, prices, devices, minutes):
+    """The names of cells that end in time, where each device takes the first that can."""
+    free, left, ended = [0.0] * devices, list(order), []
+    while left:
+        device = min(range(devices), key=free.__getitem__)
+        can = [cell for cell in left if free[device] + prices[cell.name] <= minutes]
+        if not can:
+            return ended
+        left.remove(can[0])
+        free[device] += prices[can[0].name]
+        ended.append(can[0].name)
+    return ended
+
+
+def test_a_long_cell_of_a_later_turn_starts_while_there_is_time_for_it():
+    """Ten cells of 3.9 minutes, then four of 21.3, in 25.2 minutes on three devices."""
+    found = cells(*(f"arm-{n}" for n in range(14)))
+    prices = {cell.name: 3.9 if n < 10 else 21.3 for n, cell in enumerate(found)}
+    first = {cell.name for cell in found[:10]}
+    assert set(finished(found, prices, 3, 25.2)) == first
+    packed = finished(pack(found, prices, 3, 25.2), prices, 3, 25.2)
+    assert set(packed) == first | {found[10].name}
+
+
+def test_packed_cells_lose_none_of_the_first_turn_and_leave_less_time_over():
+    random, spent = Random(0), [0.0, 0.0]
+    every = cells(*(f"arm-{n}" for n in range(20)))
+    for _ in range(100):
+        found = every[: random.randint(1, 20)]
+        prices = {cell.name: random.choice([3.5, 4.0, 7.1, 13.8, 21.3]) for cell in found}
+        turns = {cell.name: random.randint(0, 2) for cell in found}
+        devices, minutes = random.randint(1, 4), random.uniform(3.0, 40.0)
+        found.sort(key=lambda cell: (turns[cell.name], -prices[cell.name]))
+        packed = pack(found, prices, devices, minutes)
+        assert sorted(each.name for each in packed) == sorted(each.name for each in found)
+        before, after = (finished(order, prices, devices, minutes) for order in (found, packed))
+        assert {name for name in before if turns[name] == 0} <= set(after)
+        for n, names in enumerate((before, after)):
+            spent[n] += sum(prices[name] for name in names)
+    assert spent[1] > spent[0]

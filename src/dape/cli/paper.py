@@ -36,8 +36,9 @@ Folders = Annotated[tuple[tuple[str, str], ...], commas("NAME=FOLDER,...", folde
 class Arguments:
     """Plan experiments, train and measure missing cells, and write the tables.
 
-    Experiments run in the given order, and the longest cells of each first. The same command again
-    resumes after an interruption, and skips finished cells.
+    Experiments run in the given order, and the longest cells of each first. With --minutes the
+    longest cells of all that end in time come first. The same command again resumes after an
+    interruption, and skips finished cells.
     """
 
     names: Annotated[
@@ -129,6 +130,9 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
         due = [cell for cell in due if cell not in waiting]
     if arguments.plan or not due:
         return 0
+    prices = {each.cell.name: each.minutes for each in planned if each.minutes is not None}
+    if arguments.minutes is not None:
+        due = plan.pack(due, prices, len(devices), arguments.minutes)
     ends = spread.spread(
         due,
         devices,
@@ -137,7 +141,7 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
         arguments.minutes,
         weights=not arguments.discard,
         overlap=arguments.overlap,
-        prices={each.cell.name: each.minutes for each in planned if each.minutes is not None},
+        prices=prices,
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]

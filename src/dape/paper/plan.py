@@ -1,5 +1,6 @@
 """The plan of an experiment: finished cells, missing cells, and the cost of missing cells."""
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,36 @@ def choose(
     turn = turns or {}
     chosen.sort(key=lambda each: (turn.get(each.cell.name, 0), -(each.minutes or 0)))
     return [each.cell for each in chosen]
+
+
+def pack(
+    cells: Sequence[Cell], prices: Mapping[str, float], devices: int, minutes: float
+) -> list[Cell]:
+    """Return the cells in an order that fills `minutes` on every device.
+
+    Cells that end in time together come first, from the longest to the shortest, so that no long
+    cell of a late turn finds too little time. Early cells are taken before later cells. The others
+    follow in the old order, for time that is left.
+
+    Args:
+        prices: minutes by name of cell; a cell without price is not taken.
+    """
+    taken: list[Cell] = []
+    for cell in cells:
+        if cell.name in prices:
+            longer = [each for each in taken if prices[each.name] >= prices[cell.name]]
+            more = [*longer, cell, *taken[len(longer) :]]
+            if _last_end([prices[each.name] for each in more], devices) <= minutes:
+                taken = more
+    return taken + [cell for cell in cells if cell not in taken]
+
+
+def _last_end(minutes: Sequence[float], devices: int) -> float:
+    """Return the last end of cells that start in order, each on the first free device."""
+    free = [0.0] * devices
+    for each in minutes:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
 
 
 def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
