@@ -131,8 +131,8 @@ def test_a_finished_base_is_trained_again_where_its_model_is_gone():
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     big = [cell for cell in CORE.cells() if cell.regime == Regime("125m", "arxiv", 512)]
     prices = {each.cell.arm: each.minutes for each in plan(big)}
-    assert prices["kerple"] == pytest.approx(150e6 / 400e3 / 60 + 2)
-    assert prices["dape3-kerple"] == pytest.approx(2.1 * 150e6 / 400e3 / 60 + 2)
+    assert prices["kerple"] == pytest.approx(150e6 / 450e3 / 60 + 1.8)
+    assert prices["dape3-kerple"] == pytest.approx(1.5 * 150e6 / 450e3 / 60 + 1.8)
     assert choose(plan(big))[0].arm == "dape3-kerple", "the longest is first"
     turns = {cell.name: int(cell.arm.startswith("dape")) for cell in big}
     last = choose(plan(big), turns=turns)

@@ -68,7 +68,7 @@ class Cell:
     Attributes:
         home: folder of results; the last part is GROUP in the run folder runs/GROUP/NAME.
         needs: name of the cell with the training of the base model.
-        minutes: minutes on an H100, if known before any run.
+        minutes: minutes on an H200, if known before any run.
         timed: whether the minutes follow from a measurement.
     """
 
