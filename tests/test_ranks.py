@@ -40,6 +40,16 @@ def test_an_evaluation_by_more_processes_than_gpus_is_refused(monkeypatch):
         over_all_processes(torch.device("cuda"))
 
 
+def test_an_evaluation_by_several_processes_on_one_gpu_is_refused(monkeypatch, capsys):
+    """Each process took the GPU of its own number, whatever the index."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "0" if name.endswith("RANK") else "2")
+    assert cli.main(["eval", "runs/none", "--device", "cuda:1"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "dape: error: --device cuda:1: 2 processes take a GPU each; take --device cuda, and"
+    )
+
+
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS.keys() - set(cli.TOGETHER)))
 def test_a_command_of_a_single_process_is_refused_by_all(monkeypatch, capsys, name):
     """All processes would do the whole work, and write the same files."""

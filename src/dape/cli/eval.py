@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from dape.cli.arguments import parse
 from dape.cli.options import Measuring, at_least_one
+from dape.errors import UserError
+from dape.ranks import ranks
 from dape.strict import default
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> None:
     from dape.evaluate.watch import SILENT
 
     logging.disable_progress_bar()  # progress bars of loading
+    check_no_index(arguments.device)
     spread, device = over_all_processes(choose_device(arguments.device))
     speaks = spread is None or spread.rank == 0
     with progress() if speaks else nullcontext(SILENT) as watch:
@@ -93,6 +96,20 @@ def main(argv: list[str]) -> None:
         )
     if speaks:
         show(evaluations, arguments.metric)
+
+
+def check_no_index(device: str) -> None:
+    """Refuse a single GPU for several processes; each takes a GPU of its own.
+
+    Raises:
+        UserError: naming the GPU.
+    """
+    kind, _, index = device.partition(":")
+    if index and kind == "cuda" and ranks() > 1:
+        raise UserError(
+            f"--device {device}: {ranks()} processes take a GPU each; take --device cuda, and"
+            " choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def show(evaluations: Sequence["Evaluation"], metric: str) -> None:
