@@ -5,6 +5,7 @@ import json
 import made
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dape.data import prepare, records, writer
 from dape.data.prepare import Options, Preparation
@@ -46,6 +47,24 @@ def test_a_bpe_corpus_equals_tokenizing_anew(tmp_path):
     split = corpus.split("train")
     decoded = [corpus.tokenizer().decode(split.document(n)[:-1]) for n in range(20)]
     assert decoded == documents
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_spells_the_end_of_text_as_a_word_is_refused(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(prepare, "BATCH", 1)  # two workers take two batches
+    words = {"<unk>": 0, "a": 1, "b": 2, "</s>": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "<unk>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path / "words")
+    path = tmp_path / "train.jsonl"
+    options = {"tokenizer": str(tmp_path / "words"), "workers": workers}
+    path.write_bytes(made.json_lines(["a</s> b", "b a"]))
+    corpus, _ = made.prepare(path, out=tmp_path / "good", **options)
+    assert made.documents(corpus, "train") == [[0, 2, 3], [2, 1, 3]]
+    path.write_bytes(made.json_lines(["b a", "a </s> b"]))
+    with pytest.raises(UserError, match=rf"{path}:2: the tokenizer reads the end of text in ordin"):
+        made.prepare(path, out=tmp_path / "out", on_error="skip", **options)
 
 
 def test_a_text_file_is_a_document_however_long(tmp_path, monkeypatch):

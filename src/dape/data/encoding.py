@@ -66,7 +66,12 @@ class Encoder:
         self._tokenize = encoder(encoding.tokenizer)
 
     def __call__(self, records: list[Record]) -> list[Encoded]:
-        """Return an `Encoded` per record."""
+        """Return an `Encoded` per record.
+
+        Raises:
+            UserError: for a text with the token of the end of text. A tokenizer of words reads
+                " </s> " so.
+        """
         return [self._encode(record) for record in records]
 
     def _encode(self, record: Record) -> Encoded:
@@ -82,8 +87,14 @@ class Encoder:
         split = record.part.split or assigned_split(
             identity, self._encoding.validation, self._encoding.test
         )
-        end = [self._encoding.end_of_text] if record.ends and text else []
-        parts = [self._tokenize(text), np.array(end, self._encoding.dtype)]
+        found, end_of_text = self._tokenize(text), self._encoding.end_of_text
+        if end_of_text in found:
+            raise UserError(
+                f"{record.place}: the tokenizer reads the end of text in ordinary text, where the "
+                "document would be cut; use another tokenizer, or take the words out of the text"
+            )
+        end = [end_of_text] if record.ends and text else []
+        parts = [found, np.array(end, self._encoding.dtype)]
         tokens = np.concatenate(parts, dtype=self._encoding.dtype, casting="unsafe")
         return Encoded(record.place, split, tokens, len(content), record.ends)
 
