@@ -1,6 +1,8 @@
 """What a corpus holds of its sources, and what is refused."""
 
 import json
+import os
+from pathlib import Path
 
 import made
 import pytest
@@ -104,6 +106,18 @@ def test_what_is_broken_is_told_counted_and_listed(sources, tmp_path):
     assert (tmp_path / "out" / "skipped.txt").read_text() == "".join(f"{p}\n" for p in problems)
     splits = corpus.manifest["splits"].values()
     assert sum(split["documents"] for split in splits) == 60 + 59 + 20
+
+
+def test_files_may_have_names_that_are_not_utf8(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, content in [(b"caf\xe9.txt", b"some text"), (b"caf\xe9.jsonl", b'{"text": 3}')]:
+        Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/" + name)).write_bytes(content)
+    options = {"on_error": "skip", "validation": 0.0, "test": 0.0}
+    corpus, (problem,) = made.prepare(tmp_path / "in", out=tmp_path / "out", **options)
+    assert made.documents(corpus, "train") == [made.byte_tokens("some text")]
+    assert corpus.manifest["skipped"] == {"broken": 1, "empty": 0}
+    listed = problem.replace("\udce9", r"\udce9")
+    assert (tmp_path / "out" / "skipped.txt").read_text() == f"{listed}\n"
 
 
 def test_links_to_nothing_are_told_counted_and_listed(tmp_path):

@@ -83,7 +83,7 @@ class Encoder:
         except (ValueError, RecursionError) as error:
             nothing = np.empty(0, self._encoding.dtype)
             return Encoded(record.place, "", nothing, 0, record.ends, str(error))
-        identity = record.part.key.encode() if record.part.kind == "text" else content
+        identity = os.fsencode(record.part.key) if record.part.kind == "text" else content
         split = record.part.split or assigned_split(
             identity, self._encoding.validation, self._encoding.test
         )

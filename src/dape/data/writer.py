@@ -176,7 +176,9 @@ class CorpusWriter:
                 "or mend the source and start again with --overwrite"
             )
         self.state.broken += 1
-        self.state.listed += self._list.write(f"{problem}\n".encode())
+        # The name of a file may be no UTF-8.
+        line = f"{problem}\n".encode(errors="backslashreplace")
+        self.state.listed += self._list.write(line)
 
     def _save(self) -> None:
         self._list.flush()
