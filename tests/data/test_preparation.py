@@ -283,6 +283,7 @@ def test_the_checksum_is_of_the_data(tmp_path):
     [
         ({"validation": 0.6, "test": 0.4}, "validation 0.6 and test 0.4 must be fractions"),
         ({"test": -0.1}, "must be fractions of at least 0"),
+        ({"sources": ("",)}, "source '' has no name; give a file, a folder or a dataset"),
         ({"sources": ("a", "b", "a")}, "source 'a' is given twice"),
         ({"workers": 0}, "workers 0 must be at least 1"),
         ({"shard_tokens": 0}, "shard_tokens 0 must be at least 1"),

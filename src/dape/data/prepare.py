@@ -56,6 +56,8 @@ class Options:
                 f"validation {self.validation} and test {self.test} must be fractions of at "
                 "least 0, with a sum below 1"
             )
+        if "" in self.sources:  # an unset variable of a shell, and no name of the present folder
+            raise UserError("source '' has no name; give a file, a folder or a dataset")
         twice = next((name for name in self.sources if self.sources.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"source {twice!r} is given twice; leave out the second")
