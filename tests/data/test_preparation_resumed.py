@@ -158,8 +158,47 @@ def test_a_source_that_changed_since_the_interruption_is_not_mixed_with_its_past
     path.write_bytes(made.json_lines(text.swapcase() for text in texts))
     assert path.stat().st_size == size
     os.utime(path, (time.time() + 1,) * 2)  # clocks of file systems tick in milliseconds
-    message = rf"{path} changed after the interruption; start again with --overwrite"
+    message = rf"{path} changed since the preparation began; start again with --overwrite"
     with pytest.raises(UserError, match=message):
         Preparation(options)
     corpus, _ = made.prepare(path, out=options.out, overwrite=True)
     assert made.documents(corpus, "train") == [made.byte_tokens(text.swapcase()) for text in texts]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_older_file_put_in_place_of_a_source_is_not_mixed_with_the_source(
+    tmp_path, monkeypatch, small_steps, running
+):
+    path, older, texts = tmp_path / "train.jsonl", tmp_path / "older", made.texts(40, seed=3)
+    older.write_bytes(made.json_lines(text.swapcase() for text in texts))
+    os.utime(older, (1e9, 1e9))  # as of a file that is moved, or copied with its time
+    path.write_bytes(made.json_lines(texts))
+    options = Options(sources=(str(path),), out=tmp_path / "out", workers=1)
+    monkeypatch.setattr(writer, "JOURNAL_SECONDS", 0.0)
+    run = Preparation(options).run()
+    next(run)
+    next(run)
+    time.sleep(0.02)  # clocks of file systems tick in milliseconds
+    os.replace(older, path)
+    if running:  # the journal is younger than the change
+        time.sleep(0.02)
+        next(run)
+    run.close()
+    with pytest.raises(UserError, match=rf"{path} changed since the preparation began; start ag"):
+        Preparation(options)
+
+
+def test_a_journal_without_the_time_of_its_beginning_is_resumed(
+    sources, tmp_path, monkeypatch, small_steps
+):
+    fixed = {"on_error": "skip", "shard_tokens": 3000, "workers": 1}
+    made.prepare(sources, out=tmp_path / "whole", **fixed)
+    options = Options(sources=(str(sources),), out=tmp_path / "parts", **fixed)
+    interrupted(options, monkeypatch, 3)
+    journal = options.out / "progress.json"
+    content = json.loads(journal.read_text())
+    assert content.pop("begun") > 0
+    journal.write_text(json.dumps(content))
+    assert Preparation(options).resumed
+    made.prepare(sources, out=options.out, **fixed)
+    assert made.files(options.out) == made.files(tmp_path / "whole")

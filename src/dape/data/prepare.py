@@ -15,7 +15,7 @@ from dape.data.corpora import STANDARD_LIBRARY, TEXT, Part, Source, resolve
 from dape.data.encoding import Batch, Encoding, encoded
 from dape.data.records import Record, read
 from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
-from dape.data.writer import AGAIN, JOURNAL, SKIPPED, SPLITS, CorpusWriter, State
+from dape.data.writer import AGAIN, JOURNAL, SKIPPED, SPLITS, CorpusWriter, State, begun_of
 from dape.errors import UserError
 from dape.files import is_free, locked, read_json, remove_leftovers, tidy
 
@@ -227,11 +227,14 @@ def _arguments(header: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _refuse_changed(parts: list[Part], journal: Path) -> None:
-    """Raise a `UserError` for a file changed after the journal, of which a half may be read."""
-    noted = journal.stat().st_mtime_ns
+    """Raise a `UserError` for a file changed since the beginning, of which a half may be read.
+
+    The time of the status tells: a file moved or copied here keeps the time of its content.
+    """
+    begun = read_json(journal, begun_of, AGAIN) or journal.stat().st_mtime_ns
     for path in (Path(part.location) for part in parts):
-        if path.is_file() and path.stat().st_mtime_ns > noted:
-            raise UserError(f"{path} changed after the interruption; {AGAIN}")
+        if path.is_file() and path.stat().st_ctime_ns > begun:
+            raise UserError(f"{path} changed since the preparation began; {AGAIN}")
 
 
 def _refuse_inside(options: Options) -> None:

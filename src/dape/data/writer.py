@@ -58,6 +58,11 @@ class State:
         return cls(**{**entry, "splits": splits})
 
 
+def begun_of(journal: dict[str, Any]) -> int:
+    """Return the time at which a preparation began, in nanoseconds; 0 in earlier versions."""
+    return int(journal.get("begun", 0))
+
+
 class SplitWriter:
     """Appends documents to the shards of a split, after the tokens in `written`.
 
@@ -136,9 +141,10 @@ class CorpusWriter:
     def __init__(self, folder: Path, header: dict[str, Any], stop_on_error: bool) -> None:
         self._folder, self._header, self._stop_on_error = folder, header, stop_on_error
         journal = folder / JOURNAL
-        self.state = State()
+        self.state, self._begun = State(), time.time_ns()
         if journal.exists():
             self.state = read_json(journal, lambda found: State.load(found["state"]), AGAIN)
+            self._begun = read_json(journal, begun_of, AGAIN)
         self._write_journal()
         with ExitStack() as files:
             self._list = files.enter_context(open(folder / SKIPPED, "ab"))
@@ -187,7 +193,8 @@ class CorpusWriter:
         self._write_journal()
 
     def _write_journal(self) -> None:
-        write_json(self._folder / JOURNAL, {"header": self._header, "state": asdict(self.state)})
+        content = {"header": self._header, "begun": self._begun, "state": asdict(self.state)}
+        write_json(self._folder / JOURNAL, content)
         self._saved = time.monotonic()
 
     def close(self) -> None:
