@@ -202,3 +202,20 @@ def test_a_journal_without_the_time_of_its_beginning_is_resumed(
     assert Preparation(options).resumed
     made.prepare(sources, out=options.out, **fixed)
     assert made.files(options.out) == made.files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("statuses", [2, 1000])
+def test_what_another_process_prepared_meanwhile_from_another_source_is_refused(
+    sources, tmp_path, small_steps, statuses
+):
+    (tmp_path / "a.txt").write_text("some text")
+    fixed = {"out": tmp_path / "out", "workers": 1, "on_error": "skip"}
+    slow = Preparation(Options(sources=(str(tmp_path / "a.txt"),), **fixed))
+    fast = Preparation(Options(sources=(str(sources),), **fixed)).run()
+    for _ in range(statuses):  # killed, or finished
+        next(fast, None)
+    fast.close()
+    before = made.files(tmp_path / "out")
+    with pytest.raises(UserError, match=rf"sources {sources} is now {tmp_path}/a\.txt"):
+        next(slow.run())
+    assert made.files(tmp_path / "out") == before

@@ -102,16 +102,21 @@ class Preparation:
         self._parts = [part for source in sources for part in source.parts]
         self._tokenizer = tokenizers.load(options.tokenizer)
         self._header = _header(options, sources, self._tokenizer)
+        self._look()
+        if self.finished:
+            with suppress(OSError):  # left by a process killed at the very end
+                (self._folder / JOURNAL).unlink()
+            tidy(self._folder)
+
+    def _look(self) -> None:
+        """Note what the folder holds, and refuse a folder of other files or arguments."""
         manifest, journal = self._folder / MANIFEST, self._folder / JOURNAL
-        self.finished = manifest.is_file() and not options.overwrite
-        self.resumed = journal.is_file() and not options.overwrite and not self.finished
+        self.finished = manifest.is_file() and not self._options.overwrite
+        self.resumed = journal.is_file() and not self._options.overwrite and not self.finished
         if self.finished:
             Corpus(self._folder)  # refuses a damaged corpus
             there = read_json(manifest, _arguments, AGAIN)
             _refuse_other(self._folder, there, self._header)
-            with suppress(OSError):  # left by a process killed at the very end
-                journal.unlink()
-            tidy(self._folder)
         elif self.resumed:
             there = read_json(journal, lambda found: _arguments(found["header"]), AGAIN)
             _refuse_other(self._folder, there, self._header)
@@ -130,8 +135,8 @@ class Preparation:
         Yields a status at the start and after each batch.
 
         Raises:
-            UserError: for a folder in use by another process, or at the first problem under
-                `on_error="stop"`.
+            UserError: for a folder in use by another process, or prepared meanwhile by other
+                arguments, or at the first problem under `on_error="stop"`.
         """
         options = self._options
         busy = f"another process is preparing {self._folder}; wait for the end"
@@ -140,7 +145,9 @@ class Preparation:
             remove_leftovers(self._folder)
             if options.overwrite:
                 _clear(self._folder)
-            if (self._folder / MANIFEST).is_file():  # another process finished the corpus
+            else:
+                self._look()  # another process may have prepared meanwhile, from other arguments
+            if self.finished:
                 yield Status(_size(self._parts), 0, 0, [])
                 return
             stop = options.on_error == "stop"
