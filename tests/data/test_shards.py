@@ -6,9 +6,11 @@ import made
 import numpy as np
 import pytest
 from scipy.stats import chisquare
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dape.data.shards import Corpus, Windows
-from dape.data.tokenizer import fingerprint
+from dape.data.tokenizer import fingerprint, saved
 from dape.errors import UserError
 
 TEXTS = made.texts(40)
@@ -142,6 +144,36 @@ def test_the_tokenizer_comes_with_the_corpus(corpus):
     assert fingerprint(tokenizer) == corpus.manifest["tokenizer"]["fingerprint"]
     document = corpus.split("train").document(5)
     assert tokenizer.decode(document) == TEXTS[5] + "<|endoftext|>"
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_tokenizer_that_names_no_end_of_text_is_that_of_its_corpus(tmp_path, added):
+    vocabulary = {f"<0x{value:02X}>": value for value in range(256)} | {"</s>": 256, "a": 257}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    if added:
+        backend.add_special_tokens(["</s>"])
+    (tmp_path / "model").mkdir()
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    made.write_zst(tmp_path / "train.jsonl.zst", ["a text"])
+    source, model = tmp_path / "train.jsonl.zst", str(tmp_path / "model")
+    corpus, _ = made.prepare(source, out=tmp_path / "out", tokenizer=model)
+    assert corpus.end_of_text == 256
+    own = saved(model)
+    assert own.eos_token_id is None
+    corpus.check_model(model, 258, own, model)
+    for other in (["</s>", "b"], ["<eos>", "a"]):
+        names = dict(zip(["</s>", "a"], other, strict=True))
+        swapped = {names.get(token, token): number for token, number in vocabulary.items()}
+        backend = Tokenizer(models.BPE(vocab=swapped, merges=[], byte_fallback=True))
+        another = PreTrainedTokenizerFast(tokenizer_object=backend)
+        with pytest.raises(UserError, match="was not prepared with the tokenizer of"):
+            corpus.check_model(model, 258, another, model)
+        path = corpus.folder / "tokenizer"
+        kept = shutil.copytree(path, tmp_path / "kept", dirs_exist_ok=True)
+        another.save_pretrained(path)
+        with pytest.raises(UserError, match="was not prepared with the tokenizer of"):
+            corpus.check_model(model, 258, own, model)
+        shutil.copytree(kept, path, dirs_exist_ok=True)
 
 
 def damaged(corpus, folder, damage):

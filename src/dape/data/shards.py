@@ -74,11 +74,20 @@ class Corpus:
                 f"{self.folder} has token ids up to {self.vocab_size - 1}, the model {source} only"
                 f" {vocab_size}; prepare the corpus with the model's tokenizer"
             )
-        if own and tokenizers.fingerprint(own) != tokenizers.fingerprint(self.tokenizer()):
+        if own and not self._same(own):
             raise UserError(
                 f"{self.folder} was not prepared with the tokenizer of {source}; prepare the corpus"
                 f" with --tokenizer {folder}"
             )
+
+    def _same(self, tokenizer: "PreTrainedTokenizerFast") -> bool:
+        """Return whether the corpus was prepared with a tokenizer, and reads its tokens alike."""
+        found, own = tokenizers.fingerprint(tokenizer), self.tokenizer()
+        if found == tokenizers.fingerprint(own):
+            return True
+        # Saving with a name for the end of text may change the file without a change of tokens.
+        prepared = self.manifest["tokenizer"]["fingerprint"]
+        return found == prepared and tokenizer.get_vocab() == own.get_vocab()
 
     def split(self, name: str) -> "Split":
         """Return a split: train, validation or test.

@@ -35,14 +35,12 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
         return byte()
     tokenizer = _gpt2() if name_or_path == "gpt2" else _from_path(Path(name_or_path).expanduser())
     if tokenizer.eos_token_id is None:
-        vocabulary = tokenizer.get_vocab()
-        known = [token for token in ENDS_OF_TEXT if token in vocabulary]
-        if not known:
-            raise UserError(
-                f"tokenizer {name_or_path!r} names no end of text; "
-                'add "eos_token" to tokenizer_config.json'
-            )
-        tokenizer.eos_token = known[0]
+        tokenizer.eos_token = _end_of_text(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"tokenizer {name_or_path!r} names no end of text; "
+            'add "eos_token" to tokenizer_config.json'
+        )
     if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b{RARE}"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads the end of text {tokenizer.eos_token!r} in ordinary "
@@ -143,9 +141,21 @@ def serialize(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the SHA-256 of `tokenizer.json` and the end of text of a tokenizer."""
-    content = f"{serialize(tokenizer)}\n{tokenizer.eos_token_id}"
-    return hashlib.sha256(content.encode()).hexdigest()
+    """Return the SHA-256 of `tokenizer.json` and the end of text of a tokenizer.
+
+    The end of text is the token that `load` takes, also where no configuration names the token.
+    """
+    end = _end_of_text(tokenizer)
+    number = None if end is None else tokenizer.convert_tokens_to_ids(end)
+    return hashlib.sha256(f"{serialize(tokenizer)}\n{number}".encode()).hexdigest()
+
+
+def _end_of_text(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """Return the `eos_token`, or else the first known name in the vocabulary, or None."""
+    if tokenizer.eos_token_id is not None:
+        return str(tokenizer.eos_token)
+    vocabulary = tokenizer.get_vocab()
+    return next((token for token in ENDS_OF_TEXT if token in vocabulary), None)
 
 
 def vocab_size(tokenizer: "PreTrainedTokenizerFast") -> int:
