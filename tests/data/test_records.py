@@ -8,6 +8,7 @@ import zstandard
 from dape.data import records
 from dape.data.corpora import Part, resolve
 from dape.data.records import read
+from dape.errors import UserError
 
 
 def read_all(path, skip=0):
@@ -146,3 +147,29 @@ def test_a_dataset_is_read_row_by_row(tmp_path):
     assert bad.problem == (
         "no text in the column 'text' (columns: text, meta); give another --text-key"
     )
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (ConnectionError("no network"), "after row 1 (ConnectionError: no network); "),
+        (KeyError("key"), "after row 1 (KeyError: 'key'); "),
+        (ZeroDivisionError("of\na reader"), "after row 1 (ZeroDivisionError: of a reader); "),
+        (None, "after row 0 (ArrowInvalid: JSON parse error"),
+    ],
+)
+def test_a_dataset_that_breaks_off_is_told_with_its_row(tmp_path, monkeypatch, failure, reason):
+    (tmp_path / "train.jsonl").write_bytes(b'{"text": "a"}\n{"text": "cut off\n')
+    if failure:  # of a network or a reader, in place of a damaged file
+
+        def rows():
+            yield {"text": "a"}
+            raise failure
+
+        monkeypatch.setattr(records, "open_dataset", lambda name: {"train": rows()})
+    with pytest.raises(UserError) as caught:
+        list(read(Part(f"{tmp_path}#train", "train", "dataset", None, "train")))
+    message = str(caught.value)
+    assert message.startswith(f"reading {tmp_path}#train ended {reason}")
+    assert message.endswith("; run the same command again to resume, or mend the dataset")
+    assert "\n" not in message

@@ -223,7 +223,7 @@ def open_dataset(name: str) -> Any:
     repository, _, configuration = name.partition(":")
     try:
         return load_dataset(repository, configuration or None, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the readers of formats and networks raise anything
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"the Hugging Face dataset {name!r} cannot be opened: {reason}; a name has the form"

@@ -12,6 +12,7 @@ from zstandard import ZstdDecompressor, ZstdError
 
 from dape.data.corpora import Part, open_dataset
 from dape.errors import UserError
+from dape.text import one_line
 
 BLOCK = 2**17  # bytes read at a time
 PIECE = 2**22  # bytes of a long text tokenized at a time
@@ -167,8 +168,11 @@ def _rows(part: Part) -> Iterator[Record]:
                     "give another --text-key"
                 )
                 yield Record(part, number, b"", offset, problem=problem)
-    except OSError as error:
+    except UserError:
+        raise
+    except Exception as error:  # the readers of formats and networks raise anything
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise UserError(
-            f"reading {part.location} ended after row {number} ({error}); "
-            "run the same command again to resume"
+            f"reading {part.location} ended after row {number} ({reason}); "
+            "run the same command again to resume, or mend the dataset"
         ) from error
