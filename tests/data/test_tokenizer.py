@@ -171,6 +171,17 @@ def test_a_tokenizer_whose_end_of_text_is_ordinary_text_is_refused(tmp_path):
         load(str(tmp_path))
 
 
+def test_a_tokenizer_with_dropout_is_refused(bpe_folder):
+    file = bpe_folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(content))
+    encode = encoder(file.read_text())
+    assert len({tuple(encode("the cat in the hat")) for _ in range(50)}) > 1
+    with pytest.raises(UserError, match=r'by its dropout; set "dropout" to null in tokenizer.json'):
+        load(str(bpe_folder))
+
+
 def test_a_tokenizer_that_reads_unknown_characters_as_the_end_of_text_is_refused(tmp_path):
     letters = {letter: number for number, letter in enumerate(["<unk>", *"abcdefghknu<>/s "])}
     backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))

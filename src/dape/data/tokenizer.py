@@ -29,7 +29,8 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
 
     Raises:
         UserError: for an unknown tokenizer, or a tokenizer without an end of text, or a tokenizer
-            that reads the end of text in ordinary text, where documents would be cut.
+            that reads the end of text in ordinary text, where documents would be cut, or that
+            draws the tokens of a text at random.
     """
     if name_or_path == "byte":
         return byte()
@@ -41,7 +42,13 @@ def load(name_or_path: str) -> "PreTrainedTokenizerFast":
             f"tokenizer {name_or_path!r} names no end of text; "
             'add "eos_token" to tokenizer_config.json'
         )
-    if tokenizer.eos_token_id in encoder(serialize(tokenizer))(f"a{tokenizer.eos_token}b{RARE}"):
+    serialized = serialize(tokenizer)
+    if json.loads(serialized)["model"].get("dropout"):
+        raise UserError(
+            f"tokenizer {name_or_path!r} reads a text differently each time, by its dropout; set "
+            '"dropout" to null in tokenizer.json'
+        )
+    if tokenizer.eos_token_id in encoder(serialized)(f"a{tokenizer.eos_token}b{RARE}"):
         raise UserError(
             f"tokenizer {name_or_path!r} reads the end of text {tokenizer.eos_token!r} in ordinary "
             "text, where documents would be cut; use another tokenizer"
