@@ -1,5 +1,6 @@
 """Preparations that are interrupted, killed, or not alone."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -219,3 +220,32 @@ def test_what_another_process_prepared_meanwhile_from_another_source_is_refused(
     with pytest.raises(UserError, match=rf"sources {sources} is now {tmp_path}/a\.txt"):
         next(slow.run())
     assert made.files(tmp_path / "out") == before
+
+
+def test_a_text_whose_disk_fails_is_not_joined_to_the_next_text(tmp_path, monkeypatch, small_steps):
+    monkeypatch.setattr(records, "PIECE", 64)
+    monkeypatch.setattr(records, "WORD", 16)
+    (tmp_path / "train").mkdir()
+    texts = made.texts(3, seed=5, longest=5000)
+    for number, text in enumerate(texts):
+        (tmp_path / "train" / f"{number}.txt").write_bytes(text.encode())
+    fixed = {"out": tmp_path / "out", "on_error": "skip", "workers": 1}
+
+    class Failing(io.FileIO):
+        reads = 0
+
+        def read(self, size=-1):
+            Failing.reads += 1
+            if Failing.reads == 170:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "open", Failing, raising=False)
+        with pytest.raises(
+            UserError, match=r"1\.txt cannot be read further after line \d+ .*resume"
+        ):
+            made.prepare(tmp_path / "train", **fixed)
+    corpus, problems = made.prepare(tmp_path / "train", **fixed)
+    assert problems == []
+    assert made.documents(corpus, "train") == [*map(made.byte_tokens, texts)]

@@ -44,6 +44,9 @@ def read(part: Part, skip: int = 0) -> Iterator[Record]:
     """Yield the records of `part` after the first `skip`, always in the same order.
 
     An unreadable line is a record with a `problem`. A file ends at a damaged spot.
+
+    Raises:
+        UserError: for a text or a dataset that cannot be read to its end.
     """
     return islice(_records(part), skip, None)
 
@@ -59,6 +62,11 @@ def _records(part: Part) -> Iterator[Record]:
                 line, offset = record.line, record.source_bytes
                 yield record
     except (OSError, EOFError, ZstdError) as error:
+        if part.kind == "text" and line:  # skipped, half a document would join the next document
+            raise UserError(
+                f"{part.location} cannot be read further after line {line} ({error}); "
+                "run the same command again to resume"
+            ) from error
         yield Record(part, line + 1, b"", offset, problem=f"cannot be read further: {error}")
 
 
