@@ -35,6 +35,16 @@ def test_results_mark_the_training_length_and_say_what_was_scored(groups):
     assert "standard deviation over seeds" in table.note
 
 
+def test_other_scored_tokens_are_named():
+    runs = [make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])]
+    runs.append(make("rope", KERPLE[0], documents=3))
+    runs[2] = replace(runs[2], targets=replace(runs[2].targets, data="other"))
+    assert "differ" not in results(group(runs[:2]), "bits_per_byte").note
+    note = results(group(runs), "bits_per_byte").note
+    assert "the same 2,560 tokens of 20 documents of the test split are scored" in note
+    assert "The scored text differs: rope has 384 tokens of 3 documents of the test split." in note
+
+
 def test_one_run_is_shown_without_a_deviation():
     table = results(group([make("kerple", KERPLE[0])]), "loss")
     assert table.rows == [["kerple", "1", "2.1000", "2.0000", "2.1000", "2.3000", "2.6000"]]

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dape.evaluate.compare import METRICS, Comparison, Group
+from dape.evaluate.record import Targets
 from dape.evaluate.significance import FEWEST_DOCUMENTS, PairedTest
 from dape.text import markdown, one_line
 
@@ -81,7 +82,10 @@ def results(groups: Sequence[Group], metric: str = "perplexity") -> Table:
 
 
 def describe_targets(groups: Sequence[Group]) -> str:
-    """Return a sentence on the scored tokens and their context."""
+    """Return a sentence on the scored tokens and their context, and one on other scored tokens.
+
+    Bits per byte also compare models whose tokenizers, and with them the scored tokens, differ.
+    """
     targets = groups[0].evaluations[0].targets
     windows = {
         "last": f"the last {targets.block:,} tokens of each window",
@@ -89,10 +93,23 @@ def describe_targets(groups: Sequence[Group]) -> str:
         "non_overlapping": "all tokens of windows that follow each other",
     }
     begins = " Each window begins with the model's token for the beginning of a text."
+    others = [
+        f"{group.label} has {_extent(theirs)}"
+        for group in groups
+        if (theirs := group.evaluations[0].targets) != targets
+    ]
+    differ = f" The scored text differs: {'; '.join(others)}." if others else ""
     return (
         f"Protocol {targets.protocol}: {windows[targets.protocol]}. At every length the same "
+        f"{_extent(targets)} are scored.{begins if targets.bos else ''}{differ}"
+    )
+
+
+def _extent(targets: Targets) -> str:
+    """Return the number of scored tokens, of their documents, and the split."""
+    return (
         f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
-        f"{targets.split} split are scored.{begins if targets.bos else ''}"
+        f"{targets.split} split"
     )
 
 
