@@ -137,6 +137,19 @@ def test_a_tokenizer_given_with_a_model_in_memory_is_compared_with_the_corpus(ll
         evaluate(narrow, corpus, [16])
 
 
+def test_a_folder_without_a_tokenizer_is_named(llama, corpus, tmp_path):
+    llama.save_pretrained(tmp_path / "llama")
+    first, second = Heard(), Heard()
+    evaluate(tmp_path / "llama", corpus, [16], watch=first)
+    assert first.notes == [
+        f"{tmp_path}/llama has no tokenizer.json; make sure that the corpus has the tokens of the"
+        " model, because only the size of the vocabulary is compared"
+    ]
+    byte().save_pretrained(tmp_path / "llama")
+    evaluate([tmp_path / "llama", llama], corpus, [16], watch=second)
+    assert second.notes == []
+
+
 @pytest.mark.parametrize(
     ("models", "message"),
     [([], "no model given"), (torch.nn.Linear(2, 2), "without the configuration")],

@@ -19,7 +19,7 @@ from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, check_whole
 from dape.evaluate.lengths import chosen_lengths
-from dape.evaluate.opening import Given, open_models
+from dape.evaluate.opening import Given, note_unchecked, open_models
 from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import protocol
@@ -178,6 +178,7 @@ def evaluate_context(
             )
             kept.finish(record)
             found.append(record)
+    note_unchecked(opened, watch)
     return found
 
 

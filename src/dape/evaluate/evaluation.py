@@ -14,7 +14,7 @@ from dape.data.shards import Corpus
 from dape.device import choose_device, device_of
 from dape.errors import UserError, check_whole
 from dape.evaluate.lengths import chosen_lengths
-from dape.evaluate.opening import Given, open_models
+from dape.evaluate.opening import Given, note_unchecked, open_models
 from dape.evaluate.perplexity import Measurement, measure, token_losses
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import Windows
@@ -116,7 +116,7 @@ def evaluate(
     folders_of = results_folders(opened, out, lambda each: [each.evaluation(*place)], writes=first)
     with folders_of as folders:
         watch.begin(sum(each.tokens for each in plans))
-        return [
+        found = [
             _Session(
                 model,
                 each,
@@ -129,6 +129,8 @@ def evaluate(
             ).run(again)
             for model, each, folder, its in zip(opened, plans, folders, made, strict=True)
         ]
+    note_unchecked(opened, watch)
+    return found
 
 
 def _check_models(models: Sequence[Model], bos: bool, spread: bool) -> None:

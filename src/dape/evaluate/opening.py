@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dape.data.tokenizer import file_of_model
 from dape.errors import UserError
 from dape.evaluate.subject import Finetuned, InMemory, Model
 from dape.evaluate.watch import SILENT, Watch, repeated
@@ -48,6 +49,16 @@ def open_models(
             watch.note(repeated(str(model.folder)))
         found.setdefault(path, model)
     return list(found.values())
+
+
+def note_unchecked(models: Sequence[Model], watch: Watch) -> None:
+    """Note folders without a tokenizer, whose losses may be of other tokens than the model's."""
+    for model in models:
+        if Path(model.source).is_dir() and not file_of_model(model.source).is_file():
+            watch.note(
+                f"{model.source} has no tokenizer.json; make sure that the corpus has the tokens of"
+                " the model, because only the size of the vocabulary is compared"
+            )
 
 
 def open_model(path: Path, partial_weights: bool = False) -> Model:
