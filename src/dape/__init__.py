@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dape.positions.rotary import (
         NTK,
         DynamicNTK,
+        Llama3,
         PositionInterpolation,
         RandomizedRoPE,
         RoPE,
@@ -46,6 +47,7 @@ _HOME = {
     "Kerple": "dape.positions.bias",
     "KerplePower": "dape.positions.bias",
     "Learned": "dape.positions.absolute",
+    "Llama3": "dape.positions.rotary",
     "NTK": "dape.positions.rotary",
     "NoBias": "dape.positions.bias",
     "PositionInterpolation": "dape.positions.rotary",
@@ -81,6 +83,7 @@ __all__ = [
     "Kerple",
     "KerplePower",
     "Learned",
+    "Llama3",
     "NoBias",
     "PositionInterpolation",
     "RandomizedRoPE",

@@ -250,7 +250,7 @@ def test_every_other_base_says_what_it_is_and_how_it_was_made(name):
     modules = [part.build(VIEW.dimensions, {}) for part in parts if part is not None]
     learnable = any(list(module.parameters()) for module in modules)
     assert ("drawn before training, with seed 5" in caption(figure)) == learnable
-    knows = {"fire", "yarn", "dynamic-ntk", "randomized-rope"}
+    knows = {"fire", "yarn", "llama3", "dynamic-ntk", "randomized-rope"}
     marks = [text.get_text() for text in figure.axes[0].texts]
     assert marks == (["$L$ = 8"] if name in knows else [])
 

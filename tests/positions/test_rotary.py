@@ -12,6 +12,7 @@ from dape.errors import UserError
 from dape.positions.rotary import (
     NTK,
     DynamicNTK,
+    Llama3,
     PositionInterpolation,
     RandomizedRoPE,
     RoPE,
@@ -26,6 +27,7 @@ ROTATIONS = {
     "ntk": NTK(16),
     "dynamic-ntk": DynamicNTK(16, LENGTH),
     "yarn": YaRN(16, LENGTH),
+    "llama3": Llama3(16, LENGTH),
     "xpos": XPos(16),
     "randomized": RandomizedRoPE(16, LENGTH).eval(),
 }
@@ -45,6 +47,17 @@ def yarn_ramp(i, first, last):
     return min(max((i - first) / (last - first), 0), 1)
 
 
+def llama3_frequency(w, length, factor, low=1, high=4):
+    """By wavelengths: short ones stay, long ones are stretched, and between is a mean."""
+    wavelength = 2 * math.pi / w
+    if wavelength < length / high:
+        return w
+    if wavelength > length / low:
+        return w / factor
+    share = (length / wavelength - low) / (high - low)
+    return (1 - share) * w / factor + share * w
+
+
 def formulas(name, position):
     """Return frequencies, and scales of query and key, of the rotation of a name."""
     one = [1.0] * 8
@@ -61,6 +74,10 @@ def formulas(name, position):
         ramp = [yarn_ramp(i, 0, 2) for i in range(8)]
         mixed = [w * (1 - r) + w * r / 16 for w, r in zip(rope(10000), ramp, strict=True)]
         return mixed, *([[0.1 * math.log(16) + 1] * 8] * 2)
+    if name == "llama3":
+        mixed = [llama3_frequency(w, LENGTH, 16) for w in rope(10000)]
+        assert mixed[0] == 1 and rope(10000)[1] / 16 < mixed[1] < rope(10000)[1]
+        return mixed, one, one
     if name == "xpos":
         zeta = [((i / 8 + 0.4) / 1.4) ** (position / 512) for i in range(8)]
         return rope(10000), zeta, [1 / z for z in zeta]
@@ -192,6 +209,15 @@ def test_xpos_refuses_float16():
         (lambda: DynamicNTK(2, 8), "turned dimensions=2 must be at least 4"),
         (lambda: YaRN(16, 8, factor=0.9), "factor=0.9 must be at least 1"),
         (lambda: YaRN(16, 8, beta_fast=1.0), "beta_fast=1.0 > beta_slow=1.0 > 0 must hold"),
+        (lambda: Llama3(16, 8, factor=0.9), "factor=0.9 must be at least 1"),
+        (
+            lambda: Llama3(16, 8, low_freq_factor=4.0),
+            "high_freq_factor=4.0 > low_freq_factor=4.0 > 0 must hold",
+        ),
+        (
+            lambda: Llama3(16, 8, low_freq_factor=0.0),
+            "high_freq_factor=4.0 > low_freq_factor=0.0 > 0 must hold",
+        ),
         (lambda: YaRN(16, 8, beta_slow=0.0), "beta_slow=0.0 > 0 must hold"),
         (lambda: XPos(16, scale_base=0.0), "scale_base=0.0 must be at least 1"),
     ],

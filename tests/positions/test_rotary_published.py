@@ -9,7 +9,15 @@ from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.llama import modeling_llama as llama
 from turns import LENGTH, draw
 
-from dape.positions.rotary import NTK, DynamicNTK, PositionInterpolation, RoPE, XPos, YaRN
+from dape.positions.rotary import (
+    NTK,
+    DynamicNTK,
+    Llama3,
+    PositionInterpolation,
+    RoPE,
+    XPos,
+    YaRN,
+)
 
 
 def config(head_dim=16, length=LENGTH, **parameters):
@@ -82,6 +90,26 @@ def test_yarn_s_frequencies_and_temperature_are_those_of_transformers(head_dim, 
     )
     assert_close(ours.frequencies(torch.arange(3), torch.float32), theirs, rtol=1e-6, atol=0)
     assert ours.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"factor": 8.0},
+        {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"factor": 2.0, "low_freq_factor": 0.3, "high_freq_factor": 20.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("head_dim", "length"), [(64, 512), (128, 8192), (8, 64), (8, 2**17)])
+def test_llama3_s_frequencies_are_those_of_transformers(head_dim, length, options):
+    named = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **options}
+    theirs, factor = inverse_frequencies(
+        "llama3", head_dim=head_dim, original_max_position_embeddings=length, **named
+    )
+    ours = Llama3(head_dim, length, **options).frequencies(torch.arange(3), torch.float32)
+    assert_close(ours, theirs, rtol=2e-6, atol=0)
+    assert factor == 1
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0, 8.0])

@@ -282,6 +282,59 @@ class YaRN(RoPE):
         return cos * self.attention_factor, sin * self.attention_factor
 
 
+class Llama3(RoPE):
+    r"""Llama 3.1's RoPE: `w_i (1 - r_i + r_i / factor)`, with a ramp in the number of turns.
+
+    A pair turns n_i = L w_i / 2 pi times in `train_length` = L tokens. The ramp is
+    `r_i = (high_freq_factor - n_i) / (high_freq_factor - low_freq_factor)`, within 0 and 1 (code of
+    the Llama 3.1 models; Llama Team, 2024). The ramp is YaRN's of Peng et al., 2024, section 3.2,
+    with a steeper slope, and scores keep their temperature. Names of arguments are those of the
+    published configurations.
+
+    Args:
+        head_dim: width d of a head.
+        train_length: training length L in tokens.
+        factor: length to read, as a multiple of the training length; 8 in Llama 3.1.
+        low_freq_factor: turns in L tokens up to which a pair is interpolated in full.
+        high_freq_factor: turns in L tokens from which a pair stays unchanged.
+        base: base of the frequencies of RoPE, 500,000 in Llama 3.
+        fraction: turned fraction of a head.
+
+    Raises:
+        UserError: for a `factor` below 1, or unless `high_freq_factor > low_freq_factor > 0`.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        train_length: int,
+        factor: float = FACTOR,
+        low_freq_factor: float = 1.0,
+        high_freq_factor: float = 4.0,
+        base: float = 10000.0,
+        fraction: float = 1.0,
+    ) -> None:
+        super().__init__(head_dim, base, fraction)
+        check_whole(train_length=train_length)
+        check_finite(1, factor=factor)
+        check_finite(low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor)
+        if not high_freq_factor > low_freq_factor > 0:
+            raise UserError(
+                f"high_freq_factor={high_freq_factor} > low_freq_factor={low_freq_factor} > 0 must"
+                " hold"
+            )
+        self.train_length, self.factor = train_length, factor
+        self.low_freq_factor, self.high_freq_factor = low_freq_factor, high_freq_factor
+
+    def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
+        """Return the frequencies of RoPE for fast pairs, interpolated for slow pairs."""
+        plain = super().frequencies(positions, dtype)
+        turns = self.train_length / (2 * math.pi) * plain
+        width = self.high_freq_factor - self.low_freq_factor
+        ramp = ((self.high_freq_factor - turns) / width).clamp(0, 1)
+        return plain * (1 - ramp) + plain / self.factor * ramp
+
+
 class XPos(RoPE):
     r"""xPos: RoPE whose pairs count less with distance (Sun et al., 2022, section 3).
 

@@ -18,6 +18,7 @@ from dape.positions.bias import FIRE, T5, ALiBi, Kerple, KerplePower, Sandwich
 from dape.positions.rotary import (
     NTK,
     DynamicNTK,
+    Llama3,
     PositionInterpolation,
     RandomizedRoPE,
     RoPE,
@@ -104,6 +105,7 @@ BASES = {
         Scheme("ntk", "bloc97", 2023, "in part", rotation=Part(NTK)),
         Scheme("dynamic-ntk", "emozilla", 2023, "in part", rotation=Part(DynamicNTK)),
         Scheme("yarn", "Peng et al.", 2024, "with fine-tuning", rotation=Part(YaRN)),
+        Scheme("llama3", "Llama Team", 2024, "with fine-tuning", rotation=Part(Llama3)),
         Scheme("xpos", "Sun et al.", 2022, "in part", rotation=Part(XPos)),
         Scheme(
             "randomized-rope", "Ruoss et al.", 2023, "up to its pool", rotation=Part(RandomizedRoPE)
