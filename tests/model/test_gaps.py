@@ -64,6 +64,30 @@ def test_a_second_turn_with_padding_reads_the_cache_of_the_first(scheme):
         assert torch.equal(found[row, 8:], expected[0, alone.shape[1] :])
 
 
+@pytest.mark.parametrize("fill", [0, 7])
+@pytest.mark.parametrize("model", ["dape-kerple", "fire", "cope", "llama"])
+@torch.no_grad()
+def test_a_turn_may_begin_with_hidden_tokens_at_any_position(model, fill):
+    """Callers fill positions of hidden tokens, and cached keys count back from visible ones."""
+    if model == "llama":
+        model = pretrained("llama", torch.float64)
+        move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    else:
+        model = grown(scheme=model)
+    ids, mask = tokens(2, 9), torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1], [1] * 9])
+    positions, cache = (mask.cumsum(-1) - 1).masked_fill(mask == 0, fill), DynamicCache()
+    pieces = [
+        model(
+            ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b],
+            past_key_values=cache,
+        ).logits
+        for a, b in ((0, 4), (4, 8), (8, 9))
+    ]  # fmt: skip
+    for row in range(2):
+        alone = model(ids[row : row + 1, mask[row].bool()], use_cache=False).logits[0]
+        near(torch.cat(pieces, 1)[row, mask[row].bool()], alone)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_goes_on_as_if_hidden_tokens_were_left_out(cache):
     model, ids = grown(scheme="dape-kerple"), tokens(2, 8)

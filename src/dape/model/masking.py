@@ -43,7 +43,8 @@ def masking(
     Positions stay None if neither padding nor documents move positions. The position of a token
     then equals the index. A scheme with `relative` parts then keeps biases without a batch axis,
     also beside padding, unless the mask has gaps. Beside gaps, positions count from the index of
-    the first visible token. Cached keys without `position_ids` count back from the first query.
+    the first visible token. Cached keys without `position_ids` count back from the first visible
+    query.
     `reach` is the reach of the adapter along the keys.
 
     Raises:
@@ -192,14 +193,16 @@ def positions_of_keys(
 ) -> Tensor:
     """Return the positions of keys, counted over `tokens`; `position_ids` give the last.
 
-    Earlier keys count back from the first given position.
+    Earlier keys count back from the first given position of a visible token, because callers give
+    hidden tokens any position.
     """
     counted = count_visible(tokens)
     if position_ids is None:
         return counted
     given = position_ids.shape[1]
     index = torch.arange(given, device=tokens.device) + (past + rows - given)
-    shifted = counted + (position_ids - counted[:, index])[:, :1]
+    shift = position_ids - counted[:, index]
+    shifted = counted + shift.gather(1, first_visible(tokens[:, index].expand_as(shift)))
     return shifted.index_copy(1, index, position_ids.to(shifted.dtype).expand(shifted.shape[0], -1))
 
 
