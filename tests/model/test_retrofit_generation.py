@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from pretrained import GROUPED, NAMES, WINDOWS, bias_for, move, padded, pretrained, tokens
+from pretrained import GROUPED, NAMES, WINDOW, WINDOWS, bias_for, move, padded, pretrained, tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, StaticCache
 
@@ -144,6 +144,25 @@ def test_a_mask_of_four_axes_is_boolean():
         grown("llama", bias="fire")(ids, attention_mask=causal, use_cache=False)
     with pytest.raises(UserError, match="is_causal=False: with adapters mounted"):
         model(ids, is_causal=False)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_a_mask_of_four_axes_counts_the_keys_written_in_a_static_cache(name):
+    """Positions count from the first key, and not back from the end of the cache."""
+    model, ids = grown(name), tokens(2, 5)
+    expected = model(ids, use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=16)
+    length = WINDOW if name == "mistral" else 16
+    causal = torch.ones(1, 1, 5, length, dtype=torch.bool).tril()
+    pieces = [
+        model(ids[:, a:b], attention_mask=causal[:, :, a:b], past_key_values=cache).logits
+        for a, b in ((0, 3), (3, 4), (4, 5))
+    ]
+    assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
+    cache.reset()
+    again = {"past_key_values": cache, "position_ids": torch.arange(5)[None]}
+    found = model(ids, attention_mask=causal, **again).logits
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mpt", "falcon", "gemma2"])

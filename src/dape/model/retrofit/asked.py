@@ -26,13 +26,15 @@ class Asked(NamedTuple):
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
     `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
     `position_ids` of a single document. `whose` is the model and the part that is called, by
-    numbers, and None between calls.
+    numbers, and None between calls. `written` counts the keys in a static cache before the call,
+    and is None for other caches.
     """
 
     documents: Tensor | None = None
     weights: bool = False
     positions: Tensor | None = None
     whose: tuple[int, int] | None = None
+    written: int | Tensor | None = None
 
 
 class _Traced:
@@ -48,6 +50,18 @@ _asked: ContextVar[Asked] = ContextVar("asked", default=_traced.asked)
 def asked() -> Asked:
     """Return what the present call of the model asks."""
     return _traced.asked if torch.compiler.is_compiling() else _asked.get()
+
+
+def offset_of(written: int | Tensor | None, rows: int, keys: int) -> int | Tensor:
+    """Return the index of the first query among the keys.
+
+    The queries are the last keys, except in a static cache with room behind them.
+    """
+    if written is None:
+        return keys - rows
+    return (
+        written.clamp(max=keys - rows) if isinstance(written, Tensor) else min(written, keys - rows)
+    )
 
 
 def keep(
@@ -84,11 +98,12 @@ def keep(
             f"{type(model).__name__} takes no position_ids, and counts positions over all "
             "documents packed in a row: give each document a row of its own"
         )
+    written = _written(given)
     if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
         positions = None
     if positions is not None:
-        _check_mask(given.get("attention_mask"), positions)
-    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose))
+        _check_mask(given.get("attention_mask"), positions, written)
+    _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose, written))
     if not {"position_ids", "attention_mask"}.isdisjoint(given):
         return args, kwargs
     added = _added(tokens, documents, given, first)
@@ -109,7 +124,16 @@ def _added(
     return {"attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.long)}
 
 
-def _check_mask(mask: Any, positions: Tensor) -> None:
+def _written(given: Mapping[str, Any]) -> int | Tensor | None:
+    """Return the number of keys written in a static cache, which counts in place, or None."""
+    cache = next((given[name] for name in CACHE_NAMES if name in given), None)
+    if cache is None or not getattr(cache, "is_compileable", False):
+        return None
+    length = cache.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
+
+
+def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> None:
     """Refuse a mask of four axes whose visible keys lie otherwise apart than their indices.
 
     transformers hands such a mask to the attentions without the positions.
@@ -120,9 +144,11 @@ def _check_mask(mask: Any, positions: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.dtype != torch.bool:
         return
     rows, keys = positions.shape[1], mask.shape[3]
-    placed = positions_of_keys(positions.new_ones(1, keys), positions, rows, keys - rows)
-    shift = placed - torch.arange(keys, device=placed.device)
-    apart = shift[:, keys - rows :, None] != shift[:, None, :]
+    offset = offset_of(written, rows, keys)
+    placed = positions_of_keys(positions.new_ones(1, keys), positions, rows, offset)
+    index = torch.arange(keys, device=placed.device)
+    shift = placed - index
+    apart = shift[:, index[:rows] + offset, None] != shift[:, None, :]
     refuse(
         look((apart & mask[:, 0]).any()),
         "position_ids beside an attention_mask of four axes: adapters see indices, which lie "

@@ -31,7 +31,7 @@ from dape.model.masking import (
     moved,
     positions_of_keys,
 )
-from dape.model.retrofit.asked import asked
+from dape.model.retrofit.asked import asked, offset_of
 
 NAME = "dape"
 APART = (
@@ -160,9 +160,10 @@ def layer_mask_of(
     Raises:
         UserError: for a tensor that is not boolean.
     """
+    rows, keys = query.shape[2], key.shape[2]
     if isinstance(attention_mask, LayerMask):
         return attention_mask
-    offset = key.shape[2] - query.shape[2]
+    offset = offset_of(asked().written, rows, keys)
     if attention_mask is None:
         return LayerMask(None, True, offset)
     if attention_mask.dtype != torch.bool:
