@@ -165,6 +165,21 @@ def test_a_mask_of_four_axes_counts_the_keys_written_in_a_static_cache(name):
     assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+class Miscounting(DynamicCache):
+    """A cache that counts the new keys alone for a mask, as that of MiniMax does."""
+
+    def get_mask_sizes(self, query_length, *_):
+        return query_length, 0
+
+
+def test_a_cache_that_counts_other_keys_than_it_holds_is_refused():
+    model, ids = grown("llama"), tokens(1, 6)
+    cache = Miscounting(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    with pytest.raises(UserError, match="holds 6 keys, and transformers counts 1 for"):
+        model(ids[:, 5:], past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mpt", "falcon", "gemma2"])
 def test_attentions_are_the_models_own_at_the_start(name):
     model, ids = pretrained(name), tokens(2, 7)

@@ -49,7 +49,7 @@ class LayerMask(NamedTuple):
     tokens and the keys, and is None for the indices. `moved` says whether positions lie otherwise
     apart than indices, and `gaps` whether hidden tokens lie between visible tokens; both are
     tensors while nobody can look. `packed` says whether a row holds several documents,
-    `weights` whether softmax weights are returned, and `rows` counts the queries.
+    `weights` whether softmax weights are returned. `rows` and `keys` count the queries and keys.
     """
 
     mask: Tensor | None
@@ -62,6 +62,7 @@ class LayerMask(NamedTuple):
     packed: bool = False
     weights: bool = False
     rows: int = 0
+    keys: int = 0
 
     def __getitem__(self, index: Any) -> Any:
         """Return the mask of the queries that a slice of `[B, 1, Tq, Tk]` names.
@@ -146,7 +147,7 @@ def layer_mask(
     # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(
         mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
-        asks.weights, q_length,
+        asks.weights, q_length, kv_length,
     )  # fmt: skip
 
 
@@ -158,10 +159,17 @@ def layer_mask_of(
     """Return the mask of a layer; a tensor is the mask of the caller.
 
     Raises:
-        UserError: for a tensor that is not boolean.
+        UserError: for a tensor that is not boolean, or a mask of fewer or more keys than there are.
     """
     rows, keys = query.shape[2], key.shape[2]
     if isinstance(attention_mask, LayerMask):
+        if attention_mask.keys != keys:
+            # A cache may miscount, and the offset of the queries would be wrong too.
+            raise UserError(
+                f"past_key_values holds {keys} keys, and transformers counts {attention_mask.keys} "
+                "for the mask: say use_cache=False (with prefix tuning True), and with sliding "
+                "windows leave assistant_model out"
+            )
         return attention_mask
     offset = offset_of(asked().written, rows, keys)
     if attention_mask is None:
