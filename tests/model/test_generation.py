@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from models import grown, tokens
+from pretrained import pretrained
 from torch.testing import assert_close
 from transformers import DynamicCache, MistralConfig, StaticCache
 
+import dape
 from dape.errors import UserError
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -189,3 +191,21 @@ def test_a_cache_of_a_sliding_window_is_refused(cache):
     with pytest.raises(UserError, match=r"^past_key_values .* give a cache of this model") as error:
         grown(scheme="kerple")(tokens(1, 6), past_key_values=cache(config=config, **how))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("way", ["a prompt in pieces", "a mask of the new keys"])
+@pytest.mark.parametrize("retrofitted", [False, True])
+def test_a_mask_without_the_new_keys_is_refused(kind, way, retrofitted):
+    """The columns of the new keys would be those of cached ones, and the new keys hidden."""
+    model, ids = grown(scheme="dape-kerple"), tokens(2, 7)
+    if retrofitted:
+        model = pretrained("llama")
+        dape.retrofit(model, bias="kerple")
+    cache = kind(config=model.config, **({"max_cache_len": 12} if kind is StaticCache else {}))
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+    pieces = {"prefill_chunk_size": 2} if way == "a prompt in pieces" else {}
+    prompt = ids if pieces else ids[:, 4:]
+    with pytest.raises(UserError, match=r"must cover 4 cached|fewer columns than cached and new"):
+        generate(model, prompt, past_key_values=cache, **pieces)

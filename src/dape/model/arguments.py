@@ -49,6 +49,10 @@ _KNOWN = (
 )
 
 UNEQUAL = "cu_seq_lens_q and cu_seq_lens_k must both be given, and be equal"
+_SHORT = (
+    "attention_mask has fewer columns than cached and new keys: give 1 for every visible key, and"
+    " leave prefill_chunk_size out beside a cache"
+)
 
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
@@ -89,6 +93,12 @@ def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache 
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise UserError("past_key_values and cache are two names of one argument: give one of them")
     return past_key_values if cache is None else cache
+
+
+def check_covered(attention_mask: Tensor, total: int | Tensor) -> None:
+    """Raise a `UserError` for a mask of fewer than `total` cached and new keys."""
+    short = attention_mask.shape[1] < total
+    refuse(look(short) if isinstance(short, Tensor) else short, _SHORT)
 
 
 def packed_documents(

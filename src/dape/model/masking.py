@@ -11,7 +11,7 @@ from transformers.utils import is_tracing
 
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
-from dape.model.arguments import CACHE_NAMES
+from dape.model.arguments import CACHE_NAMES, check_covered
 from dape.model.conditions import look, refuse
 
 REACHES = (
@@ -160,6 +160,8 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
             "additive mask of zeros and -inf give mask == 0"
         )
     covers = not isinstance(past, int) or shape[1] == past + rows or shape[1] == keys
+    if isinstance(past, Tensor):
+        check_covered(attention_mask, past + rows)
     if shape[1] > keys or not covers:
         full = f", and the static cache holds {keys}" if past + rows > keys else ""
         raise UserError(

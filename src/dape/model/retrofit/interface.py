@@ -21,6 +21,7 @@ from transformers.utils import is_tracing, logging
 
 from dape.attention import attention
 from dape.errors import UserError
+from dape.model.arguments import check_covered
 from dape.model.blocks import in_use
 from dape.model.conditions import look, refuse
 from dape.model.masking import (
@@ -113,8 +114,10 @@ def layer_mask(
     `[B, 1, Tq, Tk]`. Causality and padding need no whole mask.
 
     Raises:
-        UserError: for documents packed in a row behind cached keys.
+        UserError: for documents packed in a row behind cached keys, or a mask without the new keys.
     """
+    if attention_mask is not None:
+        check_covered(attention_mask, q_offset + q_length)
     asks = asked()
     documents, positions = asks.documents, asks.positions
     tokens = prepare_padding_mask(attention_mask, kv_length, kv_offset)
