@@ -193,6 +193,20 @@ def test_a_cache_of_a_sliding_window_is_refused(cache):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("scheme", ["dape-kerple", "learned"])
+def test_a_prompt_that_ends_in_hidden_tokens_is_refused(scheme):
+    """Generation would go on from the logits of a hidden token."""
+    model, ids = grown(scheme=scheme), tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with pytest.raises(UserError, match="hides the last token of a prompt, and gener") as e:
+        generate(model, ids, mask)
+    assert "\n" not in str(e.value)
+    ids[0, 4:] = 0  # known as padding without a mask
+    with pytest.raises(UserError, match="hides the last token of a prompt"):
+        model.generate(ids, **OPTIONS)
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("way", ["a prompt in pieces", "a mask of the new keys"])
 @pytest.mark.parametrize("retrofitted", [False, True])

@@ -53,6 +53,10 @@ _SHORT = (
     "attention_mask has fewer columns than cached and new keys: give 1 for every visible key, and"
     " leave prefill_chunk_size out beside a cache"
 )
+_ENDS = (
+    "attention_mask hides the last token of a prompt, and generate goes on from the last token: pad"
+    " on the left, as tokenizer.padding_side = 'left' does"
+)
 
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
@@ -99,6 +103,12 @@ def check_covered(attention_mask: Tensor, total: int | Tensor) -> None:
     """Raise a `UserError` for a mask of fewer than `total` cached and new keys."""
     short = attention_mask.shape[1] < total
     refuse(look(short) if isinstance(short, Tensor) else short, _SHORT)
+
+
+def check_last(attention_mask: Tensor | None) -> None:
+    """Raise a `UserError` for a prompt that ends in a hidden token, with which it would go on."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        refuse(look((attention_mask[:, -1] == 0).any()), _ENDS)
 
 
 def packed_documents(

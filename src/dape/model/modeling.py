@@ -8,7 +8,7 @@
 - embedding and output layer are untied by default, with the paper's GPT-NeoX initialisation
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NoReturn, cast
 
 import torch
@@ -24,6 +24,7 @@ from dape.errors import UserError
 from dape.model.arguments import (
     CACHE,
     by_either_name,
+    check_last,
     packed_documents,
     refuse_pages,
     refuse_unused,
@@ -297,8 +298,15 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             loss, logits, cache, outputs.hidden_states, outputs.attentions
         )
 
-    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
-        """Derive no positions, because the model counts the visible tokens."""
+    def _prepare_position_ids_for_generation(
+        self, _: Tensor, model_kwargs: Mapping[str, Any]
+    ) -> None:
+        """Derive no positions, because the model counts the visible tokens.
+
+        Raises:
+            UserError: for prompts that end in hidden tokens.
+        """
+        check_last(model_kwargs.get("attention_mask"))
 
     def prepare_inputs_for_generation(
         self,
