@@ -207,6 +207,33 @@ def test_a_prompt_that_ends_in_hidden_tokens_is_refused(scheme):
         model.generate(ids, **OPTIONS)
 
 
+@torch.no_grad()
+def test_a_cache_that_does_not_fit_is_refused():
+    model, ids = grown(scheme="dape-kerple"), tokens(2, 6)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(UserError, match="holds keys of 2 rows, and the call has 1"):
+        model(ids[:1], past_key_values=cache)
+    cache = StaticCache(model.config, max_cache_len=8)
+    found = [model(piece, past_key_values=cache).logits for piece in ids.split([4, 2], 1)]
+    assert_close(torch.cat(found, 1), model(ids).logits, rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match="without room for the new keys: give a greater max_cach"):
+        model(ids[:, :3], past_key_values=cache)
+    more, whole = ids[:, :2], torch.cat([ids, ids[:, :2]], 1)
+    found = model(more, past_key_values=cache).logits
+    assert_close(found, model(whole).logits[:, 6:], rtol=0, atol=1e-9)
+    with pytest.raises(UserError, match="without room for the new keys"):
+        model(tokens(2, 9), past_key_values=StaticCache(model.config, max_cache_len=8))
+
+
+def test_tokens_that_generate_would_not_read_are_refused():
+    model, ids = grown(scheme="dape-kerple"), tokens(1, 6)
+    with pytest.raises(UserError, match="prefill_chunk_size splits input_ids"):
+        model.generate(inputs_embeds=model.model.embed_tokens(ids), prefill_chunk_size=2, **OPTIONS)
+    with pytest.raises(UserError, match="logits_to_keep=-2 must be at least 0"):
+        model(ids, logits_to_keep=-2)
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("way", ["a prompt in pieces", "a mask of the new keys"])
 @pytest.mark.parametrize("retrofitted", [False, True])

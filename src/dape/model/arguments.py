@@ -57,6 +57,10 @@ _ENDS = (
     "attention_mask hides the last token of a prompt, and generate goes on from the last token: pad"
     " on the left, as tokenizer.padding_side = 'left' does"
 )
+_FULL = (
+    "past_key_values is a static cache without room for the new keys: give a greater max_cache_len,"
+    " or call reset() for another text"
+)
 
 
 def refuse_unused(arguments: Mapping[str, Any]) -> None:
@@ -103,6 +107,17 @@ def check_covered(attention_mask: Tensor, total: int | Tensor) -> None:
     """Raise a `UserError` for a mask of fewer than `total` cached and new keys."""
     short = attention_mask.shape[1] < total
     refuse(look(short) if isinstance(short, Tensor) else short, _SHORT)
+
+
+def check_fits(cache: Cache, batch: int, total: int | Tensor, keys: int) -> None:
+    """Raise a `UserError` for a cache of another batch, or of fewer than `total` keys."""
+    refuse(look(total > keys) if isinstance(total, Tensor) else total > keys, _FULL)
+    stored = next((getattr(each, "keys", None) for each in cache.layers), None)
+    if isinstance(stored, Tensor) and stored.ndim == 4 and stored.shape[0] != batch:
+        raise UserError(
+            f"past_key_values holds keys of {stored.shape[0]} rows, and the call has {batch}: give "
+            f"each batch a cache of its own, or call past_key_values.batch_repeat_interleave"
+        )
 
 
 def check_last(attention_mask: Tensor | None) -> None:

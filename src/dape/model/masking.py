@@ -11,7 +11,7 @@ from transformers.utils import is_tracing
 
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
-from dape.model.arguments import CACHE_NAMES, check_covered
+from dape.model.arguments import CACHE_NAMES, check_covered, check_fits
 from dape.model.conditions import look, refuse
 
 REACHES = (
@@ -57,6 +57,8 @@ def masking(
         past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         keys = cache.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
+    if cache is not None:
+        check_fits(cache, hidden_states.shape[0], past + rows, keys)
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
     gaps: bool | Tensor = False

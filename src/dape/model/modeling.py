@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from dape.attention.context_parallel import ContextParallel
-from dape.errors import UserError
+from dape.errors import UserError, check_whole
 from dape.model.arguments import (
     CACHE,
     by_either_name,
@@ -273,8 +273,11 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
             kwargs: further arguments of `DapeModel.forward`.
 
         Raises:
-            UserError: as `DapeModel.forward`, and for `labels` with `logits_to_keep`.
+            UserError: as `DapeModel.forward`, for `labels` with `logits_to_keep`, and for a
+                negative `logits_to_keep`.
         """
+        if isinstance(logits_to_keep, int):
+            check_whole(0, logits_to_keep=logits_to_keep)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise UserError("labels need the logits of all tokens: leave logits_to_keep out")
         outputs = self.model(
@@ -318,12 +321,20 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         """Pass on all positions, because a bias needs the positions of the cached keys too.
 
         The cache has the name `past_key_values` in every release, by which PEFT looks for it.
+
+        Raises:
+            UserError: without tokens, or for positions that are not those of all keys.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
+        if inputs["input_ids"] is not None and not inputs["input_ids"].shape[1]:
+            raise UserError(
+                "generate has no tokens to read: prefill_chunk_size splits input_ids and no "
+                "inputs_embeds, and a cache needs an attention_mask of all cached and new keys"
+            )
         if position_ids is None:
             position_ids = positions_of_gaps(inputs.get("attention_mask"), self.model.relative)
         if position_ids is None:
