@@ -1,14 +1,20 @@
-"""What importing `dape` costs, counted in modules, and that its names are what they say."""
+"""What importing `dape` costs and needs, and that its names are what they say."""
 
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dape
+from dape.cli import COMMANDS
 
+ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "lightning", "matplotlib", "datasets", "tensorboard"}
 
 
@@ -27,17 +33,83 @@ def test_attention_and_its_parts_import_torch_alone():
     assert imported("import dape; dape.attention, dape.Kerple, dape.DAPE") == {"torch"}
 
 
-def test_attention_needs_no_triton():
-    """A build of PyTorch for CPUs comes without."""
-    code = (
-        "import sys; sys.modules['triton'] = None; import torch, dape;"
+def asked():
+    """Return the distributions that an installation without extras brings."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found, left = {"dape"}, project["dependencies"]
+    while left:
+        need = Requirement(left.pop())
+        name = canonicalize_name(need.name)
+        if name not in found and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            found.add(name)
+            left += requires(name) or ()
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """Return a function that runs code in a fresh Python without the packages of the extras."""
+    kept, owners = asked(), packages_distributions().items()
+    others = {name for name, of in owners if kept.isdisjoint(map(canonicalize_name, of))}
+    assert {"hypothesis", "pytest"} <= others and "rich" not in others
+    # PyTorch for GPUs asks for Triton; builds for CPUs, macOS and Windows come without.
+    absent = sorted(others | {"triton"})
+
+    def run(code):
+        code = f"import sys; sys.modules |= dict.fromkeys({absent})\n{code}"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    return run
+
+
+def test_attention_needs_no_triton(bare):
+    run = bare(
+        "import torch, dape;"
         "bias, adapter, x = dape.Kerple(4), dape.DAPE(4), torch.randn(1, 4, 40, 16);"
         "whole = dape.attention(x, x, x, bias, adapter);"
         "last = dape.attention(x[:, :, -1:], x, x, bias, adapter, query_offset=39);"
         "print((whole[:, :, -1:] - last).abs().max().item() < 1e-5)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["True"], run.stderr
+
+
+def test_no_module_needs_an_extra_and_kernels_alone_need_triton(bare):
+    run = bare(
+        """
+import dape
+from importlib import import_module
+from pathlib import Path
+folder = Path(dape.__path__[0])
+for path in sorted(folder.rglob("*.py")):
+    name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+    try:
+        name.endswith("__main__") or import_module(name.removesuffix(".__init__"))
+    except ImportError as error:
+        print(name, error.name)
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    failed = [line.split() for line in run.stdout.splitlines()]
+    assert failed, "kernels need Triton"
+    for name, missing in failed:
+        kernels = name.startswith("dape.attention.fused.") or name.endswith("_kernels")
+        assert kernels and missing.partition(".")[0] == "triton", f"{name} needs {missing}"
+
+
+def test_every_command_explains_itself_without_an_extra(bare):
+    run = bare(
+        """
+from dape.cli import COMMANDS, main
+for name in ["info", *(f"{name} --help" for name in COMMANDS)]:
+    try:
+        status = main(name.split())
+    except SystemExit as end:
+        status = end.code
+    assert not status, name
+"""
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("usage: dape") == len(COMMANDS)
 
 
 def test_the_operator_keeps_its_name_after_its_subpackage_is_imported():
