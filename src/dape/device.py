@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from itertools import chain
 
 import torch
 from torch import nn
 
 from dape.errors import UserError
+from dape.packages import has_package
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,7 +42,7 @@ def device_of(network: nn.Module, default: torch.device) -> torch.device:
 @cache
 def has_triton() -> bool:
     """Return whether Triton is installed; PyTorch for Windows comes without."""
-    return find_spec("triton") is not None
+    return has_package("triton")
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from platform import python_version
 from typing import Any, Literal
 
 from dape.data.hub import reachable
 from dape.errors import UserError, install
+from dape.packages import has_package
 
 Kind = Literal["text", "json", "dataset"]
 
@@ -193,7 +193,7 @@ def named_split(name: str, kind: Kind) -> str | None:
 
 
 def _dataset(name: str) -> Source:
-    if find_spec("datasets") is None:
+    if not has_package("datasets"):
         raise UserError(
             f"no file or folder {name!r}; to read a Hugging Face dataset, {install('datasets')}"
         )

@@ -6,7 +6,6 @@ import time
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dape.errors import UserError
 from dape.files import write_text
+from dape.packages import has_package
 from dape.train.recipe import Settings
 
 Metrics = dict[str, float | int]
@@ -24,7 +24,7 @@ SECONDS_BETWEEN_LINES = 10.0
 def check(recipe: Settings) -> None:
     """Raise a `UserError` if the tracking service is not installed."""
     service = recipe.tracking.service
-    if service != "none" and find_spec(service) is None:
+    if service != "none" and not has_package(service):
         raise UserError(
             f"tracking.service={service!r} is not installed; run `pip install {service}`, or leave"
             f" the option out: {recipe.run.metrics.name} and TensorBoard are written always"
