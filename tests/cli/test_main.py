@@ -69,6 +69,22 @@ def read(master):
         return b""
 
 
+def closed(descriptors, *words):
+    """Run a command whose outputs a shell has closed."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {descriptors}', "sh", sys.executable, "-m", "dape", *words],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_command_runs_with_closed_outputs():
+    assert closed("2>&-", "--version").stdout == f"dape {dape.__version__}\n"
+    assert closed(">&- 2>&-", "--version").returncode == 0
+    mistake = closed(">&-", "nothing")
+    assert mistake.returncode == 2 and mistake.stderr.startswith("dape: error: unknown command")
+
+
 @pytest.mark.parametrize("columns", [24, 200])
 @pytest.mark.parametrize("colour", [True, False])
 def test_a_mistake_is_the_same_line_on_a_terminal_as_in_a_pipe(capsys, columns, colour):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
+from typing import TextIO
 
 from dape.errors import RankError, UserError, of_a_peer, out_of_memory, unknown
 from dape.ranks import rank, ranks
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a mistake becomes a line on stderr and status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.pop("MPLBACKEND", None)  # figures are files; a wrong name would end the command
+    # A shell that closes a stream, as `dape ... >&-`, leaves None.
+    sys.stdout, sys.stderr = sys.stdout or _nowhere(), sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # for ASCII terminals
     # The first process of a machine reports an error of all: files of machines may differ.
@@ -85,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ranks() == 1 or not of_a_peer(error):
             raise
         return _fail(f"rank {rank()} of {ranks()}: another process has ended; {CONTINUED}")
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 @contextmanager
