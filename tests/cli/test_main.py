@@ -85,6 +85,24 @@ def test_a_command_runs_with_closed_outputs():
     assert mistake.returncode == 2 and mistake.stderr.startswith("dape: error: unknown command")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["explore", "--out", "\udce9.html"],
+        ["prepare", "text", "--out", "\udcc3\udca9"],
+        ["train", "recipes/demo.yaml", "--out", "runs/\udce9"],
+    ],
+)
+def test_a_word_that_is_not_utf_8_is_refused_before_the_work(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    line = capsys.readouterr().err
+    assert line == (
+        f"dape: error: {words[-1]!a} is not UTF-8; set PYTHONUTF8=1, or rename the file or folder\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("columns", [24, 200])
 @pytest.mark.parametrize("colour", [True, False])
 def test_a_mistake_is_the_same_line_on_a_terminal_as_in_a_pipe(capsys, columns, colour):

@@ -112,6 +112,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _run(words: list[str]) -> int:
+    _check_text(words)
     if words == ["--version"]:
         from dape import __version__
 
@@ -134,6 +135,17 @@ def _run(words: list[str]) -> int:
             f"{ranks()}; start the command without torchrun, or unset WORLD_SIZE"
         )
     return import_module(f"dape.cli.{name.replace(' ', '_')}").main(rest) or 0
+
+
+def _check_text(words: list[str]) -> None:
+    """Raise a `UserError` for a word that is not UTF-8, because files name it and are UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{word!a} is not UTF-8; set PYTHONUTF8=1, or rename the file or folder"
+            ) from None
 
 
 def _command(words: list[str]) -> tuple[str, list[str]]:
