@@ -54,8 +54,11 @@ site: $(BIN)/.test
 	$(BIN)/python docs/site/pages.py build/pages
 	$(BIN)/mkdocs build
 
+# A .venv of an old Python, or without pip, would stay and fail again when the cause is mended.
+OLD := dape needs Python 3.11 or later: give one, as in `make demo PYTHON=python3.12`
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 $(BIN)/dape: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
