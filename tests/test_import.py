@@ -73,6 +73,24 @@ def test_attention_needs_no_triton(bare):
     assert run.stdout.split() == ["True"], run.stderr
 
 
+def test_models_need_no_module_of_unix_and_files_are_refused_with_a_line(tmp_path):
+    """Without fcntl, as on Windows."""
+    code = f"""
+import sys; sys.modules["fcntl"] = None
+import warnings; warnings.simplefilter("ignore")  # huggingface_hub warns about its locks
+import dape, torch
+from dape.cli import main
+small = dict(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = dape.DapeForCausalLM(dape.DapeConfig(scheme="dape-kerple", **small))
+print(*model(torch.arange(9)[None]).logits.shape)
+main(["plot", "encoding", "alibi", "--out", {str(tmp_path / "a.svg")!r}])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.split() == ["1", "9", "9"], run.stderr
+    assert run.stderr.startswith("dape: error: dape writes files on Linux and macOS alone")
+    assert not any(tmp_path.iterdir())
+
+
 def test_no_module_needs_an_extra_and_kernels_alone_need_triton(bare):
     run = bare(
         """

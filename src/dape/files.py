@@ -6,7 +6,6 @@ writer removes the leftover.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -25,6 +24,11 @@ from dape.plain_yaml import parse
 if TYPE_CHECKING:
     from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # on Windows, where no file is written
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL = ".partial"
 LOCK = ".lock"
 
@@ -38,6 +42,7 @@ def whole(path: Path) -> Iterator[Path]:
     An exception inside the block leaves `path` unchanged. Files get the mode of the umask, also
     from libraries that create private files.
     """
+    _check_system()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     remove(partial)
@@ -77,6 +82,7 @@ def check_writable(*paths: Path, remedy: str = "give another --out") -> None:
         UserError: for a folder in place of the file, a name that is too long, and a parent folder
             that is a file or not writable.
     """
+    _check_system()
     for path in paths:
         above = next(each for each in path.absolute().parents if lexists(each))
         longest = os.statvfs(above).f_namemax - len(PARTIAL) if isdir(above) else 0
@@ -250,6 +256,7 @@ def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
 
 def _lock(file: Path, busy: str) -> int:
     """Return the handle of an existing, locked file."""
+    _check_system()
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):  # the owner removed the file or the folder meanwhile
@@ -262,6 +269,11 @@ def _lock(file: Path, busy: str) -> int:
                 os.close(handle)
                 raise UserError(busy) from None
             os.close(handle)
+
+
+def _check_system() -> None:
+    if fcntl is None:
+        raise UserError("dape writes files on Linux and macOS alone; on Windows, run dape in WSL")
 
 
 def _file_mode(absent: Path) -> int:
