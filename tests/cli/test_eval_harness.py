@@ -258,8 +258,9 @@ def test_mistakes_are_one_line_with_the_remedy(run, tasks, tmp_path, capsys, mon
     (tmp_path / "elsewhere.jsonl").rename(tasks / "rolling.jsonl")
 
 
-def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+@pytest.mark.parametrize("package", ["lm_eval.tasks", "accelerate"])
+def test_without_lm_eval_the_remedy_is_to_install_it(run, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
     message = refused(capsys, "eval", "harness", run, "--tasks", "wikitext")
     expected = "`dape eval harness` needs lm-eval: pip install '.[harness]' in a clone of dape"
     assert message == f"dape: error: {expected}"

@@ -20,6 +20,7 @@ from dape.evaluate.request import FORMAT, Harnessed, Request
 from dape.evaluate.results import KEPT, repeats, results_folders
 from dape.evaluate.subject import Model, files_checksum
 from dape.evaluate.watch import SILENT, Watch
+from dape.packages import has_package
 from dape.provenance import provenance
 from dape.runs import RunFolder
 
@@ -34,10 +35,13 @@ def manager(tasks: Sequence[str], include_path: Path | None) -> "TaskManager":
     Raises:
         UserError: for an absent lm-eval, an absent folder, or an unknown task.
     """
+    absent = UserError(f"`dape eval harness` needs lm-eval: {install('harness')}")
+    if not has_package("accelerate"):  # lm-eval comes without, unless as lm-eval[hf]
+        raise absent
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError(f"`dape eval harness` needs lm-eval: {install('harness')}") from None
+        raise absent from None
     if include_path is not None:
         if not include_path.is_dir():
             raise UserError(f"--include-path {include_path}: the folder does not exist")
