@@ -130,6 +130,19 @@ for name in ["info", *(f"{name} --help" for name in COMMANDS)]:
     assert run.stdout.count("usage: dape") == len(COMMANDS)
 
 
+def test_tests_of_kernels_are_skipped_where_there_is_no_triton():
+    """A file that cannot be imported would end the whole run."""
+    code = (
+        "import sys; sys.modules['triton'] = None; import pytest;"
+        "sys.exit(pytest.main(['--collect-only', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    files = ["tests/test_interpreter.py", "tests/test_ranks.py"]
+    command = [sys.executable, "-c", code, *files]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    assert "SKIPPED [1] tests/test_interpreter.py:0: needs Triton" in run.stdout
+
+
 def test_the_operator_keeps_its_name_after_its_subpackage_is_imported():
     assert import_module("dape.attention").attention is dape.attention
     assert dape.attention is import_module("dape.attention.operator").attention
