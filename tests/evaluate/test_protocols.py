@@ -49,6 +49,20 @@ def test_sliding_moves_by_the_stride_and_scores_only_what_is_new():
     assert [context for _, _, context in targets[8]] == [5, 6, 7, 8] * 4
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_the_least_and_the_greatest_stride_score_each_token_once(stride):
+    targets = scored_targets("sliding", [4, 8], stride, [21])
+    for length in (4, 8):
+        assert [target for _, target, _ in targets[length]] == list(range(9 - stride, 21))
+    assert {context for _, _, context in targets[4]} == set(range(5 - stride, 5))
+
+
+def test_windows_of_one_token_score_each_token():
+    chosen = choose_blocks(protocol("last", [1]), np.array([5]), documents=9, blocks=9, seed=0)
+    windows = chosen.windows(1)
+    assert (windows.ends - 1).tolist() == [1, 2, 3, 4] and windows.tokens == 4
+
+
 def test_non_overlapping_scores_every_token_of_consecutive_windows():
     targets = scored_targets("non_overlapping", [4, 12], None, [26])
     assert [target for _, target, _ in targets[4]] == list(range(1, 25))

@@ -45,6 +45,23 @@ def test_bootstrap_weighs_documents_by_their_tokens():
     assert test.difference == pytest.approx(1.25)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bootstrap_draws_a_document_with_its_tokens(seed):
+    """By a loop of our own. Long documents lose least, so that other pairs have another p."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(10, 1000, 25)
+    difference = -0.2 * tokens / 1000 + generator.normal(0.14, 0.1, 25)
+    drawn = generator.integers(0, 25, (20_000, 25))
+    means = [np.average(difference[row], weights=tokens[row]) for row in drawn]
+    expected = 2 * min(np.mean(np.less_equal(means, 0)), np.mean(np.greater_equal(means, 0)))
+    baseline = generator.normal(3.0, 1.0, 25)
+    test = paired_bootstrap(baseline + difference, baseline, tokens)
+    assert 0.01 < expected < 0.99
+    assert test.p_value == pytest.approx(expected, abs=0.02)
+    assert test == paired_bootstrap(baseline + difference, baseline, tokens), "equal draws"
+    assert test.least == pytest.approx(0.0002)
+
+
 def test_bootstrap_cannot_claim_less_than_its_resamples_show():
     test = paired_bootstrap(np.full(5, 2.0), np.full(5, 1.0), np.full(5, 10))
     assert test.p_value == pytest.approx(2 / (RESAMPLES + 1))
