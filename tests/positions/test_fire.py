@@ -38,6 +38,23 @@ def causal_sum(bias, parameters, size, coefficients):
     return ours, theirs, (ours * coefficients).sum(), (theirs * coefficients).sum()
 
 
+def test_the_threshold_starts_at_the_training_length_or_where_it_is_told():
+    assert FIRE(3, train_length=512).threshold.item() == pytest.approx(512)
+    bias = FIRE(3, train_length=512, threshold=12.5).double()
+    assert bias.threshold.item() == pytest.approx(12.5, rel=1e-6)
+    bias.reset_parameters()
+    assert bias.threshold.item() == pytest.approx(12.5, rel=1e-6)
+    parameters = natural(bias)
+    ours, theirs, *_ = causal_sum(bias, parameters, 30, 1.0)
+    assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+    options = {"bias": {"threshold": 12.5}}
+    sizes = {"num_heads": 3, "train_length": 64}
+    built = scheme.resolve("dape-fire").build("bias", sizes, options)
+    assert built.threshold.item() == pytest.approx(12.5, rel=1e-6)
+    with pytest.raises(UserError, match=r"threshold=0\.5 must be at least 1"):
+        FIRE(3, threshold=0.5)
+
+
 def test_values_and_gradients_are_the_formula_s_before_and_after_the_threshold():
     bias = FIRE(3, train_length=10, hidden=7).double()
     parameters = natural(bias)

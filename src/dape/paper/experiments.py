@@ -7,7 +7,7 @@ from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.claims import Better, Claim, Rise, Uses
 from dape.paper.experiment import Experiment
 from dape.paper.smollm2 import SMOLLM2
-from dape.paper.sweep import USES, Arm, Bench, Sweep, heads, schemes
+from dape.paper.sweep import USES, Arm, Bench, Options, Sweep, heads, schemes
 
 PAIRS = schemes("alibi", "dape-alibi", "kerple", "dape-kerple", "fire", "dape-fire")
 MAIN = (*PAIRS, *schemes("rope", "nope", "dape3-kerple"))
@@ -43,6 +43,7 @@ def _steady(*checks: tuple[Regime, int]) -> tuple[Claim, Claim]:
 
 ARXIV, BOOKS = Regime("125m", "arxiv", 512), Regime("125m", "books", 512)
 SMALL_ARXIV, SMALL_BOOKS = Regime("small", "arxiv", 512), Regime("small", "books", 512)
+SMALL_LONG = Regime("small", "arxiv", 1024)
 SMALL_SHORT, SHORT = Regime("small", "arxiv", 128), Regime("125m", "arxiv", 128)
 
 CORE = Experiment(
@@ -184,6 +185,38 @@ BARE_SUM = Arm(
     "dape-add-kerple-bare",
     {"model.scheme": "dape-add-kerple", "model.scheme_options": {"adapter": {"residual": False}}},
 )
+FIRE_128: Options = {"model.scheme_options": {"bias": {"threshold": 128}}}
+THRESHOLD = Experiment(
+    name="threshold",
+    title="FIRE whose threshold starts at 128 tokens",
+    shows="DAPE-FIRE of Figure 3 and section 4.2, as the released settings start the threshold",
+    parts=(
+        Sweep(
+            *("small", ("arxiv",), (512, 1024)),
+            (
+                *schemes("fire", "dape-fire"),
+                Arm("fire-l128", {"model.scheme": "fire", **FIRE_128}),
+                Arm("dape-fire-l128", {"model.scheme": "dape-fire", **FIRE_128}),
+            ),
+        ),
+    ),
+    claims=(
+        Claim(
+            "Trained at 1,024, DAPE-FIRE's perplexity does not rise up to 8,192",
+            "section 4.1, Figure 3",
+            (Rise("dape-fire-l128", SMALL_LONG, 8, rises=False),),
+        ),
+        Claim(
+            "FIRE reads further if the threshold starts below the training length",
+            "none; the released settings do",
+            tuple(
+                Better(f"{arm}-l128", arm, regime, times)
+                for arm in ("fire", "dape-fire")
+                for regime, times in ((SMALL_ARXIV, 16), (SMALL_LONG, 8))
+            ),
+        ),
+    ),
+)
 ABLATION = Experiment(
     name="ablation",
     title="Hidden width, bias ablation and form",
@@ -301,7 +334,10 @@ USE = Experiment(
     ),
     sections=("uses",),
 )
-PAPER = (CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, COST, V2, LEARNT, USE, CHOMSKY)
+PAPER = (
+    *(CORE, LENGTHS, ALL, SIGNIFICANCE, SIZE, AMOUNTS, ABLATION, THRESHOLD, COST, V2, LEARNT, USE),
+    CHOMSKY,
+)
 EXPERIMENTS = {each.name: each for each in (*PAPER, DEMO, SCHEMES, RETROFIT, SMOLLM2)}
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding, relu, softplus
 
-from dape.errors import UserError, check_whole
+from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
 from dape.positions.wide import Wide, own_dtypes, parameter, widen, without_overflow
 
@@ -323,30 +323,40 @@ class FIRE(Bias):
     r"""FIRE: `B_h = f_h(psi(|i - j|) / psi(max(i, L)))`, psi(x) = log(1 + c x).
 
     Li et al., 2024, section 3. f = W2 relu(w1 x + b1) + b2 has `hidden` units and starts as
-    `nn.Linear` does. The threshold L and c > 0 are learned and start at `train_length` and 0.1.
+    `nn.Linear` does. The threshold L and c > 0 are learned and start at `threshold` and 0.1. With L
+    at the training length, no query of the training has a normaliser of its own.
 
     - The normaliser is psi(max(i, j, L)), equal to the paper's in causal use, where j <= i. In
       bidirectional use, the argument of f stays within [0, 1] on both sides.
     - c and L are stored as logarithms, and a step changes c and L by a factor. The authors' listing
       takes absolute values, and multiplies a fixed L by a learnable factor.
     - f has a ReLU with and without DAPE. DAPE's code has a ReLU or a LeakyReLU. DAPE's
-      code also halves the length at which L starts, 128 in its settings for training at 512.
+      code also halves the length at which L starts, 128 in its settings for training at 512. The
+      listing of Li et al. starts at 512 for training at 2,048.
 
     FIRE is not `relative`, because B also depends on i.
 
     Args:
         num_heads: number of query heads H.
-        train_length: start of the threshold L, in tokens.
+        train_length: training length in tokens.
         hidden: number of hidden units of f.
+        threshold: start of the threshold L in tokens, `train_length` by default.
 
     Raises:
-        UserError: for a `train_length` or `hidden` below 1.
+        UserError: for a `train_length`, `hidden` or `threshold` below 1.
     """
 
-    def __init__(self, num_heads: int, train_length: int = 512, hidden: int = 32) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        train_length: int = 512,
+        hidden: int = 32,
+        threshold: float | None = None,
+    ) -> None:
         super().__init__(num_heads)
         check_whole(train_length=train_length, hidden=hidden)
-        self.train_length = train_length
+        self.start = train_length if threshold is None else threshold
+        check_finite(1, threshold=self.start)
         # Tensors of one element, because sharding takes no scalars.
         self.log_c = parameter(1)
         self.log_threshold = parameter(1)
@@ -359,7 +369,7 @@ class FIRE(Bias):
     def reset_parameters(self) -> None:
         """Set c and L, and draw both layers from U(-1, 1) / sqrt(fan in)."""
         nn.init.constant_(self.log_c, math.log(0.1))
-        nn.init.constant_(self.log_threshold, math.log(self.train_length))
+        nn.init.constant_(self.log_threshold, math.log(self.start))
         for weight, bias in ((self.weight_in, self.bias_in), (self.weight_out, self.bias_out)):
             bound = 1 / math.sqrt(weight.shape[1])
             nn.init.uniform_(weight, -bound, bound)
