@@ -11,7 +11,7 @@ import torch
 
 from dape.errors import UserError
 from dape.evaluate.perplexity import measure, token_losses
-from dape.evaluate.protocols import LAST_TOKENS, choose_blocks, protocol
+from dape.evaluate.protocols import LAST_TOKENS, Windows, choose_blocks, protocol
 
 VOCAB = 7
 GENERATOR = np.random.default_rng(0)
@@ -121,6 +121,19 @@ def test_documents_are_weighed_by_their_tokens_and_are_the_units_of_the_error():
     residuals = (first - measured.loss, 2 * (second - measured.loss))
     expected = math.sqrt(2 * (residuals[0] ** 2 + residuals[1] ** 2)) / 3
     assert measured.loss_error == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_error_over_many_documents_is_that_of_the_bootstrap():
+    generator = np.random.default_rng(2)
+    blocks = generator.integers(1, 6, 300)
+    owner = np.repeat(np.arange(300), blocks)
+    windows = Windows(64, 16, owner, np.full(len(owner), 64))
+    levels = generator.normal(3.0, 0.5, 300)[owner]
+    losses = generator.normal(levels[:, None], 0.2, (len(owner), 16)).astype(np.float32)
+    sums = np.bincount(owner, weights=losses.sum(axis=1, dtype=np.float64))
+    drawn = generator.integers(0, 300, (4000, 300))
+    means = sums[drawn].sum(axis=1) / (16 * blocks[drawn].sum(axis=1))
+    assert measure(losses, windows, None).loss_error == pytest.approx(means.std(), rel=0.04)
 
 
 def test_one_document_has_no_standard_error():
