@@ -209,6 +209,16 @@ def test_a_long_cell_of_a_later_turn_starts_while_there_is_time_for_it():
     assert set(packed) == first | {found[10].name}
 
 
+def test_cells_that_overlap_take_less_time_together():
+    """Three cells of 4 minutes on a device, half a minute of each beside the next, take 11."""
+    found = cells("kerple", "alibi", "fire", "rope")
+    prices = {cell.name: 4.0 for cell in found[:3]} | {found[3].name: 11.1}
+    assert pack([found[3], *found[:3]], prices, 1, 11.0, 0.5) == [*found[:3], found[3]]
+    assert pack([found[3], *found[:3]], prices, 1, 11.1, 0.5) == [found[3], *found[:3]]
+    assert pack(found, prices, 2, 11.1, 0.5) == [found[3], *found[:3]]
+    assert pack(found, prices, 2, 11.1) == found
+
+
 def test_packed_cells_lose_none_of_the_first_turn_and_leave_less_time_over():
     random, spent = Random(0), [0.0, 0.0]
     every = cells(*(f"arm-{n}" for n in range(20)))

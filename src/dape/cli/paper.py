@@ -132,7 +132,8 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
         return 0
     prices = {each.cell.name: each.minutes for each in planned if each.minutes is not None}
     if arguments.minutes is not None:
-        due = plan.pack(due, prices, len(devices), arguments.minutes)
+        overlap = spread.START / 60 if arguments.overlap else 0.0
+        due = plan.pack(due, prices, len(devices), arguments.minutes, overlap)
     ends = spread.spread(
         due,
         devices,

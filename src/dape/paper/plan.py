@@ -89,7 +89,11 @@ def choose(
 
 
 def pack(
-    cells: Sequence[Cell], prices: Mapping[str, float], devices: int, minutes: float
+    cells: Sequence[Cell],
+    prices: Mapping[str, float],
+    devices: int,
+    minutes: float,
+    overlap: float = 0.0,
 ) -> list[Cell]:
     """Return the cells in an order that fills `minutes` on every device.
 
@@ -99,13 +103,15 @@ def pack(
 
     Args:
         prices: minutes by name of cell; a cell without price is not taken.
+        overlap: minutes before the end of a cell at which the next cell starts.
     """
     taken: list[Cell] = []
     for cell in cells:
         if cell.name in prices:
             longer = [each for each in taken if prices[each.name] >= prices[cell.name]]
             more = [*longer, cell, *taken[len(longer) :]]
-            if _last_end([prices[each.name] for each in more], devices) <= minutes:
+            alone = [prices[each.name] - overlap for each in more]
+            if _last_end(alone, devices) <= minutes - overlap:
                 taken = more
     return taken + [cell for cell in cells if cell not in taken]
 
