@@ -208,7 +208,7 @@ THRESHOLD = Experiment(
         ),
         Claim(
             "FIRE reads further if the threshold starts below the training length",
-            "none; the released settings do",
+            "the released settings",
             tuple(
                 Better(f"{arm}-l128", arm, regime, times)
                 for arm in ("fire", "dape-fire")
@@ -230,6 +230,13 @@ ABLATION = Experiment(
                 *schemes("kerple", "dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
                 BARE_SUM,
             ),
+        ),
+        # Differences about as large as those between seeds.
+        Sweep("small", ("arxiv",), (128,), (*schemes("alibi"), HIDDEN[0]), seeds=(1, 2)),
+        Sweep(
+            *("small", ("arxiv",), (512,)),
+            schemes("dape-kerple", "dape-concat-kerple", "dape-add-kerple"),
+            seeds=(1, 2),
         ),
     ),
     claims=(
