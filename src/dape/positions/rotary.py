@@ -139,8 +139,14 @@ class PositionInterpolation(RoPE):
         self.factor = factor
 
     def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
-        """Return the frequencies of RoPE divided by the factor."""
-        return super().frequencies(positions, dtype) / self.factor
+        """Return the frequencies of RoPE, divided by the factor as far as the ramp says."""
+        plain = super().frequencies(positions, dtype)
+        ramp = self.ramp(plain)
+        return plain * (1 - ramp) + plain / self.factor * ramp
+
+    def ramp(self, plain: Frequencies) -> Frequencies:
+        """Return how far each pair is interpolated, from 0 to 1; here every pair is in full."""
+        return torch.ones_like(plain)
 
 
 class NTK(RoPE):
@@ -214,7 +220,7 @@ class DynamicNTK(RoPE):
         return frequencies(self.width, base[..., None], dtype, positions.device)
 
 
-class YaRN(RoPE):
+class YaRN(PositionInterpolation):
     r"""YaRN: `w_i (1 - r_i + r_i / factor)`, and scores times `attention_factor^2`.
 
     The ramp r rises from 0 to 1 between the pairs that turn `beta_fast` and `beta_slow` times in
@@ -249,13 +255,11 @@ class YaRN(RoPE):
         base: float = 10000.0,
         fraction: float = 1.0,
     ) -> None:
-        super().__init__(head_dim, base, fraction)
+        super().__init__(head_dim, factor, base, fraction)
         check_whole(train_length=train_length)
-        check_finite(1, factor=factor)
         check_finite(beta_fast=beta_fast, beta_slow=beta_slow)
         if not beta_fast > beta_slow > 0:
             raise UserError(f"beta_fast={beta_fast} > beta_slow={beta_slow} > 0 must hold")
-        self.factor = factor
         if attention_factor is None:
             attention_factor = 0.1 * math.log(factor) + 1
         check_finite(attention_factor=attention_factor)
@@ -268,13 +272,10 @@ class YaRN(RoPE):
         """Return the fractional index of the pair that turns once in `wavelength` tokens."""
         return self.width * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.base))
 
-    def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
-        """Return the frequencies of RoPE for fast pairs, interpolated for slow pairs."""
-        plain = super().frequencies(positions, dtype)
-        index = torch.arange(len(plain), dtype=dtype, device=plain.device)
-        # A ramp of no width is a step.
-        ramp = ((index - self.first) / max(self.last - self.first, 0.001)).clamp(0, 1)
-        return plain * (1 - ramp) + plain / self.factor * ramp
+    def ramp(self, plain: Frequencies) -> Frequencies:
+        """Return the ramp over the index of a pair; a ramp of no width is a step."""
+        index = torch.arange(len(plain), dtype=plain.dtype, device=plain.device)
+        return ((index - self.first) / max(self.last - self.first, 0.001)).clamp(0, 1)
 
     def waves(self, positions: Positions, dtype: torch.dtype) -> tuple[Waves, Waves]:
         """Return cosine and sine times the attention factor."""
@@ -282,7 +283,7 @@ class YaRN(RoPE):
         return cos * self.attention_factor, sin * self.attention_factor
 
 
-class Llama3(RoPE):
+class Llama3(PositionInterpolation):
     r"""Llama 3.1's RoPE: `w_i (1 - r_i + r_i / factor)`, with a ramp in the number of turns.
 
     A pair turns n_i = L w_i / 2 pi times in `train_length` = L tokens. The ramp is
@@ -314,25 +315,22 @@ class Llama3(RoPE):
         base: float = 10000.0,
         fraction: float = 1.0,
     ) -> None:
-        super().__init__(head_dim, base, fraction)
+        super().__init__(head_dim, factor, base, fraction)
         check_whole(train_length=train_length)
-        check_finite(1, factor=factor)
         check_finite(low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor)
         if not high_freq_factor > low_freq_factor > 0:
             raise UserError(
                 f"high_freq_factor={high_freq_factor} > low_freq_factor={low_freq_factor} > 0 must"
                 " hold"
             )
-        self.train_length, self.factor = train_length, factor
+        self.train_length = train_length
         self.low_freq_factor, self.high_freq_factor = low_freq_factor, high_freq_factor
 
-    def frequencies(self, positions: Positions, dtype: torch.dtype) -> Frequencies:
-        """Return the frequencies of RoPE for fast pairs, interpolated for slow pairs."""
-        plain = super().frequencies(positions, dtype)
+    def ramp(self, plain: Frequencies) -> Frequencies:
+        """Return the ramp over the turns of a pair in the training length."""
         turns = self.train_length / (2 * math.pi) * plain
         width = self.high_freq_factor - self.low_freq_factor
-        ramp = ((self.high_freq_factor - turns) / width).clamp(0, 1)
-        return plain * (1 - ramp) + plain / self.factor * ramp
+        return ((self.high_freq_factor - turns) / width).clamp(0, 1)
 
 
 class XPos(RoPE):
