@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dape.attention.call import Attended, Call
 from dape.errors import UserError
-from dape.positions.adapter import Rows
+from dape.positions.adapter import Rows, adapted
 
 # The first release of PyTorch that exports products over free sizes of batch and length.
 EXPORTS = (2, 13)
@@ -70,12 +70,8 @@ def logits_of(
     shift = scores.new_zeros(()).expand(scores.shape[1:])
     if bias is not None:
         shift = bias(*positions).to(scores.dtype)
-    if adapter is None:
-        return scores + shift
-    if getattr(adapter, "needs_rows", False):
-        rows = Rows(query, key, *positions, visible, call.scale, call.begun)
-        return adapter(scores, shift, rows)
-    return adapter(scores, shift)
+    rows = Rows(query, key, *positions, visible, call.scale, call.begun)
+    return adapted(adapter, scores, shift, rows)
 
 
 def within_halo(

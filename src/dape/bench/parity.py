@@ -13,7 +13,7 @@ from dape.bench.case import DTYPES, Attend, Case, Inputs, Parts, build, draw, st
 from dape.bench.methods import Method, each_direction
 from dape.bench.record import Check, Missing
 from dape.errors import UserError
-from dape.positions.adapter import Rows
+from dape.positions.adapter import Rows, adapted
 
 # Most scores of a check, and of a block in float64, to limit time and memory.
 SCORES = {"cpu": 2**24, "cuda": 2**32}
@@ -139,11 +139,8 @@ def eager(parts: Parts, query: Tensor, key: Tensor, value: Tensor, offset: int) 
     shift = torch.zeros_like(scores[0])
     if parts.bias is not None:
         shift = parts.bias(rows + offset, keys).to(scores.dtype)
-    logits = scores + shift
-    if parts.adapter is not None:
-        block = Rows(query, key, rows + offset, keys, visible, scale)
-        given = (block,) if getattr(parts.adapter, "needs_rows", False) else ()
-        logits = parts.adapter(scores, shift, *given)
+    block = Rows(query, key, rows + offset, keys, visible, scale)
+    logits = adapted(parts.adapter, scores, shift, block)
     return logits.masked_fill(~visible, -torch.inf).softmax(-1).to(value.dtype) @ value
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dape.errors import UserError
 from dape.model.blocks import DapeAttention
-from dape.positions.adapter import Rows
+from dape.positions.adapter import Rows, adapted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,12 +72,7 @@ class Recorder(nn.Module):
         rows: Rows,
     ) -> Float[Tensor, "batch heads query key"]:
         """Return the logits; keep the rows of the wanted queries in the block."""
-        if self.adapter is None:
-            logits = scores + bias
-        elif getattr(self.adapter, "needs_rows", False):
-            logits = self.adapter(scores, bias, rows)
-        else:
-            logits = self.adapter(scores, bias)
+        logits = adapted(self.adapter, scores, bias, rows)
         first = int(rows.query_positions.flatten()[0])
         residual = bool(getattr(self.adapter, "residual", True))
         for query in self.queries:

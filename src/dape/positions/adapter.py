@@ -8,6 +8,7 @@ has logits that depend on at most `reach` keys to each side, and may be given a 
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,19 @@ class Rows(NamedTuple):
     visible: Bool[Tensor, "#batch 1 query key"]
     scale: float
     begun: Bool[Tensor, "#batch 1 #query"] | None = None
+
+
+def adapted(
+    adapter: Callable[..., Tensor] | None,
+    scores: Float[Tensor, "batch heads query key"],
+    bias: Float[Tensor, "*#batch heads query key"],
+    rows: Rows,
+) -> Float[Tensor, "batch heads query key"]:
+    """Return the logits of an adapter, which gets the rows if it needs them, or A + B."""
+    if adapter is None:
+        return scores + bias
+    more = (rows,) if getattr(adapter, "needs_rows", False) else ()
+    return adapter(scores, bias, *more)
 
 
 class DAPE(Wide):
