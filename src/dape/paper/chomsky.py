@@ -28,8 +28,8 @@ from dape.errors import UserError
 from dape.evaluate.significance import PairedTest
 from dape.figures import chomsky as figures
 from dape.figures import chomsky_map
-from dape.paper.cells import Cell, Regime
-from dape.paper.claims import SIGNIFICANT, Evidence, Finding, Outcome
+from dape.paper.cells import Cell
+from dape.paper.claims import SIGNIFICANT, Check, Evidence, Finding, Outcome
 from dape.paper.sections import Section
 
 NEAR = 2.0  # points of a score
@@ -128,7 +128,7 @@ SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Above:
+class Above(Check):
     """The candidate is above the baseline on most tasks; `paper` quotes the paper."""
 
     candidate: str
@@ -162,13 +162,9 @@ class Above:
             test=test,
         )
 
-    def moved(self, move: Callable[[Regime], Regime]) -> "Above":
-        """Return the check, independent of the regime."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class BestOf:
+class BestOf(Check):
     """A DAPE is the best of all schemes on most tasks; `paper` quotes the paper."""
 
     paper: str
@@ -198,13 +194,9 @@ class BestOf:
             ),
         )
 
-    def moved(self, move: Callable[[Regime], Regime]) -> "BestOf":
-        """Return the check, independent of the regime."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class Near(Check):
     """The mean score of a scheme on a task equals the published score within 2 points."""
 
     task: str
@@ -241,10 +233,6 @@ class Near:
                 "two one-sided t over seeds (scipy.stats.ttest_1samp)", len(found), off, p
             ),
         )
-
-    def moved(self, move: Callable[[Regime], Regime]) -> "Near":
-        """Return the check, independent of the regime."""
-        return self
 
 
 def _grid(evidence: Evidence) -> Grid | None:

@@ -28,9 +28,10 @@ without a shared seed the check is not decidable.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -78,20 +79,31 @@ class Finding:
     margin: float = 0.0
 
 
+class Check(ABC):
+    """A rule to decide a claim, or a part of a claim."""
+
+    @abstractmethod
+    def find(self, evidence: Evidence) -> Finding | None:
+        """Return the finding from the records, or None without records."""
+
+    def moved(self, move: Callable[[Regime], Regime]) -> "Check":
+        """Return the check in another regime; a check without a regime stays."""
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class Better:
+class Better(Check):
     """A candidate is better than a baseline at `times` the training length."""
 
     candidate: str
     baseline: str
     regime: Regime
     times: int = 1
-    corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
         length = self.regime.length * self.times
-        study = _study(evidence, self.regime, self.corpus)
+        study = _study(evidence, self.regime)
         candidate, baseline = (
             _measured(study, arm, length) for arm in (self.candidate, self.baseline)
         )
@@ -110,12 +122,12 @@ class Better:
         )
 
     def moved(self, move: Callable[[Regime], Regime]) -> "Better":
-        """Return the check in another regime, measured on the corpus of the regime."""
-        return replace(self, regime=move(self.regime), corpus=None)
+        """Return the check in another regime."""
+        return replace(self, regime=move(self.regime))
 
 
 @dataclass(frozen=True, slots=True)
-class Rise:
+class Rise(Check):
     """The perplexity of an arm rises, or stays steady, up to `times` the training length."""
 
     arm: str
@@ -148,16 +160,15 @@ class Rise:
 
 
 @dataclass(frozen=True, slots=True)
-class Uses:
+class Uses(Check):
     """An arm predicts far tokens better in a window with the last occurrence."""
 
     arm: str
     regime: Regime
-    corpus: str | None = None
 
     def find(self, evidence: Evidence) -> Finding | None:
         """Return the finding from the records, or None without records."""
-        study = _study(evidence, self.regime, self.corpus)
+        study = _study(evidence, self.regime)
         cells = [cell for cell in study.cells if cell.arm == self.arm] if study else []
         files = [cell.record.path / CONTEXT for cell in cells]
         records = [context.load(file) for file in files if file.is_file()]
@@ -178,8 +189,8 @@ class Uses:
         )
 
     def moved(self, move: Callable[[Regime], Regime]) -> "Uses":
-        """Return the check in another regime, measured on the corpus of the regime."""
-        return replace(self, regime=move(self.regime), corpus=None)
+        """Return the check in another regime."""
+        return replace(self, regime=move(self.regime))
 
 
 def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Documents]:
@@ -191,17 +202,6 @@ def far_losses(records: Sequence[ContextUse]) -> tuple[Documents, Documents, Doc
     tokens = np.array(tallies[0].tokens, dtype=float)[1:-1].sum(axis=0)
     losses = np.mean([each.losses for each in tallies], axis=0)[:, 1:-1].sum(axis=1)
     return tokens, losses[0], losses[-1]
-
-
-@runtime_checkable
-class Check(Protocol):
-    """A rule to decide a claim, or a part of a claim."""
-
-    def find(self, evidence: Evidence) -> Finding | None:
-        """Return the finding from the records, or None without records."""
-
-    def moved(self, move: Callable[[Regime], Regime]) -> "Check":
-        """Return the check in another regime, measured on the corpus of the regime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +332,7 @@ def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
     return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
 
 
-def _study(evidence: Evidence, regime: Regime, corpus: str | None) -> Study | None:
+def _study(evidence: Evidence, regime: Regime, corpus: str | None = None) -> Study | None:
     place = regime, corpus or regime.corpus
     studies = (each for each in evidence if isinstance(each, Study))
     return next((each for each in studies if (each.regime, each.corpus) == place), None)
