@@ -11,6 +11,7 @@ from dape.files import read_json, read_text, read_yaml, write_json
 from dape.strict import Holds, check_keys
 
 _STEP = "step-"
+_CONTEXT = "context"  # begins the name of a file of `dape eval context`
 # Of a record and of metrics, what a later command reads; a run may lack some.
 _FACTS = {
     "command": str,
@@ -93,7 +94,11 @@ class RunFolder:
     def evaluations(self) -> list[Path]:
         """Return the files of all evaluations of perplexity."""
         files = sorted((self.path / "evaluation").glob("*.json"))
-        return [file for file in files if not file.name.startswith("context")]
+        return [file for file in files if not file.name.startswith(_CONTEXT)]
+
+    def context(self, split: str = "test") -> Path:
+        """Return the file of a use of the context: `evaluation/context-validation.json`."""
+        return self.evaluation(_CONTEXT, split=split)
 
     def retrieval(self, task: str) -> Path:
         """Return the file of a retrieval: `retrieval/passkey.json`."""

@@ -42,8 +42,7 @@ def main(argv: list[str]) -> None:
     from dape.figures.context import draw, tables
     from dape.runs import RunFolder
 
-    place = ("context", None, arguments.split)
-    records = [load(RunFolder(run).evaluation(*place)) for run in arguments.runs]
+    records = [load(RunFolder(run).context(arguments.split)) for run in arguments.runs]
     note_repeats(records)
     write(
         arguments.out,

@@ -153,14 +153,13 @@ def evaluate_context(
     (text,) = corpora.values()
     rule = protocol("last", asked)
     planned = plan(text, split, rule, asked, documents=documents, blocks=blocks, seed=seed)
-    place = ("context", None, split)
     chosen = choose_device(device)
     made = origins(opened, chosen, precision, command=command, seed=seed)
     found = []
-    with results_folders(opened, out, lambda each: [each.evaluation(*place)]) as folders:
+    with results_folders(opened, out, lambda each: [each.context(split)]) as folders:
         watch.begin(planned.tokens * len(opened))
         for model, folder, origin in zip(opened, folders, made, strict=True):
-            kept = Kept(folder.evaluation(*place) if folder else None, load)
+            kept = Kept(folder.context(split) if folder else None, load)
             kept.note_lost(watch, origin, lambda each: _alike(each, planned))
             done = None if again else _before(kept, model, planned, origin)
             for windows in planned.windows[: len(done.measured) if done else 0]:
