@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dape.evaluate.passage import Layer, Passage
+from dape.figures.report import template_of
 from dape.figures.view import View
 from dape.positions.bias import FIRE, T5, ALiBi, Bias, Kerple, KerplePower, NoBias, Sandwich
 from dape.positions.scheme import BASES
@@ -103,18 +104,13 @@ def page(view: View, passage: Passage | None = None, origin: Mapping[str, str] =
 
     `origin` is the provenance at the foot of the page.
     """
-    from jinja2 import Environment
-
     folder = files("dape.figures") / "explorer"
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        folder.joinpath("page.html").read_text(encoding="utf-8")
-    )
     content = {
         "encodings": _encodings(view, passage),
         "length": view.length,
         "passage": None if passage is None else _passage(passage),
     }
-    return template.render(
+    return template_of(folder / "page.html").render(
         passage=passage,
         origin=origin,
         scripts=[folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS],

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from dape.runs import RunFolder
 from dape.text import code_block, markdown, one_line, printable
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 
@@ -77,13 +79,7 @@ class Report:
 
     def html(self) -> str:
         """Return an HTML page that contains figures and recipes."""
-        from jinja2 import Environment
-
-        environment = Environment(
-            autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_printable
-        )
-        page = files("dape.figures").joinpath("report.html").read_text(encoding="utf-8")
-        template = environment.from_string(page)
+        template = template_of(files("dape.figures") / "report.html", finalize=_printable)
         histories = {run: RunFolder(Path(run)).read_metrics() for run in self._runs}
         return template.render(
             title=self.title,
@@ -104,6 +100,15 @@ class Report:
             "\n".join(f"- {name}: {markdown(value)}" for name, value in content["origin"].items()),
         ]
         return "\n\n".join(parts) + "\n"
+
+
+def template_of(page: Traversable, **options: Any) -> "Template":
+    """Return the template in a file of HTML, with `options` of jinja's environment."""
+    from jinja2 import Environment
+
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters["drawing"] = embedded
+    return environment.from_string(page.read_text(encoding="utf-8"))
 
 
 def _printable(value: object) -> object:

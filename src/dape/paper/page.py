@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import get_args
 
-from dape.figures.report import embedded
+from dape.figures.report import template_of
 from dape.figures.tables import Table, p_value
 from dape.paper import chomsky, claims
 from dape.paper.cells import once
@@ -20,16 +20,9 @@ def page(found: Sequence[Results], beside: Table) -> str:
 
     `beside` holds the published numbers and ours.
     """
-    from jinja2 import Environment
-
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["drawing"] = embedded
-    template = environment.from_string(
-        files("dape.paper").joinpath("page.html").read_text(encoding="utf-8")
-    )
     verdicts = [verdict for each in found for verdict in each.verdicts]
     counts = Counter(verdict.outcome for verdict in verdicts)
-    return template.render(
+    return template_of(files("dape.paper") / "page.html").render(
         known=[each for each in found if each.cells],
         absent=[each for each in found if not each.cells],
         counts={outcome: counts[outcome] for outcome in get_args(Outcome)},
