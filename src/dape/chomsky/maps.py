@@ -146,14 +146,12 @@ def _layer(rows: Sequence[Row], inputs: int) -> Layer:
 def _change(row: Row) -> Float[np.ndarray, "heads keys"]:
     """Return f(A, B) of a row; a line that varies by rounding only is constant.
 
-    f is a difference of logits. Without an adapter, f would be the rounding of A + B, and correlate
-    with A and B.
+    Without an adapter, f would be the rounding of A + B, and correlate with A and B.
     """
-    largest = np.abs(row.scores).max(axis=1) + np.abs(row.bias).max(axis=1)
-    rounding = 4 * np.finfo(row.logits.dtype).eps * largest[:, None]
-    mean = row.change.mean(axis=1, keepdims=True)
-    constant = np.ptp(row.change, axis=1, keepdims=True) <= rounding
-    return np.where(constant, np.where(np.abs(mean) > rounding, mean, 0.0), row.change)
+    change, rounding = row.change, row.rounding
+    mean = change.mean(axis=1, keepdims=True)
+    constant = np.ptp(change, axis=1, keepdims=True) <= rounding
+    return np.where(constant, np.where(np.abs(mean) > rounding, mean, 0.0), change)
 
 
 def _correlation(

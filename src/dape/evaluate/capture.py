@@ -47,6 +47,12 @@ class Row:
         return self.shift - self.bias if self.residual else self.shift
 
     @property
+    def rounding(self) -> Float[np.ndarray, "heads 1"]:
+        """How far a constant line of f may vary, because f is a difference of rounded logits."""
+        largest = np.abs(self.scores).max(axis=1) + np.abs(self.bias).max(axis=1)
+        return 4 * np.finfo(self.logits.dtype).eps * largest[:, None]
+
+    @property
     def weights(self) -> Float[np.ndarray, "heads keys"]:
         """Return the softmax of the logits."""
         powers = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))

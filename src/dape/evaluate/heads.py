@@ -78,13 +78,11 @@ def describe(row: Row, far: int) -> list[Head]:
 
 def _varying(row: Row) -> dict[str, Float[np.ndarray, "heads keys"]]:
     """Return A, B, f and B + f, centred over the keys; zeros where rows vary by rounding only."""
-    largest = np.abs(row.scores).max(axis=1) + np.abs(row.bias).max(axis=1)
-    rounding = 4 * np.finfo(row.logits.dtype).eps * largest[:, None]
     found = {}
     for name in ("scores", "bias", "change", "shift"):
         values = getattr(row, name).astype(np.float64)
         centred = values - values.mean(axis=1, keepdims=True)
-        found[name] = np.where(np.ptp(values, axis=1, keepdims=True) > rounding, centred, 0.0)
+        found[name] = np.where(np.ptp(values, axis=1, keepdims=True) > row.rounding, centred, 0.0)
     return found
 
 
