@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dape.chomsky.maps import Layer, Map
+from dape.chomsky.maps import Map
 from dape.figures.bias_maps import value_axis
+from dape.figures.learned import panels, signed
 from dape.figures.style import ACCENT, theme
-from dape.figures.tables import NOTHING, Table
+from dape.figures.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,14 +29,15 @@ def draw(made: Map) -> "Figure":
         figure = Figure(figsize=(4 * width + 0.8, height * len(made.layers) + 0.9))
         grid = figure.subplots(len(made.layers), 4, squeeze=False, sharex=True)
         for number, (axes, layer) in enumerate(zip(grid, made.layers, strict=True)):
-            for panel, (name, lines) in zip(axes, _panels(layer).items(), strict=True):
+            shown = {**panels(layer), "attention": np.array(layer.weights)}
+            for panel, (name, lines) in zip(axes, shown.items(), strict=True):
                 colours = seaborn.color_palette("crest", len(lines))
                 for line, colour in zip(lines, colours, strict=True):
                     panel.plot(line, color=colour, linewidth=1)
                 panel.axvspan(made.inputs, len(lines[0]) - 1, color=ACCENT, alpha=0.12, linewidth=0)
                 panel.axvline(made.query, color=ACCENT, linewidth=1, linestyle=":")
                 panel.set_title(name if number == 0 else "")
-                value_axis(panel, [np.array(line) for line in lines])
+                value_axis(panel, list(lines))
             axes[0].set_ylabel(f"layer {number}")
         for panel in grid[-1]:
             panel.set_xlabel("token")
@@ -49,23 +51,13 @@ def title(made: Map) -> str:
     return f"{made.task}, {made.scheme}, seed {made.seed}: {made.length} symbols"
 
 
-def _panels(layer: Layer) -> dict[str, list[list[float]]]:
-    change = "f(A, B)" if layer.residual else "f(A, B), instead of B"
-    return {
-        "scores A": layer.scores,
-        "bias B": layer.bias,
-        f"adapter {change}": layer.change,
-        "attention": layer.weights,
-    }
-
-
 def table(made: Map) -> Table:
     """Return the variation of A, B and f over the input by layer, and the correlations of f."""
     rows = [
         [
             str(number),
             *(f"{layer.spread[name]:.3g}" for name in ("scores", "bias", "change")),
-            *(NOTHING if x is None else f"{x:+.2f}" for x in (layer.with_scores, layer.with_bias)),
+            *map(signed, (layer.with_scores, layer.with_bias)),
             f"{np.array(layer.weights)[:, : made.inputs].sum(1).mean():.0%}",
         ]
         for number, layer in enumerate(made.layers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dape.chomsky.maps import Layer as MapLayer
 from dape.evaluate.heads import DENSER, Head
 from dape.evaluate.learned import Layer, LearnedRows
 from dape.figures.bias_maps import value_axis
@@ -36,7 +37,7 @@ def draw(record: LearnedRows) -> "Figure":
         grid = figure.subplots(len(record.layers), 3, squeeze=False, sharex=True)
         for axes, layer in zip(grid, record.layers, strict=True):
             titled = layer is record.layers[0]
-            for panel, (name, values) in zip(axes, _panels(layer).items(), strict=True):
+            for panel, (name, values) in zip(axes, panels(layer).items(), strict=True):
                 _lines(panel, *_coarser(record, values, name.startswith("scores")), layer.heads)
                 panel.set_title(name if titled else "")
                 panel.axvline(record.query - record.far, color=ACCENT, linewidth=1, linestyle=":")
@@ -51,8 +52,8 @@ def draw(record: LearnedRows) -> "Figure":
     return figure
 
 
-def _panels(layer: Layer) -> dict[str, np.ndarray]:
-    """Return the lines [heads, spans] of a layer's panels, by title."""
+def panels(layer: Layer | MapLayer) -> dict[str, np.ndarray]:
+    """Return the lines [heads, keys] of a layer's panels, by title."""
     change = "f(A, B)" if layer.residual else "f(A, B), instead of B"
     return {
         "scores A": np.array(layer.scores),
@@ -139,7 +140,7 @@ def table(record: LearnedRows) -> Table:
             head.kind,
             *map(_percent, (head.positive_far, head.change_far, head.attention_far)),
             f"{head.centre:,.1f}",
-            *map(_signed, (head.with_scores, head.with_bias)),
+            *map(signed, (head.with_scores, head.with_bias)),
         ]
         for layer in record.layers
         for head in layer.heads
@@ -165,6 +166,6 @@ def _percent(fraction: float | None) -> str:
     return NOTHING if fraction is None else f"{fraction:.0%}"
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     """Return a correlation with a sign."""
     return NOTHING if value is None else f"{value:+.2f}"
