@@ -1,5 +1,4 @@
 import json
-import pickle
 import shutil
 
 import made
@@ -55,12 +54,6 @@ def test_what_lies_outside_is_refused(split):
     for n in (-1, 40):
         with pytest.raises(IndexError, match=f"document {n} of 40"):
             split.document(n)
-
-
-def test_a_pickled_split_holds_names_not_data(split):
-    pickled = pickle.dumps(split)
-    assert len(pickled) < split.num_tokens
-    assert pickle.loads(pickled).slice(0, len(STREAM)).tolist() == STREAM
 
 
 def starts(windows, epoch):

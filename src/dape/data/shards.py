@@ -118,17 +118,12 @@ class Split:
     """The documents of a split, in order, as a stream of tokens across shards."""
 
     def __init__(self, folder: Path, shards: list[dict[str, Any]], dtype: str) -> None:
-        self._arguments = folder, shards, dtype
         self._tokens = [
             np.memmap(folder / shard["file"], dtype, "r", shape=shard["tokens"]) for shard in shards
         ]
         self._bounds = [np.load(index_file(folder / s["file"]), mmap_mode="r") for s in shards]
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self._first_documents = np.cumsum([0, *(shard["documents"] for shard in shards)])
-
-    def __reduce__(self) -> tuple[type["Split"], tuple[Path, list[dict[str, Any]], str]]:
-        """Pickle file names in place of data, because a loader's worker maps the files anew."""
-        return Split, self._arguments
 
     @property
     def num_tokens(self) -> int:
