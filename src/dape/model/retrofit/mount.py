@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import check_backend
@@ -139,8 +138,10 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
         if isinstance(model, DapePreTrainedModel):
             put(undo, model.config, "backend", backend)
         else:
-            attend_by(undo, model.config.get_text_config(), NAME)
-            before_each(undo, modules, partial(refuse_another, model.config.get_text_config()))
+            text = model.config.get_text_config()
+            undo.callback(setattr, text, "_attn_implementation", text._attn_implementation)
+            text._attn_implementation = NAME
+            before_each(undo, modules, partial(refuse_another, text))
             put(undo, model, "create_masks_for_generate", mask_as_given)
             put(undo, model, "init_continuous_batching", refuse_pages)
             around(undo, model, own_bias=any(each.bias is not None for each in found))
@@ -228,12 +229,6 @@ def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 
     setattr(owner, name, value)
     undo.callback(back)
-
-
-def attend_by(undo: ExitStack, config: PreTrainedConfig, name: str) -> None:
-    """Let a model attend by the registered function `name`, until undone."""
-    undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
-    config._attn_implementation = name
 
 
 def mask_as_given(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
