@@ -113,6 +113,13 @@ def once(cells: Iterable[Cell]) -> list[Cell]:
     return list(found.values())
 
 
+def kept_files(cells: Iterable[Cell], folder: str) -> list[tuple[Cell, Path]]:
+    """Return the files that lie in a folder of the records, each with its cell."""
+    kept = ((cell, path) for cell in cells for each in cell.commands for path in each.keeps)
+    files = ((cell, cell.record.path / path) for cell, path in kept if path.parts[0] == folder)
+    return [(cell, file) for cell, file in files if file.is_file()]
+
+
 def by_regime(cells: Iterable[Cell]) -> dict[Regime, list[Cell]]:
     """Return the trainings by regime, in order of appearance."""
     found: dict[Regime, list[Cell]] = {}

@@ -15,7 +15,6 @@ test over seeds.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from dape.errors import UserError
 from dape.evaluate.significance import PairedTest
 from dape.figures import chomsky as figures
 from dape.figures import chomsky_map
-from dape.paper.cells import Cell
+from dape.paper.cells import Cell, kept_files
 from dape.paper.claims import SIGNIFICANT, Check, Evidence, Finding, Outcome
 from dape.paper.sections import Section
 
@@ -41,7 +40,7 @@ def grids(ended: Sequence[Cell]) -> list[Grid]:
     Raises:
         UserError: for cells with settings different from the first cell's.
     """
-    found = [cells.load(file) for file in _kept(ended, "cells")]
+    found = [cells.load(file) for _, file in kept_files(ended, "cells")]
     for each in found:
         changed = differences(found[0].settings, each.settings)
         if changed:
@@ -52,17 +51,6 @@ def grids(ended: Sequence[Cell]) -> list[Grid]:
     schemes = tuple(dict.fromkeys(each.scheme for each in found))
     tasks = tuple(task for task in TASKS if any(each.task == task for each in found))
     return [arrange(tasks, schemes, found)] if found else []
-
-
-def _kept(ended: Sequence[Cell], folder: str) -> list[Path]:
-    files = [
-        cell.record.path / kept
-        for cell in ended
-        for command in cell.commands
-        for kept in command.keeps
-        if kept.parts[0] == folder
-    ]
-    return [file for file in files if file.is_file()]
 
 
 def scores(ended: Sequence[Cell]) -> list[Section]:
@@ -105,7 +93,7 @@ def training(ended: Sequence[Cell]) -> list[Section]:
 
 def map_sections(ended: Sequence[Cell]) -> list[Section]:
     """Return the sections of A, B and f(A, B) for a placeholder."""
-    made = [maps.load(file) for file in _kept(ended, "maps")]
+    made = [maps.load(file) for _, file in kept_files(ended, "maps")]
     return [
         Section(
             f"map-{each.task}-{each.scheme}",

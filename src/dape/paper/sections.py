@@ -21,7 +21,7 @@ from dape.figures.curves import over_length
 from dape.figures.speed import origin
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
-from dape.paper.cells import Cell, by_regime
+from dape.paper.cells import Cell, by_regime, kept_files
 from dape.paper.published import Published, published
 from dape.paper.study import Study, studies
 from dape.paper.sweep import CONTEXT, COSTS, LEARNED
@@ -55,18 +55,11 @@ def curves(cells: Sequence[Cell]) -> list[Section]:
 
 def heads(cells: Sequence[Cell]) -> list[Section]:
     """Return A, B and f(A, B) of recorded queries, by run and length."""
-    files = [
-        (cell, kept)
-        for cell in cells
-        for command in cell.commands
-        for kept in command.keeps
-        if kept.parent == LEARNED and (cell.record.path / kept).is_file()
-    ]
     caption = "Scores A, bias B and adapter f(A, B) of one query over the keys, a line a head."
     found = []
-    for cell, kept in files:
-        made = learned.load(cell.record.path / kept)
-        name = f"{cell.name.replace('/', '-')}-at-{kept.stem}"
+    for cell, file in kept_files(cells, LEARNED):
+        made = learned.load(file)
+        name = f"{cell.name.replace('/', '-')}-at-{file.stem}"
         figure = learned_figures.draw(made)
         found.append(Section(name, (learned_figures.table(made),), figure, caption))
     return found

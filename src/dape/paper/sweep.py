@@ -17,7 +17,7 @@ LONGEST = 16_384
 TINY = Regime("smoke", "python-stdlib", 32, 2**13)
 TINY_READS = "32,...,512"
 # Below a run folder.
-CONTEXT, LEARNED, COSTS = INSIDE.context(), Path("learned"), Path("results.json")
+CONTEXT, LEARNED, COSTS = INSIDE.context(), "learned", Path("results.json")
 Options = Mapping[str, Any]
 
 
