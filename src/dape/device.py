@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from dape.errors import UserError
+from dape.errors import UserError, first_line
 from dape.packages import has_package
 
 
@@ -26,7 +26,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"--device {name}: {reason}; use cpu, or see `dape info`") from None
     if device.type == "meta":
         raise UserError(f"--device {name}: it computes nothing; use cpu, or see `dape info`")

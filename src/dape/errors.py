@@ -68,6 +68,11 @@ def install(extra: str = "") -> str:
     return f"pip install '.[{extra}]' in a clone of dape" if extra else "pip install . in a clone"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().partition("\n")[0].rstrip()
+
+
 def behind(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error, and the errors behind it that a traceback would show."""
     while error is not None:

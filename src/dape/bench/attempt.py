@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 from dape.bench.record import FAILED, NOT_SERVED, OUT_OF_MEMORY, Missing
-from dape.errors import UserError, out_of_memory
+from dape.errors import UserError, first_line, out_of_memory
 
 LONGEST_REASON = 200
 Outcome = TypeVar("Outcome")
@@ -18,18 +18,17 @@ def attempt(action: Callable[[], Outcome]) -> Outcome | Missing:
     try:
         return action()
     except UserError as error:
-        missing = Missing(NOT_SERVED, first_line(error))
+        missing = Missing(NOT_SERVED, reason_of(error))
     except Exception as error:  # compilers, drivers and kernels raise any exception
         kind = OUT_OF_MEMORY if out_of_memory(error) else FAILED
-        missing = Missing(kind, f"{type(error).__name__}: {first_line(error)}")
+        missing = Missing(kind, f"{type(error).__name__}: {reason_of(error)}")
     release()  # after the traceback, which holds frames of the failed action
     return missing
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the first line of an error's message, shortened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:LONGEST_REASON] if lines else "no reason given"
+    return first_line(error)[:LONGEST_REASON] or "no reason given"
 
 
 def release() -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch._C._autograd import DeviceType
 
-from dape.bench.attempt import first_line, release
+from dape.bench.attempt import reason_of, release
 from dape.device import waiting_forbidden
 
 Call = Callable[[], object]
@@ -167,7 +167,7 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph | str:
             for call in calls:
                 call()
     except Exception as error:  # a kernel may do anything that a capture forbids
-        return first_line(error)
+        return reason_of(error)
     finally:
         torch.cuda.set_stream(current)  # a failed capture stays on the side stream
         torch.cuda.synchronize()

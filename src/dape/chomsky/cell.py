@@ -13,7 +13,7 @@ from dape import strict
 from dape.chomsky.benchmark import Benchmark, differences
 from dape.chomsky.encoder import Encoder, Model, build, configure
 from dape.chomsky.tasks import resolve
-from dape.errors import UserError
+from dape.errors import UserError, first_line
 from dape.files import read_json, read_tensors, whole, write_json
 from dape.provenance import Provenance
 from dape.strict import Holds
@@ -144,7 +144,7 @@ def load_model(folder: Path, task: str, scheme: str, seed: int) -> Encoder:
     try:
         encoder.load_state_dict(parameters)
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise UserError(f"{file} has other tensors ({reason}); train the cell again") from None
     return encoder.eval()
 

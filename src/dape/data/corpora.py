@@ -11,7 +11,7 @@ from platform import python_version
 from typing import Any, Literal
 
 from dape.data.hub import reachable
-from dape.errors import UserError, install
+from dape.errors import UserError, first_line, install
 from dape.packages import has_package
 
 Kind = Literal["text", "json", "dataset"]
@@ -224,8 +224,7 @@ def open_dataset(name: str) -> Any:
     try:
         return load_dataset(repository, configuration or None, streaming=True)
     except Exception as error:  # the readers of formats and networks raise anything
-        reason = str(error).partition("\n")[0]
         raise UserError(
-            f"the Hugging Face dataset {name!r} cannot be opened: {reason}; a name has the form"
-            " OWNER/DATASET or OWNER/DATASET:CONFIGURATION"
+            f"the Hugging Face dataset {name!r} cannot be opened: {first_line(error)}; a name has"
+            " the form OWNER/DATASET or OWNER/DATASET:CONFIGURATION"
         ) from error

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dape.errors import UserError
+from dape.errors import UserError, first_line
 
 
 def reachable(seconds: float = 10.0) -> bool:
@@ -36,7 +36,7 @@ def fetch(load: Callable[..., Any], source: str, **options: Any) -> Any:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error).rstrip(".")
     if Path(source).is_dir():
         raise UserError(f"{source} cannot be loaded: {reason}")
     if not reachable():
@@ -47,8 +47,4 @@ def fetch(load: Callable[..., Any], source: str, **options: Any) -> Any:
     try:
         return load(source, **options)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model {source!r}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(f"no model {source!r}: {first_line(error).rstrip('.')}") from None

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from dape.data.hub import fetch
 from dape.device import device_of
-from dape.errors import UserError, out_of_memory
+from dape.errors import UserError, first_line, out_of_memory
 from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error
@@ -67,8 +67,7 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     except (SafetensorError, RuntimeError, UnpicklingError) as error:
         if out_of_memory(error):
             raise
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"the weights of {source} cannot be read: {reason}") from None
+        raise UserError(f"the weights of {source} cannot be read: {first_line(error)}") from None
     except (AttributeError, KeyError, TypeError) as error:  # of generation_config.json, mostly
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"the files of {source} cannot be read ({reason})") from None

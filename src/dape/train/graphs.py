@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dape.device import waiting_forbidden
-from dape.errors import behind, out_of_memory
+from dape.errors import behind, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -58,7 +58,7 @@ class Recording:
                     raise each from None
             if out_of_memory(error):
                 raise
-            raise Unrecordable(str(error).splitlines()[0]) from error
+            raise Unrecordable(first_line(error)) from error
         finally:
             self._gradients.zero_()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from dape.errors import UserError
+from dape.errors import UserError, first_line
 from dape.model.blocks import DapeAttention
 from dape.model.retrofit.architectures import architecture_of
 from dape.model.retrofit.interface import layer_mask
@@ -102,8 +102,7 @@ def reason(model: PreTrainedModel) -> str:
     try:
         call(model)
     except (AttributeError, TypeError, IndexError, ValueError) as error:
-        first = str(error).partition("\n")[0]
-        return f"a call with tokens alone ends in {type(error).__name__}: {first}"
+        return f"a call with tokens alone ends in {type(error).__name__}: {first_line(error)}"
     return (
         "the model's code computes attention outside the attention interface of transformers "
         "(ALL_ATTENTION_FUNCTIONS)"
