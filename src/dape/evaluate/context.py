@@ -24,7 +24,7 @@ from dape.evaluate.perplexity import measure, token_losses, window_tokens
 from dape.evaluate.plan import Plan, plan
 from dape.evaluate.protocols import protocol
 from dape.evaluate.record import Targets, restore, save
-from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
+from dape.evaluate.results import KEPT, Kept, origins, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance
@@ -185,12 +185,9 @@ def _before(
     kept: Kept[ContextUse], model: Model, plan: Plan, origin: dict[str, Any]
 ) -> ContextUse | None:
     """Return what was measured before of the same model and windows, the same way."""
-    same = (
-        replace(each, provenance=origin)
-        for each in kept.read()
-        if repeats(each, model, origin) and _alike(each, plan)
-    )
-    return max(same, key=lambda each: len(each.measured), default=None)
+    found = kept.before(model, origin, lambda each: _alike(each, plan))
+    most = max(found, key=lambda each: len(each.measured), default=None)
+    return None if most is None else replace(most, provenance=origin)
 
 
 def _alike(before: ContextUse, plan: Plan) -> bool:

@@ -21,7 +21,7 @@ from dape.evaluate.protocols import Windows
 from dape.evaluate.protocols import protocol as protocol_of
 from dape.evaluate.record import Evaluation, load
 from dape.evaluate.refusal import Refused
-from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
+from dape.evaluate.results import KEPT, Kept, origins, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.ranks import check_same
@@ -243,11 +243,9 @@ class _Session:
 
     def _before(self) -> Evaluation | None:
         """Return earlier measurements of the same model and tokens, with the same settings."""
-        found = [
-            each
-            for each in self.kept.read()
-            if repeats(each, self.model, self.origin) and each.targets == self.plan.targets
-        ]
+        found = self.kept.before(
+            self.model, self.origin, lambda each: each.targets == self.plan.targets
+        )
         if not found:
             return None
         asked = {windows.length for windows in self.plan.windows}

@@ -76,11 +76,15 @@ class Kept(Generic[Record]):
     load: Callable[[Path], Record]
     writes: bool = True
 
-    def read(self) -> Iterator[Record]:
-        """Yield the kept measurements, without unreadable measurements."""
+    def before(
+        self, model: Model, origin: Mapping[str, Any], alike: Callable[[Record], bool]
+    ) -> list[Record]:
+        """Return the readable measurements that repeat a measurement, and are `alike`."""
+        found = []
         for file in (self.file, unfinished(self.file)) if self.file else ():
             with suppress(UserError):
-                yield self.load(file)
+                found.append(self.load(file))
+        return [each for each in found if repeats(each, model, origin) and alike(each)]
 
     def note_lost(
         self, watch: Watch, origin: Mapping[str, Any], whole: Callable[[Record], bool]

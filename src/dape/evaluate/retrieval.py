@@ -18,7 +18,7 @@ from dape.evaluate.lengths import chosen_lengths
 from dape.evaluate.opening import Given, open_models
 from dape.evaluate.prompts import TASKS, Prompts, needle, passkey
 from dape.evaluate.record import restore, save
-from dape.evaluate.results import KEPT, Kept, origins, repeats, results_folders
+from dape.evaluate.results import KEPT, Kept, origins, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.trials import Cell, Plan, retrieve
 from dape.evaluate.watch import SILENT, Watch
@@ -216,7 +216,7 @@ class _Session:
 
     def _before(self, kept: Kept[Retrieval], task: str, asked: "_Asked") -> Retrieval | None:
         """Return earlier measurements of the same model and prompts, with the same settings."""
-        found = [each for each in kept.read() if self._same(each, task, asked)]
+        found = kept.before(self.model, self.origin, lambda each: self._alike(each, task, asked))
         if not found:
             return None
         known = {n for each in found for n in each.lengths} & {*self.plan.lengths}
@@ -227,9 +227,6 @@ class _Session:
             self.watch.advance(length * len(self.plan.depths) * self.plan.trials)
         before = replace(found[-1], plan=self.plan, provenance=self.origin)
         return before.with_cells(list(cells.values()), refused)
-
-    def _same(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
-        return repeats(before, self.model, self.origin) and self._alike(before, task, asked)
 
     def _alike(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
         """Return whether an earlier record has the same prompts, perhaps of other lengths."""
