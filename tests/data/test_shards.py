@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import made
 import numpy as np
@@ -8,7 +9,7 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from dape.data.shards import Corpus, Windows
+from dape.data.shards import Corpus, Windows, _mixed
 from dape.data.tokenizer import fingerprint, saved
 from dape.errors import UserError
 
@@ -114,6 +115,21 @@ def test_every_place_in_the_order_and_every_offset_is_equally_likely(split):
         assert chisquare(np.bincount(column, minlength=7)).pvalue > 1e-3
     counts, _ = np.histogram(offsets, bins=10, range=(0, length))
     assert chisquare(counts).pvalue > 1e-3
+
+
+def test_the_order_of_a_seed_is_that_of_earlier_versions():
+    """Runs that resume, and the measured results, follow from it."""
+    state, step = 1234567, 0x9E3779B97F4A7C15  # the published test of SplitMix64
+    assert [_mixed((state + n * step) % 2**64) for n in range(1, 4)] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423
+    ]  # fmt: skip
+    windows = Windows(SimpleNamespace(num_tokens=1000, slice=lambda start, _: start), 24, seed=3)
+    assert [windows[n] for n in (0, 1, 2, 3, 40, 41)] == [607, 631, 727, 103, 232, 304]
+
+
+def test_windows_of_a_single_token_have_a_label():
+    windows = Windows(SimpleNamespace(num_tokens=50, slice=lambda *ends: ends), 1, seed=0)
+    assert sorted(windows) == [(start, start + 2) for start in range(49)]
 
 
 def test_a_split_without_a_window_is_refused(split):
@@ -258,4 +274,16 @@ def test_a_manifest_of_other_fields_is_damaged(corpus, tmp_path, name, value, me
     manifest = json.loads((folder / "manifest.json").read_text()) | {name: value}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=rf"manifest\.json:? {message.removeprefix('it ')}"):
+        Corpus(folder)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "end_of_text"])
+@pytest.mark.parametrize("value", [-1, "256", None])
+def test_a_manifest_without_whole_numbers_of_tokens_is_damaged(corpus, tmp_path, name, value):
+    """The checksum covers the tokenizer itself, not these numbers."""
+    folder = shutil.copytree(corpus.folder, tmp_path / "copy")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer"][name] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: token=.* must be"):
         Corpus(folder)
