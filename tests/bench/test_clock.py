@@ -124,6 +124,72 @@ def test_eager_time_is_by_the_wall_clock_and_waits_for_the_gpu(monkeypatch):
     assert log == 4 * ["wait", *5 * ["call"], "wait"]
 
 
+@pytest.fixture
+def events(monkeypatch):
+    """A GPU whose clock, `now` in milliseconds, events read; the host never waits between them."""
+    state = SimpleNamespace(now=0.0, bytes=1000, peak=0, log=[])
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = state.now
+
+        def elapsed_time(self, end):
+            assert state.log[-1] == "wait"
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: state.log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state.bytes)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state.peak)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda: setattr(state, "peak", state.bytes)
+    )
+    return state
+
+
+def test_events_stand_around_each_run(events):
+    lasting = iter((3.0, 5.0, 4.0))
+
+    def run():
+        events.now += next(lasting)
+
+    assert clock.event_times(run, 3) == [3.0, 5.0, 4.0]
+
+
+def test_the_peak_is_of_the_bytes_that_a_call_adds(events):
+    events.peak = 9000  # of a call before
+
+    def call():
+        events.peak, events.now = events.bytes + 64, events.now + 2
+
+    assert clock.peak_and_time(call) == (64, 2.0)
+
+
+@pytest.mark.parametrize("first", [5000.0, 0.1])
+def test_the_second_of_two_runs_says_how_many_fill_the_budget(monkeypatch, first):
+    """The first may fill a cache."""
+    times = {2: [first, 100.0], 10: [100.0] * 10}
+    monkeypatch.setattr(clock, "event_times", lambda run, count: times[count])
+    assert clock.repeated(lambda: None) == [100.0] * 10
+
+
+def test_by_the_wall_clock_a_gpu_is_waited_for_in_each_run(events, monkeypatch):
+    now = [0.0]
+
+    def wait():
+        now[0] += 0.4
+        events.log.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    timing = clock.by_wall_clock(lambda: None, torch.device("cuda"))
+    assert timing.milliseconds == pytest.approx([400.0] * 3)
+    assert timing[1:] == (1, "wall clock", 0, None, None)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_launches_are_counted():
     x = torch.randn(64, 64, device="cuda")

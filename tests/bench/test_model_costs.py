@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from dape import DapeConfig, DapeForCausalLM, cli
 from dape.bench import clock, model
 from dape.bench.record import Entry, Missing
 from dape.figures.costs import tables
+from dape.train.recipe import Recipe, read
 
 GIB = 2**30
+RECIPES = Path(__file__).parents[2] / "recipes"
 TINY = ("--device", "cpu", "--vocab-size", "13", "--lengths", "6,12", "--sizes", "tiny")
 
 
@@ -37,6 +40,22 @@ def test_the_steps_are_the_gradient_of_the_loss_and_the_last_logits():
     wanted = parameters_to_vector(each.grad for each in made.parameters())
     torch.testing.assert_close(parameters_to_vector(model.train(made, tokens)), wanted)
     torch.testing.assert_close(model.read(made, tokens), logits)
+
+
+def test_a_forward_pass_has_logits_of_the_last_tokens_alone(monkeypatch):
+    assert model.LOGITS == 256
+    monkeypatch.setattr(model, "LOGITS", 4)
+    made, tokens = drawn(), torch.randint(13, (2, 9))
+    torch.testing.assert_close(model.read(made, tokens), made(input_ids=tokens).logits[:, -4:])
+
+
+def test_the_cache_counts_in_the_peak_of_the_next_token(monkeypatch):
+    made, tokens = drawn(), torch.randint(13, (2, 9))
+    timing = clock.Timing([1.0], 1, clock.WALL, peak=100)
+    monkeypatch.setattr(model, "by_wall_clock", lambda call, device: timing)
+    keys_and_values, layers, sequences, kept, width = 2, 2, 2, 8, 8
+    cache = keys_and_values * layers * sequences * kept * width * 4
+    assert model._next(made, tokens) == timing._replace(peak=100 + cache)
 
 
 @pytest.mark.parametrize("length", [1, 9])
@@ -69,6 +88,13 @@ def test_every_model_is_measured_at_every_length(tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text())["provenance"]["command"].startswith(
         "dape bench model"
     )
+
+
+def test_sizes_are_those_of_the_recipes():
+    for name in model.SIZES.keys() - {"small", "tiny"}:
+        sizes = read(RECIPES / f"{name}.yaml", Recipe).model
+        found = sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads
+        assert model.Size(*found) == model.SIZES[name]
 
 
 def test_ratios_and_memory_of_the_tables():
