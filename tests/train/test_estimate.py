@@ -4,7 +4,7 @@ from small import recipe
 from torch.utils.flop_counter import FlopCounterMode
 
 from dape import DapeConfig, DapeForCausalLM
-from dape.train.estimate import GIB, flops_per_token, memory, size
+from dape.train.estimate import GIB, flops_per_token, memory, peak_flops, size
 from dape.train.optimize import adamw
 from dape.train.sections import Optimizer
 
@@ -101,3 +101,61 @@ def test_logits_take_the_memory_of_the_tokens_held_at_a_time(tokens, held):
     sizes = {"length": 2**10, "batch_size": tokens // 2**10, "precision": "bf16-mixed"}
     logits = memory(recipe("data", "out", training=sizes), 1000, V, ranks=1)["logits"]
     assert logits * GIB == held * V * (3 * 4 + 2)
+
+
+@pytest.mark.parametrize(("precision", "wide"), [("bf16-mixed", 1), ("fp32", 2)])
+def test_activations_are_those_of_the_layers_that_keep_them(precision, wide):
+    """Of a token: 34 C bytes in a block; the input in float32; and six products of width C."""
+    block, entry, products = 34 * wide * C, 4 * C, 6 * 2 * wide * C
+    for checkpointing, kept in (
+        ("none", 2 * block),
+        ("blocks", block + 2 * entry),
+        ("selective", block + 2 * (entry + products)),
+    ):
+        settings = recipe(
+            "data", "out", training={"precision": precision},
+            hardware={"activation_checkpointing": checkpointing},
+        )  # fmt: skip
+        for ranks in (1, 4):
+            found = memory(settings, 1000, V, ranks)["activations"]
+            assert found * GIB == pytest.approx(kept * 8 * 16 / ranks)
+
+
+@pytest.mark.parametrize(("micro", "tokens"), [(None, 2 * 16), (1, 16 // 2)])
+def test_devices_that_share_sequences_share_their_tokens(micro, tokens):
+    """Eight sequences of 16 tokens on four devices, in two groups of two."""
+    shared = {"context_parallel": 2, "micro_batch_size": micro}
+    logits = memory(recipe("data", "out", hardware=shared), 1000, V, ranks=4)["logits"]
+    assert logits * GIB == pytest.approx(tokens * V * 16)
+
+
+@pytest.mark.parametrize(("gather", "whole"), [("pass", 0), ("step", 2 + 4)])
+def test_weights_and_gradients_gathered_for_a_step_lie_whole_beside_the_shards(gather, whole):
+    settings = recipe("data", "out", hardware={"strategy": "fsdp", "gather": gather})
+    for ranks, held in ((1, 16), (8, 2 + whole)):
+        found = memory(settings, 1000, V, ranks)["weights, gradients, moments"]
+        assert found * GIB == pytest.approx(held * 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA H20", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_is_that_of_the_data_sheet(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (peak and peak * 1e12)
+    assert peak_flops(torch.device("cpu")) is None

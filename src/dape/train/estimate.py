@@ -14,14 +14,17 @@ from dape.positions.adapter import CoPE, TransformerXL
 from dape.train.optimize import is_positional
 from dape.train.recipe import Recipe
 
-# Dense bfloat16 multiply-adds on the tensor cores, in FLOP/s, from the makers' data sheets.
+# Dense bfloat16 multiply-adds on the tensor cores, in FLOP/s, from the makers' data sheets. The
+# first key within the name of a GPU counts.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
+    "GB200": 2500e12,
     "B200": 2250e12,
     "L40S": 362e12,
     "RTX 4090": 165e12,
