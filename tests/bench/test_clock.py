@@ -86,6 +86,7 @@ def test_very_long_calls_are_made_four_times(gpu):
     gpu.once = 2000.0
     timing = measure(calls(2, gpu.log), torch.device("cuda"))
     assert timing.milliseconds == [2000.0] * 3 and len(gpu.log) == 4
+    assert timing[1:3] == (1, "CUDA events")
 
 
 def test_a_graph_that_cannot_be_captured_is_said_with_the_clock(gpu):
@@ -177,7 +178,7 @@ def test_the_second_of_two_runs_says_how_many_fill_the_budget(monkeypatch, first
 
 
 def test_by_the_wall_clock_a_gpu_is_waited_for_in_each_run(events, monkeypatch):
-    now = [0.0]
+    now, log = [0.0], []
 
     def wait():
         now[0] += 0.4
@@ -185,8 +186,9 @@ def test_by_the_wall_clock_a_gpu_is_waited_for_in_each_run(events, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-    timing = clock.by_wall_clock(lambda: None, torch.device("cuda"))
+    timing = clock.by_wall_clock(lambda: log.append(0), torch.device("cuda"))
     assert timing.milliseconds == pytest.approx([400.0] * 3)
+    assert len(log) == 2 + 3, "once to warm up, and once for the peak"
     assert timing[1:] == (1, "wall clock", 0, None, None)
 
 

@@ -131,9 +131,17 @@ def test_a_dry_run_tells_what_the_paper_trained(capsys, tmp_path, monkeypatch):
     assert f"parameters  {blocks + 2 * 50304 * 768 + 14_352 + 288:,}" in printed
     assert "14,640 parameters for positions" in printed
     assert f"{256 * 512:,} tokens: 1 devices x 8 micro-batches x 32 sequences x 512" in printed
-    assert f"50,000 steps, {50_000 * 256 * 512:,} tokens" in printed
+    products = 12 * 12 * 768**2 + 50304 * 768
+    pairs = 12 * (4 * 768 + 2 * (24 * 32 + 32 * 12))  # scores, weighted sum, and the adapter
+    flops = (6 * products + 3 * 512 * pairs) * 256 * 512
+    assert f" x 512, {flops:.2e} FLOP" in printed
+    assert f"50,000 steps, {50_000 * 256 * 512:,} tokens, {50_000 * flops:.2e} FLOP" in printed
     assert "weights, gradients, moments 2.42" in printed
     assert not any(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", str(RECIPES / "125m.yaml"), "--dry-run", "--hardware.device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{256 * 512:,} tokens: 2 devices x 4 micro-batches x 32 sequences x 512" in printed
 
 
 def test_a_dry_run_without_data_needs_the_vocabulary(capsys, tmp_path, monkeypatch):

@@ -41,3 +41,11 @@ def test_a_filling_that_is_not_known_is_refused(monkeypatch):
         pytest.raises(NotImplementedError, match="filled in a buffer"),
     ):
         torch.empty(30).exponential_()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 9])
+def test_rows_of_all_ranks_are_the_whole(ranks):
+    """As FSDP2: ceil(rows / ranks) rows each, fewer or none for the last."""
+    whole, most = torch.arange(10).view(5, 2), -(-5 // ranks)
+    for rank in range(ranks):
+        assert torch.equal(own_rows(whole, rank, ranks), whole[rank * most : (rank + 1) * most])

@@ -237,3 +237,5 @@ def test_layouts_that_fine_tuning_does_not_have(base, data, tmp_path, monkeypatc
     check(recipe(base, data, tmp_path))
     with pytest.raises(UserError, match=r"hardware.strategy='fsdp': adapters are not sharded"):
         check(recipe(base, data, tmp_path, hardware={"strategy": "fsdp"}))
+    with pytest.raises(UserError, match=r"hardware.context_parallel: devices cannot share"):
+        check(recipe(base, data, tmp_path, hardware={"context_parallel": 2}))
