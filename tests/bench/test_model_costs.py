@@ -11,7 +11,9 @@ from torch.nn.utils import parameters_to_vector
 
 from dape import DapeConfig, DapeForCausalLM, cli
 from dape.bench import clock, model
+from dape.bench.case import FORWARD, TRAINING
 from dape.bench.record import Entry, Missing
+from dape.errors import UserError
 from dape.figures.costs import tables
 from dape.train.recipe import Recipe, read
 
@@ -49,13 +51,66 @@ def test_a_forward_pass_has_logits_of_the_last_tokens_alone(monkeypatch):
     torch.testing.assert_close(model.read(made, tokens), made(input_ids=tokens).logits[:, -4:])
 
 
-def test_the_cache_counts_in_the_peak_of_the_next_token(monkeypatch):
-    made, tokens = drawn(), torch.randint(13, (2, 9))
+def test_passes_that_are_timed_keep_no_cache():
+    made, tokens, asked = drawn(), torch.randint(13, (2, 9)), []
+    made.register_forward_pre_hook(lambda *call: asked.append(call[-1]), with_kwargs=True)
+    model.read(made, tokens), model.train(made, tokens)
+    assert [each["use_cache"] for each in asked] == [False, False]
+
+
+def test_the_next_token_alone_is_timed_and_the_cache_counts_in_the_peak(monkeypatch):
+    made, tokens, found = drawn(), torch.randint(13, (2, 9)), []
     timing = clock.Timing([1.0], 1, clock.WALL, peak=100)
-    monkeypatch.setattr(model, "by_wall_clock", lambda call, device: timing)
+
+    def by_wall_clock(call, device):
+        found.append(call())
+        return timing
+
+    monkeypatch.setattr(model, "by_wall_clock", by_wall_clock)
     keys_and_values, layers, sequences, kept, width = 2, 2, 2, 8, 8
     cache = keys_and_values * layers * sequences * kept * width * 4
     assert model._next(made, tokens) == timing._replace(peak=100 + cache)
+    torch.testing.assert_close(found[0], made(input_ids=tokens).logits[:, -1:])
+
+
+def plan(**changes):
+    asked = {"sizes": ("tiny",), "schemes": ("nope",), "forms": ("fused",), "lengths": (6,)}
+    asked |= {"batch": 2, "directions": model.DIRECTIONS, "vocab_size": 13, "seed": 0}
+    return model.Plan(**asked | changes, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("form", "backend"), [("fused", "auto"), ("textbook", "reference")])
+def test_the_model_is_the_one_of_the_row(form, backend):
+    asked = model.SIZES["tiny"], "dape-kerple", form
+    made = model._build(plan(), *asked)
+    assert (made.config.scheme, made.config.backend) == ("dape-kerple", backend)
+    torch.testing.assert_close(made.state_dict(), drawn().state_dict())
+    assert made.config.num_attention_heads == 2 and not made.training
+    assert model._build(plan(), asked[0], "nope", form).config.scheme == "nope"
+    other = model._build(plan(seed=1), *asked)
+    assert not torch.equal(other.lm_head.weight, made.lm_head.weight)
+
+
+def test_each_direction_times_its_own_pass(monkeypatch):
+    log = []
+    for name in ("read", "train", "_next"):
+        monkeypatch.setattr(model, name, lambda _, tokens, name=name: log.append((name, tokens)))
+    monkeypatch.setattr(model, "measure", lambda calls, device: [call() for call in calls])
+    monkeypatch.setattr(model, "entry_at", lambda place, found: place)
+    named = {FORWARD: "read", TRAINING: "train", model.NEXT: "_next"}
+    for direction, name in named.items():
+        place = model._entry(plan(), drawn(), "nope", 7, direction)
+        assert place == ("nope", 7, 2, direction)
+        ((found, tokens),) = log
+        assert found == name and tokens.shape == (2, 7) and 0 <= tokens.min() <= tokens.max() < 13
+        log.clear()
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    model.Costs(1, 0, {}, format=2).save(path)
+    with pytest.raises(UserError, match="not costs of format 1"):
+        model.load(path)
 
 
 @pytest.mark.parametrize("length", [1, 9])
