@@ -205,6 +205,8 @@ def test_a_tally_counts_every_token_once_in_its_document_and_bin():
     assert found.tokens == [[2, 1], [0, 2], [0, 1]]
     assert found.losses[0] == [[1, 4], [0, 2 + 5], [0, 3]]
     assert found.losses[1] == [[10, 40], [0, 70], [0, 30]]
+    alone = tally(np.array([[3]]), [np.ones((1, 1))], np.array([0]), [10, 20])
+    assert alone.tokens == [[1], [0], [0]] and alone.losses == [[[1.0], [0.0], [0.0]]]
 
 
 def test_the_interval_is_that_of_the_mean_over_documents():
@@ -218,6 +220,17 @@ def test_the_interval_is_that_of_the_mean_over_documents():
     assert (found.low, found.high) == pytest.approx(
         (means.mean() - 1.96 * error, means.mean() + 1.96 * error), abs=0.1 * error
     )
+
+
+def test_the_interval_of_two_documents_is_from_the_one_to_the_other():
+    """Of four equally likely draws, one is twice the first, and one twice the second."""
+    found = gain(np.array([2.0, 12.0]), np.array([2, 4]))
+    assert (found.mean, found.low, found.high) == (14 / 6, 1.0, 3.0)
+
+
+def test_draws_without_a_document_with_tokens_say_nothing():
+    found = gain(np.array([2.0, 6.0, 0.0, 0.0, 0.0]), np.array([1, 3, 0, 0, 0]))
+    assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0)
 
 
 def test_no_tokens_have_no_gain_and_one_document_no_interval():
@@ -286,6 +299,14 @@ def test_what_was_measured_is_measured_anew_when_anything_is_different(run, tmp_
     assert kept(documents=1) == ([16, 32], 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", -1), ("documents", 0), ("blocks", 0), ("batch_tokens", 0)]
+)
+def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
+    with pytest.raises(UserError, match=f"{name}={value} must be at least"):
+        evaluate_context(run.folder, None, [16, 32], **{name: value})
+
+
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
     one = measured(run, monkeypatch, 1)
     check_comparable([one, measured(run, monkeypatch, 1, scheme="alibi")])
@@ -294,8 +315,9 @@ def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
 
 
 def test_the_use_of_the_context_is_measured_in_the_precision_asked_for(run, tmp_path):
-    asked = {"out": tmp_path, "documents": 3}
+    asked = {"out": tmp_path, "documents": 3, "seed": 3}
     (exact,) = evaluate_context(run.folder, None, [16, 32], **asked)
+    assert exact.provenance["seed"] == 3
     (close,) = evaluate_context(run.folder, None, [16, 32], **asked, precision="bf16")
     assert exact.provenance["precision"] == "fp32" and close.provenance["precision"] == "bf16"
     theirs, ours = (each.tallies["token"].losses for each in (exact, close))

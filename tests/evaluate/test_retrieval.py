@@ -11,7 +11,7 @@ import torch
 from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate.prompts import Prompt, passkey
-from dape.evaluate.retrieval import Retrieval, load
+from dape.evaluate.retrieval import Retrieval, evaluate_retrieval, load
 from dape.evaluate.subject import Subject
 from dape.evaluate.trials import Cell, Plan, retrieve, score
 from dape.model.configuration import DapeConfig
@@ -175,6 +175,23 @@ def test_a_length_that_prompt_or_model_refuse_is_told_and_left_out():
     assert told[1] == (400, "exact 100%")
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"depths": (0.5, -0.1)}, "depth=-0.1 must be at least 0"),
+        ({"depths": (1.1,)}, "depth=1.1 must be at most 1"),
+        ({"depths": (math.nan,)}, "depth=nan must be a finite number"),
+        ({"trials": 0}, "trials=0 must be at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"tasks": ("passkey", "paskey")}, "unknown task 'paskey'"),
+    ],
+)
+def test_questions_that_are_none_are_refused_before_a_model_is_opened(asked, message):
+    with pytest.raises(UserError, match=message):
+        evaluate_retrieval("nowhere", **asked)
+
+
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     record = Retrieval(
         subject=Subject(
@@ -194,6 +211,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     )
     record.save(tmp_path / "retrieval" / "passkey.json")
     assert load(tmp_path / "retrieval" / "passkey.json") == record
+    assert record.with_cells(record.cells[::-1], {600: "too long"}) == record
     values = record.values("rank")
     assert values[:, 0].tolist() == [1, 9] and np.isnan(values[:, 1]).all()
     with pytest.raises(

@@ -33,6 +33,24 @@ def test_results_mark_the_training_length_and_say_what_was_scored(groups):
     assert "the last 128 tokens of each window" in table.note
     assert "the same 2,560 tokens of 20 documents of the test split" in table.note
     assert "standard deviation over seeds" in table.note
+    assert "* length trained at." in table.note
+    elsewhere = results(group([make("kerple", KERPLE[0], train_length=64)]))
+    assert elsewhere.header[2] == "128" and "trained at" not in elsewhere.note
+
+
+def test_tokens_without_a_fixed_number_of_bytes_have_no_bits_per_byte():
+    runs = [make("kerple", KERPLE[0]), make("rope", KERPLE[0])]
+    runs[1] = replace(
+        runs[1],
+        targets=replace(runs[1].targets, bytes=None),
+        measurements=[replace(each, bits_per_byte=None) for each in runs[1].measurements],
+    )
+    first, second = results(group(runs), "bits_per_byte").rows
+    assert first[2:] == [f"{loss / math.log(2) / 2:.4f}" for loss in KERPLE[0]]
+    assert second[2:] == ["—"] * 5
+    note = results(group(runs), "bits_per_byte").note
+    assert note.endswith("— rope: tokens without a fixed number of bytes.")
+    assert "bytes" not in results(group(runs)).note
 
 
 def test_other_scored_tokens_are_named():
@@ -83,6 +101,17 @@ def test_changes_stand_under_their_length_where_another_is_refused(groups):
     assert row[1:] == [first, "—", third, fourth, "—"]
     place = table.rows.index(row)
     assert [cell == "—" for cell in table.rows[place + 1][1:]] == [False, True, False, False, True]
+
+
+def test_a_single_comparison_without_documents_or_with_runs_left_out_is_noted(groups):
+    whole = compare(groups)
+    assert "left out" not in significance(whole).note and "Fewer" not in significance(whole).note
+    last = replace(whole[-1], left_out=1, over_documents=None)
+    note = significance([*whole[:-1], last]).note
+    assert note.endswith(
+        "Runs of a seed that the other scheme lacks are left out. "
+        "Fewer than 20 documents: no p over documents."
+    )
 
 
 def test_changes_are_ratios_of_perplexities(groups):

@@ -39,7 +39,9 @@ def test_the_paper_adds_14352_parameters():
     assert found.positional == 14_352 + 12 * 2 * 12  # and Kerple's p and a
 
 
-@pytest.mark.parametrize("scheme", ["nope", "kerple", "dape-kerple", "dape-nope"])
+@pytest.mark.parametrize(
+    "scheme", ["nope", "kerple", "dape-kerple", "dape-nope", "talking-heads-kerple"]
+)
 def test_arithmetic_is_what_torch_counts(scheme):
     module, length = model(scheme=scheme), 8
     tokens = torch.randint(V, (1, length))
@@ -132,7 +134,7 @@ def test_devices_that_share_sequences_share_their_tokens(micro, tokens):
 @pytest.mark.parametrize(("gather", "whole"), [("pass", 0), ("step", 2 + 4)])
 def test_weights_and_gradients_gathered_for_a_step_lie_whole_beside_the_shards(gather, whole):
     settings = recipe("data", "out", hardware={"strategy": "fsdp", "gather": gather})
-    for ranks, held in ((1, 16), (8, 2 + whole)):
+    for ranks, held in ((1, 16), (2, 8 + whole), (8, 2 + whole)):
         found = memory(settings, 1000, V, ranks)["weights, gradients, moments"]
         assert found * GIB == pytest.approx(held * 1000)
 
