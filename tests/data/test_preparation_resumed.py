@@ -10,6 +10,7 @@ import sys
 import time
 
 import made
+import numpy as np
 import pytest
 
 from dape.data import prepare, records, writer
@@ -40,6 +41,21 @@ def interrupted(options, monkeypatch, statuses):
     for name in writer.SPLITS:
         with open(max(options.out.glob(f"{name}-*.bin")), "ab") as file:
             file.write(b"torn")
+
+
+def test_what_the_journal_notes_is_on_the_disk(tmp_path):
+    """Tokens in a buffer would be gone with a killed process."""
+    header = {
+        "dtype": "uint16", "tokenizer": {"end_of_text": 0}, "options": {"shard_tokens": 100}
+    }  # fmt: skip
+    written = writer.Written()
+    split = writer.SplitWriter(tmp_path, "train", header, written)
+    split.append(np.array([3, 4, 0], "uint16"), 2, ends=True)
+    split.flush()
+    (file,) = tmp_path.glob("*.bin")
+    assert np.fromfile(file, "uint16").tolist() == [3, 4, 0]
+    assert (written.documents, written.tokens, written.bytes) == (1, 3, 2)
+    split.close()
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3), (7, 1, 9), (25,)])

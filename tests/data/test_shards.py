@@ -123,8 +123,11 @@ def test_the_order_of_a_seed_is_that_of_earlier_versions():
     assert [_mixed((state + n * step) % 2**64) for n in range(1, 4)] == [
         6457827717110365317, 3203168211198807973, 9817491932198370423
     ]  # fmt: skip
-    windows = Windows(SimpleNamespace(num_tokens=1000, slice=lambda start, _: start), 24, seed=3)
-    assert [windows[n] for n in (0, 1, 2, 3, 40, 41)] == [607, 631, 727, 103, 232, 304]
+    for count, first in ((40, [607, 631, 727, 103]), (64, [607, 631, 727, 1351])):
+        length = 24 * (count + 1)
+        split = SimpleNamespace(num_tokens=length, slice=lambda start, _: start)
+        windows = Windows(split, 24, seed=3)
+        assert len(windows) == count and [windows[n] for n in range(4)] == first
 
 
 def test_windows_of_a_single_token_have_a_label():
