@@ -49,7 +49,14 @@ def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
     first, second = accuracies(OneByOne([perfect, zeros]), task, evaluation, torch.device("cpu"))
     assert first == [100.0] * 30
     assert sum(second) / 30 == pytest.approx(20, abs=1.5)
-    # The examples are the same for every model, and fixed.
+    # The examples are the same for every model, and fixed by the length alone.
+    read = []
+    accuracies(
+        OneByOne([Answers(lambda inputs, out: read.append(inputs) or inputs)]),
+        task, Evaluation(longest=3, samples=4), torch.device("cpu"),
+    )  # fmt: skip
+    for length, inputs in enumerate(read, 1):
+        assert torch.equal(inputs, task.sample(single(TEST + length, 4), length).inputs)
     assert accuracies(OneByOne([zeros]), task, evaluation, torch.device("cpu")) == [second]
 
 
@@ -63,6 +70,8 @@ def test_training_its_noise_and_the_tests_draw_apart_on_a_cpu():
     seeds = [kind + seed for kind in (0, NOISE, TEST) for seed in (0, 1, 41, SEEDS - 1)]
     drawn = [torch.rand(3, generator=generator(seed)).tolist() for seed in seeds]
     assert all(drawn.count(each) == 1 for each in drawn)
-    assert drawn[2] == torch.rand(3, generator=torch.Generator().manual_seed(41)).tolist()
+    for seed, read in ((41, 41), (NOISE + 41, 2**30 + 41), (TEST + 41, 2**31 + 41)):
+        same = torch.rand(3, generator=torch.Generator().manual_seed(read)).tolist()
+        assert drawn[seeds.index(seed)] == same
     trained, tested = (TASKS["bucket-sort"].sample(single(n, 8), 41) for n in (41, TEST + 41))
     assert not torch.equal(trained.inputs, tested.inputs)

@@ -153,6 +153,8 @@ def test_weights_and_gradients_gathered_for_a_step_lie_whole_beside_the_shards(g
         ("NVIDIA GB200", 2500),
         ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H20", None),
         ("Tesla T4", None),
     ],

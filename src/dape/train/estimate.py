@@ -16,7 +16,7 @@ from dape.train.recipe import Recipe
 
 # Dense bfloat16 multiply-adds on the tensor cores, in FLOP/s, from the makers' data sheets. The
 # first key within the name of a GPU counts.
-PEAK_FLOPS = {
+PEAK_FLOPS: dict[str, float | None] = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -27,6 +27,8 @@ PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
     "L40S": 362e12,
+    "RTX 4090 Laptop": None,  # a smaller chip, as that of the next line
+    "RTX 4090 D": None,
     "RTX 4090": 165e12,
 }
 GIB = 2**30
