@@ -1,7 +1,9 @@
 """A, B and f(A, B) of a model against formulas in float64, and what is told of them."""
 
 import math
+from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from dape.attention.fused.serves import obstacle
 from dape.errors import UserError
 from dape.evaluate.capture import Recorder, Row, capture
 from dape.evaluate.heads import describe
-from dape.evaluate.learned import smooth
+from dape.evaluate.learned import choose_document, learned_rows, smooth
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 from dape.model.retrofit import retrofit
@@ -234,3 +236,42 @@ def test_spans_keep_the_mean_of_each_span(keys, spans):
 def test_keys_must_lie_on_both_sides():
     with pytest.raises(UserError, match="far=5 must be from 1 to 4: some of 5 keys near"):
         describe(row_of([1] * 5, [0] * 5, [0] * 5), 5)
+
+
+def part(*lengths):
+    """Return a split of documents of so many tokens and an end of text, each of one token."""
+    return SimpleNamespace(
+        document_lengths=np.array(lengths) + 1,
+        document=lambda n: np.array([*[n] * lengths[n], 36]),
+    )
+
+
+def test_a_document_is_chosen_by_its_tokens_without_the_end_of_text():
+    documents = part(3, 70, 65, 70)
+    for length, first in ((3, 0), (4, 1), (65, 1), (70, 1)):
+        assert choose_document(documents, length, None) == first
+    assert choose_document(documents, 65, 2) == 2 and choose_document(documents, 70, 3) == 3
+    for length, document, message in (
+        (71, None, "the longest of the 4 documents of the split has 70 tokens"),
+        (66, 2, "document 2 has 65 tokens, below the length 66"),
+        (3, 4, "document 4 is not one of 0 to 3"),
+        (3, -1, "document -1 is not one of 0 to 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            choose_document(documents, length, document)
+
+
+@pytest.mark.parametrize(("trained", "far"), [(16, 16), (23, 23), (24, 12), (30, 12), (None, 12)])
+def test_by_default_three_layers_read_the_first_long_document(trained, far):
+    network = grown("kerple", num_hidden_layers=5)
+    model = SimpleNamespace(
+        loaded=lambda *_: nullcontext(network), subject=lambda _: None, train_length=trained
+    )
+    corpus = SimpleNamespace(split={"test": part(9, 30)}.get, checksum="c0ffee")
+    found = learned_rows(model, corpus, length=24, device=torch.device("cpu"), provenance={})
+    assert (found.document, found.query, found.far) == (1, 23, far)
+    expected = capture(network, torch.ones(24, dtype=torch.long), [0, 2, 4], 23)
+    for layer, row in zip(found.layers, expected, strict=True):
+        assert layer.layer == row.layer and layer.heads == describe(row, far)
+        for name in ("scores", "bias", "change"):
+            np.testing.assert_allclose(getattr(layer, name), getattr(row, name), rtol=1e-4)
