@@ -118,8 +118,13 @@ def test_the_record_of_a_run(finished):
     "hardware", [{"micro_batch_size": 2}, {"activation_checkpointing": True}], ids=str
 )
 def test_the_layout_of_the_work_changes_nothing(finished, data, tmp_path, hardware):
-    settings = recipe(data, tmp_path / "run", hardware=hardware)
-    assert losses(run(settings)) == pytest.approx(losses(finished[1]), rel=1e-6)
+    folder = run(recipe(data, tmp_path / "run", hardware=hardware))
+    assert losses(folder) == pytest.approx(losses(finished[1]), rel=1e-6)
+    found, expected = (
+        [entry["validation_loss"] for entry in metrics(each) if "validation_loss" in entry]
+        for each in (folder, finished[1])
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_mixed_precision_keeps_weights_in_float32(finished, data, tmp_path):
