@@ -99,6 +99,7 @@ def test_lengths_are_uniform_and_the_same_for_all():
     assert found[0] == 0 and len(found) == 41
     assert (found[1:] - 1_000).abs().max() < 4.5 * 1_000**0.5
     assert Training(steps=10).lengths() == Training(steps=20).lengths()[:10]
+    assert Training(steps=6).lengths() == [5, 40, 14, 1, 4, 20], "as the measured cells had"
 
 
 def test_a_restored_stack_goes_on_exactly():
