@@ -119,6 +119,7 @@ def test_tokens_are_the_text_and_a_part_of_a_character_is_named(run):
     assert found.origin == "text given"
     with pytest.raises(dape.UserError, match="fewer than 2 tokens"):
         passage(open_model(run), Source(text="a"), device=CPU)
+    assert passage(open_model(run), Source(text="ab"), device=CPU).tokens == ["a", "b"]
 
 
 def test_the_bias_mounted_in_a_pretrained_model_is_on_the_page():
