@@ -222,6 +222,10 @@ def test_a_host_without_room_for_a_batch_is_known_before_the_first(data, tmp_pat
                 check_memory(settings)
         else:
             check_memory(settings)
+    matrices = 4 * 2**16 * (4 * 2**16 * 2 + 2**20)  # bytes of float32, in two layers and a head
+    large = {"hidden_size": 2**16, "vocab_size": 2**20}
+    with pytest.raises(UserError, match=f"model takes {matrices // 2**30} GiB at least, and cuda"):
+        check_memory(recipe(data, tmp_path, model=large))
     room["cpu"] = 12 * 2**30
     with pytest.raises(UserError, match=r"training.batch_size takes 13 GiB at least, and cpu has"):
         check_memory(settings)

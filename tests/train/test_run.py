@@ -14,6 +14,7 @@ from dape.errors import UserError
 from dape.files import locked, partial_of
 from dape.runs import RunFolder
 from dape.train import sweep, train
+from dape.train.plan import check
 from dape.train.recipe import Recipe, override, read, write
 
 
@@ -81,6 +82,13 @@ def test_a_sweep_is_every_combination(file):
     ]
     with pytest.raises(UserError, match=r"model.scheme=kerple,alibi would share a folder"):
         sweep(override(first, {"name": "x"}), {"model.scheme": ["kerple", "alibi"]})
+
+
+def test_values_of_options_are_checked_before_anything_is_loaded(file):
+    first = override(read(file, Recipe), {"model.scheme": "dape-kerple"})
+    check(first)
+    with pytest.raises(UserError, match="hidden=0 must be at least 1"):
+        check(override(first, {"model.scheme_options": {"adapter": {"hidden": 0}}}))
 
 
 def test_two_trainings_in_one_folder_are_one_too_many(file, tmp_path):
