@@ -92,15 +92,19 @@ def test_the_model_is_the_one_of_the_row(form, backend):
 
 
 def test_each_direction_times_its_own_pass(monkeypatch):
-    log = []
-    for name in ("read", "train", "_next"):
-        monkeypatch.setattr(model, name, lambda _, tokens, name=name: log.append((name, tokens)))
-    monkeypatch.setattr(model, "measure", lambda calls, device: [call() for call in calls])
-    monkeypatch.setattr(model, "entry_at", lambda place, found: place)
+    log, timing = [], clock.Timing([3.0], 1, clock.WALL)
+
+    def note(name):
+        monkeypatch.setattr(model, name, lambda _, tokens: log.append((name, tokens)) or timing)
+
+    monkeypatch.setattr(model, "measure", lambda calls, device: calls[0]())
     named = {FORWARD: "read", TRAINING: "train", model.NEXT: "_next"}
+    for name in named.values():
+        note(name)
     for direction, name in named.items():
-        place = model._entry(plan(), drawn(), "nope", 7, direction)
-        assert place == ("nope", 7, 2, direction)
+        entry = model._entry(plan(), drawn(), "nope", 7, direction)
+        assert (entry.method, entry.length, entry.batch) == ("nope", 7, 2)
+        assert (entry.direction, entry.milliseconds) == (direction, 3.0)
         ((found, tokens),) = log
         assert found == name and tokens.shape == (2, 7) and 0 <= tokens.min() <= tokens.max() < 13
         log.clear()

@@ -3,7 +3,7 @@
 import math
 from contextlib import nullcontext
 from itertools import pairwise
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,13 +15,16 @@ import textbook
 from dape.attention import chunked
 from dape.attention.call import Call
 from dape.attention.fused.serves import obstacle
+from dape.data.shards import Corpus, Split
 from dape.errors import UserError
 from dape.evaluate.capture import Recorder, Row, capture
 from dape.evaluate.heads import describe
 from dape.evaluate.learned import choose_document, learned_rows, smooth
+from dape.evaluate.subject import Model
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 from dape.model.retrofit import retrofit
+from evaluations import PROVENANCE, make
 
 SCHEMES = [
     *("nope", "rope", "kerple", "fire", "t5", "sandwich", "cope", "transformer-xl"),
@@ -240,7 +243,8 @@ def test_keys_must_lie_on_both_sides():
 
 def part(*lengths):
     """Return a split of documents of so many tokens and an end of text, each of one token."""
-    return SimpleNamespace(
+    return Mock(
+        spec=Split,
         document_lengths=np.array(lengths) + 1,
         document=lambda n: np.array([*[n] * lengths[n], 36]),
     )
@@ -264,11 +268,12 @@ def test_a_document_is_chosen_by_its_tokens_without_the_end_of_text():
 @pytest.mark.parametrize(("trained", "far"), [(16, 16), (23, 23), (24, 12), (30, 12), (None, 12)])
 def test_by_default_three_layers_read_the_first_long_document(trained, far):
     network = grown("kerple", num_hidden_layers=5)
-    model = SimpleNamespace(
-        loaded=lambda *_: nullcontext(network), subject=lambda _: None, train_length=trained
-    )
-    corpus = SimpleNamespace(split={"test": part(9, 30)}.get, checksum="c0ffee")
-    found = learned_rows(model, corpus, length=24, device=torch.device("cpu"), provenance={})
+    model = Mock(spec=Model, train_length=trained)
+    model.loaded.return_value = nullcontext(network)
+    model.subject.return_value = make("kerple", [2.0] * 5).subject
+    corpus = Mock(spec=Corpus, split={"test": part(9, 30)}.get, checksum="c0ffee")
+    cpu = torch.device("cpu")
+    found = learned_rows(model, corpus, length=24, device=cpu, provenance=PROVENANCE)
     assert (found.document, found.query, found.far) == (1, 23, far)
     expected = capture(network, torch.ones(24, dtype=torch.long), [0, 2, 4], 23)
     for layer, row in zip(found.layers, expected, strict=True):
