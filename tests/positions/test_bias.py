@@ -98,7 +98,7 @@ def test_relative_biases_see_the_distance_alone_in_both_directions(bias, shift, 
     assert_close(bias(key, query).mT.detach(), expected, **near)
 
 
-@pytest.mark.parametrize("bias", [NoBias, ALiBi, Kerple])
+@pytest.mark.parametrize("bias", [b for b in BIASES if b.relative])
 @given(shift=st.integers(0, 2**40), seed=st.integers(0, 2**31))
 def test_a_shift_of_any_size_changes_no_bit(bias, shift, seed):
     torch.manual_seed(seed)

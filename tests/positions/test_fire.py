@@ -141,6 +141,16 @@ def test_c_starts_at_a_tenth_and_the_threshold_at_the_training_length():
     assert FIRE(4).threshold.item() == pytest.approx(512)
 
 
+def test_both_layers_start_as_linear_layers_do():
+    bias = FIRE(500, hidden=400)
+    for weight, shift in ((bias.weight_in, bias.bias_in), (bias.weight_out, bias.bias_out)):
+        like = torch.nn.Linear(weight.shape[1], weight.shape[0])
+        for ours, theirs in ((weight, like.weight), (shift, like.bias)):
+            assert_close(ours.abs().max(), theirs.abs().max(), rtol=5e-2, atol=0)
+            assert_close(ours.std(), theirs.std(), rtol=0.1, atol=0)
+            assert ours.abs().max() <= weight.shape[1] ** -0.5
+
+
 def test_c_and_the_threshold_stay_positive_however_far_they_are_trained():
     bias = FIRE(1)
     optimizer = torch.optim.SGD([bias.log_c, bias.log_threshold], lr=1.0)

@@ -37,12 +37,48 @@ def test_sizes_are_whole(name, option, value):
         getattr(dape, name)(2, **{option: value})
 
 
+@pytest.mark.parametrize("value", NO_SIZES)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *(
+            ("RoPE", ["head_dim"]),
+            ("CoPE", ["head_dim", "npos_max"]),
+            ("TalkingHeads", ["num_heads"]),
+        ),
+        ("TransformerXL", ["num_heads", "head_dim", "hidden_size"]),
+        *((name, ["head_dim", "train_length"]) for name in ("DynamicNTK", "YaRN", "Llama3")),
+        ("RandomizedRoPE", ["head_dim", "train_length", "pool"]),
+    ],
+)
+def test_every_size_is_whole(name, sizes, value):
+    for wrong in sizes:
+        if (wrong, value) == ("pool", None):  # the default
+            continue
+        with pytest.raises(UserError, match=f"{wrong}="):
+            getattr(dape, name)(**{**dict.fromkeys(sizes, 8), wrong: value})
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *(("YaRN", "factor"), ("YaRN", "beta_fast"), ("YaRN", "beta_slow")),
+        *(("YaRN", "attention_factor"), ("DynamicNTK", "factor"), ("Llama3", "factor")),
+        *(("Llama3", "low_freq_factor"), ("Llama3", "high_freq_factor")),
+    ],
+)
+def test_numbers_beside_a_training_length_are_finite(name, option, value):
+    with pytest.raises(UserError, match=f"{option}="):
+        getattr(dape, name)(8, 64, **{option: value})
+
+
 @pytest.mark.parametrize("value", NO_NUMBERS)
 @pytest.mark.parametrize(
     ("name", "option"),
     [
         *(("RoPE", "base"), ("RoPE", "fraction"), ("PositionInterpolation", "factor")),
-        *(("NTK", "factor"), ("XPos", "scale_base")),
+        *(("NTK", "factor"), ("XPos", "scale_base"), ("FIRE", "threshold")),
     ],
 )
 def test_numbers_are_finite(name, option, value):

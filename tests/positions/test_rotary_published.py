@@ -14,6 +14,7 @@ from dape.positions.rotary import (
     DynamicNTK,
     Llama3,
     PositionInterpolation,
+    RandomizedRoPE,
     RoPE,
     XPos,
     YaRN,
@@ -137,6 +138,63 @@ def test_ntk_is_dynamic_ntk_of_transformers_at_the_length_it_reaches():
     theirs, _ = inverse_frequencies("dynamic", seq_len=16 * LENGTH, factor=1.0)
     ours = NTK(16, factor=16.0).frequencies(torch.arange(1), torch.float32)
     assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "build", "parameters"),
+    [
+        ("linear", PositionInterpolation, {"factor": 4.0}),
+        (
+            "yarn",
+            lambda *args, **options: YaRN(*args, 4096, **options),
+            {"factor": 4.0, "original_max_position_embeddings": 4096},
+        ),
+        (
+            "llama3",
+            lambda *args, **options: Llama3(*args, 4096, **options),
+            {
+                **{"factor": 4.0, "original_max_position_embeddings": 4096},
+                **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            },
+        ),
+        (
+            "dynamic",
+            lambda *args, **options: DynamicNTK(*args, LENGTH, **options),
+            {"factor": 4.0},
+        ),
+        (
+            "linear",
+            lambda *args, factor, **options: RandomizedRoPE(*args, 9, **options).eval(),
+            {"factor": 1.0},
+        ),
+    ],
+)
+def test_base_and_fraction_are_taken_by_every_rotation(kind, build, parameters):
+    theirs, _ = inverse_frequencies(kind, seq_len=100, **parameters, rope_theta=500.0)
+    ours = build(32, factor=4.0, base=500.0, fraction=0.5)
+    frequencies = ours.frequencies(torch.tensor([99]), torch.float32)
+    assert_close(frequencies.flatten(), theirs, rtol=2e-6, atol=0)
+    (query, key), positions = draw(5, head_dim=32), torch.arange(5)
+    for x, turned in zip((query, key), ours(query, key, positions), strict=True):
+        assert torch.equal(turned[..., 16:], x[..., 16:])
+        assert (turned[..., 1:, :16] - x[..., 1:, :16]).abs().min() > 0
+
+
+def test_ntk_and_xpos_take_base_and_fraction():
+    x = torch.randn(2, 1, 1, 3, 32, dtype=torch.float64)
+    positions = torch.tensor([0, 9, 700])
+    options = {"base": 500.0, "fraction": 0.5}
+    ours = NTK(32, factor=4.0, **options)(*x, positions)
+    theirs = RoPE(16, base=500.0 * 4.0 ** (16 / 14))(*x[..., :16], positions)
+    for mine, their in zip(ours, theirs, strict=True):
+        assert_close(mine[..., :16], their, rtol=1e-12, atol=1e-12)
+    ours = XPos(32, scale_base=64.0, **options)(*x, positions)
+    pairs = torch.arange(8, dtype=torch.float64) / 8
+    scale = (((pairs + 0.4) / 1.4) ** (positions[:, None] / 64)).repeat(1, 2)
+    theirs = RoPE(16, base=500.0)(*x[..., :16], positions)
+    for mine, their, whole in zip(ours, (theirs[0] * scale, theirs[1] / scale), x, strict=True):
+        assert_close(mine[..., :16], their, rtol=1e-12, atol=1e-12)
+        assert torch.equal(mine[..., 16:], whole[..., 16:])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
