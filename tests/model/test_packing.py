@@ -224,15 +224,21 @@ def test_documents_that_do_not_fit_are_refused(given, words):
     assert "\n" not in str(error.value)
 
 
-def test_cached_keys_of_unknown_documents_are_refused():
+@pytest.mark.parametrize("static", [False, True])
+def test_cached_keys_of_unknown_documents_are_refused(static):
     model, ids = model_of("dape-kerple"), tokens(1, 9)
-    cache = model(ids[:, :6]).past_key_values
+
+    def new():
+        return StaticCache(model.config, max_cache_len=12) if static else DynamicCache()
+
+    cache = model(ids[:, :6], past_key_values=new()).past_key_values
     with pytest.raises(UserError, match="begin below the number of cached keys: give attention"):
         model(ids[:, 6:], position_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache)
     with pytest.raises(UserError, match="seq_idx and cu_seq_lens_q do not cover 6 cached keys"):
         model(ids[:, 6:], seq_idx=torch.zeros(1, 3).int(), past_key_values=cache)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
-    cache = model(ids[:, :6], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]])).past_key_values
+    twice = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    cache = model(ids[:, :6], position_ids=twice, past_key_values=new()).past_key_values
     out = model(
         ids[:, 6:], position_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache,
         attention_mask=mask,

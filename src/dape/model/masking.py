@@ -250,9 +250,9 @@ def documents_of_positions(key_positions: Tensor, past: int | Tensor) -> Tensor 
         UserError: for positions below the number of cached keys, whose document is then unknown.
     """
     begins = key_positions.diff(prepend=key_positions[:, :1] - 1) != 1
-    if isinstance(past, int) and past:
+    if isinstance(past, Tensor) or past:
         refuse(
-            look((key_positions[:, 0] < 0).any()),
+            look((key_positions[:, 0] < 0).any() & (past > 0)),
             "position_ids begin below the number of cached keys: give attention_mask [batch, keys],"
             " 1 for visible cached and new keys",
         )
