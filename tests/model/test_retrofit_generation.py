@@ -10,6 +10,7 @@ from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, Stat
 
 import dape
 from dape.errors import UserError
+from dape.model.retrofit.interface import LayerMask, attend
 
 every_model = pytest.mark.parametrize("name", NAMES)
 CACHES = {
@@ -209,3 +210,21 @@ def test_layers_that_share_keys_are_computed_for_the_last_queries_alone(keep):
     for cache in ({"use_cache": False}, {"past_key_values": StaticCache(config, max_cache_len=16)}):
         last = model(ids, attention_mask=mask, logits_to_keep=keep, **cache).logits
         assert_close(last, whole[:, -keep:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["none", "padding", "four axes"])
+@pytest.mark.parametrize("rows", [slice(-3, None), slice(2, 5)])
+@torch.no_grad()
+def test_the_mask_of_a_layer_is_cut_to_some_of_its_queries(rows, form):
+    layer = torch.nn.Module()
+    layer.adapter, layer.position_bias = dape.DAPE(4, 5).double(), dape.Kerple(4).double()
+    query, key, value = (torch.randn(2, h, 7, 6, dtype=torch.float64) for h in (4, 2, 2))
+    mask = {
+        "none": None,
+        "padding": torch.arange(7) >= torch.tensor([[0], [2]]),
+        "four axes": torch.ones(2, 1, 7, 7, dtype=torch.bool).tril().triu(-2),
+    }[form]
+    whole = LayerMask(mask, form != "four axes", 0, rows=7, keys=7)
+    expected, _ = attend(layer, query, key, value, whole)
+    found, _ = attend(layer, query[:, :, rows], key, value, whole[:, :, rows, :])
+    assert_close(found, expected[:, rows], rtol=1e-12, atol=1e-12)
