@@ -199,6 +199,19 @@ def test_a_mask_of_four_axes_is_refused_where_positions_lie_apart_from_indices()
     near(found[:, 3:], model(ids[:, 3:], use_cache=False).logits)
     with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
         model(ids, attention_mask=causal[None, None], position_ids=restarted, use_cache=False)
+    ids, positions, causal = tokens(1, 7), torch.tensor([[4, 5, 8]]), torch.ones(7, 7).tril().bool()
+    causal[6, :6] = False  # the last token, three behind the one before, sees itself alone
+    for mask in (causal, torch.ones_like(causal).tril()):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :4], past_key_values=cache)
+        given = {"attention_mask": mask[None, None, 4:], "position_ids": positions}
+        if mask is causal:
+            found = model(ids[:, 4:], past_key_values=cache, **given).logits
+            near(found[:, :2], model(ids[:, :6], use_cache=False).logits[:, 4:])
+            near(found[:, 2:], model(ids[:, 6:], use_cache=False).logits)
+        else:
+            with pytest.raises(UserError, match="position_ids beside an attention_mask of four"):
+                model(ids[:, 4:], past_key_values=cache, **given)
 
 
 @torch.no_grad()

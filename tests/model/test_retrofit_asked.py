@@ -1,5 +1,7 @@
 """What a call asks of all attentions of a retrofitted model: documents apart, and the weights."""
 
+import itertools
+
 import pytest
 import torch
 from pretrained import NAMES, SIZES, bias_for, move, pretrained, tokens
@@ -17,6 +19,7 @@ from transformers import (
 import dape
 from dape.errors import UserError
 from dape.model.retrofit import interface
+from dape.model.retrofit.asked import offset_of
 
 LENGTHS = (4, 1, 7)
 FORMS = {
@@ -204,7 +207,21 @@ def test_a_mask_of_ones_or_cached_keys_say_that_a_row_is_one_document():
     assert (whole - model(ids, position_ids=positions).logits).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom", "falcon"])
 @torch.no_grad()
+def test_no_call_of_a_model_or_a_part_reads_the_documents_of_the_call_before(name):
+    model, (texts, batch) = grown(name), packed("seq_idx")
+    ids = batch["input_ids"]
+    expected = {False: model(ids, use_cache=False).logits[0], True: alone(model, texts)}
+    calls = list(itertools.product((False, True), repeat=2))
+    for part, apart in itertools.chain(*itertools.product(calls, repeat=2)):
+        given = {"seq_idx": batch["seq_idx"]} if apart else {}
+        found = (
+            model.lm_head(model.base_model(ids, **given)[0]) if part else model(ids, **given).logits
+        )
+        near(found[0], expected[apart])
+
+
 @torch.no_grad()
 def test_a_part_that_is_a_model_keeps_documents_apart_and_a_layer_says_that_it_cannot():
     model, (texts, batch) = grown("llama"), packed("seq_idx")
@@ -234,3 +251,10 @@ def test_every_model_returns_the_weights_of_its_attentions(name, by):
     for ours, theirs in zip(found, own, strict=True):
         assert_close(ours, theirs, rtol=0, atol=1e-6)
     assert not model(ids).attentions
+
+
+@pytest.mark.parametrize(("written", "offset"), [(0, 0), (5, 5), (6, 6), (7, 6), (40, 6)])
+def test_queries_stand_behind_the_written_keys_and_last_once_a_window_drops_keys(written, offset):
+    assert offset_of(written, 2, 8) == offset
+    assert offset_of(torch.tensor(written), 2, 8).item() == offset
+    assert offset_of(None, 2, 8) == 6
