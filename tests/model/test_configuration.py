@@ -1,6 +1,7 @@
 """The configuration: what it refuses, and that it survives its file."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -32,12 +33,24 @@ from dape.model.modeling import DapeForCausalLM
         ({"intermediate_size": 0}, "intermediate_size=0 must be at least 1"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"vocab_size": -1}, "vocab_size=-1 must be at least 1"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05 must be at least 0"),
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps=nan"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(options, words):
     with pytest.raises(UserError, match=words) as error:
         DapeConfig(**options)
     assert "\n" not in str(error.value)
+
+
+def test_the_feed_forward_layer_has_the_documented_width():
+    for width in range(1, 300, 13):
+        modern = DapeConfig(hidden_size=width, num_attention_heads=1, block="modern")
+        least = next(size for size in range(64, 10_000, 64) if 3 * size >= 8 * width)
+        assert modern.feed_forward_size == least
+        paper = DapeConfig(hidden_size=width, num_attention_heads=1)
+        assert paper.feed_forward_size == 4 * width
+    assert DapeConfig(num_key_value_heads=1).key_value_size == 64  # 768 / 12
 
 
 def test_a_wrong_type_names_the_field():

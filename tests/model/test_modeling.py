@@ -34,13 +34,12 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", [DapeForCausalLM, DapeModel])
 @pytest.mark.parametrize("block", ["paper", "modern"])
-def test_weights_start_with_the_documented_deviations(block):
+def test_weights_start_with_the_documented_deviations(block, kind):
     width, depth = 128, 4
-    model = fresh(
-        hidden_size=width, num_hidden_layers=depth, vocab_size=500, intermediate_size=4 * width,
-        block=block,
-    )  # fmt: skip
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": 4 * width}
+    model = kind(DapeConfig(**{**SIZES, **sizes, "vocab_size": 500}, block=block))
     small, wang = math.sqrt(2 / (5 * width)), 2 / (depth * math.sqrt(width))
     for name, parameter in model.named_parameters():
         if ".adapter." in name or ".position_bias." in name:

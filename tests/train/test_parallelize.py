@@ -232,3 +232,14 @@ def test_what_a_part_of_a_sequence_cannot_be_is_refused(scheme, given, message):
     devices = ContextParallel("none", 0, 2)
     with pytest.raises(UserError, match=message):
         model(input_ids=torch.zeros(1, 4).long(), context_parallel=devices, **given)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("end", "last"), [(None, 23), (19, 18)])
+def test_a_position_beyond_the_table_is_refused_by_every_device(rank, end, last):
+    """The second of two devices has the tokens in the middle, all of them in the table."""
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DapeForCausalLM(DapeConfig(scheme="learned", train_length=18, **sizes))
+    devices = ContextParallel("none", rank, 2, end)
+    with pytest.raises(UserError, match=f"position {last} is outside the learned embedding"):
+        model(torch.zeros(1, 12).long(), use_cache=False, context_parallel=devices)
