@@ -5,7 +5,7 @@ import torch
 from cells import cell
 
 from dape.chomsky.encoder import Encoder, Noise
-from dape.chomsky.measure import TEST, Evaluation, OneByOne, accuracies, accuracy
+from dape.chomsky.measure import DRAWN, TEST, Evaluation, OneByOne, accuracies, accuracy
 from dape.chomsky.stack import NOISE
 from dape.chomsky.task import SEEDS, Sample, generator, single
 from dape.chomsky.tasks import TASKS
@@ -60,6 +60,21 @@ def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():
     assert accuracies(OneByOne([zeros]), task, evaluation, torch.device("cpu")) == [second]
 
 
+def test_randomised_positions_are_not_drawn_from_the_stream_of_the_examples():
+    drawn = []
+
+    class Drawing:
+        def answers(self, inputs, out, generator):
+            drawn.append(torch.randint(5, inputs.shape, generator=generator))
+            return inputs[None]
+
+    task, evaluation = TASKS["bucket-sort"], Evaluation(longest=40, samples=64)
+    accuracies(Drawing(), task, evaluation, torch.device("cpu"))
+    for length, found in enumerate(drawn, 1):
+        inputs = task.sample(single(TEST + length, 64), length).inputs
+        assert length < 5 or (found == inputs).double().mean() < 0.35, "a fifth, by chance"
+
+
 def test_the_score_is_over_the_lengths_beyond_training():
     found = cell("even-pairs", "kerple", 0, [100.0, 90.0, 50.0, 60.0, 40.0], trained=2)
     assert found.score == pytest.approx(50) and found.score_within == pytest.approx(95)
@@ -67,7 +82,7 @@ def test_the_score_is_over_the_lengths_beyond_training():
 
 def test_training_its_noise_and_the_tests_draw_apart_on_a_cpu():
     """PyTorch's generator on a CPU reads 32 bits of a seed, and the kinds differ above them."""
-    seeds = [kind + seed for kind in (0, NOISE, TEST) for seed in (0, 1, 41, SEEDS - 1)]
+    seeds = [kind + seed for kind in (0, NOISE, TEST, DRAWN) for seed in (0, 1, 41, SEEDS - 1)]
     drawn = [torch.rand(3, generator=generator(seed)).tolist() for seed in seeds]
     assert all(drawn.count(each) == 1 for each in drawn)
     for seed, read in ((41, 41), (NOISE + 41, 2**30 + 41), (TEST + 41, 2**31 + 41)):

@@ -11,7 +11,9 @@ from torch import Tensor
 from dape.chomsky.encoder import Encoder
 from dape.chomsky.task import Sample, Strings, Task, generator, single
 
-TEST = 2**33  # added to a length for the seed of the examples, beyond all seeds of training
+# Added to a length for the seeds of the examples and of randomised positions, beyond all seeds of
+# training.
+TEST, DRAWN = 2**33, 2**33 + 2**32
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def accuracy(
     models: Models, sample: Sample, seed: int, batch_tokens: int
 ) -> Float[Tensor, " models"]:
     """Return the percentage of right scored symbols of a sample, by model, in float64."""
-    positions = generator(TEST + seed, sample.inputs.device)
+    positions = generator(DRAWN + seed, sample.inputs.device)
     right: Any = 0
     for part in _parts(sample, batch_tokens):
         answers = models.answers(part.inputs, part.outputs.shape[1], positions)
