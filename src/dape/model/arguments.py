@@ -105,13 +105,12 @@ def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache 
 
 def check_covered(attention_mask: Tensor, total: int | Tensor) -> None:
     """Raise a `UserError` for a mask of fewer than `total` cached and new keys."""
-    short = attention_mask.shape[1] < total
-    refuse(look(short) if isinstance(short, Tensor) else short, _SHORT)
+    refuse(look(attention_mask.shape[1] < total), _SHORT)
 
 
 def check_fits(cache: Cache, batch: int, total: int | Tensor, keys: int) -> None:
     """Raise a `UserError` for a cache of another batch, or of fewer than `total` keys."""
-    refuse(look(total > keys) if isinstance(total, Tensor) else total > keys, _FULL)
+    refuse(look(total > keys), _FULL)
     stored = next((getattr(each, "keys", None) for each in cache.layers), None)
     if isinstance(stored, Tensor) and stored.ndim == 4 and stored.shape[0] != batch:
         raise UserError(

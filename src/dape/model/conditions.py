@@ -7,12 +7,14 @@ from transformers.utils import is_tracing
 from dape.errors import UserError
 
 
-def look(condition: Tensor) -> bool | Tensor:
-    """Return a condition as a bool; the tensor itself while nobody can look at it.
+def look(condition: bool | Tensor) -> bool | Tensor:
+    """Return a condition as a bool; a tensor itself while nobody can look at the tensor.
 
     Nobody can while a model is traced or captured in a CUDA graph. A condition on the device `meta`
     has no data, and counts as false.
     """
+    if not isinstance(condition, Tensor):
+        return condition
     captured = condition.is_cuda and torch.cuda.is_current_stream_capturing()
     if captured or is_tracing(condition):
         return condition

@@ -53,8 +53,7 @@ def masking(
     rows = keys = hidden_states.shape[1]
     past: int | Tensor = 0
     if cache is not None:
-        past = cache.get_seq_length()
-        past = past.clone() if isinstance(past, Tensor) else past  # a static cache counts in place
+        past = keys_before(cache)
         keys = cache.get_mask_sizes(rows, 0)[0]
     mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
     if cache is not None:
@@ -93,6 +92,12 @@ def masking(
         "key_positions": key_positions,
         "query_offset": past,
     }
+
+
+def keys_before(cache: Cache) -> int | Tensor:
+    """Return the number of keys in a cache; a static cache goes on to count in its own tensor."""
+    length: int | Tensor = cache.get_seq_length()
+    return length.clone() if isinstance(length, Tensor) else length
 
 
 def part_of_sequence(

@@ -17,7 +17,12 @@ from transformers.utils import is_tracing
 from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
-from dape.model.masking import count_within, documents_of_positions, positions_of_keys
+from dape.model.masking import (
+    count_within,
+    documents_of_positions,
+    keys_before,
+    positions_of_keys,
+)
 
 
 class Asked(NamedTuple):
@@ -129,8 +134,7 @@ def _written(given: Mapping[str, Any]) -> int | Tensor | None:
     cache = next((given[name] for name in CACHE_NAMES if name in given), None)
     if cache is None or not getattr(cache, "is_compileable", False):
         return None
-    length = cache.get_seq_length()
-    return length.clone() if isinstance(length, Tensor) else length
+    return keys_before(cache)
 
 
 def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> None:
