@@ -63,6 +63,18 @@ def test_the_leftover_of_a_killed_writer_is_replaced(tmp_path, folder):
     assert not is_free(tmp_path) and is_free(tmp_path / "absent") and not is_free(left.parent)
 
 
+def test_a_folder_that_another_process_creates_meanwhile_is_free(tmp_path):
+    """Of two ranks the first creates the folder of a run while the second asks."""
+    turns = "import os, sys\nwhile True:\n    os.mkdir(sys.argv[1])\n    os.rmdir(sys.argv[1])"
+    other = subprocess.Popen([sys.executable, "-c", turns, tmp_path / "run"])
+    try:
+        asked = [is_free(tmp_path / "run") for _ in range(10_000)]
+    finally:
+        other.kill()
+        other.wait()
+    assert all(asked)
+
+
 def test_files_have_the_mode_of_the_umask_whoever_created_them(tmp_path):
     before = os.umask(0o027)
     try:

@@ -218,9 +218,13 @@ def remove_leftovers(folder: Path) -> None:
 
 def is_free(folder: Path) -> bool:
     """Return whether a folder is absent, or holds nothing but leftovers of interrupted writes."""
-    if not folder.is_dir():
-        return not folder.exists()
-    return all(path.suffix == PARTIAL or path.name == LOCK for path in folder.iterdir())
+    try:  # one question: between two of them another rank may create the folder
+        inside = list(folder.iterdir())
+    except FileNotFoundError:
+        return True
+    except NotADirectoryError:
+        return False
+    return all(path.suffix == PARTIAL or path.name == LOCK for path in inside)
 
 
 def tidy(folder: Path) -> None:
