@@ -247,12 +247,80 @@ def test_numbers_that_are_not_floating_point_are_refused(name, dtype):
 
 def test_modules_of_other_heads_are_named():
     tensors = Problem(heads=4).tensors()
-    with pytest.raises(UserError, match="bias has num_heads=3, but the query has 4"):
+    query = re.escape(str(list(tensors[0].shape)))
+    with pytest.raises(UserError, match=f"bias has num_heads=3, but the query {query} has 4"):
         dape.attention(*tensors, bias=dape.ALiBi(3))
-    with pytest.raises(UserError, match="adapter has num_heads=5, but the query has 4"):
+    with pytest.raises(UserError, match=f"adapter has num_heads=5, but the query {query} has 4"):
         dape.attention(*tensors, adapter=dape.DAPE(5))
-    with pytest.raises(UserError, match="adapter has head_dim=5, but the query has 3"):
+    with pytest.raises(UserError, match=f"adapter has head_dim=5, but the query {query} has 3"):
         dape.attention(*tensors, adapter=CoPE(head_dim=5))
+
+
+def test_a_bias_and_an_adapter_in_the_place_of_the_other_are_named():
+    tensors = Problem(heads=4).tensors()
+    with pytest.raises(UserError, match=r"^bias=DAPE\(...\) is an adapter; say adapter=$"):
+        dape.attention(*tensors, dape.DAPE(4))
+    with pytest.raises(UserError, match=r"^adapter=Kerple\(...\) is a bias; say bias=$"):
+        dape.attention(*tensors, adapter=dape.Kerple(4))
+
+
+class Returns(torch.nn.Module):
+    """A bias or an adapter that returns a given value."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, *_):
+        return self.value
+
+
+@pytest.mark.unhooked  # the hook refuses them by the annotations
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("adapter", [None, dape.DAPE(4)], ids=["none", "dape"])
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (7, 5, 4), (3, 4, 5, 7), (1, 1, 4, 5, 7)])
+def test_a_bias_of_another_shape_is_refused(shape, adapter, backend):
+    tensors = Problem(rows=5, keys=7, heads=4).tensors(torch.float32)
+    message = re.escape(
+        f"the bias Returns returned {list(shape)}; it must return [heads, queries, keys] = "
+        "[4, 5, 7], with or without a batch before"
+    )
+    bias = Returns(torch.zeros(shape))
+    with pytest.raises(UserError, match=f"^{message}$"):
+        dape.attention(*tensors, bias, adapter, causal=False, backend=backend)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "logits",
+    [
+        torch.zeros(2, 8, 5, 7),  # [A; B] without a layer back to H heads
+        torch.zeros(2, 4, 5, 1),
+        torch.zeros(4, 5, 7),
+        torch.zeros(2, 5, 7),
+        torch.zeros(2, 4, 5, 7, dtype=torch.bfloat16),
+    ],
+    ids=lambda logits: f"{logits.dtype}{list(logits.shape)}",
+)
+def test_logits_of_another_shape_or_dtype_are_refused(logits, backend):
+    tensors = Problem(batch=2, rows=5, keys=7, heads=4).tensors(torch.float32)
+    message = re.escape(
+        f"the adapter Returns returned {list(logits.shape)} in {logits.dtype}; it must return "
+        "logits in shape and dtype of the scores, [batch, heads, rows, keys] = [2, 4, 5, 7] in "
+        "torch.float32"
+    )
+    with pytest.raises(UserError, match=f"^{message}$"):
+        dape.attention(*tensors, adapter=Returns(logits), causal=False, backend=backend)
+
+
+@pytest.mark.unhooked
+def test_no_tensor_of_a_bias_or_an_adapter_is_named():
+    tensors = Problem().tensors()
+    with pytest.raises(UserError, match="the bias Returns returned a float; it must return"):
+        dape.attention(*tensors, bias=Returns(0.0))
+    with pytest.raises(UserError, match="the adapter Returns returned a tuple; it must return"):
+        dape.attention(*tensors, adapter=Returns((1, 2)))
 
 
 @pytest.mark.unhooked  # the hook refuses a name before
@@ -263,6 +331,8 @@ def test_a_name_is_no_module(name):
         message = re.escape(f"{name}={wrong!r} is no module; give one, such as dape.Kerple(")
         with pytest.raises(UserError, match=message):
             dape.attention(q, q, q, **{name: wrong})
+    with pytest.raises(UserError, match=rf"^{name}=a tensor \[2, 3, 3\] is no module; give"):
+        dape.attention(q, q, q, **{name: torch.zeros(2, 3, 3)})
 
 
 @pytest.mark.unhooked  # the hook refuses them before

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dape.errors import UserError, check_finite, check_switch, check_whole
+from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
+from dape.positions.bias import Bias
 from dape.positions.wide import without_overflow
 
 FORWARD_MODE = "forward-mode derivatives"
@@ -219,18 +221,31 @@ def check(
         raise UserError(
             f"the query is {query.dtype}, but the key {key.dtype}; give both in one dtype"
         )
+    _check_modules(query, bias, adapter)
+
+
+def _check_modules(query: Tensor, bias: nn.Module | None, adapter: nn.Module | None) -> None:
+    """Raise a `UserError` for a bias or an adapter that does not fit the query."""
+    if isinstance(bias, (DAPE, TalkingHeads, CoPE, TransformerXL)):
+        raise UserError(f"bias={type(bias).__name__}(...) is an adapter; say adapter=")
+    if isinstance(adapter, Bias):
+        raise UserError(f"adapter={type(adapter).__name__}(...) is a bias; say bias=")
     for name, module in (("bias", bias), ("adapter", adapter)):
         if module is None:
             continue
         if not callable(module) or isinstance(module, type):
+            given = f"a tensor {list(module.shape)}" if isinstance(module, Tensor) else repr(module)
             raise UserError(
-                f"{name}={module!r} is no module; give one, such as dape.Kerple(num_heads) or "
+                f"{name}={given} is no module; give one, such as dape.Kerple(num_heads) or "
                 "dape.DAPE(num_heads)"
             )
         for size, axis in (("num_heads", 1), ("head_dim", 3)):
             built = getattr(module, size, query.shape[axis])
             if built != query.shape[axis]:
-                raise UserError(f"{name} has {size}={built}, but the query has {query.shape[axis]}")
+                raise UserError(
+                    f"{name} has {size}={built}, but the query {list(query.shape)} has "
+                    f"{query.shape[axis]}"
+                )
 
 
 def _check_tensors(**values: Any) -> None:
@@ -287,7 +302,7 @@ def check_where(
         ("query_positions", query_positions, rows),
         ("key_positions", key_positions, keys),
     ):
-        if positions is not None and not _fits(positions, ((length,),), ((1, batch), (length,))):
+        if positions is not None and not fits(positions, ((length,),), ((1, batch), (length,))):
             raise UserError(
                 f"{name} {list(positions.shape)} must be [{length}] or [1 or {batch}, {length}]"
             )
@@ -295,14 +310,14 @@ def check_where(
         return
     if mask.dtype != torch.bool:
         raise UserError(f"mask has dtype {mask.dtype}; it must be torch.bool, true where seen")
-    if not _fits(mask, ((batch,), (keys,)), ((1, batch), (1,), (1, rows), (keys,))):
+    if not fits(mask, ((batch,), (keys,)), ((1, batch), (1,), (1, rows), (keys,))):
         raise UserError(
-            f"mask {list(mask.shape)} must be [{batch}, {keys}] or "
-            f"[1 or {batch}, 1, 1 or {rows}, {keys}]"
+            f"mask {list(mask.shape)} must be [batch, keys] = [{batch}, {keys}] or "
+            f"[batch, 1, queries, keys] = [1 or {batch}, 1, 1 or {rows}, {keys}]"
         )
 
 
-def _fits(tensor: Tensor, *forms: tuple[tuple[int, ...], ...]) -> bool:
+def fits(tensor: Tensor, *forms: tuple[tuple[int, ...], ...]) -> bool:
     """Return whether a tensor has one of the forms, each with the lengths allowed on each axis."""
     # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
     return any(

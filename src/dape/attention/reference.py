@@ -1,10 +1,12 @@
 """The textbook: whole score matrices in plain PyTorch, the truth for tests of all backends."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dape.attention.call import Attended, Call
+from dape.attention.call import Attended, Call, fits
 from dape.errors import UserError
 from dape.positions.adapter import Rows, adapted
 
@@ -69,9 +71,29 @@ def logits_of(
     positions = call.positions()
     shift = scores.new_zeros(()).expand(scores.shape[1:])
     if bias is not None:
-        shift = bias(*positions).to(scores.dtype)
+        shift = bias(*positions)
+        check_bias(bias, shift, scores)
+        shift = shift.to(scores.dtype)
     rows = Rows(query, key, *positions, visible, call.scale, call.begun)
     return adapted(adapter, scores, shift, rows)
+
+
+def check_bias(
+    bias: Callable[..., Tensor], found: object, scores: Float[Tensor, "batch heads query key"]
+) -> None:
+    """Refuse a result of a bias without axes for heads, queries and keys.
+
+    Raises:
+        UserError: for such a result.
+    """
+    batch, heads, rows, keys = scores.shape
+    each = (heads, 1), (rows, 1), (keys, 1)
+    if not isinstance(found, Tensor) or not fits(found, each, ((batch, 1), *each)):
+        shape = list(found.shape) if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise UserError(
+            f"the bias {type(bias).__name__} returned {shape}; it must return "
+            f"[heads, queries, keys] = [{heads}, {rows}, {keys}], with or without a batch before"
+        )
 
 
 def within_halo(

@@ -46,11 +46,27 @@ def adapted(
     bias: Float[Tensor, "*#batch heads query key"],
     rows: Rows,
 ) -> Float[Tensor, "batch heads query key"]:
-    """Return the logits of an adapter, which gets the rows if it needs them, or A + B."""
+    """Return the logits of an adapter, which gets the rows if it needs them, or A + B.
+
+    Raises:
+        UserError: for logits of another shape or dtype than the scores.
+    """
     if adapter is None:
         return scores + bias
     more = (rows,) if getattr(adapter, "needs_rows", False) else ()
-    return adapter(scores, bias, *more)
+    logits = adapter(scores, bias, *more)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the adapter {type(adapter).__name__} returned a {type(logits).__name__}; it must "
+            "return a tensor of logits"
+        )
+    if logits.shape != scores.shape or logits.dtype != scores.dtype:
+        raise UserError(
+            f"the adapter {type(adapter).__name__} returned {list(logits.shape)} in "
+            f"{logits.dtype}; it must return logits in shape and dtype of the scores, "
+            f"[batch, heads, rows, keys] = {list(scores.shape)} in {scores.dtype}"
+        )
+    return logits
 
 
 class DAPE(Wide):
