@@ -174,13 +174,25 @@ def read_tensors(path: Path, remedy: str) -> "dict[str, Tensor]":
         raise _unreadable(path, str(error), remedy) from None
 
 
-def shipped(path: Path) -> Path:
-    """Return the path, or the file of the installed package if the path does not exist.
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the mapping in a recipe.
 
     An installed package has the recipes of the repository, such as `recipes/demo.yaml`.
+
+    Raises:
+        UserError: naming the file, and for an absent file the known recipes.
     """
-    packaged = Path(__file__).parent / path
-    return packaged if packaged.is_file() and not path.exists() else path
+    package = Path(__file__).parent
+    if path.exists():
+        return read_yaml(path)
+    if (package / path).is_file():
+        return read_yaml(package / path)
+    known = {
+        str(each.relative_to(base))
+        for base in (Path(), package)
+        for each in base.glob("recipes/*.yaml")
+    }
+    return read_yaml(path, f"known recipes: {', '.join(sorted(known))}" if known else "")
 
 
 def read_yaml(path: Path, remedy: str = "") -> dict[str, Any]:

@@ -82,6 +82,16 @@ def test_a_missing_recipe_is_named(tmp_path):
         recipes.read(tmp_path / "absent.yaml", Recipe)
 
 
+def test_a_missing_recipe_is_named_with_those_at_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text("seed: 1")
+    with pytest.raises(UserError, match=r"^cannot read mine.yaml: .*; .*recipes/mine\.yaml"):
+        recipes.read("mine.yaml", Recipe)
+    with pytest.raises(UserError, match=r"^cannot read train: "):  # no folder of the package
+        recipes.read("train", Recipe)
+
+
 def test_a_mistake_is_found_before_torch_is_loaded(tmp_path):
     (tmp_path / "bad.yaml").write_text("training: {steps: many}")
     script = (

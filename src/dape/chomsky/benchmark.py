@@ -14,7 +14,7 @@ from dape.chomsky.stack import Training
 from dape.chomsky.task import SEEDS
 from dape.chomsky.tasks import TASKS, resolve
 from dape.errors import UserError, check_finite, check_whole
-from dape.files import read_yaml, shipped
+from dape.files import read_recipe
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Learned
 from dape.positions.rotary import RandomizedRoPE
@@ -121,7 +121,7 @@ def read(path: Path) -> Benchmark:
     Raises:
         UserError: for a file that cannot be read, an unknown key, or an impossible value.
     """
-    data = read_yaml(shipped(path))
+    data = read_recipe(path)
     try:
         found: Benchmark = strict.build(Benchmark, data)
     except UserError as error:

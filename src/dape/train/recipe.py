@@ -12,7 +12,7 @@ import yaml
 
 from dape import strict
 from dape.errors import UserError, check_whole
-from dape.files import read_yaml, shipped
+from dape.files import read_recipe
 from dape.runs import RunFolder
 from dape.strict import default
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
@@ -145,7 +145,7 @@ def read(path: str | os.PathLike[str], kind: type[_Settings]) -> _Settings:
             a value of the wrong type, or an impossible combination.
     """
     path = Path(path)
-    data = read_yaml(shipped(path))
+    data = read_recipe(path)
     try:
         recipe: _Settings = strict.build(kind, {"name": path.stem, **data})
     except UserError as error:
