@@ -40,6 +40,13 @@ def test_p_values_are_welchs(grid):
     assert p_value(grid, "even-pairs", "alibi", "dape-alibi") == pytest.approx(expected)
 
 
+def test_cells_of_an_installed_package_name_no_commit(grid):
+    for cells in grid.cells.values():
+        for each in cells:
+            each.provenance["commit"] = None
+    assert " model steps a device second. Commit installed package; " in figures.made(grid)
+
+
 def test_tables_hold_mean_deviation_maximum_and_what_needs_no_reading(grid):
     page = figures.page(grid, ["chomsky", "table"])
     assert "| even-pairs | 50.0 | 50.0 | 50.5 ± 0.7 | 61.0 ± 1.4 |" in page

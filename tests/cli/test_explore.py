@@ -43,6 +43,13 @@ def test_with_a_run_the_page_has_its_parameters_and_its_text(run, tmp_path):
     assert len(content(file)[0]["passage"]["tokens"]) == 40
 
 
+def test_an_installed_package_has_no_commit_to_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("dape.provenance.commit", lambda: None)
+    assert not dape("explore", "--out", tmp_path / "page.html")
+    page = content(tmp_path / "page.html")[1]
+    assert "commit: <code>installed package</code>" in page and "None" not in page
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

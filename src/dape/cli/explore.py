@@ -71,7 +71,9 @@ def main(argv: list[str]) -> None:
     view = View(heads=arguments.heads, train_length=arguments.train_length, seed=arguments.seed)
     passage = None if arguments.run is None else read(arguments, arguments.run)
     made = provenance(choose_device(arguments.device), ["explore", *argv])
-    origin = {name: made[name] for name in ("command", "commit", "device", "time")}
+    origin = {
+        name: made[name] or "installed package" for name in ("command", "commit", "device", "time")
+    }
     write_text(arguments.out, page(view, passage, origin))
     size = arguments.out.stat().st_size / 1e6
     print(f"wrote {arguments.out} ({size:.2f} MB); open the page in a browser")

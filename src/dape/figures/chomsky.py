@@ -131,7 +131,7 @@ def made(grid: Grid) -> str:
     trained = sum(each.seconds["training"] for each in cells)
     rate = training["steps"] * len(cells) / trained if trained else math.nan
     devices, commits = (
-        ", ".join(sorted({str(each.provenance[name]) for each in cells}))
+        ", ".join(sorted({each.provenance[name] or "installed package" for each in cells}))
         for name in ("device", "commit")
     )
     versions = ", ".join(f"{k} {v}" for k, v in first.provenance["versions"].items())
