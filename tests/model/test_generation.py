@@ -7,7 +7,8 @@ import torch
 from models import grown, tokens
 from pretrained import pretrained
 from torch.testing import assert_close
-from transformers import DynamicCache, MistralConfig, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, StaticCache
+from transformers.cache_utils import Cache, QuantizedLayer
 
 import dape
 from dape.errors import UserError
@@ -224,6 +225,38 @@ def test_a_cache_that_does_not_fit_is_refused():
     assert_close(found, model(whole).logits[:, 6:], rtol=0, atol=1e-9)
     with pytest.raises(UserError, match="without room for the new keys"):
         model(tokens(2, 9), past_key_values=StaticCache(model.config, max_cache_len=8))
+
+
+class Kept(QuantizedLayer):
+    """A quantized layer that keeps every bit, for which others need a package."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-nope", "dape-fire", "rope", "learned"])
+@torch.no_grad()
+def test_a_quantized_cache_goes_through_and_is_refused_once_cropped(scheme):
+    """`crop` leaves the quantized keys and the count, and distances would be counted from it."""
+    model, ids = grown(scheme=scheme), tokens(2, 14)
+    cache = Cache(layers=[Kept(residual_length=4) for _ in range(2)])
+    pieces = [
+        model(piece, past_key_values=cache).logits for piece in ids[:, :13].split([6, *7 * [1]], 1)
+    ]
+    expected = model(ids).logits
+    assert_close(torch.cat(pieces, 1), expected[:, :13], rtol=0, atol=1e-9)
+    cache.crop(-1)
+    with pytest.raises(UserError, match="holds 13 keys, and transformers counts 14 for the mask"):
+        model(ids[:, 13:], past_key_values=cache)
+
+
+def test_the_cache_of_an_encoder_is_refused():
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    with pytest.raises(UserError, match=r"past_key_values is a EncoderDecoderCache; give a Cache"):
+        grown(scheme="rope")(tokens(1, 3), past_key_values=cache)
 
 
 def test_tokens_that_generate_would_not_read_are_refused():

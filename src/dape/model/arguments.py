@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dape.errors import UserError, unknown
@@ -91,9 +91,9 @@ def refuse_pages(*_: Any, **__: Any) -> NoReturn:
 
 
 def by_either_name(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """Return the cache; raise a `UserError` for two of them, or tuples of tensors."""
+    """Return the cache; raise a `UserError` for two, for tuples of tensors or for an encoder's."""
     for each in (past_key_values, cache):
-        if not isinstance(each, Cache | None):
+        if not isinstance(each, Cache | None) or isinstance(each, EncoderDecoderCache):
             raise UserError(
                 f"past_key_values is a {type(each).__name__}; give a Cache of transformers, such "
                 "as DynamicCache()"
@@ -116,6 +116,19 @@ def check_fits(cache: Cache, batch: int, total: int | Tensor, keys: int) -> None
         raise UserError(
             f"past_key_values holds keys of {stored.shape[0]} rows, and the call has {batch}: give "
             f"each batch a cache of its own, or call past_key_values.batch_repeat_interleave"
+        )
+
+
+def check_counted(found: int, counted: int | None) -> None:
+    """Raise a `UserError` for a cache that returns other keys than it counts, None if unknown.
+
+    The positions of the queries would be wrong too.
+    """
+    if counted is not None and found != counted:
+        raise UserError(
+            f"past_key_values holds {found} keys, and transformers counts {counted} for the mask: "
+            "say use_cache=False (with prefix tuning True), leave assistant_model out with sliding "
+            "windows, and crop no quantized cache"
         )
 
 

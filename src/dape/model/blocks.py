@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dape.attention import attention
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
+from dape.model.arguments import check_counted
 from dape.model.configuration import DapeConfig
 from dape.positions import scheme
 from dape.positions.rotary import Angles
@@ -99,10 +100,15 @@ class DapeAttention(nn.Module):
         output_attentions: bool = False,
         context_parallel: ContextParallel | None = None,
         angles: Angles | None = None,
+        keys: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the mixed hidden states `[B, T, C]`, and the weights if asked for.
 
-        `angles` are those of the rotation at the positions, if layers share them.
+        `angles` are those of the rotation at the positions, if layers share them. `keys` is the
+        number of keys that the cache counts.
+
+        Raises:
+            UserError: for a cache that holds other keys.
         """
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [B, H, T, d]
@@ -117,6 +123,7 @@ class DapeAttention(nn.Module):
             )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
+            check_counted(key.shape[2], keys)
         operator: Any = attention
         if context_parallel is not None:  # with the positions of queries and keys
             operator, query_positions = context_parallel.attention, None

@@ -35,7 +35,9 @@ def masking(
     relative: bool,
     reach: int = 0,
 ) -> dict[str, Any]:
-    """Return mask, causality, positions and offset of the queries, arguments of `dape.attention`.
+    """Return mask, causality, positions and offset of the queries, and the number of keys.
+
+    All but the number are arguments of `dape.attention`.
 
     `documents` `[B, T]` numbers the documents packed in a row. Without `documents` and without a
     mask, a document begins where `position_ids` do not increase by 1, as in transformers.
@@ -91,6 +93,7 @@ def masking(
         "query_positions": query_positions,
         "key_positions": key_positions,
         "query_offset": past,
+        "keys": keys,
     }
 
 

@@ -21,7 +21,7 @@ from transformers.utils import is_tracing, logging
 
 from dape.attention import attention
 from dape.errors import UserError
-from dape.model.arguments import check_covered
+from dape.model.arguments import check_counted, check_covered
 from dape.model.blocks import in_use
 from dape.model.conditions import look, refuse
 from dape.model.masking import (
@@ -166,13 +166,7 @@ def layer_mask_of(
     """
     rows, keys = query.shape[2], key.shape[2]
     if isinstance(attention_mask, LayerMask):
-        if attention_mask.keys != keys:
-            # A cache may miscount, and the offset of the queries would be wrong too.
-            raise UserError(
-                f"past_key_values holds {keys} keys, and transformers counts {attention_mask.keys} "
-                "for the mask: say use_cache=False (with prefix tuning True), and with sliding "
-                "windows leave assistant_model out"
-            )
+        check_counted(keys, attention_mask.keys)
         return attention_mask
     offset = offset_of(asked().written, rows, keys)
     if attention_mask is None:
