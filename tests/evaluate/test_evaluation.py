@@ -11,9 +11,12 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
+    CpmAntConfig,
+    CpmAntForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -355,6 +358,41 @@ def test_a_cap_of_the_scores_is_not_left_out(corpus, tmp_path):
     for length in LENGTHS:
         expected = own_loss(model, corpus, found.targets, length)
         assert found.by_length[length].document_losses == pytest.approx(expected, rel=1e-6)
+    (again,) = evaluate(model, corpus, LENGTHS, blocks=1)
+    assert again.by_length == found.by_length
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(
+        UserError, match=r"models\[0\] .* leaves out attn_logit_softcapping=0.5, as"
+    ):
+        evaluate(model, corpus, LENGTHS)
+
+
+def dynamic(**changes):
+    sizes = {**LLAMA, "hidden_size": 32, "intermediate_size": 32, "max_position_embeddings": 16}
+    scaled = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    torch.manual_seed(0)
+    return moved(LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters=scaled)))
+
+
+def test_a_length_has_the_frequencies_of_dynamic_rope_at_this_length(corpus):
+    """transformers keeps those of the longest text before, such as the last of another task."""
+    model = dynamic()
+    for _ in range(2):
+        (found,) = evaluate(model, corpus, LENGTHS, blocks=1)
+        for length in LENGTHS:
+            number, block = found.targets.documents[0], found.targets.block
+            tokens = Corpus(corpus).split("test").document(number)[64 - length : 65]
+            tokens = torch.from_numpy(tokens)[None]
+            with torch.no_grad():
+                logits = dynamic()(input_ids=tokens[:, :-1]).logits[0, -block:]
+            expected = torch.nn.functional.cross_entropy(logits, tokens[0, -block:]).item()
+            assert found.by_length[length].document_losses[0] == pytest.approx(expected, rel=1e-6)
+    asked = {"lengths": [400, 500], "depths": [0.5], "trials": 2, "tokenizer": byte()}
+    both = evaluate_retrieval(model, ["passkey", "needle"], corpus=corpus, **asked)
+    for each in both:
+        (alone,) = evaluate_retrieval(dynamic(), [each.task], corpus=corpus, **asked)
+        assert alone.cells == each.cells
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def bert(**changes):
@@ -368,7 +406,14 @@ def xlnet():
     return moved(XLNetLMHeadModel(XLNetConfig(vocab_size=257, **sizes)))
 
 
-@pytest.mark.parametrize("make", [bert, xlnet])
+def cpmant():
+    """A model for which the token 0 is padding, so that its prediction depends on no text."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "dim_head": 8}
+    config = CpmAntConfig(vocab_size=257, **sizes, dim_ff=32, prompt_types=3, prompt_length=2)
+    return moved(CpmAntForCausalLM(config))
+
+
+@pytest.mark.parametrize("make", [bert, xlnet, cpmant])
 def test_a_model_that_reads_later_tokens_is_refused(make, corpus, tmp_path):
     model = make()
     with pytest.raises(UserError, match=r"models\[0\] .* reads later tokens, and is no causal"):

@@ -19,6 +19,7 @@ from torch import nn
 from dape.data.shards import Corpus
 from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
+from dape.evaluate.dynamic import without_history
 from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
 
@@ -150,13 +151,15 @@ class Model:
         stored = STORED.get(self.config.model_type)
         options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
         model = load_causal(self.source, self.partial_weights, **options, **_dtype(precision))
-        yield self._checked(model.to(device).eval())
+        with without_history(self._checked(model.to(device).eval())) as network:
+            yield network
 
     def _checked(self, network: nn.Module) -> nn.Module:
-        """Return a network, a `UserError` for a foreign network that is not causal."""
-        from dape.model.loading import check_causal
+        """Return a network, a `UserError` for a foreign network not causal or without its cap."""
+        from dape.model.loading import check_capped, check_causal
 
         if self.config.model_type != "dape":
+            check_capped(network, self.source)
             check_causal(network, self.source)
         return network
 
@@ -276,7 +279,8 @@ class Finetuned(Model):
         check_base(model, self.source, self.folder)
         model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])
-        yield model.eval()
+        with without_history(model.eval()) as network:
+            yield network
 
 
 @dataclass(frozen=True)
@@ -320,7 +324,8 @@ class InMemory(Model):
         """Yield the model in evaluation mode on its device; afterwards restore the mode."""
         training = [module for module in self.network.modules() if module.training]
         try:
-            yield self._checked(self.network.eval())
+            with without_history(self._checked(self.network.eval())) as network:
+                yield network
         finally:
             for module in training:
                 module.training = True

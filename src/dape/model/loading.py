@@ -78,29 +78,48 @@ def load_causal(source: str, partial_weights: bool = False, **options: Any) -> P
     return model
 
 
-def _attention(config: Any) -> dict[str, Any]:
-    """Return the option of loading for a model that caps scores, as Gemma 2 does.
+def _cap(config: Any) -> float | None:
+    """Return the cap of the scores, as of Gemma 2, which PyTorch's attention leaves out."""
+    return getattr(config.get_text_config(), "attn_logit_softcapping", None)
 
-    PyTorch's attention, the default of transformers, leaves the cap out.
+
+def _attention(config: Any) -> dict[str, Any]:
+    """Return the option of loading for a model that caps scores.
+
+    PyTorch's attention is the default of transformers.
     """
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    return {"attn_implementation": "eager"} if capped else {}
+    return {"attn_implementation": "eager"} if _cap(config) else {}
+
+
+def check_capped(model: nn.Module, source: str) -> None:
+    """Refuse a model in memory that leaves out the cap of the scores.
+
+    Raises:
+        UserError: naming the model and the remedy.
+    """
+    config: Any = model.config
+    if _cap(config) and config.get_text_config()._attn_implementation == "sdpa":
+        raise UserError(
+            f"{source} leaves out attn_logit_softcapping={_cap(config)}, as PyTorch's attention"
+            " does; call set_attn_implementation('eager') of the model"
+        )
 
 
 @torch.inference_mode()
 def check_causal(model: nn.Module, source: str) -> None:
     """Refuse a model whose predictions read later tokens, which makes every loss too low.
 
-    After the same first token, two texts need the same first prediction, up to rounding.
-    transformers loads BERT, XLNet and others as causal models that read in both directions.
+    After the same first tokens, two texts need the same predictions, up to rounding. transformers
+    loads BERT, XLNet and others as causal models that read in both directions. The first token may
+    count as padding.
 
     Raises:
         UserError: naming the model.
     """
     device = device_of(model, torch.device("cpu"))
-    texts = torch.tensor([[0, 1, 1, 1], [0, 2, 2, 2]], device=device)
+    texts = torch.tensor([[0, 1, 2, 1, 1, 1], [0, 1, 2, 2, 2, 2]], device=device)
     found = model(input_ids=texts, use_cache=False).logits
-    first, second = found[:, 0].float()
+    first, second = found[:, :3].float()
     rounding = torch.finfo(found.dtype).eps ** 0.5 * first.abs().max()
     if (first - second).abs().max() > rounding:
         raise UserError(
