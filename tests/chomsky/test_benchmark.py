@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -128,9 +129,13 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr(Stack, "step", killed)
     with pytest.raises(MemoryError):
         run_cpu(cut)
-    run_cpu(cut)  # from the checkpoint at 4
-    assert len(counted) == 6 + 2 + 6
-    assert numbers(cut.folder) == numbers(whole.folder)
+    copy = small(tmp_path / "copy", **TWO)
+    shutil.copytree(cut.folder / "checkpoints", copy.folder / "checkpoints")
+    for killed_or_copied in (cut, copy):
+        counted[:] = [None] * 6
+        run_cpu(killed_or_copied)  # from the checkpoint at 4
+        assert len(counted) == 6 + 2 + 6
+        assert numbers(killed_or_copied.folder) == numbers(whole.folder)
 
 
 def test_a_checkpoint_of_other_settings_is_left_alone(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from dape.chomsky.measure import OneByOne, accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
-from dape.files import is_free, locked, remove, remove_leftovers, whole
+from dape.files import LOCK, is_free, locked, remove, remove_leftovers, whole
 from dape.provenance import provenance
 from dape.runs import RunFolder
 
@@ -94,11 +94,18 @@ def run(
         UserError: for a folder with other content, and for a folder of another process.
     """
     folder = RunFolder(benchmark.folder)
-    if folder.exists or not (is_free(folder.path) or folder.record.is_file()):
+    if not (is_free(folder.path) or _holds_benchmark(folder)):
         raise UserError(f"{folder} exists and is no benchmark; give another --out")
     with locked(folder.path, f"another process trains in {folder}; wait for its end"):
         folder.update_record(provenance(device, argv))
         _run(benchmark, device, report, argv, together)
+
+
+def _holds_benchmark(folder: RunFolder) -> bool:
+    """Return whether a folder is of a benchmark, or has checkpoints alone, as a copy may."""
+    if folder.record.is_file() or not folder.checkpoints.is_dir():
+        return folder.record.is_file() and not folder.exists
+    return {each.name for each in folder.path.iterdir()} <= {folder.checkpoints.name, LOCK}
 
 
 def _run(
@@ -212,7 +219,7 @@ def _one_by_one(course: Course, benchmark: Benchmark) -> OneByOne:
 
 
 def _checkpoint(job: Job, benchmark: Benchmark) -> Path:
-    return benchmark.folder / "checkpoints" / f"{job.task}-{job.scheme}.pt"
+    return RunFolder(benchmark.folder).checkpoints / f"{job.task}-{job.scheme}.pt"
 
 
 def _state(job: Job, benchmark: Benchmark) -> dict[str, Any]:
