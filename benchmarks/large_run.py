@@ -227,15 +227,15 @@ def begun(work: Work, gpus: int) -> Record:
     """Return the record before the first phase."""
     from dape.data.shards import Corpus
     from dape.provenance import provenance
+    from dape.train.parallelize import device
 
-    device = "cpu" if work.recipe.hardware.device == "cpu" else "cuda"
     return {
         "recipe": work.folder.name,
         "scheme": work.recipe.scheme,
         "gpus": gpus,
         "training": shlex.join(["torchrun", *work.training[3:]]),
         "data": {"path": work.recipe.data, "checksum": Corpus(work.recipe.data).checksum},
-        "provenance": provenance(device),
+        "provenance": provenance(device(work.recipe.hardware)),
         "phases": {},
     }
 
