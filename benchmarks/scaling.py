@@ -5,7 +5,8 @@
 
 Each case is a `torchrun` of its own with a limit of time. A result is appended to the file as soon
 as it is there, and a case whose results are there is not run again (`--again` does). `--plan` lists
-the cases and needs no GPU; `--table` prints the table of the file.
+the cases and needs no GPU; `--table` prints the table of the file. Results are compared with those
+of the same commit and device alone.
 
 - models: the recipes of the paper's sizes, 64 sequences of 512 tokens a GPU and step, random
   tokens; micro-batches in ascending order until memory ends.
@@ -17,6 +18,7 @@ the cases and needs no GPU; `--table` prints the table of the file.
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,7 +30,7 @@ import launch
 import torch
 import torch.distributed as dist
 
-from dape.errors import UserError
+from dape.errors import UserError, unknown
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("models", "attention", "lengths")
@@ -50,6 +52,7 @@ LAYOUTS: dict[str, dict[int, tuple[tuple[int, ...], dict[str, str]]]] = {
 }
 ATTENTION_LENGTHS = (32_768, 131_072)
 STEP_LENGTHS = (131_072, 262_144, 1_048_576)
+LONG = 500_000  # tokens of a sequence, from which four GPUs are needed
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,10 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
                 for length in ATTENTION_LENGTHS:
                     yield Case("attention", "125m", scheme, gpus, length)
             if "lengths" in arguments.parts:
-                for length in arguments.lengths if gpus >= 4 else arguments.lengths[:-1]:
-                    yield Case("lengths", "125m", scheme, gpus, length, (1,), _spread(gpus, length))
+                for length in arguments.lengths:
+                    if length < LONG or gpus >= 4:
+                        changes = _spread(gpus, length)
+                        yield Case("lengths", "125m", scheme, gpus, length, (1,), changes)
 
 
 def _spread(gpus: int, length: int) -> dict[str, Any]:
@@ -133,7 +138,7 @@ def training(case: Case) -> Iterator[dict[str, Any]]:
     recipe = read(ROOT / f"recipes/{case.size}.yaml", Recipe)
     chosen = {"model.scheme": case.scheme, "hardware.micro_batch_size": None}
     recipe = override(recipe, chosen | case.changes)
-    long = case.length > 500_000
+    long = case.length >= LONG
     for reading in measure(recipe, list(case.micro_batches), 1 if long else 3, 0 if long else 1):
         yield asdict(reading)
 
@@ -200,7 +205,10 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def keep(out: Path, case: Case, entry: dict[str, Any]) -> None:
-    """Put an entry of a case into the file, in place of one of the same micro-batch."""
+    """Put an entry of a case into the file, in place of the same micro-batch or another commit.
+
+    A failure stands beside no result.
+    """
     from dape.files import write_json
 
     made = {"case": asdict(case), "key": case.key, **entry}
@@ -208,7 +216,8 @@ def keep(out: Path, case: Case, entry: dict[str, Any]) -> None:
 
     def same(other: dict[str, Any]) -> bool:
         micro = other.get("micro_batch_size") == made.get("micro_batch_size")
-        return other["key"] == key and (micro or "failed" in other)
+        replaced = micro or "failed" in other or _origin(other) != _origin(made)
+        return other["key"] == key and replaced
 
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, [each for each in results(out) if not same(each)] + [made])
@@ -242,8 +251,8 @@ def table(found: list[dict[str, Any]]) -> str:
         if "failed" in entry:
             lines.append(f"| {' | '.join(map(str, cells))} | {entry['failed']} | | | | | | |")
             continue
-        one = _beside(entries, case, gpus=1)
-        nope = _beside(entries, case, scheme="nope")
+        one = beside(entries, entry, gpus=1)
+        nope = beside(entries, entry, scheme="nope")
         gain = one and work_of(entry) / (work_of(one) * case["gpus"])
         cost = nope and work_of(entry) / work_of(nope)
         cells += [entry.get("micro_batch_size"), _text(entry.get("gib"), ".1f")]
@@ -257,12 +266,19 @@ def _order(entry: dict[str, Any]) -> list[Any]:
     return [entry["case"][name] for name in ("size", "length", "scheme", "gpus")]
 
 
-def _beside(entries: list[dict[str, Any]], case: dict[str, Any], **other: Any) -> Any:
-    """Return the entry of another number of GPUs or scheme, None if there is none."""
+def beside(entries: list[dict[str, Any]], entry: dict[str, Any], **other: Any) -> Any:
+    """Return the entry of another number of GPUs or scheme, None without one of the same origin."""
     names = ("part", "size", "length", "scheme", "gpus")
-    asked = [{**case, **other}[name] for name in names]
+    asked = [{**entry["case"], **other}[name] for name in names]
     fits = (each for each in entries if [each["case"][name] for name in names] == asked)
-    return next((each for each in fits if "failed" not in each), None)
+    same = (each for each in fits if "failed" not in each and _origin(each) == _origin(entry))
+    return next(same, None)
+
+
+def _origin(entry: dict[str, Any]) -> list[Any]:
+    """Return commit and device of an entry; numbers of different ones cannot be compared."""
+    made = entry.get("provenance", {})
+    return [made.get("commit"), made.get("device")]
 
 
 def work_of(entry: dict[str, Any]) -> float:
@@ -287,13 +303,29 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=listed(str), default=["2.7b", "6.7b", "125m", "350m"])
     parser.add_argument("--schemes", type=listed(str), default=["nope", "dape-kerple"])
     parser.add_argument("--lengths", type=listed(int), default=list(STEP_LENGTHS))
-    parser.add_argument("--seconds", type=float, default=100, help="limit of a case")
+    parser.add_argument("--seconds", type=float, default=200, help="limit of a case")
     parser.add_argument("--out", type=Path, default=ROOT / "results/scaling/scaling.json")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse parts, sizes and numbers of GPUs without a layout.
+
+    Raises:
+        UserError: naming the value and the values that there are.
+    """
+    gpus = next(iter(LAYOUTS.values()))
+    given = {"part": (arguments.parts, PARTS), "size": (arguments.sizes, LAYOUTS)}
+    given["number of GPUs"] = (map(str, arguments.gpus), map(str, gpus))
+    for what, (names, known) in given.items():
+        allowed = [*known]
+        for name in names:
+            if name not in allowed:
+                raise unknown(what, name, allowed)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -303,7 +335,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     from dape.files import check_writable
 
-    check_writable(arguments.out)
+    try:
+        check(arguments)
+        check_writable(arguments.out)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     for case in [] if arguments.table else cases(arguments):
         done = [each["key"] for each in results(arguments.out) if "failed" not in each]
         if arguments.plan or (case.key in done and not arguments.again):

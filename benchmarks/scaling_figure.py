@@ -7,12 +7,14 @@ line joins the numbers of GPUs of a model's size, or of a length.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import scaling
 
+from dape.errors import UserError
 from dape.figures.style import ACCENT, looks, save, theme
 
 if TYPE_CHECKING:
@@ -29,24 +31,36 @@ Line = tuple[str, str, list[int], list[float]]  # scheme, label, numbers of GPUs
 
 def lines(entries: Sequence[dict[str, Any]], part: str) -> list[Line]:
     """Return the lines of a part: tokens or sequences a second over those of a single GPU."""
-    speeds: dict[tuple[str, str], dict[int, float]] = {}
-    for entry in scaling.best(list(entries)):
+    times: dict[tuple[str, str], dict[int, float]] = {}
+    found = scaling.best(list(entries))
+    for entry in found:
         case = entry["case"]
-        if case["part"] == part and "failed" not in entry:
+        one = scaling.beside(found, entry, gpus=1)
+        if case["part"] == part and "failed" not in entry and one:
             label = case["size"] if part == "models" else f"{case['length']:,}"
-            speeds.setdefault((case["scheme"], label), {})[case["gpus"]] = scaling.work_of(entry)
+            gain = scaling.work_of(entry) / scaling.work_of(one)
+            times.setdefault((case["scheme"], label), {})[case["gpus"]] = gain
     return [
-        (scheme, label, sorted(of), [of[gpus] / of[1] for gpus in sorted(of)])
-        for (scheme, label), of in speeds.items()
-        if 1 in of and len(of) > 1
+        (scheme, label, sorted(of), [of[gpus] for gpus in sorted(of)])
+        for (scheme, label), of in times.items()
+        if len(of) > 1
     ]
 
 
 def draw(entries: Sequence[dict[str, Any]]) -> "Figure":
-    """Return the figure."""
+    """Return the figure.
+
+    Raises:
+        UserError: without results of a single GPU and of several, of the same commit and device.
+    """
     from matplotlib.figure import Figure
 
     parts = {part: found for part in TITLES if (found := lines(entries, part))}
+    if not parts:
+        raise UserError(
+            "no case was measured on a single GPU and on several at the same commit; run"
+            " `python benchmarks/scaling.py --gpus 1,2 --again`"
+        )
     with theme():
         figure = Figure(figsize=(3.4 * len(parts), 3.4))
         panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
@@ -84,7 +98,10 @@ def main() -> None:
     default = scaling.ROOT / "results/scaling/scaling.json"
     parser.add_argument("record", type=Path, nargs="?", default=default)
     record = parser.parse_args().record
-    save(draw(scaling.results(record)), record.with_suffix(".svg"))
+    try:
+        save(draw(scaling.results(record)), record.with_suffix(".svg"))
+    except UserError as error:
+        sys.exit(f"error: {record}: {error}")
     print(f"wrote {record.with_suffix('.svg')}")
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from dape.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def scaling(benchmarks):
@@ -13,10 +15,10 @@ def figure(benchmarks):
     return benchmarks("scaling_figure")
 
 
-def entry(seconds, tokens, micro=8):
+def entry(seconds, tokens, micro=8, commit="abc"):
     return {
         "micro_batch_size": micro, "seconds": seconds, "tokens_per_second": tokens, "gib": 10.0,
-        "mfu": 0.4,
+        "mfu": 0.4, "provenance": {"commit": commit, "device": "NVIDIA H200"},
     }  # fmt: skip
 
 
@@ -26,6 +28,26 @@ def test_the_plan_names_every_case_and_runs_none(scaling, tmp_path, capsys):
     assert len(lines) == 3 * 2 * 4, "numbers of GPUs, schemes, sizes"
     assert all(line.startswith("planned models") for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_length_beyond_two_gpus_is_left_to_four(scaling, tmp_path, capsys):
+    asked = ["lengths", "--plan", "--schemes", "nope", "--out", str(tmp_path / "none.json")]
+    for lengths, gpus in (("131072", "2"), ("131072,1048576", "2"), ("1048576", "4")):
+        scaling.main([*asked, "--lengths", lengths, "--gpus", gpus])
+        assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpus", "3"], r"unknown number of GPUs '3' \(known: 1, 2, 4\)"),
+        (["--sizes", "27b"], r"unknown size '27b'; did you mean '2.7b'\?"),
+        (["model"], r"unknown part 'model'; did you mean 'models'\?"),
+    ],
+)
+def test_what_has_no_layout_is_a_line(scaling, words, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        scaling.main([*words, "--plan"])
 
 
 def test_every_case_is_a_recipe_that_its_devices_can_share(scaling):
@@ -55,6 +77,22 @@ def test_the_table_compares_with_one_gpu_and_with_nope(scaling, tmp_path):
     assert cells["nope", "4"] == ["8", "10.0", "1.000", "380", "40%", "95%", "100%"]
     assert cells["dape-kerple", "4"][-2:] == ["", "85%"]
     assert cells["nope", "1"][-2:] == ["100%", "100%"]
+
+
+def test_results_of_another_commit_are_no_yardstick(scaling, figure, tmp_path):
+    """A faster kernel between two measurements would pass for the gain of more GPUs."""
+    out = tmp_path / "scaling.json"
+    one, two = (scaling.Case("models", "2.7b", "nope", gpus) for gpus in (1, 2))
+    scaling.keep(out, one, entry(1.0, 100.0, micro=16, commit="old"))
+    scaling.keep(out, two, entry(1.0, 260.0, commit="new"))
+    rows = [line.split(" | ") for line in scaling.table(scaling.results(out)).splitlines()[2:]]
+    assert {row[3]: row[-2] for row in rows} == {"1": "100%", "2": ""}
+    with pytest.raises(UserError, match=r"on a single GPU and on several at the same commit; run"):
+        figure.draw(scaling.results(out))
+    scaling.keep(out, one, entry(1.0, 125.0, commit="new"))
+    assert len(scaling.results(out)) == 2, "no micro-batch of the commit before"
+    assert figure.lines(scaling.results(out), "models") == [("nope", "2.7b", [1, 2], [1.0, 2.08])]
+    assert "| 104% | 100% |" in scaling.table(scaling.results(out))
 
 
 def test_the_figure_has_a_line_for_what_one_gpu_and_several_have(scaling, figure, tmp_path):
