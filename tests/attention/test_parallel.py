@@ -39,7 +39,7 @@ CALLS = {
     "holes": Problem(rows=18, keys=18, mask="holes"),
     "rows without keys": Problem(rows=18, keys=18, query_offset=-3),
 }
-CUTS = [slice(0, 5), slice(5, 6), slice(6, 14), slice(14, 18)]
+CUTS = [slice(0, 3), slice(3, 6), slice(6, 14), slice(14, 18)]
 
 
 def fire():
@@ -55,34 +55,38 @@ def talking():
 
 
 def drawn_mask(problem):
-    if problem.mask != "holes":
-        return problem.draw_mask()
-    # Nothing of the first part is hidden, but the second is, and the start of the third.
     mask = torch.ones(problem.batch, problem.keys, dtype=torch.bool)
-    mask[:, 4:9] = False
-    mask[0, :3] = False
-    return mask
+    if problem.mask == "left":  # the second row begins within the third part
+        mask[0, :1], mask[1, :8] = False, False
+    if problem.mask == "holes":  # on both sides of cuts, and at the start of a row
+        mask[:, 4:9], mask[0, :3], mask[1, 1:3] = False, False, False
+    return mask if problem.mask else None
 
 
 def solved(problem, tensors, modules, mask, backend, dtype, parts=None, of_lse=1.0):
-    """Return output, log-sum-exp, and the gradients of a random functional of both."""
+    """Return output, log-sum-exp, and the gradients of a random functional of both.
+
+    Without `parts` the operator is given the whole.
+    """
     tensors, (bias, adapter), parameters = leaves(tensors, modules, dtype)
     tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
     if dtype != torch.float64:
         bias, adapter = (m and m.float() for m in (bias, adapter))
-    call = checked(
-        *tensors, bias, adapter, mask, problem.scale, causal=problem.causal,
-        query_offset=problem.query_offset,
-    )  # fmt: skip
+    options = {"causal": problem.causal, "query_offset": problem.query_offset}
     with blocks_of(200):
-        found = parallel.attend(call, parts or [slice(0, problem.keys)], True, backend)
-    weight = torch.randn(found.lse.shape, generator=torch.Generator().manual_seed(2))
-    cotangent = torch.randn(found.out.shape, generator=torch.Generator().manual_seed(1))
-    kept = found.lse.where(found.lse.isfinite(), 0)
-    total = (found.out * cotangent.to(found.out)).sum() + of_lse * (kept * weight.to(kept)).sum()
+        if parts is None:
+            options |= {"mask": mask, "scale": problem.scale, "return_lse": True}
+            out, lse = dape.attention(*tensors, bias, adapter, backend=backend, **options)
+        else:
+            call = checked(*tensors, bias, adapter, mask, problem.scale, **options)
+            out, lse, _ = parallel.attend(call, parts, True, backend)
+    weight = torch.randn(lse.shape, generator=torch.Generator().manual_seed(2))
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    kept = lse.where(lse.isfinite(), 0)
+    total = (out * cotangent.to(out)).sum() + of_lse * (kept * weight.to(kept)).sum()
     nothing = sum(0 * p.sum() for p in parameters)
     gradients = torch.autograd.grad(total + nothing, [*tensors, *parameters])
-    return [found.out, found.lse, *gradients]
+    return [out, lse, *gradients]
 
 
 def near(found, exact, tolerance):
@@ -201,6 +205,13 @@ def test_rows_that_see_nothing_have_zeros_and_no_gradient():
     for part in parts:
         assert torch.equal(part.lse.grad[0, 0], torch.tensor([0, 0.5]))
         assert part.out.grad.isfinite().all()
+
+
+def test_rows_before_all_keys_have_zeros_over_parts_too():
+    call = checked(*Problem().tensors(), query_offset=-9)
+    found = parallel.attend(call, [slice(0, 3), slice(3, 7)], lse=True)
+    assert not found.out.any() and (found.lse == -torch.inf).all()
+    assert parallel.attend(call, [slice(0, 7)]).lse is None
 
 
 def test_an_adapter_of_whole_rows_is_refused_in_a_line():

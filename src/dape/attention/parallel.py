@@ -63,11 +63,8 @@ def part_of(call: Call, keys: slice) -> Call:
     part = call.part(slice(0, call.query.shape[2]), slice(start, stop))
     if not reach:
         return part
-    begun = call.begun
-    if call.mask is not None and start > 0:
-        shown = call.mask[..., :start].any(-1)
-        begun = shown if begun is None else begun | shown
-    return part._replace(halo=(left, right), begun=begun)
+    mask = None if call.mask is None or start == 0 else call.mask[..., :start]
+    return part._replace(halo=(left, right), begun=None if mask is None else mask.any(-1))
 
 
 def reach_of(call: Call) -> int:
