@@ -1,10 +1,13 @@
 """The processes of a command: which ones there are, and what they must have in common."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from dape import cli
-from dape.attention.context_parallel import over_all_processes
+from dape.attention.context_parallel import ContextParallel, over_all_processes
 from dape.errors import RankError, UserError
 from dape.ranks import check_same
 
@@ -38,6 +41,21 @@ def test_an_evaluation_by_more_processes_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="4 processes for 2 GPUs; start 2 with `torchrun"):
         over_all_processes(torch.device("cuda"))
+
+
+def test_an_evaluation_by_a_process_for_each_gpu_has_all_gpus(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1" if name.endswith("RANK") else "2")
+    group, done = SimpleNamespace(group_name="all", rank=lambda: 1, size=lambda: 2), []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", done.append)
+    monkeypatch.setattr(dist, "init_process_group", done.append)
+    monkeypatch.setattr(dist, "group", SimpleNamespace(WORLD=group))
+    device = torch.device("cuda:1")
+    assert over_all_processes(torch.device("cuda")) == (ContextParallel("all", 1, 2), device)
+    assert done == [device, "nccl"]
+    assert over_all_processes(torch.device("cpu"))[1] == torch.device("cpu")
+    assert done[2:] == ["gloo"]
 
 
 def test_an_evaluation_by_several_processes_on_one_gpu_is_refused(monkeypatch, capsys):

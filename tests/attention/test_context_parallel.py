@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 from torch.distributed import distributed_c10d
 from torch.testing import assert_close
 
@@ -41,16 +42,16 @@ def on_each(devices, work):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_outputs_and_gradients_are_those_of_a_single_device(devices, causal, scheme):
-    length, modules = 4 * devices, [x and x.double() for x in SCHEMES[scheme]()]
+    length, modules = 6 * devices, [x and x.double() for x in SCHEMES[scheme]()]
     query, key, value = (torch.randn(2, h, length, 6, dtype=torch.float64) for h in (4, 2, 2))
     weights = torch.randn(2, 4, length, 6, dtype=torch.float64)
     whole = [x.clone().requires_grad_() for x in (query, key, value)]
-    expected = dape.attention(*whole, *modules, causal, backend="reference")
+    expected = dape.attention(*whole, *modules, causal, 0.3, backend="reference")
     (expected * weights).sum().backward()
 
     def work(place):
         parts = [place.part(x, dim=2).requires_grad_() for x in (query, key, value)]
-        out = place.attention(*parts, *modules, causal)
+        out = place.attention(*parts, *modules, causal, scale=0.3)
         gradients = torch.autograd.grad((out * place.part(weights, dim=2)).sum(), parts)
         return place, out.detach(), gradients
 
@@ -72,6 +73,27 @@ def test_devices_hold_every_token_once_and_equally_many_pairs(devices):
         assert torch.equal(place.part(tokens)[0], 10 * positions)
         padded = place._replace(end=length * devices - 2)
         assert torch.equal(padded.positions(length, cpu), positions.clamp(max=padded.end - 1))
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_sums_and_the_value_of_the_first_reach_every_device(devices):
+    def work(place):
+        sums = torch.tensor([1.0, place.rank])
+        return place.sum(sums) is sums, sums.tolist(), place.of_first((place.rank, "text"))
+
+    total = devices * (devices - 1) / 2
+    assert on_each(devices, work) == [(True, [devices, total], (0, "text"))] * devices
+
+
+def test_a_compiler_is_given_the_shapes_of_both_exchanges():
+    with FakeTensorMode():
+        part, whole = (torch.empty(2, 3, length, 5, dtype=torch.half) for length in (8, 24))
+        gathered, summed = (
+            torch.ops.dape.gather(part, "", 3),
+            torch.ops.dape.scatter_sum(whole, "", 3),
+        )
+    assert (gathered.shape, gathered.dtype) == (whole.shape, torch.half)
+    assert (summed.shape, summed.dtype) == (part.shape, torch.half)
 
 
 def test_gradients_in_16_bits_are_summed_in_float32():
