@@ -10,9 +10,9 @@ A run is 50,000 steps; `h / 495 runs` is for 495 of them on four such GPUs.
 With `--prices FILE` it measures what the plan of `dape paper chomsky` asks the price of: the start,
 with a graph for every length, a step of the models of all seeds side by side, and the test of one
 of them, for each scheme on tasks of three lengths of output. What the file holds of the same
-commit, width and device is not measured again.
+commit, device and settings is not measured again. `--schemes` limits the schemes.
 
-    python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json
+    python benchmarks/chomsky_speed.py --prices results/chomsky/speed.json [--schemes kerple]
 
 With `--split` it times the parts of `dape chomsky train`: starting, the draw of examples,
 capturing, a step, and testing by length.
@@ -40,6 +40,8 @@ from dape.files import check_writable, write_json
 from dape.provenance import provenance
 
 STEPS, RUNS, GPUS = 50_000, 495, 4
+COMPARED = ("rope", "alibi", "kerple", "fire", "dape-kerple", "dape3-kerple")
+SETTINGS = ("width", "length", "batch_size", "precision")
 PRICED, SEEDS = ("cycle-navigation", "stack-manipulation", "duplicate-string"), 3
 
 
@@ -112,7 +114,7 @@ def measure(step, training, device, timed):
 def ways(options, task, model, training, device):
     """Yield scheme, way, its number of models, and what makes its step."""
     models = [int(each) for each in options.models.split(",")]
-    for scheme in options.schemes.split(","):
+    for scheme in options.schemes:
         setting = (task, model, scheme, training, device)
         yield scheme, "loop", 1, partial(loop, *setting)
         ordinary = partial(stacked, *setting, models[0], 1, False)
@@ -161,7 +163,7 @@ def split(options, task, model, training, device):
     drawn = seconds(lambda length: task.sample(draw, length), every * 2, device)
     print(f"{SEEDS} models; a draw of examples by itself takes {1e3 * drawn:.2f} ms")
     records = []
-    for scheme in options.schemes.split(","):
+    for scheme in options.schemes:
         config = configure(model, scheme, task, training.length, "reference")
         begun = time.perf_counter()
         stack = Stack(task, config, training, range(SEEDS), device)
@@ -198,12 +200,13 @@ def tests(task, model, scheme, training, device):
 
 def prices(options, model, training, device, origin):
     """Measure steps and tests for the plan, and write the file after each."""
-    file, origin = Path(options.prices), {"width": options.width, **origin}
+    settings = {name: getattr(options, name) for name in SETTINGS}
+    file, origin = Path(options.prices), {**settings, **origin}
     held = json.loads(file.read_text()) if file.is_file() else {}
-    same = all(held.get(name) == origin[name] for name in ("commit", "width", "device"))
+    same = all(held.get(name) == origin[name] for name in ("commit", "device", *SETTINGS))
     known = held["prices"] if same else []
     measured = {(each["task"], each["scheme"]) for each in known}
-    for name, scheme in product(PRICED, SCHEMES):
+    for name, scheme in product(PRICED, options.schemes):
         if (name, scheme) in measured:
             continue
         setting = (TASKS[name], model, scheme, training, device)
@@ -250,18 +253,18 @@ def compare(options, task, model, training, device):
             flush=True,
         )
         records.append(record)
-    for scheme in options.schemes.split(",") if options.evaluation else ():
+    for scheme in options.schemes if options.evaluation else ():
         took = sweep(task, model, scheme, training, device)
         print(f"{scheme:<16} about {took:.0f} s to test a model at lengths 1 to 500", flush=True)
         records.append({"scheme": scheme, "way": "test", "seconds": took})
     return records
 
 
-def parse():
+def parse(argv):
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="reverse-string")
-    parser.add_argument("--schemes", default="rope,alibi,kerple,fire,dape-kerple,dape3-kerple")
+    parser.add_argument("--schemes", type=lambda text: text.split(","))
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--models", default="1,3,9,27")
     parser.add_argument("--streams", default="2,4")
@@ -277,11 +280,13 @@ def parse():
         "--prices", help="JSON file of the prices of the plan, to write or complete"
     )
     parser.add_argument("--split", action="store_true", help="time the parts of a training")
-    return parser.parse_args()
+    options = parser.parse_args(argv)
+    options.schemes = options.schemes or [*(SCHEMES if options.prices else COMPARED)]
+    return options
 
 
-def main():
-    options = parse()
+def main(argv=None):
+    options = parse(argv)
     check_writable(*(Path(file) for file in (options.out, options.prices) if file))
     torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     device, task = torch.device(options.device), TASKS[options.task]
