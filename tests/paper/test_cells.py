@@ -51,6 +51,7 @@ def test_a_benchmark_is_a_command_too_and_needs_no_corpus():
                 resolve(scheme)
     minutes = [each.minutes for each in plan(experiments.COST.cells())]
     assert minutes == sorted(minutes) and minutes[0] > 0
+    assert minutes[-1] < 10, "a cell that a machine's end interrupts begins again"
 
 
 def test_a_step_has_the_tokens_of_its_size_and_a_training_those_asked_for():

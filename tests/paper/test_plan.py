@@ -9,7 +9,7 @@ from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
 from dape.paper.experiments import CORE, COST
-from dape.paper.plan import choose, pack, plan, table, without_corpus
+from dape.paper.plan import AROUND, choose, pack, plan, table, without_corpus
 from dape.paper.spread import spread
 from dape.paper.sweep import USES
 
@@ -146,10 +146,27 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     assert second == pytest.approx(2 * first)
 
 
+def test_the_minutes_around_the_updates_do_not_grow_with_the_tokens(monkeypatch):
+    """Start, compilation and measurement: half of a short cell would be too early a deadline."""
+    monkeypatch.setitem(AROUND, "smoke", 0.08)
+    half, whole, double = cells("kerple", tokens=(2**12, 2**13, 2**14))
+    run([whole])
+    prices = {each.cell.name: each.minutes for each in plan([half, whole, double])}
+    spent = prices[whole.name]
+    assert prices[half.name] == pytest.approx(0.08 + (spent - 0.08) / 2)
+    assert prices[double.name] == pytest.approx(0.08 + (spent - 0.08) * 2)
+
+
 def test_the_plan_marks_prices_that_no_finished_cell_gives():
     legend = "~: includes estimates"
     estimated = table(plan(COST.cells()), devices=1)
-    assert [row[-1] for row in estimated.rows] == ["~8", "~10", "~17", "~22", "~57"]
+    assert [row[-1] for row in estimated.rows] == [
+        *["~3"] * 3,
+        *["~4"] * 3,
+        *["~6"] * 3,
+        *["~8"] * 3,
+        "~66",
+    ]
     assert legend in estimated.note
     core = table(plan(CORE.cells()), devices=1)
     assert all(row[-1].startswith("~") for row in core.rows) and legend in core.note

@@ -274,18 +274,19 @@ COST = Experiment(
     shows="Table 1, whose cells are lost, and section 4.5",
     parts=tuple(
         Bench(
-            f"cost-{size}",
+            f"cost-{size}-{direction}",
             (
                 *("model", "--sizes", size, "--schemes", ",".join(TIMED)),
-                *("--lengths", "512,...,8192", "--directions", "all"),
+                *("--lengths", "512,...,8192", "--directions", direction),
             ),
             small=(
                 *("model", "--sizes", "small", "--schemes", "nope,dape-kerple"),
-                *("--lengths", "32,64", "--vocab-size", "512", "--directions", "all"),
+                *("--lengths", "32,64", "--vocab-size", "512", "--directions", direction),
             ),
             minutes=minutes,
         )
-        for size, minutes in (("125m", 8.0), ("350m", 10.0), ("2.7b", 17.0), ("6.7b", 22.0))
+        for size, minutes in (("125m", 3.0), ("350m", 4.0), ("2.7b", 6.5), ("6.7b", 8.5))
+        for direction in ("training", "forward", "generation")
     ),
     sections=("costs",),
 )

@@ -174,16 +174,20 @@ def _price(
 
 
 def _alike(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:
-    """Return the minutes of similar finished cells, for the tokens of the cell."""
+    """Return the minutes of similar finished cells, for the tokens of the cell.
+
+    The minutes around the updates do not grow with the tokens.
+    """
     regime = cell.regime
     if regime is None:
         return None
-    alike = [
-        spent[other.name] * regime.tokens / other.regime.tokens
-        for other in cells
-        if other.regime and other.name in spent
-        if (other.arm, other.regime.size) == (cell.arm, regime.size)
-    ]
+    alike = []
+    for other in cells:
+        like = other.regime and (other.arm, other.regime.size) == (cell.arm, regime.size)
+        if like and other.regime and other.name in spent:
+            around = min(AROUND.get(regime.size, 0.0), spent[other.name])
+            times = regime.tokens / other.regime.tokens
+            alike.append(around + times * (spent[other.name] - around))
     return median(alike) if alike else None
 
 
