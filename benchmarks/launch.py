@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from dape.errors import UserError
@@ -64,15 +65,24 @@ def _send(number: signal.Signals, processes: Sequence[int]) -> None:
 
 @contextmanager
 def started(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[Any]]:
-    """Yield the process of a command, whose output goes to a file; kill what is left of it."""
+    """Yield the process of a command, whose output goes to a file; kill what is left of it.
+
+    The signal of a time limit, SIGTERM, ends the block too.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         yield process
     finally:
+        signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
             kill(process)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def run(words: Sequence[str], log: Path, seconds: float) -> str:

@@ -1,5 +1,6 @@
 """`benchmarks/launch.py`: the end of a command with all of its processes."""
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -39,6 +40,22 @@ def test_a_command_that_takes_too_long_ends_with_all_below_it(launch, tmp_path):
         assert running(word) and not running("8" + word)
     assert not running(word)
     assert (tmp_path / "log").read_text() == "begun\n"
+
+
+def test_the_signal_of_a_time_limit_leaves_nothing_on_the_gpus(launch, tmp_path):
+    """`timeout 9m python benchmarks/large_run.py` ends the ranks too."""
+    word = "97.6543"
+    code = (
+        f"import sys; sys.path.append({str(Path(launch.__file__).parent)!r}); import launch;"
+        " from pathlib import Path;"
+        " launch.run([sys.executable, '-S', '-c', *sys.argv[1:]], Path('log'), 60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, NESTED, word], cwd=tmp_path) as process:
+        while len(launch.family(process.pid)) < 4:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+    assert process.returncode == 143 and not running(word)
 
 
 def test_the_line_with_the_reason_is_found(launch, tmp_path):
