@@ -52,6 +52,19 @@ def test_saved_adapters_on_the_base_model_are_the_model(name, tmp_path):
     assert torch.equal(logits(other, ids), logits(pretrained(name), ids))
 
 
+def test_unmounted_adapters_are_not_saved_nor_those_mounted_since(tmp_path):
+    model = pretrained("llama")
+    mounted = dape.retrofit(model)
+    mounted.unmount()
+    again = None
+    for _ in range(2):
+        with pytest.raises(UserError, match="the adapters are unmounted; save or read adapters be"):
+            mounted.save(tmp_path / "adapters")
+        assert not (tmp_path / "adapters").exists()
+        again = again or dape.retrofit(model)
+    again.save(tmp_path / "adapters")
+
+
 def test_parts_that_train_are_saved_loaded_and_put_back(tmp_path):
     model, ids = pretrained("llama"), tokens(2, 12)
     expected = logits(model, ids)

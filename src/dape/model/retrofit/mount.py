@@ -55,7 +55,13 @@ class Mounted:
 
     @property
     def adapters(self) -> nn.ModuleList:
-        """The `adapter` of each attention, in order, and the `position_bias` if new."""
+        """The `adapter` of each attention, in order, and the `position_bias` if new.
+
+        Raises:
+            UserError: after `unmount`.
+        """
+        if getattr(self.model, "retrofitted", (None,))[0] is not self.attentions:
+            raise UserError("the adapters are unmounted; save or read adapters before unmount()")
         return mounted_in(self.attentions, self.choice)
 
     def state(self) -> dict[str, Tensor]:
