@@ -129,6 +129,22 @@ def test_two_models_in_memory_are_never_taken_for_one(llama, corpus):
     assert len(found) == 2 and found[0].measurements != found[1].measurements
 
 
+def test_a_model_in_memory_is_named_with_its_adapters(llama, corpus):
+    mounted = dape.retrofit(llama, bias="kerple")
+    (found,) = evaluate(llama, corpus, [16])
+    assert found.subject.scheme == "llama + dape-kerple"
+    mounted.unmount()
+    assert evaluate(llama, corpus, [16])[0].subject.scheme == "llama"
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters alone", "beside the model"])
+def test_a_folder_with_adapters_is_not_taken_for_the_base(llama, corpus, tmp_path, whole):
+    mounted = dape.retrofit(llama, bias="kerple")
+    (llama.save_pretrained if whole else mounted.save)(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"/saved holds adapters of a retrofit; give the run of"):
+        evaluate(tmp_path / "saved", corpus, [16])
+
+
 def test_a_tokenizer_given_with_a_model_in_memory_is_compared_with_the_corpus(llama, corpus):
     evaluate(llama, corpus, [16], tokenizer=byte())
     with pytest.raises(UserError, match="not prepared with the tokenizer of"):

@@ -12,6 +12,7 @@ from dape.errors import UserError
 from dape.evaluate.subject import Finetuned, InMemory, Model
 from dape.evaluate.watch import SILENT, Watch, repeated
 from dape.model.loading import load_config
+from dape.model.retrofit.storage import SETTINGS
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -72,6 +73,11 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
     recipe = folder.read_recipe() if folder.exists or lexists(folder.record) else None
     if recipe and folder.is_retrofit:
         return _open_finetuned(folder, recipe, partial_weights)
+    if (path / SETTINGS).is_file() and not partial_weights:
+        raise UserError(
+            f"{path} holds adapters of a retrofit; give the run of `dape retrofit`, or in Python "
+            "call dape.load_adapters on the base model, and dape.evaluate.evaluate on that model"
+        )
     for place in (folder.model, path):
         if (place / "config.json").is_file():
             config = load_config(str(place)).get_text_config()

@@ -6,7 +6,7 @@ module in memory.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -232,8 +232,7 @@ class Finetuned(Model):
         """Return the scheme of the base, with the mounted adapters or the changes."""
         if self._untrained:
             return super().scheme
-        mounted = "-".join(filter(None, (self._chosen["adapter"], self._chosen["bias"])))
-        change = f"+ {mounted}" if self._chosen["adapter"] else "fine-tuned"
+        change = _mounted(self._chosen) if self._chosen["adapter"] else "fine-tuned"
         return f"{super().scheme} {change}"
 
     @property
@@ -291,6 +290,13 @@ class InMemory(Model):
     own_tokenizer: "PreTrainedTokenizerFast | None" = None
 
     @property
+    def scheme(self) -> str:
+        """Return the scheme or the architecture, with the mounted adapters."""
+        choice = getattr(self.network, "retrofitted", (None, None))[1]
+        scheme = super().scheme
+        return f"{scheme} {_mounted(choice.names())}" if choice else scheme
+
+    @property
     def weights(self) -> str | None:
         """Return None: weights in memory have no files."""
         return None
@@ -336,6 +342,11 @@ def files_checksum(folder: Path, patterns: Sequence[str] = _WEIGHTS) -> str:
     files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
     states = [(file.name, file.stat()) for file in files]
     return _checksum([(name, state.st_size, state.st_mtime_ns) for name, state in states])
+
+
+def _mounted(chosen: Mapping[str, Any]) -> str:
+    """Return the label of mounted adapters, such as `+ dape-kerple`."""
+    return "+ " + "-".join(filter(None, (chosen["adapter"], chosen["bias"])))
 
 
 def _dtype(precision: str | None) -> dict[str, torch.dtype]:
