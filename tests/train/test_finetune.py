@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import batch, losses
+from small import batch, losses, metrics, validation_loss
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import dape
@@ -119,10 +121,10 @@ def test_an_interrupted_run_goes_on_to_the_same_adapters(
     settings = recipe(base, data, tmp_path / "run")
 
     def cut(session):
-        for step, metrics in enumerate(updates(session), start=1):
+        for step, found in enumerate(updates(session), start=1):
             if step == 5:
                 raise KeyboardInterrupt
-            yield metrics
+            yield found
 
     updates = loop.updates
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -190,6 +192,23 @@ def test_dropout_of_the_base_is_on_in_every_step_whenever_the_run_validates(data
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").train()
     expected = plain_losses(model, list(model.parameters()), data)
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_validation_loss_of_experts_is_the_cross_entropy_alone(data, tmp_path):
+    """Where the configuration asks, the loss of transformers adds a loss of balance."""
+    torch.manual_seed(7)
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    balance = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    model = MixtralForCausalLM(MixtralConfig(**CONFIG, **experts, **balance))
+    model.save_pretrained(tmp_path / "experts")
+    changes = {"adapter": None, "train": "all", "options": {}}
+    folder = run(recipe(tmp_path / "experts", data, tmp_path / "run", model=changes))
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert saved.config.output_router_logits
+    (*_, last) = metrics(folder)
+    expected = validation_loss(saved, Corpus(data), batches=8)
+    assert last["validation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert last["loss"] > expected + 1.5, "the balance trains, and is about the number of choices"
 
 
 def test_keys_of_the_configuration_change(data, tmp_path):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dape.model.retrofit import Mounted
 
 Batch = tuple[Tensor, ...]  # tensors with the examples on the first axis
+_BALANCE = "output_router_logits"  # adds the loss of balance of a mixture of experts
 
 
 class Task(ABC):
@@ -102,11 +103,20 @@ class NextToken(Task):
         return (torch.from_numpy(np.stack([windows[n] for n in range(first, first + rows)])),)
 
     def loss(self, model: nn.Module, *batch: Int[Tensor, "rows window"]) -> Float[Tensor, ""]:
-        """Return the mean cross-entropy in nats a token, over all tokens after the first."""
+        """Return the mean cross-entropy in nats a token, over all tokens after the first.
+
+        In training, a mixture of experts adds its own loss of balance if `output_router_logits` of
+        its configuration asks for the loss.
+        """
         (tokens,) = batch
         targets = tokens[:, 1:].contiguous()
+        alone = {_BALANCE: False} if hasattr(model.config, _BALANCE) and not model.training else {}
         found: Tensor = model(
-            input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False
+            input_ids=tokens[:, :-1],
+            labels=targets,
+            shift_labels=targets,
+            use_cache=False,
+            **alone,
         ).loss
         return found
 
