@@ -1,6 +1,10 @@
+import fcntl
 import os
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,15 +56,18 @@ def test_an_error_leaves_the_old_one_and_no_leftover(tmp_path):
 
 @pytest.mark.parametrize("folder", [True, False])
 def test_the_leftover_of_a_killed_writer_is_replaced(tmp_path, folder):
-    left = partial_of(tmp_path / "notes.txt")
+    left, lock = partial_of(tmp_path / "notes.txt"), tmp_path / ".notes.txt.lock"
     left.mkdir() if folder else left.write_text("half")
+    lock.touch()
     assert is_free(tmp_path)
     write_text(tmp_path / "notes.txt", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     left.mkdir()
+    lock.touch()
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     assert not is_free(tmp_path) and is_free(tmp_path / "absent") and not is_free(left.parent)
+    assert not is_free(tmp_path / "notes.txt") and is_free(tmp_path / "notes.txt" / "run")
 
 
 def test_a_folder_that_another_process_creates_meanwhile_is_free(tmp_path):
@@ -73,6 +80,35 @@ def test_a_folder_that_another_process_creates_meanwhile_is_free(tmp_path):
         other.kill()
         other.wait()
     assert all(asked)
+
+
+def test_writers_of_a_file_take_turns(tmp_path, monkeypatch):
+    """The second would write into the file of the first, which would find no file to rename."""
+    file, waits, flock = tmp_path / "table.md", threading.Event(), fcntl.flock
+    second = threading.Thread(target=write_text, args=(file, "second"))
+
+    def noted(handle, kind):
+        if threading.current_thread() is second:
+            waits.set()
+        flock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", noted)
+    with whole(file) as partial:
+        partial.write_text("first")
+        second.start()
+        while second.is_alive() and not waits.is_set():
+            time.sleep(0.001)
+        assert partial.read_text() == "first"
+    second.join()
+    assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_partial_file_of_a_writer_at_work_is_no_leftover(tmp_path):
+    with whole(tmp_path / "table.md") as partial:
+        partial.write_text("new")
+        remove_leftovers(tmp_path)
+        tidy(tmp_path)
+    assert (tmp_path / "table.md").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_files_have_the_mode_of_the_umask_whoever_created_them(tmp_path):
@@ -212,6 +248,44 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path):
     with locked(tmp_path / "new" / "run", "busy"):
         assert (tmp_path / "new" / "run").is_dir()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("moment", ["the folder", "within the folder", "the folder above"])
+def test_folders_may_go_with_another_lock_meanwhile(tmp_path, monkeypatch, moment):
+    """The last owner removes empty folders while a further process looks, or creates the next."""
+    folder = tmp_path / "claims" / "cell"
+    folder.mkdir(parents=True)
+    times = {"the folder": 1, "within the folder": 1, "the folder above": 2}[moment]
+    module, name = {
+        "the folder": (Path, "is_dir"),
+        "within the folder": (os, "open"),
+        "the folder above": (os, "mkdir"),
+    }[moment]
+    act = getattr(module, name)
+
+    def late(path, *given, **how):
+        nonlocal times
+        if times and path in (folder, folder / ".lock"):
+            times -= 1
+            with suppress(FileNotFoundError):
+                folder.rmdir()
+            if moment == "the folder above":
+                folder.parent.rmdir()
+        return act(path, *given, **how)
+
+    if moment == "the folder above":
+        folder.rmdir()
+    monkeypatch.setattr(module, name, late)
+    with locked(folder, "busy"):
+        assert (folder / ".lock").exists() and not times
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_the_lock(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    for name in ("file", "file/run", "nowhere/run"):
+        with pytest.raises(OSError, match=r"exists|Not a directory"), locked(tmp_path / name, ""):
+            pass
 
 
 def test_a_lock_may_be_for_one_thing_in_a_folder(tmp_path):

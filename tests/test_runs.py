@@ -36,6 +36,21 @@ def test_an_absent_run_is_none(tmp_path):
         run.read_recipe()
 
 
+def test_a_folder_that_goes_while_it_is_listed_holds_nothing(tmp_path, monkeypatch):
+    """A refused measurement removes the folder that its lock made."""
+    run, scandir = RunFolder(tmp_path), os.scandir
+    for name in ("evaluation", "retrieval", "checkpoints"):
+        (tmp_path / name).mkdir()
+
+    def late(path):
+        os.rmdir(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert run.evaluations() == run.retrievals() == run.saved_checkpoints() == []
+    assert not os.listdir(tmp_path)
+
+
 def test_a_run_says_how_far_it_is(tmp_path):
     run = RunFolder(tmp_path)
     write(run.recipe, "{data: a, seed: 0, model: {scheme: alibi}, training: {}, optimizer: {}}")

@@ -2,7 +2,7 @@
 
 A writer fills `NAME.partial` beside the target, brings the content onto the disk and renames
 `NAME.partial` to the target. If the process dies meanwhile, the target is unchanged. The next
-writer removes the leftover.
+writer removes the leftover. Writers of the same target take turns, by the lock `.NAME.lock`.
 """
 
 import errno
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from os.path import isdir, lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,24 +42,28 @@ def whole(path: Path) -> Iterator[Path]:
     An exception inside the block leaves `path` unchanged. Files get the mode of the umask, also
     from libraries that create private files.
     """
-    _check_system()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    remove(partial)
-    mode = _file_mode(partial)
-    try:
-        yield partial
-        _settle(partial, mode)
-        if partial.is_dir() and path.is_dir():  # a folder with content cannot be renamed over
-            remove(path)
-        os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException as error:
-        with suppress(OSError):  # the first error is the error to report
-            remove(partial)
-        if code := _code_of_disk(error):
-            raise OSError(code, os.strerror(code), str(path)) from None
-        raise
+    with _turn(path):
+        remove(partial)
+        mode = _file_mode(partial)
+        try:
+            yield partial
+            _settle(partial, mode)
+            if partial.is_dir() and path.is_dir():  # a folder with content cannot be renamed over
+                remove(path)
+            os.replace(partial, path)
+            _sync(path.parent)
+        except BaseException as error:
+            with suppress(OSError):  # the first error is the error to report
+                remove(partial)
+            if code := _code_of_disk(error):
+                raise OSError(code, os.strerror(code), str(path)) from None
+            raise
+
+
+def _turn(path: Path, busy: str | None = None) -> AbstractContextManager[None]:
+    """Return the lock on `path` of a writer, who waits for an earlier writer without `busy`."""
+    return locked(path.parent, busy, f".{path.name}")
 
 
 def _code_of_disk(error: BaseException) -> int | None:
@@ -223,9 +227,12 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove leftovers of interrupted writes from a folder in which no other process writes."""
-    for leftover in folder.glob(f"*{PARTIAL}"):
-        remove(leftover)
+    """Remove leftovers of interrupted writes from a folder, but nothing of a writer at work."""
+    partials = (each.name.removesuffix(PARTIAL) for each in folder.glob(f"*{PARTIAL}"))
+    locks = (each.name[1:].removesuffix(LOCK) for each in folder.glob(f".*{LOCK}"))
+    for name in {*partials, *locks}:
+        with suppress(UserError), _turn(folder / name, busy=""):
+            remove(partial_of(folder / name))
 
 
 def is_free(folder: Path) -> bool:
@@ -235,8 +242,11 @@ def is_free(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     except NotADirectoryError:
-        return False
-    return all(path.suffix == PARTIAL or path.name == LOCK for path in inside)
+        return not lexists(folder)  # a folder in a file is absent
+    return all(
+        path.suffix == PARTIAL or (path.name.startswith(".") and path.name.endswith(LOCK))
+        for path in inside
+    )
 
 
 def tidy(folder: Path) -> None:
@@ -246,11 +256,11 @@ def tidy(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
+def locked(folder: Path, busy: str | None, name: str = "") -> Iterator[None]:
     """Keep other processes out of a folder; a lock ends with the process that took the lock.
 
     An absent folder is created, and removed again if empty at the end. With a `name` the lock
-    covers the entry of the folder with this name.
+    covers the entry of the folder with this name. Without a text `busy`, wait for the lock.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
@@ -270,21 +280,31 @@ def locked(folder: Path, busy: str, name: str = "") -> Iterator[None]:
         os.close(handle)
 
 
-def _lock(file: Path, busy: str) -> int:
+def _lock(file: Path, busy: str | None) -> int:
     """Return the handle of an existing, locked file."""
     _check_system()
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the owner removed the file or the folder meanwhile
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = _opened(file)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+            with suppress(FileNotFoundError):  # the owner removed the file meanwhile
                 if os.path.samestat(os.fstat(handle), file.stat()):
                     return handle
-            except BlockingIOError:
-                os.close(handle)
-                raise UserError(busy) from None
+        except BlockingIOError:
             os.close(handle)
+            raise UserError(busy) from None
+        os.close(handle)
+
+
+def _opened(file: Path, attempts: int = 100) -> int:
+    """Return the handle of a file in a folder that other processes may create and remove."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except (FileExistsError, FileNotFoundError):
+        if attempts == 1:
+            raise
+    return _opened(file, attempts - 1)
 
 
 def _check_system() -> None:

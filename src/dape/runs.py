@@ -93,7 +93,7 @@ class RunFolder:
 
     def evaluations(self) -> list[Path]:
         """Return the files of all evaluations of perplexity."""
-        files = sorted((self.path / "evaluation").glob("*.json"))
+        files = _inside(self.path / "evaluation", "*.json")
         return [file for file in files if not file.name.startswith(_CONTEXT)]
 
     def context(self, split: str = "test") -> Path:
@@ -106,7 +106,7 @@ class RunFolder:
 
     def retrievals(self) -> list[Path]:
         """Return the files of all retrievals."""
-        return sorted((self.path / "retrieval").glob("*.json"))
+        return _inside(self.path / "retrieval", "*.json")
 
     def harness(self, task: str, length: int) -> Path:
         """Return the file of a task of lm-eval: `harness/wikitext-512.json`."""
@@ -134,7 +134,7 @@ class RunFolder:
 
     def saved_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, the newest first."""
-        return sorted(self.checkpoints.glob(_STEP + "[0-9]" * 8), reverse=True)
+        return _inside(self.checkpoints, _STEP + "[0-9]" * 8)[::-1]
 
     @property
     def latest_checkpoint(self) -> Path | None:
@@ -195,6 +195,14 @@ class RunFolder:
         except (AttributeError, RecursionError, ValueError) as error:
             raise UserError(f"{self.metrics} is damaged ({error}); {_REMEDY}") from None
         return logged
+
+
+def _inside(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder, none if the folder is absent or removed meanwhile."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:
+        return []
 
 
 def _known(record: Any) -> dict[str, Any]:

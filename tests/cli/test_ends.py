@@ -6,6 +6,7 @@ The model stands for all that computes: its forward pass raises what a device wo
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from dape import cli
 from dape.chomsky.encoder import Encoder
 from dape.chomsky.stack import Stack
+from dape.errors import RankError
 from dape.model.modeling import DapeForCausalLM
 from folders import dape, make_run, prepare, refused
 
@@ -82,6 +84,27 @@ def test_memory_that_runs_out_is_a_line_of_every_command(name, error, place, cap
     assert dape(*COMMANDS[name].split()) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("dape: error: out of memory")
+
+
+def test_a_process_of_several_ends_at_a_sigterm_while_it_waits_for_another(
+    place, capsys, monkeypatch
+):
+    """`torchrun` would end the process half a minute later, and without a line."""
+    ended = threading.Event()
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def wait(device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(60)
+        raise RankError("the process has ended")
+
+    monkeypatch.setattr("dape.attention.context_parallel.over_all_processes", wait)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 143 else None)
+    dape(*COMMANDS["eval"].split())
+    line = capsys.readouterr().err.splitlines()[0]
+    reason = "rank 1 of 2: stopped by SIGTERM, as after the end of another process"
+    assert line == f"dape: error: {reason}; {cli.CONTINUED}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dape.data.shards import Corpus
 from dape.model.modeling import DapeForCausalLM
+from dape.train import restore
 from folders import dape, prepare, refused
 
 STEPS, BATCH, LENGTH = 6, 4, 16
@@ -131,6 +132,46 @@ def test_a_run_that_has_not_ended_gives_the_weights_of_its_latest_checkpoint(tmp
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not all(torch.equal(finished[name], expected[name]) for name in finished)
     assert ("lm_head.weight" in finished) != tied
+
+
+def meanwhile(act, monkeypatch):
+    """Let a training `act` while the export loads a checkpoint for the first time."""
+    load = restore.load_weights
+
+    def late(path, model):
+        monkeypatch.undo()
+        act()
+        return load(path, model)
+
+    monkeypatch.setattr(restore, "load_weights", late)
+
+
+def test_checkpoints_may_come_and_go_while_one_is_read(run, tmp_path, monkeypatch, capsys):
+    """A run in training saved step 6, and dropped both checkpoints that were there."""
+    checkpoints = run / "checkpoints"
+    newer = shutil.copytree(checkpoints / "step-00000006", tmp_path / "step-00000006")
+    interrupt(run)
+
+    def act():
+        shutil.rmtree(checkpoints / "step-00000004")
+        newer.rename(checkpoints / newer.name)
+
+    meanwhile(act, monkeypatch)
+    assert not dape("export", run, "--out", tmp_path / "out")
+    assert "the model after 6 steps" in capsys.readouterr().out
+
+
+def test_weights_of_checkpoints_that_are_gone_are_not_made_up(run, tmp_path, monkeypatch, capsys):
+    interrupt(run)
+    draw = restore.draw
+
+    def late(*given):
+        shutil.rmtree(run / "checkpoints")
+        return draw(*given)
+
+    monkeypatch.setattr(restore, "draw", late)
+    assert "has no checkpoint yet" in refused(capsys, "export", run, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def card(folder):

@@ -8,6 +8,7 @@ import pytest
 
 from dape.cli import main
 from dape.data.shards import Corpus
+from dape.files import locked
 
 
 @pytest.fixture
@@ -52,6 +53,9 @@ def test_stopping_at_a_broken_line_then_going_on(capsys, sources, tmp_path):
     status, _, err = run(capsys, *command)
     assert status == 2
     assert err.splitlines()[-1].startswith(f"dape: error: {sources}/train.jsonl:2: not JSON: ")
+    with locked(tmp_path / "out", "busy"):
+        status, out, err = run(capsys, *command, "--on-error", "skip")
+    assert (status, out) == (2, "") and "another process is preparing" in err
     status, out, _ = run(capsys, *command, "--on-error", "skip")
     assert status == 0
     assert out.startswith(f"Resuming the interrupted preparation of {tmp_path}/out.")

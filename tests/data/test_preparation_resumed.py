@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import made
 import numpy as np
@@ -20,6 +21,7 @@ from dape.data.records import Record
 from dape.data.shards import Corpus
 from dape.data.tokenizer import byte, serialize
 from dape.errors import UserError
+from dape.files import locked
 
 
 @pytest.fixture
@@ -137,6 +139,54 @@ def test_a_killed_worker_is_told_with_the_remedy(sources):
         child.kill()
     with pytest.raises(UserError, match=r"a worker of 2 was killed.*fewer --workers"):
         list(results)
+
+
+def look_after(name, act, monkeypatch):
+    """Let another process `act` in the middle of the look at a folder, before a call of `name`."""
+    call = getattr(prepare, name)
+
+    def late(*given):
+        monkeypatch.undo()
+        act()
+        return call(*given)
+
+    monkeypatch.setattr(prepare, name, late)
+
+
+def test_a_preparation_that_ends_during_the_look_is_finished(sources, tmp_path, monkeypatch):
+    """Its journal goes between the question whether there is any, and the reading."""
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1, on_error="skip")
+    first = Preparation(options).run()
+    next(first)
+    look_after("read_json", lambda: list(first), monkeypatch)
+    assert Preparation(options).finished
+
+
+def test_a_corpus_that_is_being_replaced_is_not_called_damaged(sources, tmp_path):
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1, on_error="skip")
+    list(Preparation(options).run())
+    (tmp_path / "out" / "train-00000.bin").unlink()
+    with locked(options.out, "busy"), pytest.raises(UserError, match="another process is prep"):
+        Preparation(options)
+    with pytest.raises(UserError, match=r"train-00000\.bin is missing.*again with --overwrite"):
+        Preparation(options)
+
+
+def test_the_journal_of_a_preparation_that_begins_during_the_look_stays(
+    sources, tmp_path, monkeypatch
+):
+    """Without the journal, the folder would hold other files."""
+    options = Options(sources=(str(sources),), out=tmp_path / "out", workers=1, on_error="skip")
+    list(Preparation(options).run())
+
+    def begin():
+        again = Preparation(replace(options, overwrite=True)).run()
+        next(again)
+        again.close()
+
+    look_after("_refuse_other", begin, monkeypatch)
+    assert Preparation(options).finished
+    assert Preparation(options).resumed
 
 
 def test_two_runs_do_not_write_to_one_folder(sources, tmp_path, small_steps):

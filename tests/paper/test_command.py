@@ -3,9 +3,15 @@ import re
 from pathlib import Path
 
 import pytest
-from laboratory import enter
+from laboratory import Pretended, enter
 
-from dape.paper.spread import Workers
+from dape.errors import UserError
+from dape.files import locked
+from dape.paper.beyond import DEMO
+from dape.paper.experiment import smoke
+from dape.paper.plan import plan
+from dape.paper.results import results
+from dape.paper.spread import Workers, spread
 from folders import dape, refused
 
 
@@ -40,6 +46,36 @@ def test_an_experiment_in_miniature_from_the_plan_to_the_report(capsys, monkeypa
     assert dape("paper", "report", "--scale", "smoke") == 0
     report = Path("runs/smoke/report.html").read_text()
     assert "dape-kerple against kerple" in report
+
+
+def test_what_another_process_ends_after_the_plan_is_not_run_again(capsys, monkeypatch):
+    def late(cells):
+        planned = plan(cells)
+        spread(cells, ["cpu"], Pretended(), print)
+        return planned
+
+    monkeypatch.setattr("dape.paper.plan.plan", late)
+    monkeypatch.setattr(Workers, "call", lambda *_: pytest.fail("the cell ran again"))
+    assert dape("paper", "demo", "--scale", "smoke") == 0
+    printed = capsys.readouterr().out
+    assert (
+        re.search(r"all +0 +0 +2 +0", printed) and "0 cells finished, 0 failed, 2 left" in printed
+    )
+
+
+def test_of_two_processes_the_last_writes_what_both_have_made(monkeypatch):
+    """Another process reads no records for the tables before the tables are written."""
+
+    def noted(experiment, data):
+        with pytest.raises(UserError, match="busy"), locked(experiment.folder, "busy"):
+            pass
+        return results(experiment, data)
+
+    experiment = smoke(DEMO)
+    spread(experiment.cells(), ["cpu"], Pretended(), print)
+    monkeypatch.setattr("dape.paper.results.results", noted)
+    assert dape("paper", "demo", "--scale", "smoke") == 0
+    assert "dape-kerple" in (experiment.folder / "table.md").read_text()
 
 
 def test_what_is_asked_for_must_be_there(capsys):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -287,6 +288,21 @@ def test_a_cell_that_another_process_holds_to_the_end_is_left():
     with record.claimed(found[0]):
         assert [each.cell for each in spread(found, ["cpu"], Pretended(), silent)] == found[1:]
     assert choose(plan(found)) == found[:1]
+
+
+def test_a_record_is_whole_while_its_files_are_copied_again(monkeypatch):
+    """A second process reads the records of ended cells meanwhile."""
+    (cell,) = found = cells("kerple")
+    spread(found, ["cpu"], Pretended(), silent)
+    before = cell.record.recipe.read_text()
+
+    def fail(source, target):
+        Path(target).write_text(before[:9])
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("shutil.copyfile", fail)
+    (end,) = spread(found, ["cpu"], Pretended(), silent)
+    assert "Input/output error" in end.error and cell.record.recipe.read_text() == before
 
 
 def test_what_another_recipe_left_does_not_mix_with_a_new_record():

@@ -132,7 +132,10 @@ def test_a_corpus_or_recipe_unlike_that_of_the_first_rank_is_refused(data, tmp_p
         ((faster, None), r"rank 0 of 1: .*optimizer.learning_rate=0.01 \(was 0.5\); give all"),
     ):
         first = ([], *changed)
-        monkeypatch.setattr("lightning.fabric.Fabric.broadcast", lambda self, _, first=first: first)
+        monkeypatch.setattr(
+            "lightning.fabric.Fabric.broadcast",
+            lambda self, own, first=first: first if isinstance(own, tuple) else own,
+        )
         with pytest.raises(RankError, match=message):
             train(same)
 

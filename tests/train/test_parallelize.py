@@ -98,6 +98,13 @@ def test_each_rank_saves_its_shards(out):
     assert {path.name for path in saved.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
+def test_a_checkpoint_that_one_rank_cannot_read_is_passed_over_by_all(out):
+    """Each rank would go on from a step of its own."""
+    steps = [int(path.name[-8:]) for path in RunFolder(out / "ddp").saved_checkpoints()]
+    assert steps == [6, 3]
+    assert [json.loads((out / f"resumed-{rank}.json").read_text()) for rank in (0, 1)] == [3, 3]
+
+
 @pytest.mark.parametrize("layout", ["fsdp", "spread"])
 def test_a_run_of_two_ranks_goes_on_with_one(out, data, layout):
     """Their checkpoint, loaded by one, exports the same model."""

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -99,6 +100,61 @@ def test_two_trainings_in_one_folder_are_one_too_many(file, tmp_path):
     (out / ".lock").touch()  # of a process that was killed
     run = train(file, out=out, training={"steps": 2})
     assert run.finished and not (out / ".lock").exists()
+
+
+def lock_after(act, monkeypatch):
+    """Let another process `act` between the look at a folder and the lock on the folder."""
+
+    @contextmanager
+    def late(folder, busy):
+        monkeypatch.undo()
+        act()
+        with locked(folder, busy):
+            yield
+
+    monkeypatch.setattr("dape.train.run.locked", late)
+
+
+def test_a_run_that_ends_while_another_process_takes_the_lock_is_left(file, tmp_path, monkeypatch):
+    """The model would be written again, under whoever reads the model."""
+    short, ended = {"out": tmp_path / "run", "training": {"steps": 2}}, {}
+    lock_after(lambda: ended.update(contents(train(file, **short).path)), monkeypatch)
+    train(file, **short)
+    assert ended and contents(tmp_path / "run") == ended
+
+
+def test_another_recipe_that_trains_while_the_lock_is_taken_is_found(file, tmp_path, monkeypatch):
+    """The run would go on from the weights of the other recipe."""
+    short = {"out": tmp_path / "run", "training": {"steps": 2}}
+    lock_after(lambda: train(file, seed=5, **short), monkeypatch)
+    with pytest.raises(UserError, match=r"holds a run with other settings: seed=0 \(was 5\)"):
+        train(file, **short)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_first_process_says_for_all_whether_a_run_is_finished(
+    file, tmp_path, monkeypatch, ends
+):
+    """By its own look at a run that another process ends, a rank would leave, or wait."""
+    run = train(file, out=tmp_path / "run", training={"steps": 2})
+    before = contents(run.path)
+    monkeypatch.setattr(RunFolder, "finished", not ends)
+    monkeypatch.setattr("dape.train.run.ranks", lambda: 2)
+    monkeypatch.setattr(
+        "lightning.fabric.Fabric.broadcast",
+        lambda self, found: ends if isinstance(found, bool) else found,
+    )
+    train(file, out=run.path, training={"steps": 2})
+    assert (contents(run.path) == before) == ends
+
+
+def test_the_end_is_recorded_before_any_process_returns(file, tmp_path, monkeypatch):
+    """A script on all ranks may read the record next."""
+    run, seen = RunFolder(tmp_path / "run"), []
+    barrier = "lightning.fabric.Fabric.barrier"
+    monkeypatch.setattr(barrier, lambda self, name=None: seen.append(run.finished))
+    train(file, out=run.path, training={"steps": 2})
+    assert seen[-1]
 
 
 def test_a_run_killed_at_its_first_write_starts(file, tmp_path):
@@ -294,4 +350,4 @@ def test_a_disk_that_fills_up_at_a_checkpoint_is_an_error_of_the_system(
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
     with pytest.raises(OSError, match="No space left on device"):
         train(file, out=tmp_path / "run", training={"steps": 2})
-    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))

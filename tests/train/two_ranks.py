@@ -1,11 +1,13 @@
 """Two ranks that train sharded, copied and spread, and write what each of them holds."""
 
+import errno
 import json
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from small import recipe
@@ -22,7 +24,7 @@ from dape.evaluate import evaluate
 from dape.evaluate.perplexity import _spread_forward
 from dape.train import drawing, task
 from dape.train.loop import fit
-from dape.train.parallelize import context_parallel
+from dape.train.parallelize import context_parallel, launch
 from dape.train.run import begin, train
 from dape.train.task import LanguageModelling
 
@@ -32,7 +34,7 @@ ROPE = {"model": {"scheme": "dape-rope", "tie_word_embeddings": True}}
 MEASURING = {"lengths": [17, 34], "protocol": "non_overlapping", "device": "cpu"}
 LAYOUTS = {
     "fused": ({"strategy": "fsdp"}, FUSED),
-    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, {}),
+    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, {"tracking": {"checkpoint_every": 3}}),
     "fsdp-bf16": ({"strategy": "fsdp", "activation_checkpointing": "selective"}, BF16),
     "fsdp-step": ({"strategy": "fsdp", "gather": "step", "micro_batch_size": 1}, {}),
     "fsdp-pass": ({"strategy": "fsdp", "gather": "pass", "micro_batch_size": 1}, {}),
@@ -46,7 +48,7 @@ LAYOUTS = {
 
 
 def sharded(settings):
-    session = begin(LanguageModelling(settings, Corpus(settings.data)))
+    session = begin(LanguageModelling(settings, Corpus(settings.data)), launch(settings))
     fit(session)
     session.task.save(session.fabric, session.model)
     held = {
@@ -90,6 +92,18 @@ def losses_by_table(devices: ContextParallel):
     return found
 
 
+def resumed(settings, rank):
+    """Return the step of a run that resumes; the second rank cannot read the last checkpoint."""
+
+    def check(*paths):
+        if rank == 1 and "step-00000006" in str(paths):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    with patch("dape.train.checkpoint.check_ordinary", check):
+        task = LanguageModelling(settings, Corpus(settings.data))
+        return begin(task, launch(settings)).progress.step
+
+
 def main(data, out):
     interpreter.quicken()
     drawing.LARGE = 100  # numbers: sharded models start in parts
@@ -100,6 +114,9 @@ def main(data, out):
         if "context_parallel" in hardware:
             task.TOKENS_AT_ONCE = 24  # fewer than a micro-batch has: logits in parts
         train(recipe(data, out / name, hardware=hardware, **others))
+    hardware, others = LAYOUTS["ddp"]
+    step = resumed(recipe(data, out / "ddp", hardware=hardware, **others), rank)
+    (out / f"resumed-{rank}.json").write_text(json.dumps(step))
     devices = context_parallel(fabric, recipe(data, out, hardware=LAYOUTS["spread"][0]).hardware)
     torch.save(spread(devices), out / f"attention-{rank}.pt")
     torch.save(losses_by_table(devices), out / f"table-{rank}.pt")

@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import TextIO
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The first process of a machine reports an error of all: files of machines may differ.
     first = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     try:
-        with _terminable():
+        with _terminable() if ranks() == 1 else _terminable_beside_others():
             return _run(words)
     except UserError as error:
         return _fail(str(error)) if first or isinstance(error, RankError) else 2
@@ -105,6 +105,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _terminable_beside_others() -> AbstractContextManager[None]:
+    """Return the context in which SIGTERM ends a process of several."""
+    from dape.train.faults import ended_by_sigterm
+
+    return ended_by_sigterm(f"rank {rank()} of {ranks()}: ", lambda: CONTINUED)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int | None:
     """Plan, run cells that are due, and show the results so far."""
     arguments = parse(Arguments, argv, prog="dape paper")
     from dape.data.shards import Corpus
-    from dape.files import check_writable
+    from dape.files import check_writable, locked
     from dape.paper.cells import once
     from dape.paper.experiment import check_data, smoke
     from dape.paper.experiments import find
@@ -100,15 +100,15 @@ def main(argv: list[str]) -> int | None:
         for cell in group:
             turns.setdefault(cell.name, turn)
     status = run(once(cell for group in groups for cell in group), turns, arguments)
-    if not arguments.plan:
-        for each in experiments:
+    for each in experiments if not arguments.plan else ():
+        with locked(each.folder, busy=None):  # the last of several processes writes all cells
             show(results(each, data))
     return status
 
 
 def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int:
     """Print the plan, and run cells that are due, by their turns, unless `--plan` is set."""
-    from dape.paper import plan, spread
+    from dape.paper import plan, record, spread
 
     arms = {cell.arm for cell in cells}
     for arm in arguments.only:
@@ -116,6 +116,7 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
             raise unknown("arm", arm, arms)
     check_seeds(cells, arguments.seeds)
     devices = spread.devices()
+    before = record.ends(cells)  # a cell that another process ends after the plan does not start
     planned = plan.plan(cells)
     plan.table(planned, len(devices)).show()
     due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds, turns)
@@ -143,6 +144,7 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
         weights=not arguments.discard,
         overlap=arguments.overlap,
         prices=prices,
+        before=before,
     )
     left = len(due) - len(ends)
     failed = [end for end in ends if end.error]

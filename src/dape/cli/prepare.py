@@ -36,10 +36,8 @@ def main(argv: list[str]) -> None:
             " names and sizes; nothing to do (--overwrite prepares anew)."
         )
     else:
-        if preparation.resumed:
-            print(f"Resuming the interrupted preparation of {options.out}.")
         try:
-            _run(preparation)
+            _run(preparation, options.out)
         except OSError as error:
             raise UserError(
                 f"{options.out} cannot be written: {error}; mend the cause and run the command "
@@ -48,11 +46,13 @@ def main(argv: list[str]) -> None:
     _summarize(options.out)
 
 
-def _run(preparation: Preparation) -> None:
+def _run(preparation: Preparation, out: Path) -> None:
     """Write the corpus under a progress bar, and print problems."""
     statuses = preparation.run()
+    start = next(statuses)
+    if preparation.resumed:
+        print(f"Resuming the interrupted preparation of {out}.")
     with Progress(*COLUMNS, console=Console(stderr=True)) as progress:
-        start = next(statuses)
         task = progress.add_task(
             "preparing", total=preparation.source_bytes, completed=start.source_bytes, rate=""
         )

@@ -17,7 +17,7 @@ from dape.data.records import Record, read
 from dape.data.shards import FORMAT, MANIFEST, TOKENIZER, Corpus
 from dape.data.writer import AGAIN, JOURNAL, SKIPPED, SPLITS, CorpusWriter, State, begun_of
 from dape.errors import UserError
-from dape.files import is_free, locked, read_json, remove_leftovers, tidy
+from dape.files import is_free, locked, read_json, remove_leftovers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -102,11 +102,28 @@ class Preparation:
         self._parts = [part for source in sources for part in source.parts]
         self._tokenizer = tokenizers.load(options.tokenizer)
         self._header = _header(options, sources, self._tokenizer)
-        self._look()
+        self._busy = f"another process is preparing {self._folder}; wait for the end"
+        try:
+            self._look()
+        except UserError as error:
+            self._look_alone(error)
         if self.finished:
-            with suppress(OSError):  # left by a process killed at the very end
-                (self._folder / JOURNAL).unlink()
-            tidy(self._folder)
+            self._tidy()
+
+    def _look_alone(self, error: UserError) -> None:
+        """Look under the lock, because another process may be the cause of an error."""
+        try:
+            with locked(self._folder, self._busy):
+                self._look()
+        except OSError:  # a folder that cannot be written
+            raise error from None
+
+    def _tidy(self) -> None:
+        """Remove what a process left that was killed at the very end."""
+        with suppress(OSError, UserError), locked(self._folder, self._busy):
+            if (self._folder / MANIFEST).is_file():  # no other process has begun anew
+                (self._folder / JOURNAL).unlink(missing_ok=True)
+            remove_leftovers(self._folder)
 
     def _look(self) -> None:
         """Note what the folder holds, and refuse a folder of other files or arguments."""
@@ -139,9 +156,8 @@ class Preparation:
                 arguments, or at the first problem under `on_error="stop"`.
         """
         options = self._options
-        busy = f"another process is preparing {self._folder}; wait for the end"
         with ExitStack() as stack:
-            stack.enter_context(locked(self._folder, busy))
+            stack.enter_context(locked(self._folder, self._busy))
             remove_leftovers(self._folder)
             if options.overwrite:
                 _clear(self._folder)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import locked, read_json, remove, write_json
+from dape.files import locked, read_json, remove, whole, write_json
 from dape.paper.cells import INSIDE, Cell, Command
 from dape.strict import build
 from dape.train import recipe as recipes
@@ -132,10 +132,17 @@ def claimed(cell: Cell) -> AbstractContextManager[None]:
     return locked(cell.home / ".claims" / cell.name, f"another process runs {cell.name}")
 
 
+def ends(cells: Iterable[Cell]) -> dict[str, int | None]:
+    """Return the times of the last ends of cells, by name."""
+    return {cell.name: ended(cell) for cell in cells}
+
+
 def ended(cell: Cell) -> int | None:
     """Return the time of the last end of a cell, in nanoseconds, or None."""
-    file = _file(cell)
-    return file.stat().st_mtime_ns if file.is_file() else None
+    try:
+        return _file(cell).stat().st_mtime_ns
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def prepare(cell: Cell) -> None:
@@ -149,9 +156,8 @@ def collect(cell: Cell, command: Command) -> None:
     """Copy existing files of a command from the run folder to the record."""
     for kept, place in command.keeps.items():
         if (cell.run.path / place).is_file():
-            target = cell.record.path / kept
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cell.run.path / place, target)
+            with whole(cell.record.path / kept) as copy:
+                shutil.copyfile(cell.run.path / place, copy)
 
 
 def finish(cell: Cell, seconds: dict[str, float], error: str | None) -> None:

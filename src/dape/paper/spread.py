@@ -109,6 +109,7 @@ def spread(
     weights: bool = True,
     overlap: bool = False,
     prices: Mapping[str, float] | None = None,
+    before: Mapping[str, int | None] | None = None,
 ) -> list[Outcome]:
     """Run the cells in order, with a cell at a time on each device, and return their ends.
 
@@ -119,10 +120,11 @@ def spread(
     beside the second training. A lack of memory then is no result, since the other cell may be the
     cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
-    a second process are left out. No cell starts on a GPU that the machine has lost.
+    a second process are left out, also cells that the second process ended since the ends in
+    `before`, by name, were read. No cell starts on a GPU that the machine has lost.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    before = {cell.name: record.ended(cell) for cell in cells}
+    known = record.ends(cells) if before is None else before
     there, waiting, needed = list(devices), list(cells), {cell.needs for cell in cells}
     running: dict[str, _Running] = {}
     ends: list[Outcome] = []
@@ -143,7 +145,7 @@ def spread(
                 for device in _free(_kept(there, workers, say), running.values()):
                     affordable = partial(_affordable, prices or {}, deadline)
                     cells_there = [each.cell for each in running.values()]
-                    claimed = _claim(waiting, cells_there, before, affordable)
+                    claimed = _claim(waiting, cells_there, known, affordable)
                     if claimed:
                         begin(claimed[0], device, claimed[1])
                 if not running:

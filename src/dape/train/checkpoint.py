@@ -136,11 +136,11 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     # Not strict, because frozen parameters are in no checkpoint. The load covers all others.
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     weights, moments = get_state_dict(model, optimizer, options=options)
-    _fill({"model": weights, "optimizer": {"state": moments["state"]}}, path)
+    progress = _fill({"model": weights, "optimizer": {"state": moments["state"]}}, path)
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )
-    return _progress(path)
+    return progress
 
 
 def load_weights(path: Path, model: nn.Module) -> Progress:
@@ -150,9 +150,9 @@ def load_weights(path: Path, model: nn.Module) -> Progress:
         UserError: for a damaged checkpoint, or a checkpoint of another model.
     """
     weights = get_model_state_dict(model)
-    _fill({"model": weights}, path)
+    progress = _fill({"model": weights}, path)
     set_model_state_dict(model, weights)
-    return _progress(path)
+    return progress
 
 
 def _progress(path: Path) -> Progress:
@@ -166,40 +166,53 @@ def _progress(path: Path) -> Progress:
     return progress
 
 
-def _fill(tensors: dict[str, Any], path: Path) -> None:
-    """Fill the tensors of a nested dictionary in place from the shards of a checkpoint."""
+def _fill(tensors: dict[str, Any], path: Path) -> Progress:
+    """Fill the tensors of a nested dictionary in place from a checkpoint; return the progress.
+
+    Raises:
+        UserError: on all ranks, for a checkpoint that a rank cannot read.
+    """
+    reader = _Reader(path)
     try:
         with _alone_or_not():
-            load_shards(tensors, storage_reader=_Reader(path), planner=_Planner())
+            load_shards(tensors, storage_reader=reader, planner=_Planner())
     except CheckpointException as error:
-        raise _unreadable(path, next(iter(error.failures.values()))[0]) from None
+        reason = _in_words(next(iter(error.failures.values()))[0])
+        raise UserError(f"{path} cannot be read ({reason})") from None
+    return reader.progress
 
 
-def _unreadable(path: Path, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{path} cannot be read ({reason})")
+def _in_words(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class _Reader(FileSystemReader):
     """PyTorch's reader of a checkpoint, with restrictions on the pickled metadata.
 
-    Raises:
-        UserError: for unreadable metadata, where PyTorch would print tracebacks and look for
-            further metadata.
+    A fault is kept until PyTorch collects the faults of all ranks. On unreadable metadata PyTorch
+    would print tracebacks and look for further metadata.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self.progress, self._metadata, self._fault = Progress(), Metadata({}), ""
         try:
             check_ordinary(*path.iterdir())
+            self.progress = _progress(path)
             with (path / ".metadata").open("rb") as file:
-                self._metadata: Metadata = _Unpickler(file).load()
-            self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+                metadata = _Unpickler(file).load()
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
+            self._metadata = metadata
         except Exception as error:  # a damaged pickle raises anything
-            raise _unreadable(path, error) from None
+            self._fault = _in_words(error)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, *args: Any, **kwargs: Any) -> None:
+        if self._fault:
+            raise UserError(self._fault)
+        super().set_up_storage_reader(metadata, *args, **kwargs)
 
 
 class _Planner(DefaultLoadPlanner):

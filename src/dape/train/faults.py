@@ -6,8 +6,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 from dape.errors import RankError, of_a_peer, out_of_memory
@@ -23,7 +24,7 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
         RankError: if memory runs out, or a second process has ended.
     """
     name = f"rank {rank} of {ranks}: " if ranks > 1 else ""
-    with _ended_by_sigterm(run, name) if ranks > 1 else nullcontext():
+    with ended_by_sigterm(name, partial(_resumption, run)) if ranks > 1 else nullcontext():
         try:
             yield
         except (MemoryError, RuntimeError) as error:
@@ -40,8 +41,8 @@ def explained(run: RunFolder, hardware: Hardware, rank: int, ranks: int) -> Iter
 
 
 @contextmanager
-def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
-    """End the process with a line at a SIGTERM, also while the process waits for a GPU.
+def ended_by_sigterm(name: str, remedy: Callable[[], str]) -> Iterator[None]:
+    """End the process with a line at a SIGTERM, also while the process waits for another process.
 
     `torchrun` sends a SIGTERM after the end of any process. Python's handlers run between two lines
     of Python, and a process waiting for an exchange reaches no line. Therefore a thread handles the
@@ -57,7 +58,7 @@ def _ended_by_sigterm(run: RunFolder, name: str) -> Iterator[None]:
         while number := inside.recv(1):  # empty once the writing end is closed
             if number == bytes([signal.SIGTERM]):
                 message = f"{name}stopped by SIGTERM, as after the end of another process"
-                print(f"dape: error: {message}; {_resumption(run)}", file=sys.stderr, flush=True)
+                print(f"dape: error: {message}; {remedy()}", file=sys.stderr, flush=True)
                 os._exit(128 + signal.SIGTERM)
 
     handler = signal.signal(signal.SIGTERM, lambda *_: None)

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from dape.errors import RankError, out_of_memory
+from dape.train import parallelize
 from dape.train.estimate import GIB, peak_flops
 from dape.train.loop import Session, updates
 from dape.train.plan import check_memory, entries_of
@@ -83,7 +84,7 @@ def measure(
     """
     recipe = override(recipe, {"training.steps": warm_up + steps, "hardware.micro_batch_size": 1})
     check_memory(recipe)
-    session = lay_out(RandomTokens(recipe))
+    session = lay_out(RandomTokens(recipe), parallelize.launch(recipe))
     share = recipe.micro_batches(recipe.groups(session.fabric.world_size))
     found: list[Reading] = []
     for size in sizes or [n for n in range(1, share + 1) if share % n == 0]:

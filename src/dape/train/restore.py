@@ -13,7 +13,7 @@ from dape.data.tokenizer import saved
 from dape.errors import UserError
 from dape.model.loading import load_causal
 from dape.runs import RunFolder
-from dape.train.checkpoint import load_weights, newest
+from dape.train.checkpoint import Progress, load_weights, newest
 from dape.train.recipe import Recipe, read
 from dape.train.task import draw, vocabulary
 
@@ -56,13 +56,33 @@ def restore(run: Path, say: Callable[[str], object] = print) -> Trained:
     if folder.has_model:
         return _finished(folder, recipe)
     if folder.latest_checkpoint is None:
-        raise UserError(f"{run} has no checkpoint yet; resume the run with `dape train`")
+        raise _unsaved(folder)
     corpus = _corpus(folder, recipe)
     with torch.device("meta"):  # drawing billions of weights would take minutes
         model = draw(recipe, vocabulary(recipe, corpus), corpus.end_of_text)
     model.to_empty(device="cpu").tie_weights()  # type: ignore[operator]
-    progress = newest(folder.saved_checkpoints(), partial(load_weights, model=model), say)
-    return Trained(run, recipe, model, corpus.tokenizer(), progress.step if progress else 0)
+    progress = _newest(folder, model, say)
+    return Trained(run, recipe, model, corpus.tokenizer(), progress.step)
+
+
+def _newest(run: RunFolder, model: "PreTrainedModel", say: Callable[[str], object]) -> Progress:
+    """Load the newest readable checkpoint of a run that may train, and drop checkpoints, meanwhile.
+
+    Raises:
+        UserError: if all checkpoints are unreadable, or gone.
+    """
+    while saved := run.saved_checkpoints():
+        try:
+            if found := newest(saved, partial(load_weights, model=model), say):
+                return found
+        except UserError:
+            if saved == run.saved_checkpoints():
+                raise
+    raise _unsaved(run)
+
+
+def _unsaved(run: RunFolder) -> UserError:
+    return UserError(f"{run} has no checkpoint yet; resume the run with `dape train`")
 
 
 def _finished(run: RunFolder, recipe: Recipe) -> Trained:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from dape.train.optimize import adamw
 from dape.train.plan import check, check_memory
 from dape.train.recipe import Recipe, Retrofit, Settings, differences, override, read, write
 from dape.train.task import LanguageModelling, Retrofitting, Task
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 Source = str | PathLike[str]
 
@@ -94,23 +97,29 @@ def follow(task: Task) -> RunFolder:
     Raises:
         UserError: as `train`.
     """
-    run = task.recipe.run
+    run, first = task.recipe.run, is_first_rank()
     check_folder(task.recipe, task.data)
-    if run.finished:
-        if is_first_rank():
-            tidy(run.path)
+    finished = run.finished
+    if finished and first:
+        tidy(run.path)
+    if finished and ranks() == 1:
         return run
     busy = f"another process is training in {run}; wait for the end, or give another --name"
-    lock = locked(run.path, busy) if is_first_rank() else nullcontext()
+    lock = locked(run.path, busy) if first and not finished else nullcontext()
     with lock, explained(run, task.recipe.hardware, rank(), ranks()):
-        session = begin(task)
-        fabric = session.fabric
+        if first:
+            check_folder(task.recipe, task.data)  # another process may have trained meanwhile
+        fabric = parallelize.launch(task.recipe)
+        if fabric.broadcast(run.finished):  # the first process decides for all
+            return run
+        session = begin(task, fabric)
         fit(session)
         task.save(fabric, session.model)
-        if fabric.is_global_zero:
+        if first:
             # A kill after the last step may have left older checkpoints.
             checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
+        fabric.barrier()
     return run
 
 
@@ -136,11 +145,11 @@ def check_folder(recipe: Settings, data: dict[str, str] | None) -> None:
         )
 
 
-def begin(task: Task) -> Session:
+def begin(task: Task, fabric: "Fabric") -> Session:
     """Return the session of a task, from the newest checkpoint if any."""
     recipe, run = task.recipe, task.recipe.run
-    session = lay_out(task)
-    fabric, model = session.fabric, session.model
+    session = lay_out(task, fabric)
+    model = session.model
     if fabric.is_global_zero:
         facts = {"ranks": fabric.world_size, **task.facts(model)}
         _note_start(task, provenance(fabric.device) | facts)
@@ -171,9 +180,8 @@ def begin(task: Task) -> Session:
     return replace(session, progress=progress)
 
 
-def lay_out(task: Task) -> Session:
+def lay_out(task: Task, fabric: "Fabric") -> Session:
     """Return the session of a task at the first step, with the model on all devices."""
-    fabric = parallelize.launch(task.recipe)
     torch.manual_seed(task.recipe.seed)
     model, drawn = parallelize.start(fabric, task)
     task.context_parallel = parallelize.context_parallel(fabric, task.recipe.hardware)
