@@ -192,6 +192,37 @@ def test_a_users_adapter_runs_on_every_backend(backend):
     assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.unhooked  # the annotations are of modules, and a function does too
+@pytest.mark.parametrize(
+    ("scores", "causal", "blocks"),
+    [
+        (2 * 4 * 9 * 7, True, [(7, 6)]),
+        (2 * 4 * 9 * 7 - 1, True, [(1, 6), (6, 5)]),
+        (2 * 4 * 9 * 3, True, [(1, 6), (3, 5), (3, 2)]),
+        (1, True, [(1, seen) for seen in (6, 5, 4, 3, 2, 1, 1)]),
+        (2 * 4 * 9 * 3, False, [(1, 9), (3, 9), (3, 9)]),
+    ],
+)
+def test_blocks_hold_few_scores_and_no_later_keys(scores, causal, blocks):
+    """A single block is computed once, and several again in the backward pass."""
+    query, key, value = Problem(keys=9).tensors()
+    given = []
+
+    def adapter(scores, bias):
+        given.append(tuple(scores.shape[2:]))
+        return scores + bias
+
+    options = {"adapter": adapter, "causal": causal, "query_offset": -1, "backend": "chunked"}
+    with blocks_of(scores):
+        out = dape.attention(query.requires_grad_(), key, value, **options)
+        assert given == blocks
+        out.sum().backward()
+        assert sorted(given) == sorted(blocks * (1 if len(blocks) == 1 else 2))
+        with torch.inference_mode():
+            dape.attention(*Problem(keys=9).tensors(), **options)
+    assert given[-len(blocks) :] == blocks
+
+
 def test_the_weights_are_those_of_the_textbook():
     problem = Problem(kv_heads=2, mask="left", adapter=(4,), batch=1)
     tensors, modules, mask, _ = draw(problem)

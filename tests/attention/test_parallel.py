@@ -37,6 +37,7 @@ CALLS = {
     "cached": Problem(rows=5, keys=18, query_offset=13),
     "padded": Problem(rows=18, keys=18, mask="left"),
     "holes": Problem(rows=18, keys=18, mask="holes"),
+    "mask of every query": Problem(rows=18, keys=18, mask="rows"),
     "rows without keys": Problem(rows=18, keys=18, query_offset=-3),
 }
 CUTS = [slice(0, 3), slice(3, 6), slice(6, 14), slice(14, 18)]
@@ -60,7 +61,7 @@ def drawn_mask(problem):
         mask[0, :1], mask[1, :8] = False, False
     if problem.mask == "holes":  # on both sides of cuts, and at the start of a row
         mask[:, 4:9], mask[0, :3], mask[1, 1:3] = False, False, False
-    return mask if problem.mask else None
+    return mask if problem.mask in ("left", "holes") else problem.draw_mask()
 
 
 def solved(problem, tensors, modules, mask, backend, dtype, parts=None, of_lse=1.0):
@@ -212,6 +213,18 @@ def test_rows_before_all_keys_have_zeros_over_parts_too():
     found = parallel.attend(call, [slice(0, 3), slice(3, 7)], lse=True)
     assert not found.out.any() and (found.lse == -torch.inf).all()
     assert parallel.attend(call, [slice(0, 7)]).lse is None
+
+
+def test_a_part_of_a_part_keeps_its_place_and_its_halo():
+    begun = torch.rand(2, 1, 7) < 0.5
+    whole = checked(*Problem(keys=10).tensors(), query_offset=4, key_offset=3)
+    whole = whole._replace(halo=(2, 3), begun=begun)
+    part = whole.part(slice(2, 6), slice(1, 9))
+    assert (part.query_offset, part.key_offset, part.halo) == (6, 4, (1, 2))
+    assert torch.equal(part.begun, begun[..., 2:6]) and part.shift == 2
+    assert whole.part(slice(0, 7), slice(2, 7)).halo == (0, 0)
+    same = whole._replace(begun=begun[..., :1]).part(slice(2, 6), slice(0, 10))
+    assert torch.equal(same.begun, begun[..., :1]) and same.halo == (2, 3)
 
 
 def test_an_adapter_of_whole_rows_is_refused_in_a_line():

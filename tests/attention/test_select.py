@@ -84,7 +84,7 @@ def pretend(monkeypatch, capability=None, built=True, triton=True):
             {"capability": (9, 0), "triton": False},
             {"triton": "triton is not installed", "cuda": "triton is not installed"},
         ),
-        ({"capability": (9, 0)}, {"triton": None, "cuda": None}),
+        ({"capability": (8, 0)}, {"triton": None, "cuda": None}),
     ],
 )
 def test_what_does_not_work_here_says_why_in_a_line(monkeypatch, machine, reasons):

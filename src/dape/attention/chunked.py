@@ -36,9 +36,9 @@ def attend(call: Call, lse: bool = False) -> Attended:
     `torch.func` have no recomputation. Under a transform the backward pass keeps every block, with
     the memory of `reference`.
     """
-    dtype, (total, keys), shift = call.result, (call.query.shape[2], call.key.shape[2]), call.shift
+    total, keys, shift = call.query.shape[2], call.key.shape[2], call.shift
     # In float32 before the cut, because gradients of keys are sums over blocks.
-    whole = call.widened()._replace(out_dtype=None)
+    whole = call.widened()
 
     def block(start: int, stop: int) -> tuple[Tensor, Any]:
         seen = keys
@@ -50,7 +50,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
     size = rows_per_block(call)
     if size >= total:  # no loop, because compilation would unroll a loop for a single length
         out, log_sums = block(0, total)
-        return Attended(out.to(dtype), log_sums)
+        return Attended(out, log_sums)
     blocks = []
     again = block if torch.compiler.is_compiling() else Again(block, whole).compute
     # The largest first, because the others fit into the freed memory.
@@ -61,8 +61,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
         else:
             blocks.append(block(start, stop))
     outputs, sums = zip(*blocks[::-1], strict=True)
-    out = torch.cat(outputs, dim=2).to(dtype)
-    return Attended(out, torch.cat(sums, dim=2) if lse else None)
+    return Attended(torch.cat(outputs, dim=2), torch.cat(sums, dim=2) if lse else None)
 
 
 class Again(nn.Module):

@@ -78,5 +78,4 @@ def attention(
     )  # fmt: skip
     wanted = "weights" if return_weights else "lse" if return_lse else None
     found = select(call, backend, wanted).attend(call, lse=return_lse)
-    also = found.weights if return_weights else found.lse
-    return found.out if wanted is None or also is None else (found.out, also)
+    return found.out if wanted is None else (found.out, getattr(found, wanted))
