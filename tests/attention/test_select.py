@@ -136,6 +136,11 @@ CALLS = {  # sizes and options, and which backend a GPU would take
     "mask of every query": ({}, {"mask": SEEN}, "chunked"),
     "offset in a tensor": ({}, {"query_offset": torch.tensor(2)}, "chunked"),
     "positions": ({}, {"bias": dape.ALiBi(4), "key_positions": torch.arange(7) * 2}, "chunked"),
+    "positions of queries": (
+        {},
+        {"bias": dape.ALiBi(4), "query_positions": torch.arange(7) * 2},
+        "chunked",
+    ),
     "a bias over rows": ({}, {"bias": Slope(4)}, "chunked"),
     "a user's adapter": ({}, {"adapter": Doubling()}, "chunked"),
     "dape v2": ({}, {"bias": dape.Kerple(4), "adapter": dape.DAPE(4, 5, 3)}, "triton"),

@@ -36,7 +36,7 @@ def silent(line):
 
 
 def test_no_two_cells_share_a_device_at_a_time():
-    busy, most, lock = set(), [], threading.Lock()
+    busy, most, lock, full = set(), [], threading.Lock(), threading.Event()
 
     class Watched(Pretended):
         def call(self, words, device, log):
@@ -45,6 +45,9 @@ def test_no_two_cells_share_a_device_at_a_time():
                     assert device not in busy
                     busy.add(device)
                     most.append(len(busy))
+                    if len(busy) == 3:
+                        full.set()
+            full.wait(10)  # the first trainings last until every device has one
             time.sleep(0.02)
             status = super().call(words, device, log)
             with lock:

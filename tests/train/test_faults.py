@@ -28,9 +28,13 @@ LONG = {"training": {"steps": 60}}
 
 def children(process):
     """Return the ranks that a launcher started, in their order."""
-    task = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(task) as file:
-        return sorted(map(int, file.read().split()))
+    task = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(each) for each in task.read_text().split()]
+
+
+def has_ended(process):
+    """Return whether a process has ended that its parent, which is stopped, has not waited for."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +54,11 @@ def disturbed(data, tmp_path_factory):
     os.kill(first, signal.SIGSTOP)
     rival = main(["train", str(folder / "recipe.yaml")])
     os.kill(second, signal.SIGKILL)
-    for stopped in (first, process.pid):
-        os.kill(stopped, signal.SIGCONT)
+    os.kill(first, signal.SIGCONT)
     begun = time.monotonic()
+    while not has_ended(first) and time.monotonic() < begun + 60:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGCONT)
     shown = process.communicate(timeout=120)[1]
     return folder / "run", rival, shown, time.monotonic() - begun
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -59,10 +60,15 @@ def test_two_ranks_train_as_one(out, layout):
 
 
 def test_weights_that_travel_in_bfloat16_learn_what_autocast_learns(out):
-    """They are rounded to it before they are used, and so are the gradients of each half batch."""
-    found, expected = losses(out / "fsdp-bf16"), losses(out / "one-bf16")
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert found != pytest.approx(losses(out / "one"), rel=1e-5)
+    """They are rounded to it before they are used, and so are the gradients of each half batch.
+
+    Some processors round products otherwise where the weights lie otherwise, and updates spread it.
+    """
+    runs = ("fsdp-bf16", "one-bf16", "one")
+    found, expected, without = (np.array(losses(out / run)) for run in runs)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0] != pytest.approx(without[0], rel=1e-5)
+    assert abs(found - expected).max() < abs(without - expected).max() / 2
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])

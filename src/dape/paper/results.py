@@ -116,7 +116,7 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
         ]
     found = [each.test for verdict in verdicts for each in verdict.findings]
     tests = dict.fromkeys(test.name for test in found if test)
-    note = f"Two-sided p: {'; '.join(tests)}." if tests else "Nothing is measured."
+    note = f"Two-sided p: {'; '.join(tests)}." if tests else "No claim is measured."
     return Table("Verdicts", ["claim", "outcome", "seeds", "p"], rows, note)
 
 
