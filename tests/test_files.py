@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import subprocess
@@ -101,6 +102,17 @@ def test_writers_of_a_file_take_turns(tmp_path, monkeypatch):
         assert partial.read_text() == "first"
     second.join()
     assert file.read_text() == "second" and list(tmp_path.iterdir()) == [file]
+
+
+def test_where_a_file_system_has_no_locks_files_are_written_and_runs_refused(tmp_path, monkeypatch):
+    def absent(handle, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", absent)
+    write_text(tmp_path / "table.md", "new")
+    assert (tmp_path / "table.md").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError, match="not implemented"), locked(tmp_path / "run", "busy"):
+        pass
 
 
 def test_the_partial_file_of_a_writer_at_work_is_no_leftover(tmp_path):

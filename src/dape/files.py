@@ -31,6 +31,8 @@ except ImportError:  # on Windows, where no file is written
 
 PARTIAL = ".partial"
 LOCK = ".lock"
+# What file systems answer that have no locks, as Lustre without the option `flock`.
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 Read = TypeVar("Read")
 
@@ -260,7 +262,8 @@ def locked(folder: Path, busy: str | None, name: str = "") -> Iterator[None]:
     """Keep other processes out of a folder; a lock ends with the process that took the lock.
 
     An absent folder is created, and removed again if empty at the end. With a `name` the lock
-    covers the entry of the folder with this name. Without a text `busy`, wait for the lock.
+    covers the entry of the folder with this name. Without a text `busy`, wait for the lock, or
+    go on without a lock on a file system that has none.
 
     Raises:
         UserError: with the text `busy` if another process has the lock.
@@ -293,6 +296,11 @@ def _lock(file: Path, busy: str | None) -> int:
         except BlockingIOError:
             os.close(handle)
             raise UserError(busy) from None
+        except OSError as error:
+            if busy is None and error.errno in _WITHOUT_LOCKS:
+                return handle
+            os.close(handle)
+            raise
         os.close(handle)
 
 
