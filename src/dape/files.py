@@ -231,7 +231,7 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove leftovers of interrupted writes from a folder, but nothing of a writer at work."""
     partials = (each.name.removesuffix(PARTIAL) for each in folder.glob(f"*{PARTIAL}"))
-    locks = (each.name[1:].removesuffix(LOCK) for each in folder.glob(f".*{LOCK}"))
+    locks = (each.name[1:].removesuffix(LOCK) for each in folder.glob(f".?*{LOCK}"))
     for name in {*partials, *locks}:
         with suppress(UserError), _turn(folder / name, busy=""):
             remove(partial_of(folder / name))
@@ -239,16 +239,23 @@ def remove_leftovers(folder: Path) -> None:
 
 def is_free(folder: Path) -> bool:
     """Return whether a folder is absent, or holds nothing but leftovers of interrupted writes."""
+    try:
+        return not contents(folder)
+    except NotADirectoryError:
+        return not lexists(folder)  # a folder in a file is absent
+
+
+def contents(folder: Path) -> set[str]:
+    """Return the names in a folder without leftovers and locks, none in an absent folder."""
     try:  # one question: between two of them another rank may create the folder
         inside = list(folder.iterdir())
     except FileNotFoundError:
-        return True
-    except NotADirectoryError:
-        return not lexists(folder)  # a folder in a file is absent
-    return all(
-        path.suffix == PARTIAL or (path.name.startswith(".") and path.name.endswith(LOCK))
+        return set()
+    return {
+        path.name
         for path in inside
-    )
+        if path.suffix != PARTIAL and not (path.name.startswith(".") and path.name.endswith(LOCK))
+    }
 
 
 def tidy(folder: Path) -> None:

@@ -15,6 +15,7 @@ import dape
 from dape.strict import Holds
 
 PACKAGES = ("transformers", "numpy")
+INSTALLED = "installed package"  # in place of a commit, on pages and in tables
 
 
 # Of a record that is read.

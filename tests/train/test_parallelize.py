@@ -62,7 +62,7 @@ def test_two_ranks_train_as_one(out, layout):
 def test_weights_that_travel_in_bfloat16_learn_what_autocast_learns(out):
     """They are rounded to it before they are used, and so are the gradients of each half batch.
 
-    Some processors round products otherwise where the weights lie otherwise, and updates spread it.
+    Processors round products in bfloat16 in different ways, and updates carry the differences on.
     """
     runs = ("fsdp-bf16", "one-bf16", "one")
     found, expected, without = (np.array(losses(out / run)) for run in runs)

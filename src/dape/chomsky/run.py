@@ -22,7 +22,7 @@ from dape.chomsky.measure import OneByOne, accuracies
 from dape.chomsky.stack import Stack
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
-from dape.files import LOCK, is_free, locked, remove, remove_leftovers, whole
+from dape.files import contents, is_free, locked, remove, remove_leftovers, whole
 from dape.provenance import provenance
 from dape.runs import RunFolder
 
@@ -103,9 +103,9 @@ def run(
 
 def _holds_benchmark(folder: RunFolder) -> bool:
     """Return whether a folder is of a benchmark, or has checkpoints alone, as a copy may."""
-    if folder.record.is_file() or not folder.checkpoints.is_dir():
-        return folder.record.is_file() and not folder.exists
-    return {each.name for each in folder.path.iterdir()} <= {folder.checkpoints.name, LOCK}
+    if folder.record.is_file():
+        return not folder.exists
+    return folder.checkpoints.is_dir() and contents(folder.path) == {folder.checkpoints.name}
 
 
 def _run(

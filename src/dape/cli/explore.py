@@ -66,14 +66,13 @@ def main(argv: list[str]) -> None:
     from dape.figures.explore import page
     from dape.figures.view import View
     from dape.files import write_text
-    from dape.provenance import provenance
+    from dape.provenance import INSTALLED, provenance
 
     view = View(heads=arguments.heads, train_length=arguments.train_length, seed=arguments.seed)
     passage = None if arguments.run is None else read(arguments, arguments.run)
     made = provenance(choose_device(arguments.device), ["explore", *argv])
-    origin = {
-        name: made[name] or "installed package" for name in ("command", "commit", "device", "time")
-    }
+    origin = {name: made[name] for name in ("command", "commit", "device", "time")}
+    origin |= {"commit": made["commit"] or INSTALLED}
     write_text(arguments.out, page(view, passage, origin))
     size = arguments.out.stat().st_size / 1e6
     print(f"wrote {arguments.out} ({size:.2f} MB); open the page in a browser")

@@ -100,9 +100,10 @@ def main(argv: list[str]) -> int | None:
         for cell in group:
             turns.setdefault(cell.name, turn)
     status = run(once(cell for group in groups for cell in group), turns, arguments)
-    for each in experiments if not arguments.plan else ():
-        with locked(each.folder, busy=None):  # the last of several processes writes all cells
-            show(results(each, data))
+    if not arguments.plan:
+        for each in experiments:
+            with locked(each.folder, busy=None):  # the last of several processes writes all cells
+                show(results(each, data))
     return status
 
 

@@ -17,6 +17,7 @@ from dape.chomsky.tasks import TASKS
 from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
 from dape.files import check_writable, write_text
+from dape.provenance import INSTALLED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +132,7 @@ def made(grid: Grid) -> str:
     trained = sum(each.seconds["training"] for each in cells)
     rate = training["steps"] * len(cells) / trained if trained else math.nan
     devices, commits = (
-        ", ".join(sorted({each.provenance[name] or "installed package" for each in cells}))
+        ", ".join(sorted({each.provenance[name] or INSTALLED for each in cells}))
         for name in ("device", "commit")
     )
     versions = ", ".join(f"{k} {v}" for k, v in first.provenance["versions"].items())

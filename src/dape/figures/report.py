@@ -15,6 +15,7 @@ from dape.figures import curves, tables
 from dape.figures.style import save
 from dape.figures.tables import Table
 from dape.files import read_text
+from dape.provenance import INSTALLED
 from dape.runs import RunFolder
 from dape.text import code_block, markdown, one_line, printable
 
@@ -218,7 +219,7 @@ def origin(evaluations: Sequence[Evaluation]) -> dict[str, str]:
         ),
         "seed of their choice": (str(each["seed"]) for each in made),
         "device of the evaluation": (each["device"] for each in made),
-        "commit": (each["commit"] or "installed package" for each in made),
+        "commit": (each["commit"] or INSTALLED for each in made),
         "versions": versions,
         "time": (each["time"] for each in made),
     }

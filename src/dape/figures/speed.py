@@ -9,7 +9,7 @@ from dape.bench.methods import METHODS
 from dape.bench.record import FAILED, NOT_SERVED, OUT_OF_MEMORY, Entry, Results
 from dape.figures.style import palette, theme
 from dape.figures.tables import NOTHING, Table
-from dape.provenance import Provenance
+from dape.provenance import INSTALLED, Provenance
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def origin(made: Provenance, seed: int) -> str:
     """Return the origin of numbers: command, commit, seed, device, versions and time."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return (
-        f"`{made['command']}` at {made['commit'] or 'an installed package'}, seed {seed}; "
+        f"`{made['command']}` at {made['commit'] or f'an {INSTALLED}'}, seed {seed}; "
         f"{made['device']}; {versions}; {made['time']}"
     )
 

@@ -183,8 +183,9 @@ def _alike(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> flo
         return None
     alike = []
     for other in cells:
-        like = other.regime and (other.arm, other.regime.size) == (cell.arm, regime.size)
-        if like and other.regime and other.name in spent:
+        if other.regime is None or other.name not in spent:
+            continue
+        if (other.arm, other.regime.size) == (cell.arm, regime.size):
             around = min(AROUND.get(regime.size, 0.0), spent[other.name])
             times = regime.tokens / other.regime.tokens
             alike.append(around + times * (spent[other.name] - around))

@@ -119,7 +119,7 @@ def follow(task: Task) -> RunFolder:
             # A kill after the last step may have left older checkpoints.
             checkpoint.prune(run, task.recipe.tracking.keep_checkpoints)
             run.update_record({**run.read_metrics()[-1], "ended": _now()})
-        fabric.barrier()
+        fabric.barrier()  # a script on all ranks may read the record next
     return run
 
 

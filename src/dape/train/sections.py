@@ -139,7 +139,7 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The layout of the computation; only randomised positions and dropout depend on it."""
+    """The layout of the computation, on which randomised positions and dropout alone depend."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cpu or cuda; auto takes CUDA if PyTorch sees a GPU"""
