@@ -5,7 +5,7 @@
 
 Each case is a `torchrun` of its own with a limit of time. A result is appended to the file as soon
 as it is there, and a case whose results are there is not run again (`--again` does). `--plan` lists
-the cases and needs no GPU; `--table` prints the table of the file. Results are compared with those
+the cases and needs no GPU; `--table` prints the page of the file. Results are compared with those
 of the same commit and device alone.
 
 - models: the recipes of the paper's sizes, 64 sequences of 512 tokens a GPU and step, random
@@ -52,6 +52,11 @@ LAYOUTS: dict[str, dict[int, tuple[tuple[int, ...], dict[str, str]]]] = {
 }
 ATTENTION_LENGTHS = (32_768, 131_072)
 STEP_LENGTHS = (131_072, 262_144, 1_048_576)
+TITLE = """# Training on several GPUs
+
+`python benchmarks/scaling.py`: seconds of an update, or of both passes of attention, and GiB of a
+GPU. Percentages compare results of the same commit and device.
+"""
 LONG = 500_000  # tokens of a sequence, from which four GPUs are needed
 
 
@@ -237,6 +242,19 @@ def _speed(entry: dict[str, Any]) -> float:
     return -1.0 if "failed" in entry else 1 / entry["seconds"]
 
 
+def page(found: list[dict[str, Any]]) -> str:
+    """Return the table under a title, with devices, commits and versions of the results."""
+    made = [each["provenance"] for each in found if "provenance" in each]
+    versions = [", ".join(" ".join(each) for each in one["versions"].items()) for one in made]
+    origin = {name: [one[name] for one in made] for name in ("device", "commit")}
+    lines = (
+        f"- {name}: {'; '.join(dict.fromkeys(map(str, values)))}"
+        for name, values in {**origin, "versions": versions}.items()
+        if values
+    )
+    return "\n".join([TITLE, table(found), "", *lines]).rstrip()
+
+
 def table(found: list[dict[str, Any]]) -> str:
     """Return the table: each case beside one GPU, and beside nope on as many."""
     lines = [
@@ -351,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
             keep(arguments.out, case, {"failed": fault})
         print(f"{time.perf_counter() - begun:.0f} s", case, fault or "", flush=True)
     if not arguments.plan:
-        print(table(results(arguments.out)))
+        print(page(results(arguments.out)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def figure(benchmarks):
 def entry(seconds, tokens, micro=8, commit="abc"):
     return {
         "micro_batch_size": micro, "seconds": seconds, "tokens_per_second": tokens, "gib": 10.0,
-        "mfu": 0.4, "provenance": {"commit": commit, "device": "NVIDIA H200"},
+        "mfu": 0.4,
+        "provenance": {"commit": commit, "device": "NVIDIA H200", "versions": {"torch": "2.11"}},
     }  # fmt: skip
 
 
@@ -77,6 +78,9 @@ def test_the_table_compares_with_one_gpu_and_with_nope(scaling, tmp_path):
     assert cells["nope", "4"] == ["8", "10.0", "1.000", "380", "40%", "95%", "100%"]
     assert cells["dape-kerple", "4"][-2:] == ["", "85%"]
     assert cells["nope", "1"][-2:] == ["100%", "100%"]
+    page = scaling.page(found)
+    assert page.startswith("# Training on several GPUs\n") and scaling.table(found) in page
+    assert page.endswith("\n- device: NVIDIA H200\n- commit: abc\n- versions: torch 2.11")
 
 
 def test_results_of_another_commit_are_no_yardstick(scaling, figure, tmp_path):

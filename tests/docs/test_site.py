@@ -85,6 +85,11 @@ def test_links_out_of_the_documents_lead_to_pages(site):
     assert 'href="../results/demo/table/"' in html(site, "compare")
     assert 'href="results/paper/report.html"' in html(site, ".")
     assert (site / "results/paper/report.html").is_file()
+
+
+def test_every_table_of_the_results_has_a_title(site):
+    entries = re.findall(r'<li><a href="[^"]*">[^<]*</a>: ([^<]*)</li>', html(site, "results"))
+    assert len(entries) > 10 and not [each for each in entries if "|" in each or not each]
     assert (site / "explorer.html").is_file()
 
 
