@@ -5,6 +5,7 @@ from pathlib import Path
 from dape.paper.experiment import Experiment
 from dape.paper.sweep import Arm, Sweep, schemes
 from dape.paper.tuning import Tuning
+from dape.positions.scheme import ADAPTERS, BASES
 
 DEMO = Experiment(
     name="demo",
@@ -19,6 +20,8 @@ DEMO = Experiment(
     ),
     home=Path("results/demo"),
 )
+# Bases without a bias that the experiment also trains with DAPE.
+WITHOUT_BIAS = ("nope", "rope")
 SCHEMES = Experiment(
     name="schemes",
     title="Every encoding, and every form of adapter on one of them",
@@ -27,13 +30,9 @@ SCHEMES = Experiment(
         Sweep(
             *("cpu", ("python-stdlib",), (128,)),
             schemes(
-                *("nope", "sinusoidal", "learned", "rope", "partial-rope", "pi", "ntk"),
-                *("dynamic-ntk", "yarn", "xpos", "randomized-rope", "alibi", "kerple"),
-                *("kerple-power", "t5", "sandwich", "fire", "cope", "transformer-xl"),
-                *("dape-nope", "dape-rope", "dape-alibi", "dape-kerple", "dape-kerple-power"),
-                *("dape-t5", "dape-sandwich", "dape-fire", "dape3-kerple", "dape5-kerple"),
-                *("dape7-kerple", "dape-add-kerple", "dape-concat-kerple", "dape-bias-kerple"),
-                "talking-heads-kerple",
+                *BASES,
+                *(f"dape-{base}" for base, of in BASES.items() if of.bias or base in WITHOUT_BIAS),
+                *(f"{adapter}-kerple" for adapter in ADAPTERS if adapter != "dape"),
             ),
             tokens=(1_638_400,),
             reads="128,512,2048,8192,16384",
@@ -43,7 +42,7 @@ SCHEMES = Experiment(
     home=Path("results/schemes"),
 )
 WHOLE = {"model.adapter": None, "model.train": "all"}
-ADAPTERS = {"optimizer.learning_rate": 3e-2}
+FAST = {"optimizer.learning_rate": 3e-2}
 YARN = {"model.config": {"scheme": "yarn", "scheme_options": {"rotation": {"factor": 16}}}}
 RETROFIT = Experiment(
     name="retrofit",
@@ -65,9 +64,9 @@ RETROFIT = Experiment(
                 ),
                 Arm("plain-2048", {**WHOLE, "optimizer.learning_rate": 1e-4}),
                 Arm("yarn-2048", {**WHOLE, "optimizer.learning_rate": 3e-4, **YARN}),
-                Arm("dape-512", {**ADAPTERS, "training.length": 512}),
-                Arm("dape-2048", ADAPTERS),
-                Arm("yarn-dape-2048", {**ADAPTERS, **YARN}),
+                Arm("dape-512", {**FAST, "training.length": 512}),
+                Arm("dape-2048", FAST),
+                Arm("yarn-dape-2048", {**FAST, **YARN}),
             ),
         ),
     ),
