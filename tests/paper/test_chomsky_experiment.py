@@ -18,7 +18,7 @@ from dape.chomsky.tasks import TASKS
 from dape.cli import chomsky_map, chomsky_train
 from dape.cli.arguments import parse
 from dape.errors import UserError
-from dape.paper import record
+from dape.paper import encoders, record
 from dape.paper.chomsky import Above, BestOf, Near, grids
 from dape.paper.chomsky_experiment import CHOMSKY
 from dape.paper.encoders import Encoders
@@ -68,6 +68,13 @@ def test_a_command_trains_as_the_recipe_says(name):
         assert chosen.task in benchmark.tasks
         assert chosen.out == tuple(cell.run.path / kept for kept in command.keeps)
     assert len(cell.commands) == 2
+
+
+def test_the_recipe_is_read_once_for_all_cells(monkeypatch):
+    """A recipe checks every scheme on every task, which takes a tenth of a second."""
+    read, files = encoders.read, []
+    monkeypatch.setattr(encoders, "read", lambda file: files.append(file) or read(file))
+    assert len(CHOMSKY.cells()) == 110 and len(files) == 1
 
 
 def test_a_changed_recipe_changes_the_cells(tmp_path):

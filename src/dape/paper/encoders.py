@@ -68,21 +68,23 @@ class Encoders:
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the cells."""
+        """Return the cells, with all settings by name: a changed recipe changes the commands."""
+        settings = flat(read(Path(RECIPE)).settings())
+        options = {**settings, "training.steps": self.steps, **self.options}
+        speeds = _recorded(home)
         for (group, tasks), scheme in product(self.groups.items(), self.schemes):
             name = f"{group}/{scheme}"
             commands = (
-                self._train(home, name, tasks, scheme),
+                self._train(home, name, tasks, scheme, options),
                 *self._maps(home, name, tasks, scheme),
             )
-            minutes = self._minutes(home, tasks, scheme)
+            minutes = self._minutes(speeds, tasks, scheme)
             yield Cell(home, name, scheme, commands, minutes=minutes, timed=True)
 
-    def _train(self, home: Path, name: str, tasks: tuple[str, ...], scheme: str) -> Command:
-        """Return the training, with all settings by name: a changed recipe changes the command."""
+    def _train(
+        self, home: Path, name: str, tasks: tuple[str, ...], scheme: str, options: Options
+    ) -> Command:
         kept = [cells.path(Path(), task, scheme, seed) for task, seed in product(tasks, self.seeds)]
-        settings = flat(read(Path(RECIPE)).settings())
-        options = {**settings, "training.steps": self.steps, **self.options}
         words = (
             *("chomsky", "train", RECIPE, "--out", str(run_folder(home, name))),
             *("--tasks", *tasks, "--schemes", scheme, "--seeds", *map(str, self.seeds)),
@@ -103,12 +105,8 @@ class Encoders:
                 )
                 yield Command(words, {kept: kept})
 
-    def _minutes(self, home: Path, tasks: tuple[str, ...], scheme: str) -> float | None:
-        """Return the minutes on a GPU by the record of `benchmarks/chomsky_speed.py`, if any."""
-        file = home / SPEED
-        if not file.is_file():
-            return None
-        speeds = read_json(file, _speeds, "measure it again")
+    def _minutes(self, speeds: "list[_Speed]", tasks: tuple[str, ...], scheme: str) -> float | None:
+        """Return the minutes on a GPU, None without the speed of a task."""
         costs = [_cost(speeds, scheme, len(self.seeds), task, self.steps) for task in tasks]
         known = [cost for cost in costs if cost is not None]
         return sum(known) / 60 if len(known) == len(costs) else None
@@ -135,6 +133,12 @@ class _Speed:
     start: float
     step: float
     test: float
+
+
+def _recorded(home: Path) -> list[_Speed]:
+    """Return the speeds in the record of `benchmarks/chomsky_speed.py`, if any."""
+    file = home / SPEED
+    return read_json(file, _speeds, "measure it again") if file.is_file() else []
 
 
 def _speeds(content: Mapping[str, Any]) -> list[_Speed]:
