@@ -30,6 +30,14 @@ def test_labels_of_one_scheme_and_unknown_models_differ_in_colour():
     assert len(set(looks(labels)["palette"].values())) == 4
 
 
+def test_the_order_of_the_labels_changes_no_colour():
+    """A legend in the order of the results would give the colour of FIRE to a variant of FIRE."""
+    arms = {"fire-l128": "fire", "fire": "fire", "dape-fire-l128": "dape-fire"}
+    chosen = looks(arms)
+    assert chosen == looks(dict(reversed(arms.items())))
+    assert chosen["palette"]["fire"] == palette()[ENCODINGS.index("fire")]
+
+
 def test_arms_of_an_unknown_model_have_bright_colours_each_its_own():
     schemes = {"as-it-is": "llama", "plain": "llama fine-tuned", "rope": "rope"}
     chosen = looks({**schemes, "dape": "llama + dape-kerple", "blind": "llama + dape-kerple"})

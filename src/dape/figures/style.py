@@ -92,13 +92,15 @@ def looks(schemes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
     The colour stands for the encoding. Lines are dashed without an adapter, and solid with an
     adapter, whose marker stands for the adapter. A label gets a free colour, bright ones first, if
-    the encoding has no fixed colour, or if the looks are taken.
+    the encoding has no fixed colour, or if the looks are taken. A label equal to the scheme comes
+    first and then the alphabet, whatever the order of the labels.
     """
     parts = {label: _parts(scheme) for label, scheme in schemes.items()}
     colours = palette()
     fixed = {ENCODINGS.index(each) for _, each in parts.values() if each in ENCODINGS}
     places: dict[str, int] = {}
-    for label, (adapter, encoding) in parts.items():
+    for label in sorted(parts, key=lambda label: (label != schemes[label], label)):
+        adapter, encoding = parts[label]
         own = [ENCODINGS.index(encoding)] if encoding in ENCODINGS else []
         taken = {place for other, place in places.items() if not own or parts[other][0] == adapter}
         candidates = [*own, *sorted(range(len(colours)), key=lambda place: place in fixed)]
