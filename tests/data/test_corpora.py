@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dape.data import corpora
 from dape.data.corpora import named_split, open_dataset, resolve
 from dape.data.encoding import assigned_split
 from dape.errors import UserError
@@ -164,3 +165,25 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
 def test_a_dataset_that_cannot_be_opened_is_told(tmp_path):
     with pytest.raises(UserError, match=r"dataset '/.*' cannot be opened: "):
         open_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (("train_sft", "test_sft", "train_gen"), ("train", "test", "train")),
+        (("train", "test_matched", "other"), ("train", "test", None)),
+        (("train",), (None,)),  # the library's name for a dataset without splits
+        (("test",), ("test",)),
+    ],
+)
+def test_splits_are_read_from_the_splits_of_a_dataset(tmp_path, monkeypatch, files, splits):
+    datasets = pytest.importorskip("datasets")
+    folder = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+    for path in folder.values():
+        Path(path).write_text('{"text": "a"}\n')
+    monkeypatch.setattr(corpora, "reachable", lambda: True)
+    opened = datasets.load_dataset("json", data_files=folder, streaming=True)
+    monkeypatch.setattr(corpora, "open_dataset", lambda name: opened)
+    parts = resolve("someone/corpus").parts
+    assert [part.key for part in parts] == list(files)
+    assert tuple(part.split for part in parts) == splits

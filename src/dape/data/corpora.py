@@ -180,8 +180,8 @@ def named_split(name: str, kind: Kind) -> str | None:
     """Return the split named in a file's path, the innermost name first, or None.
 
     Folders name a split (`train/00.jsonl`). JSON lines name a split by any word of the file name
-    (`wiki.test-01.jsonl`), and texts by the whole file name (`test-01.txt`), because the file name
-    of a text may be a title.
+    (`wiki.test-01.jsonl`), datasets by any word of the split (`test_sft`), and texts by the whole
+    file name (`test-01.txt`), because the file name of a text may be a title.
     """
     *folders, file = PurePosixPath(name).parts
     stem = file.lower()
@@ -206,10 +206,13 @@ def _dataset(name: str) -> Source:
 
 
 def _dataset_parts(name: str) -> Iterator[Part]:
-    for split, rows in open_dataset(name).items():
+    """Yield the splits; `datasets` names a dataset without splits train."""
+    opened = open_dataset(name)
+    for split, rows in opened.items():
         sizes = rows.info.splits or {}
         size = sizes[split].num_bytes if split in sizes else None
-        yield Part(f"{name}#{split}", split, "dataset", size or None, SPLITS.get(split))
+        named = named_split(split, "dataset") if [*opened] != ["train"] else None
+        yield Part(f"{name}#{split}", split, "dataset", size or None, named)
 
 
 def open_dataset(name: str) -> Any:
