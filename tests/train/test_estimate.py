@@ -2,9 +2,22 @@ import pytest
 import torch
 from small import recipe
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    DeepseekV3Config,
+    Gemma3Config,
+    Gemma4TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dape import DapeConfig, DapeForCausalLM
-from dape.train.estimate import GIB, flops_per_token, memory, peak_flops, size
+from dape.train.estimate import GIB, flops_per_token, is_counted, memory, peak_flops, size
 from dape.train.optimize import adamw
 from dape.train.sections import Optimizer
 
@@ -57,6 +70,41 @@ def test_an_adapter_that_multiplies_queries_multiplies_by_token_as_torch_counts(
     with FlopCounterMode(display=False) as counter:
         module(input_ids=tokens)
     assert flops_per_token(module, length) * length == 3 * counter.get_total_flops()
+
+
+SIZES = {
+    "vocab_size": V, "hidden_size": C, "num_hidden_layers": LAYERS, "num_attention_heads": H,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "angles"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(**SIZES)), 0),
+        (lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=C)), 0),
+        (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=24, num_key_value_heads=1)), 12),
+    ],
+)
+def test_tables_of_positions_multiply_nothing_and_heads_are_as_wide_as_they_are(build, angles):
+    module, length = build(), 8
+    module.config._attn_implementation = "eager"
+    tokens = torch.randint(V, (1, length))
+    with FlopCounterMode(display=False) as counter:
+        module(input_ids=tokens, labels=tokens).loss.backward()
+    assert is_counted(module)
+    assert (flops_per_token(module, length) + 2 * angles) * length == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("config", [DeepseekV3Config(), Gemma3Config(), Gemma4TextConfig()])
+def test_models_of_other_products_have_no_arithmetic(config):
+    module = model()
+    module.config = config
+    assert not is_counted(module)
+
+
+def test_a_mixture_of_experts_has_no_arithmetic():
+    assert not is_counted(MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=1)))
 
 
 @pytest.mark.parametrize("trained", ["adapter", "gate_proj"])

@@ -58,34 +58,57 @@ def size(model: nn.Module) -> Size:
     """Return the size of a model, also of a model on the meta device."""
     named = list(model.named_parameters())
     positional = sum(p.numel() for name, p in named if is_positional(name))
-    lookup = model.get_input_embeddings().weight  # type: ignore[operator]
-    tied = lookup is model.get_output_embeddings().weight  # type: ignore[operator]
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    lookups = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     matrices = [p for name, p in named if p.ndim > 1 and not is_positional(name)]
-    products = [p for p in matrices if tied or p is not lookup]
+    products = [p for p in matrices if p is head or id(p) not in lookups]
     multiplied = sum(p.numel() for p in products)
     frozen = sum(p.numel() for p in products if not p.requires_grad)
     return Size(sum(p.numel() for _, p in named), positional, multiplied, frozen)
+
+
+def is_counted(model: nn.Module) -> bool:
+    """Return whether `flops_per_token` knows the products of a model.
+
+    A mixture of experts multiplies a token by few of its matrices. Models of several parts, latent
+    keys (MLA) and heads of different widths have other products.
+    """
+    config: Any = model.config
+    try:
+        _width_of_heads(config)
+    except (AttributeError, RuntimeError):
+        return False
+    experts = any("expert" in name for name, _ in model.named_parameters())
+    return not experts and not hasattr(config, "kv_lora_rank")
 
 
 def flops_per_token(model: nn.Module, length: int) -> int:
     r"""Return the FLOP of training on a token, 6 (N + sum_l b_l) - 2 F + 3 T sum_l (4 C + 2 a_l).
 
     N is the number of parameters in matrix products, F the number of those frozen, whose own
-    gradient is not computed, T the length and C the width. The adapter of layer l multiplies b_l
-    times for a token and a_l times for a pair of tokens. Per pair, q k^T and the weighted sum cost
-    2 C each. Otherwise the backward pass costs twice the forward pass. As in PaLM (Chowdhery et
-    al., 2022, appendix B), masked pairs count and recomputation does not.
+    gradient is not computed, T the length and C the width of all heads. The adapter of layer l
+    multiplies b_l times for a token and a_l times for a pair of tokens. Per pair, q k^T and the
+    weighted sum cost 2 C each. Otherwise the backward pass costs twice the forward pass. As in PaLM
+    (Chowdhery et al., 2022, appendix B), masked pairs count and recomputation does not.
     """
     config: Any = model.config
+    width = _width_of_heads(config)
     adapters = [
-        _products(module, config.hidden_size)
+        _products(module, width)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "adapter"
     ]
     by_token, by_pair = (sum(each) for each in zip((0, 0), *adapters, strict=True))
-    pairs = 4 * config.hidden_size * config.num_hidden_layers + 2 * by_pair
+    pairs = 4 * width * config.num_hidden_layers + 2 * by_pair
     numbers = size(model)
     return 6 * (numbers.multiplied + by_token) - 2 * numbers.frozen + 3 * length * pairs
+
+
+def _width_of_heads(config: Any) -> int:
+    """Return heads times head_dim, which may be another width than that of the model."""
+    heads = config.num_attention_heads
+    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return width
 
 
 def _products(adapter: nn.Module, width: int) -> tuple[int, int]:

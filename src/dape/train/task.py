@@ -17,7 +17,7 @@ from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.files import whole
 from dape.runs import RunFolder
-from dape.train.estimate import TOKENS_AT_ONCE, flops_per_token, size
+from dape.train.estimate import TOKENS_AT_ONCE, flops_per_token, is_counted, size
 from dape.train.recipe import Recipe, Retrofit, Settings
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ class NextToken(Task):
         }
 
     def flops(self, model: nn.Module) -> int | None:
-        """Return the FLOP of training on a token."""
-        return flops_per_token(model, self.recipe.training.length)
+        """Return the FLOP of training on a token, None if not known."""
+        return flops_per_token(model, self.recipe.training.length) if is_counted(model) else None
 
     def origin(self, step: int) -> str:
         """Return the numbers of the windows."""
