@@ -81,6 +81,7 @@ def test_a_loss_that_is_not_finite_is_no_evidence(value):
     for pair in ((broken, losses + 0.1), (losses, broken), (broken, broken)):
         assert math.isnan(paired_bootstrap(*pair, np.full(20, 10)).p_value)
     assert math.isnan(paired_t([1.0, value], [1.0, 2.0]).p_value)
+    assert math.isnan(paired_t([1.0, value], [1.0, value]).p_value)
 
 
 def test_a_single_pair_is_refused():

@@ -31,7 +31,8 @@ class PairedTest:
 def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
     """Return Student's paired t-test of two lists of losses, in the same order of seeds.
 
-    The test takes losses, because a difference of losses is a ratio of perplexities.
+    The test takes losses, because a difference of losses is a ratio of perplexities. Losses that
+    are not finite have the p-value NaN.
 
     Raises:
         UserError: below two seeds.
@@ -40,12 +41,15 @@ def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTes
 
     if len(candidate) < 2:
         raise UserError(f"paired t-test over {len(candidate)} seed: give at least 2")
-    equal = list(candidate) == list(baseline)  # whose t is 0 / 0
+    p_value = math.nan
+    if np.isfinite([candidate, baseline]).all():
+        equal = list(candidate) == list(baseline)  # whose t is 0 / 0
+        p_value = 1.0 if equal else float(ttest_rel(candidate, baseline).pvalue)
     return PairedTest(
         name="paired t over seeds (scipy.stats.ttest_rel)",
         pairs=len(candidate),
         difference=float(np.mean(candidate) - np.mean(baseline)),
-        p_value=1.0 if equal else float(ttest_rel(candidate, baseline).pvalue),
+        p_value=p_value,
     )
 
 
