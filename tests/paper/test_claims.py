@@ -214,8 +214,13 @@ def test_few_documents_decide_nothing(tmp_path):
     losses = [[[10.0] * 19, [mean * 4.0] * 19, [20.0] * 19] for mean in (3.0, 2.0)]
     file = cell.record.evaluation("context")
     use(tokens, losses, lengths=[128, 256]).save(file)
-    found = Uses("kerple", REGIME).find([replace(study(), cells=(cell,))])
+    check = Uses("kerple", REGIME)
+    found = check.find([replace(study(), cells=(cell,))])
     assert found.test.p_value < 0.001 and found.outcome == "not decidable at this scale"
+    verdict = judge(Claim("far text", "here", (check,)), [replace(study(), cells=(cell,))])
+    shown = verdicts_table([verdict])
+    assert shown.rows[-1][-1] == "—" and "fewer than 20 documents" in shown.note
+    assert as_record(verdict)["checks"][0]["p"] is None, "too small, and so none"
 
 
 def test_one_document_decides_nothing_and_ends_no_report(tmp_path):

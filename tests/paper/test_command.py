@@ -101,6 +101,13 @@ def test_what_is_asked_for_must_be_there(capsys):
         assert f"--only: {only!r} names nothing" in refused(capsys, "paper", "core", "--only", only)
 
 
+def test_a_plan_counts_the_named_cells_and_says_where_documents_are_few(capsys):
+    few = "3 documents of the test split in data/python-stdlib exceed 512 tokens; p-values"
+    assert dape("paper", "demo", "--scale", "smoke", "--only", "kerple", "--plan") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"all +0 +0 +1 +0", printed) and f"{few} over documents need 20" in printed
+
+
 def test_the_list_names_every_experiment(capsys):
     assert dape("paper", "list") == 0
     printed = capsys.readouterr().out

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from laboratory import enter
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import evaluations
 from dape.cli import paper
@@ -93,6 +95,16 @@ def test_cells_wait_for_the_corpus_and_for_the_model(capsys):
     assert without_model(SMOLLM2.cells()) == {}
 
 
+def test_cells_wait_for_texts_beyond_the_longest_window(capsys):
+    """A training of minutes would end without a measurement."""
+    Path("models/smollm2").mkdir(parents=True)
+    words = ["smollm2", "--only", "plain", "--data", "books-smollm2=data/python-stdlib"]
+    assert not paper.main(words)
+    printed = capsys.readouterr().out
+    few = "0 documents of the test split in data/python-stdlib exceed 65,536 tokens: 3 cells wait"
+    assert few in printed and "starts on" not in printed
+
+
 def test_a_finished_arm_gives_the_price_of_further_seeds():
     pretend(cells("plain")[0])
     minutes = [each.minutes for each in plan(cells("plain", seeds=(0, 1, 2)))]
@@ -120,6 +132,7 @@ def test_tables_name_arms_which_the_records_cannot_tell_apart():
         ["1", "1.0099", "—"],
         ["2", "1.0000", "50,000"],
     ]
+    assert numbers.header[:3] == ["arm", "runs", "depth"]
     rows = {(row[0], row[2]): row[1:2] + row[3:] for row in numbers.rows}
     assert rows["as-it-is", "0"] == ["1", "75%", "75%"]
     assert rows["blind", "1"] == ["2", "60%", "60%"] and len(rows) == 8
@@ -140,3 +153,14 @@ def test_rates_have_a_table_of_validation_losses_alone():
         ["plain-1e-4", "1", "1.0000"],
         ["plain-3e-4", "1", "1.0002"],
     ]
+
+
+def test_a_document_ends_as_in_pretraining_and_digits_stand_alone(benchmarks):
+    """Both are in the settings of SmolLM2's own tokenizer, and lost in the format GGUF."""
+    words = {token: n for n, token in enumerate(["<|endoftext|>", "<|im_start|>", "Ċ", "Ġ", "7"])}
+    backend = Tokenizer(models.BPE(words | {"ĊĠ": 5}, [("Ċ", "Ġ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    read = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_start|>")
+    assert read.tokenize("\n 77") == ["Ċ", "Ġ", "7", "7"]
+    made = benchmarks("smollm2").of_texts(read)
+    assert made.eos_token_id == 0 and made.tokenize("\n 77") == ["ĊĠ", "7", "7"]

@@ -109,6 +109,7 @@ def main(argv: list[str]) -> int | None:
 
 def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int:
     """Print the plan, and run cells that are due, by their turns, unless `--plan` is set."""
+    from dape.evaluate.significance import FEWEST_DOCUMENTS
     from dape.paper import plan, record, spread
 
     arms = {cell.arm for cell in cells}
@@ -119,8 +120,10 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     devices = spread.devices()
     before = record.ends(cells)  # a cell that another process ends after the plan does not start
     planned = plan.plan(cells)
-    plan.table(planned, len(devices)).show()
     due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds, turns)
+    asked = plan.asked(planned, arguments.only, arguments.seeds)
+    named = {cell.name for cell in (*due, *(each.cell for each in asked))}
+    plan.table([each for each in planned if each.cell.name in named], len(devices)).show()
     for folder, waiting in plan.without_corpus(due).items():
         print(
             f"no corpus in {folder}: {len(waiting)} cells wait; prepare the corpus"
@@ -130,6 +133,13 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     for folder, waiting in plan.without_model(due).items():
         print(f"no model in {folder}: {len(waiting)} cells wait; make the model (docs/paper.md)")
         due = [cell for cell in due if cell not in waiting]
+    for (folder, longest), (number, waiting) in plan.long_documents(due).items():
+        few = f"{number} documents of the test split in {folder} exceed {longest:,} tokens"
+        if number == 0:
+            print(f"{few}: {len(waiting)} cells wait; add longer texts (docs/paper.md)")
+            due = [cell for cell in due if cell not in waiting]
+        elif number < FEWEST_DOCUMENTS:
+            print(f"{few}; p-values over documents need {FEWEST_DOCUMENTS} (docs/paper.md)")
     if arguments.plan or not due:
         return 0
     prices = {each.cell.name: each.minutes for each in planned if each.minutes is not None}

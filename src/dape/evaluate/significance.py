@@ -27,6 +27,11 @@ class PairedTest:
     p_value: float
     least: float = 0.0
 
+    @property
+    def few(self) -> bool:
+        """Return whether the documents are too few for the p-value."""
+        return "over documents" in self.name and self.pairs < FEWEST_DOCUMENTS
+
 
 def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
     """Return Student's paired t-test of two lists of losses, in the same order of seeds.

@@ -176,8 +176,8 @@ def percent(difference: float) -> str:
 
 
 def p_value(test: PairedTest | None) -> str:
-    """Return a p-value with two significant digits, or the bound of the test."""
-    if test is None:
+    """Return a p-value with two significant digits, or the bound; none over few documents."""
+    if test is None or test.few:
         return NOTHING
     if test.p_value <= test.least:
         return f"< {test.least:.2g}"

@@ -40,12 +40,7 @@ from dape.chomsky.grid import Grid
 from dape.evaluate import context
 from dape.evaluate.compare import Group, paired
 from dape.evaluate.context import ContextUse
-from dape.evaluate.significance import (
-    FEWEST_DOCUMENTS,
-    PairedTest,
-    paired_bootstrap,
-    paired_t,
-)
+from dape.evaluate.significance import PairedTest, paired_bootstrap, paired_t
 from dape.figures.tables import percent
 from dape.paper.cells import Regime
 from dape.paper.study import Study
@@ -326,8 +321,7 @@ def _failure(study: Study | None, *arms: str) -> Finding | None:
 
 
 def _decided(test: PairedTest, margin: float, holds_below: bool) -> Outcome:
-    few = "over documents" in test.name and test.pairs < FEWEST_DOCUMENTS
-    if few or not test.p_value < SIGNIFICANT:
+    if test.few or not test.p_value < SIGNIFICANT:
         return "not decidable at this scale"
     return "reproduced" if (test.difference < margin) == holds_below else "not reproduced"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import get_args
 
+from dape.data.shards import Corpus
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell
@@ -57,6 +58,18 @@ def plan(cells: Sequence[Cell]) -> list[Planned]:
     return [Planned(cell, states[cell.name], *_price(cell, cells, spent)) for cell in cells]
 
 
+def asked(
+    planned: Sequence[Planned], only: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Planned]:
+    """Return the cells of the arms `only` and of the `seeds`, if given."""
+    return [
+        each
+        for each in planned
+        if (not only or each.cell.arm in only)
+        and (not seeds or each.cell.training is None or each.cell.training.seed in seeds)
+    ]
+
+
 def choose(
     planned: Sequence[Planned],
     only: Sequence[str] = (),
@@ -72,10 +85,8 @@ def choose(
     """
     chosen = [
         each
-        for each in planned
-        if (each.due or (retry and each.state == "failed"))
-        and (not only or each.cell.arm in only)
-        and (not seeds or each.cell.training is None or each.cell.training.seed in seeds)
+        for each in asked(planned, only, seeds)
+        if each.due or (retry and each.state == "failed")
     ]
     needed = {each.cell.needs for each in chosen}
     chosen += [
@@ -141,6 +152,33 @@ def without_model(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
         if isinstance(recipe, Retrofit) and not Path(recipe.model.base).is_dir():
             found.setdefault(recipe.model.base, []).append(cell)
     return found
+
+
+def long_documents(cells: Sequence[Cell]) -> dict[tuple[str, int], tuple[int, list[Cell]]]:
+    """Return the number of test documents beyond the longest window, and the cells.
+
+    Keys are corpus folder and longest window. A missing corpus is left out.
+    """
+    here, found = record.checksums(cells), dict[tuple[str, int], tuple[int, list[Cell]]]()
+    for cell in cells:
+        for folder, longest in _longest(cell).items():
+            if folder in here and (folder, longest) not in found:
+                texts = Corpus(folder).split("test").document_lengths - 1  # without end of text
+                found[folder, longest] = int((texts > longest).sum()), []
+            if folder in here:
+                found[folder, longest][1].append(cell)
+    return found
+
+
+def _longest(cell: Cell) -> dict[str, int]:
+    """Return the longest measured window by corpus folder."""
+    found = dict[str, int]()
+    for command in cell.commands if cell.training else ():
+        given = dict(zip(command.words, command.words[1:], strict=False))
+        folder = given.get("--data", cell.training.data)
+        lengths = given.get("--lengths", "0")
+        found[folder] = max(found.get(folder, 0), int(lengths.rpartition(",")[2]))
+    return {folder: longest for folder, longest in found.items() if longest}
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dape.evaluate.significance import FEWEST_DOCUMENTS
 from dape.figures.style import save
-from dape.figures.tables import Table, p_value
+from dape.figures.tables import NOTHING, Table, p_value
 from dape.files import write_json, write_text
 from dape.paper import chomsky, record, sections
 from dape.paper.cells import Cell
@@ -117,6 +118,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     found = [each.test for verdict in verdicts for each in verdict.findings]
     tests = dict.fromkeys(test.name for test in found if test)
     note = f"Two-sided p: {'; '.join(tests)}." if tests else "No claim is measured."
+    if any(test and test.few for test in found):
+        note += f" {NOTHING} fewer than {FEWEST_DOCUMENTS} documents: no p over documents."
     return Table("Verdicts", ["claim", "outcome", "seeds", "p"], rows, note)
 
 
@@ -131,7 +134,7 @@ def as_record(verdict: Verdict) -> dict[str, Any]:
                 "number": each.number,
                 "outcome": each.outcome,
                 "seeds": each.seeds,
-                "p": each.test and each.test.p_value,
+                "p": each.test.p_value if each.test and not each.test.few else None,
                 "test": each.test and each.test.name,
             }
             for each in verdict.findings

@@ -90,7 +90,8 @@ def retrievals(cells: Sequence[Cell]) -> list[Section]:
                 _named(cell.arm, retrieval.load(file)) for cell, file in files if file.is_file()
             ]
             if records:
-                shown = (retrieval_figures.table(records),)
+                table = retrieval_figures.table(records)
+                shown = (replace(table, header=["arm", *table.header[1:]]),)
                 figure = retrieval_figures.heat_map(records)
                 found.append(Section(f"{regime.name}-{task}", shown, figure, caption))
     return found
