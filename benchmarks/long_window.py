@@ -10,6 +10,7 @@ STRIDE tokens scored. The table has the losses and the difference. `--out` holds
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -40,12 +41,16 @@ def measured(arguments: argparse.Namespace, processes: int, folder: Path) -> dic
     launch.run(command, folder / f"{processes}.log", 60 * arguments.minutes)
     seconds = time.perf_counter() - begun
     (file,) = (folder / f"{processes}").rglob("*.json")
-    return {"processes": processes, "command_seconds": seconds, **json.loads(file.read_text())}
+    found = json.loads(file.read_text())
+    found["provenance"]["command"] = arguments.command  # in place of one with a passing folder
+    return {"processes": processes, "command_seconds": seconds, **found}
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """Return the Markdown table: a row for each number of processes and length."""
-    lines = ["| length | GPUs | loss | perplexity | difference of the loss | seconds |"]
+    lines = [
+        "| length | GPUs | loss | perplexity | difference of the loss | seconds with the start |"
+    ]
     lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
     one = {each["length"]: each["loss"] for each in records[0]["measurements"]}
     for record in records:
@@ -90,7 +95,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(words)
+    arguments.command = shlex.join(["python", "benchmarks/long_window.py", *words])
     records: list[dict[str, Any]] = []
     try:
         check_writable(arguments.out)

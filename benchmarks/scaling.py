@@ -144,8 +144,10 @@ def training(case: Case) -> Iterator[dict[str, Any]]:
     recipe = read(ROOT / f"recipes/{case.size}.yaml", Recipe)
     chosen = {"model.scheme": case.scheme, "hardware.micro_batch_size": None}
     recipe = override(recipe, chosen | case.changes)
-    long = case.length >= LONG
-    for reading in measure(recipe, list(case.micro_batches), 1 if long else 3, 0 if long else 1):
+    # The time of a step grows with the square of the length.
+    steps = 3 if case.length <= STEP_LENGTHS[0] else 1
+    warm_up = 1 if case.length < LONG else 0
+    for reading in measure(recipe, list(case.micro_batches), steps, warm_up):
         yield asdict(reading)
 
 
@@ -341,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", type=listed(str), default=["2.7b", "6.7b", "125m", "350m"])
     parser.add_argument("--schemes", type=listed(str), default=["nope", "dape-kerple"])
     parser.add_argument("--lengths", type=listed(int), default=list(STEP_LENGTHS))
-    parser.add_argument("--seconds", type=float, default=200, help="limit of a case")
+    parser.add_argument("--seconds", type=float, default=480, help="limit of a case")
     parser.add_argument("--out", type=Path, default=ROOT / "results/scaling/scaling.json")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--plan", action="store_true")

@@ -1,6 +1,7 @@
 """`benchmarks/long_window.py` on one and two CPU processes."""
 
 import json
+import shlex
 
 import pytest
 
@@ -33,8 +34,11 @@ def test_one_process_and_two_have_the_same_perplexity(module, tmp_path, monkeypa
     folder = make_run(tmp_path / "run", prepare(tmp_path), "dape-kerple")
     out = tmp_path / "out.json"
     sizes = ["--gpus", "2", "--lengths", "33,64", "--stride", "24", "--split", "test"]
-    module.main([str(folder), *sizes, "--out", str(out)])
+    words = [str(folder), *sizes, "--out", str(out)]
+    module.main(words)
     one, two = json.loads(out.read_text())
+    command = shlex.join(["python", "benchmarks/long_window.py", *words])
+    assert [each["provenance"]["command"] for each in (one, two)] == [command] * 2
     assert [each["processes"] for each in (one, two)] == [1, 2]
     assert one["targets"] == two["targets"] and one["targets"]["tokens"] == [24]
     for before, after in zip(one["measurements"], two["measurements"], strict=True):

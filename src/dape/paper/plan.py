@@ -173,12 +173,14 @@ def long_documents(cells: Sequence[Cell]) -> dict[tuple[str, int], tuple[int, li
 def _longest(cell: Cell) -> dict[str, int]:
     """Return the longest measured window by corpus folder."""
     found = dict[str, int]()
-    for command in cell.commands if cell.training else ():
+    if cell.training is None:
+        return found
+    for command in cell.commands:
         given = dict(zip(command.words, command.words[1:], strict=False))
         folder = given.get("--data", cell.training.data)
         lengths = given.get("--lengths", "0")
         found[folder] = max(found.get(folder, 0), int(lengths.rpartition(",")[2]))
-    return {folder: longest for folder, longest in found.items() if longest}
+    return {folder: longest for folder, longest in found.items() if longest > 0}
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
