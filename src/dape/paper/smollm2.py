@@ -88,7 +88,7 @@ def _better(candidate: str, baseline: str) -> Claim:
 # Minutes are estimates.
 SMOLLM2 = Experiment(
     name="smollm2",
-    title="SmolLM2-135M, trained at 8,192, read up to 65,536",
+    title="SmolLM2-135M-Instruct of 4 bits, trained at 8,192, read up to 65,536",
     shows="DAPE as an addition to a pretrained model of others",
     parts=(
         _arms(
