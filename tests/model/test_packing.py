@@ -216,6 +216,7 @@ def test_a_mask_of_ones_says_that_a_row_is_one_document():
         ({"position_ids": torch.arange(7)}, r"position_ids \[7\] must be \[1 or 2, 7\]"),
         ({"position_ids": torch.zeros(3, 7).long()}, r"position_ids \[3, 7\] must be"),
         ({"position_ids": torch.arange(7)[None] / 2}, r"position_ids \[1, 7\] are torch.float32"),
+        ({"position_ids": torch.ones(1, 7).bool()}, r"position_ids \[1, 7\] are torch.bool"),
     ],
 )
 def test_documents_that_do_not_fit_are_refused(given, words):

@@ -22,8 +22,9 @@ def test_sinusoids_are_those_of_the_paper(width):
     expected = torch.tensor([vaswani(p, width) for p in positions.tolist()], dtype=torch.float64)
     scaled = x * math.sqrt(width)
     assert_close(Sinusoidal(width)(x, positions), scaled + expected, rtol=1e-11, atol=1e-11)
-    alone = Sinusoidal(width, token_scale=1.0)(x, positions)
-    assert_close(alone, x + expected, rtol=1e-11, atol=1e-11)
+    for scale in (1.0, 0.0):
+        alone = Sinusoidal(width, token_scale=scale)(x, positions)
+        assert_close(alone, scale * x + expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -126,6 +127,8 @@ def test_embeddings_compile_to_one_graph_with_the_same_numbers(module):
 @pytest.mark.unhooked
 def test_compiled_the_learned_table_refuses_what_is_longer():
     torch.compiler.reset()
-    compiled = torch.compile(Learned(6, 4), backend="eager")
+    module, x = Learned(6, 4), torch.randn(1, 6, 4)
+    compiled = torch.compile(module, backend="eager")
+    assert torch.equal(compiled(x, torch.arange(6)), x + module.weight)
     with pytest.raises(UserError, match="position 6 is outside"):
         compiled(torch.randn(1, 7, 4), torch.arange(7))

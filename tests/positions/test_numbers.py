@@ -46,6 +46,7 @@ def test_sizes_are_whole(name, option, value):
             ("CoPE", ["head_dim", "npos_max"]),
             ("TalkingHeads", ["num_heads"]),
         ),
+        *(("Sinusoidal", ["hidden_size"]), ("Learned", ["train_length", "hidden_size"])),
         ("TransformerXL", ["num_heads", "head_dim", "hidden_size"]),
         *((name, ["head_dim", "train_length"]) for name in ("DynamicNTK", "YaRN", "Llama3")),
         ("RandomizedRoPE", ["head_dim", "train_length", "pool"]),
@@ -79,6 +80,7 @@ def test_numbers_beside_a_training_length_are_finite(name, option, value):
     [
         *(("RoPE", "base"), ("RoPE", "fraction"), ("PositionInterpolation", "factor")),
         *(("NTK", "factor"), ("XPos", "scale_base"), ("FIRE", "threshold")),
+        *(("Sinusoidal", "base"), ("Sinusoidal", "token_scale")),
     ],
 )
 def test_numbers_are_finite(name, option, value):
@@ -97,6 +99,14 @@ def test_attention_takes_no_nonsense(wrong):
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(UserError, match=f"{next(iter(wrong))}"):
         dape.attention(q, q, q, **wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.complex64, torch.uint64])
+@pytest.mark.parametrize("name", ["query_positions", "key_positions"])
+def test_positions_are_no_mask_and_nothing_that_rounds_them(name, dtype):
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(UserError, match=rf"{name} \[4\] are {dtype}; positions are whole numbers"):
+        dape.attention(q, q, q, dape.ALiBi(2), **{name: torch.arange(4).to(dtype)})
 
 
 def test_a_residual_is_there_or_not():

@@ -16,6 +16,7 @@ from dape.positions.wide import without_overflow
 
 FORWARD_MODE = "forward-mode derivatives"
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_POSITIONS = (*_WHOLE, torch.uint16, torch.float32, torch.float64)
 
 
 class Call(NamedTuple):
@@ -302,7 +303,14 @@ def check_where(
         ("query_positions", query_positions, rows),
         ("key_positions", key_positions, keys),
     ):
-        if positions is not None and not fits(positions, ((length,),), ((1, batch), (length,))):
+        if positions is None:
+            continue
+        if positions.dtype not in _POSITIONS:
+            raise UserError(
+                f"{name} {list(positions.shape)} are {positions.dtype}; positions are whole numbers"
+                " of torch.int64"
+            )
+        if not fits(positions, ((length,),), ((1, batch), (length,))):
             raise UserError(
                 f"{name} {list(positions.shape)} must be [{length}] or [1 or {batch}, {length}]"
             )

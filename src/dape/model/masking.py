@@ -183,7 +183,7 @@ def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tenso
 def check_positions(position_ids: Tensor, batch: int, rows: int, past: int | Tensor) -> None:
     """Raise a `UserError` for positions unlike tokens, or tokens and cache, or not whole."""
     shape = list(position_ids.shape)
-    if position_ids.is_floating_point():
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
         raise UserError(
             f"position_ids {shape} are {position_ids.dtype}; positions are whole numbers, and the"
             " schemes pi, ntk and yarn interpolate"
