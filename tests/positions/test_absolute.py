@@ -27,6 +27,11 @@ def test_sinusoids_are_those_of_the_paper(width):
         assert_close(alone, scale * x + expected, rtol=1e-11, atol=1e-11)
 
 
+def test_sinusoids_without_frequencies_are_refused():
+    with pytest.raises(UserError, match=r"base=0.0 must be at least 1"):
+        Sinusoidal(8, base=0.0)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_sinusoids_are_those_of_x_transformers_in_another_order():
     package = pytest.importorskip("x_transformers.x_transformers")
@@ -128,7 +133,8 @@ def test_embeddings_compile_to_one_graph_with_the_same_numbers(module):
 def test_compiled_the_learned_table_refuses_what_is_longer():
     torch.compiler.reset()
     module, x = Learned(6, 4), torch.randn(1, 6, 4)
+    whole = torch.compile(module, fullgraph=True, backend="eager")
+    assert torch.equal(whole(x, torch.arange(6)), x + module.weight)
     compiled = torch.compile(module, backend="eager")
-    assert torch.equal(compiled(x, torch.arange(6)), x + module.weight)
     with pytest.raises(UserError, match="position 6 is outside"):
         compiled(torch.randn(1, 7, 4), torch.arange(7))

@@ -45,8 +45,9 @@ def built(name):
 
 
 def loaded(module, narrow):
-    """Load numbers of 16 bits by putting them in place of the parameters."""
-    module.load_state_dict({k: v.to(narrow) for k, v in module.state_dict().items()}, assign=True)
+    """Load numbers of 16 bits in the place of the parameters, of a module within a model."""
+    model = torch.nn.Sequential(module)
+    model.load_state_dict({k: v.to(narrow) for k, v in model.state_dict().items()}, assign=True)
     return module
 
 
@@ -80,6 +81,9 @@ def test_other_moves_are_as_ever():
     assert module.to("meta").raw_p.is_meta
     assert module.raw_p.dtype == torch.float64
     assert dape.Kerple(12).to_empty(device="cpu").raw_p.dtype == torch.float32
+    counting = dape.Kerple(12)
+    counting.register_buffer("steps", torch.tensor(2**24 + 1))
+    assert torch.equal(counting.half().steps, torch.tensor(2**24 + 1))
 
 
 @pytest.mark.usefixtures("around")
@@ -159,20 +163,36 @@ def rows():
     return Rows(query, key, places, places, visible, 0.125)
 
 
-@pytest.mark.parametrize("name", sorted({*MODULES} - {"learned"}))
+def given(name, module):
+    """Return arguments of a module: positions, or scores and a bias."""
+    if name in BIASES:
+        return torch.arange(5), torch.arange(5)
+    scores = torch.randn(1, 12, 5, 5), torch.randn(12, 5, 5)
+    return (*scores, rows()) if getattr(module, "needs_rows", False) else scores
+
+
+ALONE = pytest.mark.parametrize("name", sorted({*MODULES} - {"learned"}))
+
+
+@ALONE
+def test_without_memory_a_module_has_the_shape_of_its_output(name):
+    expected = built(name)(*given(name, built(name))).shape
+    with torch.device("meta"):
+        module = built(name)
+        assert module(*given(name, module)).shape == expected
+
+
+@ALONE
 def test_autocast_rounds_no_module_that_is_called_alone(name):
-    module, places = built(name), torch.arange(5)
+    module = built(name)
     for parameter in module.parameters():
         parameter.data.add_(torch.randn_like(parameter))
-    given = (
-        (places, places) if name in BIASES else (torch.randn(1, 12, 5, 5), torch.randn(12, 5, 5))
-    )
-    given = (*given, rows()) if getattr(module, "needs_rows", False) else given
+    arguments = given(name, module)
     expected = module.double()(
-        *(x.double() if x.is_floating_point() else x for x in given[:2]), *given[2:]
+        *(x.double() if x.is_floating_point() else x for x in arguments[:2]), *arguments[2:]
     )
     module.float()
     with torch.autocast("cpu", torch.bfloat16):
-        found = module(*given)
+        found = module(*arguments)
     assert found.dtype == torch.float32
     assert_close(found.double(), expected.double(), rtol=1e-4, atol=1e-4)
