@@ -246,6 +246,7 @@ def test_the_weights_are_those_of_the_textbook():
         (((2, 4, 5, 3), (1, 4, 5, 3), (1, 4, 5, 3)), "batch or head_dim"),
         (((2, 4, 5, 3), (2, 4, 5, 3), (2, 4, 6, 3)), "key and value differ"),
         (((2, 4, 5, 3), (2, 3, 5, 3), (2, 3, 5, 3)), "multiple of the key heads"),
+        (((2, 4, 5, 3), (2, 0, 5, 3), (2, 0, 5, 3)), "multiple of the key heads"),
         (((2, 4, 5, 3), (2, 4, 0, 3), (2, 4, 0, 3)), "an axis is empty"),
         (((2, 4, 0, 3), (2, 4, 5, 3), (2, 4, 5, 3)), "an axis is empty"),
         (((0, 4, 5, 3), (0, 4, 5, 3), (0, 4, 5, 3)), "an axis is empty"),
@@ -266,6 +267,15 @@ def test_a_key_of_another_dtype_is_refused(backend):
 
 
 @pytest.mark.unhooked  # the hook refuses them by the annotations, before the operator does
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_value_in_float64_makes_the_whole_call_float64(backend):
+    query, key, value = Problem().tensors(torch.float32)
+    module = dape.Kerple(4)
+    found = dape.attention(query, key, value.double(), module, backend=backend)
+    expected = dape.attention(query.double(), key.double(), value.double(), module, backend=backend)
+    assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
 def test_numbers_that_are_not_floating_point_are_refused(name, dtype):
@@ -407,12 +417,15 @@ def test_positions_of_another_length_are_refused():
 
 @pytest.mark.unhooked  # the annotations are of signed integers
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("bias", ["kerple", "sandwich", "fire"])
+@pytest.mark.parametrize("bias", ["kerple", "sandwich", "fire", "user's"])
 def test_differences_of_small_integers_do_not_overflow(bias, causal):
-    tensors, module = (
-        Problem().tensors(),
-        {"kerple": dape.Kerple, "sandwich": dape.Sandwich, "fire": dape.FIRE}[bias](4),
-    )
+    builders = {"kerple": dape.Kerple, "sandwich": dape.Sandwich, "fire": dape.FIRE}
+    tensors = Problem().tensors()
+
+    def differences(i, j):
+        return (j[None, None, :] - i[None, :, None]).double().expand(4, -1, -1) / 100
+
+    module = builders[bias](4) if bias in builders else differences
     positions = torch.linspace(3, 200, tensors[0].shape[2]).round().long()
     found, expected = (
         dape.attention(*tensors, module, None, causal, query_positions=each, key_positions=each)
