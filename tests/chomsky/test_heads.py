@@ -50,6 +50,7 @@ def filled():
         *((8, 64, True, 1, (ROWS, KEYS)), (3, 10, False, 1, (ROWS, KEYS))),
         *((5, 17, True, 1, (7, 5)), (8, 64, True, 3, (ROWS, KEYS))),
         *((3, 10, False, 3, (2, 70)), (5, 17, True, 3, (65, 1)), (1, 4, True, 3, (40, 2))),
+        (3, 10, True, 3, (14, 8)),  # whose last score is the first of the third tile
     ],
 )
 def test_logits_and_gradients_are_those_of_the_formula(count, units, residual, taps, places):
@@ -72,6 +73,28 @@ def test_logits_and_gradients_are_those_of_the_formula(count, units, residual, t
     )
     for own, truth in gradients:
         torch.testing.assert_close(own.double(), truth, atol=1e-6 * truth.abs().max(), rtol=0)
+
+
+def moved(x):
+    """Return an equal tensor with its last axis first in memory."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_tensors_may_lie_in_memory_in_any_order(taps):
+    """As the bias of T5 does, a view of rows of a table."""
+    _, (scores, bias, parameters), wanted = given(3, 10, taps=taps)
+    tensors = [x[0].float() for x in (scores, bias, *parameters.values())]
+
+    def results(order):
+        leaves = [order(x) for x in tensors]
+        parts = dict(zip(parameters, leaves[2:], strict=True))
+        found = heads.mapped(*leaves[:2], **parts)
+        return found, *torch.autograd.grad(found, leaves, order(wanted[0].float()))
+
+    as_ever = results(lambda x: x.detach().clone().requires_grad_())
+    for found, expected in zip(results(moved), as_ever, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("taps", [1, 3])
@@ -111,7 +134,7 @@ def test_models_may_share_scores():
 
 
 def test_kernels_serve_one_formula_of_small_size():
-    assert heads.served(DAPE(4)) and not heads.served(None)
+    assert heads.served(DAPE(8, hidden=64)) and not heads.served(None)
     assert heads.served(DAPE(4, kernel_size=3)) and not heads.served(DAPE(4, kernel_size=5))
     assert not heads.served(DAPE(4, inputs="sum"))
     assert not heads.served(DAPE(16)) and not heads.served(DAPE(4, hidden=65))

@@ -57,6 +57,11 @@ def test_the_least_and_the_greatest_stride_score_each_token_once(stride):
     assert {context for _, _, context in targets[4]} == set(range(5 - stride, 5))
 
 
+def test_every_token_of_a_window_is_fed():
+    chosen = choose_blocks(protocol("last", [4, 8]), np.array([25]), documents=1, blocks=9, seed=0)
+    assert [chosen.windows(length).tokens for length in (4, 8)] == [3 * 4, 3 * 8]
+
+
 def test_windows_of_one_token_score_each_token():
     chosen = choose_blocks(protocol("last", [1]), np.array([5]), documents=9, blocks=9, seed=0)
     windows = chosen.windows(1)
@@ -103,6 +108,7 @@ def test_documents_are_drawn_by_the_seed_among_those_long_enough():
     ]
     assert draws[0] == draws[1] != draws[2]
     assert all(len(set(draw)) == 5 and all(n % 2 for n in draw) for draw in draws)
+    assert draws == [sorted(draw) for draw in draws], "in the order of the losses of documents"
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,7 @@ def test_documents_are_drawn_by_the_seed_among_those_long_enough():
         (("last", [0, 4]), "of 1 token or more"),
         (("last", [4], 2), "protocol last has no stride"),
         (("sliding", [4]), "protocol sliding needs a stride; .* --stride TOKENS"),
+        (("sliding", [4, 8], 0), "stride 0: must be from 1 to the shortest length, 4"),
         (("sliding", [4, 8], 5), "stride 5: must be from 1 to the shortest length, 4"),
         (("non_overlapping", [4, 6, 8]), r"lengths \[6\].*divisors of the longest, 8"),
     ],
