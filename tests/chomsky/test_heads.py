@@ -1,5 +1,7 @@
 """The kernels of the map across heads by the interpreter, against the formula in float64."""
 
+import copy
+
 import pytest
 import torch
 from torch.func import functional_call, grad, vmap
@@ -112,6 +114,16 @@ def test_a_gradient_can_be_mapped_with_a_shared_bias(taps):
     found = vmap(grad(of_kernel))(single, scores.float(), wanted.float())
     for name, truth in expected.items():
         torch.testing.assert_close(found[name].double(), truth, atol=2e-5, rtol=2e-6)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("lead", [(), (BATCH,)], ids=["shared", "batched"])
+def test_a_module_whose_calls_are_served_is_the_formula(lead, residual, monkeypatch):
+    monkeypatch.setattr(heads, "serves", lambda scores: True)
+    module = heads.Heads(3, 10, residual=residual)
+    scores, bias = torch.randn(BATCH, 3, ROWS, KEYS), torch.randn(*lead, 3, ROWS, KEYS)
+    expected = DAPE.forward(copy.deepcopy(module).double(), scores.double(), bias.double())
+    torch.testing.assert_close(module(scores, bias).double(), expected, atol=2e-6, rtol=2e-6)
 
 
 def test_models_may_share_scores():
