@@ -127,6 +127,16 @@ def test_the_layout_of_the_work_changes_nothing(finished, data, tmp_path, hardwa
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_clip_norm_of_null_clips_nothing(finished, data, tmp_path):
+    found, expected = (
+        metrics(run(recipe(data, tmp_path / str(norm), optimizer={"clip_norm": norm})))
+        for norm in (None, 1e30)
+    )
+    for name in ("loss", "grad_norm"):
+        assert [entry[name] for entry in found] == [entry[name] for entry in expected]
+    assert [entry["loss"] for entry in found[2:]] != losses(finished[1])[2:], "which are clipped"
+
+
 def test_mixed_precision_keeps_weights_in_float32(finished, data, tmp_path):
     settings = recipe(data, tmp_path / "run", training={"precision": "bf16-mixed"})
     folder = run(settings)
