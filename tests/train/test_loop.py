@@ -281,6 +281,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert saved == [f"step-{n:08d}" for n in range(2, step, 2)][-2:]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_checkpoint(data, tmp_path, monkeypatch):
+    def steep(self, model, *batch):
+        weight = next(model.parameters())
+        return ordinary(self, model, *batch) + (weight - weight.detach()).square().sum().sqrt()
+
+    ordinary = LanguageModelling.loss
+    monkeypatch.setattr(LanguageModelling, "loss", steep)
+    settings = recipe(data, tmp_path / "run", tracking={"checkpoint_every": 1})
+    with pytest.raises(UserError, match=r"step 1: loss 5\.\d+, gradient norm nan, at learning"):
+        run(settings)
+    assert not losses(tmp_path / "run") and not list((tmp_path / "run/checkpoints").glob("step*"))
+
+
 def compiled(test):
     """Return a test that compiles, with the compiler's own warnings ignored."""
     for words in ("`torch.jit:DeprecationWarning", "The .grad attribute:UserWarning"):
