@@ -138,6 +138,10 @@ def test_an_adapter_of_ones_own_is_given_again(tmp_path):
     assert torch.equal(logits(other, ids), logits(model, ids))
 
 
+def forgetful(num_heads):
+    Gate(num_heads)
+
+
 class Loud(Gate):
     def forward(self, scores, bias):
         return scores * (1.5 + self.gate)
@@ -247,6 +251,14 @@ def test_cross_attention_is_refused_by_its_name_in_a_call_that_reaches_it():
             r"^bias=functools.partial\(FIRE, train_length=7\): the model gives train_length",
         ),
         ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is a module, but layers"),
+        (
+            "llama",
+            {"adapter": None},
+            "adapter=None is neither a name nor a class; known names: dape",
+        ),
+        ("llama", {"bias": 5}, "bias=5 is neither a name nor a class; known names: alibi"),
+        ("llama", {"adapter": forgetful}, "adapter=forgetful returned a NoneType; a factory ret"),
+        ("llama", {"bias": forgetful}, "bias=forgetful returned a NoneType; a factory returns a"),
         ("llama", {"options": {"adapter": {"hiden": 3}}}, "'hiden'; did you mean 'hidden'"),
         ("llama", {"options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),
         ("llama", {"options": {"bias": {}}}, "options.bias is set without a bias"),
@@ -317,6 +329,12 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
         UserError, match=r"are for a model of type 'llama' .* the model is of type 'gpt2'"
     ):
         dape.load_adapters(pretrained("gpt2"), tmp_path)
+    for place, given in (("adapter", "talking-heads"), ("bias", dape.FIRE)):
+        with pytest.raises(UserError, match=rf"the {place} in .* is (dape|kerple); leave it out"):
+            dape.load_adapters(pretrained("llama"), tmp_path, **{place: given})
+    dape.load_adapters(pretrained("llama"), tmp_path, adapter="dape", bias=dape.Kerple)
+    with pytest.raises(UserError, match="Linear cannot be retrofitted: not a PreTrainedModel"):
+        dape.load_adapters(nn.Linear(2, 2), tmp_path)
     with pytest.raises(UserError, match=r"no adapters in .*: adapters.json is missing"):
         dape.load_adapters(pretrained("llama"), tmp_path / "nowhere")
     settings = json.loads((tmp_path / "adapters.json").read_text())

@@ -281,7 +281,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys):
     assert saved == [f"step-{n:08d}" for n in range(2, step, 2)][-2:]
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_a_checkpoint(data, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_the_run_before_a_checkpoint(
+    data, tmp_path, monkeypatch
+):
     def steep(self, model, *batch):
         weight = next(model.parameters())
         return ordinary(self, model, *batch) + (weight - weight.detach()).square().sum().sqrt()

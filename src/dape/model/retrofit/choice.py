@@ -79,7 +79,8 @@ class Choice:
         `A + B + f([A; B])`. Without a bias the logits are `A + f(A)`.
 
         Raises:
-            UserError: for two biases, or a new adapter that changes the logits.
+            UserError: for two biases, a factory without a module, or a new adapter that changes
+                the logits.
         """
         new = self.part("bias")
         if own is not None and new is not None:
@@ -88,12 +89,14 @@ class Choice:
                 "already, visible to the adapter; let bias be None"
             )
         options = self.options.get("adapter", {})
-        bias = own if new is None else new.build(dimensions, self.options.get("bias", {}))
+        bias = own
+        if new is not None:
+            bias = built("bias", new, dimensions, self.options.get("bias", {}))
         part = part_of("adapter", self.adapter)
         form: dict[str, Any] = {"inputs": "scores"} if bias is None else {}
         form |= {"residual": False} if new else {}
         form = {name: value for name, value in form.items() if name in part.accepts()}
-        adapter = part.build(dimensions, {**form, **part.options, **options})
+        adapter = built("adapter", part, dimensions, {**form, **part.options, **options})
         silence(adapter)
         check_silent(adapter, bias is not None, own is not None, dimensions)
         return adapter, bias
@@ -103,8 +106,8 @@ def part_of(place: str, given: Factory) -> Part:
     """Return the part of a name, or of a factory with the options of a `functools.partial`.
 
     Raises:
-        UserError: for an unknown name, a module in place of a factory, or a `partial` with values
-            without names or with dimensions of the model.
+        UserError: for an unknown name, a module or another value in place of a factory, or a
+            `partial` with values without names or with dimensions of the model.
     """
     if isinstance(given, nn.Module):
         raise UserError(
@@ -116,6 +119,11 @@ def part_of(place: str, given: Factory) -> Part:
             check_partial(place, given)
             return Part(given.func, given.keywords)  # type: ignore[arg-type]
         return Part(given)  # type: ignore[arg-type]
+    if not isinstance(given, str):
+        raise UserError(
+            f"{place}={given!r} is neither a name nor a class; known names: "
+            f"{', '.join(PARTS[place])}"
+        )
     if given in PARTS[place]:
         return PARTS[place][given]
     for name in ADAPTERS if place == "adapter" else ():
@@ -145,6 +153,19 @@ def check_partial(place: str, given: functools.partial[Any]) -> None:
             f"{place}=functools.partial({name}, {dimensions[0]}={given.keywords[dimensions[0]]!r}):"
             f" the model gives {dimensions[0]}; leave it out"
         )
+
+
+def built(
+    place: str, part: Part, dimensions: Mapping[str, Any], options: Mapping[str, Any]
+) -> nn.Module:
+    """Return the module of a part; raise a `UserError` if a factory returns something else."""
+    found = part.build(dimensions, options)
+    if not isinstance(found, nn.Module):
+        raise UserError(
+            f"{place}={part.module.__name__} returned a {type(found).__name__}; a factory returns "
+            "a torch.nn.Module"
+        )
+    return found
 
 
 def name_of(place: str, part: Part) -> str:

@@ -8,8 +8,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dape.errors import UserError
 from dape.files import read_tensors
-from dape.model.retrofit.choice import PARTS, Factory
-from dape.model.retrofit.mount import Mounted, retrofit
+from dape.model.retrofit.choice import PARTS, Factory, name_of, part_of
+from dape.model.retrofit.mount import Mounted, retrofit, servable
 from dape.model.retrofit.storage import TENSORS, read
 
 
@@ -35,9 +35,10 @@ def load_adapters(
         A handle to save and unmount the adapters.
 
     Raises:
-        UserError: for a folder without adapters, or adapters of another model.
+        UserError: for an unsupported model, a folder without adapters, adapters of another model,
+            or another adapter or bias than in the folder.
     """
-    folder = Path(folder)
+    model, folder = servable(model), Path(folder)
     settings = read(folder)
     if settings["model_type"] != model.config.model_type:
         raise UserError(
@@ -61,6 +62,8 @@ def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder:
     """Return the name in the settings, or the given factory for a class without a name."""
     name = settings[place]
     if name is None or name in PARTS[place]:
+        if given is not None and name_of(place, part_of(place, given)) != name:
+            raise UserError(f"{place}={given!r}: the {place} in {folder} is {name}; leave it out")
         return name
     if given is None:
         raise UserError(f"the {place} in {folder} is {name}, a class of your own: give {place}=")
