@@ -73,6 +73,12 @@ def test_randomised_positions_are_not_drawn_from_the_stream_of_the_examples():
     for length, found in enumerate(drawn, 1):
         inputs = task.sample(single(TEST + length, 64), length).inputs
         assert length < 5 or (found == inputs).double().mean() < 0.35, "a fifth, by chance"
+    for length, found in enumerate(drawn[10:-1], 10):
+        assert not torch.equal(found[0], drawn[length + 1][0, :-1]), "each length draws anew"
+
+
+def test_lengths_and_examples_are_those_of_the_page_by_default():
+    assert (Evaluation().longest, Evaluation().samples) == (500, 128)
 
 
 def test_the_score_is_over_the_lengths_beyond_training():

@@ -1,5 +1,7 @@
 """Randomised positions: the draw in training, and no draw in evaluation."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -48,8 +50,10 @@ def test_every_call_draws_anew_the_seed_decides_and_the_batch_shares():
 def test_training_turns_by_the_draw_and_evaluation_by_the_positions():
     rotation, plain, (query, key) = RandomizedRoPE(16, LENGTH, pool=50), RoPE(16), draw(50)
     # Fifty of fifty positions leave nothing to chance.
-    for training in (True, False):
-        ours = rotation.train(training)(query, key, torch.arange(50))
+    for training, positions in itertools.product(
+        (True, False), (torch.arange(50), torch.arange(50).expand(2, -1))
+    ):
+        ours = rotation.train(training)(query, key, positions)
         for mine, theirs in zip(ours, plain(query, key, torch.arange(50)), strict=True):
             assert torch.equal(mine, theirs)
     far = torch.arange(50) + 10_000
