@@ -21,7 +21,7 @@ from dape.errors import UserError
 from dape.paper import encoders, record
 from dape.paper.chomsky import Above, BestOf, Near, grids
 from dape.paper.chomsky_experiment import CHOMSKY
-from dape.paper.encoders import Encoders
+from dape.paper.encoders import GROUPS, Encoders
 from dape.paper.experiment import smoke
 from dape.paper.page import page
 from dape.paper.plan import plan, table
@@ -249,3 +249,5 @@ def test_the_price_is_that_of_the_measured_task_with_the_next_longer_output():
     assert "no price was measured" in table(plan([fire]), 1).note
     assert "no price" not in table(plan([kerple]), 1).note
     assert "~" not in table(plan([kerple]), 1).note, "the price follows from measured steps"
+    rows = table(plan(CHOMSKY.cells()), 1).rows
+    assert [row[0] for row in rows] == [*GROUPS, "all"] and rows[0][3] == "11", "missing"

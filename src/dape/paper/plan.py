@@ -184,10 +184,14 @@ def _longest(cell: Cell) -> dict[str, int]:
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
-    """Return the plan as a table, a row per regime, with the cost of cells that are due."""
+    """Return the plan as a table, with the cost of cells that are due.
+
+    A row is a regime, or a group of tasks for encoders.
+    """
     groups: dict[str, list[Planned]] = {}
     for each in planned:
-        name = each.cell.regime.name if each.cell.regime else each.cell.name
+        group = each.cell.name.rpartition("/")[0] or each.cell.name
+        name = each.cell.regime.name if each.cell.regime else group
         groups.setdefault(name, []).append(each)
     rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
     note = "Changed: settings, data or measurements differ now; runs again."
