@@ -251,14 +251,6 @@ def test_cross_attention_is_refused_by_its_name_in_a_call_that_reaches_it():
             r"^bias=functools.partial\(FIRE, train_length=7\): the model gives train_length",
         ),
         ("llama", {"adapter": dape.DAPE(4)}, r"adapter=DAPE\(...\) is a module, but layers"),
-        (
-            "llama",
-            {"adapter": None},
-            "adapter=None is neither a name nor a class; known names: dape",
-        ),
-        ("llama", {"bias": 5}, "bias=5 is neither a name nor a class; known names: alibi"),
-        ("llama", {"adapter": forgetful}, "adapter=forgetful returned a NoneType; a factory ret"),
-        ("llama", {"bias": forgetful}, "bias=forgetful returned a NoneType; a factory returns a"),
         ("llama", {"options": {"adapter": {"hiden": 3}}}, "'hiden'; did you mean 'hidden'"),
         ("llama", {"options": {"adaptor": {}}}, "'adaptor'; did you mean 'adapter'"),
         ("llama", {"options": {"bias": {}}}, "options.bias is set without a bias"),
@@ -283,7 +275,36 @@ def test_cross_attention_is_refused_by_its_name_in_a_call_that_reaches_it():
     ],
 )
 def test_arguments_that_do_not_fit_are_one_line(name, options, words):
-    model, ids = pretrained(name), tokens(1, 8)
+    check_refused(pretrained(name), options, words)
+
+
+@pytest.mark.unhooked  # the hook refuses values of other types first
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"adapter": None}, "adapter=None is neither a name nor a class; known names: dape"),
+        ({"bias": 5}, "bias=5 is neither a name nor a class; known names: alibi"),
+        ({"adapter": forgetful}, "adapter=forgetful returned a NoneType; a factory returns a"),
+        ({"bias": forgetful}, "bias=forgetful returned a NoneType; a factory returns a"),
+        ({"options": 5}, "options=5 must map adapter and bias to options"),
+        ({"options": {"bias": None}}, "options.bias=None must map option names to values"),
+        ({"train": 5}, "train=5 must name parts, as 'adapters' or"),
+        ({"train": [5]}, r"train=\[5\] must name parts"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(options, words):
+    check_refused(pretrained("llama"), options, words)
+
+
+@pytest.mark.unhooked
+def test_adapters_load_into_models_of_transformers_alone(tmp_path):
+    dape.retrofit(pretrained("llama")).save(tmp_path)
+    with pytest.raises(UserError, match="Linear cannot be retrofitted: not a PreTrainedModel"):
+        dape.load_adapters(nn.Linear(2, 2), tmp_path)
+
+
+def check_refused(model, options, words):
+    ids = tokens(1, 8)
     expected = logits(model, ids)
     with pytest.raises(UserError, match=words) as error:
         dape.retrofit(model, **options)
@@ -333,8 +354,6 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
         with pytest.raises(UserError, match=rf"the {place} in .* is (dape|kerple); leave it out"):
             dape.load_adapters(pretrained("llama"), tmp_path, **{place: given})
     dape.load_adapters(pretrained("llama"), tmp_path, adapter="dape", bias=dape.Kerple)
-    with pytest.raises(UserError, match="Linear cannot be retrofitted: not a PreTrainedModel"):
-        dape.load_adapters(nn.Linear(2, 2), tmp_path)
     with pytest.raises(UserError, match=r"no adapters in .*: adapters.json is missing"):
         dape.load_adapters(pretrained("llama"), tmp_path / "nowhere")
     settings = json.loads((tmp_path / "adapters.json").read_text())

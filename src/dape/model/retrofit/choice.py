@@ -44,9 +44,13 @@ class Choice:
         Raises:
             UserError: for an unknown name or option.
         """
-        for place in self.options:
+        if not isinstance(self.options, Mapping):
+            raise UserError(f"options={self.options!r} must map {' and '.join(PARTS)} to options")
+        for place, chosen in self.options.items():
             if place not in PARTS:
                 raise unknown("place in options", place, PARTS)
+            if not isinstance(chosen, Mapping):
+                raise UserError(f"options.{place}={chosen!r} must map option names to values")
         if self.bias is None and "bias" in self.options:
             raise UserError("options.bias is set without a bias; give bias=, such as 'kerple'")
         for place in PARTS:

@@ -1,6 +1,6 @@
 """Adapters into the attentions of a pretrained model, and out again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -123,8 +123,11 @@ def retrofit(
         UserError: for an unsupported model, or arguments that do not fit.
 
     """
-    names = (train,) if isinstance(train, str) else tuple(train)
-    choice = Choice(adapter, bias, options or {})
+    is_list = isinstance(train, Iterable) and not isinstance(train, str)
+    names: tuple[Any, ...] = tuple(train) if is_list else (train,)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"train={train!r} must name parts, as 'adapters' or ['q_proj', 'norm']")
+    choice = Choice(adapter, bias, {} if options is None else options)
     choice.check()
     check_backend(backend)
     return mount(servable(model), choice, names, backend)
