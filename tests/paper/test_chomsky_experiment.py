@@ -71,7 +71,7 @@ def test_a_command_trains_as_the_recipe_says(name):
 
 
 def test_the_recipe_is_read_once_for_all_cells(monkeypatch):
-    """A recipe checks every scheme on every task, which takes a tenth of a second."""
+    """Each reading checks every scheme on every task."""
     read, files = encoders.read, []
     monkeypatch.setattr(encoders, "read", lambda file: files.append(file) or read(file))
     assert len(CHOMSKY.cells()) == 110 and len(files) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 from dape.paper.experiment import Experiment
 from dape.paper.sweep import Arm, Sweep, schemes
 from dape.paper.tuning import Tuning
-from dape.positions.scheme import ADAPTERS, BASES
+from dape.positions import scheme
 
 DEMO = Experiment(
     name="demo",
@@ -30,9 +30,13 @@ SCHEMES = Experiment(
         Sweep(
             *("cpu", ("python-stdlib",), (128,)),
             schemes(
-                *BASES,
-                *(f"dape-{base}" for base, of in BASES.items() if of.bias or base in WITHOUT_BIAS),
-                *(f"{adapter}-kerple" for adapter in ADAPTERS if adapter != "dape"),
+                *scheme.BASES,
+                *(
+                    f"dape-{x}"
+                    for x, base in scheme.BASES.items()
+                    if base.bias or x in WITHOUT_BIAS
+                ),
+                *(f"{adapter}-kerple" for adapter in scheme.ADAPTERS if adapter != "dape"),
             ),
             tokens=(1_638_400,),
             reads="128,512,2048,8192,16384",
@@ -42,7 +46,7 @@ SCHEMES = Experiment(
     home=Path("results/schemes"),
 )
 WHOLE = {"model.adapter": None, "model.train": "all"}
-FAST = {"optimizer.learning_rate": 3e-2}
+ADAPTERS = {"optimizer.learning_rate": 3e-2}
 YARN = {"model.config": {"scheme": "yarn", "scheme_options": {"rotation": {"factor": 16}}}}
 RETROFIT = Experiment(
     name="retrofit",
@@ -64,9 +68,9 @@ RETROFIT = Experiment(
                 ),
                 Arm("plain-2048", {**WHOLE, "optimizer.learning_rate": 1e-4}),
                 Arm("yarn-2048", {**WHOLE, "optimizer.learning_rate": 3e-4, **YARN}),
-                Arm("dape-512", {**FAST, "training.length": 512}),
-                Arm("dape-2048", FAST),
-                Arm("yarn-dape-2048", {**FAST, **YARN}),
+                Arm("dape-512", {**ADAPTERS, "training.length": 512}),
+                Arm("dape-2048", ADAPTERS),
+                Arm("yarn-dape-2048", {**ADAPTERS, **YARN}),
             ),
         ),
     ),
