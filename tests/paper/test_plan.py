@@ -157,15 +157,29 @@ def test_the_minutes_around_the_updates_do_not_grow_with_the_tokens(monkeypatch)
     assert prices[double.name] == pytest.approx(0.08 + (spent - 0.08) * 2)
 
 
+def test_finished_measurements_correct_the_estimates_of_others():
+    found = COST.cells()
+    for cell, times in zip(found[:3], (2.0, 3.0, 4.0), strict=True):
+        cell.record.path.mkdir(parents=True)
+        (cell.record.path / "results.json").write_text("{}")
+        words = str(cell.commands[0])
+        seconds = {words: 60 * times * cell.minutes}
+        record.write(cell, record.End({"results.json": words}, seconds, None, None, 0))
+    for times, each in zip((2.0, 3.0, *58 * [3.0]), plan(found[:2] + found[3:]), strict=False):
+        assert each.minutes == pytest.approx((2.5 if each.due else times) * each.cell.minutes)
+        assert each.estimate == each.due
+    assert plan(found)[-1].minutes == pytest.approx(3 * found[-1].minutes)
+
+
 def test_the_plan_marks_prices_that_no_finished_cell_gives():
     legend = "~: includes estimates"
     estimated = table(plan(COST.cells()), devices=1)
     assert [row[-1] for row in estimated.rows] == [
-        *["~3"] * 3,
-        *["~4"] * 3,
         *["~6"] * 3,
         *["~8"] * 3,
-        "~66",
+        *["~10"] * 3,
+        *["~12"] * 3,
+        "~108",
     ]
     assert legend in estimated.note
     core = table(plan(CORE.cells()), devices=1)

@@ -198,21 +198,29 @@ def test_measurements_for_a_second_experiment_cost_the_first_nothing():
     assert results(both).minutes == pytest.approx(price + 10)
 
 
-def test_the_table_of_costs_names_command_commit_and_versions():
+def test_a_table_of_costs_holds_all_lengths_and_names_command_commit_and_versions():
     import evaluations
     from dape.bench.model import Cost, Costs
     from dape.bench.record import Entry
 
-    cell = COST.cells()[0]
-    cell.record.path.mkdir(parents=True)
-    entry = Entry("nope", 512, 1, "forward", milliseconds=1.0, peak=2**30)
-    costs = Costs(1, 0, evaluations.PROVENANCE, [Cost("125m", "fused", 2**29, entry)])
-    costs.save(cell.record.path / "results.json")
-    words = str(cell.commands[0])
-    record.write(cell, record.End({"results.json": words}, {words: 60.0}, None, None, 0))
+    for cell, milliseconds in zip(COST.cells()[:2], (1.0, 4.0), strict=True):
+        cell.record.path.mkdir(parents=True)
+        length = int(cell.name.rpartition("/")[2])
+        place = ("nope", length, 1, "forward")
+        costs = [
+            Cost("125m", form, 2**29, Entry(*place, times * milliseconds, peak=2**30))
+            for form, times in (("fused", 1), ("textbook", 3))
+        ]
+        made = evaluations.PROVENANCE | {"commit": f"abc{length}"}
+        Costs(1, 0, made, costs).save(cell.record.path / "results.json")
+        words = str(cell.commands[0])
+        record.write(cell, record.End({"results.json": words}, {words: 60.0}, None, None, 0))
     text = results(COST).markdown()
-    assert "`dape eval runs/*` at abc, seed 0; cpu; python 3.11, torch 2.13" in text
-    assert "| nope, fused | 1.00 (1.00) | 1.50 |" in text
+    assert text.count("\n## ") == 1
+    for length in (512, 1024):
+        assert f"`dape eval runs/*` at abc{length}, seed 0; cpu; python 3.11, torch 2.13" in text
+    assert "| nope, fused | 1.00 (1.00) | 4.00 (1.00) | 1.50 | 1.50 |" in text
+    assert "| nope, textbook | 3.00 (3.00) | 12.0 (3.00) | 1.50 | 1.50 |" in text
 
 
 def test_every_published_number_has_ours_beside_it_where_it_was_measured():

@@ -277,15 +277,16 @@ COST = Experiment(
             f"cost-{size}-{direction}",
             (
                 *("model", "--sizes", size, "--schemes", ",".join(TIMED)),
-                *("--lengths", "512,...,8192", "--directions", direction),
+                *("--directions", direction),
             ),
             small=(
                 *("model", "--sizes", "small", "--schemes", "nope,dape-kerple"),
-                *("--lengths", "32,64", "--vocab-size", "512", "--directions", direction),
+                *("--vocab-size", "512", "--directions", direction),
             ),
+            lengths=(512, 1024, 2048, 4096, 8192),
             minutes=minutes,
         )
-        for size, minutes in (("125m", 3.0), ("350m", 4.0), ("2.7b", 6.5), ("6.7b", 8.5))
+        for size, minutes in (("125m", 1.2), ("350m", 1.5), ("2.7b", 2.0), ("6.7b", 2.5))
         for direction in ("training", "forward", "generation")
     ),
     sections=("costs",),

@@ -186,7 +186,7 @@ def _longest(cell: Cell) -> dict[str, int]:
 def table(planned: Sequence[Planned], devices: int) -> Table:
     """Return the plan as a table, with the cost of cells that are due.
 
-    A row is a regime, or a group of tasks for encoders.
+    A row is a regime, a group of tasks for encoders, or the lengths of a measurement.
     """
     groups: dict[str, list[Planned]] = {}
     for each in planned:
@@ -213,8 +213,21 @@ def _price(
     measured = spent.get(cell.name) or _alike(cell, cells, spent)
     if measured is not None:
         return measured, False
-    minutes = _estimate(cell) if cell.minutes is None else cell.minutes
-    return minutes, minutes is not None and not cell.timed
+    if cell.minutes is None:
+        minutes = _estimate(cell)
+        return minutes, minutes is not None
+    return cell.minutes * (1.0 if cell.timed else _error(cell, cells, spent)), not cell.timed
+
+
+def _error(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float:
+    """Return minutes over estimated minutes of finished measurements like that of the cell."""
+    if cell.regime is not None:
+        return 1.0
+    alike = (each for each in cells if each.regime is None and not each.timed)
+    found = [
+        spent[each.name] / each.minutes for each in alike if each.minutes and each.name in spent
+    ]
+    return median(found) if found else 1.0
 
 
 def _alike(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float | None:

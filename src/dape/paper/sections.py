@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dape.bench import model
+from dape.bench.model import Costs
 from dape.evaluate import context, learned, retrieval
 from dape.evaluate.compare import compare
 from dape.evaluate.prompts import TASKS
@@ -104,16 +105,19 @@ def _named(arm: str, record: Retrieval) -> Retrieval:
 
 def costs(cells: Sequence[Cell]) -> list[Section]:
     """Return time and memory of whole models, by scheme, form and length."""
-    files = {cell.name: cell.record.path / COSTS for cell in cells}
-    found = {name: model.load(file) for name, file in files.items() if file.is_file()}
-    return [
-        Section(
-            name,
-            tuple(cost_figures.tables(each)),
-            caption=f"{cost_figures.explanation(each)} {origin(each.provenance, each.seed)}.",
-        )
-        for name, each in found.items()
-    ]
+    found: dict[str, list[Costs]] = {}
+    for cell in cells:
+        file = cell.record.path / COSTS
+        if file.is_file():
+            found.setdefault(cell.arm, []).append(model.load(file))
+    return [_costs(name, of_lengths) for name, of_lengths in found.items()]
+
+
+def _costs(name: str, of_lengths: Sequence[Costs]) -> Section:
+    together = replace(of_lengths[0], costs=[cost for each in of_lengths for cost in each.costs])
+    origins = (f"{origin(each.provenance, each.seed)}." for each in of_lengths)
+    caption = " ".join([cost_figures.explanation(together), *origins])
+    return Section(name, tuple(cost_figures.tables(together)), caption=caption)
 
 
 SECTIONS: dict[str, Callable[[Sequence[Cell]], list[Section]]] = {

@@ -156,14 +156,15 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A measurement without a training: the words after `dape bench`, and estimated minutes.
+    """A measurement without a training: words after `dape bench`, and a cell per length.
 
-    `small` are the words for a CPU.
+    `small` are the words for a CPU, and `minutes` an estimate for a cell.
     """
 
     name: str
     words: tuple[str, ...]
     small: tuple[str, ...]
+    lengths: tuple[int, ...]
     minutes: float
 
     @property
@@ -172,14 +173,16 @@ class Bench:
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Return the single cell."""
-        words = ("bench", *self.words, "--out", str(run_folder(home, self.name)))
-        command = Command(words, {COSTS: COSTS})
-        yield Cell(home, self.name, self.name, (command,), minutes=self.minutes)
+        """Yield a cell per length, so that little is lost where a session ends."""
+        for length in self.lengths:
+            name = f"{self.name}/{length}"
+            words = ("--lengths", str(length), "--out", str(run_folder(home, name)))
+            command = Command(("bench", *self.words, *words), {COSTS: COSTS})
+            yield Cell(home, name, self.name, (command,), minutes=self.minutes)
 
     def tiny(self) -> "Bench":
         """Return the measurement for a CPU."""
-        return replace(self, words=self.small)
+        return replace(self, words=self.small, lengths=(32,))
 
 
 def data_folder(corpus: str, data: Mapping[str, str]) -> str:
