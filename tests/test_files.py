@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -44,6 +45,27 @@ def test_a_folder_appears_whole_and_replaces_the_old_one(tmp_path):
             (partial / "deep").mkdir(parents=True)
             (partial / "deep" / content).write_text(content)
     assert [path.name for path in (folder / "deep").iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_killed_while_the_old_one_is_removed_is_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    with whole(folder) as partial:
+        partial.mkdir()
+    remove, found = shutil.rmtree, []
+
+    def watched(path):
+        found.append((path == folder, [each.name for each in folder.iterdir()]))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    for content in ("old", "new"):
+        with whole(folder) as partial:
+            partial.mkdir()
+            (partial / content).touch()
+    assert found == [(False, ["old"]), (False, ["new"])]
+    (tmp_path / "model.partial.partial").mkdir()  # of a process killed at this moment
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -1,8 +1,9 @@
 """Files and folders that are whole or absent, and a clear error for an unreadable file.
 
 A writer fills `NAME.partial` beside the target, brings the content onto the disk and renames
-`NAME.partial` to the target. If the process dies meanwhile, the target is unchanged. The next
-writer removes the leftover. Writers of the same target take turns, by the lock `.NAME.lock`.
+`NAME.partial` to the target. If the process dies meanwhile, the target is unchanged, or absent
+between the renames of an old and a new folder. The next writer removes the leftover. Writers of the
+same target take turns, by the lock `.NAME.lock`.
 """
 
 import errno
@@ -51,10 +52,15 @@ def whole(path: Path) -> Iterator[Path]:
         try:
             yield partial
             _settle(partial, mode)
-            if partial.is_dir() and path.is_dir():  # a folder with content cannot be renamed over
-                remove(path)
+            # A folder with content cannot be renamed over, and a removal may be interrupted.
+            old = partial_of(partial) if partial.is_dir() and path.is_dir() else None
+            if old:
+                remove(old)
+                os.replace(path, old)
             os.replace(partial, path)
             _sync(path.parent)
+            if old:
+                remove(old)
         except BaseException as error:
             with suppress(OSError):  # the first error is the error to report
                 remove(partial)

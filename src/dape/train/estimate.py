@@ -83,13 +83,14 @@ def is_counted(model: nn.Module) -> bool:
 
 
 def flops_per_token(model: nn.Module, length: int) -> int:
-    r"""Return the FLOP of training on a token, 6 (N + sum_l b_l) - 2 F + 3 T sum_l (4 C + 2 a_l).
+    r"""Return the FLOP of training on a token, 6 (N + sum b) - 2 F + T sum (12 C + 6 a - 2 w).
 
     N is the number of parameters in matrix products, F the number of those frozen, whose own
-    gradient is not computed, T the length and C the width of all heads. The adapter of layer l
-    multiplies b_l times for a token and a_l times for a pair of tokens. Per pair, q k^T and the
-    weighted sum cost 2 C each. Otherwise the backward pass costs twice the forward pass. As in PaLM
-    (Chowdhery et al., 2022, appendix B), masked pairs count and recomputation does not.
+    gradient is not computed, T the length and C the width of all heads. Sums are over layers. An
+    adapter multiplies b times for a token and a times for a pair of tokens, of which w are with
+    constants, which have no gradient. Per pair, q k^T and the weighted sum cost 2 C each. Otherwise
+    the backward pass costs twice the forward pass. As in PaLM (Chowdhery et al., 2022, appendix B),
+    masked pairs count and recomputation does not.
     """
     config: Any = model.config
     width = _width_of_heads(config)
@@ -98,10 +99,10 @@ def flops_per_token(model: nn.Module, length: int) -> int:
         for name, module in model.named_modules()
         if name.rpartition(".")[2] == "adapter"
     ]
-    by_token, by_pair = (sum(each) for each in zip((0, 0), *adapters, strict=True))
-    pairs = 4 * width * config.num_hidden_layers + 2 * by_pair
+    by_token, by_pair, constant = (sum(each) for each in zip((0, 0, 0), *adapters, strict=True))
+    pairs = 12 * width * config.num_hidden_layers + 6 * by_pair - 2 * constant
     numbers = size(model)
-    return 6 * (numbers.multiplied + by_token) - 2 * numbers.frozen + 3 * length * pairs
+    return 6 * (numbers.multiplied + by_token) - 2 * numbers.frozen + length * pairs
 
 
 def _width_of_heads(config: Any) -> int:
@@ -111,14 +112,14 @@ def _width_of_heads(config: Any) -> int:
     return width
 
 
-def _products(adapter: nn.Module, width: int) -> tuple[int, int]:
-    """Return the multiplications of an adapter for a token, and for a pair of tokens."""
+def _products(adapter: nn.Module, width: int) -> tuple[int, int, int]:
+    """Return an adapter's multiplications for a token, for a pair, and for a pair by constants."""
     if isinstance(adapter, CoPE):
-        return len(adapter.weight) * width, 0
+        return len(adapter.weight) * width, 0, 0
     if isinstance(adapter, TransformerXL):
-        by_pair = adapter.num_heads * adapter.weight.shape[2]
-        return adapter.weight.numel() + adapter.u.numel(), by_pair
-    return 0, sum(weight.numel() for weight in adapter.parameters() if weight.ndim > 1)
+        sinusoids = adapter.num_heads * adapter.weight.shape[2]
+        return adapter.weight.numel() + adapter.u.numel(), sinusoids, sinusoids
+    return 0, sum(weight.numel() for weight in adapter.parameters() if weight.ndim > 1), 0
 
 
 def peak_flops(device: torch.device) -> float | None:
