@@ -33,6 +33,10 @@ def test_attention_and_its_parts_import_torch_alone():
     assert imported("import dape; dape.attention, dape.Kerple, dape.DAPE") == {"torch"}
 
 
+def test_experiments_are_listed_and_planned_without_the_models():
+    assert imported("from dape.paper import experiments, plan") == {"torch"}
+
+
 def asked():
     """Return the distributions that an installation without extras brings."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

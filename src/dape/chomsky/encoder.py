@@ -9,7 +9,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,12 +18,13 @@ from torch.nn.functional import pad
 
 from dape.chomsky.task import Task
 from dape.errors import UserError
-from dape.model.blocks import DapeAttention
-from dape.model.configuration import DapeConfig
 from dape.positions import scheme as schemes
 from dape.positions.absolute import Sinusoidal
 from dape.positions.adapter import DAPE
 from dape.positions.rotary import RandomizedRoPE
+
+if TYPE_CHECKING:
+    from dape.model.configuration import DapeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Model:
 
 def configure(
     model: Model, scheme: str, task: Task, length: int, backend: str = "auto"
-) -> DapeConfig:
+) -> "DapeConfig":
     """Return the configuration for a task with training inputs of up to `length` symbols.
 
     Models trained together need the backend `reference`.
@@ -52,6 +53,8 @@ def configure(
     Raises:
         UserError: for an unknown scheme, or sizes not divisible by the number of heads.
     """
+    from dape.model.configuration import DapeConfig
+
     parts = schemes.resolve(scheme)
     options: dict[str, dict[str, Any]] = {}
     if parts.adapter is not None and parts.adapter.module is DAPE:
@@ -105,7 +108,9 @@ QUIET = Noise()
 class EncoderLayer(nn.Module):
     """A post-norm block: `LN(x + attention(x))`, then `LN(x + W2 relu(W1 x))`."""
 
-    def __init__(self, config: DapeConfig, layer_idx: int) -> None:
+    def __init__(self, config: "DapeConfig", layer_idx: int) -> None:
+        from dape.model.blocks import DapeAttention
+
         super().__init__()
         width, wide = config.hidden_size, config.feed_forward_size
         self.self_attn = DapeAttention(config, layer_idx)
@@ -128,7 +133,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """The encoder, from the ids of an input to the logits of the output positions."""
 
-    def __init__(self, config: DapeConfig, classes: int) -> None:
+    def __init__(self, config: "DapeConfig", classes: int) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Linear(config.vocab_size, config.hidden_size, bias=False)
@@ -242,7 +247,7 @@ def _initialize(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def build(config: DapeConfig, classes: int, seed: int) -> Encoder:
+def build(config: "DapeConfig", classes: int, seed: int) -> Encoder:
     """Return a new encoder with parameters drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Encoders on a leading axis of models: their parameters, and modules mapped over the axis."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,9 @@ from torch.nn.functional import pad
 
 from dape.chomsky.encoder import Encoder, EncoderLayer
 from dape.chomsky.heads import Heads, served
-from dape.model.configuration import DapeConfig
+
+if TYPE_CHECKING:
+    from dape.model.configuration import DapeConfig
 
 ALIGNED = 4  # parameters begin at multiples of this number of elements, 16 bytes of float32
 
@@ -86,7 +88,7 @@ def stacked(module: nn.Module, axes: tuple[int | None, ...]) -> Stacked:
     return each
 
 
-def block_of(config: DapeConfig) -> Stacked:
+def block_of(config: "DapeConfig") -> Stacked:
     """Return a block of an encoder as a function of stacked parameters."""
     with torch.device("meta"):
         block = EncoderLayer(config, 0).eval()

@@ -8,7 +8,7 @@ as a CUDA graph per length of the curriculum, with the drawing of examples insid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,7 +29,9 @@ from dape.chomsky.mapped import (
     within,
 )
 from dape.chomsky.task import Draw, Sample, Task, generator
-from dape.model.configuration import DapeConfig
+
+if TYPE_CHECKING:
+    from dape.model.configuration import DapeConfig
 
 NOISE = 2**32  # added to a seed for dropout and randomised positions
 PART = 8  # examples of a product of weights; see `Stack.forward`
@@ -77,7 +79,7 @@ class Stack:
     def __init__(
         self,
         task: Task,
-        config: DapeConfig,
+        config: "DapeConfig",
         training: Training,
         seeds: Sequence[int],
         device: torch.device | str,

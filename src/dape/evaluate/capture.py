@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dape.errors import UserError
-from dape.model.blocks import DapeAttention
 from dape.positions.adapter import Rows, adapted
 
 
@@ -162,6 +161,8 @@ def attending(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: for a model without a call of `dape.attention`.
     """
+    from dape.model.blocks import DapeAttention
+
     found = [
         module
         for module in model.modules()
@@ -182,6 +183,8 @@ def _record(
 
     Meanwhile the backend is `auto`, because fused kernels do not serve a recorder.
     """
+    from dape.model.blocks import DapeAttention
+
     ours = isinstance(attention, DapeAttention)
     chooser, name = (attention.config, "backend") if ours else (attention, "attention_backend")
     for owner, attribute in ((attention, "adapter"), (chooser, name)):

@@ -11,8 +11,6 @@ from dape.data.tokenizer import file_of_model
 from dape.errors import UserError
 from dape.evaluate.subject import Finetuned, InMemory, Model
 from dape.evaluate.watch import SILENT, Watch, repeated
-from dape.model.loading import load_config
-from dape.model.retrofit.storage import SETTINGS
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -68,6 +66,9 @@ def open_model(path: Path, partial_weights: bool = False) -> Model:
     Raises:
         UserError: for an unknown model.
     """
+    from dape.model.loading import load_config
+    from dape.model.retrofit.storage import SETTINGS
+
     folder = RunFolder(path)
     # A record without a recipe is of a run whose recipe was lost.
     recipe = folder.read_recipe() if folder.exists or lexists(folder.record) else None
@@ -111,6 +112,8 @@ def _check_config(file: Path, config: Any, recipe: dict[str, Any]) -> None:
 
 
 def _open_finetuned(folder: RunFolder, recipe: dict[str, Any], partial_weights: bool) -> Finetuned:
+    from dape.model.loading import load_config
+
     base = open_model(Path(recipe["model"]["base"]), partial_weights)
     mounted = recipe["model"]["adapter"] is not None
     if not (folder.adapters if mounted else folder.model).is_dir():
