@@ -71,16 +71,16 @@ def dape_v2(w1, b1, w2, b2, inputs="concat", residual=True):
     def logits(scores, bias, seen):
         x = see(inputs, scores, bias)
 
-        def hidden(key):
-            if key < seen[0]:
-                return torch.zeros_like(b1)
-            near = [(t, key + t - reach) for t in range(taps)]
-            return leaky_relu(b1 + sum(w1[:, :, t] @ x[:, j] for t, j in near if j in seen))
-
-        units = {j: hidden(j) for j in range(seen[0] - reach, seen[-1] + reach + 1)}
-        change = [b2 + sum(w2[:, :, t] @ units[j + t - reach] for t in range(taps)) for j in seen]
+        first, size = seen[0] - 2 * reach, seen[-1] - seen[0] + 1
+        line = torch.zeros(len(x), size + 4 * reach, dtype=x.dtype)
+        line[:, [j - first for j in seen]] = x[:, seen]
+        length = size + 2 * reach  # from `reach` keys before the first to as many past the last
+        taken = sum(w1[:, :, t] @ line[:, t : t + length] for t in range(taps))
+        units = leaky_relu(b1[:, None] + taken)
+        units = torch.cat([torch.zeros_like(units[:, :reach]), units[:, reach:]], dim=1)
+        change = b2[:, None] + sum(w2[:, :, t] @ units[:, t : t + size] for t in range(taps))
         base = scores + bias if residual else scores
-        return base[:, seen] + torch.stack(change, dim=1)
+        return base[:, seen] + change[:, [j - seen[0] for j in seen]]
 
     return logits
 
@@ -98,9 +98,10 @@ def attention(
     scale = 1 / math.sqrt(width) if scale is None else scale
     out = query.new_zeros(batch, heads, rows, value.shape[3])
     all_weights = query.new_zeros(batch, heads, rows, key.shape[2])
+    visible = visible.tolist()
     for b in range(batch):
         for i in range(rows):
-            seen = [j for j in range(key.shape[2]) if visible[b, i, j]]
+            seen = [j for j in range(key.shape[2]) if visible[b][i][j]]
             if not seen:
                 continue
             a = torch.stack([key[b, h // group] @ query[b, h, i] * scale for h in range(heads)])
