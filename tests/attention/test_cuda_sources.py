@@ -17,6 +17,8 @@ from dape.attention.fused.cuda import features, forward, launch, mix, taps
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+# Code of sources that are accepted is thrown away: it need not be good. PTX is assembled all the same.
+FAST = "--Ofast-compile=max"
 HEADERS = Path(find_spec("nvidia").submodule_search_locations[0], "cu13", "include")
 KINDS = {
     "causal": {},
@@ -39,7 +41,7 @@ def problem(heads=12, hidden=32, head_dim=64, dtype=torch.bfloat16, causal=True,
 
 def refusal(source, capability):
     """Return what the compiler says of a source that it refuses, or nothing."""
-    options = [f"--gpu-architecture=sm_{capability}", f"-I{HEADERS}", *flags_of_pytorch()]
+    options = [f"--gpu-architecture=sm_{capability}", f"-I{HEADERS}", *flags_of_pytorch(), FAST]
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], [])
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if result == nvrtc.nvrtcResult.NVRTC_SUCCESS:
@@ -102,6 +104,12 @@ def test_the_compiler_refuses_what_pytorch_would():
     assert "no suitable conversion" in refusal(
         "#include <cuda_fp16.h>\n__global__ void x(float* a, __half b) { *a = (float)b; }", "90"
     )
+
+
+def test_the_compiler_refuses_what_the_assembler_would():
+    source = '__global__ void x(int* a) {{ asm volatile("{}.{};" : "=r"(*a)); }}'
+    assert "ptxas" in refusal(source.format("mov", "u23 %0, 1"), "90")
+    assert refusal(source.format("mov", "u32 %0, 1"), "90") == ""
 
 
 def test_a_kernel_is_compiled_once_and_read_from_the_cache_by_later_processes(
