@@ -17,7 +17,7 @@ from dape.attention.fused.cuda import features, forward, launch, mix, taps
 
 pytestmark = pytest.mark.unhooked  # tables come from a kernel, by the interpreter
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
-# Code of sources that are accepted is thrown away: it need not be good. PTX is assembled all the same.
+# The machine code is thrown away, and need not be fast. PTX is assembled all the same.
 FAST = "--Ofast-compile=max"
 HEADERS = Path(find_spec("nvidia").submodule_search_locations[0], "cu13", "include")
 KINDS = {
