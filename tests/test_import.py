@@ -1,5 +1,6 @@
 """What importing `dape` costs and needs, and that its names are what they say."""
 
+import json
 import subprocess
 import sys
 import tomllib
@@ -50,31 +51,52 @@ def asked():
     return found
 
 
+# Attention, then every module, then every command, of a Python that has imported nothing before.
+ALONE = """
+import json, torch, dape
+bias, adapter, x = dape.Kerple(4), dape.DAPE(4), torch.randn(1, 4, 40, 16)
+whole = dape.attention(x, x, x, bias, adapter)
+last = dape.attention(x[:, :, -1:], x, x, bias, adapter, query_offset=39)
+found = {"attention": (whole[:, :, -1:] - last).abs().max().item()}
+
+from importlib import import_module
+from pathlib import Path
+folder, found["failed"] = Path(dape.__path__[0]), {}
+for path in sorted(folder.rglob("*.py")):
+    name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+    try:
+        name.endswith("__main__") or import_module(name.removesuffix(".__init__"))
+    except ImportError as error:
+        found["failed"][name] = error.name
+
+from dape.cli import COMMANDS, main
+found["codes"] = {}
+for name in ["info", *(f"{name} --help" for name in COMMANDS)]:
+    try:
+        found["codes"][name] = main(name.split())
+    except SystemExit as end:
+        found["codes"][name] = end.code
+print(json.dumps(found))
+"""
+
+
 @pytest.fixture(scope="module")
 def bare():
-    """Return a function that runs code in a fresh Python without the packages of the extras."""
+    """Return what a fresh Python without the packages of the extras printed, and what it found."""
     kept, owners = asked(), packages_distributions().items()
     others = {name for name, of in owners if kept.isdisjoint(map(canonicalize_name, of))}
     assert {"hypothesis", "pytest"} <= others and "rich" not in others
     # PyTorch for GPUs asks for Triton; builds for CPUs, macOS and Windows come without.
     absent = sorted(others | {"triton"})
-
-    def run(code):
-        code = f"import sys; sys.modules |= dict.fromkeys({absent})\n{code}"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-    return run
+    code = f"import sys; sys.modules |= dict.fromkeys({absent})\n{ALONE}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(run.stdout.splitlines()[-1])
 
 
 def test_attention_needs_no_triton(bare):
-    run = bare(
-        "import torch, dape;"
-        "bias, adapter, x = dape.Kerple(4), dape.DAPE(4), torch.randn(1, 4, 40, 16);"
-        "whole = dape.attention(x, x, x, bias, adapter);"
-        "last = dape.attention(x[:, :, -1:], x, x, bias, adapter, query_offset=39);"
-        "print((whole[:, :, -1:] - last).abs().max().item() < 1e-5)"
-    )
-    assert run.stdout.split() == ["True"], run.stderr
+    _, found = bare
+    assert found["attention"] < 1e-5
 
 
 def test_models_need_no_module_of_unix_and_files_are_refused_with_a_line(tmp_path):
@@ -96,42 +118,17 @@ main(["plot", "encoding", "alibi", "--out", {str(tmp_path / "a.svg")!r}])
 
 
 def test_no_module_needs_an_extra_and_kernels_alone_need_triton(bare):
-    run = bare(
-        """
-import dape
-from importlib import import_module
-from pathlib import Path
-folder = Path(dape.__path__[0])
-for path in sorted(folder.rglob("*.py")):
-    name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
-    try:
-        name.endswith("__main__") or import_module(name.removesuffix(".__init__"))
-    except ImportError as error:
-        print(name, error.name)
-"""
-    )
-    assert run.returncode == 0, run.stderr
-    failed = [line.split() for line in run.stdout.splitlines()]
-    assert failed, "kernels need Triton"
-    for name, missing in failed:
+    _, found = bare
+    assert found["failed"], "kernels need Triton"
+    for name, missing in found["failed"].items():
         kernels = name.startswith("dape.attention.fused.") or name.endswith("_kernels")
         assert kernels and missing.partition(".")[0] == "triton", f"{name} needs {missing}"
 
 
 def test_every_command_explains_itself_without_an_extra(bare):
-    run = bare(
-        """
-from dape.cli import COMMANDS, main
-for name in ["info", *(f"{name} --help" for name in COMMANDS)]:
-    try:
-        status = main(name.split())
-    except SystemExit as end:
-        status = end.code
-    assert not status, name
-"""
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("usage: dape") == len(COMMANDS)
+    printed, found = bare
+    assert len(found["codes"]) == len(COMMANDS) + 1 and not any(found["codes"].values())
+    assert printed.count("usage: dape") == len(COMMANDS)
 
 
 def test_tests_of_kernels_are_skipped_where_there_is_no_triton():
