@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
@@ -107,6 +108,8 @@ def warm() -> None:
             import_module(name)
         except ImportError:
             print(f"{name} is not installed", file=sys.stderr)
+    with suppress(ImportError):  # lm-eval describes the machine, by `pip list` and other programs
+        import_module("lm_eval.evaluator").add_env_info = lambda results: None
     gc.collect()
     gc.freeze()  # a trial need neither look through the imports nor copy them
 
