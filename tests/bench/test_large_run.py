@@ -10,6 +10,7 @@ from dape.runs import RunFolder
 from dape.train.recipe import Recipe, write
 from dape.train.sections import Hardware, Model, Training
 from folders import prepare
+from forked import instead_of
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +41,17 @@ def words(folder, *changes):
 
 
 def in_this_process(module):
-    """Return `Work.command` that starts torchrun alone, because this process has dape imported."""
+    """Return `Work.command` for a process that has dape imported, and starts ranks by forking."""
     begin = module.Work.command
 
     def command(self, phase, *words):
         if words[:3] == module.DAPE:
             assert not cli.main([str(each) for each in words[3:]])
             return ""
-        return (
-            json.dumps(module.loaded(words[3])) if phase == "load" else begin(self, phase, *words)
-        )
+        if phase == "load":
+            return json.dumps(module.loaded(words[3]))
+        assert phase == "resume"  # the phase before starts torchrun itself, and kills its processes
+        return begin(self, phase, *instead_of(words))
 
     return command
 

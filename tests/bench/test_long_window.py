@@ -8,6 +8,7 @@ import pytest
 from dape import cli
 from dape.errors import UserError
 from folders import make_run, prepare
+from forked import instead_of
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,14 @@ def entry(processes, **losses):
 
 
 def test_one_process_and_two_have_the_same_perplexity(module, tmp_path, monkeypatch, capsys):
-    """The single one is this process, which has dape imported."""
+    """The single one is this process, which has dape imported, and the two are forked from one."""
     start = module.launch.run
 
     def run(words, log, seconds):
         if words[1:3] == ["-m", "dape"]:
             assert not cli.main(words[3:])
         else:
-            start(words, log, seconds)
+            start(instead_of(words), log, seconds)
 
     monkeypatch.setattr(module.launch, "run", run)
     folder = make_run(tmp_path / "run", prepare(tmp_path), "dape-kerple")

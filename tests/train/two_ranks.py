@@ -2,17 +2,13 @@
 
 import errno
 import json
-import os
-import signal
 import sys
-import traceback
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from small import recipe
 from spread import CALLS, arguments
-from torch.distributed import TCPStore
 from torch.distributed.tensor import DTensor
 
 import interpreter
@@ -27,6 +23,7 @@ from dape.train.loop import fit
 from dape.train.parallelize import context_parallel, launch
 from dape.train.run import begin, train
 from dape.train.task import LanguageModelling
+from forked import fork
 
 BF16 = {"training": {"precision": "bf16-mixed"}}
 FUSED = {"model": {"backend": "triton"}}
@@ -136,36 +133,5 @@ def main(data, out):
         assert rank == 0, "the second rank ended before an exchange"
 
 
-def fork(data, out):
-    """Start two ranks as torchrun does, of one process that has imported what both need."""
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # where ranks meet
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "0"}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    ranks = set()
-    for rank in "01":
-        process = os.fork()
-        if not process:
-            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-            code = 1
-            try:
-                main(data, out)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        ranks.add(process)
-    while ranks:
-        process, status = os.wait()
-        ranks.remove(process)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            sys.exit(1)
-
-
 if __name__ == "__main__":
-    fork(sys.argv[1], Path(sys.argv[2]))
+    fork(lambda: main(sys.argv[1], Path(sys.argv[2])))
