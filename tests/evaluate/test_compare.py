@@ -36,6 +36,13 @@ def test_other_settings_are_another_group_told_apart_by_the_run():
     ]
 
 
+def test_a_seed_of_other_settings_is_no_further_seed():
+    """A training at another rate with seed 1 beside the seed 0 of the first rate."""
+    first = make("kerple", KERPLE[0], seed=0)
+    other = make("kerple", KERPLE[1], seed=1, settings="of another rate")
+    assert [len(each.evaluations) for each in group([first, other])] == [1, 1]
+
+
 def test_lengths_trained_at_tell_groups_of_a_scheme_apart():
     short = make("kerple", KERPLE[0], settings="short")
     long = make("kerple", KERPLE[1], settings="long", train_length=2048, run="runs/long")
@@ -148,8 +155,9 @@ def test_names_of_schemes_split_into_adapter_and_encoding():
 def test_perplexities_of_other_tokens_are_refused_and_bits_per_byte_are_not():
     here, there = make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])
     there = replace(there, targets=replace(there.targets, data="decade"))
-    with pytest.raises(UserError, match=r"perplexity of runs/dape-kerple-0 .*bits_per_byte"):
-        check_comparable([here, there], "perplexity")
+    for metric in ("perplexity", "loss"):
+        with pytest.raises(UserError, match=rf"{metric} of runs/dape-kerple-0 .*bits_per_byte"):
+            check_comparable([here, there], metric)
     check_comparable([here, there], "bits_per_byte")
     assert compare(group([here, there])) == []
 
@@ -158,6 +166,13 @@ def test_other_lengths_are_refused_for_every_metric():
     here = make("kerple", KERPLE[0])
     there = make("dape-kerple", DAPE[0][:2], lengths=LENGTHS[:2])
     with pytest.raises(UserError, match="different lengths"):
+        check_comparable([here, there], "bits_per_byte")
+
+
+def test_other_protocols_are_refused_for_every_metric():
+    here, there = make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])
+    there = replace(there, targets=replace(there.targets, protocol="sliding"))
+    with pytest.raises(UserError, match="by different protocols"):
         check_comparable([here, there], "bits_per_byte")
 
 

@@ -23,6 +23,7 @@ from dape.evaluate.context import (
     tally,
     window_needed,
 )
+from dape.evaluate.evaluation import evaluate
 from dape.evaluate.gains import by_adapter, by_length, check_comparable, gain
 from dape.evaluate.opening import open_model
 from dape.evaluate.plan import plan
@@ -296,7 +297,21 @@ def test_what_was_measured_is_measured_anew_when_anything_is_different(run, tmp_
 
     assert kept() == ([], 0) and kept() == ([16, 32], 0) and kept(again=True) == ([], 0)
     assert kept(lengths=(16, 32, 64)) == kept(documents=1) == ([], 1), "the old file is replaced"
-    assert kept(documents=1) == ([16, 32], 0)
+    assert kept(documents=1) == ([16, 32], 0) and kept(documents=2) == ([], 1)
+
+
+def test_the_tokens_are_of_the_split_and_of_the_seed_asked_for(run, tmp_path):
+    def targets(measure, **asked):
+        (found,) = measure(run.folder, None, [16, 32], out=tmp_path, again=True, **asked)
+        return found.targets
+
+    asked = [{"documents": 2, "blocks": 1, "seed": seed} for seed in range(4)]
+    found = [targets(evaluate_context, **each) for each in asked]
+    assert found == [targets(evaluate, **each) for each in asked]
+    assert [each.tokens for each in found] == [[BLOCK] * 2] * 4
+    assert len({tuple(each.documents) for each in found}) > 1, "the seed chooses the documents"
+    other = targets(evaluate_context, split="validation")
+    assert (other.split, other.documents) == ("validation", [0]), "its only document"
 
 
 @pytest.mark.parametrize(
