@@ -185,6 +185,16 @@ def test_an_adapter_gains_where_it_reaches_and_its_base_does_not(run, monkeypatc
     assert short.gains[0].mean == full
 
 
+def test_the_base_of_an_adapter_was_trained_at_its_length(run, monkeypatch):
+    records = []
+    for length in (16, 64):
+        for scheme, reach in (("kerple", length), ("dape-kerple", 10**6)):
+            about = {"train_length": length, "settings": f"{length}", "run": f"{scheme}-{length}"}
+            records.append(measured(run, monkeypatch, reach, scheme=scheme, **about))
+    names = ["dape-kerple at 16 over kerple at 16", "dape-kerple at 64 over kerple at 64"]
+    assert [each.name for each in by_adapter(records, "token")] == names
+
+
 def test_seeds_of_a_scheme_are_averaged(run, monkeypatch):
     records = [measured(run, monkeypatch, reach, seed=reach) for reach in (1, 10**6)]
     (both,), (alone,) = by_length(records, "token"), by_length(records[1:], "token")

@@ -15,17 +15,18 @@ TOKENS = [[60, 40, 70], [30, 50, 20], [0, 0, 0]]
 
 
 def use(scheme, seed, documents=3):
-    """Return a record of random losses; no token occurs nowhere."""
+    """Return a record of random losses; no token occurs nowhere, and pairs are in other bins."""
     rng = np.random.default_rng(seed)
-    tokens = [row[:documents] for row in TOKENS]
-    losses = rng.uniform(1, 3, (2, 3, documents)) * tokens
+    bins = {"token": TOKENS, "pair": TOKENS[::-1]}
+    tokens = {name: [row[:documents] for row in rows] for name, rows in bins.items()}
+    losses = {name: rng.uniform(1, 3, (2, 3, documents)) * rows for name, rows in tokens.items()}
     evaluation = make(scheme, [2.0, 1.9], lengths=LENGTHS)
     return ContextUse(
         subject=evaluation.subject,
         targets=evaluation.targets,
         lengths=LENGTHS,
         positions=[(1, 1, 4.0), (2, 4, 3.0), (5, 256, 2.5)],
-        tallies={name: Tally(tokens, losses.tolist()) for name in ("token", "pair")},
+        tallies={name: Tally(tokens[name], losses[name].tolist()) for name in bins},
         provenance={},
     )
 
@@ -42,11 +43,12 @@ def marks(axes, label):
 
 def test_the_marks_are_the_gains(records):
     figure = draw(records)
-    positions, longer, _, over_length, adapter, _ = figure.axes
+    positions, longer, of_pairs, over_length, adapter, _ = figure.axes
     assert marks(positions, "kerple").tolist() == [4.0, 3.0, 2.5]
-    for found in by_length(records, "token"):
-        expected = [np.nan if each.mean is None else each.mean for each in found.gains]
-        np.testing.assert_allclose(marks(longer, found.label), expected)
+    for axes, name in ((longer, "token"), (of_pairs, "pair")):
+        for found in by_length(records, name):
+            expected = [np.nan if each.mean is None else each.mean for each in found.gains]
+            np.testing.assert_allclose(marks(axes, found.label), expected)
     (found,) = by_adapter(records, "token")
     np.testing.assert_allclose(marks(adapter, found.name)[:2], [g.mean for g in found.gains[:2]])
     totals = [by_adapter(records, "token", length)[0].total.mean for length in LENGTHS]
@@ -68,6 +70,22 @@ def test_the_cells_are_the_gains(records):
     total = found.total
     cell = f"{total.mean:+.3f} [{total.low:+.3f}, {total.high:+.3f}]"
     assert third.rows[-1] == ["all", "270", cell]
+
+
+def test_a_table_has_the_tokens_and_the_gains_of_its_kind_of_occurrence(records):
+    """By the sums of the records: what the long window or the adapter saves, a token."""
+    by_name = {name: [each.tallies[name] for each in records] for name in ("token", "pair")}
+    for name, shown in zip(("token", "pair") * 2, found := tables(records), strict=True):
+        tokens = np.array(by_name[name][0].tokens).sum(axis=1)
+        base, adapted = (np.array(each.losses).sum(axis=2) for each in by_name[name])
+        saved = (
+            [base[1] - adapted[1]] if shown in found[2:] else [x[0] - x[1] for x in (base, adapted)]
+        )
+        assert [row[1] for row in shown.rows] == [f"{n}" for n in (*tokens, tokens.sum())]
+        for column, each in enumerate(saved):
+            cells = [row[2 + column].partition(" ")[0] for row in shown.rows]
+            means = [f"{x / n:+.3f}" if n else "—" for x, n in zip(each, tokens, strict=True)]
+            assert cells == [*means, f"{each.sum() / tokens.sum():+.3f}"]
 
 
 def test_one_document_has_no_interval():

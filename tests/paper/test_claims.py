@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 from scipy.stats import ttest_rel
 
 import evaluations
@@ -100,9 +101,58 @@ def test_with_one_seed_the_test_is_over_documents():
 
 
 @pytest.mark.parametrize(
+    ("p", "expected"), [(0.049, "reproduced"), (0.051, "not decidable at this scale")]
+)
+def test_a_p_value_below_five_percent_decides(p, expected):
+    """Three differences of mean -0.1 with the deviation that gives t the two-sided p."""
+    spread = 0.1 * math.sqrt(3) / student.isf(p / 2, df=2)
+    base, shifts = (3.0, 2.9, 3.1), (-0.1, -0.1 - spread, -0.1 + spread)
+    ours = group("a", *[flat(b + shift) for b, shift in zip(base, shifts, strict=True)])
+    found = Better("a", "b", REGIME).find([study(ours, group("b", *map(flat, base)))])
+    assert found.test.p_value == pytest.approx(p) and found.outcome == expected
+
+
+@pytest.mark.parametrize("losses", [(math.nan, 3.0, 3.0), (math.nan,)])
+def test_a_loss_that_is_no_number_decides_nothing(losses):
+    ours, theirs = group("a", *map(flat, losses)), group("b", *(flat(3.0) for _ in losses))
+    found = Better("a", "b", REGIME).find([study(ours, theirs)])
+    assert math.isnan(found.test.p_value) and found.outcome == "not decidable at this scale"
+
+
+def test_a_document_counts_by_its_tokens():
+    """By hand: a document of 300 tokens loses 0.1, and 19 documents of 100 gain 0.1 a token."""
+    gains = [-0.1] + [0.1] * 19
+    made = [evaluations.make(name, flat(3.0)) for name in ("a", "b")]
+    for each, sign in zip(made, (-1, 0), strict=True):
+        each.targets.tokens[:] = [300] + [100] * 19
+        for measured in each.measurements:
+            measured.document_losses[:] = [3.0 + sign * gain for gain in gains]
+    test = compare(*(x for each in made for x in (Group(each.subject.scheme, (each,)), 128)))
+    assert test.difference == pytest.approx((0.1 * 300 - 0.1 * 1900) / 2200)
+
+
+def test_a_length_that_a_run_refused_is_not_measured():
+    theirs = group("b", flat(3.0), flat(3.0))
+    ours = group("a", flat(2.9), [2.9, 2.9, 2.9, 2.9, None])
+    assert Better("a", "b", REGIME, times=16).find([study(ours, theirs)]) is None
+    assert Rise("a", REGIME, 16, rises=True).find([study(ours)]) is None
+    assert outcome(Better("a", "b", REGIME, times=8), ours, theirs) == "reproduced"
+
+
+def test_the_best_length_is_that_of_the_mean_over_seeds():
+    """A seed has the lowest loss of all at 128, and the mean is lowest at 512."""
+    curve = group("k", [2.0, 3.0, 2.9, 3.1, 3.2], [4.0, 3.0, 2.7, 3.1, 3.2])
+    assert best_length(curve, 2048) == 512
+    found = Rise("k", REGIME, 16, rises=True).find([study(curve)])
+    assert found.seeds == 2 and found.test.difference == pytest.approx(3.2 - 2.8)
+
+
+@pytest.mark.parametrize(
     ("change", "steady", "rising"),
     [
         (0.03, "not reproduced", "reproduced"),
+        (0.012, "not reproduced", "reproduced"),
+        (0.008, "reproduced", "not reproduced"),
         (0.002, "reproduced", "not reproduced"),
         (-0.5, "reproduced", "not reproduced"),
     ],
@@ -173,7 +223,8 @@ def test_far_tokens_are_those_that_only_a_longer_window_holds(tmp_path):
         [near, [3.0, 2.0], [1.0, 0.0], nowhere],
     ]
     other = [[[2 * loss for loss in each] for each in row] for row in losses]
-    records = [use(tokens, values) for values in (losses, other)]
+    unlike = Tally(tokens[::-1], losses)
+    records = [use(tokens, values, token=unlike) for values in (losses, other)]
     found = far_losses(records)
     assert [each.tolist() for each in found] == [[3.0, 1.0], [15.0, 4.5], [6.0, 3.0]]
 
@@ -195,7 +246,19 @@ def test_far_text_is_used_if_far_tokens_gain(gain, expected, tmp_path):
     assert Uses("alibi", REGIME).find([where]) is None
 
 
-def use(tokens, losses, lengths=(128, 256, 512)):
+def test_a_document_counts_by_its_far_tokens(tmp_path):
+    """By hand: 12 tokens of a document lose 0.5 each, and 4 of each of 19 documents gain 0.25."""
+    cell = Cell(tmp_path, "small/kerple-0", "kerple", ())
+    far, rest = [12] + [4] * 19, [5] * 20
+    before = [[10.0] * 20, [3.0 * n for n in far], [20.0] * 20]
+    after = [before[0], [3.5 * 12] + [2.75 * 4] * 19, before[2]]
+    record = use([rest, far, rest], [before, after], lengths=[128, 256])
+    record.save(cell.record.evaluation("context"))
+    found = Uses("kerple", REGIME).find([replace(study(), cells=(cell,))])
+    assert found.test.difference == pytest.approx((0.5 * 12 - 0.25 * 76) / 88)
+
+
+def use(tokens, losses, lengths=(128, 256, 512), token=None):
     made = evaluations.make("kerple", [3.0] * 5)
     tally = Tally(tokens, losses)
     return ContextUse(
@@ -203,7 +266,7 @@ def use(tokens, losses, lengths=(128, 256, 512)):
         targets=made.targets,
         lengths=list(lengths),
         positions=[],
-        tallies={"token": tally, "pair": tally},
+        tallies={"token": token or tally, "pair": tally},
         provenance=made.provenance,
     )
 
@@ -263,6 +326,21 @@ def test_among_equal_p_values_the_smallest_difference_has_the_least_support():
     assert judge(Claim("steady", "", checks), where).weakest.number.startswith("b +0.4 %")
 
 
+def test_the_greatest_p_value_has_the_least_support():
+    sure, unsure, failed, nan = (
+        Finding("reproduced", "", 3, p and PairedTest("t", 3, -0.1, p))
+        for p in (0.001, 0.04, None, math.nan)
+    )
+    claim = Claim("a claim", "section 0", ())
+    for findings, weakest in [
+        ((sure, unsure), unsure),
+        ((unsure, sure), unsure),
+        ((unsure, failed, sure), failed),
+        ((unsure, nan), nan),
+    ]:
+        assert Verdict(claim, "reproduced", findings).weakest is weakest
+
+
 def test_arms_are_compared_on_the_seeds_that_both_have():
     """Seed 1 of the baseline is much worse, and the candidate lacks the seed."""
     ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))
@@ -308,6 +386,8 @@ def test_a_check_counts_the_failed_runs_beside_finished_ones(tmp_path):
     where = replace(study(*groups), cells=cells, errors=errors)
     found = Better("dape-kerple", "kerple", REGIME).find([where])
     assert found.number.endswith("(small-arxiv-128-150M, runs failed: 1)") and found.seeds == 1
+    turned = Better("kerple", "dape-kerple", REGIME).find([where])
+    assert turned.number.endswith("(small-arxiv-128-150M, runs failed: 1)")
     assert Rise("kerple", REGIME, 16, True).find([where]).number.endswith("(small-arxiv-128-150M)")
 
 
