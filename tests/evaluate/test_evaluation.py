@@ -506,6 +506,16 @@ def test_a_retrieval_of_other_questions_is_made_anew(run):
         assert [what for _, _, what in heard.lines] == ["exact"]
 
 
+def test_a_needle_in_other_text_is_made_anew(run, tmp_path):
+    asked = {"tasks": ["needle"], "lengths": [400], "trials": 1, "depths": [0.5]}
+    outcomes = []
+    for text in (None, None, prepare(tmp_path, seed=5)):
+        (found,) = evaluate_retrieval(run, **asked, corpus=text, watch=(heard := Heard()))
+        outcomes += [what for _, _, what in heard.lines]
+    assert outcomes == ["exact", "measured", "exact"]
+    assert found.data == Corpus(tmp_path / "data").checksum
+
+
 def test_two_measurements_of_one_kind_are_one_too_many(run, corpus):
     folder = run / "evaluation"
     with locked(folder, "busy", "last"):

@@ -17,7 +17,7 @@ from dape.paper.experiments import AMOUNTS, CORE, COST
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
-from dape.paper.sections import perplexities
+from dape.paper.sections import perplexities, trainings
 from dape.paper.spread import spread
 from dape.paper.study import studies
 from dape.paper.sweep import TINY, Measure
@@ -65,6 +65,21 @@ def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
     text = record.read(found.cells[0]).train_tokens
     trained = ["2.5000", "1,000", f"{6.5 / 60:.1f}", "8,448", f"{8448 / text:.2g}"]
     assert trainings.rows[0] == ["kerple", "2", *trained], "tokens of the record, not the regime's"
+
+
+def test_the_training_of_an_arm_is_a_mean_over_runs():
+    """By hand, of the last validation losses; the speed is the median over all steps."""
+    chosen = experiment("kerple", seeds=(0, 1))
+    run(chosen)
+    steps = [[(3.0, 10), (2.0, 20), (2.005, 90)], [(2.2, 30)]]
+    for cell, lines, size in zip(chosen.cells(), steps, (1, 3), strict=True):
+        cell.record.record.write_text(json.dumps({"tokens": 1000 * size, "seconds": 60.0 * size}))
+        named = [{"step": 1, "validation_loss": x, "tokens_per_second": y} for x, y in lines]
+        cell.record.metrics.write_text("".join(json.dumps(each) + "\n" for each in named))
+    (study,) = studies(chosen.cells())
+    epochs = 2000 / record.read(chosen.cells()[0]).train_tokens
+    expected = ["kerple", "2", "2.1025", "25", "2.0", "2,000", f"{epochs:.2g}"]
+    assert trainings(study).rows == [expected]
 
 
 def test_a_cell_that_failed_is_there_with_its_reason_beside_the_others():
