@@ -1,5 +1,6 @@
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,16 @@ def test_the_evaluation_reads_from_the_training_length():
     assert str(cell.commands[1]) == (
         "dape eval runs/paper/125m-arxiv-512-150M/kerple-0 --lengths 512,...,16384"
     )
+    for cell in experiments.LENGTHS.cells():
+        assert cell.commands[1].words[-1] == f"{cell.regime.length},...,16384"
+
+
+def test_the_learnt_rows_are_of_texts_of_one_four_and_sixteen_times_the_training_length():
+    (cell,) = experiments.LEARNT.cells()
+    measured = [dict(pairwise(each.words)) for each in cell.commands[2:]]
+    assert [each["--length"] for each in measured] == ["512", "2048", "8192"]
+    files = [f"{cell.run.path}/learned/{length}.json" for length in (512, 2048, 8192)]
+    assert [each["--out"] for each in measured] == files
 
 
 def test_a_model_of_two_corpora_is_measured_on_each():

@@ -172,6 +172,18 @@ def test_below_on_most_tasks_is_not_reproduced_and_half_is_open():
     assert "on 6 of 12 tasks" in found.number
 
 
+@pytest.mark.parametrize(("score", "outcome"), [(99.0, "reproduced"), (101.0, "not reproduced")])
+def test_tasks_of_equal_scores_are_left_out_of_the_sign_test(score, outcome):
+    """Six of twelve tasks differ, all to one side: 2 / 2^6 = 0.03."""
+    solved = {task: [100.0] for task in VARYING}
+    base = solved | {task: [score] for task in VARYING[:6]}
+    found = Above("dape-kerple", "kerple", "").find(
+        evidence({"kerple": base, "dape-kerple": solved})
+    )
+    assert found.test.p_value == pytest.approx(2 / 2**6) and found.outcome == outcome
+    assert f"on {6 if score < 100 else 0} of 12 tasks" in found.number
+
+
 def test_a_dape_is_best_on_more_tasks_than_by_chance():
     """One of three schemes, best on 9 of 12: all outcomes as unlikely as that, or more."""
     low, high = {task: [50.0] for task in VARYING}, {task: [51.0] for task in VARYING}

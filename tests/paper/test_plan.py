@@ -9,7 +9,16 @@ from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
 from dape.paper.experiments import CORE, COST
-from dape.paper.plan import AROUND, choose, pack, plan, table, without_corpus
+from dape.paper.plan import (
+    AROUND,
+    Planned,
+    choose,
+    long_documents,
+    pack,
+    plan,
+    table,
+    without_corpus,
+)
 from dape.paper.spread import spread
 from dape.paper.sweep import USES
 
@@ -189,6 +198,24 @@ def test_the_plan_marks_prices_that_no_finished_cell_gives():
     run(small[:1])
     due = table(plan(small), devices=1)
     assert [row[-1] for row in due.rows] == ["0", "13", "13"] and legend not in due.note
+
+
+def test_the_hours_are_of_the_devices_together_and_of_the_longest_cell_at_least():
+    """Three cells of 20, 40 and 240 minutes: five hours on a GPU, four on any number."""
+    due = [
+        Planned(cell, "missing", minutes, estimate=False)
+        for cell, minutes in zip(cells("kerple", "alibi", "fire"), (20.0, 40.0, 240.0), strict=True)
+    ]
+    for devices, hours in ((1, "5.0 hours on 1 GPU."), (8, "4.0 hours on 8 GPUs.")):
+        assert f"About {hours}" in table(due, devices).note
+
+
+@pytest.mark.parametrize(("more", "enough"), [(-1, 3), (0, 2), (1, 2)])
+def test_a_test_document_is_long_enough_if_a_token_follows_the_longest_window(more, enough):
+    """A window of all tokens of the shortest document has nothing to predict at its end."""
+    sizes = sorted(len(file.read_bytes()) for file in Path("made/text/test").iterdir())
+    (cell,) = cells("kerple", reads=f"32,{sizes[0] + more}")
+    assert [count for count, _ in long_documents([cell]).values()] == [enough]
 
 
 def test_cells_whose_corpus_is_not_here_wait():

@@ -8,18 +8,21 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, enter, sweep
 
+import evaluations
 from dape.errors import UserError
+from dape.evaluate.compare import Group
 from dape.paper import record
 from dape.paper.beside import beside
+from dape.paper.cells import Regime
 from dape.paper.claims import Better, Claim
 from dape.paper.experiment import Experiment
-from dape.paper.experiments import AMOUNTS, CORE, COST
+from dape.paper.experiments import AMOUNTS, CORE, COST, SIGNIFICANCE
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import results
-from dape.paper.sections import perplexities, trainings
+from dape.paper.sections import curves, perplexities, trainings
 from dape.paper.spread import spread
-from dape.paper.study import studies
+from dape.paper.study import Study, studies
 from dape.paper.sweep import TINY, Measure
 from dape.positions.scheme import SCHEMES
 
@@ -62,7 +65,7 @@ def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
     assert trainings.header == [
         *("arm", "runs", "validation loss", "tokens a second", "minutes", "tokens", "epochs")
     ]
-    text = record.read(found.cells[0]).train_tokens
+    text = len(Path("made/text/train/0.txt").read_bytes()) + 1  # with the end of text
     trained = ["2.5000", "1,000", f"{6.5 / 60:.1f}", "8,448", f"{8448 / text:.2g}"]
     assert trainings.rows[0] == ["kerple", "2", *trained], "tokens of the record, not the regime's"
 
@@ -116,6 +119,26 @@ def test_trainings_on_different_corpora_do_not_meet_in_a_table():
         studies([first, second])
 
 
+def test_a_record_of_other_measurements_is_in_no_table():
+    chosen = experiment("kerple", "dape-kerple")
+    run(chosen)
+    cell = chosen.cells()[1]
+    end = record.read(cell)
+    lost = {path: words.replace("512", "256") for path, words in end.commands.items()}
+    record.write(cell, replace(end, commands=lost))
+    found = results(chosen)
+    assert [each.arm for each in found.cells] == ["kerple"] and found.planned == 2
+
+
+def test_a_command_that_ran_again_costs_what_it_took_last():
+    chosen = experiment("kerple")
+    run(chosen)
+    (cell,) = chosen.cells()
+    for seconds in (40.0, 30.0):
+        record.finish(cell, {str(each): seconds for each in cell.commands}, None)
+    assert record.minutes([cell]) == pytest.approx(2 * 30 / 60)
+
+
 def test_where_all_failed_the_table_says_so():
     found = run(experiment("kerple"), fails={"train": "out of memory on cuda"})
     (section,) = found.sections
@@ -133,10 +156,34 @@ def test_the_papers_numbers_stand_under_ours():
     assert "section 4.3" in perplexities(study).note
 
 
-def pretend(cells, losses):
+@pytest.mark.parametrize(
+    ("regime", "corpus", "theirs"),
+    [
+        (Regime("125m", "arxiv", 128), "arxiv", "31.93"),
+        (Regime("small", "arxiv", 512), "arxiv", "9.08"),
+        (Regime("125m", "books", 512), "books", "39.31"),
+        (Regime("125m", "mixed", 512), "books", "39.31"),
+        (Regime("350m", "arxiv", 512), "arxiv", "22.76"),
+    ],
+)
+def test_the_papers_number_is_of_the_size_the_corpus_and_the_length_of_training(
+    regime, corpus, theirs
+):
+    made = evaluations.make("kerple", [2.0, 2.0], train_length=regime.length, lengths=(4096, 8192))
+    _, published = perplexities(Study(regime, corpus, (), (Group("kerple", (made,)),), {})).rows
+    assert published[0] == "kerple, published" and published[-1] == theirs
+
+
+def test_a_line_leaves_the_figure_at_two_and_a_half_times_the_lowest_value():
+    found = [c for c in CORE.cells() if c.regime.corpus == "arxiv" and c.arm == "rope"]
+    pretend(found, losses=[1.4, 1.3, 3.0, 4.0, 5.0, 6.0])
+    (section,) = curves(found)
+    assert section.caption.endswith("Lines leave the figure at 2.5 times the lowest value.")
+    assert section.figure.axes[0].get_ylim()[1] == pytest.approx(2.5 * math.exp(1.3))
+
+
+def pretend(cells, losses, seed=0):
     """Leave records as if the cells had been run on a GPU."""
-    import evaluations
-    from dape.paper import record
     from dape.paper.record import End
     from dape.train.recipe import write
 
@@ -144,9 +191,11 @@ def pretend(cells, losses):
         cell.record.path.mkdir(parents=True)
         cell.record.recipe.write_text(write(cell.training.recipe))
         cell.record.record.write_text('{"validation_loss": 1.4, "seconds": 60.0}')
-        cell.record.metrics.write_text('{"validation_loss": 1.4, "tokens_per_second": 9e5}\n')
+        cell.record.metrics.write_text(
+            '{"step": 9, "validation_loss": 1.4, "tokens_per_second": 9e5}\n'
+        )
         lengths = (512, 1024, 2048, 4096, 8192, 16384)
-        made = evaluations.make(cell.arm, losses, train_length=512, lengths=lengths)
+        made = evaluations.make(cell.arm, losses, seed, train_length=512, lengths=lengths)
         made.save(cell.record.evaluation("last"))
         commands = {str(kept): str(each) for each in cell.commands for kept in each.keeps}
         end = End(commands, {str(cell.commands[0]): 60.0}, None, "c0ffee", 50_000_000)
@@ -214,7 +263,6 @@ def test_measurements_for_a_second_experiment_cost_the_first_nothing():
 
 
 def test_a_table_of_costs_holds_all_lengths_and_names_command_commit_and_versions():
-    import evaluations
     from dape.bench.model import Cost, Costs
     from dape.bench.record import Entry
 
@@ -261,6 +309,17 @@ def test_arms_and_seeds_of_all_experiments_in_a_regime_stand_beside_the_publishe
     for arm, theirs, loss in (("dape3-kerple", "4.44", 1.3), ("dape-kerple", "4.49", 1.4)):
         ours = rows[f"{arm}, 125m, arxiv", "512", "512", theirs]
         assert ours == f"{math.exp(loss):.2f} (125m-arxiv-512-150M)"
+
+
+def test_ours_beside_a_published_number_is_the_mean_perplexity_over_seeds():
+    """Perplexities of 4 and 9, whose geometric mean is 6."""
+    found = [c for c in SIGNIFICANCE.cells() if c.name.startswith("125m-arxiv-512-150M/kerple")]
+    for cell, ours in zip(found[:2], (4.0, 9.0), strict=True):
+        pretend([cell], losses=[math.log(ours)] * 6, seed=cell.training.seed)
+    rows = {tuple(row[:4]): row[4] for row in beside(found[:2]).rows}
+    assert rows["kerple, 125m, arxiv", "512", "8,192", "9.08"] == "6.50 (125m-arxiv-512-150M)"
+    elsewhere = rows["kerple, 125m, fineweb-edu", "512", "8,192", "39.38"]
+    assert elsewhere == "6.50 (125m-arxiv-512-150M)", "our texts correspond to arxiv and books"
 
 
 def test_numbers_of_models_of_both_corpora_name_the_corpus_of_the_measurement():
