@@ -1,12 +1,13 @@
 """The grid of cells, the claims on it, its tables and its figures."""
 
+import math
 from dataclasses import replace
 
 import pytest
 from cells import cell, small
 from scipy.stats import t as student
 
-from dape.chomsky.grid import Grid, gather, p_value
+from dape.chomsky.grid import Grid, arrange, gather, p_value
 from dape.errors import UserError
 from dape.figures import chomsky as figures
 
@@ -38,6 +39,34 @@ def test_p_values_are_welchs(grid):
     freedom = (0.25 + 0.0625) ** 2 / (0.25**2 + 0.0625**2)
     expected = 2 * student.sf(statistic, freedom)
     assert p_value(grid, "even-pairs", "alibi", "dape-alibi") == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        # Means 100 and 91, variances 0 and 1, three seeds each: t = 9 sqrt(3), with 2 degrees.
+        ([100, 100, 100], [90, 91, 92], 2 * student.sf(9 * 3**0.5, 2)),
+        ([90, 91, 92], [100, 100, 100], 2 * student.sf(9 * 3**0.5, 2)),
+        ([100, 100], [50, 50], 1.0),
+        ([100], [50, 51, 52], 1.0),
+        ([50, 51, 52], [100], 1.0),
+    ],
+)
+def test_a_side_without_spread_is_tested_and_a_single_seed_is_not(first, second, expected):
+    made = [
+        cell("even-pairs", scheme, seed, [0.0, 0.0, score, score])
+        for scheme, scores in (("alibi", first), ("kerple", second))
+        for seed, score in enumerate(scores)
+    ]
+    found = arrange(("even-pairs",), ("alibi", "kerple"), made)
+    assert p_value(found, "even-pairs", "alibi", "kerple") == pytest.approx(expected)
+
+
+def test_the_score_of_a_scheme_is_the_mean_over_seeds():
+    made = [cell("even-pairs", "alibi", n, [0.0, 0.0, x]) for n, x in enumerate((90.0, 91.0, 95.0))]
+    found = arrange(("even-pairs",), ("alibi",), made)
+    assert found.mean("even-pairs", "alibi") == pytest.approx(92)
+    assert math.isnan(found.mean("odds-first", "alibi"))
 
 
 def test_cells_of_an_installed_package_name_no_commit(grid):

@@ -39,6 +39,8 @@ def test_symbols_weigh_the_same_and_fillers_do_not_count():
         found = accuracy(OneByOne([ones]), sample, 0, batch_tokens=tokens)
         assert found.tolist() == [pytest.approx(100 * 4 / 6)]
     assert ones.asked == [(2, 3), (1, 3), (1, 3)]
+    zeros = Answers(lambda inputs, out: torch.zeros(len(inputs), out, dtype=torch.long))
+    assert accuracy(OneByOne([zeros]), sample, 0, batch_tokens=100).tolist() == [0.0]
 
 
 def test_a_perfect_model_scores_100_at_every_length_and_an_empty_one_does_not():

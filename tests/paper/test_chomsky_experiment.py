@@ -150,6 +150,9 @@ def test_a_scheme_is_above_another_by_the_sign_test_over_tasks():
     base = {task: [50.0, 52.0] for task in VARYING}
     better = {task: [51.0, 52.0] for task in VARYING} | {VARYING[0]: [70.0, 70.5]}
     better[VARYING[1]] = [49.0, 50.0]
+    permutable = [task for task in TASKS if task not in VARYING]
+    base |= {task: [70.0, 71.0] for task in permutable}  # these do not count
+    better |= {task: [50.0, 51.0] for task in permutable}
     found = Above("dape-kerple", "kerple", "10 of 11").find(
         evidence({"kerple": base, "dape-kerple": better})
     )
@@ -196,6 +199,22 @@ def test_a_dape_is_best_on_more_tasks_than_by_chance():
     expected = chances[chances <= chances[9] * (1 + 1e-7)].sum()
     assert found.test.p_value == pytest.approx(expected) and found.outcome == "reproduced"
     assert "best on 9 of 12 tasks, 1 of 3 schemes" in found.number
+
+
+def test_half_of_the_tasks_is_more_than_an_equal_chance_among_five():
+    """DAPE V2 is a DAPE too, and a task of a single seed makes the number of seeds one."""
+    others = {scheme: {task: [50.0] for task in VARYING} for scheme in ("rope", "alibi", "fire")}
+    best = {task: [60.0, 61.0] for task in VARYING[:6]} | {task: [40.0] for task in VARYING[6:]}
+    kerple = {task: [50.0 + (n >= 6)] for n, task in enumerate(VARYING)}
+    found = BestOf("").find(evidence({**others, "kerple": kerple, "dape3-kerple": best}))
+    chances = np.array([comb(12, k) * 0.2**k * 0.8 ** (12 - k) for k in range(13)])
+    expected = chances[chances <= chances[6] * (1 + 1e-7)].sum()
+    assert found.test.p_value == pytest.approx(expected) and found.outcome == "reproduced"
+    assert "best on 6 of 12 tasks, 1 of 5 schemes" in found.number and found.seeds == 1
+    found = Above("dape3-kerple", "kerple", "").find(
+        evidence({"kerple": kerple, "dape3-kerple": best})
+    )
+    assert found.seeds == 1
 
 
 @pytest.mark.parametrize("order", [("kerple", "dape-kerple"), ("dape-kerple", "kerple")])
