@@ -271,7 +271,8 @@ def test_by_default_three_layers_read_the_first_long_document(trained, far):
     model = Mock(spec=Model, train_length=trained)
     model.loaded.return_value = nullcontext(network)
     model.subject.return_value = make("kerple", [2.0] * 5).subject
-    corpus = Mock(spec=Corpus, split={"test": part(9, 30)}.get, checksum="c0ffee")
+    splits = {"test": part(9, 30), "validation": part(40)}
+    corpus = Mock(spec=Corpus, split=splits.get, checksum="c0ffee")
     cpu = torch.device("cpu")
     found = learned_rows(model, corpus, length=24, device=cpu, provenance=PROVENANCE)
     assert (found.document, found.query, found.far) == (1, 23, far)
@@ -280,3 +281,9 @@ def test_by_default_three_layers_read_the_first_long_document(trained, far):
         assert layer.layer == row.layer and layer.heads == describe(row, far)
         for name in ("scores", "bias", "change"):
             np.testing.assert_allclose(getattr(layer, name), getattr(row, name), rtol=1e-4)
+    model.loaded.return_value = nullcontext(network)
+    asked = {"length": 24, "split": "validation", "device": cpu, "provenance": PROVENANCE}
+    other = learned_rows(model, corpus, **asked)
+    assert (other.split, other.document, other.length) == ("validation", 0, 24)
+    (*_, row) = capture(network, torch.zeros(24, dtype=torch.long))
+    np.testing.assert_allclose(other.layers[-1].scores, row.scores, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,6 +95,18 @@ def test_one_wrong_token_spoils_the_number_and_counts_as_one():
     assert cell.exact == 0
     assert cell.accuracy == pytest.approx(4 / 6)
     assert cell.rank == pytest.approx((4 * 1 + 2 + 4) / 6)
+
+
+def test_scores_are_means_over_all_trials():
+    """A model that misreads a token of every second number, the first, third and fifth of six."""
+    models = cycle([Copying(misread={5: 1}), Copying()])
+    plan = Plan(lengths=(300,), depths=(0.0, 1.0), trials=3, seed=0)
+    first, second = retrieve(
+        lambda **asked: next(models)(**asked), passkey(byte()), plan, batch_tokens=1
+    )[0]
+    assert (first.exact, second.exact) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert (first.accuracy, second.accuracy) == (pytest.approx(16 / 18), pytest.approx(17 / 18))
+    assert (first.rank, second.rank) == (pytest.approx(20 / 18), pytest.approx(19 / 18))
 
 
 def test_a_tie_and_no_number_at_all_are_the_worst_rank():
