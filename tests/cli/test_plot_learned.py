@@ -37,6 +37,7 @@ def test_the_record_holds_what_the_model_shows_of_the_chosen_query(run, tmp_path
     (row,) = capture(model, tokens, query=44)
     (layer,) = record.layers
     assert (record.query, record.far, record.document, record.data) == (44, 16, 3, corpus.checksum)
+    assert (record.length, record.split) == (60, "test")
     assert record.spans == list(range(46))  # fewer keys than spans: each is its own
     for name in ("scores", "bias", "change"):
         np.testing.assert_allclose(getattr(layer, name), getattr(row, name), rtol=1e-4, atol=1e-7)

@@ -198,6 +198,17 @@ def test_a_head_is_named_by_how_dense_its_positive_weight_is_on_far_and_near_key
     assert heads[1].centre == pytest.approx((e * (4 + 5 + 6 + 7 + 8 + 9) + 6) / (6 * e + 4))
 
 
+@pytest.mark.parametrize(
+    ("far", "near", "kind"),
+    [(5, 1, "anti-local"), (7, 2, "even"), (5, 4, "even"), (3, 4, "local")],
+)
+def test_a_head_is_named_from_twice_the_density_on(far, near, kind):
+    """Of 8 far and 4 near keys: densities 2.5, 1.75, 1 / 1.6 and 1 / 2.67 times as large."""
+    change = [1] * far + [0] * (8 - far) + [1] * near + [0] * (4 - near)
+    (head,) = describe(row_of([0] * 12, [0] * 12, change), far=4)
+    assert head.kind == kind and head.positive_far == pytest.approx(far / (far + near))
+
+
 def test_a_constant_changes_no_number_and_rounding_is_no_change():
     rng = np.random.default_rng(0)
     scores, bias, change = rng.normal(size=(3, 2, 50))
@@ -211,6 +222,10 @@ def test_a_constant_changes_no_number_and_rounding_is_no_change():
     assert added.change.any()
     for head in describe(added, 20):
         assert head.change_far is head.with_scores is head.with_bias is None
+    faint = scores + bias + np.float32(2e-5) * change.astype(np.float32)
+    for n, head in enumerate(describe(Row(0, True, scores, bias, faint), 20)):
+        expected = np.corrcoef(change[n], scores[n])[0, 1]
+        assert head.with_scores == pytest.approx(expected, abs=0.05), "a hundred times rounding"
 
 
 def test_correlations_and_shares_are_those_of_numpy():

@@ -46,6 +46,8 @@ def test_each_scheme_is_a_line_of_the_mean_over_seeds():
     (axes,) = over_length(runs()).axes
     lines = drawn(axes)
     assert list(lines) == ["kerple", "dape-kerple"]
+    late = over_length([*runs(), *group([make("alibi", [2.5, 2.5, 2.5, 2.5, 2.5])])])
+    assert list(drawn(late.axes[0])) == ["kerple", "alibi", "dape-kerple"], "at the longest length"
     for label, losses in (("kerple", KERPLE), ("dape-kerple", DAPE)):
         np.testing.assert_allclose(lines[label].get_xdata(), LENGTHS)
         np.testing.assert_allclose(lines[label].get_ydata(), np.exp(losses).mean(axis=0))

@@ -8,7 +8,7 @@ import pytest
 
 from dape.evaluate.compare import compare, group
 from dape.evaluate.significance import PairedTest
-from dape.figures.report import findings
+from dape.figures.report import findings, origin, runs_table
 from dape.figures.tables import number, p_value, results, significance
 from evaluations import PROVENANCE, make
 
@@ -36,6 +36,9 @@ def test_results_mark_the_training_length_and_say_what_was_scored(groups):
     assert "* length trained at." in table.note
     elsewhere = results(group([make("kerple", KERPLE[0], train_length=64)]))
     assert elsewhere.header[2] == "128" and "trained at" not in elsewhere.note
+    longer = make("alibi", KERPLE[0], settings="longer", train_length=512)
+    header = ["scheme", "runs", "128*", "256", "512*", "1,024", "2,048"]
+    assert results([*groups, *group([longer])]).header == header
 
 
 def test_tokens_without_a_fixed_number_of_bytes_have_no_bits_per_byte():
@@ -149,6 +152,23 @@ def test_the_finding_is_at_the_longest_length(groups):
     assert sentence.startswith("At 2,048 tokens, 16 times the training length, the perplexity of")
     assert f"dape-kerple is {(math.exp(1.6) + math.exp(1.7)) / 2:.2f}" in sentence
     assert "over 2 seeds" in sentence and "over 20 documents" in sentence
+
+
+def test_a_length_may_be_no_multiple_of_the_training_length():
+    pairs = (("kerple", KERPLE), ("dape-kerple", DAPE))
+    runs = group([make(scheme, losses[0], train_length=1536) for scheme, losses in pairs])
+    assert "1.33333 times the training length" in findings(runs, compare(runs))[0]
+
+
+def test_the_runs_have_the_tokens_loss_and_seconds_of_their_records():
+    run = make("kerple", KERPLE[0], seed=3, train_length=64)
+    trained = {"tokens": 8448, "loss": 2.51239, "validation_loss": 3.0, "seconds": 61.7}
+    shown = runs_table([run], {"runs/kerple-3": trained | {"train_length": 1}})
+    assert shown.rows == [
+        ["runs/kerple-3", "kerple", "3", "1,234", "64", "8,448", "2.5124", "62"],
+    ]
+    assert runs_table([run], {"runs/kerple-3": {}}).rows[0][5:] == ["—"] * 3
+    assert origin([run])["documents scored"] == "20 of the test split"
 
 
 def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):
