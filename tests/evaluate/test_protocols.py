@@ -5,8 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.evaluate.plan import plan
 from dape.evaluate.protocols import choose_blocks, protocol
+from folders import learned_tokenizer, prepare
 
 
 def scored_targets(name, lengths, stride, text_lengths, blocks=10**6):
@@ -133,3 +136,20 @@ def test_a_corpus_without_long_documents_is_refused_and_its_longest_named():
     rule = protocol("last", [64], None)
     with pytest.raises(UserError, match=r"64: no document has the required 65 .* of 3 has 64"):
         choose_blocks(rule, np.array([5, 64, 9]), documents=1, blocks=1, seed=0)
+
+
+def test_the_bytes_of_a_document_are_those_of_its_scored_text(tmp_path):
+    """The last eight tokens, of one byte to several, of each window of the longest length."""
+    learned_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = prepare(
+        tmp_path, tokenizer=tmp_path / "tokenizer", sizes=[400, 300, 200], letters="abcd"
+    )
+    corpus, lengths = Corpus(data), [8, 32]
+    found = plan(corpus, "test", protocol("last", lengths), lengths, documents=9, blocks=3, seed=0)
+    part, decode = corpus.split("test"), corpus.tokenizer().decode
+    targets, longest = found.targets, found.windows[-1]
+    expected = dict.fromkeys(targets.documents, 0)
+    for number, stop in zip(longest.documents.tolist(), longest.ends.tolist(), strict=True):
+        expected[number] += len(decode(part.document(number)[stop - 8 : stop]))
+    assert targets.bytes == list(expected.values())
+    assert sum(targets.bytes) > sum(targets.tokens)

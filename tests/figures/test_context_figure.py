@@ -59,6 +59,25 @@ def test_the_marks_are_the_gains(records):
     assert ticks == ["128\n(170)", "256\n(100)", "none\n(0)"]
 
 
+def test_the_losses_by_position_are_means_over_seeds_at_the_middle_of_a_bin(records):
+    """The middle is the geometric mean of a bin's ends, and a hollow mark has no adapter."""
+    other = use("kerple", 7)
+    about = replace(other.subject, seed=1, run="runs/kerple-1")
+    losses = [(1, 1, 6.0), (2, 4, 5.0), (5, 256, 3.5)]
+    figure = draw([*records, replace(other, subject=about, positions=losses)])
+    positions, _, _, over_length, *_ = figure.axes
+    plain, adapted = (
+        next(line for line in positions.get_lines() if line.get_label() == label)
+        for label in ("kerple", "dape-kerple")
+    )
+    assert plain.get_ydata().tolist() == [5.0, 4.0, 3.0]
+    assert adapted.get_ydata().tolist() == [4.0, 3.0, 2.5]
+    np.testing.assert_allclose(plain.get_xdata(), np.sqrt([1, 8, 5 * 256]))
+    assert plain.get_markerfacecolor() == "white" != adapted.get_markerfacecolor()
+    (line,) = [x for x in over_length.get_lines() if x.get_label() == "dape-kerple over kerple"]
+    assert line.get_xdata().tolist() == LENGTHS
+
+
 def test_the_cells_are_the_gains(records):
     first, _, third, _ = tables(records)
     assert first.header == ["last occurrence", "tokens", "kerple", "dape-kerple"]

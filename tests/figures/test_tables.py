@@ -1,5 +1,6 @@
 """Tables: what stands in their cells."""
 
+import base64
 import math
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from dape.evaluate.compare import compare, group
 from dape.evaluate.significance import PairedTest
-from dape.figures.report import findings, origin, runs_table
+from dape.figures.report import drawings, findings, origin, runs_table
 from dape.figures.tables import number, p_value, results, significance
 from evaluations import PROVENANCE, make
 
@@ -169,6 +170,12 @@ def test_the_runs_have_the_tokens_loss_and_seconds_of_their_records():
     ]
     assert runs_table([run], {"runs/kerple-3": {}}).rows[0][5:] == ["—"] * 3
     assert origin([run])["documents scored"] == "20 of the test split"
+
+
+def test_the_figure_of_a_report_is_of_its_metric():
+    shown = drawings(group([make("kerple", KERPLE[0])]), "bits_per_byte", {})["length"]
+    assert shown.caption.startswith("Bits per byte against the length of the window.")
+    assert "<!-- bits per byte -->" in base64.b64decode(shown.data).decode()
 
 
 def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):
