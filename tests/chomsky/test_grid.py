@@ -67,6 +67,9 @@ def test_the_score_of_a_scheme_is_the_mean_over_seeds():
     found = arrange(("even-pairs",), ("alibi",), made)
     assert found.mean("even-pairs", "alibi") == pytest.approx(92)
     assert math.isnan(found.mean("odds-first", "alibi"))
+    unlike = [cell("even-pairs", "alibi", n, [x, x, 0.0]) for n, x in enumerate((90.0, 94.0, 95.0))]
+    (row,) = figures.within(arrange(("even-pairs",), ("alibi",), unlike)).rows
+    assert row[3:] == ["93.0 (0.250)"]
 
 
 def test_cells_of_an_installed_package_name_no_commit(grid):
@@ -104,6 +107,9 @@ def test_a_panel_for_each_task_shades_the_lengths_of_training(grid):
     assert [axes.get_title() for axes in panels] == list(SCORES)
     (shade,) = (patch for patch in panels[0].patches)
     assert shade.get_x() == 1 and shade.get_x() + shade.get_width() == 2
+    # Sorting without reading: the constant answer is dotted, and the blind predictor is dashed.
+    levels = {line.get_linestyle(): line.get_ydata()[0] for line in panels[2].lines[:2]}
+    assert levels == {":": pytest.approx(20), "--": pytest.approx(90.1, abs=0.05)}
     lines = [line for line in panels[0].lines if len(line.get_xdata()) == 1]
     # One bin of four lengths: (100 + 98 + 49.5 + 51.5) / 4, the mean of two seeds.
     assert lines[0].get_xdata()[0] == 2.5

@@ -89,6 +89,9 @@ def test_all_panels_share_one_scale_and_a_better_rank_is_brighter():
     assert norms[0] is norms[1] and (norms[0].vmin, norms[0].vmax) == (1, 10)
     colours = colormaps[SCALES["rank"].colours](norms[0]([1.0, math.sqrt(10), 10.0]))
     assert colours == pytest.approx(colormaps["viridis"]([1.0, 0.5, 0.0]), abs=0.02)
+    (panel,) = panels(heat_map([KERPLE], "log_probability"))
+    norm = panel.collections[0].norm
+    assert (norm.vmin, norm.vmax) == (-10, 0), "from the least value to the greatest possible"
 
 
 def luminance(colour):
