@@ -1,6 +1,7 @@
 """The map of a trained encoder, against the formula of its first layer."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,11 @@ def test_the_figure_and_the_table_have_a_row_a_layer(folder):
     (row,) = chomsky_map.table(record).rows
     assert row[-1] == f"{np.array(record.layers[0].weights)[:, :7].sum(1).mean():.0%}"
     assert "| 0 |" in (folder / "map.md").read_text()
+    assert set(figure.axes[0].lines[-1].get_xdata()) == {record.query}
+    spread = {"scores": 1.0, "bias": 2.0, "change": 3.0}
+    layer = replace(record.layers[0], spread=spread, with_scores=0.25, with_bias=-0.5)
+    (row,) = chomsky_map.table(replace(record, layers=[layer])).rows
+    assert row[:6] == ["0", "1", "2", "3", "+0.25", "-0.50"]
 
 
 def test_models_that_are_not_there_are_one_line(folder, capsys):

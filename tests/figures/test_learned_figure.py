@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dape.evaluate.capture import Row
-from dape.evaluate.heads import describe
+from dape.evaluate.heads import Head, describe
 from dape.evaluate.learned import Layer, LearnedRows, smooth
 from dape.evaluate.subject import Subject
 from dape.figures.learned import POINTS, draw, note, table
@@ -91,3 +91,24 @@ def test_heads_are_named_beside_the_figure_and_counted_below_the_table(record):
     ]
     assert found.rows[1][-1] == "-1.00" and found.rows[2][2] == "—"
     assert found.note.startswith("3 heads: 1 local, 1 even, 1 anti-local. Far keys are 100 tokens")
+    assert "Far keys are 100 tokens or more before the query, 90% of all" in found.note
+
+
+def test_the_numbers_of_a_head_stand_under_their_names(record):
+    head = Head(0, "local", 0.1, 0.2, 0.3, 4.5, with_scores=-0.6, with_bias=0.7)
+    found = table(replace(record, layers=[replace(record.layers[0], heads=[head])]))
+    assert dict(zip(found.header, found.rows[0], strict=True)) == {
+        "layer.head": "4.0",
+        "kind": "local",
+        "positive logits - A, far": "10%",
+        "positive f, far": "20%",
+        "attention, far": "30%",
+        "mean distance": "4.5",
+        "corr(f, A)": "-0.60",
+        "corr(f, B)": "+0.70",
+    }
+
+
+def test_the_note_names_the_border_between_near_and_far_keys(record):
+    assert "(length trained at: 100 tokens)" in note(record)
+    assert "(half of the keys: 500 tokens)" in note(replace(record, far=500))
