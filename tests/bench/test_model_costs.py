@@ -159,6 +159,7 @@ def test_sizes_are_those_of_the_recipes():
 def test_ratios_and_memory_of_the_tables():
     entries = {
         ("nope", "fused"): Entry("nope", 512, 1, "forward", 2.0, peak=GIB),
+        ("nope", "textbook"): Entry("nope", 512, 1, "forward", 8.0, peak=4 * GIB),
         ("kerple", "fused"): Entry("kerple", 512, 1, "forward", 5.0, peak=2 * GIB),
         ("kerple", "textbook"): Entry(
             "kerple", 512, 1, "forward", missing=Missing("out of memory", "24 GiB")
@@ -168,6 +169,7 @@ def test_ratios_and_memory_of_the_tables():
     (table,) = tables(model.Costs(1, 0, {}, costs))
     assert table.rows == [
         ["nope, fused", "2.00 (1.00)", "2.00"],
+        ["nope, textbook", "8.00 (4.00)", "5.00"],
         ["kerple, fused", "5.00 (2.50)", "3.00"],
         ["kerple, textbook", "OOM", "—"],
     ]

@@ -169,6 +169,24 @@ def test_a_change_of_the_configuration_is_measured_without_training(
     assert metrics["validation_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_adapters_on_a_changed_configuration_are_measured_with_the_change(
+    tmp_path, corpus, command
+):
+    sizes = {**SIZES, "intermediate_size": 20, "initializer_range": 0.5}  # positions tell
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "llama")
+    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "llama")
+    rotation = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    changed = ("--model.config", json.dumps({"rope_parameters": rotation}), "--name", "both")
+    assert not command(tmp_path / "llama", *changed, "--measure", "run")
+    content = evaluation(Path("runs/both"))
+    measured = content["measurements"][1]["document_losses"]
+    for options, same in (({"rope_parameters": rotation}, True), ({}, False)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", **options).eval()
+        dape.load_adapters(model, "runs/both/adapters")
+        expected = pytest.approx(expected_losses(model, corpus, content), rel=1e-5)
+        assert (measured == expected) == same
+
+
 def test_the_base_is_measured_or_left_alone(models, command, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(models / "llama", model, ignore=shutil.ignore_patterns("evaluation"))
