@@ -54,7 +54,7 @@ def test_p_values_are_welchs(grid):
 )
 def test_a_side_without_spread_is_tested_and_a_single_seed_is_not(first, second, expected):
     made = [
-        cell("even-pairs", scheme, seed, [0.0, 0.0, score, score])
+        cell("even-pairs", scheme, seed, [0.0, 0.0, float(score), float(score)])
         for scheme, scores in (("alibi", first), ("kerple", second))
         for seed, score in enumerate(scores)
     ]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -121,6 +122,23 @@ def test_a_model_in_memory_stays_as_it_was_and_leaves_no_file(llama, corpus, tmp
     assert found.by_length[64].document_losses == pytest.approx(expected, rel=1e-5)
     evaluate(llama, corpus, LENGTHS, blocks=1, out="kept")
     assert RunFolder(tmp_path / "kept" / "models[0]").evaluation("last").is_file()
+
+
+def test_runs_of_other_recipes_are_no_seeds_of_each_other(run):
+    file = run / "config.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    first = open_model(run).settings
+    changes = {
+        "data": "elsewhere",
+        "model": {**recipe["model"], "backend": "reference"},
+        "training": {**recipe["training"], "steps": 7},
+        "optimizer": {**recipe["optimizer"], "learning_rate": 0.5},
+    }
+    found = []
+    for change in ({"seed": 9, "name": "other"}, *({name: x} for name, x in changes.items())):
+        file.write_text(yaml.safe_dump(recipe | change))
+        found.append(open_model(run).settings)
+    assert found[0] == first and len(set(found)) == 5
 
 
 def test_two_models_in_memory_are_never_taken_for_one(llama, corpus):
