@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from dape.data.tokenizer import byte
 from dape.evaluate import harness
+from dape.evaluate.request import Score, scores
 from dape.model.modeling import DapeForCausalLM
 from folders import dape, make_run, prepare, refused
 
@@ -297,3 +298,19 @@ def test_a_group_is_measured_again_unless_all_of_it_is_there(run, tasks, tmp_pat
     again = harness.evaluate_harness(run, ["both"], **ask)
     assert [each.scores for each in again] == [each.scores for each in first]
     assert (tmp_path / "out" / "kerple" / "harness" / "rolling-16.json").is_file()
+    changed = yaml.safe_load((folder / "rolling.yaml").read_text()) | {"metadata": {"version": 8}}
+    (folder / "rolling.yaml").write_text(yaml.safe_dump(changed))
+    versions = {each.task: each.version for each in harness.evaluate_harness(run, ["both"], **ask)}
+    assert versions["rolling"] == "8", "another task is measured again"
+
+
+def test_a_metric_has_the_error_of_its_own_filter():
+    entry = {
+        "alias": "a task",
+        "exact_match,strict": 0.5,
+        "exact_match_stderr,strict": 0.1,
+        "exact_match,none": 0.75,
+        "exact_match_stderr,none": "N/A",
+    }
+    expected = [Score("exact_match,strict", 0.5, 0.1), Score("exact_match", 0.75, None)]
+    assert scores(entry) == expected

@@ -112,6 +112,20 @@ def test_numbers_of_the_page_are_those_of_a_row_of_the_model(run, with_model):
             np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_layer_has_its_own_bias_and_the_text_is_of_the_split_asked_for(run):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    network = dape.DapeForCausalLM(dape.DapeConfig(scheme="kerple", vocab_size=257, **sizes))
+    (model,) = open_models(network, byte())
+    (layer,) = passage(model, Source(text="abc"), layers=[1], device=CPU).layers
+    own = network.model.layers[1].self_attn.position_bias
+    assert layer.layer == 1 and torch.equal(layer.module.raw_p, own.raw_p)
+    assert not torch.equal(own.raw_p, network.model.layers[0].self_attn.position_bias.raw_p)
+    found = passage(open_model(run), Source(length=20, split="validation"), device=CPU)
+    text = (run.parent / "text" / "validation" / "0.txt").read_bytes()[:20]
+    letters = [letter for letter in found.tokens if len(letter) == 1]
+    assert "".join(letters) == text.decode("ascii", errors="ignore")
+
+
 def test_tokens_are_the_text_and_a_part_of_a_character_is_named(run):
     text = "ab\n \u00e9 c"
     found = passage(open_model(run), Source(text=text), device=CPU)
