@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from dape.evaluate.compare import compare, group
+from dape.evaluate.request import Harnessed, Score
 from dape.evaluate.significance import PairedTest
+from dape.figures.harness import table as table_of_scores
 from dape.figures.report import drawings, findings, origin, runs_table
 from dape.figures.tables import number, p_value, results, significance
 from evaluations import PROVENANCE, make
@@ -176,6 +178,23 @@ def test_the_figure_of_a_report_is_of_its_metric():
     shown = drawings(group([make("kerple", KERPLE[0])]), "bits_per_byte", {})["length"]
     assert shown.caption.startswith("Bits per byte against the length of the window.")
     assert "<!-- bits per byte -->" in base64.b64decode(shown.data).decode()
+
+
+def test_scores_of_lm_eval_stand_beside_their_run_and_under_their_length():
+    found = [
+        Harnessed(
+            make("kerple", KERPLE[0], seed=seed).subject,
+            *("lambada", length, PROVENANCE),
+            scores=[Score("acc", value, 0.0123)],
+        )
+        for seed, length, value in ((0, 64, 0.25), (0, 128, 0.5), (1, 128, 0.75))
+    ]
+    shown = table_of_scores(found)
+    assert shown.header == ["run", "task", "metric", "64", "128"]
+    assert shown.rows == [
+        ["runs/kerple-0", "lambada", "acc", "0.25 ± 0.012", "0.5 ± 0.012"],
+        ["runs/kerple-1", "lambada", "acc", "—", "0.75 ± 0.012"],
+    ]
 
 
 def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):
