@@ -5,6 +5,8 @@ function of the tests', with transformers' own masks, or the softmax of models t
 function.
 """
 
+import itertools
+
 import pytest
 import torch
 from models import fresh
@@ -14,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 import dape
-from textbook import alibi_slopes, kerple, leaky_relu
+from textbook import alibi_slopes, dape_v2, kerple, leaky_relu
 
 OWN_CODE = ("bloom", "mpt", "falcon")
 INTERFACE = [name for name in NAMES if not name.startswith((*OWN_CODE, "dape"))]
@@ -52,8 +54,30 @@ def textbook_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+def textbook_taps(module, query, key, value, attention_mask, scaling=None, softcap=None, **kwargs):
+    """softmax(A + f([A; B])) v, each query over the keys that it sees, f along these keys."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query @ key.mT * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    p, a = module.position_bias.p.double(), module.position_bias.a.double()
+    bias = kerple(p, a)(distances(*scores.shape[2:]).abs().flatten()).view(scores.shape[1:])
+    names = ("weight_in", "bias_in", "weight_out", "bias_out")
+    parameters = (module.adapter.get_parameter(name).double() for name in names)
+    logits_of = dape_v2(*parameters, residual=False)
+    out = torch.zeros_like(query)
+    for row, i in itertools.product(range(scores.shape[0]), range(scores.shape[2])):
+        seen = (attention_mask[row % attention_mask.shape[0], 0, i] == 0).nonzero().flatten()
+        weights = logits_of(scores[row, :, i], bias[:, i], seen.tolist()).softmax(-1)
+        out[row, :, i] = torch.einsum("hk,hkd->hd", weights, value[row][:, seen])
+    return out.transpose(1, 2), None
+
+
 AttentionInterface.register("textbook", textbook_attention)
 AttentionMaskInterface.register("textbook", eager_mask)
+AttentionInterface.register("taps", textbook_taps)
+AttentionMaskInterface.register("taps", eager_mask)
 
 
 def mounted(name, bias, **options):
@@ -81,6 +105,17 @@ def test_scores_become_a_and_f_inside_the_models_own_code(name, bias):
         own = model(ids, use_cache=False).logits
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert (ours - own).abs().max() > 0.01, "or the adapters did nothing"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_f_goes_along_the_keys_that_a_query_sees(name):
+    """Windows drop keys, and Gemma 2 caps the scores that f reads."""
+    model, ids = mounted(name, "kerple", adapter="dape3"), tokens(2, 9)
+    with torch.no_grad():
+        ours = model(ids, use_cache=False).logits
+        model.config._attn_implementation = "taps"
+        theirs = model(ids, use_cache=False).logits
+    assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])

@@ -2,9 +2,26 @@
 
 import pytest
 import torch
-from pretrained import GROUPED, NAMES, bias_for, logits, move, padded, pretrained, tokens
+from pretrained import (
+    GROUPED,
+    NAMES,
+    VOCABULARY,
+    bias_for,
+    logits,
+    move,
+    padded,
+    pretrained,
+    tokens,
+)
 from torch.testing import assert_close
-from transformers import MoshiConfig, MoshiForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MoshiConfig,
+    MoshiForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 import dape
 
@@ -87,3 +104,46 @@ def test_a_model_whose_own_code_is_causal_by_its_mask_alone():
     assert_close(found[seen], expected[seen], rtol=0, atol=1e-5)
     without = logits(model, ids[1:])
     assert_close(without, expected[1:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"clip_qkv": 0.2}, {"softmax_scale": 1.5}])
+def test_mpt_clips_and_scales_as_its_configuration_says(settings):
+    sizes = {"vocab_size": VOCABULARY, "d_model": 24, "n_layers": 2, "n_heads": 6}
+    model, ids = (
+        move(MptForCausalLM(MptConfig(**sizes, attn_config=settings)).eval(), 0.1),
+        tokens(2, 12),
+    )
+    expected = logits(model, ids)
+    dape.retrofit(model)
+    assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_of_a_layers_output_goes_on_in_training():
+    """Bloom's attention drops its output itself, with the numbers that its own code would draw."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 2, "n_head": 6}
+    model = move(BloomForCausalLM(BloomConfig(**sizes, hidden_dropout=0.5)), 0.1).train()
+    ids, found = tokens(2, 12), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        found.append(logits(model, ids))
+        if len(found) == 1:
+            dape.retrofit(model)
+    assert_close(found[1], found[0], rtol=0, atol=1e-5)
+    assert (logits(model.eval(), ids) - found[0]).abs().max() > 0.1
+
+
+def test_parts_in_evaluation_mode_stay_so_in_a_model_that_trains():
+    model = pretrained("gpt2").train()
+    model.transformer.h[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    mounted = dape.retrofit(model)
+    mounted.unmount()
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+def test_a_bias_starts_with_its_options_and_with_the_length_of_the_model():
+    mounted = dape.retrofit(pretrained("llama"), bias="fire", options={"bias": {"hidden": 7}})
+    for each in mounted.adapters:
+        fire = each["position_bias"]
+        assert fire.weight_in.shape == (7, 1)
+        assert_close(fire.log_threshold.exp().item(), 64.0)  # max_position_embeddings

@@ -323,7 +323,8 @@ def test_adapters_are_mounted_once():
             dape.retrofit(once)
 
 
-def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):
+@pytest.mark.parametrize("factor", [1.01, 1.5])
+def test_attention_that_does_more_than_it_says_is_refused(monkeypatch, factor):
     """The last resort: here a model that scales its queries where only its eager code can see."""
     from transformers.models.llama import modeling_llama
 
@@ -331,7 +332,7 @@ def test_attention_that_does_more_than_it_says_is_refused(monkeypatch):
     monkeypatch.setattr(
         modeling_llama,
         "eager_attention_forward",
-        lambda module, query, *rest, **more: own(module, 1.5 * query, *rest, **more),
+        lambda module, query, *rest, **more: own(module, factor * query, *rest, **more),
     )
     with pytest.raises(
         UserError, match="with an adapter without effect the output of LlamaAttention"
@@ -378,3 +379,33 @@ def test_damaged_files_are_one_line(tmp_path, name, damage, message):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=f"{message}.*save the adapters again"):
         dape.load_adapters(pretrained("llama"), tmp_path)
+
+
+def test_options_replace_those_of_a_name_in_the_file_too(tmp_path):
+    options = {"adapter": {"kernel_size": 5}, "bias": {"num_buckets": 6}}
+    model, ids = pretrained("llama"), tokens(2, 12)
+    mounted = dape.retrofit(model, "dape3", "t5", options=options)
+    move(mounted.adapters, 0.3)
+    mounted.save(tmp_path)
+    other = pretrained("llama")
+    handle = dape.load_adapters(other, tmp_path, backend="chunked")
+    assert {module.attention_backend for module in handle.attentions} == {"chunked"}
+    for each in (*mounted.adapters, *handle.adapters):
+        assert each["adapter"].kernel_size == 5
+        assert each["position_bias"].weight.numel() == 6 * 4
+    assert_close(logits(other, ids), logits(model, ids), rtol=0, atol=1e-5)
+
+
+class Endless(dape.ALiBi):
+    """A bias without an end at distance 0, as a logarithm has."""
+
+    def forward(self, query_positions, key_positions):
+        return (-super().forward(query_positions, key_positions)).log()
+
+
+def test_a_bias_that_is_not_finite_is_refused_before_any_training():
+    model, ids = pretrained("llama"), tokens(1, 8)
+    expected = logits(model, ids)
+    with pytest.raises(UserError, match="with an adapter without effect the output of LlamaA"):
+        dape.retrofit(model, bias=Endless)
+    assert torch.equal(logits(model, ids), expected)

@@ -200,3 +200,11 @@ def test_adapters_of_a_model_on_disk_are_in_memory(name, tmp_path):
     mounted.save(tmp_path / "adapters")
     dape.load_adapters(model, tmp_path / "adapters")
     assert_close(logits(placed, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_one_process_of_several_writes_the_files(tmp_path):
+    model, _ = mounted_and_moved("llama")
+    model.save_pretrained(tmp_path / "second", is_main_process=False)
+    assert not list((tmp_path / "second").glob("adapters.*"))
+    model.save_pretrained(tmp_path / "first", is_main_process=True)
+    assert len(list((tmp_path / "first").glob("adapters.*"))) == 2
