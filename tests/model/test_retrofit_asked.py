@@ -258,3 +258,58 @@ def test_queries_stand_behind_the_written_keys_and_last_once_a_window_drops_keys
     assert offset_of(written, 2, 8) == offset
     assert offset_of(torch.tensor(written), 2, 8).item() == offset
     assert offset_of(None, 2, 8) == 6
+
+
+@pytest.mark.parametrize("form", ["ones", "padding", "four axes"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+@torch.no_grad()
+def test_documents_named_beside_a_mask_are_apart_and_count_their_own_visible_tokens(name, form):
+    """Models with learned positions count hidden tokens too, unless told otherwise."""
+    model, (texts, batch) = grown(name), packed("seq_idx")
+    given = {key: batch[key] for key in ("input_ids", "seq_idx")}
+    mask, hidden = torch.ones(1, 12, dtype=torch.long), form == "padding"
+    if hidden:
+        mask[0, [0, 5, 6]] = 0
+        texts = [texts[0][1:], texts[1], texts[2][2:]]
+    if form == "four axes":
+        mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    found = model(**given, attention_mask=mask, use_cache=False).logits[0]
+    near(found[mask[0].bool()] if hidden else found, alone(model, texts))
+
+
+@torch.no_grad()
+def test_masks_of_every_kind_of_layer_are_compared_with_the_positions():
+    model, ids = grown("gemma3"), tokens(2, 6)
+    causal = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    masks = {"full_attention": causal, "sliding_attention": causal.triu(-4)}
+    found = model(ids, attention_mask=masks, position_ids=torch.arange(6)[None] + 3).logits
+    near(found, model(ids).logits)
+    apart = torch.tensor([[0, 3, 4, 8, 9, 13]])
+    with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
+        model(ids, attention_mask=masks, position_ids=apart)
+    # Of several rows it is enough that one lies apart.
+    rows = torch.cat([torch.arange(6)[None], apart])
+    with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
+        model(ids, attention_mask=causal.expand(2, 1, 6, 6), position_ids=rows)
+
+
+@torch.no_grad()
+def test_a_single_query_behind_a_mask_of_four_axes_has_no_known_position():
+    """Padding before the keys moves the query, which FIRE reads."""
+    model, ids = grown("llama", bias="fire"), tokens(1, 6)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    mask = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    mask[..., :2] = False
+    with pytest.raises(UserError, match="FIRE depends on more than the distance"):
+        model(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_alibi_of_a_model_reads_no_positions():
+    model, ids = pretrained("falcon-alibi"), tokens(2, 6)
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6)[None] * 3}
+    expected = model(ids, use_cache=False, **given).logits
+    near(expected, model(ids, use_cache=False).logits)
+    dape.retrofit(model)
+    near(model(ids, use_cache=False, **given).logits, expected)

@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MoshiConfig,
     MoshiForCausalLM,
     MptConfig,
@@ -147,3 +149,16 @@ def test_a_bias_starts_with_its_options_and_with_the_length_of_the_model():
         fire = each["position_bias"]
         assert fire.weight_in.shape == (7, 1)
         assert_close(fire.log_threshold.exp().item(), 64.0)  # max_position_embeddings
+
+
+@pytest.mark.parametrize("adapter", ["dape", "cope", "transformer-xl"])
+def test_values_may_be_narrower_than_keys(adapter):
+    sizes = {**GROUPED, "num_key_value_heads": 4, "moe_intermediate_size": 8, "q_lora_rank": 8}
+    ranks = {"kv_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5}
+    config = DeepseekV3Config(**sizes, **ranks, first_k_dense_replace=2, n_group=1, topk_group=1)
+    model, ids = move(DeepseekV3ForCausalLM(config).eval(), 0.1), tokens(2, 12)
+    expected = logits(model, ids)
+    mounted = dape.retrofit(model, adapter)
+    assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
+    move(mounted.adapters, 0.3)
+    assert (logits(model, ids) - expected).abs().max() > 0.01

@@ -109,7 +109,7 @@ def keep(
     if positions is not None:
         _check_mask(given.get("attention_mask"), positions, written)
     _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose, written))
-    if not {"position_ids", "attention_mask"}.isdisjoint(given):
+    if "position_ids" in given or (documents is None and "attention_mask" in given):
         return args, kwargs
     added = _added(tokens, documents, given, first)
     return args, {**kwargs, **{name: added[name] for name in added if name in names[len(args) :]}}
@@ -123,7 +123,11 @@ def _added(
     transformers looks at positions for documents, cannot while traced, and makes a whole mask then.
     """
     if documents is not None:
-        return {"position_ids": count_within(documents) + first}
+        mask = given.get("attention_mask")
+        shown = None
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            shown = mask[:, : documents.shape[1]].bool()
+        return {"position_ids": count_within(documents, shown) + first}
     if tokens is None or not is_tracing(tokens) or not set(CACHE_NAMES).isdisjoint(given):
         return {}
     return {"attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.long)}
@@ -145,6 +149,9 @@ def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> N
     Raises:
         UserError: for such a mask.
     """
+    if isinstance(mask, Mapping):  # of each kind of layer
+        for each in mask.values():
+            _check_mask(each, positions, written)
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.dtype != torch.bool:
         return
     rows, keys = positions.shape[1], mask.shape[3]

@@ -138,7 +138,7 @@ def layer_mask(
     placed: Tensor | None = None
     if documents is not None:
         documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
-        same = (documents[:, :q_length, None] == documents[:, None, kv_offset:])[:, None]
+        same = same_document(documents, q_length, kv_offset)
         mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
         placed = count_within(documents, tokens)
         apart = gaps
@@ -154,12 +154,19 @@ def layer_mask(
     )  # fmt: skip
 
 
+def same_document(
+    documents: Int[Tensor, "*batch keys"], rows: int, key_offset: int = 0
+) -> Bool[Tensor, "*batch 1 rows shown"]:
+    """Return whether the first queries and the keys from `key_offset` share a document."""
+    return (documents[:, :rows, None] == documents[:, None, key_offset:])[:, None]
+
+
 def layer_mask_of(
     attention_mask: LayerMask | Tensor | None,
     query: Float[Tensor, "batch heads query head_dim"],
     key: Float[Tensor, "batch kv_heads key head_dim"],
 ) -> LayerMask:
-    """Return the mask of a layer; a tensor is the mask of the caller.
+    """Return the mask of a layer; a tensor is the mask of the caller, and documents stay apart.
 
     Raises:
         UserError: for a tensor that is not boolean, or a mask of fewer or more keys than there are.
@@ -176,6 +183,9 @@ def layer_mask_of(
             f"attention_mask {list(attention_mask.shape)} of {attention_mask.dtype}: with adapters "
             "mounted a mask of four axes must be torch.bool, true where a key may be seen"
         )
+    if (documents := asked().documents) is not None:
+        documents = documents_of_keys(documents, keys, offset)
+        attention_mask = attention_mask & same_document(documents, rows)
     return LayerMask(attention_mask, False, offset)
 
 
@@ -226,16 +236,16 @@ def attend(
     bias: nn.Module | None = in_use(getattr(module, "position_bias", None))
     backend: str = getattr(module, "attention_backend", "auto")
     seen = layer_mask_of(attention_mask, query, key)
+    given = isinstance(attention_mask, Tensor)
     if getattr(adapter, "reach", 0):
-        own = isinstance(attention_mask, Tensor)
-        refuse(look(has_gaps(attention_mask)) if own else seen.gaps, REACHES)
+        refuse(look(has_gaps(attention_mask)) if given else seen.gaps, REACHES)
     if softcap is not None:
         adapter = SoftCapped(adapter, softcap)
     refuse_unused(seen, **more)
     positions: tuple[Tensor | None, Tensor | None] = None, None
     absolute = bias is not None and not getattr(bias, "relative", False)
     if absolute:
-        check_known(seen, bias, query.shape[2])
+        check_known(seen, bias, query.shape[2], given)
     reads = bias is not None or getattr(adapter, "needs_rows", False)
     if reads and isinstance(seen.moved, Tensor) and not (absolute or by_index):
         refuse(seen.moved, APART)
@@ -278,9 +288,12 @@ def refuse_unused(
         )
 
 
-def check_known(seen: LayerMask, bias: nn.Module | None, rows: int) -> None:
-    """Raise a `UserError` unless causality, padding and documents give the positions."""
-    if rows > 1 and not seen.causal and not seen.packed:
+def check_known(seen: LayerMask, bias: nn.Module | None, rows: int, given: bool) -> None:
+    """Raise a `UserError` unless causality, padding and documents give the positions.
+
+    A mask of four axes that is `given` hides the padding before a single query too.
+    """
+    if given or (rows > 1 and not seen.causal and not seen.packed):
         raise UserError(
             f"{type(bias).__name__} depends on more than the distance, and packed sequences or a "
             "mask of four axes begin anywhere; take a relative bias, such as kerple"
