@@ -232,6 +232,9 @@ def test_a_part_that_is_a_model_keeps_documents_apart_and_a_layer_says_that_it_c
     with pytest.raises(UserError, match="not of a layer") as error:
         layer(found, position_embeddings=waves(found, where), seq_idx=batch["seq_idx"])
     assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="not of a layer"):
+        bounds = torch.tensor([0, 5, found.shape[1]])
+        layer(found, position_embeddings=waves(found, where), cu_seq_lens_q=bounds)
 
 
 @pytest.mark.parametrize("by", ["argument", "generate"])

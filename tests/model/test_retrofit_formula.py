@@ -118,6 +118,20 @@ def test_f_goes_along_the_keys_that_a_query_sees(name):
     assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_distances_are_those_of_the_positions_of_the_caller(name, monkeypatch):
+    model, ids = mounted(name, "kerple"), tokens(2, 6)
+    positions = torch.tensor([0, 3, 4, 8, 9, 13])
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": positions[None]}
+    apart = (positions[:, None] - positions).double()
+    monkeypatch.setitem(globals(), "distances", lambda *_: apart)
+    with torch.no_grad():
+        ours = model(ids, use_cache=False, **given).logits
+        model.config._attn_implementation = "textbook"
+        theirs = model(ids, use_cache=False, **given).logits
+    assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_the_same_beside_padding(name):
     model = mounted(name, "kerple")
