@@ -120,7 +120,7 @@ def test_every_adapter_goes_through_caches_windows_and_padding(name, adapter):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_a_bias_of_absolute_positions_counts_tokens_and_what_a_window_dropped(name):
     # A low threshold, so that B depends on every position.
-    model = grown(name, bias="fire", options={"bias": {"threshold": 2}})
+    model = grown(name, bias="fire", options={"bias": {"threshold": 2.0}})
     ids, mask = padded(length=14)
     expected = model(ids[:1, 4:], use_cache=False).logits
     found = cached(model, ids, mask, (0, 7, 12, 13, 14))
