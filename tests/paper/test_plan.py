@@ -174,9 +174,10 @@ def test_finished_measurements_correct_the_estimates_of_others():
         words = str(cell.commands[0])
         seconds = {words: 60 * times * cell.minutes}
         record.write(cell, record.End({"results.json": words}, seconds, None, None, 0))
-    for times, each in zip((2.0, 3.0, *58 * [3.0]), plan(found[:2] + found[3:]), strict=False):
-        assert each.minutes == pytest.approx((2.5 if each.due else times) * each.cell.minutes)
-        assert each.estimate == each.due
+    planned = plan(found[:2] + found[3:])
+    times = [each.minutes / each.cell.minutes for each in planned]
+    assert times == pytest.approx([2.0, 3.0, *[2.5] * 57])
+    assert [each.estimate for each in planned] == [False, False, *[True] * 57]
     assert plan(found)[-1].minutes == pytest.approx(3 * found[-1].minutes)
 
 

@@ -216,11 +216,11 @@ def _price(
     if cell.minutes is None:
         minutes = _estimate(cell)
         return minutes, minutes is not None
-    return cell.minutes * (1.0 if cell.timed else _error(cell, cells, spent)), not cell.timed
+    return cell.minutes * (1.0 if cell.timed else _correction(cell, cells, spent)), not cell.timed
 
 
-def _error(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float:
-    """Return minutes over estimated minutes of finished measurements like that of the cell."""
+def _correction(cell: Cell, cells: Sequence[Cell], spent: Mapping[str, float]) -> float:
+    """Return spent over estimated minutes of finished measurements, 1 for a training."""
     if cell.regime is not None:
         return 1.0
     alike = (each for each in cells if each.regime is None and not each.timed)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dape.bench import model
-from dape.bench.model import Costs
 from dape.evaluate import context, learned, retrieval
 from dape.evaluate.compare import compare
 from dape.evaluate.prompts import TASKS
@@ -105,15 +104,14 @@ def _named(arm: str, record: Retrieval) -> Retrieval:
 
 def costs(cells: Sequence[Cell]) -> list[Section]:
     """Return time and memory of whole models, by scheme, form and length."""
-    found: dict[str, list[Costs]] = {}
-    for cell in cells:
-        file = cell.record.path / COSTS
-        if file.is_file():
-            found.setdefault(cell.arm, []).append(model.load(file))
+    found: dict[str, list[model.Costs]] = {}
+    for cell, file in kept_files(cells, COSTS.name):
+        found.setdefault(cell.arm, []).append(model.load(file))
     return [_costs(name, of_lengths) for name, of_lengths in found.items()]
 
 
-def _costs(name: str, of_lengths: Sequence[Costs]) -> Section:
+def _costs(name: str, of_lengths: Sequence[model.Costs]) -> Section:
+    """Return the costs of a size and direction, with the origin of every length."""
     together = replace(of_lengths[0], costs=[cost for each in of_lengths for cost in each.costs])
     origins = (f"{origin(each.provenance, each.seed)}." for each in of_lengths)
     caption = " ".join([cost_figures.explanation(together), *origins])

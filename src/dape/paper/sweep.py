@@ -173,7 +173,7 @@ class Bench:
         return ()
 
     def cells(self, home: Path, data: Mapping[str, str]) -> Iterator[Cell]:
-        """Yield a cell per length, so that little is lost where a session ends."""
+        """Yield a cell per length, so that an interruption loses little."""
         for length in self.lengths:
             name = f"{self.name}/{length}"
             words = ("--lengths", str(length), "--out", str(run_folder(home, name)))
