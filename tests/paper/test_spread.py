@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from laboratory import Pretended, cells, enter
 
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
+from dape.paper.cells import Command
+from dape.paper.experiments import COST
 from dape.paper.plan import choose, plan
 from dape.paper.spread import Workers, devices, spread
 from dape.runs import RunFolder
@@ -179,6 +182,32 @@ def test_a_training_may_start_beside_measurements_alone(overlap):
     assert {end.cell.name for end in ends} == {cell.name for cell in found}
     assert not any(end.error for end in ends)
     assert most == {"train": 1, "both": 2 if overlap else 1}
+
+
+def test_a_cost_is_measured_on_a_device_without_another_cell():
+    """Also where a training leaves room, whose own measurements run beside the next training."""
+    busy, beside, lock = [], [], threading.Lock()
+
+    class Watched(Pretended):
+        def call(self, words, device, log):
+            with lock:
+                busy.append(words[0])
+                if "bench" in busy:
+                    beside.append(list(busy))
+            time.sleep(0.05)
+            status = 0 if words[0] == "bench" else super().call(words, device, log)
+            with lock:
+                busy.remove(words[0])
+            return status
+
+    costs = [
+        replace(cell, commands=(Command(cell.commands[0].words, {}),)) for cell in COST.cells({})
+    ]
+    kerple, alibi = cells("kerple", "alibi")
+    found = [kerple, costs[0], alibi, costs[1]]
+    ends = spread(found, ["0"], Watched(), silent, overlap=True)
+    assert {end.cell.name for end in ends} == {cell.name for cell in found}
+    assert beside == [["bench"], ["bench"]]
 
 
 @pytest.mark.parametrize(

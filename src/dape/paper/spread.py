@@ -117,8 +117,8 @@ def spread(
     what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
     next cell starts on a device 30 seconds before the training of a cell ends, because the device
     has little to do while a training starts and compiles. The measurements of the first cell run
-    beside the second training. A lack of memory then is no result, since the other cell may be the
-    cause.
+    beside the second training. A cell without training waits for an empty device. A lack of memory
+    then is no result, since the other cell may be the cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out, also cells that the second process ended since the ends in
     `before`, by name, were read. No cell starts on a GPU that the machine has lost.
@@ -144,8 +144,7 @@ def spread(
             while True:
                 for device in _free(_kept(there, workers, say), running.values()):
                     affordable = partial(_affordable, prices or {}, deadline)
-                    cells_there = [each.cell for each in running.values()]
-                    claimed = _claim(waiting, cells_there, known, affordable)
+                    claimed = _claim(waiting, running.values(), device, known, affordable)
                     if claimed:
                         begin(claimed[0], device, claimed[1])
                 if not running:
@@ -187,17 +186,21 @@ def _affordable(prices: Mapping[str, float], deadline: float, cell: Cell) -> boo
 
 def _claim(
     waiting: list[Cell],
-    running: Collection[Cell],
+    running: Collection[_Running],
+    device: str,
     before: Mapping[str, int | None],
     affordable: Callable[[Cell], bool],
 ) -> tuple[Cell, ExitStack] | None:
     """Take the first cell that can start off the list, with the lock.
 
     A cell can start if the base model is trained, no second process runs the cell, and the cell is
-    affordable. Cells ended by a second process leave the list too.
+    affordable. Beside another cell of the device only a training starts, because a measurement of
+    time and memory needs the device alone. Cells ended by a second process leave the list too.
     """
-    pending = {cell.name for cell in (*waiting, *running)}
-    for cell in [each for each in waiting if each.needs not in pending and affordable(each)]:
+    pending = {cell.name for cell in (*waiting, *(each.cell for each in running))}
+    alone = all(each.device != device for each in running)
+    ready = [each for each in waiting if each.needs not in pending and (each.training or alone)]
+    for cell in [each for each in ready if affordable(each)]:
         claim = ExitStack()
         with suppress(UserError):
             claim.enter_context(record.claimed(cell))
