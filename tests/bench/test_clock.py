@@ -40,8 +40,8 @@ def test_the_median_is_that_of_the_runs():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of which every call takes `once` milliseconds, and graphs that are captured."""
-    state = SimpleNamespace(once=1.0, log=[], captured=None, refused=None)
+    """A GPU whose calls take `once` milliseconds, the host `host` of them; graphs are captured."""
+    state = SimpleNamespace(once=1.0, host=0.1, log=[], captured=None, refused=None, eager=None)
 
     def event_times(run, number):
         found = []
@@ -59,7 +59,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(clock, "event_times", event_times)
     monkeypatch.setattr(clock, "peak_and_time", lambda call: (7, event_times(call, 1)[0]))
     monkeypatch.setattr(clock, "capture", capture)
-    monkeypatch.setattr(clock, "eager_time", lambda call: 2.5)
+    monkeypatch.setattr(clock, "host_time", lambda call: state.host)
+    monkeypatch.setattr(
+        clock, "eager_time", lambda call, calls: setattr(state, "eager", calls) or 2.5
+    )
     monkeypatch.setattr(clock, "launches", lambda call: 9)
     return state
 
@@ -75,11 +78,33 @@ def test_a_graph_holds_whole_turns_and_its_time_is_shared_among_its_calls(gpu, o
 
 
 def test_long_calls_are_timed_one_by_one(gpu):
-    gpu.once = 100.0
+    gpu.once, gpu.host = 100.0, 49.0
     timing = measure(calls(2, gpu.log), torch.device("cuda"))
     assert gpu.captured is None and timing.clock == "CUDA events" and timing.calls == 1
     assert timing.eager is timing.launches is None
     assert timing.milliseconds == [100.0] * 10  # a second
+
+
+def test_a_long_call_that_the_host_limits_is_timed_in_a_graph(gpu):
+    """Events around separate calls would time the host."""
+    gpu.once, gpu.host = 100.0, 51.0
+    timing = measure(calls(2, gpu.log), torch.device("cuda"))
+    assert timing.clock == "CUDA graph" and timing.calls == gpu.captured == 2
+    assert timing.milliseconds == [100.0] * 5 and gpu.eager == 1
+
+
+def test_the_time_of_the_host_ends_before_the_gpu_does(monkeypatch):
+    now = [0.0]
+
+    def call():
+        now[0] += 0.003
+
+    def synchronize():
+        now[0] += 0.05
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert clock.host_time(call) == pytest.approx(3.0)
 
 
 def test_very_long_calls_are_made_four_times(gpu):

@@ -9,6 +9,7 @@ from dape.errors import UserError
 from dape.files import locked
 from dape.paper.beyond import DEMO
 from dape.paper.experiment import smoke
+from dape.paper.experiments import COST
 from dape.paper.plan import plan
 from dape.paper.results import results
 from dape.paper.spread import Workers, spread
@@ -106,6 +107,17 @@ def test_a_plan_counts_the_named_cells_and_says_where_documents_are_few(capsys):
     assert dape("paper", "demo", "--scale", "smoke", "--only", "kerple", "--plan") == 0
     printed = capsys.readouterr().out
     assert re.search(r"all +0 +0 +1 +0", printed) and f"{few} over documents need 20" in printed
+
+
+def test_costs_of_a_gpu_wait_for_a_gpu(capsys, monkeypatch):
+    """A CPU would be measured in place of the GPU, if its memory sufficed."""
+    monkeypatch.setattr("dape.paper.spread.devices", lambda: ["cpu"])
+    started = Pretended()
+    monkeypatch.setattr("dape.paper.spread.Workers", lambda: started)
+    assert dape("paper", "cost") == 0
+    assert "no GPU on this machine: 60 cells wait" in capsys.readouterr().out
+    assert started.calls == []
+    assert not any(cell.gpu for cell in smoke(COST).cells({}))
 
 
 def test_the_list_names_every_experiment(capsys):

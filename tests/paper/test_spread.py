@@ -184,7 +184,7 @@ def test_a_training_may_start_beside_measurements_alone(overlap):
     assert most == {"train": 1, "both": 2 if overlap else 1}
 
 
-def test_a_cost_is_measured_on_a_device_without_another_cell():
+def test_a_cost_is_measured_on_a_gpu_without_another_cell():
     """Also where a training leaves room, whose own measurements run beside the next training."""
     busy, beside, lock = [], [], threading.Lock()
 

@@ -133,6 +133,9 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     for folder, waiting in plan.without_model(due).items():
         print(f"no model in {folder}: {len(waiting)} cells wait; make the model (docs/paper.md)")
         due = [cell for cell in due if cell not in waiting]
+    if (timed := [cell for cell in due if cell.gpu]) and devices == ["cpu"]:
+        print(f"no GPU on this machine: {len(timed)} cells wait; run the command on one with a GPU")
+        due = [cell for cell in due if not cell.gpu]
     for (folder, longest), (number, waiting) in plan.long_documents(due).items():
         few = f"{number} documents of the test split in {folder} exceed {longest:,} tokens"
         if number == 0:

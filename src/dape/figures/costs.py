@@ -1,5 +1,7 @@
 """Time and memory of whole models, measured by `dape bench model`, as tables."""
 
+from dataclasses import replace
+
 from dape.bench.model import DIRECTIONS, LOGITS, Cost, Costs
 from dape.figures.speed import digits, milliseconds, origin
 from dape.figures.tables import NOTHING, Table
@@ -18,18 +20,21 @@ def page(costs: Costs) -> str:
 def explanation(costs: Costs) -> str:
     """Return the explanation of the numbers."""
     return (
-        f"Batch {costs.batch}, random weights. forward: bfloat16 weights, logits of the last "
-        f"{LOGITS} tokens. forward + backward: float32 weights under bfloat16 autocast, the "
-        "gradients of all parameters, no optimizer. next token: bfloat16 weights, the last token "
-        "of the length with a cache of the others, by the wall clock, as in `generate`. On a CPU "
-        "all is float32, and memory is not measured. Medians in "
+        f"Batch {costs.batch}, random weights, and zero in the last layer of adapters, because a "
+        "new layer over ALiBi makes logits beyond 16 bits, and slower kernels. forward: bfloat16 "
+        f"weights, logits of the last {LOGITS} tokens. forward + backward: float32 weights under "
+        "bfloat16 autocast, the gradients of all parameters, no optimizer. Where the host limits "
+        "the speed of both, the time is inside a CUDA graph, as in a training with `hardware."
+        "compile: graphs`; eager: the same by the wall clock without a graph. next token: bfloat16 "
+        "weights, the last token of the length with a cache of the others, by the wall clock, as "
+        "in `generate`. On a CPU all is float32, and memory is not measured. Medians in "
         "milliseconds; GiB at the peak with the weights and the cache. textbook: whole score "
         "matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
     )
 
 
 def tables(costs: Costs) -> list[Table]:
-    """Return tables of milliseconds and of memory, by size and direction."""
+    """Return tables of milliseconds and of memory, by size and direction, also of eager calls."""
     sizes = dict.fromkeys(cost.size for cost in costs.costs)
     found = []
     for size in sizes:
@@ -37,29 +42,37 @@ def tables(costs: Costs) -> list[Table]:
             chosen = [c for c in costs.costs if (c.size, c.entry.direction) == (size, direction)]
             if chosen:
                 found.append(_table(costs, size, direction, chosen))
+            if any(cost.entry.eager is not None for cost in chosen):
+                found.append(_table(costs, size, direction, chosen, eager=True))
     return found
 
 
-def _table(costs: Costs, size: str, direction: str, chosen: list[Cost]) -> Table:
+def _table(
+    costs: Costs, size: str, direction: str, chosen: list[Cost], eager: bool = False
+) -> Table:
     lengths = list(dict.fromkeys(cost.entry.length for cost in chosen))
     rows = []
     for scheme, form in dict.fromkeys((cost.entry.method, cost.form) for cost in chosen):
         line = [costs.find(size, scheme, form, length, direction) for length in lengths]
         base = [costs.find(size, YARDSTICK, "fused", length, direction) for length in lengths]
-        rows.append(
-            [
-                f"{scheme}, {form}",
-                *map(_time, line, base),
-                *map(_memory, line),
-            ]
-        )
-    header = [*(f"{n:,} (ms)" for n in lengths), *(f"{n:,} (GiB)" for n in lengths)]
+        if eager:
+            line, base = [*map(_eager, line)], [*map(_eager, base)]
+        times = map(_time, line, base)
+        rows.append([f"{scheme}, {form}", *times, *(() if eager else map(_memory, line))])
+    header = [f"{n:,} (ms)" for n in lengths]
     return Table(
-        title=f"{size}, {direction}",
-        header=["scheme", *header],
+        title=f"{size}, {direction}{', eager' if eager else ''}",
+        header=["scheme", *header, *(() if eager else (f"{n:,} (GiB)" for n in lengths))],
         rows=rows,
         note=f"In brackets: the ratio to {YARDSTICK}, fused.",
     )
+
+
+def _eager(cost: Cost | None) -> Cost | None:
+    """Return a cost with the time of an eager call; a time without a graph is of eager calls."""
+    if cost is None or cost.entry.eager is None:
+        return cost
+    return replace(cost, entry=replace(cost.entry, milliseconds=cost.entry.eager))
 
 
 def _time(cost: Cost | None, base: Cost | None) -> str:

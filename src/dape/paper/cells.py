@@ -70,6 +70,7 @@ class Cell:
         needs: name of the cell with the training of the base model.
         minutes: minutes on an H200, if known before any run.
         timed: whether the minutes follow from a measurement.
+        gpu: whether the commands measure time and memory of a GPU, and need the GPU alone.
     """
 
     home: Path
@@ -80,6 +81,7 @@ class Cell:
     needs: str | None = None
     minutes: float | None = None
     timed: bool = False
+    gpu: bool = False
 
     @property
     def regime(self) -> Regime | None:

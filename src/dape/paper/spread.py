@@ -117,7 +117,7 @@ def spread(
     what is left. Without `weights`, the weights of a finished cell are deleted. With `overlap`, the
     next cell starts on a device 30 seconds before the training of a cell ends, because the device
     has little to do while a training starts and compiles. The measurements of the first cell run
-    beside the second training. A cell without training waits for an empty device. A lack of memory
+    beside the second training. A measurement of a GPU waits for an empty one. A lack of memory
     then is no result, since the other cell may be the cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out, also cells that the second process ended since the ends in
@@ -194,12 +194,12 @@ def _claim(
     """Take the first cell that can start off the list, with the lock.
 
     A cell can start if the base model is trained, no second process runs the cell, and the cell is
-    affordable. Beside another cell of the device only a training starts, because a measurement of
-    time and memory needs the device alone. Cells ended by a second process leave the list too.
+    affordable. A measurement of a GPU needs the GPU alone. Cells ended by a second process leave
+    the list too.
     """
     pending = {cell.name for cell in (*waiting, *(each.cell for each in running))}
     alone = all(each.device != device for each in running)
-    ready = [each for each in waiting if each.needs not in pending and (each.training or alone)]
+    ready = [each for each in waiting if each.needs not in pending and (alone or not each.gpu)]
     for cell in [each for each in ready if affordable(each)]:
         claim = ExitStack()
         with suppress(UserError):

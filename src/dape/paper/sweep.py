@@ -158,7 +158,8 @@ class Sweep:
 class Bench:
     """A measurement without a training: words after `dape bench`, and a cell per length.
 
-    `small` are the words for a CPU, and `minutes` an estimate for a cell.
+    `small` are the words for a CPU, and `minutes` an estimate for a cell. `gpu` says that the
+    measurement is of a GPU.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Bench:
     small: tuple[str, ...]
     lengths: tuple[int, ...]
     minutes: float
+    gpu: bool = True
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -178,11 +180,11 @@ class Bench:
             name = f"{self.name}/{length}"
             words = ("--lengths", str(length), "--out", str(run_folder(home, name)))
             command = Command(("bench", *self.words, *words), {COSTS: COSTS})
-            yield Cell(home, name, self.name, (command,), minutes=self.minutes)
+            yield Cell(home, name, self.name, (command,), minutes=self.minutes, gpu=self.gpu)
 
     def tiny(self) -> "Bench":
         """Return the measurement for a CPU."""
-        return replace(self, words=self.small, lengths=(32,))
+        return replace(self, words=self.small, lengths=(32,), gpu=False)
 
 
 def data_folder(corpus: str, data: Mapping[str, str]) -> str:
