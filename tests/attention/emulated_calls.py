@@ -8,7 +8,7 @@ import torch
 from problems import fused as operate
 
 import dape
-from dape.attention.fused import operator
+from dape.attention.fused import operator, overflow
 
 MARKS = [
     pytest.mark.unhooked,
@@ -76,6 +76,25 @@ def check(problem, given=None):
     """
     for i, (found, exact, rounded) in enumerate(zip(*solve(problem, given), strict=True)):
         assert relative(found, exact) <= (2 if i < 4 else 4) * relative(rounded, exact)
+
+
+@torch.no_grad()
+def check_large_sums(problem, given):
+    """Check that large log-sum-exps set the flag if weights learn, and else leave 16 bits right.
+
+    Compare with the error of the textbook in float32.
+    """
+    query, key, value, seen, bias, adapter = given
+    halves = [x.half() for x in (query, key, value)]
+    how = problem.head_dim**-0.5, problem.causal, problem.query_offset, "cuda"
+    tables = tables_of(problem, bias, adapter)
+    assert operate(*halves, tables, seen, *how, True)[3].tolist() == [1]
+    out, lse, _, flag = operate(*halves, tables, seen, *how, False)
+    assert flag.tolist() == [0] and lse.abs().min() > overflow.LARGEST_SUM
+    doubles = [x.double() for x in halves], copy.deepcopy(bias).double(), copy.deepcopy(adapter)
+    exact = textbook(problem, *doubles[0], seen, doubles[1], doubles[2].double())[0]
+    rounded = textbook(problem, *(x.float() for x in halves), seen, bias, adapter)[0]
+    assert relative(out, exact) <= 1e-3 + 4 * relative(rounded, exact)
 
 
 def solve_seeded(problem):

@@ -6,9 +6,19 @@ from types import SimpleNamespace
 import one_band
 import pytest
 import torch
-from emulated_calls import MARKS, check, check_repeats, drawn, relative, tables_of, textbook
+from emulated_calls import (
+    MARKS,
+    check,
+    check_large_sums,
+    check_repeats,
+    drawn,
+    relative,
+    tables_of,
+    textbook,
+)
 from problems import Problem
 from problems import fused as operate
+from test_fused_range import Far
 from torch.testing import assert_close
 
 from dape.attention.fused import geometry, operator, overflow, passes
@@ -192,10 +202,18 @@ def test_a_bias_of_1e5_stays_in_16_bits_where_it_has_no_weight(emulated):
         adapter.weight_out.mul_(0.02)
         tables = tables_of(problem, bias := Cliff(4), adapter)
         assert tables[1].abs().max() > 1e4
-        how = (32**-0.5, True, 0, "cuda", False)
+        how = (32**-0.5, True, 0, "cuda", True)
         halves = [x.half() for x in tensors[:3]]
         assert not operate(*halves, tables, None, *how)[3].any()
     check(problem, (*tensors, bias, adapter))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_large_sums_leave_16_bits_where_weights_learn_alone(emulated, monkeypatch, whole):
+    if whole:
+        monkeypatch.setattr(forward, "layout_of", layout)
+    *given, _, adapter = drawn(PROBLEMS["causal"])
+    check_large_sums(PROBLEMS["causal"], (*given, Far(4, 2e3, 1.0), adapter))
 
 
 def test_gradients_behind_the_whole_forward_pass(emulated, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from emulated_calls import (
     MARKS,
     check,
+    check_large_sums,
     check_repeats,
     drawn,
     operate,
@@ -58,10 +59,15 @@ def test_large_biases_stay_in_16_bits(emulated, name, slope):
     given = *tensors, seen, Far(problem.heads, 0.0, slope), adapter
     tables = tables_of(problem, *given[4:])
     assert max(tables[0].abs().max(), tables[1].abs().max()) > 20
-    how = (problem.head_dim**-0.5, True, problem.query_offset, "cuda", False)
+    how = (problem.head_dim**-0.5, True, problem.query_offset, "cuda", True)
     flag = operate(*(x.half() for x in tensors), tables, None, *how)[3]
     assert flag.tolist() == [0]
     check(problem, given)
+
+
+def test_large_sums_leave_16_bits_where_weights_learn_alone(emulated):
+    given = *drawn(PROBLEMS["one window"])[:4], Far(4, 2e3, 1.0), drawn(PROBLEMS["one window"])[5]
+    check_large_sums(PROBLEMS["one window"], given)
 
 
 def terms(heads=4, units=16, entries=100):

@@ -55,11 +55,11 @@ def test_a_mixer_that_is_not_wanted_leaves_the_scratch_alone(bias, kernel_size):
     assert torch.equal(x, before)
 
 
-def flag_of(tensors, bias, adapter):
+def flag_of(tensors, bias, adapter, learns=False):
     heads, length = tensors[0].shape[1:3]
     found = operator.tables(bias, adapter, heads, length, tensors[0].device)
     with torch.no_grad():
-        return fused(*tensors, found, None, 1.0, True, 0, "triton", False)[3].item()
+        return fused(*tensors, found, None, 1.0, True, 0, "triton", learns)[3].item()
 
 
 @pytest.mark.parametrize("size", [1, 40])
@@ -78,6 +78,28 @@ def test_so_do_weights(name, kernel_size):
     with torch.no_grad():
         getattr(adapter, name).mul_(1e4)
     assert flag_of(problem.tensors(torch.float16), bias, adapter) == 1
+
+
+@pytest.mark.parametrize("adapter", [DAPE, "talking-heads"], ids=str)
+def test_large_sums_ask_for_it_where_weights_learn_alone(adapter):
+    """Logits near 2,000 are in float32, and weights without gradients sum no tables."""
+    problem = Problem(rows=24, keys=24, head_dim=8, value_dim=8, adapter=adapter)
+    query, key, value = problem.tensors(torch.float16)
+    bias, adapter = Far(4, 2e3, 1.0), problem.modules()[1]
+    assert flag_of((query, key, value), bias, adapter, learns=True) == 1
+    assert flag_of((query, key, value), bias, adapter, learns=False) == 0
+    with torch.no_grad():
+        out = dape.attention(query, key, value, bias, adapter, backend="triton")
+        exact = dape.attention(
+            *(x.double() for x in (query, key, value)),
+            *(copy.deepcopy(x).double() for x in (bias, adapter)),
+            backend="reference",
+        )
+    textbook = dape.attention(
+        *(x.float() for x in (query, key, value)), bias, adapter, backend="reference"
+    )
+    error, yardstick = ((x.double() - exact).norm() / exact.norm() for x in (out, textbook))
+    assert error <= 1e-3 + 4 * yardstick
 
 
 def test_in_the_wide_range_two_backward_passes_agree_bit_for_bit(monkeypatch):
@@ -134,14 +156,32 @@ class Far(Bias):
         return self.level - self.slope * delta + bend * torch.log1p(delta)
 
 
-def solved(tensors, bias, adapter, backend, dtype):
+def solved(tensors, bias, adapter, backend, dtype, learns=True):
     tensors, (bias, adapter), _ = leaves(tensors, (bias, adapter))
     tensors = [x.detach().to(dtype).requires_grad_() for x in tensors]
     if dtype == torch.float64:
         bias, adapter = bias.double(), adapter.double()
     parameters = [*bias.parameters(), *(p for p in adapter.parameters() if p.shape != (4,))]
+    for parameter in (*bias.parameters(), *adapter.parameters()):
+        parameter.requires_grad_(learns)
     out = dape.attention(*tensors, bias, adapter, backend=backend)
-    return [out, *torch.autograd.grad(out.square().sum(), [*tensors, *parameters])]
+    given = [*tensors, *parameters] if learns else tensors
+    return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+
+def no_worse_than_in_float32(level, slope, adapter, learns):
+    problem = Problem(rows=24, keys=24, head_dim=8, value_dim=8, adapter=adapter)
+    tensors = problem.tensors(torch.float16)
+    bias, adapter = Far(4, level, slope), problem.modules()[1]
+    halves = [x.float() for x in tensors]
+    exact = solved(tensors, bias, adapter, "reference", torch.float64, learns)
+    found = solved(tensors, bias, adapter, "triton", torch.float16, learns)
+    floats = solved(halves, bias, adapter, "reference", torch.float32, learns)
+    for ours, theirs, true in zip(found, floats, exact, strict=True):
+        assert ours.isfinite().all()
+        size = true.norm() + 1e-2
+        error, yardstick = ((x.double() - true).norm() / size for x in (ours, theirs))
+        assert error <= 5e-3 + 4 * yardstick
 
 
 @pytest.mark.parametrize("adapter", [DAPE, DAPE3, "talking-heads"], ids=str)
@@ -150,17 +190,14 @@ def solved(tensors, bias, adapter, backend, dtype):
 )
 def test_large_biases_are_no_worse_than_in_float32(level, slope, adapter):
     """float32 itself holds 1e5 to 0.008: what the textbook in float32 loses is the yardstick."""
-    problem = Problem(rows=24, keys=24, head_dim=8, value_dim=8, adapter=adapter)
-    tensors = problem.tensors(torch.float16)
-    bias, adapter = Far(4, level, slope), problem.modules()[1]
-    exact = solved(tensors, bias, adapter, "reference", torch.float64)
-    found = solved(tensors, bias, adapter, "triton", torch.float16)
-    floats = solved([x.float() for x in tensors], bias, adapter, "reference", torch.float32)
-    for ours, theirs, true in zip(found, floats, exact, strict=True):
-        assert ours.isfinite().all()
-        size = true.norm() + 1e-2
-        error, yardstick = ((x.double() - true).norm() / size for x in (ours, theirs))
-        assert error <= 5e-3 + 4 * yardstick
+    no_worse_than_in_float32(level, slope, adapter, learns=True)
+
+
+@pytest.mark.parametrize("adapter", [DAPE, "talking-heads"], ids=str)
+@pytest.mark.parametrize(("level", "slope"), [(-1e5, 0.0), (1e5, 3.0), (2e3, 1.0)])
+def test_nor_are_they_where_bias_and_adapter_do_not_learn(level, slope, adapter):
+    """Without sums of tables the kernels stay in 16 bits."""
+    no_worse_than_in_float32(level, slope, adapter, learns=False)
 
 
 BIASES = {name: scheme.bias.module for name, scheme in BASES.items() if scheme.bias is not None}

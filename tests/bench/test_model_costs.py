@@ -98,7 +98,7 @@ def test_the_model_is_the_one_of_the_row(form, backend):
 
 @pytest.mark.parametrize("scheme", ["dape-alibi", "dape3-kerple"])
 def test_adapters_leave_the_logits_as_they_are(scheme):
-    """A new layer over ALiBi asks for the kernels of large numbers, which trained models spare."""
+    """In training a new layer over ALiBi asks for slower kernels, of large numbers."""
     made = model._build(plan(), model.SIZES["tiny"], scheme, "textbook")
     bias = model._build(plan(), model.SIZES["tiny"], scheme.split("-")[1], "textbook")
     bias.load_state_dict(made.state_dict(), strict=False)

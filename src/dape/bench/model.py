@@ -126,9 +126,9 @@ def load(path: Path) -> Costs:
 def run(plan: Plan, provenance: dict[str, Any], keep: Callable[[Costs, Cost], None]) -> Costs:
     """Return the costs of all models; `keep` gets the costs so far and the latest cost.
 
-    A model is drawn once for a size, scheme and form. The last layer of adapters is zero: logits of
-    a new layer over ALiBi leave 16 bits from 2,048 tokens on, and slow the kernels. Weights are
-    float32 under bfloat16 autocast in training, and bfloat16 otherwise. On a CPU, weights and
+    A model is drawn once for a size, scheme and form. The last layer of adapters is zero: a new
+    layer over ALiBi has log-sum-exps beyond 128 from 2,048 tokens on, and slows a training. Weights
+    are float32 under bfloat16 autocast in training, and bfloat16 otherwise. On a CPU, weights and
     products are float32.
 
     Raises:

@@ -21,8 +21,8 @@ def explanation(costs: Costs) -> str:
     """Return the explanation of the numbers."""
     return (
         f"Batch {costs.batch}, random weights, and zero in the last layer of adapters, because a "
-        "new layer over ALiBi makes logits beyond 16 bits, and slower kernels. forward: bfloat16 "
-        f"weights, logits of the last {LOGITS} tokens. forward + backward: float32 weights under "
+        "new layer over ALiBi makes log-sum-exps beyond 128, and a slower training. forward: "
+        f"bfloat16 weights, logits of the last {LOGITS} tokens. forward + backward: float32 weights under "
         "bfloat16 autocast, the gradients of all parameters, no optimizer. Where the host limits "
         "the speed of both, the time is inside a CUDA graph, as in a training with `hardware."
         "compile: graphs`; eager: the same by the wall clock without a graph. next token: bfloat16 "

@@ -52,9 +52,8 @@ def scores(
     """
     query, key, value = part[:3]
     batch, heads, count, size = query.shape
-    keys, tile, asks = key.shape[2], tile_of("scores", part), asking(part, flag)
-    if asks["LIMIT"] is not None:
-        asks["LIMIT"] = overflow.LARGEST_SCORE
+    keys, tile = key.shape[2], tile_of("scores", part)
+    asks = asking(part, flag, overflow.LARGEST_SCORE)
     out, unit, delta = (x, x, x) if rows is None else (rows.grad_out, rows.unit, rows.delta)
     length = keys if part.wide else SPAN * tile.keys
     others = batch, cdiv(keys, length) * (1 if y is None else 2)
@@ -80,7 +79,8 @@ def softmax_value(x: Tensor, part: Problem, found: Result, static: Tensor | None
     keys = value.shape[2]
     spans, length = key_spans(batch * heads, rows, keys, tile)
     parts, parts_lse = parts_of(found, spans)
-    asks, entries = asking(part, found.flag), found.lse if static is None else static
+    asks = asking(part, found.flag, overflow.largest_sum(found.exact))
+    entries = found.lse if static is None else static
     programs = part.programs(cdiv(rows, tile.rows) * heads, batch * spans)
     start(kernels.softmax_value_kernel, (programs, batch, spans))(
         x, value, entries, parts, parts_lse, found.rest, rows, keys, part.offset, length,
@@ -90,7 +90,7 @@ def softmax_value(x: Tensor, part: Problem, found: Result, static: Tensor | None
         TABLES=0 if static is None else len(static) // heads,
         EXACT=found.exact, RESTED=found.exact and spans == 1, CAUSAL=part.causal,
         PRECISION=PRECISION,
-        **asks if spans == 1 else asking(part, None), **tile.launch(),
+        **asks if spans == 1 else asking(part), **tile.launch(),
     )  # fmt: skip
     combine(parts, parts_lse, asks, found)
 

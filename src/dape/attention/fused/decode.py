@@ -147,4 +147,4 @@ def forward(problem: Problem, terms: Mixed | Features | Sources, found: Result) 
         M=tile.rows, K=tile.keys, PRECISION=PRECISION,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    combine(parts, parts_lse, asking(problem, None), found)
+    combine(parts, parts_lse, asking(problem), found)

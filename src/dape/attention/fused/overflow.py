@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dape.attention.fused import overflow_kernels as kernels
@@ -11,16 +12,23 @@ from dape.attention.fused.sizes import cdiv, next_power_of_2
 from dape.attention.fused.terms import Features, Mixing, Taps
 
 # The largest score, or entry of a table in the scratch, that 16 bits hold well enough. The largest
-# log-sum-exp, a measure of the tables at keys of large weight, which gradients of weights sum. The
-# largest number between scores and logits.
+# log-sum-exp before a backward pass, a measure of the tables at keys of large weight, which
+# gradients of weights sum. The largest number between scores and logits.
 LARGEST_SCORE, LARGEST_SUM, LARGEST_NUMBER = 64.0, 128.0, 2.0**15
 
 
-def asking(problem: Problem, flag: Tensor | None) -> dict[str, Any]:
-    """Return the arguments of a kernel that sets a flag, or without a flag obeys a gate."""
+def asking(
+    problem: Problem, flag: Tensor | None = None, limit: float | None = None
+) -> dict[str, Any]:
+    """Return the arguments of a kernel that sets a flag beyond a limit, or obeys a gate."""
     if flag is None or not flag.numel():
         return {**problem.gated(), "LIMIT": None}
-    return {"gate": flag, "GATED": -1, "LIMIT": LARGEST_SUM}
+    return {"gate": flag, "GATED": -1, "LIMIT": limit}
+
+
+def largest_sum(learns: bool) -> float:
+    """Return the largest log-sum-exp for 16 bits; without gradients of weights every finite one."""
+    return LARGEST_SUM if learns else torch.finfo(torch.float32).max
 
 
 def largest_weight(taps: int = 1) -> float:

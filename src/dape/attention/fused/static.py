@@ -106,7 +106,7 @@ def forward(problem: Problem, found: Result) -> None:
         *parts.stride()[:4], *parts_lse.stride()[:3], line.stride(0),
         heads, RESTED=spans == 1 and found.exact, **shared(problem, bias), **tile.launch(),
     )  # fmt: skip
-    combine(parts, parts_lse, asking(problem, None), found)
+    combine(parts, parts_lse, asking(problem), found)
 
 
 class Given(NamedTuple):

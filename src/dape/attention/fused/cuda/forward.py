@@ -112,7 +112,7 @@ def forward(problem: Problem, terms: Mixed, where: Layout, found: Result) -> Non
         query, key, value, found.out, found.rest, found.lse, terms.weight_in, terms.weight_out,
         hidden, fixed, linear, mask, found.flag,
         rows, keys, distances, low, problem.offset, float(problem.scale),
-        overflow.LARGEST_SCORE, overflow.LARGEST_SUM,
+        overflow.LARGEST_SCORE, overflow.largest_sum(found.exact),
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *strides(found.out),
         *found.lse.stride()[:2], mask.stride(0),
     )  # fmt: skip
