@@ -22,14 +22,14 @@ def explanation(costs: Costs) -> str:
     return (
         f"Batch {costs.batch}, random weights, and zero in the last layer of adapters, because a "
         "new layer over ALiBi makes log-sum-exps beyond 128, and a slower training. forward: "
-        f"bfloat16 weights, logits of the last {LOGITS} tokens. forward + backward: float32 weights under "
-        "bfloat16 autocast, the gradients of all parameters, no optimizer. Where the host limits "
-        "the speed of both, the time is inside a CUDA graph, as in a training with `hardware."
-        "compile: graphs`; eager: the same by the wall clock without a graph. next token: bfloat16 "
-        "weights, the last token of the length with a cache of the others, by the wall clock, as "
-        "in `generate`. On a CPU all is float32, and memory is not measured. Medians in "
-        "milliseconds; GiB at the peak with the weights and the cache. textbook: whole score "
-        "matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
+        f"bfloat16 weights, logits of the last {LOGITS} tokens. forward + backward: float32 "
+        "weights under bfloat16 autocast, the gradients of all parameters, no optimizer. Where the "
+        "host limits the speed of both, the time is inside a CUDA graph, as in a training with "
+        "`hardware.compile: graphs`; eager: the same by the wall clock without a graph. next "
+        "token: bfloat16 weights, the last token of the length with a cache of the others, by the "
+        "wall clock, as in `generate`. On a CPU all is float32, and memory is not measured. "
+        "Medians in milliseconds; GiB at the peak with the weights and the cache. textbook: whole "
+        "score matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
     )
 
 
