@@ -1,6 +1,7 @@
 """PyTorch's own attention as a backend: the textbook's numbers, or a reason why not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,6 +154,28 @@ def test_queries_that_end_with_the_keys_are_causal_from_there():
     for ours, right in zip(found, expected, strict=True):
         assert_close(ours, right, rtol=1e-10, atol=1e-10)
     assert "query_offset" in sdpa.obstacle(call), "on a CPU by a whole matrix"
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("rows", "keys", "compiled", "reason"),
+    [
+        (70, 130, False, None),
+        (70, 130, True, "the causality of sdpa with a query_offset breaks a compiled graph"),
+        (130, 130, True, None),
+        (130, 70, False, "the causality of sdpa knows no query_offset"),  # queries without keys
+    ],
+)
+def test_on_a_gpu_they_are_refused_in_compiled_code_and_without_keys(
+    monkeypatch, rows, keys, compiled, reason
+):
+    def tensor(length):
+        shape = torch.Size((1, 4, length, 16))
+        return SimpleNamespace(shape=shape, device=torch.device("cuda"), dtype=torch.float16)
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    call = Call(tensor(rows), tensor(keys), tensor(keys), query_offset=keys - rows)
+    assert sdpa.obstacle(call) == reason
 
 
 @pytest.mark.gpu

@@ -1,7 +1,6 @@
 """PyTorch's own attention, for calls without bias and adapter."""
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from dape.attention.call import FORWARD_MODE, Attended, Call, transform
@@ -32,6 +31,8 @@ def obstacle(call: Call) -> str | None:
     hiding = call.causal and not sees_all(call)
     if hiding and moved and not (ends_together(call) and on_gpu and not grouped and half):
         return "the causality of sdpa knows no query_offset"
+    if hiding and moved and torch.compiler.is_compiling():
+        return "the causality of sdpa with a query_offset breaks a compiled graph"
     if call.result != value.dtype:
         return f"the output of sdpa is {value.dtype}, as the value"
     if query.dtype != value.dtype:
@@ -53,15 +54,21 @@ def sees_all(call: Call) -> bool:
 
 
 def ends_together(call: Call) -> bool:
-    """Return whether the last query sees the last key, and every earlier query a key less."""
-    return isinstance(call.shift, int) and call.shift == call.key.shape[2] - call.query.shape[2]
+    """Return whether the last query sees the last key, each before a key less, at least one."""
+    later = call.key.shape[2] - call.query.shape[2]
+    return isinstance(call.shift, int) and call.shift == later > 0
 
 
 def attend(call: Call, lse: bool = False) -> Attended:
     """Return the output, without a log-sum-exp."""
     rows, keys = call.query.shape[2], call.key.shape[2]
     causal = call.causal and not sees_all(call)
-    mask = causal_lower_right(rows, keys) if causal and call.shift != 0 else None
+    mask = None
+    if causal and call.shift != 0:
+        # An import takes seconds for PyTorch's compiler.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(rows, keys)
     # As in every backend, the arguments say the dtype: autocast would take float32 to half.
     with call.own_dtypes():
         out = scaled_dot_product_attention(

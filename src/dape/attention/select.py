@@ -128,9 +128,12 @@ def check_backend(backend: str) -> None:
         raise UserError(f"backend={backend!r} does not work here: {reason}; use 'auto'")
 
 
-@torch.compiler.assume_constant_result
 def absent(backend: str) -> str | None:
     """Return the reason against a backend on this machine, or None."""
+    if torch.compiler.is_compiling():
+        from dape.constant import constant
+
+        return constant(BACKENDS[backend].absent)
     return missing(backend)
 
 
