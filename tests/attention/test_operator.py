@@ -305,6 +305,24 @@ def test_a_bias_and_an_adapter_in_the_place_of_the_other_are_named():
         dape.attention(*tensors, adapter=dape.Kerple(4))
 
 
+@pytest.mark.parametrize("place", ["bias", "adapter"])
+def test_a_rotation_is_named_with_its_place(place):
+    refusal = rf"^{place}=YaRN\(...\) is a rotation; turn query and key before the call"
+    with pytest.raises(UserError, match=refusal):
+        dape.attention(*Problem(heads=4).tensors(), **{place: dape.YaRN(8, train_length=16)})
+
+
+@pytest.mark.parametrize("name", ["key", "value", "mask", "query_positions", "key_positions"])
+def test_a_tensor_on_another_device_is_named(name):
+    """Kernels started by addresses would read the memory of another device."""
+    query, key, value = Problem(rows=7, keys=7).tensors()
+    given = {"query": query, "key": key, "value": value, "mask": torch.ones(2, 7) > 0}
+    given |= dict.fromkeys(("query_positions", "key_positions"), torch.arange(7))
+    refusal = f"^{name} is on meta, and the query on cpu; give both on one device$"
+    with pytest.raises(UserError, match=refusal):
+        dape.attention(**given | {name: given[name].to("meta")}, bias=dape.ALiBi(4))
+
+
 class Returns(torch.nn.Module):
     """A bias or an adapter that returns a given value."""
 

@@ -109,6 +109,59 @@ def test_positions_are_no_mask_and_nothing_that_rounds_them(name, dtype):
         dape.attention(q, q, q, dape.ALiBi(2), **{name: torch.arange(4).to(dtype)})
 
 
+@pytest.mark.unhooked
+@pytest.mark.parametrize(
+    ("positions", "refusal"),
+    [
+        (torch.arange(4), None),
+        (torch.arange(8).view(2, 4), None),
+        (torch.arange(4).float(), None),
+        (torch.arange(1), r"\[1\] must be \[4\] or \[1 or 2, 4\]"),
+        (torch.arange(5), r"\[5\] must be"),
+        (torch.arange(12).view(3, 4), r"\[3, 4\] must be"),
+        (torch.arange(4).bfloat16(), r"\[4\] are torch.bfloat16; positions are whole numbers"),
+        (torch.arange(4) > 1, r"\[4\] are torch.bool"),
+        (4, "is a int; give a torch.Tensor"),
+    ],
+)
+@pytest.mark.parametrize("name", ["rope", "xpos", "sinusoidal"])
+def test_positions_outside_attention_are_those_of_the_tokens(name, positions, refusal):
+    """A single position would turn all tokens alike, and bfloat16 rounds positions above 256."""
+    x, tokens = torch.ones(2, 3, 4, 8), torch.ones(2, 4, 8)
+    calls = {
+        "rope": lambda: dape.RoPE(8)(x, x, positions),
+        "xpos": lambda: dape.XPos(8)(x, x, positions),
+        "sinusoidal": lambda: dape.Sinusoidal(8)(tokens, positions),
+    }
+    if refusal is None:
+        calls[name]()
+        return
+    with pytest.raises(UserError, match=f"^positions.* {refusal}"):
+        calls[name]()
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("name", ["ALiBi", "Kerple", "Sandwich", "FIRE", "T5"])
+def test_a_bias_takes_no_positions_that_round(name):
+    bias, positions = getattr(dape, name)(2), torch.arange(4)
+    for given in ((positions.bfloat16(), positions), (positions, positions.half())):
+        with pytest.raises(UserError, match=r"16; positions are whole numbers of torch.int64$"):
+            bias(*given)
+
+
+@pytest.mark.unhooked
+@pytest.mark.parametrize("rotation", [dape.RoPE(8), dape.XPos(8)])
+def test_a_rotation_turns_heads_of_its_width_and_each_token_by_a_position(rotation):
+    x, positions = torch.ones(2, 3, 4, 8), torch.arange(4)
+    for query, message in (
+        (x[0], r"the query \[3, 4, 8\] must be"),
+        (torch.ones(2, 3, 4, 12), r"the query \[2, 3, 4, 12\] must be .* with head_dim=8$"),
+        (x[:, :, :1], r"positions of the query \[4\] must be \[1\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rotation(query, x, positions)
+
+
 def test_a_residual_is_there_or_not():
     with pytest.raises(UserError, match="residual='no' must be True or False"):
         dape.DAPE(2, residual="no")

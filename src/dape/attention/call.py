@@ -12,11 +12,11 @@ from torch.autograd import forward_ad
 from dape.errors import UserError, check_finite, check_switch, check_whole
 from dape.positions.adapter import DAPE, CoPE, TalkingHeads, TransformerXL
 from dape.positions.bias import Bias
+from dape.positions.given import WHOLE, check_positions, fits
+from dape.positions.rotary import RoPE
 from dape.positions.wide import without_overflow
 
 FORWARD_MODE = "forward-mode derivatives"
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_POSITIONS = (*_WHOLE, torch.uint16, torch.float32, torch.float64)
 
 
 class Call(NamedTuple):
@@ -155,6 +155,10 @@ def checked(
     """
     check(query, key, value, bias, adapter)
     check_where(query, key, mask, query_positions, key_positions)
+    _check_devices(
+        query, key=key, value=value, mask=mask, query_positions=query_positions,
+        key_positions=key_positions,
+    )  # fmt: skip
     check_numbers(causal, scale, query_offset, key_offset)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
@@ -234,6 +238,11 @@ def _check_modules(query: Tensor, bias: nn.Module | None, adapter: nn.Module | N
     for name, module in (("bias", bias), ("adapter", adapter)):
         if module is None:
             continue
+        if isinstance(module, RoPE):
+            raise UserError(
+                f"{name}={type(module).__name__}(...) is a rotation; turn query and key before the "
+                "call, by rotation(query, key, positions)"
+            )
         if not callable(module) or isinstance(module, type):
             given = f"a tensor {list(module.shape)}" if isinstance(module, Tensor) else repr(module)
             raise UserError(
@@ -247,6 +256,19 @@ def _check_modules(query: Tensor, bias: nn.Module | None, adapter: nn.Module | N
                     f"{name} has {size}={built}, but the query {list(query.shape)} has "
                     f"{query.shape[axis]}"
                 )
+
+
+def _check_devices(query: Tensor, **others: Tensor | None) -> None:
+    """Raise a `UserError` for a tensor on another device than the query.
+
+    Kernels that are started by addresses cannot tell.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != query.device:
+            raise UserError(
+                f"{name} is on {tensor.device}, and the query on {query.device}; give both on one "
+                "device"
+            )
 
 
 def _check_tensors(**values: Any) -> None:
@@ -283,7 +305,7 @@ def check_numbers(
     check_whole(-(2**63), key_offset=key_offset)
     if not isinstance(query_offset, Tensor):
         check_whole(-(2**63), query_offset=query_offset)
-    elif query_offset.dtype not in _WHOLE or query_offset.numel() != 1:
+    elif query_offset.dtype not in WHOLE or query_offset.numel() != 1:
         shape = list(query_offset.shape)
         raise UserError(f"query_offset {shape} is {query_offset.dtype}; give a whole number")
 
@@ -298,22 +320,13 @@ def check_where(
     """Raise a `UserError` for a mask or positions that do not fit the queries and keys."""
     batch, _, rows, _ = query.shape
     keys = key.shape[2]
-    _check_tensors(mask=mask, query_positions=query_positions, key_positions=key_positions)
+    _check_tensors(mask=mask)
     for name, positions, length in (
         ("query_positions", query_positions, rows),
         ("key_positions", key_positions, keys),
     ):
-        if positions is None:
-            continue
-        if positions.dtype not in _POSITIONS:
-            raise UserError(
-                f"{name} {list(positions.shape)} are {positions.dtype}; positions are whole numbers"
-                " of torch.int64"
-            )
-        if not fits(positions, ((length,),), ((1, batch), (length,))):
-            raise UserError(
-                f"{name} {list(positions.shape)} must be [{length}] or [1 or {batch}, {length}]"
-            )
+        if positions is not None:
+            check_positions(positions, batch, length, name)
     if mask is None:
         return
     if mask.dtype != torch.bool:
@@ -323,13 +336,3 @@ def check_where(
             f"mask {list(mask.shape)} must be [batch, keys] = [{batch}, {keys}] or "
             f"[batch, 1, queries, keys] = [1 or {batch}, 1, 1 or {rows}, {keys}]"
         )
-
-
-def fits(tensor: Tensor, *forms: tuple[tuple[int, ...], ...]) -> bool:
-    """Return whether a tensor has one of the forms, each with the lengths allowed on each axis."""
-    # In compiled code `in` does not find a length of a symbol in a tuple, and `==` does.
-    return any(
-        len(form) == tensor.ndim
-        and all(any(n == one for one in fit) for n, fit in zip(tensor.shape, form, strict=True))
-        for form in forms
-    )

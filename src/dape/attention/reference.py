@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dape.attention.call import Attended, Call, fits
+from dape.attention.call import Attended, Call
 from dape.errors import UserError
 from dape.positions.adapter import Rows, adapted
+from dape.positions.given import fits
 
 # The first release of PyTorch that exports products over free sizes of batch and length.
 EXPORTS = (2, 13)

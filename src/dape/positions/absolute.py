@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dape.errors import UserError, check_finite, check_whole
+from dape.positions.given import check_positions
 from dape.positions.wide import Wide, parameter
 
 
@@ -56,6 +57,7 @@ class Sinusoidal(nn.Module):
         self, x: Float[Tensor, "batch length width"], positions: Int[Tensor, "... length"]
     ) -> Float[Tensor, "batch length width"]:
         """Return `s x + P(positions)` `[B, T, C]`."""
+        check_positions(positions, x.shape[0], x.shape[-2])
         width, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
         angles = positions[..., None] * frequencies(width, self.base, wide, x.device)
         waves = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
@@ -97,6 +99,7 @@ class Learned(Wide):
         self, x: Float[Tensor, "batch length width"], positions: Int[Tensor, "... length"]
     ) -> Float[Tensor, "batch length width"]:
         """Return `x + W[positions]` `[B, T, C]`."""
+        check_positions(positions, x.shape[0], x.shape[-2])
         self.check(x.shape[1], positions)
         wide = torch.promote_types(x.dtype, torch.float32)
         rows = nn.functional.embedding(positions, self.weight)

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding, relu, softplus
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
+from dape.positions.given import check_exact
 from dape.positions.wide import Wide, own_dtypes, parameter, widen, without_overflow
 
 
@@ -49,9 +50,15 @@ def distance(
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "*batch 1 query key"]:
     """Return `|i - j|`, exact in float32 up to 2^24, with an axis for the heads."""
-    query, key = without_overflow(query_positions), without_overflow(key_positions)
+    query, key = exact(query_positions), exact(key_positions)
     difference = query[..., :, None] - key[..., None, :]
     return difference.abs().to(torch.promote_types(dtype, torch.float32)).unsqueeze(-3)
+
+
+def exact(positions: Int[Tensor, "*batch length"]) -> Int[Tensor, "*batch length"]:
+    """Return positions whose differences are exact; raise a `UserError` for others."""
+    check_exact(positions)
+    return without_overflow(positions)
 
 
 def sinusoids(
@@ -311,7 +318,7 @@ class Sandwich(Bias):
         """Return the compressed inner products."""
         # Positions count from the first key, in float64: a shift of all positions changes nothing.
         query, key = (
-            sinusoids(without_overflow(x) - key_positions[..., :1], self.d_bar, torch.float64)
+            sinusoids(exact(x) - key_positions[..., :1], self.d_bar, torch.float64)
             for x in (query_positions, key_positions)
         )
         product = (query @ key.mT).unsqueeze(-3).to(torch.float32)

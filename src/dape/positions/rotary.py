@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dape.errors import UserError, check_finite, check_whole
 from dape.positions.absolute import frequencies
+from dape.positions.given import check_positions
 from dape.positions.turn import Waves, turn
 from dape.positions.wide import without_overflow
 
@@ -50,7 +51,8 @@ class RoPE(nn.Module):
             2022, section 2.1.1); the remaining dimensions carry no position.
 
     Raises:
-        UserError: if `fraction` leaves no whole pairs, or for a `base` of 1 or less.
+        UserError: if `fraction` leaves no whole pairs, for a `base` of 1 or less, or in a call for
+            heads of another width or positions of other tokens.
     """
 
     relative = True
@@ -59,7 +61,7 @@ class RoPE(nn.Module):
         super().__init__()
         check_whole(head_dim=head_dim)
         check_finite(base=base, fraction=fraction)
-        self.base, self.width = base, int(head_dim * fraction)
+        self.base, self.head_dim, self.width = base, head_dim, int(head_dim * fraction)
         if not 2 <= self.width <= head_dim or self.width % 2:
             raise UserError(
                 f"fraction={fraction} turns {self.width} of head_dim={head_dim} dimensions; take "
@@ -79,7 +81,18 @@ class RoPE(nn.Module):
 
     def forward(self, query: Query, key: Key, positions: Positions) -> tuple[Query, Key]:
         """Return queries and keys turned by position, with shapes and dtypes unchanged."""
+        self.check(query, key, positions)
         return self.angles(positions, query.dtype).turn(query, key)
+
+    def check(self, query: Query, key: Key, positions: Positions) -> None:
+        """Raise a `UserError` for heads of another width, or positions of other tokens."""
+        for name, x in (("query", query), ("key", key)):
+            if x.ndim != 4 or x.shape[3] != self.head_dim:
+                raise UserError(
+                    f"the {name} {list(x.shape)} must be [batch, heads, length, head_dim] with "
+                    f"head_dim={self.head_dim}"
+                )
+            check_positions(positions, x.shape[0], x.shape[2], f"positions of the {name}")
 
     def angles(self, positions: Positions, dtype: torch.dtype) -> "Angles":
         """Return the angles for queries and keys of a dtype."""
@@ -371,6 +384,7 @@ class XPos(RoPE):
         """Return queries turned and shrunk, keys turned and grown."""
         if query.dtype == torch.float16:
             raise UserError("xPos overflows float16 near position 4,000; use bfloat16 or float32")
+        self.check(query, key, positions)
         dtype = wide_of(query.dtype)
         cos, sin = self.waves(positions, dtype)
         pairs = torch.arange(0, self.width, 2, dtype=dtype, device=query.device) / self.width
