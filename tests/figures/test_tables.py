@@ -12,7 +12,7 @@ from dape.evaluate.request import Harnessed, Score
 from dape.evaluate.significance import PairedTest
 from dape.figures.harness import table as table_of_scores
 from dape.figures.report import drawings, findings, origin, runs_table
-from dape.figures.tables import number, p_value, results, significance
+from dape.figures.tables import number, p_value, refusal, results, significance
 from evaluations import PROVENANCE, make
 
 KERPLE = [[2.1, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9]]
@@ -96,6 +96,15 @@ def test_a_refused_length_is_a_dash_with_the_reason_below_and_nan_is_not():
     assert table.rows[1] == ["learned", "1", "2.0000", "2.1000", "—", "—", "nan"]
     assert table.note.endswith(" — learned refused 512, 1,024 tokens: 512 is too long.")
     assert "kerple refused" not in table.note
+
+
+def test_each_reason_of_a_refusal_stands_with_its_lengths():
+    table = "no learned position for row {}: the table has 128 rows"
+    reasons = {64: "the prompt alone has 65 tokens", 256: table.format(255), 512: table.format(511)}
+    assert refusal("gpt2", dict(reversed(reasons.items()))) == (
+        "— gpt2 refused 64 tokens: the prompt alone has 65 tokens; "
+        "256, 512 tokens: no learned position for row 255: the table has 128 rows."
+    )
 
 
 def test_changes_stand_under_their_length_where_another_is_refused(groups):

@@ -1,5 +1,6 @@
 """Tables of results, for the screen, for Markdown and for the report."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -126,9 +127,15 @@ def precisions(groups: Sequence[Group]) -> list[str]:
 
 
 def refusal(label: str, refused: Mapping[int, str]) -> str:
-    """Return a sentence on refused lengths, with the reason at the shortest."""
-    lengths = ", ".join(f"{length:,}" for length in sorted(refused))
-    return f"{NOTHING} {label} refused {lengths} tokens: {refused[min(refused)]}."
+    """Return a sentence on refused lengths, with each reason as at the shortest length."""
+    kinds: dict[str, list[int]] = {}
+    for length in sorted(refused):  # reasons of a kind differ in their numbers
+        kinds.setdefault(re.sub(r"[\d,]", "", refused[length]), []).append(length)
+    parts = (
+        f"{', '.join(f'{length:,}' for length in lengths)} tokens: {refused[lengths[0]]}"
+        for lengths in kinds.values()
+    )
+    return f"{NOTHING} {label} refused {'; '.join(parts)}."
 
 
 def significance(comparisons: Sequence[Comparison]) -> Table:
