@@ -74,6 +74,7 @@ def test_stopping_at_a_broken_line_then_going_on(capsys, sources, tmp_path):
         ),
         (["SOURCES/nowhere.txt", "--out", "OUT"], "no file or folder"),
         (["SOURCES/train.jsonl", "--out", "SOURCES"], "holds other files"),
+        (["SOURCES/train.jsonl", "--out", "SOURCES/train.jsonl"], "train.jsonl is no folder; give"),
         (["SOURCES/train.jsonl", "--out", "SOURCES/test.txt/x"], "cannot be written"),
     ],
 )

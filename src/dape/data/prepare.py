@@ -139,7 +139,8 @@ class Preparation:
             _refuse_other(self._folder, there, self._header)
             _refuse_changed(self._parts, journal)
         elif not (manifest.is_file() or journal.is_file() or is_free(self._folder)):
-            raise UserError(f"{self._folder} holds other files; give --out a new or empty folder")
+            found = "is no folder" if self._folder.is_file() else "holds other files"
+            raise UserError(f"{self._folder} {found}; give --out a new or empty folder")
 
     @property
     def source_bytes(self) -> int | None:
