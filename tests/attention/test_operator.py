@@ -312,12 +312,11 @@ def test_a_rotation_is_named_with_its_place(place):
         dape.attention(*Problem(heads=4).tensors(), **{place: dape.YaRN(8, train_length=16)})
 
 
-@pytest.mark.parametrize("name", ["key", "value", "mask", "query_positions", "key_positions"])
+@pytest.mark.parametrize("name", ["key", "value", "mask"])
 def test_a_tensor_on_another_device_is_named(name):
     """Kernels started by addresses would read the memory of another device."""
     query, key, value = Problem(rows=7, keys=7).tensors()
     given = {"query": query, "key": key, "value": value, "mask": torch.ones(2, 7) > 0}
-    given |= dict.fromkeys(("query_positions", "key_positions"), torch.arange(7))
     refusal = f"^{name} is on meta, and the query on cpu; give both on one device$"
     with pytest.raises(UserError, match=refusal):
         dape.attention(**given | {name: given[name].to("meta")}, bias=dape.ALiBi(4))

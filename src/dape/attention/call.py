@@ -155,10 +155,7 @@ def checked(
     """
     check(query, key, value, bias, adapter)
     check_where(query, key, mask, query_positions, key_positions)
-    _check_devices(
-        query, key=key, value=value, mask=mask, query_positions=query_positions,
-        key_positions=key_positions,
-    )  # fmt: skip
+    _check_devices(query, key=key, value=value, mask=mask)
     check_numbers(causal, scale, query_offset, key_offset)
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
