@@ -109,7 +109,6 @@ def test_positions_are_no_mask_and_nothing_that_rounds_them(name, dtype):
         dape.attention(q, q, q, dape.ALiBi(2), **{name: torch.arange(4).to(dtype)})
 
 
-@pytest.mark.unhooked
 @pytest.mark.parametrize(
     ("positions", "refusal"),
     [
@@ -140,7 +139,6 @@ def test_positions_outside_attention_are_those_of_the_tokens(name, positions, re
         calls[name]()
 
 
-@pytest.mark.unhooked
 @pytest.mark.parametrize("name", ["ALiBi", "Kerple", "Sandwich", "FIRE", "T5"])
 def test_a_bias_takes_no_positions_that_round(name):
     bias, positions = getattr(dape, name)(2), torch.arange(4)
@@ -149,7 +147,6 @@ def test_a_bias_takes_no_positions_that_round(name):
             bias(*given)
 
 
-@pytest.mark.unhooked
 @pytest.mark.parametrize("rotation", [dape.RoPE(8), dape.XPos(8)])
 def test_a_rotation_turns_heads_of_its_width_and_each_token_by_a_position(rotation):
     x, positions = torch.ones(2, 3, 4, 8), torch.arange(4)
