@@ -99,18 +99,74 @@ def test_a_retrofitted_model_is_exported_with_its_adapters(name):
         assert_close(program(ids), model(ids), rtol=1e-9, atol=1e-9)
 
 
-def test_an_onnx_file_has_the_logits_of_the_model(tmp_path):
+def hidden_between(rows, length):
+    """Return a mask that hides the first token of a row, and one between visible tokens of each."""
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[:, length // 2] = mask[0, 0] = 0
+    return mask
+
+
+@pytest.mark.parametrize("name", ["rope", "llama"])
+def test_an_exported_model_leaves_out_tokens_hidden_between_visible_ones(name):
+    if name == "llama":
+        model = of_one_layer(pretrained(name, torch.float64))
+        mounted = dape.retrofit(model, bias="kerple")
+        for parameter in mounted.adapters.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    else:
+        model = grown(scheme=name, num_hidden_layers=1)
+    model = Logits(model.requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    program = export(model, given, dynamic_shapes=(free(), free())).module()
+    for length in LENGTHS[1:]:
+        ids, mask = tokens(3, length), hidden_between(3, length)
+        shown = mask.bool()
+        assert_close(program(ids, mask)[shown], model(ids, mask)[shown], rtol=1e-9, atol=1e-9)
+
+
+def in_onnx(model, given, shapes, path):
+    """Return the function of arguments by name that an ONNX file computes."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = Logits(fresh(scheme="dape-kerple", num_hidden_layers=1)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about PyTorch's own insides
-        torch.onnx.export(
-            model, (tokens(2, 9),), tmp_path / "model.onnx",
-            dynamic_shapes=(free(),), verbose=False,
-        )  # fmt: skip
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
+        torch.onnx.export(model, given, path, dynamic_shapes=shapes, verbose=False)
+    session = runtime.InferenceSession(path)
+
+    def run(**arguments):
+        (out,) = session.run(None, {name: each.numpy() for name, each in arguments.items()})
+        return torch.from_numpy(out)
+
+    return run
+
+
+def test_an_onnx_file_has_the_logits_of_the_model(tmp_path):
+    model = Logits(fresh(scheme="dape-kerple", num_hidden_layers=1)).eval()
+    run = in_onnx(model, (tokens(2, 9),), (free(),), tmp_path / "model.onnx")
     for length in LENGTHS:
         ids = tokens(3, length)
-        (out,) = session.run(None, {"input_ids": ids.numpy()})
-        assert_close(torch.from_numpy(out), model(ids), rtol=1e-5, atol=1e-5)
+        assert_close(run(input_ids=ids), model(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_file_leaves_out_hidden_tokens_wherever_they_lie(tmp_path):
+    model = Logits(grown(scheme="rope", num_hidden_layers=1).float().requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    run = in_onnx(model, given, (free(), free()), tmp_path / "model.onnx")
+    for length in LENGTHS[1:]:
+        ids, mask = tokens(3, length), hidden_between(3, length)
+        out, shown = run(input_ids=ids, attention_mask=mask), mask.bool()
+        assert_close(out[shown], model(ids, mask)[shown], rtol=1e-5, atol=1e-5)
+        mask = mask.cumsum(-1).clamp(max=1)  # padding on the left
+        out, shown = run(input_ids=ids, attention_mask=mask), mask.bool()
+        assert_close(out[shown], model(ids, mask)[shown], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about its age
+def test_a_graph_without_checks_refuses_what_a_check_would(tmp_path):
+    model = Logits(fresh(scheme="dape3-kerple", num_hidden_layers=1).requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    with pytest.raises(UserError, match=r"keep no check of values; .*attention_mask hides tokens"):
+        torch.jit.trace(model, given, check_trace=False)
+    pytest.importorskip("onnxscript")
+    with pytest.raises(Exception, match=r"keep no check of values; .*attention_mask hides tokens"):
+        torch.onnx.export(model, given, tmp_path / "model.onnx", verbose=False)

@@ -21,6 +21,12 @@ def look(condition: bool | Tensor) -> bool | Tensor:
     return not condition.is_meta and bool(condition)
 
 
+def assumed(condition: bool | Tensor) -> bool | Tensor:
+    """Return true for a tensor of an exported program, whose graph holds the general case alone."""
+    exporting = torch.compiler._is_exporting_flag or _unchecked()
+    return True if isinstance(condition, Tensor) and exporting else condition
+
+
 def refuse(condition: bool | Tensor, error: str) -> None:
     """Refuse a condition that holds. A tensor is looked at when the compiled graph runs.
 
@@ -29,9 +35,22 @@ def refuse(condition: bool | Tensor, error: str) -> None:
         error: text of less than 255 characters, the most that a GPU prints.
 
     Raises:
-        UserError: if the condition holds; compiled code raises a `RuntimeError`.
+        UserError: if the condition holds, or if nothing will look; compiled code raises a
+            `RuntimeError`.
     """
     if isinstance(condition, Tensor):
+        if _unchecked():
+            raise UserError(
+                "ONNX and torch.jit.trace keep no check of values; export without the argument, or "
+                f"by torch.export: {error}"
+            )
         torch._assert_async(~condition, error)
     elif condition:
         raise UserError(error)
+
+
+@torch.compiler.assume_constant_result  # a compiler takes the answer of PyTorch for false
+def _unchecked() -> bool:
+    """Return whether assertions are left out of the graph."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.onnx.is_in_onnx_export()

@@ -12,7 +12,7 @@ from transformers.utils import is_tracing
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, check_covered, check_fits
-from dape.model.conditions import look, refuse
+from dape.model.conditions import assumed, look, refuse
 
 REACHES = (
     "attention_mask hides tokens between visible tokens, and the adapter convolves over"
@@ -65,8 +65,11 @@ def masking(
     gaps: bool | Tensor = False
     if mask is not None and (reach or (causal and relative and position_ids is None)):
         gaps = look(has_gaps(mask))
-        if reach or isinstance(gaps, Tensor):
-            refuse(gaps, REACHES if reach else COMPILED)
+        if reach:
+            refuse(gaps, REACHES)
+        gaps = assumed(gaps)
+        if isinstance(gaps, Tensor):
+            refuse(gaps, COMPILED)
     index = torch.arange(rows, device=hidden_states.device) + past
     if documents is not None:
         documents = documents_of_keys(documents, keys, past)

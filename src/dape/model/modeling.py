@@ -93,8 +93,8 @@ class DapeModel(DapePreTrainedModel):
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
                 default, up to a constant where only distances count. A rotation stores turned keys
                 in a cache, so give `position_ids` in every call with the cache or in none. A
-                compiled or exported model needs `position_ids` for a mask that hides tokens between
-                visible tokens.
+                compiled model needs `position_ids` for a mask that hides tokens between visible
+                tokens.
             past_key_values: the cache of earlier keys and values.
             inputs_embeds: vectors `[B, T, C]` in place of `input_ids`.
             use_cache: whether to return a cache.

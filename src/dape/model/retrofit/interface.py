@@ -23,7 +23,7 @@ from dape.attention import attention
 from dape.errors import UserError
 from dape.model.arguments import check_counted, check_covered
 from dape.model.blocks import in_use
-from dape.model.conditions import look, refuse
+from dape.model.conditions import assumed, look, refuse
 from dape.model.masking import (
     REACHES,
     count_within,
@@ -149,8 +149,8 @@ def layer_mask(
         apart = look(moved(placed, tokens))
     # A static cache updates its tensor in place; the difference is a new tensor.
     return LayerMask(
-        mask, causal, q_offset - kv_offset, kv_offset, placed, apart, gaps, documents is not None,
-        asks.weights, q_length, kv_length,
+        mask, causal, q_offset - kv_offset, kv_offset, placed, assumed(apart), gaps,
+        documents is not None, asks.weights, q_length, kv_length,
     )  # fmt: skip
 
 
