@@ -6,11 +6,19 @@ import re
 import pytest
 import torch
 from models import SIZES, grown, tokens
-from pretrained import move, pretrained
+from pretrained import GROUPED, move, pretrained
 from test_blocks import llama, modern
 from test_schemes import NAMES
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    StaticCache,
+)
 
 import dape
 from dape.errors import UserError
@@ -186,6 +194,34 @@ def test_mounted_biases_leave_out_the_hidden_tokens_of_a_document(name, bias):
     for row, shown in pieces():
         alone = model(ids[row : row + 1, shown], use_cache=False).logits[0]
         assert_close(found[row, shown], alone, rtol=1e-6, atol=1e-6)  # Llama's angles are float32
+
+
+RECURRENT = {
+    "in the cache": lambda: Lfm2ForCausalLM(
+        Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])
+    ),
+    "in the layers": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(
+            **{**GROUPED, "hidden_size": 32},
+            block_types=["recurrent", "attention"],
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("state", RECURRENT)
+def test_recurrent_layers_would_join_the_documents_of_a_row(state):
+    model = RECURRENT[state]().eval()
+    dape.retrofit(model, bias="kerple")
+    ids, numbers = tokens(2, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0] * 8])
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).expand(2, -1)
+    for given in ({"seq_idx": numbers}, {"position_ids": positions}):
+        with pytest.raises(UserError, match=r"recurrent layers, .*: give each document a row"):
+            model(ids, use_cache=False, **given)
+    alone = model(ids, use_cache=False).logits
+    whole = torch.tensor([0, 8, 16])  # a document a row
+    packed = model(ids, use_cache=False, cu_seq_lens_q=whole, cu_seq_lens_k=whole).logits
+    assert_close(packed, alone)
 
 
 def test_a_mask_of_ones_says_that_a_row_is_one_document():

@@ -72,6 +72,7 @@ def offset_of(written: int | Tensor | None, rows: int, keys: int) -> int | Tenso
 def keep(
     whose: tuple[int, int],
     own_bias: bool,
+    recurs: bool,
     first: int,
     model: Any,
     args: tuple[Any, ...],
@@ -85,7 +86,7 @@ def keep(
     tokens.
 
     Raises:
-        UserError: for packed documents, if the model takes no positions.
+        UserError: for packed documents, if the model takes no positions or has recurrent layers.
     """
     within = asked().whose
     if within is not None and within[0] == whose[0] and within[1] != whose[1]:
@@ -102,6 +103,12 @@ def keep(
         raise UserError(
             f"{type(model).__name__} takes no position_ids, and counts positions over all "
             "documents packed in a row: give each document a row of its own"
+        )
+    if documents is not None and recurs:
+        refuse(
+            look((documents != documents[:, :1]).any()),
+            f"{type(model).__name__} has recurrent layers, which carry a state from each document "
+            "packed in a row into the next: give each document a row of its own",
         )
     written = _written(given)
     if documents is not None or own_bias or (positions is not None and positions.ndim != 2):

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from dape.errors import UserError
@@ -30,13 +30,25 @@ def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
     """
     counting = (x for x in model.modules() if hasattr(x, "create_position_ids_from_input_ids"))
     first = next((cast(int, each.padding_idx) + 1 for each in counting), 0)
+    recurs = has_recurrence(cast(PreTrainedModel, model).config.get_text_config())
     # Numbers, because DataParallel calls copies of the parts.
     parts = (each for each in model.modules() if isinstance(each, PreTrainedModel))
     for number, each in enumerate(parts):
         whose = id(model), number
-        keep, forget = partial(asked.keep, whose, own_bias, first), partial(asked.forget, whose)
+        keep = partial(asked.keep, whose, own_bias, recurs, first)
+        forget = partial(asked.forget, whose)
         undo.callback(each.register_forward_pre_hook(keep, with_kwargs=True).remove)
         undo.callback(each.register_forward_hook(forget, always_call=True).remove)
+
+
+def has_recurrence(config: PreTrainedConfig) -> bool:
+    """Return whether layers carry a state from token to token, beside or in place of attention.
+
+    RecurrentGemma keeps states in the layers, and other models in the cache.
+    """
+    kinds = getattr(config, "layers_block_type", None) or ()
+    layers = DynamicCache(config=config).layers
+    return "recurrent" in kinds or any(hasattr(each, "update_recurrent_state") for each in layers)
 
 
 def refuse_another(config: PreTrainedConfig, *_: Any) -> None:
