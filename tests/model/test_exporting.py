@@ -99,6 +99,20 @@ def test_a_retrofitted_model_is_exported_with_its_adapters(name):
         assert_close(program(ids), model(ids), rtol=1e-9, atol=1e-9)
 
 
+def test_an_exported_model_reads_positions_that_begin_anywhere():
+    model = of_one_layer(pretrained("llama", torch.float64))
+    mounted = dape.retrofit(model, bias="fire")
+    for parameter in mounted.adapters.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = Logits(model.requires_grad_(False))
+    given = (tokens(2, 9), None, torch.arange(9).expand(2, -1))
+    program = export(model, given, dynamic_shapes=(free(), None, free())).module()
+    for length in LENGTHS:
+        ids, positions = tokens(3, length), torch.arange(length).expand(3, -1) + 30
+        expected = model(ids, None, positions)
+        assert_close(program(ids, None, positions), expected, rtol=1e-9, atol=1e-9)
+
+
 def hidden_between(rows, length):
     """Return a mask that hides the first token of a row, and one between visible tokens of each."""
     mask = torch.ones(rows, length, dtype=torch.long)

@@ -196,6 +196,43 @@ def test_mounted_biases_leave_out_the_hidden_tokens_of_a_document(name, bias):
         assert_close(found[row, shown], alone, rtol=1e-6, atol=1e-6)  # Llama's angles are float32
 
 
+@pytest.mark.parametrize("bias", ["kerple", "fire"])
+@torch.no_grad()
+def test_mounted_biases_read_given_positions_of_documents(bias):
+    """The positions of a document begin anywhere, and with numbers of documents step anyhow."""
+    model, ids = pretrained("llama", torch.float64), tokens(1, 9)
+    mounted = dape.retrofit(model, bias=bias)
+    move(mounted.adapters, 0.3)
+    for each in mounted.attentions if bias == "fire" else ():
+        each.position_bias.log_threshold.zero_()
+    starts, numbers = (
+        torch.tensor([[7, 8, 9, 10, 2, 3, 4, 5, 6]]),
+        torch.tensor([[0] * 4 + [1] * 5]),
+    )
+    ways = [(starts, {}), (starts, {"seq_idx": numbers})]
+    ways += [(2 * starts, {"seq_idx": numbers, "attention_mask": torch.ones_like(ids)})]
+    for positions, given in ways:
+        found = model(ids, position_ids=positions, use_cache=False, **given).logits
+        for part in (slice(0, 4), slice(4, 9)):
+            own = {
+                "position_ids": positions[:, part],
+                "attention_mask": torch.ones_like(ids[:, part]),
+            }
+            alone = model(ids[:, part], use_cache=False, **own).logits
+            assert_close(found[:, part], alone, rtol=1e-6, atol=1e-6)  # Llama's angles are float32
+    mask = (numbers[:, :, None] >= numbers[:, None, :]).tril()[:, None]
+    if bias == "kerple":
+        found = model(
+            ids, position_ids=starts, attention_mask=mask, seq_idx=numbers, use_cache=False
+        )
+        expected = model(ids, position_ids=starts, seq_idx=numbers, use_cache=False)
+        assert_close(found.logits, expected.logits, rtol=1e-6, atol=1e-6)
+        with pytest.raises(UserError, match="position_ids beside an attention_mask of four axes"):
+            model(
+                ids, position_ids=starts * 2, attention_mask=mask, seq_idx=numbers, use_cache=False
+            )
+
+
 RECURRENT = {
     "in the cache": lambda: Lfm2ForCausalLM(
         Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])

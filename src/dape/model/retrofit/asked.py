@@ -19,6 +19,7 @@ from dape.model.arguments import CACHE_NAMES, packed_documents
 from dape.model.conditions import look, refuse
 from dape.model.masking import (
     count_within,
+    documents_of_keys,
     documents_of_positions,
     keys_before,
     positions_of_keys,
@@ -30,9 +31,9 @@ class Asked(NamedTuple):
 
     `documents` `[B, T]` numbers the documents packed in a row, and is None for a single document.
     `weights` says whether the softmax weights are returned. `positions` `[B, T]` are the given
-    `position_ids` of a single document. `whose` is the model and the part that is called, by
-    numbers, and None between calls. `written` counts the keys in a static cache before the call,
-    and is None for other caches.
+    `position_ids`. `whose` is the model and the part that is called, by numbers, and None between
+    calls. `written` counts the keys in a static cache before the call, and is None for other
+    caches.
     """
 
     documents: Tensor | None = None
@@ -111,10 +112,10 @@ def keep(
             "packed in a row into the next: give each document a row of its own",
         )
     written = _written(given)
-    if documents is not None or own_bias or (positions is not None and positions.ndim != 2):
+    if own_bias or (positions is not None and positions.ndim != 2):
         positions = None
     if positions is not None:
-        _check_mask(given.get("attention_mask"), positions, written)
+        _check_mask(given.get("attention_mask"), positions, written, documents)
     _set(Asked(documents, bool(given.get("output_attentions", weights)), positions, whose, written))
     if "position_ids" in given or (documents is None and "attention_mask" in given):
         return args, kwargs
@@ -148,7 +149,9 @@ def _written(given: Mapping[str, Any]) -> int | Tensor | None:
     return keys_before(cache)
 
 
-def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> None:
+def _check_mask(
+    mask: Any, positions: Tensor, written: int | Tensor | None, documents: Tensor | None
+) -> None:
     """Refuse a mask of four axes whose visible keys lie otherwise apart than their indices.
 
     transformers hands such a mask to the attentions without the positions.
@@ -158,7 +161,7 @@ def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> N
     """
     if isinstance(mask, Mapping):  # of each kind of layer
         for each in mask.values():
-            _check_mask(each, positions, written)
+            _check_mask(each, positions, written, documents)
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.dtype != torch.bool:
         return
     rows, keys = positions.shape[1], mask.shape[3]
@@ -167,6 +170,9 @@ def _check_mask(mask: Any, positions: Tensor, written: int | Tensor | None) -> N
     index = torch.arange(keys, device=placed.device)
     shift = placed - index
     apart = shift[:, index[:rows] + offset, None] != shift[:, None, :]
+    if documents is not None:
+        documents = documents_of_keys(documents, keys, offset)
+        apart = apart & (documents[:, :rows, None] == documents[:, None, :])
     refuse(
         look((apart & mask[:, 0]).any()),
         "position_ids beside an attention_mask of four axes: adapters see indices, which lie "

@@ -140,8 +140,11 @@ def layer_mask(
         documents = documents_of_keys(documents, kv_offset + kv_length, q_offset)
         same = same_document(documents, q_length, kv_offset)
         mask = same if mask is None else same & (mask[:, None, None] if mask.ndim == 2 else mask)
-        placed = count_within(documents, tokens)
-        apart = gaps
+        placed, apart = count_within(documents, tokens), gaps
+        if positions is not None:
+            shown = documents >= 0 if tokens is None else tokens
+            placed = positions_of_keys(shown, positions, q_length, q_offset)
+            apart = look(has_gaps(shown) | moved_within(documents, placed, shown))
     elif tokens is not None or positions is not None:
         if positions is not None and tokens is None:
             tokens = positions.new_ones(1, kv_offset + kv_length, dtype=torch.bool)
@@ -159,6 +162,17 @@ def same_document(
 ) -> Bool[Tensor, "*batch 1 rows shown"]:
     """Return whether the first queries and the keys from `key_offset` share a document."""
     return (documents[:, :rows, None] == documents[:, None, key_offset:])[:, None]
+
+
+def moved_within(
+    documents: Int[Tensor, "#batch keys"],
+    placed: Int[Tensor, "#batch keys"],
+    shown: Bool[Tensor, "#batch keys"],
+) -> Bool[Tensor, ""]:
+    """Return whether neighbours of a document are not as far apart as indices, as a tensor."""
+    same = documents.diff(prepend=documents[:, :1] - 1) == 0
+    steps = placed.diff(prepend=placed[:, :1])
+    return (same & shown & shown.roll(1, -1) & (steps != 1)).any()
 
 
 def layer_mask_of(
