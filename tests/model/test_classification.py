@@ -63,6 +63,24 @@ def test_a_batch_of_unknown_padding_is_refused(model):
     assert_close(both[:1], model(ids[:1]).logits, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_row_without_a_known_last_token_is_refused(model):
+    """Whose score would be of a hidden token, or of padding."""
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 5:] = 0
+    embedded = model.model.embed_tokens(ids)
+    with pytest.raises(UserError, match=r"^inputs_embeds, and any of the 2 rows.* give attention"):
+        model(inputs_embeds=embedded)
+    alone = model(inputs_embeds=embedded[:1]).logits
+    assert_close(alone, model(ids[:1]).logits, rtol=1e-5, atol=1e-6)
+    first = model.model(ids[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    hidden = {"attention_mask": mask, "past_key_values": first}
+    for given in ({"input_ids": ids[:, 6:], **hidden}, {"input_ids": 0 * ids}):
+        with pytest.raises(UserError, match="a row has no last token") as error:
+            model(**given)
+        assert "\n" not in str(error.value)
+
+
 def test_the_loss_is_the_cross_entropy_of_the_labels(model):
     ids, labels = tokens(4, 9), torch.tensor([0, 2, 1, 2])
     out = model(ids, labels=labels)

@@ -1,13 +1,24 @@
-"""Placement by Accelerate, and the text-generation pipeline."""
+"""Loading, placement by Accelerate, and the text-generation pipeline."""
 
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from models import fresh, tokens
-from transformers import AutoModelForCausalLM, pipeline
+from pretrained import pretrained
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, Gemma3Config, pipeline
+from transformers.utils import logging
 
 from dape.attention.select import BACKENDS
 from dape.data.tokenizer import byte
 from dape.errors import UserError
+from dape.model import loading
+from dape.model.loading import check_base, check_capped, check_causal, fingerprint, load_causal
+from dape.runs import RunFolder
 
 PIECES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 OFFLOADED = ("model.layers.1", "model.norm")
@@ -64,3 +75,144 @@ def test_the_pipeline_continues_texts_as_generate_does(block, tmp_path):
         ids = torch.tensor([list(text.encode())])
         expected = model.generate(ids, **options, pad_token_id=256)[0, -6:].tolist()
         assert answer["generated_token_ids"][-6:] == expected
+
+
+def test_loading_draws_no_number_and_keeps_the_verbosity(tmp_path):
+    model = fresh()
+    model.save_pretrained(tmp_path)
+    logging.set_verbosity_info()
+    try:
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        loaded = load_causal(str(tmp_path))
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity_warning()
+    assert torch.equal(torch.rand(3), expected)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+
+
+def test_code_beside_a_model_of_transformers_does_not_run(tmp_path):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    model = pretrained("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "code.Model"}
+    model.save_pretrained(folder)
+    (folder / "code.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+    for config in ({}, {"config": loading.load_config(str(folder))}):
+        assert type(load_causal(str(folder), **config)) is type(model)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("cap", [0.5, None])
+@torch.no_grad()
+def test_a_cap_of_a_changed_configuration_is_computed(cap, tmp_path):
+    model, ids = pretrained("gemma2", torch.float64), tokens(2, 9)
+    model.config.attn_logit_softcapping = None if cap else 0.5
+    model.save_pretrained(tmp_path)
+    config = loading.load_config(str(tmp_path), attn_logit_softcapping=cap)
+    loaded = load_causal(str(tmp_path), config=config, dtype=torch.float64)
+    found = []
+    for each in (0.5, None):
+        for layer in model.model.layers:
+            layer.self_attn.attn_logit_softcapping = each
+        found.append(model(ids).logits)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    expected = found[0] if cap else found[1]
+    assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)  # angles are float32
+    assert loaded.config._attn_implementation == ("eager" if cap else "sdpa")
+    other = load_causal(str(tmp_path), config=config, attn_implementation="sdpa")
+    assert other.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", None])
+def test_a_cap_is_left_out_by_one_attention_alone(name):
+    config = Gemma3Config(text_config={name: 0.5} if name else {})
+    model = nn.Module()
+    model.config = config
+    for attention in ("eager", "flex_attention", "sdpa"):
+        config.get_text_config()._attn_implementation = attention
+        if name and attention == "sdpa":
+            with pytest.raises(UserError, match=r"^it leaves out attn_logit_softcapping=0.5"):
+                check_capped(model, "it")
+        else:
+            check_capped(model, "it")
+
+
+class Reads(nn.Module):
+    """Logits 1000 of the token itself, and `weight` in one of them of a token `ahead`."""
+
+    def __init__(self, ahead, weight):
+        super().__init__()
+        self.ahead, self.weight = ahead, weight
+
+    def forward(self, input_ids, use_cache):
+        logits = 1000 * nn.functional.one_hot(input_ids, 5).float()
+        read = slice(0, max(input_ids.shape[1] - self.ahead, 0))
+        logits[:, read, 4] += self.weight * input_ids[:, self.ahead :].float()
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_a_single_later_token_in_a_single_logit_is_noticed(ahead, weight):
+    with pytest.raises(UserError, match=r"it \(Reads\) reads later tokens"):
+        check_causal(Reads(ahead, weight), "it")
+
+
+@pytest.mark.parametrize(("ahead", "weight"), [(0, 1.0), (1, 0.1)])
+def test_rounding_is_no_later_token(ahead, weight):
+    """A part in 10,000 of the logits is that of products in another order."""
+    check_causal(Reads(ahead, weight), "it")
+
+
+def test_a_fingerprint_is_of_names_and_of_the_first_numbers_in_bfloat16():
+    model = nn.ParameterDict({"b": torch.randn(9, 11), "a": torch.randn(5) * 1e-6})
+    expected = hashlib.sha256()
+    for name in ("a", "b"):
+        bits = model[name].detach().numpy().ravel()[:64].view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to the nearest, or the even one
+        expected.update(name.encode() + rounded.astype(np.uint16).tobytes())
+    assert fingerprint(model) == expected.hexdigest()[:16]
+
+
+def test_a_run_without_a_fingerprint_keeps_its_base(tmp_path):
+    model, run = fresh(), RunFolder(tmp_path)
+    run.update_record({"ended": None})
+    assert check_base(model, "base", run) == fingerprint(model)
+    run.update_record({"base_weights": "0" * 16})
+    with pytest.raises(UserError, match="the weights of base changed since the training of"):
+        check_base(model, "base", run)
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, RecursionError, TypeError])
+def test_a_configuration_on_which_transformers_ends_is_one_line(error, monkeypatch):
+    def ends(*_, **__):
+        raise error("a\nreason")
+
+    monkeypatch.setattr(loading, "fetch", ends)
+    with pytest.raises(
+        UserError, match=r"config.json of here is not a conf.*reason.* save"
+    ) as line:
+        loading.load_config("here")
+    assert "\n" not in str(line.value)
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, TypeError, RuntimeError])
+def test_files_on_which_transformers_ends_are_one_line(error, monkeypatch):
+    def ends(*_, **__):
+        raise error("reason")
+
+    monkeypatch.setattr(loading, "fetch", ends)
+    with pytest.raises(UserError, match=r"of here cannot be read.*reason") as line:
+        load_causal("here", config=fresh().config)
+    assert "\n" not in str(line.value)
+
+
+def test_too_little_memory_for_weights_is_no_damage(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(loading, "fetch", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_causal("here", config=fresh().config)

@@ -230,9 +230,16 @@ def test_a_mask_of_every_query_keeps_packed_documents_apart():
         (torch.ones(2, 6), "must cover 0 cached and 7 new keys"),
         (torch.zeros(2, 1, 7, 7), "in place of an additive mask"),
         (torch.ones(2, 7, 7), r"attention_mask \[2, 7, 7\]"),
+        (torch.ones(2, 1, 1, 7).bool(), "four axes must have a row for each of 7 queries"),
+        (torch.ones(3, 7), r"attention_mask \[3, 7\] must be \[2, keys\]"),
+        (torch.ones(2, 7).tril() * -1e9, "values other than 1 for visible and 0 for hidden"),
+        (torch.arange(14).view(2, 7) // 4, "number documents by seq_idx"),
+        (torch.full((2, 7), math.nan), "in place of an additive mask"),
+        (2 * torch.ones(2, 1, 7, 7).long(), "values other than 1 for visible"),
     ],
-    ids=["long", "short", "additive", "three axes"],
-)
+    ids=["long", "short", "additive", "three axes", "of no query", "of three rows", "of two axes",
+         "numbers", "no numbers", "twos"],
+)  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(mask, words):
     with pytest.raises(UserError, match=words):
         fresh()(tokens(2, 7), attention_mask=mask)
@@ -280,6 +287,14 @@ def test_reading_both_ways_takes_no_cache():
     cache = model(ids).past_key_values
     with pytest.raises(UserError, match=r"^causal=False: .* leave past_key_values out$"):
         model(ids, past_key_values=cache)
+
+
+def test_an_argument_may_say_which_way_the_model_reads():
+    model, ids = DapeModel(DapeConfig(**SIZES, causal=False)).eval(), tokens(1, 7)
+    expected = model(ids, use_cache=False).last_hidden_state
+    assert torch.equal(model(ids, use_cache=False, is_causal=False).last_hidden_state, expected)
+    with pytest.raises(UserError, match="unknown argument of the model 'is_causal'"):
+        model(ids, use_cache=False, is_causal=True)
 
 
 @pytest.mark.unhooked  # the hook refuses them before

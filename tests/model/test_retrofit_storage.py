@@ -6,7 +6,17 @@ import json
 import pytest
 import torch
 from models import fresh
-from pretrained import GROUPED, NAMES, SIZES, bias_for, logits, move, pretrained, tokens
+from pretrained import (
+    GROUPED,
+    NAMES,
+    SIZES,
+    bias_for,
+    logits,
+    move,
+    of_one_layer,
+    pretrained,
+    tokens,
+)
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -33,6 +43,7 @@ from transformers import (
 
 import dape
 from dape.errors import UserError
+from dape.model.retrofit import loading
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,6 +58,7 @@ def test_saved_adapters_on_the_base_model_are_the_model(name, tmp_path):
     assert saved == sum(p.numel() for key, p in model.state_dict().items() if key not in base)
     other = pretrained(name)
     again = dape.load_adapters(other, tmp_path)
+    assert {module.attention_backend for module in again.attentions} == {"auto"}
     assert torch.equal(logits(other, ids), logits(model, ids))
     again.unmount()
     assert torch.equal(logits(other, ids), logits(pretrained(name), ids))
@@ -136,6 +148,39 @@ def test_an_adapter_of_ones_own_is_given_again(tmp_path):
         dape.load_adapters(other, tmp_path)
     dape.load_adapters(other, tmp_path, adapter=Gate)
     assert torch.equal(logits(other, ids), logits(model, ids))
+
+
+class Twice(Gate):
+    """With the tensors of the first, and other logits."""
+
+    def forward(self, scores, bias):
+        return scores * (1 + 2 * self.gate)
+
+
+def test_another_class_with_the_same_tensors_is_refused(tmp_path):
+    dape.retrofit(pretrained("llama"), Gate).save(tmp_path / "own")
+    dape.retrofit(pretrained("llama"), "dape").save(tmp_path / "dape")
+    for folder, given, words in (
+        ("own", Twice, "own is Gate; give the class Gate"),
+        ("dape", "dape3", "dape is dape; leave it out"),
+        ("dape", functools.partial(dape.DAPE, hidden=8), "dape is dape; leave it out"),
+    ):
+        with pytest.raises(UserError, match=f"the adapter in .*{words}") as error:
+            dape.load_adapters(pretrained("llama"), tmp_path / folder, adapter=given)
+        assert "\n" not in str(error.value)
+
+
+def test_an_interrupted_load_leaves_no_adapters(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    model, ids = pretrained("llama"), tokens(2, 12)
+    dape.retrofit(pretrained("llama")).save(tmp_path)
+    expected = logits(model, ids)
+    monkeypatch.setattr(loading, "read_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dape.load_adapters(model, tmp_path)
+    assert torch.equal(logits(model, ids), expected) and not hasattr(model, "retrofitted")
 
 
 def forgetful(num_heads):
@@ -347,10 +392,19 @@ def test_folders_that_do_not_fit_are_one_line(tmp_path):
     with pytest.raises(UserError, match=r"do not fit the model: 2.adapter.bias_in is missing"):
         dape.load_adapters(other, tmp_path)
     assert torch.equal(logits(other, ids), expected)
+    with pytest.raises(UserError, match=r"1.adapter.bias_in is \[32\] in the folder, missing in"):
+        dape.load_adapters(of_one_layer(pretrained("llama")), tmp_path)
+    other = LlamaForCausalLM(LlamaConfig(**{**GROUPED, "num_attention_heads": 2}))
+    words = r"0.adapter.bias_out is \[4\] in the folder, \[2\] in the model"
+    with pytest.raises(UserError, match=words):
+        dape.load_adapters(other, tmp_path)
     with pytest.raises(
         UserError, match=r"are for a model of type 'llama' .* the model is of type 'gpt2'"
     ):
         dape.load_adapters(pretrained("gpt2"), tmp_path)
+    dape.retrofit(pretrained("gemma")).save(tmp_path / "gemma")
+    with pytest.raises(UserError, match=r"of type 'gemma' .* the model is of type 'gemma2'"):
+        dape.load_adapters(pretrained("gemma2"), tmp_path / "gemma")
     for place, given in (("adapter", "talking-heads"), ("bias", dape.FIRE)):
         with pytest.raises(UserError, match=rf"the {place} in .* is (dape|kerple); leave it out"):
             dape.load_adapters(pretrained("llama"), tmp_path, **{place: given})

@@ -63,15 +63,16 @@ _FULL = (
 )
 
 
-def refuse_unused(arguments: Mapping[str, Any]) -> None:
+def refuse_unused(arguments: Mapping[str, Any], causal: bool) -> None:
     """Raise a `UserError` for an argument whose value the model would ignore.
 
-    `token_type_ids` may be zeros, as tokenizers return zeros unasked, and `is_causal` may be true.
+    `token_type_ids` may be zeros, as tokenizers return zeros unasked, and `is_causal` may be
+    `causal`, as the configuration is.
     """
     for name, value in arguments.items():
         if value is None or (value is False and name.startswith("output_")):
             continue
-        if name == "is_causal" and value is True:
+        if name == "is_causal" and value is causal:
             continue
         if name == "token_type_ids":
             refuse(

@@ -23,8 +23,14 @@ from transformers.utils.generic import can_return_tuple
 from dape.errors import UserError
 from dape.model.arguments import CACHE, by_either_name
 from dape.model.base import DapePreTrainedModel
+from dape.model.conditions import look, refuse
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM, DapeModel
+
+_HIDDEN = (
+    "a row has no last token, as attention_mask hides all of its new tokens, or all are"
+    " pad_token_id: leave the row out, or give attention_mask [batch, keys]"
+)
 
 
 class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTrainedModel):
@@ -99,15 +105,17 @@ class DapeForSequenceClassification(GenericForSequenceClassification, DapePreTra
         index, padding = torch.arange(length, device=states.device), self.config.pad_token_id
         if attention_mask is not None and attention_mask.ndim == 2:
             tokens = attention_mask[:, past : past + length].bool()
-        elif input_ids is None or (padding is None and batch == 1):
-            return index[-1].expand(batch)
-        elif padding is None:
-            raise UserError(
-                f"pad_token_id=None, and any of the {batch} rows may end in padding: give "
-                "attention_mask [batch, keys], or set pad_token_id in the configuration"
-            )
+        elif input_ids is None or padding is None:
+            if batch > 1:
+                given = "inputs_embeds" if input_ids is None else "pad_token_id=None"
+                raise UserError(
+                    f"{given}, and any of the {batch} rows may end in padding: give attention_mask "
+                    "[batch, keys], or input_ids and pad_token_id in the configuration"
+                )
+            return index[-1:]
         else:
             tokens = input_ids != padding
+        refuse(look((~tokens).all(-1).any()), _HIDDEN)
         return index.where(tokens.to(index.device), -1).argmax(-1)
 
 

@@ -23,6 +23,10 @@ COMPILED = (
     "attention_mask hides tokens between visible tokens, and a compiled model counts them: give"
     " position_ids too"
 )
+_VALUES = (
+    "attention_mask has values other than 1 for visible and 0 for hidden keys: in place of an"
+    " additive mask of zeros and -inf give mask == 0, and number documents by seq_idx"
+)
 
 
 def masking(
@@ -57,9 +61,10 @@ def masking(
     if cache is not None:
         past = keys_before(cache)
         keys = cache.get_mask_sizes(rows, 0)[0]
-    mask = None if attention_mask is None else visible_keys(attention_mask, rows, keys, past)
+    batch = hidden_states.shape[0]
+    mask = None if attention_mask is None else visible_keys(attention_mask, batch, rows, keys, past)
     if cache is not None:
-        check_fits(cache, hidden_states.shape[0], past + rows, keys)
+        check_fits(cache, batch, past + rows, keys)
     causal = mask is None or mask.ndim == 2  # a mask of every query replaces causality
     padding = mask if mask is not None and mask.ndim == 2 else None
     gaps: bool | Tensor = False
@@ -79,7 +84,7 @@ def masking(
     query_positions = key_positions = None
     if position_ids is not None or gaps is True or not (relative or padding is None):
         if position_ids is not None:
-            check_positions(position_ids, hidden_states.shape[0], rows, past)
+            check_positions(position_ids, batch, rows, past)
         tokens = hidden_states.new_ones(1, keys, dtype=torch.bool) if padding is None else padding
         key_positions = positions_of_keys(tokens, position_ids, rows, past)
         if relative and position_ids is None:
@@ -158,20 +163,32 @@ def positions_of_gaps(attention_mask: Tensor | None, relative: bool) -> Tensor |
     return count_visible(tokens) + (first_visible(tokens) if relative else 0)
 
 
-def visible_keys(attention_mask: Tensor, rows: int, keys: int, past: int | Tensor) -> Tensor:
+def visible_keys(
+    attention_mask: Tensor, batch: int, rows: int, keys: int, past: int | Tensor
+) -> Tensor:
     """Return the mask as booleans, padded to the length of a static cache."""
     if not isinstance(attention_mask, Tensor):
         name = type(attention_mask).__name__
         raise UserError(f"attention_mask is a {name}; give a tensor [batch, keys]")
     shape = list(attention_mask.shape)
-    if attention_mask.ndim == 4 and not attention_mask.is_floating_point():
-        return attention_mask.bool()
-    if attention_mask.ndim != 2:
+    whole = attention_mask.ndim == 4 and not attention_mask.is_floating_point()
+    if attention_mask.ndim != 2 and not whole:
         raise UserError(
             f"attention_mask {shape} of {attention_mask.dtype} must be [batch, keys], or boolean "
             "or integer [batch, 1, queries, keys], 1 where a key may be seen; in place of an "
             "additive mask of zeros and -inf give mask == 0"
         )
+    if attention_mask.dtype != torch.bool:
+        refuse(look(((attention_mask != 0) & (attention_mask != 1)).any()), _VALUES)
+    if whole:
+        if shape[2] != rows:
+            raise UserError(
+                f"attention_mask {shape} of four axes must have a row for each of {rows} queries, "
+                "as the mask takes the place of causality; give padding as [batch, keys]"
+            )
+        return attention_mask.bool()
+    if shape[0] != batch:
+        raise UserError(f"attention_mask {shape} must be [{batch}, keys]")
     covers = not isinstance(past, int) or shape[1] == past + rows or shape[1] == keys
     if isinstance(past, Tensor):
         check_covered(attention_mask, past + rows)

@@ -116,7 +116,7 @@ class DapeModel(DapePreTrainedModel):
         Raises:
             UserError: for arguments that do not fit, or that the model would ignore.
         """
-        refuse_unused(kwargs)
+        refuse_unused(kwargs, self.config.causal)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

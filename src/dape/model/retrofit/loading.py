@@ -59,15 +59,24 @@ def load_adapters(
 
 
 def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder: Path) -> Any:
-    """Return the name in the settings, or the given factory for a class without a name."""
-    name = settings[place]
-    if name is None or name in PARTS[place]:
-        if given is not None and name_of(place, part_of(place, given)) != name:
-            raise UserError(f"{place}={given!r}: the {place} in {folder} is {name}; leave it out")
-        return name
+    """Return the name in the settings, or the given factory for a class without a name.
+
+    Options of the folder replace those of a given factory.
+    """
+    name, options = settings[place], settings["options"].get(place, {})
+    known = name is None or name in PARTS[place]
     if given is None:
-        raise UserError(f"the {place} in {folder} is {name}, a class of your own: give {place}=")
-    return given
+        if not known:
+            raise UserError(
+                f"the {place} in {folder} is {name}, a class of your own: give {place}="
+            )
+        return name
+    part = part_of(place, given)
+    if name_of(place, part) != name or (known and not part.options.items() <= options.items()):
+        found = ", ".join((str(name), *(f"{key}={value!r}" for key, value in options.items())))
+        remedy = "leave it out" if known else f"give the class {name}"
+        raise UserError(f"{place}={given!r}: the {place} in {folder} is {found}; {remedy}")
+    return name if known else given
 
 
 @torch.no_grad()
