@@ -278,5 +278,10 @@ def test_a_mask_without_the_new_keys_is_refused(kind, retrofitted):
         dape.retrofit(model, bias="kerple")
     cache = kind(config=model.config, **({"max_cache_len": 12} if kind is StaticCache else {}))
     model(ids[:, :4], past_key_values=cache)
-    with pytest.raises(UserError, match=r"must cover 4 cached|fewer columns than cached and new"):
-        model(ids[:, 4:], attention_mask=torch.ones_like(ids[:, 4:]), past_key_values=cache)
+    for columns in (3, 4, 6):
+        mask, words = (
+            torch.ones_like(ids[:, :columns]),
+            r"must cover 4 cached|fewer columns than ca",
+        )
+        with pytest.raises(UserError, match=words):
+            model(ids[:, 4:], attention_mask=mask, past_key_values=cache)

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from dape.errors import UserError
 from dape.model import modeling
 from dape.model.configuration import DapeConfig
+from dape.model.masking import masking
 from dape.model.modeling import DapeForCausalLM, DapeModel
 from dape.positions.rotary import RoPE
 
@@ -221,6 +222,34 @@ def test_a_mask_of_every_query_keeps_packed_documents_apart():
     packed = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     apart = torch.cat([model(ids[:, :4]).logits, model(ids[:, 4:]).logits], dim=1)
     assert_close(packed, apart, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["dape-kerple", "dape3-fire", "learned"])
+def test_the_first_mask_may_have_the_length_of_a_static_cache(scheme):
+    model, ids, mask = grown(scheme=scheme), tokens(2, 7), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    expected = model(ids, attention_mask=mask[:, :7], use_cache=False).logits
+    cache = StaticCache(model.config, max_cache_len=12)
+    found = [
+        model(ids[:, piece], attention_mask=mask, past_key_values=cache).logits
+        for piece in (slice(0, 5), slice(5, 6), slice(6, 7))
+    ]
+    shown = mask[:, :7].bool()
+    assert_close(torch.cat(found, 1)[shown], expected[shown], rtol=1e-9, atol=1e-9)
+
+
+def test_positions_have_a_batch_axis_only_where_padding_moves_them():
+    """With a batch axis a bias is a table for each row, which the fused kernels do not serve."""
+    states, mask = torch.zeros(2, 7, 1), torch.ones(2, 7)
+    mask[0, :3] = 0
+    for relative, given, moves in (
+        (True, mask, False), (False, mask, True), (True, None, False), (False, None, False)
+    ):  # fmt: skip
+        found = masking(states, given, None, None, None, relative=relative)
+        assert (found["key_positions"] is not None) is moves
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    found = masking(states, None, None, None, documents, relative=True)
+    assert found["key_positions"] is None
 
 
 @pytest.mark.parametrize(

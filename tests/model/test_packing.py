@@ -153,6 +153,31 @@ def test_padding_and_documents_hide_keys_together():
     near(out[:, 5:], model(ids[:, 5:]).logits)
 
 
+@pytest.mark.parametrize("name", ["learned", "fire", "dape-kerple", "rope"])
+def test_positions_given_beside_documents_are_those_of_the_caller(name):
+    """Where positions jump, the document named by `seq_idx` goes on."""
+    model, ids = model_of(name), tokens(1, 7)
+    positions, number = torch.tensor([[0, 3, 4, 9, 1, 2, 8]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    found = model(ids, position_ids=positions, seq_idx=number).logits
+    for part in (slice(0, 4), slice(4, 7)):
+        given = {
+            "position_ids": positions[:, part],
+            "attention_mask": torch.ones_like(ids[:, part]),
+        }
+        near(found[:, part], model(ids[:, part], **given).logits)
+
+
+@every_scheme
+def test_documents_and_a_mask_of_four_axes_hide_keys_together(name):
+    model, ids = model_of(name), tokens(1, 9)
+    number = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    window = torch.ones(9, 9, dtype=torch.bool).tril().triu(-1)
+    found = model(ids, seq_idx=number[None], attention_mask=window[None, None]).logits
+    for part in (slice(0, 4), slice(4, 9)):
+        alone = model(ids[:, part], attention_mask=window[None, None, part, part]).logits
+        near(found[:, part], alone)
+
+
 CONVOLVES = re.compile("dape[357]-")
 HIDDEN = torch.tensor([[0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1]])
 NUMBERS = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 4 + [2] * 5])
