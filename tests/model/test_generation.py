@@ -213,8 +213,9 @@ def test_a_cache_that_does_not_fit_is_refused():
     model, ids = grown(scheme="dape-kerple"), tokens(2, 6)
     cache = DynamicCache(config=model.config)
     model(ids, past_key_values=cache)
-    with pytest.raises(UserError, match="holds keys of 2 rows, and the call has 1"):
-        model(ids[:1], past_key_values=cache)
+    for rows, more in ((ids[:1], 1), (ids.repeat(2, 1), 4)):
+        with pytest.raises(UserError, match=f"holds keys of 2 rows, and the call has {more}"):
+            model(rows, past_key_values=cache)
     cache = StaticCache(model.config, max_cache_len=8)
     found = [model(piece, past_key_values=cache).logits for piece in ids.split([4, 2], 1)]
     assert_close(torch.cat(found, 1), model(ids).logits, rtol=0, atol=1e-9)
@@ -253,10 +254,11 @@ def test_a_quantized_cache_goes_through_and_is_refused_once_cropped(scheme):
         model(ids[:, 13:], past_key_values=cache)
 
 
-def test_the_cache_of_an_encoder_is_refused():
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_of_an_encoder_is_refused(name):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with pytest.raises(UserError, match=r"past_key_values is a EncoderDecoderCache; give a Cache"):
-        grown(scheme="rope")(tokens(1, 3), past_key_values=cache)
+        grown(scheme="rope")(tokens(1, 3), **{name: cache})
 
 
 def test_tokens_that_generate_would_not_read_are_refused():

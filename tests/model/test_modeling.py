@@ -35,6 +35,19 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
     assert out.loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
 
 
+def test_the_loss_takes_shifted_labels_and_another_number_that_is_not_scored():
+    model, ids = grown(), tokens(2, 7)
+    shifted = torch.cat([ids[:, 1:], torch.full((2, 1), 40)], 1)
+    shifted[0, :4] = 40
+    out = model(ids, labels=ids, shift_labels=shifted, ignore_index=40)
+    logits, scored = out.logits.detach().numpy(), (shifted != 40).numpy()
+    losses = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+        logits, np.where(scored, shifted, 0)[..., None], -1
+    ).squeeze(-1)
+    assert scored.sum() == 8
+    assert out.loss.item() == pytest.approx(losses[scored].mean(), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", [DapeForCausalLM, DapeModel])
 @pytest.mark.parametrize("block", ["paper", "modern"])
 def test_weights_start_with_the_documented_deviations(block, kind):
@@ -340,6 +353,8 @@ def test_a_cache_is_taken_and_returned_by_the_name_of_any_release(name):
     assert first.to_tuple()[1] is kept
     rest = model(ids[:, 4:], **{name: kept}).logits
     assert_close(rest, model(ids).logits[:, 4:], rtol=1e-9, atol=1e-9)
+    both = {"past_key_values": (twice := DynamicCache()), "cache": twice}
+    assert_close(model(ids, **both).logits, model(ids).logits, rtol=1e-9, atol=1e-9)
     with pytest.raises(UserError, match="past_key_values and cache are two names of one argument"):
         model(ids, **{"past_key_values": DynamicCache(), "cache": DynamicCache(), name: kept})
 

@@ -377,7 +377,8 @@ def test_a_token_of_a_prefix_sees_those_after_it(name):
     [
         ({"head_mask": torch.ones(4)}, "unknown argument of the model 'head_mask'"),
         ({"lables": torch.ones(1, 5)}, "'lables'; did you mean 'labels'"),
-        ({"token_type_ids": torch.ones(1, 5)}, "token_type_ids: the model knows only token type 0"),
+        ({"token_type_ids": torch.arange(5)[None] // 3}, "token_type_ids: the model knows only to"),
+        ({"output_router_logits": True}, "unknown argument of the model 'output_router_logits'"),
         ({"is_causal": False}, "unknown argument of the model 'is_causal'"),
         ({"cache_position": torch.arange(5)}, "unknown argument of the model 'cache_position'"),
         ({"encoder_hidden_states": torch.ones(1)}, "'encoder_hidden_states'"),

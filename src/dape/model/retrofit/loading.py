@@ -59,10 +59,7 @@ def load_adapters(
 
 
 def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder: Path) -> Any:
-    """Return the name in the settings, or the given factory for a class without a name.
-
-    Options of the folder replace those of a given factory.
-    """
+    """Return the given factory, or the name in the settings."""
     name, options = settings[place], settings["options"].get(place, {})
     known = name is None or name in PARTS[place]
     if given is None:
@@ -72,11 +69,11 @@ def _chosen(place: str, settings: dict[str, Any], given: Factory | None, folder:
             )
         return name
     part = part_of(place, given)
-    if name_of(place, part) != name or (known and not part.options.items() <= options.items()):
+    if name_of(place, part) != name or not part.options.items() <= options.items():
         found = ", ".join((str(name), *(f"{key}={value!r}" for key, value in options.items())))
         remedy = "leave it out" if known else f"give the class {name}"
         raise UserError(f"{place}={given!r}: the {place} in {folder} is {found}; {remedy}")
-    return name if known else given
+    return given
 
 
 @torch.no_grad()
