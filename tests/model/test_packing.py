@@ -301,6 +301,16 @@ def test_a_mask_of_ones_says_that_a_row_is_one_document():
     ("given", "words"),
     [
         ({"seq_idx": torch.zeros(2, 6)}, r"seq_idx \[2, 6\] must be \[2, 7\]"),
+        ({"seq_idx": torch.zeros(1, 7)}, r"seq_idx \[1, 7\] must be \[2, 7\]"),
+        ({"cu_seq_lens_k": torch.tensor([0, 14])}, "must both be given, and be equal"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 14]), "cu_seq_lens_k": torch.tensor([0, 7, 14])},
+            "must both be given, and be equal",
+        ),
+        *(
+            (dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds), "row of bounds with 14 at")
+            for bounds in (torch.tensor([0, 21]), torch.tensor([[0, 14]]))
+        ),
         ({"cu_seq_lens_q": torch.tensor([0, 14])}, "must both be given, and be equal"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 14]), "cu_seq_lens_k": torch.tensor([0, 13])},
