@@ -175,6 +175,19 @@ def test_an_onnx_file_leaves_out_hidden_tokens_wherever_they_lie(tmp_path):
         assert_close(out[shown], model(ids, mask)[shown], rtol=1e-5, atol=1e-5)
 
 
+def test_an_onnx_file_of_a_classifier_reads_the_last_visible_token(tmp_path):
+    config = grown(scheme="dape-kerple", num_hidden_layers=1).config
+    config.num_labels, config.pad_token_id = 3, 0
+    made = dape.DapeForSequenceClassification(config)
+    model = Logits(made.eval().requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    run = in_onnx(model, given, (free(), free()), tmp_path / "model.onnx")
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    assert_close(run(input_ids=ids, attention_mask=mask), model(ids, mask), rtol=1e-5, atol=1e-5)
+    assert_close(model(ids, mask)[1:2], model(ids[1:2, :7], mask[1:2, :7]))
+
+
 @pytest.mark.filterwarnings("ignore")  # of the tracer, about its age
 def test_a_graph_without_checks_refuses_what_a_check_would(tmp_path):
     model = Logits(fresh(scheme="dape3-kerple", num_hidden_layers=1).requires_grad_(False))

@@ -23,7 +23,7 @@ def look(condition: bool | Tensor) -> bool | Tensor:
 
 def assumed(condition: bool | Tensor) -> bool | Tensor:
     """Return true for a tensor of an exported program, whose graph holds the general case alone."""
-    exporting = torch.compiler._is_exporting_flag or _unchecked()
+    exporting = torch.compiler._is_exporting_flag or unchecked()
     return True if isinstance(condition, Tensor) and exporting else condition
 
 
@@ -39,7 +39,7 @@ def refuse(condition: bool | Tensor, error: str) -> None:
             `RuntimeError`.
     """
     if isinstance(condition, Tensor):
-        if _unchecked():
+        if unchecked():
             raise UserError(
                 "ONNX and torch.jit.trace keep no check of values; export without the argument, or "
                 f"by torch.export: {error}"
@@ -50,7 +50,7 @@ def refuse(condition: bool | Tensor, error: str) -> None:
 
 
 @torch.compiler.assume_constant_result  # a compiler takes the answer of PyTorch for false
-def _unchecked() -> bool:
-    """Return whether assertions are left out of the graph."""
+def unchecked() -> bool:
+    """Return whether checks of values are left out of the graph, as in ONNX and in a trace."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
     return tracing or torch.onnx.is_in_onnx_export()

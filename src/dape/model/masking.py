@@ -12,7 +12,7 @@ from transformers.utils import is_tracing
 from dape.attention.context_parallel import ContextParallel
 from dape.errors import UserError
 from dape.model.arguments import CACHE_NAMES, check_covered, check_fits
-from dape.model.conditions import assumed, look, refuse
+from dape.model.conditions import assumed, look, refuse, unchecked
 
 REACHES = (
     "attention_mask hides tokens between visible tokens, and the adapter convolves over"
@@ -171,14 +171,16 @@ def visible_keys(
         name = type(attention_mask).__name__
         raise UserError(f"attention_mask is a {name}; give a tensor [batch, keys]")
     shape = list(attention_mask.shape)
-    whole = attention_mask.ndim == 4 and not attention_mask.is_floating_point()
+    in_floats = attention_mask.is_floating_point()
+    whole = attention_mask.ndim == 4 and not in_floats
     if attention_mask.ndim != 2 and not whole:
         raise UserError(
             f"attention_mask {shape} of {attention_mask.dtype} must be [batch, keys], or boolean "
             "or integer [batch, 1, queries, keys], 1 where a key may be seen; in place of an "
             "additive mask of zeros and -inf give mask == 0"
         )
-    if attention_mask.dtype != torch.bool:
+    # Tokenizers give whole numbers, which an ONNX file takes without a check.
+    if in_floats or not (attention_mask.dtype == torch.bool or unchecked()):
         refuse(look(((attention_mask != 0) & (attention_mask != 1)).any()), _VALUES)
     if whole:
         if shape[2] != rows:
