@@ -143,7 +143,8 @@ def test_what_no_model_or_prompt_can_do_is_a_dash_with_its_reason(tmp_path, caps
     }
     assert record(tmp_path, "passkey")["refused"] == reasons
     told = " ".join(capsys.readouterr().out.split())
-    assert f"— gpt2 refused 100, 301 tokens: {reasons['100']}." in told
+    refused = f"100 tokens: {reasons['100']}; 301 tokens: {reasons['301']}"
+    assert f"— gpt2 refused {refused}." in told
     assert "gpt2 1 0.25 — 0% —" in told
 
 
