@@ -1,4 +1,7 @@
-"""Answers that PyTorch's compiler takes as constants; an import takes seconds for the compiler."""
+"""Answers that PyTorch's compiler takes as constants.
+
+To import this file loads the compiler, in seconds, and is for compiled code alone.
+"""
 
 from collections.abc import Callable
 

@@ -18,14 +18,14 @@ PACKAGES = ("transformers", "numpy")
 INSTALLED = "installed package"  # in place of a commit, on pages and in tables
 
 
-# Of a record that is read.
+# Of a record that is read; earlier records have the version of cuDNN as a number.
 Provenance = Annotated[
     dict[str, Any],
     Holds(
         {
             "command": str,
             "commit": str | None,
-            "versions": dict[str, str],
+            "versions": dict[str, str | int | None],
             "device": str,
             "time": str,
         }

@@ -13,6 +13,7 @@ from dape import DapeConfig, DapeForCausalLM, cli
 from dape.bench import clock, model
 from dape.bench.case import FORWARD, TRAINING
 from dape.bench.record import Entry, Missing
+from dape.cli.bench_attention import origin
 from dape.errors import UserError
 from dape.figures.costs import tables
 from dape.train.recipe import Recipe, read
@@ -210,6 +211,24 @@ def test_eager_times_have_a_table_of_their_own():
         ["fire, fused", "80.0 (8.00)"],
         ["cope, fused", "OOM"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "number", "versions"),
+    [("13.0", 91900, {"cuda": "13.0", "cudnn": "91900"}), (None, None, {})],
+)
+def test_costs_of_a_gpu_are_read_again(cuda, number, versions, tmp_path, monkeypatch):
+    """PyTorch gives the version of cuDNN as a number, and without CUDA neither version."""
+    monkeypatch.setattr("dape.provenance.device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    made = origin(torch.device("cuda"), ["bench", "model"])
+    path = tmp_path / "results.json"
+    for provenance in (made, made | {"versions": {"cuda": cuda, "cudnn": number}}):
+        model.Costs(1, 0, provenance).save(path)
+        assert model.load(path).provenance == provenance
+    assert {key: made["versions"].get(key) for key in versions} == versions
+    assert ("cudnn" in made["versions"]) is bool(versions)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_a_batch_of_unknown_padding_is_refused(model):
 
 @torch.no_grad()
 def test_a_row_without_a_known_last_token_is_refused(model):
-    """Whose score would be of a hidden token, or of padding."""
+    """The score would be that of a hidden token, or of padding."""
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, 5:] = 0
     embedded = model.model.embed_tokens(ids)

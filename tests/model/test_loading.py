@@ -120,7 +120,7 @@ def test_a_cap_of_a_changed_configuration_is_computed(cap, tmp_path):
     assert (found[0] - found[1]).abs().max() > 1e-3
     expected = found[0] if cap else found[1]
     assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)  # angles are float32
-    # sdpa, of which the class in transformers 5.24 knows nothing
+    # sdpa in transformers 5.17, and eager in 5.24
     usual = AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation
     assert loaded.config._attn_implementation == ("eager" if cap else usual)
     other = load_causal(str(tmp_path), config=config, attn_implementation=usual)

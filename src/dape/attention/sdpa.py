@@ -65,7 +65,7 @@ def attend(call: Call, lse: bool = False) -> Attended:
     causal = call.causal and not sees_all(call)
     mask = None
     if causal and call.shift != 0:
-        # An import takes seconds for PyTorch's compiler.
+        # The import loads PyTorch's compiler, in seconds.
         from torch.nn.attention.bias import causal_lower_right
 
         mask = causal_lower_right(rows, keys)

@@ -110,7 +110,7 @@ def host_time(run: Call) -> float:
     return started
 
 
-def eager_time(run: Call, rounds: int = 5, calls: int = 10) -> float:
+def eager_time(run: Call, calls: int, rounds: int = 5) -> float:
     """Return the milliseconds of a run by the wall clock, the median of rounds of several."""
     found = []
     for _ in range(rounds + 1):  # the first warms up

@@ -120,8 +120,8 @@ def origin(device: "torch.device", words: Sequence[str]) -> dict[str, Any]:
     made = provenance(device, list(words))
     made["versions"]["triton"] = installed("triton")
     if device.type == "cuda":
-        cudnn = torch.backends.cudnn.version()
-        made["versions"] |= {"cuda": torch.version.cuda, "cudnn": cudnn}
+        found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        made["versions"] |= {name: str(each) for name, each in found.items() if each is not None}
     return made
 
 
