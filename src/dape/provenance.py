@@ -25,7 +25,7 @@ Provenance = Annotated[
         {
             "command": str,
             "commit": str | None,
-            "versions": dict[str, str | int | None],
+            "versions": dict[str, str | int],
             "device": str,
             "time": str,
         }
