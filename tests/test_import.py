@@ -17,7 +17,7 @@ from dape.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {
-    *("torch", "torch._dynamo", "transformers", "lightning", "matplotlib", "datasets"),
+    *("torch", "torch._dynamo", "transformers", "lightning_fabric", "matplotlib", "datasets"),
     "tensorboard",
 }
 

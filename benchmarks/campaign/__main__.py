@@ -51,7 +51,7 @@ PARTS = {
 }
 PACKAGES = ("chomsky", "data", "evaluate", "figures", "model", "train")
 WARM = (
-    "lightning.fabric",
+    "lightning_fabric",
     "torch.utils.tensorboard",
     "torch.distributed.checkpoint",
     "lm_eval.evaluator",

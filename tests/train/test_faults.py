@@ -139,7 +139,7 @@ def test_a_corpus_or_recipe_unlike_that_of_the_first_rank_is_refused(data, tmp_p
     ):
         first = ([], *changed)
         monkeypatch.setattr(
-            "lightning.fabric.Fabric.broadcast",
+            "lightning_fabric.Fabric.broadcast",
             lambda self, own, first=first: first if isinstance(own, tuple) else own,
         )
         with pytest.raises(RankError, match=message):

@@ -96,7 +96,7 @@ def test_a_mistake_is_found_before_torch_is_loaded(tmp_path):
     (tmp_path / "bad.yaml").write_text("training: {steps: many}")
     script = (
         "import sys; from dape.cli import main; status = main(['train', 'bad.yaml']);"
-        "heavy = {'torch', 'lightning', 'transformers', 'numpy'} & set(sys.modules);"
+        "heavy = {'torch', 'lightning_fabric', 'transformers', 'numpy'} & set(sys.modules);"
         "sys.exit(f'{status} {heavy}')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)

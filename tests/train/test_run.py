@@ -141,7 +141,7 @@ def test_the_first_process_says_for_all_whether_a_run_is_finished(
     monkeypatch.setattr(RunFolder, "finished", not ends)
     monkeypatch.setattr("dape.train.run.ranks", lambda: 2)
     monkeypatch.setattr(
-        "lightning.fabric.Fabric.broadcast",
+        "lightning_fabric.Fabric.broadcast",
         lambda self, found: ends if isinstance(found, bool) else found,
     )
     train(file, out=run.path, training={"steps": 2})
@@ -151,7 +151,7 @@ def test_the_first_process_says_for_all_whether_a_run_is_finished(
 def test_the_end_is_recorded_before_any_process_returns(file, tmp_path, monkeypatch):
     """A script on all ranks may read the record next."""
     run, seen = RunFolder(tmp_path / "run"), []
-    barrier = "lightning.fabric.Fabric.barrier"
+    barrier = "lightning_fabric.Fabric.barrier"
     monkeypatch.setattr(barrier, lambda self, name=None: seen.append(run.finished))
     train(file, out=run.path, training={"steps": 2})
     assert seen[-1]

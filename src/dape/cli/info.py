@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PACKAGES = ("dape", "torch", "triton", "transformers", "lightning", "numpy", "tokenizers")
+PACKAGES = ("dape", "torch", "triton", "transformers", "lightning-fabric", "numpy", "tokenizers")
 # Any dimensions, to build the modules of a scheme.
 SIZES = {"num_heads": 2, "head_dim": 8, "hidden_size": 16, "train_length": 16}
 # Columns of output to a file, wide enough for every row.

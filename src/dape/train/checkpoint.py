@@ -38,7 +38,7 @@ from dape.files import (
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 _PROGRESS = "progress.json"
 _DESCRIPTION = {  # the types in the metadata of a checkpoint, beside dtypes

@@ -15,7 +15,7 @@ from dape.device import waiting_forbidden
 from dape.errors import behind, first_line, out_of_memory
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 # Compilation, the tuning of kernels and the workspaces of libraries must be over before recording.
 WARM_UP = 3

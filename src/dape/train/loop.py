@@ -24,7 +24,7 @@ from dape.train.task import Batch, Task
 from dape.train.track import Metrics, Reporter
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 @dataclass(frozen=True, slots=True)

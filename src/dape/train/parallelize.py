@@ -20,7 +20,7 @@ from dape.train.sharding import shard
 from dape.train.task import Task
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
     from torch.distributed.device_mesh import DeviceMesh
 
 PRECISION = {"bf16-mixed": "bf16-mixed", "fp32": "32-true"}
@@ -48,11 +48,10 @@ def device(hardware: Hardware) -> torch.device:
 def launch(recipe: Settings) -> "Fabric":
     """Return Lightning's Fabric, started: a single device, DDP, or FSDP2."""
     check_launched()
-    from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    for chatty in ("lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     strategy: Any = "auto"
     if ranks() > 1 and recipe.hardware.strategy == "ddp":
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # Fabric's doing

@@ -25,7 +25,7 @@ from dape.train.recipe import Recipe, Retrofit, Settings, differences, override,
 from dape.train.task import LanguageModelling, Retrofitting, Task
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 Source = str | PathLike[str]
 

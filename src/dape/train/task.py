@@ -21,7 +21,7 @@ from dape.train.estimate import TOKENS_AT_ONCE, flops_per_token, is_counted, siz
 from dape.train.recipe import Recipe, Retrofit, Settings
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
     from transformers import PreTrainedModel
 
     from dape.attention.context_parallel import ContextParallel
