@@ -173,7 +173,7 @@ def test_text_may_stand_under_another_key(tmp_path):
         (b'{"text": 5}', 'not an object with a string "text"; give another --text-key'),
         (b'{"text": "\\ud800"}', "surrogates not allowed"),
         (b'{"text": "\xe9"}', "can't decode byte"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "while decoding a JSON array"),
     ],
 )
 def test_a_broken_line_stops_with_its_place_and_can_be_skipped(tmp_path, line, reason):

@@ -251,6 +251,16 @@ def test_a_limit_of_the_control_group_is_the_memory(tmp_path, monkeypatch):
     assert estimate.memory_of(torch.device("cpu")) <= 3 * 2**30
 
 
+@pytest.mark.parametrize("groups", ["0::/\n", ""])
+def test_without_a_limit_the_memory_is_that_of_the_machine(groups, tmp_path, monkeypatch):
+    """A Linux without containers has no file with a limit, and macOS has no control groups."""
+    monkeypatch.setattr(Path, "read_text", with_groups(Path.read_text, groups))
+    monkeypatch.setattr(estimate, "_GROUPS", {"": (str(tmp_path), "memory.max")})
+    sizes = {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**12}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert estimate.memory_of(torch.device("cpu")) == 2**32
+
+
 def with_groups(read, groups):
     return lambda path: groups if str(path) == "/proc/self/cgroup" else read(path)
 

@@ -134,7 +134,8 @@ def memory_of(device: torch.device) -> int:
     """Return the memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_group_limits())
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_group_limits()])
 
 
 def _group_limits() -> Iterator[int]:
