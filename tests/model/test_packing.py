@@ -178,6 +178,29 @@ def test_documents_and_a_mask_of_four_axes_hide_keys_together(name):
         near(found[:, part], alone)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "modern"])
+@torch.no_grad()
+def test_beside_a_mask_of_four_axes_positions_count_hidden_tokens_as_in_transformers(name):
+    base = llama() if name == "modern" else pretrained(name)
+    base.set_attn_implementation("sdpa")  # eager adds a boolean mask to the scores
+    ids, numbers = tokens(2, 9), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    shown = torch.tensor([[0, 1, 0, 1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 0, 1, 1, 1, 0]]).bool()
+    mask = (shown[:, None] & torch.ones(9, 9).bool().tril() | torch.eye(9).bool())[:, None]
+    same = (numbers[:, :, None] == numbers[:, None, :])[:, None]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(2, -1)
+    single = base(ids, attention_mask=mask, use_cache=False).logits
+    several = base(ids, attention_mask=mask & same, position_ids=positions, use_cache=False).logits
+    ours = base
+    if name == "modern":
+        ours = modern(base)
+    else:
+        dape.retrofit(base, "dape")
+    alone = ours(ids, attention_mask=mask, use_cache=False).logits
+    assert_close(alone, single, rtol=1e-5, atol=1e-5)
+    found = ours(ids, attention_mask=mask, seq_idx=numbers, use_cache=False).logits
+    assert_close(found, several, rtol=1e-5, atol=1e-5)
+
+
 CONVOLVES = re.compile("dape[357]-")
 HIDDEN = torch.tensor([[0, 0, 1, 0, 1, 0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1]])
 NUMBERS = torch.tensor([[0] * 5 + [1] * 7, [0] * 3 + [1] * 4 + [2] * 5])
