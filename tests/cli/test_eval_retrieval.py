@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from dape.data.shards import Corpus
-from dape.data.tokenizer import byte
+from dape.data.tokenizer import byte, fingerprint
 from dape.evaluate.prompts import needle, passkey
 from dape.evaluate.trials import Plan, retrieve
 from dape.model.modeling import DapeForCausalLM
@@ -77,6 +77,7 @@ def test_the_file_tells_where_its_numbers_come_from(runs, corpus):
     assert content["split"] == "test"
     other = record(runs[0], "passkey")
     assert other["data"] is None and other["split"] is None
+    assert other["tokenizer"] == fingerprint(byte()) and content["tokenizer"] is None
 
 
 def test_needles_of_another_split_are_measured_and_not_drawn_together(tmp_path, capsys):

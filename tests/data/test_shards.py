@@ -6,7 +6,7 @@ import made
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dape.data.shards import Corpus, Split, Windows, _mixed
@@ -189,6 +189,46 @@ def test_a_tokenizer_that_names_no_end_of_text_is_that_of_its_corpus(tmp_path, a
         with pytest.raises(UserError, match="was not prepared with the tokenizer of"):
             corpus.check_model(model, 258, own, model)
         shutil.copytree(kept, path, dirs_exist_ok=True)
+
+
+def merged(folder, merges):
+    """Save a tokenizer of bytes with merges; texts of other characters have the same tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, "<|endoftext|>", *map("".join, merges)]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    named = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    named.save_pretrained(folder)
+    return folder
+
+
+def test_a_corpus_with_another_tokenizer_is_another_corpus(tmp_path):
+    made.write_zst(tmp_path / "train.jsonl.zst", TEXTS[:3])
+    merges = [[("q", "q"), ("q", "x")], [("q", "x"), ("q", "q")], [("q", "q"), ("q", "z")]]
+    first, *others = (
+        made.prepare(
+            tmp_path / "train.jsonl.zst",
+            out=tmp_path / f"out{number}",
+            tokenizer=str(merged(tmp_path / str(number), pairs)),
+        )[0]
+        for number, pairs in enumerate(merges)
+    )
+    for other in others:
+        assert made.documents(other, "train") == made.documents(first, "train")
+        assert other.checksum != first.checksum
+        folder = shutil.copytree(first.folder, tmp_path / "copy")
+        assert Corpus(folder).checksum == first.checksum
+        file = folder / "tokenizer" / "tokenizer.json"
+        shutil.copy(other.folder / "tokenizer" / "tokenizer.json", file)
+        with pytest.raises(UserError, match=r"has another tokenizer\.json than the preparation"):
+            Corpus(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        del manifest["tokenizer"]["file"]  # as earlier versions wrote the manifest
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert Corpus(folder).checksum == first.checksum
+        shutil.rmtree(folder)
 
 
 def damaged(corpus, folder, damage):

@@ -43,6 +43,22 @@ def test_a_seed_of_other_settings_is_no_further_seed():
     assert [len(each.evaluations) for each in group([first, other])] == [1, 1]
 
 
+@pytest.mark.parametrize("other", [{"data": "beef"}, {"bytes": [100] * 20}, {"split": "train"}])
+def test_runs_measured_on_other_tokens_are_no_seeds_of_each_other(other):
+    """Bits per byte allow for other corpora, and a mean over both would be of neither."""
+    runs = [*seeds("kerple", KERPLE), *seeds("dape-kerple", DAPE)]
+    runs[2] = replace(runs[2], targets=replace(runs[2].targets, **other))
+    check_comparable(runs, "bits_per_byte")
+    groups = group(runs)
+    assert [len(each.evaluations) for each in groups] == [2, 1, 3]
+    labels = ["kerple (runs/kerple-0)", "kerple (runs/kerple-2)", "dape-kerple"]
+    assert [each.label for each in groups] == labels
+    comparisons = compare(groups)
+    assert {each.candidate for each in comparisons} == {"dape-kerple"}
+    expected = np.mean((np.array(DAPE) - np.array(KERPLE))[:2, -1])
+    assert comparisons[-1].difference == pytest.approx(expected)
+
+
 def test_lengths_trained_at_tell_groups_of_a_scheme_apart():
     short = make("kerple", KERPLE[0], settings="short")
     long = make("kerple", KERPLE[1], settings="long", train_length=2048, run="runs/long")

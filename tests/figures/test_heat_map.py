@@ -1,6 +1,7 @@
 """The table and the heat map of retrieval: which number stands where, in which colour."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +60,17 @@ def test_the_table_has_a_row_for_each_depth_with_the_mean_over_seeds():
     ]
     assert "A number of 5 digits" in shown.note and "10 numbers at each" in shown.note
     assert shown.note.endswith("— learned refused 1,024 tokens: it ends.")
+
+
+def test_models_with_different_tokenizers_are_named():
+    one, two = replace(KERPLE, tokenizer="c0ffee"), replace(LEARNED, tokenizer="beef")
+    words, axis = "The models have different tokenizers", "(tokens, of different tokenizers)"
+    assert words in table([one, two]).note
+    assert axis in heat_map([one, two]).get_supxlabel()
+    # Records of earlier versions name no tokenizer.
+    for alike in ([one, OTHER_SEED], [one, replace(two, tokenizer="c0ffee")]):
+        assert words not in table(alike).note
+    assert heat_map([one, OTHER_SEED]).get_supxlabel() == "length of the text (tokens)"
 
 
 def panels(figure):

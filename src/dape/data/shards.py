@@ -289,7 +289,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{path} is missing, or has not {size:,} bytes; {_AGAIN}")
     if not (folder / TOKENIZER / "tokenizer.json").is_file():
         raise UserError(f"{folder / TOKENIZER} has no tokenizer.json; {_AGAIN}")
+    found = tokenizer_checksum(folder)
+    if manifest["tokenizer"].get("file", found) != found:  # absent in earlier versions
+        raise UserError(
+            f"{folder / TOKENIZER} has another tokenizer.json than the preparation; {_AGAIN}"
+        )
     return manifest
+
+
+def tokenizer_checksum(folder: Path) -> str:
+    """Return the SHA-256 of the `tokenizer.json` of a corpus."""
+    with open(folder / TOKENIZER / "tokenizer.json", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sizes(manifest: dict[str, Any]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dape.data.encoding import Encoded
-from dape.data.shards import MANIFEST, checksum_of, index_file, scan
+from dape.data.shards import MANIFEST, checksum_of, index_file, scan, tokenizer_checksum
 from dape.errors import UserError
 from dape.files import read_json, whole, write_json
 
@@ -211,6 +211,7 @@ class CorpusWriter:
         splits = {name: asdict(written) for name, written in self.state.splits.items()}
         manifest = {
             **self._header,
+            "tokenizer": {**self._header["tokenizer"], "file": tokenizer_checksum(self._folder)},
             "splits": splits,
             "skipped": {"broken": self.state.broken, "empty": self.state.empty},
         }

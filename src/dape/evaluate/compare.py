@@ -84,9 +84,10 @@ def group(evaluations: Sequence[Evaluation]) -> list[Group]:
 def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return records of runs by label, in order of appearance, without repeated runs.
 
-    The label is the scheme. Runs that differ only in the seed share a label, each seed once. If
-    recipes differ but schemes agree, the label adds the training length, or else the name of the
-    first run. A second training with the same recipe and seed is labelled by its name too.
+    The label is the scheme. Runs that differ only in the seed share a label, each seed once, if
+    measured on the same tokens. If recipes differ but schemes agree, the label adds the training
+    length, or else the name of the first run. A second training with the same recipe and seed is
+    labelled by its name too.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
     copies: Counter[tuple[object, ...]] = Counter()
@@ -94,7 +95,8 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     for run in dict.fromkeys(each.subject.run for each in records):
         each, subject = first[run], first[run].subject
         alone = run if subject.settings is None else None
-        recipe = (subject.scheme, subject.train_length, subject.settings, alone)
+        tokens = repr(getattr(each, "targets", None))
+        recipe = (subject.scheme, subject.train_length, subject.settings, alone, tokens)
         found.setdefault((*recipe, copies[*recipe, subject.seed]), []).append(each)
         copies[*recipe, subject.seed] += 1
     schemes = [scheme for scheme, *_ in found]

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import nn
 
 from dape.data.shards import Corpus
+from dape.data.tokenizer import fingerprint
 from dape.device import choose_device, device_of
 from dape.errors import UserError, check_finite, check_whole, unknown
 from dape.evaluate.lengths import chosen_lengths
@@ -44,6 +45,7 @@ class Retrieval:
         refused: the reason for each length refused by the model or the prompt.
         provenance: command, commit, versions and device.
         split: split of the corpus around a needle.
+        tokenizer: fingerprint of the tokenizer of a passkey, None in records of earlier versions.
         format: version of the file format.
     """
 
@@ -55,6 +57,7 @@ class Retrieval:
     refused: dict[int, str]
     provenance: Provenance
     split: str | None = None
+    tokenizer: str | None = None
     format: int = FORMAT
 
     def values(self, metric: str) -> Float[np.ndarray, "depths lengths"]:
@@ -196,7 +199,7 @@ class _Session:
     def _empty(self, network: nn.Module, task: str, asked: "_Asked") -> Retrieval:
         subject = self.model.subject(network)
         return Retrieval(
-            subject, task, asked.data, self.plan, [], {}, self.origin, split=asked.split
+            subject, task, asked.data, self.plan, [], {}, self.origin, asked.split, asked.tokenizer
         )
 
     def _with(self, done: Retrieval, length: int, asked: "_Asked", network: nn.Module) -> Retrieval:
@@ -225,7 +228,9 @@ class _Session:
         for length in sorted(known):
             self.watch.announce(f"{self.model.folder}  {task}", length, KEPT)
             self.watch.advance(length * len(self.plan.depths) * self.plan.trials)
-        before = replace(found[-1], plan=self.plan, provenance=self.origin)
+        before = replace(
+            found[-1], plan=self.plan, provenance=self.origin, tokenizer=asked.tokenizer
+        )
         return before.with_cells(list(cells.values()), refused)
 
     def _alike(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
@@ -240,11 +245,12 @@ class _Session:
 
 
 class _Asked(NamedTuple):
-    """The prompts of a task, and the checksum and the split of the corpus around a needle."""
+    """The prompts of a task, the corpus and the split of a needle, the tokenizer of a passkey."""
 
     prompts: Prompts
     data: str | None = None
     split: str | None = None
+    tokenizer: str | None = None
 
 
 def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split: str) -> _Asked:
@@ -255,4 +261,4 @@ def _prompts(model: Model, task: str, corpus: str | Path | Corpus | None, split:
     tokenizer = model.tokenizer()
     if tokenizer is None:
         raise UserError(f"{model.source} has no tokenizer.json; a passkey needs a tokenizer")
-    return _Asked(passkey(tokenizer))
+    return _Asked(passkey(tokenizer), tokenizer=fingerprint(tokenizer))

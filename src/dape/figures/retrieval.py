@@ -61,7 +61,7 @@ SCALES = {
 def table(records: Sequence[Retrieval], metric: str = "exact") -> Table:
     """Return the mean metric over runs, by label, depth and length."""
     first, form = check(records), SCALES[metric].form
-    rows, notes = [], [describe(first)]
+    rows, notes = [], [describe(first), *differ(records)]
     for label, members in gather(records).items():
         values = mean(members, metric)
         for depth, row in zip(first.plan.depths, values, strict=True):
@@ -106,7 +106,8 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
         for axes in [*grid.flat][len(panels) :]:
             axes.set_visible(False)
         grey = "; grey: refused" if any(each.refused for each in records) else ""
-        figure.supxlabel(f"length of the text (tokens){grey}", fontsize=9)
+        apart = ", of different tokenizers" if differ(records) else ""
+        figure.supxlabel(f"length of the text (tokens{apart}){grey}", fontsize=9)
         figure.supylabel("depth of the number", fontsize=9)
         bar = figure.colorbar(grid[0, 0].collections[0], ax=grid, format=f"{{x:{scale.form}}}")
         bar.set_label(f"{first.task}: {scale.name}")
@@ -140,6 +141,13 @@ def describe(record: Retrieval) -> str:
         f"A number of {digits} digits in {around}, asked for at the end; {trials:,} numbers at "
         "each length and depth, the same for all. It is right if greedy decoding gives all of it."
     )
+
+
+def differ(records: Sequence[Retrieval]) -> list[str]:
+    """Return a note for models with different tokenizers, if any."""
+    if len({each.tokenizer for each in records} - {None}) < 2:
+        return []
+    return ["The models have different tokenizers: a length is not the same text for all."]
 
 
 def _panel(
