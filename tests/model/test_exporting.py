@@ -175,6 +175,30 @@ def test_an_onnx_file_leaves_out_hidden_tokens_wherever_they_lie(tmp_path):
         assert_close(out[shown], model(ids, mask)[shown], rtol=1e-5, atol=1e-5)
 
 
+def test_an_onnx_file_of_cope_tells_documents_apart(tmp_path):
+    model = Logits(grown(scheme="cope", num_hidden_layers=1).float().requires_grad_(False))
+    given = (tokens(2, 9), None, torch.arange(9).expand(2, -1))
+    run = in_onnx(model, given, (free(), None, free()), tmp_path / "model.onnx")
+    ids, lengths = tokens(3, 12), (5, 3, 12)
+    found = run(input_ids=ids, position_ids=torch.arange(12) % torch.tensor(lengths)[:, None])
+    for row, length in enumerate(lengths):
+        alone = [model(part)[0] for part in ids[row : row + 1].split(length, dim=1)]
+        assert_close(found[row], torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_an_onnx_file_of_transformer_xl_leaves_out_hidden_tokens(tmp_path):
+    name = "transformer-xl"
+    model = Logits(grown(scheme=name, num_hidden_layers=1).float().requires_grad_(False))
+    given = (tokens(2, 9), torch.ones(2, 9, dtype=torch.long))
+    run = in_onnx(model, given, (free(), free()), tmp_path / "model.onnx")
+    ids, mask = tokens(3, 12), hidden_between(3, 12)
+    mask[1, :5] = mask[2, 7:] = 0
+    found = run(input_ids=ids, attention_mask=mask)
+    for row, shown in enumerate(mask.bool()):
+        left = model(ids[row : row + 1, shown])[0]
+        assert_close(found[row, shown], left, rtol=1e-4, atol=1e-4)
+
+
 def test_an_onnx_file_of_a_classifier_reads_the_last_visible_token(tmp_path):
     config = grown(scheme="dape-kerple", num_hidden_layers=1).config
     config.num_labels, config.pad_token_id = 3, 0
