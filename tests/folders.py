@@ -3,7 +3,15 @@
 import random
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from dape import cli
@@ -68,14 +76,22 @@ def learned_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-def spaced_tokenizer():
-    """Return a tokenizer of bytes and spaces that puts a space first, as Llama 2's does."""
+def spaced_tokenizer(space=None, **added):
+    """Return a tokenizer of bytes and spaces that puts a space first, as Llama 2's does.
+
+    `space` names another way to do so. `added` are options of an added token, `<tool>`.
+    """
     vocabulary = {f"<0x{value:02X}>": value for value in range(256)}
     vocabulary |= {"\u2581": 256, "a": 257, "\u2581a": 258, "</s>": 259}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "a")], byte_fallback=True))
     backend.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
+    if space is not None:
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
+    if added:
+        backend.add_tokens([AddedToken("<tool>", **added)])
     backend.decoder = decoders.Sequence(
         [
             decoders.Replace("\u2581", " "),

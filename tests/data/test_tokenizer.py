@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from dape.data.tokenizer import (
+    UNCOUNTED,
     byte,
     encoder,
     fingerprint,
@@ -120,6 +121,26 @@ def test_token_bytes_where_a_space_is_put_first():
     first, *rest = encoder(serialize(tokenizer))(text)
     assert first == 258  # the space put first, and "a"
     assert sizes[rest].sum() == len(text[1:].encode())
+
+
+@pytest.mark.parametrize("strip", [{}, {"lstrip": True}, {"rstrip": True}])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("space", [None, "first", "always", "never"])
+def test_an_added_token_has_bytes_where_no_spaces_come_or_go_beside_the_token(
+    space, normalized, strip
+):
+    tokenizer = spaced_tokenizer(space, normalized=normalized, **strip)
+    encode, sizes = encoder(serialize(tokenizer)), token_bytes(tokenizer)
+    tool = tokenizer.convert_tokens_to_ids("<tool>")
+    off = set()
+    for text in ("a<tool>a", "a <tool> a", "a  <tool>  a", "<tool>a", "a<tool><tool>a"):
+        ids = encode(text)
+        length = sizes[ids[ids != tool]].sum() + 6 * (ids == tool).sum()
+        off.add(int(length - len(text.encode()) - (ids[0] == 258)))  # the space put first, and "a"
+    assert (sizes[tool] == UNCOUNTED) == (off != {0})
+    assert sizes[tool] in (UNCOUNTED, 6)
+    assert (sizes[tool] == 6) == (space in ("first", "never") and not strip)
+    assert sizes[encode("a cafe")].sum() == len("a cafe") + (space != "never")
 
 
 def test_a_common_token_named_for_padding_has_bytes():

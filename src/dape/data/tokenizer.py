@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BYTES = {f"<0x{value:02X}>": value for value in range(256)}
 RARE = "\ue000\U00010380\U00012000"  # characters that only a tokenizer of bytes knows
+UNCOUNTED = -1  # bytes of an added token beside which spaces come or go
 PROBE = f"A line,\n\tthe \u00e9te\u0301 of  \u6f22\u5b57, a \ufb01le and \U0001f642{RARE}.\n"
 
 
@@ -201,6 +202,9 @@ def _is_byte(serialized: str) -> bool:
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " vocabulary"]:
     """Return the number of UTF-8 bytes of each token, 0 for a special token unknown to texts.
 
+    An added token has `UNCOUNTED` bytes if the tokenizer puts a space behind the token, as Llama
+    2's may, or takes spaces beside the token away.
+
     The bytes of a text's tokens sum to the bytes of the text. Therefore a loss in nats a token is
     `loss / ln 2 * tokens / bytes` bits a byte. For a tokenizer with composed characters (NFC), the
     sum is the number of bytes of the composed text. A leading space added by the tokenizer, as by
@@ -223,7 +227,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
         else:
             counts[number] = len(token.replace("\u2581", " ").encode())
     ids = encode(PROBE)
-    put_first = tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("\u2581")
+    put_first = _first(tokenizer, ids).startswith("\u2581")
     read = tokenizer.decode(ids)
     kept = read in (PROBE, unicodedata.normalize("NFC", PROBE))
     if not kept or counts[ids].sum() != len(read.encode()) + put_first:
@@ -231,7 +235,21 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> Int64[np.ndarray, " voc
             f"bits per byte need a tokenizer that keeps every byte of the text; "
             f"{tokenizer.name_or_path or 'the given tokenizer'} does not"
         )
+    wrong = []
+    for number in added - special:
+        token = str(tokenizer.added_tokens_decoder[number])
+        for text in (f"a{token}b {token} a{token}{token} {token}", f"{token}b"):
+            ids = encode(text)
+            space = put_first and _first(tokenizer, ids).startswith("\u2581")
+            if counts[ids].sum() != len(text.encode()) + space:
+                wrong.append(number)
+    counts[wrong] = UNCOUNTED
     return counts
+
+
+def _first(tokenizer: "PreTrainedTokenizerFast", ids: UInt[np.ndarray, " tokens"]) -> str:
+    token: str = tokenizer.convert_ids_to_tokens(int(ids[0]))
+    return token
 
 
 def _unknown_to_texts(

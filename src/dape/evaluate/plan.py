@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dape.data.shards import Corpus
-from dape.data.tokenizer import token_bytes
+from dape.data.tokenizer import UNCOUNTED, token_bytes
 from dape.errors import UserError
 from dape.evaluate.perplexity import window_tokens
 from dape.evaluate.protocols import Protocol, Windows, choose_blocks
@@ -77,5 +77,7 @@ def _bytes(corpus: Corpus, split: str, windows: Windows) -> list[int] | None:
         return None
     _, owner = np.unique(windows.documents, return_inverse=True)
     tokens = window_tokens(corpus.split(split).document, windows, slice(None))
+    if (sizes[tokens[:, -windows.scored - 1 :]] == UNCOUNTED).any():
+        return None
     scored = sizes[tokens[:, -windows.scored :]].sum(axis=1)
     return np.bincount(owner, weights=scored).astype(int).tolist()
