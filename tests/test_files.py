@@ -69,6 +69,55 @@ def test_a_folder_killed_while_the_old_one_is_removed_is_whole(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("way", ["tidy", "a failed writer", "a writer"])
+def test_a_folder_of_a_process_killed_between_both_renames_is_the_new_one(tmp_path, way):
+    for name in ("model.partial/new", "model.partial.partial/old"):
+        (tmp_path / name).mkdir(parents=True)
+    if way == "tidy":
+        remove_leftovers(tmp_path)
+    elif way == "a failed writer":
+        with pytest.raises(RuntimeError), whole(tmp_path / "model"):
+            raise RuntimeError
+    else:
+        with whole(tmp_path / "model") as partial:
+            assert names_in(tmp_path) == [".model.lock", "model", "model/new"]
+            (partial / "new").mkdir(parents=True)
+    assert names_in(tmp_path) == ["model", "model/new"]
+
+
+def test_a_folder_is_the_new_one_after_an_interruption_between_both_renames(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "model", os.replace
+    (folder / "old").mkdir(parents=True)
+
+    def interrupted(source, target):
+        replace(source, target)
+        if source == folder:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole(folder) as partial:
+        (partial / "new").mkdir(parents=True)
+    assert names_in(tmp_path) == ["model", "model/new"]
+
+
+@pytest.mark.parametrize("way", ["tidy", "a writer"])
+def test_an_old_folder_is_no_new_one(tmp_path, way):
+    """A process was killed while the old folder was removed, and the user removed the new one."""
+    (tmp_path / "model.partial.partial" / "old").mkdir(parents=True)
+    if way == "tidy":
+        remove_leftovers(tmp_path)
+    else:
+        with pytest.raises(RuntimeError), whole(tmp_path / "model") as partial:
+            assert names_in(tmp_path) == [".model.lock"]
+            partial.mkdir()
+            raise RuntimeError
+    assert names_in(tmp_path) == []
+
+
 def test_an_error_leaves_the_old_one_and_no_leftover(tmp_path):
     write_text(tmp_path / "notes.txt", "old")
     with pytest.raises(RuntimeError), whole(tmp_path / "notes.txt") as partial:

@@ -2,8 +2,8 @@
 
 A writer fills `NAME.partial` beside the target, brings the content onto the disk and renames
 `NAME.partial` to the target. If the process dies meanwhile, the target is unchanged, or absent
-between the renames of an old and a new folder. The next writer removes the leftover. Writers of the
-same target take turns, by the lock `.NAME.lock`.
+between the renames of an old and a new folder. The next writer finishes the renames, and removes
+leftovers. Writers of the same target take turns, by the lock `.NAME.lock`.
 """
 
 import errno
@@ -47,26 +47,33 @@ def whole(path: Path) -> Iterator[Path]:
     """
     partial = partial_of(path)
     with _turn(path):
-        remove(partial)
+        _clear(path)
         mode = _file_mode(partial)
         try:
             yield partial
             _settle(partial, mode)
             # A folder with content cannot be renamed over, and a removal may be interrupted.
-            old = partial_of(partial) if partial.is_dir() and path.is_dir() else None
-            if old:
-                remove(old)
-                os.replace(path, old)
+            if partial.is_dir() and path.is_dir():
+                os.replace(path, partial_of(partial))
             os.replace(partial, path)
             _sync(path.parent)
-            if old:
-                remove(old)
+            _clear(path)
         except BaseException as error:
             with suppress(OSError):  # the first error is the error to report
-                remove(partial)
+                _clear(path)
             if code := _code_of_disk(error):
                 raise OSError(code, os.strerror(code), str(path)) from None
             raise
+
+
+def _clear(path: Path) -> None:
+    """Remove leftovers of a writer of `path`, who may have ended between both renames."""
+    partial = partial_of(path)
+    old = partial_of(partial)
+    if lexists(old) and lexists(partial) and not lexists(path):
+        os.replace(partial, path)
+    remove(old)
+    remove(partial)
 
 
 def _turn(path: Path, busy: str | None = None) -> AbstractContextManager[None]:
@@ -236,11 +243,11 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove leftovers of interrupted writes from a folder, but nothing of a writer at work."""
-    partials = (each.name.removesuffix(PARTIAL) for each in folder.glob(f"*{PARTIAL}"))
+    partials = (re.sub(r"(\.partial)+$", "", each.name) for each in folder.glob(f"*{PARTIAL}"))
     locks = (each.name[1:].removesuffix(LOCK) for each in folder.glob(f".?*{LOCK}"))
     for name in {*partials, *locks}:
         with suppress(UserError), _turn(folder / name, busy=""):
-            remove(partial_of(folder / name))
+            _clear(folder / name)
 
 
 def is_free(folder: Path) -> bool:
