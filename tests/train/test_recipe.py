@@ -65,6 +65,7 @@ def test_a_written_recipe_is_read_as_the_same(tmp_path):
         ("optimizer: {betas: [0.9, 1.0]}", r"optimizer.betas=\[0.9, 1.0\] must lie in"),
         ("tracking: {log_every: 0}", "tracking.log_every=0 must be at least 1"),
         ("seed: -1", "seed=-1 must be at least 0"),
+        ("seed: 4294967299", "seed=4294967299 must be below 4,294,967,296; PyTorch takes the rem"),
         ("name: '{shceme}'", "may hold {scheme} and {seed} only"),
         ("seed: 1\nseed: 2", "'seed' is given twice"),
         ("model: {scheme: [", "some.yaml:"),

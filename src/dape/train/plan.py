@@ -16,6 +16,7 @@ from dape.positions import scheme
 from dape.ranks import ranks
 from dape.train import estimate, parallelize, track
 from dape.train.recipe import Recipe, Retrofit, flat, override, read
+from dape.train.sections import Base
 from dape.train.task import draw, vocabulary
 
 
@@ -68,11 +69,13 @@ def check(recipe: Recipe | Retrofit) -> None:
     """Refuse a recipe that cannot run on this machine, before anything is loaded.
 
     Raises:
-        UserError: for an unknown scheme, option, backend or tracking service, an absent device, a
-            batch not divisible over the devices, or a layout unknown to fine-tuning.
+        UserError: for an unknown scheme, adapter, option, backend or tracking service, an absent
+            device, a batch not divisible over the devices, or a layout unknown to fine-tuning.
     """
     if isinstance(recipe, Recipe):
         _check_scheme(recipe)
+    else:
+        _check_adapter(recipe.model)
     check_backend(recipe.model.backend)
     recipe.micro_batches(recipe.groups(ranks()))
     parallelize.device(recipe.hardware)
@@ -100,6 +103,13 @@ def _check_scheme(recipe: Recipe) -> None:
     with torch.device("meta"):
         for place in scheme.PLACES:
             scheme.resolve(sizes.scheme).build(place, dimensions, options)
+
+
+def _check_adapter(chosen: Base) -> None:
+    from dape.model.retrofit.choice import Choice
+
+    if chosen.adapter is not None:
+        Choice(chosen.adapter, chosen.bias, chosen.options).check()
 
 
 def check_memory(recipe: Recipe | Retrofit) -> None:

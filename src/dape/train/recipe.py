@@ -18,6 +18,7 @@ from dape.strict import default
 from dape.train.sections import Base, Hardware, Model, Optimizer, Tracking, Training
 
 _WITHOUT_EFFECT = ("name", "out", "data", "hardware", "tracking")  # on the trained weights
+SEEDS = 2**32  # PyTorch on a CPU draws alike for seeds with equal remainders
 _Settings = TypeVar("_Settings", bound="Settings")
 
 
@@ -42,9 +43,13 @@ class Settings(ABC):
         """The scheme, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
-        """Refuse a name unfit for a folder, and a batch not divisible by the micro-batch."""
+        """Refuse a name unfit for a folder, a seed, and a batch unlike the micro-batch."""
         _check_name(self.name, self._filled())
         check_whole(0, seed=self.seed)
+        if self.seed >= SEEDS:
+            raise UserError(
+                f"seed={self.seed} must be below {SEEDS:,}; PyTorch takes the remainder"
+            )
         self.micro_batches(groups=1)
 
     @property
