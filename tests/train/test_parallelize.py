@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 from small import losses, metrics, recipe, validation_loss
 from spread import CALLS, arguments
-from two_ranks import MEASURING, ROPE, table
+from two_ranks import HALFWAY, MEASURING, RESUMED, ROPE, table
 
 from dape import DapeConfig, DapeForCausalLM, attention
 from dape.attention.context_parallel import ContextParallel
@@ -29,7 +29,7 @@ from dape.train.sections import Hardware
 def out(data, tmp_path_factory):
     """Return a folder with the same run on one rank, and on two: sharded, fused, and copied."""
     out = tmp_path_factory.mktemp("ranks")
-    train(recipe(data, out / "one"))
+    train(recipe(data, out / "one", **HALFWAY))
     train(recipe(data, out / "one-rope", **ROPE))
     halves = {"micro_batch_size": 4}
     train(recipe(data, out / "one-bf16", hardware=halves, training={"precision": "bf16-mixed"}))
@@ -48,7 +48,17 @@ def out(data, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "layout",
-    ["fsdp", "fused", "ddp", "fsdp-step", "fsdp-pass", "fsdp-rope", "spread", "spread-rope"],
+    [
+        "fsdp",
+        "fused",
+        "ddp",
+        "fsdp-step",
+        "fsdp-pass",
+        "fsdp-rope",
+        "spread",
+        "spread-rope",
+        *RESUMED,
+    ],
 )
 def test_two_ranks_train_as_one(out, layout):
     one = "one-rope" if layout.endswith("rope") else "one"

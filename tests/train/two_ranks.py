@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from dape.data.shards import Corpus
 from dape.errors import RankError, UserError
 from dape.evaluate import evaluate
 from dape.evaluate.perplexity import _spread_forward
+from dape.runs import RunFolder
 from dape.train import drawing, task
 from dape.train.loop import fit
 from dape.train.parallelize import context_parallel, launch
@@ -29,9 +31,10 @@ BF16 = {"training": {"precision": "bf16-mixed"}}
 FUSED = {"model": {"backend": "triton"}}
 ROPE = {"model": {"scheme": "dape-rope", "tie_word_embeddings": True}}
 MEASURING = {"lengths": [17, 34], "protocol": "non_overlapping", "device": "cpu"}
+HALFWAY = {"tracking": {"checkpoint_every": 3}}
 LAYOUTS = {
     "fused": ({"strategy": "fsdp"}, FUSED),
-    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, {"tracking": {"checkpoint_every": 3}}),
+    "ddp": ({"strategy": "ddp", "micro_batch_size": 2}, HALFWAY),
     "fsdp-bf16": ({"strategy": "fsdp", "activation_checkpointing": "selective"}, BF16),
     "fsdp-step": ({"strategy": "fsdp", "gather": "step", "micro_batch_size": 1}, {}),
     "fsdp-pass": ({"strategy": "fsdp", "gather": "pass", "micro_batch_size": 1}, {}),
@@ -39,9 +42,11 @@ LAYOUTS = {
     "spread-rope": ({"strategy": "ddp", "context_parallel": 2, "micro_batch_size": 4}, ROPE),
     "spread": (
         {"strategy": "fsdp", "context_parallel": 2, "activation_checkpointing": "selective"},
-        {},
+        HALFWAY,
     ),
 }
+# From the layout of the first steps to the layout of the last.
+RESUMED = {"one-spread": ("one", "spread"), "spread-ddp": ("spread", "ddp")}
 
 
 def sharded(settings):
@@ -111,6 +116,13 @@ def main(data, out):
         if "context_parallel" in hardware:
             task.TOKENS_AT_ONCE = 24  # fewer than a micro-batch has: logits in parts
         train(recipe(data, out / name, hardware=hardware, **others))
+    for name, (before, after) in RESUMED.items():
+        if rank == 0:
+            ended = shutil.ignore_patterns("step-00000006", "model")
+            shutil.copytree(out / before, out / name, ignore=ended)
+            RunFolder(out / name).update_record({"ended": None})
+        fabric.barrier()
+        train(recipe(data, out / name, hardware=LAYOUTS[after][0], **HALFWAY))
     hardware, others = LAYOUTS["ddp"]
     step = resumed(recipe(data, out / "ddp", hardware=hardware, **others), rank)
     (out / f"resumed-{rank}.json").write_text(json.dumps(step))
