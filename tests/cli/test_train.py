@@ -142,6 +142,12 @@ def test_a_dry_run_tells_what_the_paper_trained(capsys, tmp_path, monkeypatch):
     assert main(["train", str(RECIPES / "125m.yaml"), "--dry-run", "--hardware.device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert f"{256 * 512:,} tokens: 2 devices x 4 micro-batches x 32 sequences x 512" in printed
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = ["--dry-run", "--hardware.device", "cpu", "--hardware.compile", "none"]
+    shared += ["--hardware.context-parallel", "2"]
+    assert main(["train", str(RECIPES / "125m.yaml"), *shared]) == 0
+    step = f"{256 * 512:,} tokens: 2 groups of 2 devices x 4 micro-batches x 32 sequences x 512"
+    assert step in capsys.readouterr().out
 
 
 def test_a_dry_run_without_data_needs_the_vocabulary(capsys, tmp_path, monkeypatch):

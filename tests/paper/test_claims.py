@@ -361,6 +361,7 @@ def test_arms_without_a_shared_seed_decide_nothing():
     ours = Group("dape-kerple", (evaluations.make("dape-kerple", flat(2.9), 0),))
     theirs = Group("kerple", (evaluations.make("kerple", flat(3.0), 1),))
     found = Better("dape-kerple", "kerple", REGIME).find([study(ours, theirs)])
+    assert found.test.difference == pytest.approx(-0.1)
     assert found.test.p_value < 0.05 and found.seeds == 0
     assert found.outcome == "not decidable at this scale"
 

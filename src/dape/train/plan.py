@@ -185,7 +185,8 @@ def cost(recipe: Recipe, ranks: int) -> str:
         model = draw(recipe, entries)
     training, size = recipe.training, estimate.size(model)
     sequences, groups = training.batch_size, recipe.groups(ranks)
-    accumulated = recipe.micro_batches(groups)
+    accumulated, each = recipe.micro_batches(groups), ranks // groups
+    devices = f"{ranks} devices" if each == 1 else f"{groups} groups of {each} devices"
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -194,7 +195,7 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"run         {recipe.folder}",
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
-            f"step        {tokens:,} tokens: {ranks} devices x {accumulated} micro-batches x"
+            f"step        {tokens:,} tokens: {devices} x {accumulated} micro-batches x"
             f" {sequences // (groups * accumulated)} sequences x {training.length},"
             f" {flops:.2e} FLOP",
             f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
