@@ -36,6 +36,7 @@ def test_results_mark_the_training_length_and_say_what_was_scored(groups):
     assert "the last 128 tokens of each window" in table.note
     assert "the same 2,560 tokens of 20 documents of the test split" in table.note
     assert "standard deviation over seeds" in table.note
+    assert "beginning of a text" not in table.note
     assert "* length trained at." in table.note
     elsewhere = results(group([make("kerple", KERPLE[0], train_length=64)]))
     assert elsewhere.header[2] == "128" and "trained at" not in elsewhere.note
@@ -64,6 +65,8 @@ def test_other_scored_tokens_are_named():
     runs.append(make("rope", KERPLE[0], documents=3))
     runs[2] = replace(runs[2], targets=replace(runs[2].targets, data="other"))
     assert "differ" not in results(group(runs[:2]), "bits_per_byte").note
+    begun = [replace(each, targets=replace(each.targets, bos=True)) for each in runs]
+    assert "begins with the model's token for the beginning" in results(group(begun[:2])).note
     note = results(group(runs), "bits_per_byte").note
     assert "the same 2,560 tokens of 20 documents of the test split are scored" in note
     assert "The scored text differs: rope has 384 tokens of 3 documents of the test split." in note
