@@ -336,8 +336,9 @@ def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
     one = measured(run, monkeypatch, 1)
     check_comparable([one, measured(run, monkeypatch, 1, scheme="alibi")])
-    with pytest.raises(UserError, match="were not scored on the same tokens"):
-        check_comparable([one, replace(one, lengths=[16, 32])])
+    for other in ({"lengths": [16, 32]}, {"targets": replace(one.targets, data="another")}):
+        with pytest.raises(UserError, match="were not scored on the same tokens"):
+            check_comparable([one, replace(one, **other)])
 
 
 def test_the_use_of_the_context_is_measured_in_the_precision_asked_for(run, tmp_path):
