@@ -6,7 +6,7 @@ import made
 import numpy as np
 import pytest
 from scipy.stats import chisquare
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dape.data.shards import Corpus, Split, Windows, _mixed
@@ -189,6 +189,10 @@ def test_a_tokenizer_that_names_no_end_of_text_is_that_of_its_corpus(tmp_path, a
         with pytest.raises(UserError, match="was not prepared with the tokenizer of"):
             corpus.check_model(model, 258, own, model)
         shutil.copytree(kept, path, dirs_exist_ok=True)
+    lower = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    lower.normalizer = normalizers.Lowercase()
+    with pytest.raises(UserError, match="was not prepared with the tokenizer of"):
+        corpus.check_model(model, 258, PreTrainedTokenizerFast(tokenizer_object=lower), model)
 
 
 def merged(folder, merges):
