@@ -101,7 +101,11 @@ def test_a_text_begins_as_the_tokenizer_begins_texts():
     plain = passkey(tokenizer).make(400, 0.5, trial=0, seed=0)
     tokenizer.bos_token = "<|endoftext|>"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+        single="<|endoftext|> $A !",
+        special_tokens=[
+            ("<|endoftext|>", tokenizer.bos_token_id),
+            ("!", tokenizer.convert_tokens_to_ids("!")),  # the end of a text
+        ],
     )
     begun = passkey(tokenizer).make(400, 0.5, trial=0, seed=0)
     assert begun.tokens[0] == tokenizer.bos_token_id != plain.tokens[0]
