@@ -9,6 +9,8 @@ import torch
 from foreign import evaluation, save
 from safetensors.torch import load_file, save_file
 
+from dape.errors import UserError
+from dape.evaluate import evaluate, evaluate_context, evaluate_retrieval
 from dape.model.configuration import DapeConfig
 from dape.model.modeling import DapeForCausalLM
 from folders import dape, prepare, refused
@@ -65,6 +67,14 @@ def test_weights_that_are_missing_or_left_over_are_refused_unless_meant(
     assert message in line and "--partial-weights" in line
     assert not dape(*words, "--partial-weights")
     assert evaluation(tmp_path / name)["measurements"]
+
+
+@pytest.mark.parametrize("measure", [evaluate, evaluate_context, evaluate_retrieval])
+def test_a_function_refuses_missing_weights_as_the_command_does(tmp_path, made, corpus, measure):
+    shutil.copytree(made / "llama", tmp_path / "llama")
+    without(tmp_path / "llama", "lm_head.weight")
+    with pytest.raises(UserError, match="the file misses lm_head"):
+        measure(tmp_path / "llama", corpus=corpus, lengths=[300])
 
 
 def test_missing_weights_are_drawn_alike_in_every_process(tmp_path, made, corpus):
