@@ -155,6 +155,22 @@ def test_baselines_are_the_bare_encoding_or_the_first_bare_scheme(order, pairs):
     assert {(each.candidate, each.baseline) for each in comparisons} == pairs
 
 
+def test_the_baseline_of_an_adapter_was_trained_at_its_length():
+    runs = [
+        make(scheme, KERPLE[0], train_length=length, settings=f"{length}", run=f"{scheme}-{length}")
+        for length in (128, 512)
+        for scheme in ("kerple", "dape-kerple")
+    ]
+    runs.append(make("dape3-kerple", DAPE[0], train_length=64))
+    pairs = dict((each.candidate, each.baseline) for each in compare(group(runs)))
+    assert pairs == {
+        "kerple at 512": "kerple at 128",
+        "dape-kerple at 128": "kerple at 128",
+        "dape-kerple at 512": "kerple at 512",
+        "dape3-kerple": "kerple at 128",
+    }
+
+
 def test_names_of_schemes_split_into_adapter_and_encoding():
     for name, scheme in SCHEMES.items():
         adapter, encoding = split(name)

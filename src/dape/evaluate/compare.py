@@ -139,9 +139,10 @@ def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
 def compare(groups: Sequence[Group]) -> list[Comparison]:
     """Return the tests of each group against a baseline, at every length of both groups.
 
-    The baseline of a scheme with an adapter is the scheme without the adapter, if measured. Further
-    groups have the first scheme without an adapter as baseline, or else the first scheme. Groups
-    with targets different from the baseline's are left out.
+    The baseline of a scheme with an adapter is the scheme without the adapter, if measured, and of
+    the same training length, if any is. Further groups have the first scheme without an adapter as
+    baseline, or else the first scheme. Groups with targets different from the baseline's are left
+    out.
     """
     comparisons = []
     for candidate in groups:
@@ -190,6 +191,7 @@ def _targets(group: Group) -> object:
 def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
     adapter, encoding = split(candidate.scheme)
     same = [each for each in groups if adapter and each.scheme == encoding]
+    same.sort(key=lambda each: each.train_length != candidate.train_length)
     bare = [each for each in groups if each.scheme == split(each.scheme)[1]]
     return [*same, *bare, *groups][0]
 
