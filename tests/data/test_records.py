@@ -66,6 +66,7 @@ def test_a_file_that_is_no_zst_says_so(tmp_path):
     [
         "word and word\nline\n\n  more " * 40,
         "漢字" * 300,
+        "x" + "漢字" * 300,
         "no spaces" * 90,
         " " * 500 + "x" + "\n" * 500,
         "a b" * 33 + "\u00a0é " * 99,
