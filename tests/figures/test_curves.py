@@ -125,7 +125,8 @@ def test_bits_per_byte_are_drawn_when_asked():
     (axes,) = over_length(runs(), "bits_per_byte").axes
     expected = np.mean(DAPE, axis=0) / math.log(2) / 2
     np.testing.assert_allclose(drawn(axes)["dape-kerple"].get_ydata(), expected)
-    assert axes.get_ylabel() == "bits per byte"
+    named = axes.get_xlabel(), axes.get_ylabel()
+    assert named == ("length of the window (tokens)", "bits per byte")
 
 
 def test_loss_by_context_takes_each_bin_from_the_longest_window_that_scores_it():
@@ -133,7 +134,10 @@ def test_loss_by_context_takes_each_bin_from_the_longest_window_that_scores_it()
     both = [[(1, 1, 3.0), (2, 2, 2.0)], [(1, 1, 9.0), (2, 2, 8.0), (3, 4, 1.0)]]
     for measurement, contexts in zip(evaluation.measurements, both, strict=True):
         measurement.contexts[:] = contexts
-    line = drawn(over_context(group([evaluation])).axes[0])["kerple"]
+    (axes,) = over_context(group([evaluation])).axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens of context", "loss (nats a token)")
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "4"]
+    line = drawn(axes)["kerple"]
     np.testing.assert_allclose(line.get_xdata(), [1, 2, math.sqrt(12)])
     np.testing.assert_allclose(line.get_ydata(), [9, 8, 1])
 
@@ -141,10 +145,14 @@ def test_loss_by_context_takes_each_bin_from_the_longest_window_that_scores_it()
 def test_training_loss_is_drawn_over_tokens():
     groups = group([make("kerple", KERPLE[0]), make("dape-kerple", DAPE[0])])
     histories = {
-        "runs/kerple-0": [{"tokens": 100 * n, "loss": 5.0 - n} for n in range(1, 4)],
+        "runs/kerple-0": [{"tokens": 100 * n, "loss": 5.0 - n} for n in range(1, 4)]
+        + [{"tokens": 400, "validation_loss": 2.0}],
         "runs/dape-kerple-0": [{"tokens": 100 * n, "loss": 4.0 - n} for n in range(1, 4)],
     }
-    lines = drawn(over_training(groups, histories).axes[0])
+    (axes,) = over_training(groups, histories).axes
+    named = axes.get_xlabel(), axes.get_ylabel()
+    assert named == ("tokens trained on", "training loss (nats a token)")
+    lines = drawn(axes)
     np.testing.assert_allclose(lines["kerple"].get_xdata(), [100, 200, 300])
     np.testing.assert_allclose(lines["kerple"].get_ydata(), [4, 3, 2])
     np.testing.assert_allclose(lines["dape-kerple"].get_ydata(), [3, 2, 1])
