@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 from pages import ROOT, execute, small_recipe, text
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -125,4 +126,4 @@ def test_the_options_on_the_page_are_taken(options):
     found = asdict(retrofit.read(["my-model", "--recipe", recipe, *words]).recipe)
     for name, value in zip(words[::2], words[1::2], strict=True):
         section, key = name.removeprefix("--").split(".")
-        assert str(found[section][key]) == value
+        assert str(found[section][key]) == str(yaml.safe_load(value))

@@ -10,7 +10,14 @@ from models import fresh, tokens
 from pretrained import pretrained
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Gemma3Config, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    pipeline,
+)
 from transformers.utils import logging
 
 from dape.attention.select import BACKENDS
@@ -19,6 +26,7 @@ from dape.errors import UserError
 from dape.model import loading
 from dape.model.loading import check_base, check_capped, check_causal, fingerprint, load_causal
 from dape.runs import RunFolder
+from dape.train.task import load
 
 PIECES = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 OFFLOADED = ("model.layers.1", "model.norm")
@@ -220,3 +228,67 @@ def test_too_little_memory_for_weights_is_no_damage(monkeypatch):
     monkeypatch.setattr(loading, "fetch", full)
     with pytest.raises(torch.OutOfMemoryError):
         load_causal("here", config=fresh().config)
+
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+KINDS = ["sliding_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "beta_fast": 8.0}
+CONFIGURATIONS = {
+    "gpt-neox": lambda: GPTNeoXConfig(**SMALL, rotary_pct=0.5),
+    "llama": lambda: LlamaConfig(**SMALL, rope_parameters=YARN),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SMALL, num_key_value_heads=2, head_dim=8, layer_types=KINDS
+    ),
+}
+
+
+def changed(name, rotation, folder, key="rope_parameters"):
+    """Return the saved model of a configuration, loaded with a changed rotation."""
+    AutoModelForCausalLM.from_config(CONFIGURATIONS[name]()).save_pretrained(folder)
+    return load(str(folder), {key: rotation})
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+def test_a_changed_rotation_turns_the_part_of_a_head_that_the_model_turns(key, tmp_path):
+    model = changed("gpt-neox", {"rope_type": "linear", "factor": 4.0}, tmp_path, key)
+    expected = torch.tensor([1.0, 10_000**-0.5]) / 4
+    assert_close(model.gpt_neox.rotary_emb.inv_freq, expected)
+
+
+def test_a_changed_rotation_keeps_base_and_kinds_of_layers(tmp_path):
+    rotation = {"full_attention": {"rope_type": "linear", "factor": 4.0}}
+    turn, powers = changed("gemma3", rotation, tmp_path).model.rotary_emb, torch.arange(4) / -4
+    assert_close(turn.full_attention_inv_freq, 1_000_000**powers / 4)
+    assert_close(turn.sliding_attention_inv_freq, 10_000**powers)
+
+
+def test_a_changed_rotation_keeps_all_else_within_its_type_alone(tmp_path):
+    turn = changed("llama", {"factor": 2.0}, tmp_path).config.rope_parameters
+    assert turn == {**YARN, "factor": 2.0, "original_max_position_embeddings": 64}
+    turn = changed("llama", {"rope_type": "linear", "factor": 2.0}, tmp_path).config.rope_parameters
+    assert turn == {"rope_type": "linear", "rope_theta": 1e5, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "rotation", "words"),
+    [
+        ("llama", {"beta_fsat": 2.0}, "unknown key in rope_parameters of .*; did you mean 'beta_f"),
+        ("llama", {"rope_type": "yran"}, "unknown rope_type 'yran'; did you mean 'yarn'"),
+        ("llama", {"rope_type": 3}, "unknown rope_type '3'"),
+        ("llama", {"rope_type": "linear"}, "rope_parameters of .*: Missing .*'factor'"),
+        ("llama", 4.0, "rope_parameters of .*: 4.0 must map names to values"),
+        ("gemma3", {"factor": 4.0}, "unknown kind of layer in .* 'factor' .known: full_attention,"),
+        ("gemma3", {"full_attention": 4.0}, "rope_parameters of .*: 4.0 must map names"),
+    ],
+)
+def test_a_changed_rotation_that_does_not_fit_is_one_line(name, rotation, words, tmp_path):
+    with pytest.raises(UserError, match=words) as error:
+        changed(name, rotation, tmp_path)
+    assert "\n" not in str(error.value)

@@ -308,9 +308,11 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
     Raises:
         UserError: for an unknown model or key.
     """
-    from dape.model.loading import load_causal, load_config
+    from dape.model.loading import check_rotation, load_causal, load_config
 
     config, unused = load_config(source, return_unused_kwargs=True, **changes)
     for name in unused.keys() & changes.keys():
         raise unknown(f"key of the configuration of {source}", name, config.to_dict())
+    if getattr(config, "rope_parameters", None):
+        check_rotation(source, config)
     return load_causal(source, config=config, dtype=torch.float32)
