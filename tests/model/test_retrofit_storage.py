@@ -23,6 +23,8 @@ from torch.testing import assert_close
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -221,6 +223,19 @@ MODELS = {
             index_head_dim=8,
         )
     ),
+    "glm-dsa": lambda: GlmMoeDsaForCausalLM(
+        GlmMoeDsaConfig(
+            **{**GROUPED, "num_key_value_heads": 4},
+            q_lora_rank=8,
+            kv_lora_rank=6,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=6,
+            v_head_dim=5,
+            first_k_dense_replace=2,
+            index_n_heads=2,
+            index_head_dim=8,
+        )
+    ),
     "xmod": lambda: XmodForCausalLM(XmodConfig(**SIZES, intermediate_size=20, is_decoder=True)),
     "linear": lambda: nn.Linear(2, 2),
 }
@@ -245,6 +260,7 @@ MODELS = {
             r"MiniMaxM3VLAttention cannot be retrofitted: attention with a further tensor "
             r"\(block_indices\)",
         ),
+        ("glm-dsa", "GlmMoeDsaForCausalLM cannot .*, or reads the mask, as to choose keys"),
         (
             "xmod",
             "XmodForCausalLM cannot be retrofitted: a call with tokens alone ends in ValueError: "

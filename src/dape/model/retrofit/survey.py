@@ -105,7 +105,7 @@ def reason(model: PreTrainedModel) -> str:
         return f"a call with tokens alone ends in {type(error).__name__}: {first_line(error)}"
     return (
         "the model's code computes attention outside the attention interface of transformers "
-        "(ALL_ATTENTION_FUNCTIONS)"
+        "(ALL_ATTENTION_FUNCTIONS), or reads the mask, as to choose keys"
     )
 
 
