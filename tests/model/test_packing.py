@@ -15,6 +15,8 @@ from transformers import (
     DynamicCache,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     StaticCache,
@@ -307,6 +309,21 @@ def test_recurrent_layers_would_join_the_documents_of_a_row(state):
     whole = torch.tensor([0, 8, 16])  # a document a row
     packed = model(ids, use_cache=False, cu_seq_lens_q=whole, cu_seq_lens_k=whole).logits
     assert_close(packed, alone)
+
+
+def test_chunks_of_attention_are_counted_over_the_documents_of_a_row():
+    sizes = {**GROUPED, "intermediate_size_mlp": 20, "head_dim": 8, "attention_chunk_size": 8}
+    config = Llama4TextConfig(**sizes, no_rope_layers=[1, 0], moe_layers=[])
+    model = move(Llama4ForCausalLM(config).eval(), 0.1)
+    move(dape.retrofit(model, bias="kerple").adapters, 0.3)
+    ids, positions = tokens(1, 9), torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]])
+    documents = (ids[:, :3], ids[:, 3:8])
+    expected = torch.cat([model(x, use_cache=False).logits for x in documents], dim=1)
+    packed = model(ids[:, :8], position_ids=positions[:, :8], use_cache=False).logits
+    assert_close(packed, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"within chunks of 8 tokens, .*: give each document a row"):
+        model(ids, position_ids=positions, use_cache=False)
+    model(ids, use_cache=False)  # a single document
 
 
 def test_a_mask_of_ones_says_that_a_row_is_one_document():

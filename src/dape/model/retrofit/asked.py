@@ -73,7 +73,7 @@ def offset_of(written: int | Tensor | None, rows: int, keys: int) -> int | Tenso
 def keep(
     whose: tuple[int, int],
     own_bias: bool,
-    recurs: bool,
+    joins: tuple[str, int] | None,
     first: int,
     model: Any,
     args: tuple[Any, ...],
@@ -81,13 +81,14 @@ def keep(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
-    The model counts positions from `first`. An `own_bias` of the model, ALiBi, does not read
+    The model counts positions from `first`, and `joins` the documents of a row, for the reason and
+    beyond the number of tokens given there. An `own_bias` of the model, ALiBi, does not read
     `position_ids`. Within a call of a part, a call of another part of the model asks nothing. A
     trainer may call a method of its own in place of the forward; the arguments of the method are no
     tokens.
 
     Raises:
-        UserError: for packed documents, if the model takes no positions or has recurrent layers.
+        UserError: for packed documents, if the model takes no positions or joins them.
     """
     within = asked().whose
     if within is not None and within[0] == whose[0] and within[1] != whose[1]:
@@ -105,11 +106,10 @@ def keep(
             f"{type(model).__name__} takes no position_ids, and counts positions over all "
             "documents packed in a row: give each document a row of its own"
         )
-    if documents is not None and recurs:
+    if documents is not None and joins is not None and documents.shape[1] > joins[1]:
         refuse(
             look((documents != documents[:, :1]).any()),
-            f"{type(model).__name__} has recurrent layers, which carry a state from each document "
-            "packed in a row into the next: give each document a row of its own",
+            f"{type(model).__name__} {joins[0]}: give each document a row of its own",
         )
     written = _written(given)
     if own_bias or (positions is not None and positions.ndim != 2):

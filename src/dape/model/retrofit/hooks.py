@@ -30,15 +30,29 @@ def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
     """
     counting = (x for x in model.modules() if hasattr(x, "create_position_ids_from_input_ids"))
     first = next((cast(int, each.padding_idx) + 1 for each in counting), 0)
-    recurs = has_recurrence(cast(PreTrainedModel, model).config.get_text_config())
+    joins = joining(cast(PreTrainedModel, model).config.get_text_config())
     # Numbers, because DataParallel calls copies of the parts.
     parts = (each for each in model.modules() if isinstance(each, PreTrainedModel))
     for number, each in enumerate(parts):
         whose = id(model), number
-        keep = partial(asked.keep, whose, own_bias, recurs, first)
+        keep = partial(asked.keep, whose, own_bias, joins, first)
         forget = partial(asked.forget, whose)
         undo.callback(each.register_forward_pre_hook(keep, with_kwargs=True).remove)
         undo.callback(each.register_forward_hook(forget, always_call=True).remove)
+
+
+def joining(config: PreTrainedConfig) -> tuple[str, int] | None:
+    """Return why a model joins documents packed in a row, and the longest row of which not."""
+    if has_recurrence(config):
+        reason = "has recurrent layers, which carry a state from each document packed in a row into"
+        return f"{reason} the next", 0
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):  # Llama 4
+        chunk: int = config.attention_chunk_size
+        return (
+            f"attends within chunks of {chunk} tokens, counted over all documents of a row",
+            chunk,
+        )
+    return None
 
 
 def has_recurrence(config: PreTrainedConfig) -> bool:
