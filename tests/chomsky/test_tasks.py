@@ -57,7 +57,7 @@ def check(task, length, batch, seed=0):
 
 @each_task
 def test_worked_examples(task):
-    documented = re.findall(r"^ +(.+ -> .+)$", task.__doc__, flags=re.MULTILINE)
+    documented = re.findall(r"^ *(.+ -> .+)$", task.__doc__, flags=re.MULTILINE)
     assert len(documented) == 2
     for example in (*documented, EXAMPLES[task.name]):
         given, expected = example.split(" -> ")
