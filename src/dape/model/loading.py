@@ -38,8 +38,9 @@ def load_config(source: str, **changes: Any) -> Any:
         UserError: for a missing or damaged configuration, or unknown keys of a rotation.
     """
     for name in changes.keys() & {_ROTATION, "rope_scaling"}:  # the name in older files
-        own = getattr(load_config(source), _ROTATION, None) or {}
-        changes[name] = _changed_rotation(f"{name} of {source}", own, changes[name])
+        own = getattr(load_config(source), _ROTATION, None)
+        given = _changed_rotation(f"{name} of {source}", own or {}, changes.pop(name))
+        changes[name if own is None else _ROTATION] = given
     try:
         return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
     except (AttributeError, KeyError, RecursionError, TypeError, StrictDataclassError) as error:
