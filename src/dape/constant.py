@@ -1,6 +1,6 @@
 """Answers that PyTorch's compiler takes as constants.
 
-To import this file loads the compiler, in seconds, and is for compiled code alone.
+The import of this file loads the compiler, which takes seconds. Compiled code alone imports it.
 """
 
 from collections.abc import Callable

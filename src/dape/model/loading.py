@@ -54,8 +54,9 @@ def load_config(source: str, **changes: Any) -> Any:
 def _changed_rotation(what: str, own: Mapping[str, Any], given: Any) -> dict[str, Any]:
     """Return the parameters of a changed rotation.
 
-    transformers drops the others, and GPT-NeoX would turn whole heads. The base of the frequencies
-    and the turned part of a head stay, and within a type all others too.
+    transformers drops all parameters but the given ones, and GPT-NeoX would turn whole heads. Here
+    the base of the frequencies and the turned part of a head stay. Within a type, all parameters
+    stay.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"{what}: {given!r} must map names to values")

@@ -89,8 +89,8 @@ class DapeModel(DapePreTrainedModel):
         Args:
             input_ids: token ids `[B, T]`.
             attention_mask: 1 or true for visible tokens, `[B, Tk]` with the keys in the cache, or
-                `[B, 1, T, Tk]` in place of the causal mask, beside which positions count hidden
-                tokens, as in transformers.
+                `[B, 1, T, Tk]` in place of the causal mask. Positions then count hidden tokens, as
+                in transformers.
             position_ids: positions `[B, T]` or `[B, Tk]`; the number of earlier visible tokens by
                 default, up to a constant where only distances count. A rotation stores turned keys
                 in a cache, so give `position_ids` in every call with the cache or in none. A

@@ -43,7 +43,7 @@ class Settings(ABC):
         """The scheme, for {scheme} in the name."""
 
     def __post_init__(self) -> None:
-        """Refuse a name unfit for a folder, a seed, and a batch unlike the micro-batch."""
+        """Refuse an unfit name or seed, and a batch not divisible by the micro-batch."""
         _check_name(self.name, self._filled())
         check_whole(0, seed=self.seed)
         if self.seed >= SEEDS:

@@ -81,11 +81,11 @@ def keep(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep what a call asks, before the forward; give a model positions within the documents.
 
-    The model counts positions from `first`, and `joins` the documents of a row, for the reason and
-    beyond the number of tokens given there. An `own_bias` of the model, ALiBi, does not read
-    `position_ids`. Within a call of a part, a call of another part of the model asks nothing. A
-    trainer may call a method of its own in place of the forward; the arguments of the method are no
-    tokens.
+    The model counts positions from `first`. For a model that joins packed documents, `joins` holds
+    the reason, and the longest row that keeps documents apart. An `own_bias` of the model, ALiBi,
+    does not read `position_ids`. Within a call of a part, a call of another part of the model asks
+    nothing. A trainer may call a method of its own in place of the forward; the arguments of the
+    method are no tokens.
 
     Raises:
         UserError: for packed documents, if the model takes no positions or joins them.

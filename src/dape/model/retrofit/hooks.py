@@ -42,7 +42,7 @@ def around(undo: ExitStack, model: nn.Module, own_bias: bool) -> None:
 
 
 def joining(config: PreTrainedConfig) -> tuple[str, int] | None:
-    """Return why a model joins documents packed in a row, and the longest row of which not."""
+    """Return why a model joins packed documents, and the longest row that keeps them apart."""
     if has_recurrence(config):
         reason = "has recurrent layers, which carry a state from each document packed in a row into"
         return f"{reason} the next", 0
