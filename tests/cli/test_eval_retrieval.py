@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from dape.data.shards import Corpus
-from dape.data.tokenizer import byte, fingerprint
+from dape.data.tokenizer import byte, fingerprint, saved
 from dape.evaluate.prompts import needle, passkey
 from dape.evaluate.trials import Plan, retrieve
 from dape.model.modeling import DapeForCausalLM
@@ -103,6 +103,25 @@ def test_needles_of_another_split_are_measured_and_not_drawn_together(tmp_path, 
         capsys, "plot", "retrieval", *runs, "--task", "needle", "--out", tmp_path / "map.md"
     )
     assert "had different prompts (task, corpus, split, " in line
+
+
+def test_passkeys_of_a_tokenizer_changed_meanwhile_are_measured_again(runs):
+    run, asked = runs[0], ("--lengths", "350", "--depths", "0.5", "--trials", "2")
+    assert not dape("eval", "retrieval", run, "--tasks", "passkey", *asked)
+    (first,) = record(run, "passkey")["cells"]
+    file = run / "model" / "tokenizer.json"
+    changed = json.loads(file.read_text())
+    vocabulary = changed["model"]["vocab"]
+    e, z = (f"<0x{ord(letter):02X}>" for letter in "ez")
+    vocabulary[e], vocabulary[z] = vocabulary[z], vocabulary[e]
+    file.write_text(json.dumps(changed))
+    assert not dape("eval", "retrieval", run, "--tasks", "passkey", *asked)
+    (second,) = record(run, "passkey")["cells"]
+    prompts = passkey(saved(str(run / "model")))
+    model = DapeForCausalLM.from_pretrained(run / "model").eval()
+    (expected,), _ = retrieve(model, prompts, Plan((350,), (0.5,), 2, seed=0), batch_tokens=350)
+    assert second["log_probability"] == pytest.approx(expected.log_probability, rel=1e-5)
+    assert second["log_probability"] != pytest.approx(first["log_probability"], rel=1e-5)
 
 
 def test_seeds_share_a_panel_and_the_plot_says_so(runs, tmp_path, capsys):

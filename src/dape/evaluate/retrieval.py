@@ -234,10 +234,15 @@ class _Session:
         return before.with_cells(list(cells.values()), refused)
 
     def _alike(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
-        """Return whether an earlier record has the same prompts, perhaps of other lengths."""
-        return (before.task, before.data, before.split) == (
-            task, asked.data, asked.split,
-        ) and replace(before.plan, lengths=self.plan.lengths) == self.plan  # fmt: skip
+        """Return whether an earlier record has the same prompts, perhaps of other lengths.
+
+        A record of an earlier version names no tokenizer.
+        """
+        return (
+            (before.task, before.data, before.split) == (task, asked.data, asked.split)
+            and before.tokenizer in (None, asked.tokenizer)
+            and replace(before.plan, lengths=self.plan.lengths) == self.plan
+        )
 
     def _within(self, before: Retrieval, task: str, asked: "_Asked") -> bool:
         """Return whether the plan has all prompts of an earlier record."""
