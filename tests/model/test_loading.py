@@ -24,7 +24,14 @@ from dape.attention.select import BACKENDS
 from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.model import loading
-from dape.model.loading import check_base, check_capped, check_causal, fingerprint, load_causal
+from dape.model.loading import (
+    check_base,
+    check_capped,
+    check_causal,
+    fingerprint,
+    load_causal,
+    load_config,
+)
 from dape.runs import RunFolder
 from dape.train.task import load
 
@@ -260,6 +267,12 @@ def test_a_changed_rotation_turns_the_part_of_a_head_that_the_model_turns(key, t
     model = changed("gpt-neox", {"rope_type": "linear", "factor": 4.0}, tmp_path, key)
     expected = torch.tensor([1.0, 10_000**-0.5]) / 4
     assert_close(model.gpt_neox.rotary_emb.inv_freq, expected)
+
+
+def test_two_names_of_one_changed_rotation_are_refused():
+    given = {"rope_parameters": {"factor": 2.0}, "rope_scaling": {"factor": 4.0}}
+    with pytest.raises(UserError, match=r"of here are two names .*; give rope_parameters alone"):
+        load_config("here", **given)
 
 
 def test_a_changed_rotation_keeps_base_and_kinds_of_layers(tmp_path):

@@ -1,7 +1,6 @@
 """Pretrained causal language models, without missing or unused weights."""
 
 import hashlib
-from collections.abc import Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -10,20 +9,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from dape.data.hub import fetch
 from dape.device import device_of
-from dape.errors import UserError, first_line, out_of_memory, unknown
+from dape.errors import UserError, first_line, out_of_memory
+from dape.model.rotation import OLDER, ROTATION, changed_rotation
 from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error
 _SAMPLED = 64  # numbers of a parameter in the fingerprint
-_ROTATION = "rope_parameters"
-_ROTATION_TYPES = {"default", *ROPE_INIT_FUNCTIONS}
-_ROTATION_KEYS = {*RopeParameters.__annotations__, "mscale", "mscale_all_dim", "truncate"}
-_KEPT = {"rope_theta", "partial_rotary_factor"}  # in every type
 
 
 def load_config(source: str, **changes: Any) -> Any:
@@ -35,12 +30,17 @@ def load_config(source: str, **changes: Any) -> Any:
     Code beside the configuration is never run.
 
     Raises:
-        UserError: for a missing or damaged configuration, or unknown keys of a rotation.
+        UserError: for a missing or damaged configuration, or a rotation that does not fit.
     """
-    for name in changes.keys() & {_ROTATION, "rope_scaling"}:  # the name in older files
-        own = getattr(load_config(source), _ROTATION, None)
-        given = _changed_rotation(f"{name} of {source}", own or {}, changes.pop(name))
-        changes[name if own is None else _ROTATION] = given
+    if len(names := changes.keys() & {ROTATION, OLDER}) > 1:
+        raise UserError(
+            f"{ROTATION} and {OLDER} of {source} are two names of one rotation;"
+            f" give {ROTATION} alone"
+        )
+    for name in names:
+        own = getattr(load_config(source), ROTATION, None)
+        given = changed_rotation(f"{name} of {source}", own or {}, changes.pop(name))
+        changes[name if own is None else ROTATION] = given
     try:
         return fetch(AutoConfig.from_pretrained, source, trust_remote_code=False, **changes)
     except (AttributeError, KeyError, RecursionError, TypeError, StrictDataclassError) as error:
@@ -49,38 +49,6 @@ def load_config(source: str, **changes: Any) -> Any:
             f"config.json of {source} is not a configuration of a model ({reason}); save the model"
             " again"
         ) from None
-
-
-def _changed_rotation(what: str, own: Mapping[str, Any], given: Any) -> dict[str, Any]:
-    """Return the parameters of a changed rotation.
-
-    transformers drops all parameters but the given ones, and GPT-NeoX would turn whole heads. Here
-    the base of the frequencies and the turned part of a head stay. Within a type, all parameters
-    stay.
-    """
-    if not isinstance(given, Mapping):
-        raise UserError(f"{what}: {given!r} must map names to values")
-    if any(isinstance(each, Mapping) for each in own.values()):  # of each kind of layer
-        if other := given.keys() - own.keys():
-            raise unknown(f"kind of layer in {what}", min(other), own)
-        new = {kind: _changed_rotation(what, own[kind] or {}, given[kind]) for kind in given}
-        return {**own, **new}
-    if other := given.keys() - own.keys() - _ROTATION_KEYS:
-        raise unknown(f"key in {what}", min(other), _ROTATION_KEYS.union(own))
-    before = own.get("rope_type", "default")
-    kind = given.get("rope_type", before)
-    if kind not in {before, *_ROTATION_TYPES}:
-        raise unknown("rope_type", str(kind), _ROTATION_TYPES)
-    return {**{name: own[name] for name in own if kind == before or name in _KEPT}, **given}
-
-
-def check_rotation(source: str, config: Any) -> None:
-    """Raise a `UserError` for a rotation without a parameter that the type needs."""
-    try:
-        config.standardize_rope_params()
-        config.validate_rope()
-    except KeyError as error:
-        raise UserError(f"{_ROTATION} of {source}: {error.args[0]}") from None
 
 
 def load_causal(source: str, partial_weights: bool = False, **options: Any) -> PreTrainedModel:

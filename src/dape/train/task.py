@@ -308,7 +308,8 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
     Raises:
         UserError: for an unknown model or key.
     """
-    from dape.model.loading import check_rotation, load_causal, load_config
+    from dape.model.loading import load_causal, load_config
+    from dape.model.rotation import check_rotation
 
     config, unused = load_config(source, return_unused_kwargs=True, **changes)
     for name in unused.keys() & changes.keys():
