@@ -195,9 +195,10 @@ def test_eager_times_have_a_table_of_their_own():
     """A time between CUDA events is eager already."""
     graph = {"clock": clock.GRAPHED, "peak": GIB}
     entries = {
-        "nope": Entry("nope", 512, 1, "forward", 2.0, eager=10.0, **graph),
-        "kerple": Entry("kerple", 512, 1, "forward", 3.0, eager=15.0, **graph),
+        "nope": Entry("nope", 512, 1, "forward", 2.0, eager=10.0, launches=200, **graph),
+        "kerple": Entry("kerple", 512, 1, "forward", 3.0, eager=15.0, launches=250, **graph),
         "fire": Entry("fire", 512, 1, "forward", 80.0, clock=clock.EVENTS, peak=GIB),
+        "t5": Entry("t5", 512, 1, "forward", 19.0, eager=20.0, launches=20, **graph),
         "cope": Entry("cope", 512, 1, "forward", missing=Missing("out of memory", "24 GiB")),
     }
     costs = [model.Cost("tiny", "fused", GIB, entry) for entry in entries.values()]
@@ -209,8 +210,12 @@ def test_eager_times_have_a_table_of_their_own():
         ["nope, fused", "10.0 (1.00)"],
         ["kerple, fused", "15.0 (1.50)"],
         ["fire, fused", "80.0 (8.00)"],
+        ["t5, fused", "20.0 (2.00)"],
         ["cope, fused", "OOM"],
     ]
+    assert timed.note == "In brackets: the ratio to nope, fused."
+    host = "The host took 50.0 to 60.0 microseconds a launch: rows whose ratio is below 1.20 may"
+    assert eager.note == f"{timed.note} {host} differ by the host alone."
 
 
 def test_costs_of_a_gpu_are_read_again(tmp_path, monkeypatch):

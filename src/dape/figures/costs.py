@@ -64,7 +64,24 @@ def _table(
         title=f"{size}, {direction}{', eager' if eager else ''}",
         header=["scheme", *header, *(() if eager else (f"{n:,} (GiB)" for n in lengths))],
         rows=rows,
-        note=f"In brackets: the ratio to {YARDSTICK}, fused.",
+        note=f"In brackets: the ratio to {YARDSTICK}, fused.{_of_host(chosen) if eager else ''}",
+    )
+
+
+def _of_host(chosen: list[Cost]) -> str:
+    """Return a sentence on the host's time for a launch, by calls that wait mostly for the host."""
+    entries = [cost.entry for cost in chosen]
+    found = [
+        1000 * e.eager / e.launches
+        for e in entries
+        if e.eager and e.launches and e.milliseconds and e.eager > 2 * e.milliseconds
+    ]
+    if not found:
+        return ""
+    least, most = min(found), max(found)
+    return (
+        f" The host took {digits(least)} to {digits(most)} microseconds a launch: rows"
+        f" whose ratio is below {digits(most / least)} may differ by the host alone."
     )
 
 
