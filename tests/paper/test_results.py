@@ -274,14 +274,14 @@ def test_a_table_of_costs_holds_all_lengths_and_names_command_commit_and_version
             Cost("125m", form, 2**29, Entry(*place, times * milliseconds, peak=2**30))
             for form, times in (("fused", 1), ("textbook", 3))
         ]
-        made = evaluations.PROVENANCE | {"commit": f"abc{length}"}
+        made = evaluations.PROVENANCE | {"command": f"measure {length}"}
         Costs(1, 0, made, costs).save(cell.record.path / "results.json")
         words = str(cell.commands[0])
         record.write(cell, record.End({"results.json": words}, {words: 60.0}, None, None, 0))
     text = results(COST).markdown()
     assert text.count("\n## ") == 1
-    for length in (512, 1024):
-        assert f"`dape eval runs/*` at abc{length}, seed 0; cpu; python 3.11, torch 2.13" in text
+    commit = evaluations.PROVENANCE["commit"]
+    assert f"`measure 512`, `measure 1024` at {commit}, seed 0; cpu; python 3.11, torch" in text
     assert "| nope, fused | 1.00 (1.00) | 4.00 (1.00) | 1.50 | 1.50 |" in text
     assert "| nope, textbook | 3.00 (3.00) | 12.0 (3.00) | 1.50 | 1.50 |" in text
 

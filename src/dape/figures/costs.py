@@ -25,11 +25,11 @@ def explanation(costs: Costs) -> str:
         f"bfloat16 weights, logits of the last {LOGITS} tokens. forward + backward: float32 "
         "weights under bfloat16 autocast, the gradients of all parameters, no optimizer. Where the "
         "host limits the speed of both, the time is inside a CUDA graph, as in a training with "
-        "`hardware.compile: graphs`; eager: the same by the wall clock without a graph. next "
+        "hardware.compile: graphs; eager: the same by the wall clock without a graph. next "
         "token: bfloat16 weights, the last token of the length with a cache of the others, by the "
-        "wall clock, as in `generate`. On a CPU all is float32, and memory is not measured. "
+        "wall clock, as generate computes it. On a CPU all is float32, and memory is not measured. "
         "Medians in milliseconds; GiB at the peak with the weights and the cache. textbook: whole "
-        "score matrices, as the paper's formula; fused: the fastest backend of `dape.attention`."
+        "score matrices, as the paper's formula; fused: the fastest backend of dape.attention."
     )
 
 

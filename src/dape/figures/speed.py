@@ -28,11 +28,13 @@ def page(results: Results, figure: str) -> str:
 
 def origin(made: Provenance, seed: int) -> str:
     """Return the origin of numbers: command, commit, seed, device, versions and time."""
+    return f"`{made['command']}` {conditions(made, seed)}; {made['time']}"
+
+
+def conditions(made: Provenance, seed: int) -> str:
+    """Return the commit, seed, device and versions of a measurement."""
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-    return (
-        f"`{made['command']}` at {made['commit'] or f'an {INSTALLED}'}, seed {seed}; "
-        f"{made['device']}; {versions}; {made['time']}"
-    )
+    return f"at {made['commit'] or f'an {INSTALLED}'}, seed {seed}; {made['device']}; {versions}"
 
 
 def explanation(results: Results) -> str:

@@ -18,7 +18,7 @@ from dape.figures import learned as learned_figures
 from dape.figures import retrieval as retrieval_figures
 from dape.figures import tables
 from dape.figures.curves import over_length
-from dape.figures.speed import origin
+from dape.figures.speed import conditions
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell, by_regime, kept_files
@@ -113,7 +113,11 @@ def costs(cells: Sequence[Cell]) -> list[Section]:
 def _costs(name: str, of_lengths: Sequence[model.Costs]) -> Section:
     """Return the costs of a size and direction, with the origin of every length."""
     together = replace(of_lengths[0], costs=[cost for each in of_lengths for cost in each.costs])
-    origins = (f"{origin(each.provenance, each.seed)}." for each in of_lengths)
+    commands: dict[str, list[str]] = {}
+    for each in of_lengths:
+        place = f"{conditions(each.provenance, each.seed)}."
+        commands.setdefault(place, []).append(f"`{each.provenance['command']}`")
+    origins = (f"{', '.join(several)} {place}" for place, several in commands.items())
     caption = " ".join([cost_figures.explanation(together), *origins])
     return Section(name, tuple(cost_figures.tables(together)), caption=caption)
 
