@@ -273,19 +273,7 @@ COST = Experiment(
     title="Time and memory of whole models, ours and by the textbook",
     shows="Table 1, whose cells are lost, and section 4.5",
     parts=tuple(
-        Bench(
-            f"cost-{size}-{direction}",
-            (
-                *("model", "--sizes", size, "--schemes", ",".join(TIMED)),
-                *("--directions", direction),
-            ),
-            small=(
-                *("model", "--sizes", "small", "--schemes", "nope,dape-kerple"),
-                *("--vocab-size", "512", "--directions", direction),
-            ),
-            lengths=(512, 1024, 2048, 4096, 8192),
-            minutes=minutes,
-        )
+        Bench(size, direction, TIMED, (512, 1024, 2048, 4096, 8192), minutes)
         for size, minutes in (("125m", 1.2), ("350m", 1.5), ("2.7b", 2.0), ("6.7b", 2.5))
         for direction in ("training", "forward", "generation")
     ),

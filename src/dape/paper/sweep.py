@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -156,18 +156,24 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A measurement without a training: words after `dape bench`, and a cell per length.
+    """Time and memory of models of a size by `dape bench model`, and a cell per length.
 
-    `small` are the words for a CPU, and `minutes` an estimate for a cell. `gpu` says that the
-    measurement is of a GPU.
+    `options` are further words of the command, and `minutes` an estimate for a cell. `gpu` says
+    that the measurement is of a GPU.
     """
 
-    name: str
-    words: tuple[str, ...]
-    small: tuple[str, ...]
+    size: str
+    direction: str
+    schemes: tuple[str, ...]
     lengths: tuple[int, ...]
     minutes: float
+    options: tuple[str, ...] = ()
     gpu: bool = True
+
+    @property
+    def name(self) -> str:
+        """Return the name, as `cost-125m-training`."""
+        return f"cost-{self.size}-{self.direction}"
 
     @property
     def regimes(self) -> tuple[Regime, ...]:
@@ -178,13 +184,25 @@ class Bench:
         """Yield a cell per length, so that an interruption loses little."""
         for length in self.lengths:
             name = f"{self.name}/{length}"
-            words = ("--lengths", str(length), "--out", str(run_folder(home, name)))
-            command = Command(("bench", *self.words, *words), {COSTS: COSTS})
+            words = (
+                *("bench", "model", "--sizes", self.size, "--schemes", ",".join(self.schemes)),
+                *("--directions", self.direction, *self.options),
+                *("--lengths", str(length), "--out", str(run_folder(home, name))),
+            )
+            command = Command(words, {COSTS: COSTS})
             yield Cell(home, name, self.name, (command,), minutes=self.minutes, gpu=self.gpu)
 
     def tiny(self) -> "Bench":
-        """Return the measurement for a CPU."""
-        return replace(self, words=self.small, lengths=(32,), gpu=False)
+        """Return the measurement of a small model on a CPU, the same for every size."""
+        return Bench(
+            "small",
+            self.direction,
+            ("nope", "dape-kerple"),
+            lengths=(32,),
+            minutes=1.0,
+            options=("--vocab-size", "512"),
+            gpu=False,
+        )
 
 
 def data_folder(corpus: str, data: Mapping[str, str]) -> str:
