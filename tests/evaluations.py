@@ -58,6 +58,7 @@ def make(scheme, losses, seed=0, train_length=128, lengths=LENGTHS, documents=DO
         "seed": seed,
         "settings": f"settings of {scheme}",
         "parameters": 1234,
+        "trained_on": None,
     }
     subject = Subject(**{name: changes.pop(name, value) for name, value in about.items()})
     values = {

@@ -123,6 +123,11 @@ class RunFolder:
         return bool(self.read_record().get("ended"))
 
     @property
+    def data_checksum(self) -> str | None:
+        """The checksum of the training corpus, None without a record of the corpus."""
+        return self.read_record().get("data", {}).get("checksum")
+
+    @property
     def is_retrofit(self) -> bool:
         """Whether the run began with a pretrained model."""
         return "base" in self.read_recipe()["model"]
@@ -168,7 +173,7 @@ class RunFolder:
         Raises:
             UserError: with both checksums and the remedy.
         """
-        before = self.read_record().get("data", {}).get("checksum", checksum)
+        before = self.data_checksum or checksum
         if checksum != before:
             raise UserError(
                 f"{self} was trained on other data: {data} has checksum {checksum[:12]}, not"

@@ -241,6 +241,22 @@ def test_seeds_of_a_trained_run_and_of_its_fine_tuning_are_one_group(corpus, com
         assert first.settings == second.settings and first.scheme == scheme
         assert [evaluation(each.folder.path)["seed"] for each in (first, second)] == [0, 1]
     assert open_model(Path("runs/tuned-0")).settings != open_model(Path("runs/plain-0")).settings
+    first, second = (open_model(Path(f"runs/tuned-{seed}")) for seed in (0, 1))
+    assert first.trained_on == second.trained_on
+    for trained in (second.folder, second.base.folder):
+        record = trained.read_record()
+        trained.update_record({"data": {"path": str(corpus), "checksum": "of other texts"}})
+        assert first.trained_on != second.trained_on
+        trained.record.write_text(json.dumps(record))
+
+
+def test_seeds_of_a_retrofit_have_the_weights_of_the_model_of_others_in_common(models, command):
+    assert not command(models / "llama", "--name", "tuned", "--measure", "none")
+    found = open_model(Path("runs/tuned"))
+    before = found.trained_on
+    assert before
+    found.folder.update_record({"base_weights": "of another model"})
+    assert found.trained_on != before
 
 
 def test_an_unfinished_run_is_not_measured(models, command, capsys):

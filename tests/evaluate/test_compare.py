@@ -70,6 +70,37 @@ def test_models_without_a_recipe_are_never_seeds_of_each_other():
     assert [each.label for each in group(models)] == ["llama (one)", "llama (two)"]
 
 
+def test_runs_trained_on_other_texts_in_the_same_folder_are_no_seeds_of_each_other():
+    """Every model is compared with the model of its own texts."""
+    texts = ("old", "new", "new")
+    runs = [
+        make(scheme, each, seed=seed, trained_on=text)
+        for scheme, losses in (("kerple", KERPLE), ("dape-kerple", DAPE))
+        for seed, (each, text) in enumerate(zip(losses, texts, strict=True))
+    ]
+    groups = group(runs)
+    names = ("kerple", "dape-kerple")
+    labels = [f"{name} (runs/{name}-{seed})" for name in names for seed in (0, 1)]
+    found = [(each.label, len(each.evaluations)) for each in groups]
+    assert found == list(zip(labels, (1, 2, 1, 2), strict=True))
+    found = {each.candidate: each for each in compare(groups) if each.length == LENGTHS[-1]}
+    assert {name: each.baseline for name, each in found.items()} == {
+        labels[1]: labels[0],
+        labels[2]: labels[0],
+        labels[3]: labels[1],
+    }
+    expected = np.mean((np.array(DAPE) - np.array(KERPLE))[1:, -1])
+    assert found[labels[3]].difference == pytest.approx(expected)
+
+
+def test_a_record_that_does_not_know_its_texts_is_a_seed_of_one_that_does():
+    runs = seeds("kerple", KERPLE)
+    runs[1] = make("kerple", KERPLE[1], seed=1, trained_on="some")
+    assert [len(each.evaluations) for each in group(runs)] == [3]
+    runs[2] = make("kerple", KERPLE[2], seed=2, trained_on="others")
+    assert [len(each.evaluations) for each in group(runs)] == [1, 1, 1]
+
+
 def test_a_second_training_of_a_seed_is_no_further_seed():
     again = make("kerple", KERPLE[0], seed=0, run="runs/again")
     groups = group([*seeds("kerple", KERPLE), again, *seeds("dape-kerple", DAPE)])

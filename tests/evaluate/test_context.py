@@ -196,6 +196,17 @@ def test_the_base_of_an_adapter_was_trained_at_its_length(run, monkeypatch):
     assert [each.name for each in by_adapter(records, "token")] == names
 
 
+def test_the_base_of_an_adapter_was_trained_on_its_texts(run, monkeypatch):
+    records = []
+    for text in ("old", "new"):
+        for scheme in ("kerple", "dape-kerple"):
+            made = measured(run, monkeypatch, 1, scheme=scheme)
+            about = {"trained_on": text, "run": f"{scheme}-{text}"}
+            records.append(replace(made, subject=replace(made.subject, **about)))
+    names = [f"dape-kerple (dape-kerple-{x}) over kerple (kerple-{x})" for x in ("old", "new")]
+    assert [each.name for each in by_adapter(records, "token")] == names
+
+
 def test_seeds_of_a_scheme_are_averaged(run, monkeypatch):
     records = [measured(run, monkeypatch, reach, seed=reach) for reach in (1, 10**6)]
     (both,), (alone,) = by_length(records, "token"), by_length(records[1:], "token")

@@ -28,6 +28,7 @@ from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
 from dape.evaluate.opening import open_model
+from dape.evaluate.record import load
 from dape.evaluate.results import precisions
 from dape.evaluate.watch import Watch
 from dape.files import locked
@@ -139,6 +140,20 @@ def test_runs_of_other_recipes_are_no_seeds_of_each_other(run):
         file.write_text(yaml.safe_dump(recipe | change))
         found.append(open_model(run).settings)
     assert found[0] == first and len(set(found)) == 5
+
+
+def test_a_record_knows_the_texts_of_the_training(run, corpus, tmp_path):
+    """Here the folder of the training has other texts since, and the model reads a second one."""
+    assert open_model(run).trained_on is None, "a run without a record of them"
+    RunFolder(run).update_record({"data": {"path": str(tmp_path), "checksum": "abc"}})
+    (found,) = evaluate(run, corpus, LENGTHS, blocks=1)
+    assert (found.subject.trained_on, found.targets.data) == ("abc", Corpus(corpus).checksum)
+    saved = RunFolder(run).evaluation("last")
+    assert load(saved) == found
+    content = json.loads(saved.read_text())
+    del content["trained_on"]
+    saved.write_text(json.dumps(content))
+    assert load(saved) == replace(found, subject=replace(found.subject, trained_on=None))
 
 
 def test_two_models_in_memory_are_never_taken_for_one(llama, corpus):

@@ -104,6 +104,7 @@ def test_no_field_may_be_missing_null_or_of_another_kind(tmp_path):
                 pass
     assert accepted == {
         (("weights",), "None"),
+        (("trained_on",), "None"),
         (("provenance", "commit"), "None"),
         (("provenance", "versions"), "{'a': 'b'}"),
         *((("provenance", "seed"), repr(value)) for value in (None, [1], {"a": "b"})),

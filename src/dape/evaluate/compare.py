@@ -42,6 +42,11 @@ class Group:
         """Return the training length of the group."""
         return self.evaluations[0].subject.train_length
 
+    @property
+    def trained_on(self) -> str | None:
+        """Return the checksum of the training corpus, None if not known of the first run."""
+        return self.evaluations[0].subject.trained_on
+
     def values(self, metric: str) -> Float[np.ndarray, "seeds lengths"]:
         """Return a metric, such as `perplexity`, of every run at every length; NaN if refused."""
         rows = [
@@ -85,20 +90,22 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Return records of runs by label, in order of appearance, without repeated runs.
 
     The label is the scheme. Runs that differ only in the seed share a label, each seed once, if
-    measured on the same tokens. If recipes differ but schemes agree, the label adds the training
-    length, or else the name of the first run. A second training with the same recipe and seed is
-    labelled by its name too.
+    trained on the same corpus and measured on the same tokens. If recipes or corpora differ but
+    schemes agree, the label adds the training length, or else the name of the first run. A second
+    training with the same recipe and seed is labelled by its name too.
     """
     found: dict[tuple[object, ...], list[Record]] = {}
     copies: Counter[tuple[object, ...]] = Counter()
     first = {each.subject.run: each for each in reversed(records)}
-    for run in dict.fromkeys(each.subject.run for each in records):
-        each, subject = first[run], first[run].subject
-        alone = run if subject.settings is None else None
-        tokens = repr(getattr(each, "targets", None))
-        recipe = (subject.scheme, subject.train_length, subject.settings, alone, tokens)
-        found.setdefault((*recipe, copies[*recipe, subject.seed]), []).append(each)
-        copies[*recipe, subject.seed] += 1
+    runs = [first[run] for run in dict.fromkeys(each.subject.run for each in records)]
+    known = {(_recipe(each), each.subject.trained_on) for each in runs if each.subject.trained_on}
+    corpora = Counter(recipe for recipe, _ in known)
+    for each in runs:
+        recipe, seed = _recipe(each), each.subject.seed
+        if corpora[recipe] > 1:
+            recipe = (*recipe, each.subject.trained_on)
+        found.setdefault((*recipe, copies[*recipe, seed]), []).append(each)
+        copies[*recipe, seed] += 1
     schemes = [scheme for scheme, *_ in found]
     trained = [(scheme, length) for scheme, length, *_ in found]
     labelled = {}
@@ -109,6 +116,14 @@ def gather(records: Sequence[Record]) -> dict[str, list[Record]]:
             label += f" at {length:,}" if apart else f" ({members[0].subject.run})"
         labelled[one_line(label)] = members
     return labelled
+
+
+def _recipe(record: Recorded) -> tuple[object, ...]:
+    """Return what seeds of a recipe have in common."""
+    subject = record.subject
+    alone = subject.run if subject.settings is None else None
+    tokens = repr(getattr(record, "targets", None))
+    return subject.scheme, subject.train_length, subject.settings, alone, tokens
 
 
 def check_comparable(evaluations: Sequence[Evaluation], metric: str) -> None:
@@ -140,9 +155,9 @@ def compare(groups: Sequence[Group]) -> list[Comparison]:
     """Return the tests of each group against a baseline, at every length of both groups.
 
     The baseline of a scheme with an adapter is the scheme without the adapter, if measured, and of
-    the same training length, if any is. Further groups have the first scheme without an adapter as
-    baseline, or else the first scheme. Groups with targets different from the baseline's are left
-    out.
+    the same training length and corpus, if any is. Further groups have the first scheme without an
+    adapter as baseline, or else the first scheme. Groups with targets different from the baseline's
+    are left out.
     """
     comparisons = []
     for candidate in groups:
@@ -191,7 +206,12 @@ def _targets(group: Group) -> object:
 def _baseline(candidate: Group, groups: Sequence[Group]) -> Group:
     adapter, encoding = split(candidate.scheme)
     same = [each for each in groups if adapter and each.scheme == encoding]
-    same.sort(key=lambda each: each.train_length != candidate.train_length)
+    same.sort(
+        key=lambda each: (
+            each.train_length != candidate.train_length,
+            each.trained_on != candidate.trained_on,
+        )
+    )
     bare = [each for each in groups if each.scheme == split(each.scheme)[1]]
     return [*same, *bare, *groups][0]
 

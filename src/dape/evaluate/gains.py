@@ -67,11 +67,18 @@ def by_adapter(
     groups = gather(records)
     at = -1 if length is None else records[0].lengths.index(length)
     subjects = {label: members[0].subject for label, members in groups.items()}
-    trained = {(each.scheme, each.train_length): label for label, each in subjects.items()}
     found = []
     for label, members in groups.items():
-        adapter, encoding = split(subjects[label].scheme)
-        base = trained.get((encoding, subjects[label].train_length))
+        own = subjects[label]
+        adapter, encoding = split(own.scheme)
+        bases = [
+            each
+            for each, subject in subjects.items()
+            if (subject.scheme, subject.train_length) == (encoding, own.train_length)
+        ]
+        base = min(
+            bases, key=lambda each: subjects[each].trained_on != own.trained_on, default=None
+        )
         if adapter and base is not None:
             pair = shared_seeds(groups[base], members)
             before, after = (_mean_losses(side, occurrence)[at] for side in pair)

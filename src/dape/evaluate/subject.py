@@ -44,6 +44,9 @@ class Subject:
             seed; None for a model without a run.
         parameters: number of parameters.
         weights: checksum of names, sizes and times of the model's files; None without files.
+        trained_on: checksum of the training corpus, for a fine-tuning with the base model; None if
+            the run has no record of the corpus, for a model without a run, and in records of
+            earlier versions.
     """
 
     run: str
@@ -53,6 +56,7 @@ class Subject:
     settings: str | None
     parameters: int
     weights: str | None = None
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class Model:
         return _checksum({name: self.recipe.get(name) for name in _SETTINGS})
 
     @property
+    def trained_on(self) -> str | None:
+        """Return the checksum of the training corpus; settings hold no more than the folder."""
+        return None if self.recipe is None else self.folder.data_checksum
+
+    @property
     def weights(self) -> str | None:
         """Return a checksum of the names, sizes and times of the model's files."""
         if not Path(self.source).is_dir():
@@ -104,6 +113,7 @@ class Model:
             settings=self.settings,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
             weights=self.weights,
+            trained_on=self.trained_on,
         )
 
     def corpus(self, data: str | Path | Corpus | None) -> Corpus:
@@ -249,6 +259,15 @@ class Finetuned(Model):
         base = self.base.settings or self.base.source  # type: ignore[union-attr]
         settings["model"] = {**self._chosen, "base": base}
         return _checksum(settings)
+
+    @property
+    def trained_on(self) -> str | None:
+        """Return a checksum of the corpora of both trainings, or of the base model of others."""
+        base: Model = self.base  # type: ignore[assignment]
+        own = super().trained_on
+        weights = self.folder.read_record().get("base_weights")
+        before = base.trained_on if base.recipe else weights
+        return own and _checksum([own, before])
 
     @property
     def weights(self) -> str | None:
