@@ -102,6 +102,19 @@ def test_a_value_that_is_not_finite_is_left_out():
     np.testing.assert_allclose(lines["nope"].get_xdata(), LENGTHS[:-1])
 
 
+@pytest.mark.parametrize("lost", [None, math.nan, 800.0])
+def test_a_mean_over_the_luckier_seeds_is_not_drawn(lost):
+    """A seed refused the longest length, or has no finite perplexity there."""
+    losses = [KERPLE[0], [*KERPLE[1][:-1], lost]]
+    groups = group([make("kerple", each, seed=seed) for seed, each in enumerate(losses)])
+    line = drawn(over_length(groups).axes[0])["kerple"]
+    np.testing.assert_allclose(line.get_xdata(), LENGTHS[:-1])
+    np.testing.assert_allclose(line.get_ydata(), np.exp(KERPLE).mean(axis=0)[:-1])
+    line = drawn(over_context(groups).axes[0])["kerple"]
+    np.testing.assert_allclose(line.get_ydata()[:4], np.mean(KERPLE, axis=0)[:4])
+    assert len(line.get_ydata()) == (5 if lost == 800.0 else 4), "a loss of 800 is finite"
+
+
 def test_a_refused_length_is_left_out_of_the_line_and_not_of_the_axis():
     learned = [make("learned", [2.0, 2.1, 2.2, None, None], seed=seed) for seed in (0, 1)]
     groups = group([*learned, make("kerple", KERPLE[0])])

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ def over_length(
     """Draw a metric against the window length: mean over seeds, and a shaded standard deviation.
 
     The legend lists lines from the highest to the lowest at the longest length, and shorter lines
-    last. Refused lengths and values that are not finite are left out. Lines leave the figure at the
-    value `top`.
+    last. A length that a run of a group refused, or with a value that is not finite, is left out of
+    the line, because a mean over the other seeds would flatter. Lines leave the figure at the value
+    `top`.
     """
     groups = sorted(groups, key=lambda group: -np.nan_to_num(group.values(metric)[:, -1].mean()))
     points = [
@@ -46,6 +48,7 @@ def over_length(
         for measurement in evaluation.measurements
         if (value := getattr(measurement, metric)) is not None
     ]
+    points = _of_all_seeds(points, groups)
     with theme():
         figure, axes = _canvas("length of the window (tokens)", METRICS[metric])
         _lines(axes, points, groups)
@@ -78,6 +81,7 @@ def over_context(groups: Sequence[Group]) -> "Figure":
                 Point(group.label, math.sqrt(first * last), loss)
                 for (first, last), loss in bins.items()
             ]
+    points = _of_all_seeds(points, groups)
     longest = max(groups[0].evaluations[0].lengths)
     powers = range(int(math.log2(longest)) + 1)
     with theme():
@@ -108,6 +112,13 @@ def over_training(
         axes.xaxis.set_major_formatter(EngFormatter())
         _value_axis(axes, points)
     return figure
+
+
+def _of_all_seeds(points: Sequence[Point], groups: Sequence[Group]) -> list[Point]:
+    """Return the points of a label and an x at which all runs of the group have a finite value."""
+    finite = Counter((point.label, point.x) for point in points if math.isfinite(point.y))
+    runs = {group.label: len(group.evaluations) for group in groups}
+    return [point for point in points if finite[point.label, point.x] == runs[point.label]]
 
 
 def _canvas(x: str, y: str) -> tuple["Figure", "Axes"]:
