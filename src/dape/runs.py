@@ -137,6 +137,11 @@ class RunFolder:
         """Whether a trained model was saved."""
         return (self.model / "config.json").is_file()
 
+    @property
+    def has_result(self) -> bool:
+        """Whether a trained model or trained adapters were saved."""
+        return self.has_model or self.adapters.is_dir()
+
     def saved_checkpoints(self) -> list[Path]:
         """Return the complete checkpoints, the newest first."""
         return _inside(self.checkpoints, _STEP + "[0-9]" * 8)[::-1]

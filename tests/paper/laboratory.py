@@ -70,7 +70,10 @@ class Pretended(Workers):
 
 
 def train(words):
-    """Leave what `dape train` leaves: the recipe with the options, a record and metrics."""
+    """Leave what `dape train` leaves: the recipe with the options, a record and metrics.
+
+    A finished run stays as it is.
+    """
     data = yaml.safe_load(Path(words[1]).read_text())
     for name, value in zip(words[2::2], words[3::2], strict=True):
         *sections, key = name.removeprefix("--").replace("-", "_").split(".")
@@ -79,6 +82,8 @@ def train(words):
             section = section.setdefault(each, {})
         section[key] = yaml.safe_load(value)
     run = RunFolder(Path("runs") / data["name"])
+    if run.finished:
+        return
     run.path.mkdir(parents=True, exist_ok=True)
     run.recipe.write_text(yaml.safe_dump(data))
     made = {"tokens": 8448, "validation_loss": 2.5, "seconds": 6.0 + data["seed"], "ended": "now"}

@@ -146,9 +146,14 @@ def ended(cell: Cell) -> int | None:
 
 
 def prepare(cell: Cell) -> None:
-    """Make the folder of the record, without files of a different recipe."""
+    """Make the folder of the record, without files of a different recipe.
+
+    A finished run is removed if the model was discarded, because a finished run does not train.
+    """
     if _other_recipe(cell):
         remove(cell.record.path)
+    if cell.training and cell.run.finished and not cell.run.has_result:
+        remove(cell.run.path)
     cell.record.path.mkdir(parents=True, exist_ok=True)
 
 
