@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, cells, enter
 
+from dape.data.shards import Corpus
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Command
@@ -18,7 +20,9 @@ from dape.paper.experiments import COST
 from dape.paper.plan import choose, plan
 from dape.paper.spread import Workers, devices, spread
 from dape.runs import RunFolder
+from dape.train.loop import divergence
 from dape.train.recipe import Recipe, read
+from dape.train.task import LanguageModelling
 
 STUB = """
 import os, sys, time
@@ -389,6 +393,17 @@ def test_the_error_of_a_cell_is_of_its_last_attempt(monkeypatch):
         assert end.error == error
         assert [each.state for each in plan(found)] == [state]
     assert record.read(found[0]).error == "out of memory on cuda (status 2)"
+
+
+@pytest.mark.parametrize("loss", [3.5, 1e22, math.inf, -math.inf, math.nan])
+def test_every_loss_at_which_a_training_diverges_is_a_result(loss):
+    metrics = {"step": 7, "loss": loss, "grad_norm": math.inf, "learning_rate": 0.1}
+    (cell,) = found = cells("kerple")
+    told = divergence(
+        LanguageModelling(cell.training.recipe, Corpus(cell.training.data)), metrics, 3.0
+    )
+    spread(found, ["0"], Pretended(fails={"train": f"dape: error: {told}"}), silent)
+    assert [each.state for each in plan(found)] == ["failed"]
 
 
 def test_beside_another_cell_a_lack_of_memory_is_no_result():

@@ -21,7 +21,7 @@ from dape.paper.cells import Cell, Command
 
 # Errors caused by the model, with which the cell is a result.
 MEMORY = re.compile(r"out of memory")
-DIVERGED = re.compile(r"step \d+: loss (nan|inf|-inf|[\d.]+), gradient norm")
+DIVERGED = re.compile(r"step \d+: loss \S+, gradient norm")
 ERROR = "dape: error: "
 # Seconds in which a training starts and compiles: on an H200, 24 before the first update, and 7 to
 # 38 for the first ten. Seconds between looks at a training.
