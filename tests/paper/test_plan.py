@@ -8,7 +8,7 @@ from laboratory import Pretended, cells, enter
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
-from dape.paper.experiments import CORE, COST
+from dape.paper.experiments import AMOUNTS, CORE, COST
 from dape.paper.plan import (
     AROUND,
     Planned,
@@ -226,6 +226,17 @@ def test_cells_whose_corpus_is_not_here_wait():
         "data/books": 9,
     }
     assert without_corpus(cells("kerple")) == {}
+
+
+def test_cells_wait_for_every_corpus_that_they_are_measured_on():
+    """A training of minutes would end without a measurement."""
+    here = "data/python-stdlib"
+    every = AMOUNTS.cells({"mixed": here, "arxiv": here})
+    assert without_corpus(every) == {"data/books": every}
+    assert {key: value[1] for key, value in long_documents(every).items()} == {
+        (here, 16_384): every
+    }
+    assert without_corpus(AMOUNTS.cells(dict.fromkeys(("mixed", "arxiv", "books"), here))) == {}
 
 
 def test_the_plan_as_a_table_adds_up():

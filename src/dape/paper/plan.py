@@ -2,12 +2,14 @@
 
 import heapq
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import get_args
 
 from dape.data.shards import Corpus
+from dape.errors import UserError
 from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell
@@ -137,10 +139,11 @@ def _last_end(minutes: Sequence[float], devices: int) -> float:
 
 def without_corpus(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     """Return the cells without a corpus on this machine, by the missing folder."""
-    here, found = record.checksums(cells), dict[str, list[Cell]]()
+    here, found = _corpora(cells), dict[str, list[Cell]]()
     for cell in cells:
-        if cell.training and cell.training.data not in here:
-            found.setdefault(cell.training.data, []).append(cell)
+        for folder in _longest(cell):
+            if folder not in here:
+                found.setdefault(folder, []).append(cell)
     return found
 
 
@@ -159,28 +162,38 @@ def long_documents(cells: Sequence[Cell]) -> dict[tuple[str, int], tuple[int, li
 
     Keys are corpus folder and longest window. A missing corpus is left out.
     """
-    here, found = record.checksums(cells), dict[tuple[str, int], tuple[int, list[Cell]]]()
+    here, found = _corpora(cells), dict[tuple[str, int], tuple[int, list[Cell]]]()
     for cell in cells:
         for folder, longest in _longest(cell).items():
-            if folder in here and (folder, longest) not in found:
-                texts = Corpus(folder).split("test").document_lengths - 1  # without end of text
+            if longest == 0 or folder not in here:
+                continue
+            if (folder, longest) not in found:
+                texts = here[folder].split("test").document_lengths - 1  # without end of text
                 found[folder, longest] = int((texts > longest).sum()), []
-            if folder in here:
-                found[folder, longest][1].append(cell)
+            found[folder, longest][1].append(cell)
+    return found
+
+
+def _corpora(cells: Sequence[Cell]) -> dict[str, Corpus]:
+    """Return the corpora on this machine that cells read, by folder."""
+    found = {}
+    for folder in dict.fromkeys(folder for cell in cells for folder in _longest(cell)):
+        with suppress(UserError):
+            found[folder] = Corpus(folder)
     return found
 
 
 def _longest(cell: Cell) -> dict[str, int]:
-    """Return the longest measured window by corpus folder."""
-    found = dict[str, int]()
+    """Return the longest measured window by corpus folder, 0 for a corpus of training alone."""
     if cell.training is None:
-        return found
+        return {}
+    found = {cell.training.data: 0}
     for command in cell.commands:
         given = dict(zip(command.words, command.words[1:], strict=False))
         folder = given.get("--data", cell.training.data)
         lengths = given.get("--lengths", "0")
         found[folder] = max(found.get(folder, 0), int(lengths.rpartition(",")[2]))
-    return {folder: longest for folder, longest in found.items() if longest > 0}
+    return found
 
 
 def table(planned: Sequence[Planned], devices: int) -> Table:
