@@ -21,6 +21,7 @@ from dape.paper.plan import (
 )
 from dape.paper.spread import spread
 from dape.paper.sweep import USES
+from dape.train.recipe import override, write
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,20 @@ def test_a_finished_base_is_trained_again_where_its_model_is_gone():
     record.discard(base)
     assert set(c.arm for c in choose(plan([base, arm]))) == {"base", "dape-512"}
     assert choose(plan([base])) == []
+    run([base])
+    assert base.run.has_model, "although the run was finished before"
+
+
+def test_an_arm_does_not_begin_with_the_model_of_an_earlier_recipe():
+    everything = RETROFIT.cells({"books": "data/python-stdlib"})
+    base, arm = (c for c in everything if c.arm in ("base", "dape-512") and c.training.seed == 0)
+    run([base])
+    earlier = override(base.training.recipe, {"optimizer.learning_rate": 0.5})
+    base.record.recipe.write_text(write(earlier))
+    assert states([base, arm]) == ["changed", "missing"] and base.run.has_model
+    assert choose(plan([base, arm]), only=["dape-512"]) == [arm, base], (
+        "base trains first, as needed"
+    )
 
 
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():

@@ -97,6 +97,19 @@ def test_a_cell_waits_for_the_model_it_begins_with():
     assert all(cell.run.has_model or cell.needs for cell in chosen)
 
 
+def test_no_cell_starts_with_the_model_of_a_cell_that_failed():
+    """Such as an older model in the same folder."""
+    everything, lines = RETROFIT.cells({"books": "data/python-stdlib"}), []
+    (base,) = (c for c in everything if c.arm == "base" and c.training.seed == 0)
+    arms = [cell for cell in everything if cell.needs == base.name]
+    other, workers = cells("kerple"), Pretended(fails={"train": "OSError: no space left"})
+    ends = spread([*arms, base, *other], ["0"], workers, lines.append)
+    assert [end.cell for end in ends] == [base, *other]
+    assert [words[0] for words, _ in workers.calls] == ["train", "train"]
+    told = [line for line in lines if "does not start" in line]
+    assert told == [f"{arm.name} does not start without the model of {base.name}" for arm in arms]
+
+
 def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
     lines = []
     found = cells("kerple", "alibi")

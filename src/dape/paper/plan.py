@@ -82,8 +82,8 @@ def choose(
     """Return the cells to run, limited to arms `only` and `seeds` if given.
 
     Cells run by their `turns`, by name, and the longest of a turn first. With `retry`, cells that
-    diverged or ran out of memory run again. A finished cell runs again if another cell needs the
-    model and the model is missing.
+    diverged or ran out of memory run again. A cell whose model another cell needs runs too if due,
+    or if the model is missing.
     """
     chosen = [
         each
@@ -94,7 +94,9 @@ def choose(
     chosen += [
         each
         for each in planned
-        if each.cell.name in needed and each not in chosen and not each.cell.run.has_model
+        if each.cell.name in needed
+        and each not in chosen
+        and (each.due or not each.cell.run.has_model)
     ]
     turn = turns or {}
     chosen.sort(key=lambda each: (turn.get(each.cell.name, 0), -(each.minutes or 0)))

@@ -121,7 +121,8 @@ def spread(
     then is no result, since the other cell may be the cause.
     An interruption ends the processes, and a repeated call resumes from saved checkpoints. Cells of
     a second process are left out, also cells that the second process ended since the ends in
-    `before`, by name, were read. No cell starts on a GPU that the machine has lost.
+    `before`, by name, were read. No cell starts on a GPU that the machine has lost, nor with the
+    model of a cell that failed.
     """
     deadline = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
     known = record.ends(cells) if before is None else before
@@ -156,6 +157,10 @@ def spread(
                 del running[name]
                 ends.append(ended.result())
                 say(describe(ends[-1]))
+                if ends[-1].error:
+                    for cell in [each for each in waiting if each.needs == name]:
+                        waiting.remove(cell)
+                        say(f"{cell.name} does not start without the model of {name}")
         except BaseException:
             workers.stop()
             raise
