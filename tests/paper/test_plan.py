@@ -1,17 +1,19 @@
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from statistics import median
 
 import pytest
-from laboratory import Pretended, cells, enter
+from laboratory import ROOT, Pretended, cells, enter
 
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
-from dape.paper.experiments import AMOUNTS, CORE, COST
+from dape.paper.experiments import ALL, AMOUNTS, CORE, COST, SIZE
 from dape.paper.plan import (
     AROUND,
     Planned,
+    _estimate,
     choose,
     long_documents,
     pack,
@@ -79,15 +81,17 @@ def test_a_result_that_is_lost_is_measured_again():
 
 def test_a_model_that_diverges_is_a_result_and_a_machine_that_breaks_is_none():
     found = cells()
+    (done,) = cells("alibi")
     run(
-        found,
+        [*found, done],
         fails={
             "/kerple-0": "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1",
             "dape-kerple": "OSError: no space left on device",
         },
     )
-    assert states(found) == ["failed", "missing"]
+    assert states([*found, done]) == ["failed", "missing", "finished"]
     assert choose(plan(found)) == found[1:]
+    assert choose(plan([*found, done]), retry=True) == found
     assert choose(plan(found), retry=True) == found
     assert "step 7: loss nan" in record.read(found[0]).error
 
@@ -122,14 +126,18 @@ def test_a_training_that_failed_fails_whatever_is_measured():
     assert states(cells("kerple")) == states(cells("kerple", reads="32,64")) == ["failed"]
 
 
-def test_only_some_arms_are_due():
-    found = cells("kerple", "dape-kerple", "alibi")
-    assert [cell.arm for cell in choose(plan(found), only=["alibi"])] == ["alibi"]
+def test_only_some_arms_and_seeds_are_due():
+    found = cells("kerple", "dape-kerple", "alibi", seeds=(0, 1))
+    assert [cell.arm for cell in choose(plan(found), only=["alibi"])] == ["alibi"] * 2
+    assert choose(plan(found), only=["alibi"], seeds=[1]) == found[5:]
+    assert choose(plan(found), seeds=[1]) == found[1::2]
+    assert len(choose(plan(COST.cells()), seeds=[1])) == 60, "of every seed"
 
 
 def test_a_finished_base_is_trained_again_where_its_model_is_gone():
     everything = RETROFIT.cells({"books": "data/python-stdlib"})
     base, arm = (c for c in everything if c.arm in ("base", "dape-512") and c.training.seed == 0)
+    assert sorted(c.arm for c in choose(plan([base, arm]))) == ["base", "dape-512"]
     run([base])
     assert [each.state for each in plan([base, arm])] == ["finished", "missing"]
     assert choose(plan([base, arm])) == [arm]
@@ -168,6 +176,24 @@ def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():
     first, second = (each.minutes for each in plan(small))
     assert first == pytest.approx(0.1, rel=0.1), "the six seconds of the record"
     assert second == pytest.approx(2 * first)
+
+
+@pytest.mark.parametrize(
+    ("size", "arm"),
+    [
+        *(("small", arm) for arm in ("kerple", "cope", "transformer-xl", "talking-heads-kerple")),
+        *(("125m", "kerple"), ("125m", "dape-alibi"), ("350m", "dape-kerple"), ("350m", "kerple")),
+    ],
+)
+def test_the_estimate_of_an_arm_is_near_the_minutes_in_the_records(size, arm, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    every = (cell for each in (ALL, CORE, SIZE) for cell in each.cells() if cell.arm == arm)
+    found = [cell for cell in every if cell.regime.size == size]
+    ended = [cell for cell in found if record.ended(cell)]
+    estimates = {_estimate(cell) for cell in ended}
+    assert len(estimates) == 1
+    spent = [record.minutes([cell]) for cell in ended]
+    assert estimates.pop() == pytest.approx(median(spent), rel=0.15)
 
 
 def test_the_minutes_around_the_updates_do_not_grow_with_the_tokens(monkeypatch):
@@ -211,6 +237,7 @@ def test_the_plan_marks_prices_that_no_finished_cell_gives():
     assert all(row[-1].startswith("~") for row in core.rows) and legend in core.note
     small = cells("kerple", tokens=(2**13, 2**20))
     assert legend not in table(plan(small), devices=1).note, "no price at all"
+    assert "hours" not in table(plan(small), devices=1).note
     run(small[:1])
     due = table(plan(small), devices=1)
     assert [row[-1] for row in due.rows] == ["0", "13", "13"] and legend not in due.note
@@ -222,8 +249,15 @@ def test_the_hours_are_of_the_devices_together_and_of_the_longest_cell_at_least(
         Planned(cell, "missing", minutes, estimate=False)
         for cell, minutes in zip(cells("kerple", "alibi", "fire"), (20.0, 40.0, 240.0), strict=True)
     ]
-    for devices, hours in ((1, "5.0 hours on 1 GPU."), (8, "4.0 hours on 8 GPUs.")):
-        assert f"About {hours}" in table(due, devices).note
+    (done,) = cells("rope")
+    due.append(Planned(done, "finished", 600.0, estimate=True))
+    hours = {1: "5.0 hours on 1 GPU", 2: "4.0 hours on 2 GPUs", 8: "4.0 hours on 8 GPUs"}
+    for devices, expected in hours.items():
+        assert table(due, devices).note.endswith(f"runs again. About {expected}.")
+    unknown = replace(due[0], minutes=None)
+    note = table([unknown, *due[1:]], 1).note
+    assert "About 4.7 hours" in note
+    assert note.endswith("—: no price was measured (docs/chomsky.md for encoders).")
 
 
 @pytest.mark.parametrize(("more", "enough"), [(-1, 3), (0, 2), (1, 2)])
