@@ -150,6 +150,7 @@ def test_loss_by_context_takes_each_bin_from_the_longest_window_that_scores_it()
     (axes,) = over_context(group([evaluation])).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens of context", "loss (nats a token)")
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "4"]
+    assert [text.get_text() for text in axes.texts] == ["trained at 128"]
     line = drawn(axes)["kerple"]
     np.testing.assert_allclose(line.get_xdata(), [1, 2, math.sqrt(12)])
     np.testing.assert_allclose(line.get_ydata(), [9, 8, 1])

@@ -1,6 +1,7 @@
 """`dape train --measure`: what a recipe takes, without data."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,41 @@ def test_a_size_that_memory_cannot_hold_is_not_tried(monkeypatch):
     found = [Reading(1, 1.0, 1.0, 10.0, None), Reading(2, 1.0, 1.0, 16.0, None)]
     assert [measure._fits(found, size, gpu) for size in (4, 5, 6, 8)] == [True, True, False, False]
     assert measure._fits(found[:1], 8, gpu) and measure._fits(found, 8, torch.device("cpu"))
+
+
+def test_the_slowest_and_the_fullest_of_several_gpus_count(monkeypatch):
+    """Of four, another one takes twice as long as this one, and three times the memory."""
+    worst = iter((2.0, 3.0))
+    fabric = SimpleNamespace(
+        device=torch.device("cuda"),
+        world_size=4,
+        all_reduce=lambda value, reduce_op: {"max": next(worst)}[reduce_op] * value,
+    )
+    task = SimpleNamespace(tokens=1000, flops=lambda model: 10**9)
+    monkeypatch.setattr(torch, "tensor", lambda value, device: value)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: 5 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    times = [{"update_seconds": each} for each in (9.0, 9.0, 1.0, 1.5, 4.0)]
+    monkeypatch.setattr(measure, "updates", lambda session: times)
+    session = SimpleNamespace(fabric=fabric, task=task, model=None)
+    found = measure._reading(session, size=7, warm_up=2)
+    seconds = 2 * 1.5
+    mfu = 1000 / seconds * 1e9 / (4 * 312e12)  # of four A100 by their data sheet
+    expected = (7, seconds, 1000 / seconds, 15.0, mfu)
+    given = (found.micro_batch_size, found.seconds, found.tokens_per_second, found.gib, found.mfu)
+    assert given == pytest.approx(expected)
+    assert found.updates == (1.0, 1.5, 4.0)
+
+
+def test_random_tokens_differ_between_steps_and_devices_and_are_of_the_recipe(tmp_path):
+    task = measure.RandomTokens(settings(tmp_path))
+    batches = [task.batch("train", step, rank, 2)[0] for step in (0, 1) for rank in (0, 1)]
+    assert {each.shape for each in batches} == {(4, 17)}
+    assert 0 <= min(each.min() for each in batches) < max(each.max() for each in batches) < 64
+    assert len({str(each.tolist()) for each in batches}) == 4
+    assert task.tokens == 8 * 16
 
 
 def test_where_memory_ends_on_one_device_the_sizes_before_stand(tmp_path, monkeypatch):
