@@ -320,6 +320,12 @@ def test_ours_beside_a_published_number_is_the_mean_perplexity_over_seeds():
     assert rows["kerple, 125m, arxiv", "512", "8,192", "9.08"] == "6.50 (125m-arxiv-512-150M)"
     elsewhere = rows["kerple, 125m, fineweb-edu", "512", "8,192", "39.38"]
     assert elsewhere == "6.50 (125m-arxiv-512-150M)", "our texts correspond to arxiv and books"
+    lost = evaluations.make(
+        "kerple", [1.0] * 4 + [None, 1.0], 1, 512, [512 * 2**n for n in range(6)]
+    )
+    lost.save(found[1].record.evaluation("last"))
+    rows = {tuple(row[:4]): row[4] for row in beside(found[:2]).rows}
+    assert rows["kerple, 125m, arxiv", "512", "8,192", "9.08"] == "—", "not the other seed alone"
 
 
 def test_numbers_of_models_of_both_corpora_name_the_corpus_of_the_measurement():

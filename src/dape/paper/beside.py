@@ -42,7 +42,8 @@ def beside(ended: Iterable[Cell]) -> Table:
 def _ours(each: Published, found: Iterable[Study]) -> list[str]:
     """Return our means at the same training length, for all our sizes.
 
-    The means come from the corresponding corpus, or from every corpus without a correspondence.
+    The means come from the corresponding corpus, or from every corpus without a correspondence. A
+    length refused by a run has no mean, as in the tables.
     """
     values = []
     for study in found:
@@ -51,6 +52,6 @@ def _ours(each: Published, found: Iterable[Study]) -> list[str]:
         if group and like and study.regime.length == each.trained:
             measured = [e.by_length.get(each.length) for e in group.evaluations]
             known = [m.perplexity for m in measured if m is not None]
-            if known:
+            if len(known) == len(measured):
                 values.append(f"{number(float(np.mean(known)))} ({study.name})")
     return values
