@@ -11,15 +11,16 @@ from laboratory import Pretended, enter, sweep
 import evaluations
 from dape.errors import UserError
 from dape.evaluate.compare import Group
+from dape.evaluate.significance import PairedTest
 from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.cells import Regime
-from dape.paper.claims import Better, Claim
+from dape.paper.claims import Better, Claim, Finding, Verdict
 from dape.paper.experiment import Experiment
 from dape.paper.experiments import AMOUNTS, CORE, COST, SIGNIFICANCE
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
-from dape.paper.results import results
+from dape.paper.results import as_record, results, verdicts_table
 from dape.paper.sections import curves, perplexities, trainings
 from dape.paper.spread import spread
 from dape.paper.study import Study, studies
@@ -128,6 +129,65 @@ def test_a_record_of_other_measurements_is_in_no_table():
     record.write(cell, replace(end, commands=lost))
     found = results(chosen)
     assert [each.arm for each in found.cells] == ["kerple"] and found.planned == 2
+
+
+def test_a_verdict_is_the_same_in_the_table_and_in_the_file():
+    """With a p-value, the bound of one, one over too few documents, and none of a failed arm."""
+    over = "paired bootstrap over documents"
+    tests = (
+        PairedTest("paired t over seeds", 3, -0.1, 0.0123),
+        PairedTest(over, 20, -0.1, 2e-4, least=2e-4),
+        PairedTest(over, 19, -0.1, 0.0004),
+        None,
+    )
+    findings = tuple(
+        Finding("reproduced", f"number {n}", n + 1, each) for n, each in enumerate(tests)
+    )
+    claim = Claim("DAPE helps", "section 0", (Better("a", "b", TINY),) * 5)
+    verdict = Verdict(claim, "reproduced", findings)
+    shown = verdicts_table([verdict])
+    assert shown.rows[0] == [
+        *("DAPE helps (section 0)", "reproduced (4 of 5 checks measured)", "", "")
+    ]
+    assert [row[2:] for row in shown.rows[1:]] == [
+        ["1", "0.012"],
+        ["2", "< 0.0002"],
+        ["3", "—"],
+        ["4", "—"],
+    ]
+    few = " — fewer than 20 documents: no p over documents."
+    assert shown.note == f"Two-sided p: paired t over seeds; {over}.{few}"
+    kept = as_record(verdict)
+    assert (kept["claim"], kept["outcome"]) == ("DAPE helps", "reproduced")
+    assert [(each["seeds"], each["p"]) for each in kept["checks"]] == [
+        *((1, 0.0123), (2, 2e-4), (3, None), (4, None))
+    ]
+    assert [each["test"] for each in kept["checks"]] == ["paired t over seeds", over, over, None]
+    whole = verdicts_table([replace(verdict, findings=findings[:2] * 2 + findings[:1])])
+    assert whole.rows[0][1] == "reproduced" and "fewer" not in whole.note
+    assert verdicts_table([Verdict(claim, "not measured", ())]).note == "No claim is measured."
+
+
+def test_an_experiment_names_every_device_commit_and_version_of_its_trainings_once():
+    chosen = experiment("kerple", "dape-kerple", "alibi")
+    run(chosen)
+    made = [
+        {"device": "H200", "commit": "abc", "versions": {"python": "3.11", "torch": "2.13"}},
+        {"device": "H100", "commit": None, "versions": {"python": "3.11", "torch": "2.14"}},
+        {"device": "H200", "commit": "abc", "versions": {"python": "3.11", "torch": "2.13"}},
+    ]
+    for cell, facts in zip(chosen.cells(), made, strict=True):
+        cell.record.update_record(facts | {"seconds": 60.0})
+    origin = {
+        "device": "H200; H100",
+        "commit": "abc",
+        "versions": "python 3.11, torch 2.13; python 3.11, torch 2.14",
+    }
+    found = results(chosen)
+    assert found.origin() == origin
+    text = found.markdown()
+    assert all(f"\n- {name}: {value}\n" in text for name, value in origin.items())
+    assert "Reproduces Figure 0: `dape paper small`, 0 minutes of a device." in text
 
 
 def test_a_command_that_ran_again_costs_what_it_took_last():
