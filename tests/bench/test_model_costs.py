@@ -218,6 +218,20 @@ def test_eager_times_have_a_table_of_their_own():
     assert eager.note == f"{timed.note} {host} differ by the host alone."
 
 
+def test_a_length_at_which_a_scheme_was_not_measured_is_left_empty():
+    graph = {"clock": clock.GRAPHED, "peak": GIB}
+    entries = [
+        Entry("nope", 512, 1, "forward", 2.0, eager=10.0, **graph),
+        Entry("nope", 1024, 1, "forward", 4.0, eager=10.0, **graph),
+        Entry("kerple", 512, 1, "forward", 3.0, eager=15.0, **graph),
+    ]
+    costs = [model.Cost("tiny", "fused", GIB, entry) for entry in entries]
+    timed, eager = tables(model.Costs(1, 0, {}, costs))
+    assert timed.header == ["scheme", "512 (ms)", "1,024 (ms)", "512 (GiB)", "1,024 (GiB)"]
+    assert timed.rows[1] == ["kerple, fused", "3.00 (1.50)", "—", "2.00", "—"]
+    assert eager.rows[1] == ["kerple, fused", "15.0 (1.50)", "—"]
+
+
 def test_costs_of_a_gpu_are_read_again(tmp_path, monkeypatch):
     """PyTorch gives the version of cuDNN as a number, as earlier records keep it."""
     monkeypatch.setattr("dape.provenance.device_name", lambda device: "NVIDIA H200")
