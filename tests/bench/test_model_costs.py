@@ -230,6 +230,8 @@ def test_a_length_at_which_a_scheme_was_not_measured_is_left_empty():
     assert timed.header == ["scheme", "512 (ms)", "1,024 (ms)", "512 (GiB)", "1,024 (GiB)"]
     assert timed.rows[1] == ["kerple, fused", "3.00 (1.50)", "—", "2.00", "—"]
     assert eager.rows[1] == ["kerple, fused", "15.0 (1.50)", "—"]
+    timed, _ = tables(model.Costs(1, 0, {}, costs[2:]))
+    assert timed.rows == [["kerple, fused", "3.00", "2.00"]], "no ratio without a divisor"
 
 
 def test_costs_of_a_gpu_are_read_again(tmp_path, monkeypatch):
