@@ -232,6 +232,9 @@ def test_a_length_at_which_a_scheme_was_not_measured_is_left_empty():
     assert eager.rows[1] == ["kerple, fused", "15.0 (1.50)", "—"]
     timed, _ = tables(model.Costs(1, 0, {}, costs[2:]))
     assert timed.rows == [["kerple, fused", "3.00", "2.00"]], "no ratio without a divisor"
+    lost = Entry("nope", 512, 1, "forward", missing=Missing("out of memory", "24 GiB"))
+    timed, _ = tables(model.Costs(1, 0, {}, [model.Cost("tiny", "fused", GIB, lost), costs[2]]))
+    assert timed.rows == [["nope, fused", "OOM", "—"], ["kerple, fused", "3.00", "2.00"]]
 
 
 def test_costs_of_a_gpu_are_read_again(tmp_path, monkeypatch):
