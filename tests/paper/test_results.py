@@ -55,7 +55,9 @@ def run(chosen, **options):
 
 
 def test_the_tables_hold_each_arm_at_each_length_its_tests_and_its_training():
-    found = run(experiment(seeds=(0, 1)))
+    chosen = experiment(seeds=(0, 1))
+    run(replace(chosen, parts=(sweep("nope"),)))  # one seed alone
+    found = run(replace(chosen, parts=(*chosen.parts, sweep("nope"))))
     ((table, tests, trainings),) = (section.tables for section in found.sections)
     assert table.header == ["arm", "runs", "32*", "64", "128", "256", "512"]
     assert found.sections[0].caption.endswith("Shaded: one standard deviation over seeds.")
@@ -239,6 +241,7 @@ def test_a_line_leaves_the_figure_at_two_and_a_half_times_the_lowest_value():
     pretend(found, losses=[1.4, 1.3, 3.0, 4.0, 5.0, 6.0])
     (section,) = curves(found)
     assert section.caption.endswith("Lines leave the figure at 2.5 times the lowest value.")
+    assert "Shaded" not in section.caption, "a single seed has no deviation"
     assert section.figure.axes[0].get_ylim()[1] == pytest.approx(2.5 * math.exp(1.3))
 
 

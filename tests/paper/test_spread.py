@@ -18,7 +18,7 @@ from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Command
 from dape.paper.experiments import COST
 from dape.paper.plan import choose, plan
-from dape.paper.spread import Workers, devices, spread
+from dape.paper.spread import Outcome, Workers, describe, devices, spread
 from dape.runs import RunFolder
 from dape.train.loop import divergence
 from dape.train.recipe import Recipe, read
@@ -108,6 +108,12 @@ def test_no_cell_starts_with_the_model_of_a_cell_that_failed():
     assert [words[0] for words, _ in workers.calls] == ["train", "train"]
     told = [line for line in lines if "does not start" in line]
     assert told == [f"{arm.name} does not start without the model of {base.name}" for arm in arms]
+
+
+def test_the_end_of_a_cell_is_said_in_minutes():
+    (cell,) = cells("kerple")
+    said = describe(Outcome(cell, "3", 90.0, None))
+    assert said == f"{cell.name} is finished (1.5 min on 3)"
 
 
 def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():
@@ -250,8 +256,9 @@ def test_a_training_starts_half_a_minute_before_the_end_of_another(
             run = RunFolder(Path("runs") / words[words.index("--name") + 1])
             steps = read(run.recipe, Recipe).training.steps
             lines = (
-                {"step": steps - 2, "seconds": 90.0},
-                {"step": steps - 1, "seconds": 90 + left},
+                {"step": 1, "seconds": 1.0},
+                {"step": steps - 6, "seconds": 90.0},  # then two of the last six steps
+                {"step": steps - 4, "seconds": 90 + left / 2},
             )
             ended = run.metrics.read_text()
             run.metrics.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
