@@ -158,6 +158,7 @@ def test_the_least_that_resamples_can_show_is_no_exact_p_value(groups):
     assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0004, least=0.0002)) == "0.0004"
     assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0002, least=0.0002)) == "< 0.0002"
     assert p_value(PairedTest("paired t", 3, -0.1, 1e-9)) == "1e-09"
+    assert p_value(PairedTest("paired t", 3, -0.1, 0.0)) == "0", "all differences are one number"
     (sentence,) = findings(groups, compare(groups))
     assert "p < 0.0002 over 20 documents" in sentence and "p = " in sentence
 

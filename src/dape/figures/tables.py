@@ -186,7 +186,7 @@ def p_value(test: PairedTest | None) -> str:
     """Return a p-value with two significant digits, or the bound; none over few documents."""
     if test is None or test.few:
         return NOTHING
-    if test.p_value <= test.least:
+    if test.least and test.p_value <= test.least:
         return f"< {test.least:.2g}"
     return f"{test.p_value:.2g}"
 
