@@ -6,12 +6,13 @@ from pathlib import Path
 
 import made
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dape.data import prepare, records, writer
 from dape.data.prepare import Options, Preparation
 from dape.errors import UserError
+from folders import spaced_tokenizer
 
 
 def test_documents_are_the_tokens_of_their_texts_in_order(tmp_path):
@@ -79,6 +80,45 @@ def test_a_text_file_is_a_document_however_long(tmp_path, monkeypatch):
         (tmp_path / "in" / f"train-{n}.txt").write_bytes(text.encode())
     corpus, _ = made.prepare(tmp_path / "in", out=tmp_path / "out", shard_tokens=3000)
     assert made.documents(corpus, "train") == [*map(made.byte_tokens, documents)]
+
+
+WORDS = "cat, a b\u00e9 in.\na hat {\nthe  end;\n" * 30
+GPT_4 = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def byte_level(first, pattern=None):
+    """Return a byte-level BPE of a few merges, which may put a space `first`."""
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    level = pre_tokenizers.ByteLevel(add_prefix_space=first, use_regex=not split)
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([WORDS], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        spaced_tokenizer(),
+        *(spaced_tokenizer(space) for space in ("first", "always", "never")),
+        byte_level(first=False),
+        byte_level(first=True),
+        byte_level(first=False, pattern=GPT_4),
+    ],
+    ids=["Llama 2", "first", "always", "never", "GPT-2", "RoBERTa", "GPT-4"],
+)
+def test_a_text_in_pieces_has_the_tokens_of_the_whole(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(records, "PIECE", 64)
+    monkeypatch.setattr(records, "WORD", 32)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name, text in (("words", WORDS), ("lines", "a\n" * 99), ("signs", "\u6f22" * 99)):
+        (path := tmp_path / f"{name}.txt").write_bytes(text.encode())
+        made_of = {"tokenizer": str(tmp_path / "tokenizer"), "validation": 0.0, "test": 0.0}
+        corpus, _ = made.prepare(path, out=tmp_path / name, workers=1, **made_of)
+        whole = tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+        assert made.documents(corpus, "train") == [[*whole, tokenizer.eos_token_id]]
 
 
 def test_documents_go_to_the_split_of_their_content(tmp_path):

@@ -15,7 +15,7 @@ from threading import Thread
 import numpy as np
 
 from dape.data.records import Record
-from dape.data.tokenizer import encoder
+from dape.data.tokenizer import encode_later, encoder
 from dape.errors import UserError
 
 
@@ -87,7 +87,8 @@ class Encoder:
         split = record.part.split or assigned_split(
             identity, self._encoding.validation, self._encoding.test
         )
-        found, end_of_text = self._tokenize(text), self._encoding.end_of_text
+        end_of_text = self._encoding.end_of_text
+        found = self._tokenize(text) if record.begins else encode_later(self._tokenize, text)
         if end_of_text in found:
             raise UserError(
                 f"{record.place}: the tokenizer reads the end of text in ordinary text, where the "

@@ -23,8 +23,9 @@ WORD = 2**14  # bytes at the end of a piece searched for a place to cut
 class Record:
     """A source record: a document before decoding, or a piece of a long document.
 
-    `line` counts from 1. `ends` is true at the end of a document. `source_bytes` counts the bytes
-    of the part read so far. `problem` explains an unreadable record.
+    `line` counts from 1. `ends` is true at the end of a document, and `begins` at the beginning.
+    `source_bytes` counts the bytes of the part read so far. `problem` explains an unreadable
+    record.
     """
 
     part: Part
@@ -32,6 +33,7 @@ class Record:
     raw: bytes
     source_bytes: int
     ends: bool = True
+    begins: bool = True
     problem: str | None = None
 
     @property
@@ -78,14 +80,15 @@ def _text(part: Part, file: BinaryIO) -> Iterator[Record]:
         return
     file.seek(0)
     file.seek(len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0)
-    line, block = 1, b""
+    line, block, begins = 1, b"", True
     while True:
         block += file.read(PIECE - len(block))
         ends = len(block) < PIECE
         cut = len(block) if ends else _cut(block)
-        yield Record(part, line, block[:cut], file.tell(), ends)
+        yield Record(part, line, block[:cut], file.tell(), ends, begins)
         if ends:
             return
+        begins = False
         line += block.count(b"\n", 0, cut)
         block = block[cut:]
 
@@ -106,15 +109,16 @@ def _invalid_utf8(file: BinaryIO) -> tuple[int, str] | None:
 
 
 def _cut(block: bytes) -> int:
-    """Return where to cut a long text: before the last single space or newline between two words.
+    """Return where to cut a long text: before the last single space between two words.
 
-    Tokenizers of the GPT-2 family start a new word at the cut, and pieces of a document have the
-    tokens of the whole. Without a space or newline near the end, the cut is before the last
-    character.
+    Tokenizers start a new word at a space, and pieces of a document have the tokens of the whole.
+    Without such a space near the end, the cut is before a newline between two words, and without
+    either before the last character. Some tokenizers join a newline to the word before.
     """
-    gaps = list(re.finditer(rb"(?<=\S)[ \n](?=\S)", block[-WORD:]))
-    if gaps:
-        return len(block) - WORD + gaps[-1].start()
+    for gap in (rb"(?<=\S) (?=\S)", rb"(?<=\S)\n(?=\S)"):
+        gaps = list(re.finditer(gap, block[-WORD:]))
+        if gaps:
+            return len(block) - WORD + gaps[-1].start()
     last = len(block) - 1
     while block[last] & 0xC0 == 0x80:
         last -= 1

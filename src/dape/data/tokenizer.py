@@ -192,6 +192,20 @@ def encoder(serialized: str) -> Callable[[str], UInt[np.ndarray, " tokens"]]:
     return encode
 
 
+def encode_later(
+    encode: Callable[[str], UInt[np.ndarray, " tokens"]], piece: str
+) -> UInt[np.ndarray, " tokens"]:
+    """Return the tokens of a later piece of a text, by the function of `encoder`.
+
+    The piece is read behind a character, because many tokenizers put a space before a text. The
+    tokens of the character are left out.
+    """
+    before = "a" if piece[0].isspace() else "\n"
+    left_out, found = encode(before), encode(before + piece)
+    joined = not np.array_equal(found[: len(left_out)], left_out)
+    return encode(piece) if joined else found[len(left_out) :]
+
+
 def _is_byte(serialized: str) -> bool:
     content = json.loads(serialized)
     model = content["model"]
