@@ -126,6 +126,13 @@ def test_a_row_is_found_in_whatever_block_of_rows_it_falls(monkeypatch):
         np.testing.assert_allclose(row.logits, expected.logits, atol=1e-12)
 
 
+def test_a_layer_asked_for_twice_is_the_same_twice():
+    model, tokens = grown("dape-concat-kerple"), torch.randint(37, (12,))
+    one, two = capture(model, tokens, [1, 1])
+    assert not one.residual and not two.residual
+    np.testing.assert_array_equal(one.change, two.change)
+
+
 def test_the_model_is_left_as_it_was():
     for scheme in ("dape-kerple", "rope"):
         model, tokens = grown(scheme, backend="reference"), torch.randint(37, (12,))

@@ -68,6 +68,7 @@ class Recorder(nn.Module):
     ) -> None:
         super().__init__()
         self.adapter, self.layer, self.queries, self.keys = adapter, layer, queries, keys
+        self.residual = bool(getattr(adapter, "residual", True))
         self.rows: list[Row] = []
 
     def forward(
@@ -79,7 +80,6 @@ class Recorder(nn.Module):
         """Return the logits; keep the rows of the wanted queries in the block."""
         logits = adapted(self.adapter, scores, bias, rows)
         first = int(rows.query_positions.flatten()[0])
-        residual = bool(getattr(self.adapter, "residual", True))
         for query in self.queries:
             if first <= query < first + scores.shape[2]:
                 keys = query + 1 if self.keys is None else self.keys
@@ -87,7 +87,7 @@ class Recorder(nn.Module):
                     x.expand_as(scores)[0, :, query - first, :keys].cpu().numpy().copy()
                     for x in (scores, bias, logits)
                 )
-                self.rows.append(Row(self.layer, residual, *kept))
+                self.rows.append(Row(self.layer, self.residual, *kept))
         return logits
 
 
