@@ -271,6 +271,24 @@ def test_what_is_saved_is_what_is_loaded(run, monkeypatch, tmp_path):
         load(RunFolder(tmp_path).evaluation("context", None, "validation"))
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("lengths", [16], r"lengths \[16\]: give two lengths or more"),
+        ("lengths", [32, 16], r"lengths \[32, 16\]: give two lengths or more"),
+        ("lengths", [16, 32, 64], "the tally of token has not each bin and document"),
+        ("tallies", lambda old: {"token": old["token"]}, r"tallies of \['token'\], not of"),
+        ("tallies", lambda old: old | {"pair": replace(old["pair"], tokens=[])}, "of pair has not"),
+        ("tallies", lambda old: old | {"pair": replace(old["pair"], losses=[[]])}, "of pair has n"),
+    ],
+)
+def test_a_record_of_other_bins_is_refused(run, monkeypatch, name, damage, message):
+    record = measured(run, monkeypatch, 1)
+    changed = damage(record.tallies) if callable(damage) else damage
+    with pytest.raises(UserError, match=message):
+        replace(record, **{name: changed})
+
+
 class Counted(Watch):
     """A `Watch` that stops the evaluation after a number of tokens."""
 
@@ -347,7 +365,7 @@ def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
     one = measured(run, monkeypatch, 1)
     check_comparable([one, measured(run, monkeypatch, 1, scheme="alibi")])
-    for other in ({"lengths": [16, 32]}, {"targets": replace(one.targets, data="another")}):
+    for other in ({"lengths": [8, 32, 64, 128]}, {"targets": replace(one.targets, data="another")}):
         with pytest.raises(UserError, match="were not scored on the same tokens"):
             check_comparable([one, replace(one, **other)])
 

@@ -20,7 +20,7 @@ def use(scheme, seed, documents=3):
     bins = {"token": TOKENS, "pair": TOKENS[::-1]}
     tokens = {name: [row[:documents] for row in rows] for name, rows in bins.items()}
     losses = {name: rng.uniform(1, 3, (2, 3, documents)) * rows for name, rows in tokens.items()}
-    evaluation = make(scheme, [2.0, 1.9], lengths=LENGTHS)
+    evaluation = make(scheme, [2.0, 1.9], lengths=LENGTHS, documents=documents)
     return ContextUse(
         subject=evaluation.subject,
         targets=evaluation.targets,

@@ -75,6 +75,17 @@ class ContextUse:
     provenance: Provenance
     format: int = field(default=FORMAT)
 
+    def __post_init__(self) -> None:
+        """Refuse a single length, and numbers of other lengths, bins or documents."""
+        if len(self.lengths) < 2 or self.lengths != sorted(set(self.lengths)):
+            raise UserError(f"lengths {self.lengths}: give two lengths or more, to compare")
+        if self.tallies.keys() != OCCURRENCES.keys():
+            raise UserError(f"tallies of {[*self.tallies]}, not of {[*OCCURRENCES]}")
+        shape = len(self.lengths) + 1, len(self.targets.documents)
+        for name, each in self.tallies.items():
+            if any(np.array(sums).shape != shape for sums in (each.tokens, *each.losses)):
+                raise UserError(f"the tally of {name} has not each bin and document")
+
     @property
     def measured(self) -> list[int]:
         """Return the lengths that have losses."""
