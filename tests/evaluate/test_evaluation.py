@@ -29,7 +29,7 @@ from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
 from dape.evaluate.opening import open_model
 from dape.evaluate.record import load
-from dape.evaluate.results import precisions
+from dape.evaluate.results import drawing, precisions
 from dape.evaluate.watch import Watch
 from dape.files import locked
 from dape.model.modeling import DapeForCausalLM
@@ -295,6 +295,23 @@ def test_results_go_to_one_folder_where_they_are_wanted_there(run, corpus, tmp_p
     kept = RunFolder(tmp_path / "results" / "run").evaluation("last")
     assert json.loads(kept.read_text())["run"] == str(run) == found.subject.run
     assert not (run / "evaluation").exists()
+
+
+def test_results_of_a_folder_above_stay_inside_and_others_are_replaced_with_a_word(
+    run, corpus, tmp_path, monkeypatch
+):
+    out, heard = tmp_path / "results", Heard()
+    twin = shutil.copytree(run, tmp_path / "twin" / "run")
+    monkeypatch.chdir(run / "model")
+    for _ in range(2):
+        evaluate("..", corpus, [16], out=out, watch=heard)
+    assert heard.notes == []
+    kept = out / "run" / "evaluation" / "last.json"
+    assert json.loads(kept.read_text())["run"] == ".." and [*out.iterdir()] == [out / "run"]
+    assert drawing("curves", [".."], out).split()[-3] == str(out / "run")
+    evaluate(twin, corpus, [16], out=out, watch=heard)
+    note = f"{kept} is of .., and is replaced at the end of this measurement; --out FOLDER keeps th"
+    assert [line[: len(note)] for line in heard.notes] == [note]
 
 
 def test_results_that_cannot_be_written_are_refused_before_the_work(run, corpus, tmp_path):

@@ -171,7 +171,7 @@ def evaluate_context(
         watch.begin(planned.tokens * len(opened))
         for model, folder, origin in zip(opened, folders, made, strict=True):
             kept = Kept(folder.context(split) if folder else None, load)
-            kept.note_lost(watch, origin, lambda each: _alike(each, planned))
+            kept.note_lost(model, watch, origin, lambda each: _alike(each, planned))
             done = None if again else _before(kept, model, planned, origin)
             for windows in planned.windows[: len(done.measured) if done else 0]:
                 watch.announce(str(model.folder), windows.length, KEPT)

@@ -177,6 +177,7 @@ class _Session:
         """Return the evaluation, with earlier measurements unless `again`."""
         asked = {windows.length for windows in self.plan.windows}
         self.kept.note_lost(
+            self.model,
             self.watch,
             self.origin,
             lambda each: each.targets == self.plan.targets and {*each.lengths} <= asked,

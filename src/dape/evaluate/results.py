@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from os.path import abspath
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -42,7 +43,7 @@ def results_folders(
     if out is None:
         folders = [None if isinstance(model, InMemory) else model.folder for model in models]
     else:
-        folders = [RunFolder(Path(out) / model.folder.path.absolute().name) for model in models]
+        folders = [RunFolder(_inside(out, model.folder)) for model in models]
     kept = [folder for folder in folders if folder is not None]
     with ExitStack() as stack:
         for folder in kept:
@@ -54,6 +55,11 @@ def results_folders(
             for file in files(folder) if writes else ():
                 _keep_out_others(stack, folder, file)
         yield folders
+
+
+def _inside(out: str | Path, run: str | RunFolder) -> Path:
+    """Return the folder in `out` for the results of a run, `out/demo` for `runs/demo`."""
+    return Path(out) / Path(abspath(run)).name
 
 
 def _keep_out_others(stack: ExitStack, folder: RunFolder, file: Path) -> None:
@@ -87,18 +93,27 @@ class Kept(Generic[Record]):
         return [each for each in found if repeats(each, model, origin) and alike(each)]
 
     def note_lost(
-        self, watch: Watch, origin: Mapping[str, Any], whole: Callable[[Record], bool]
+        self,
+        model: Model,
+        watch: Watch,
+        origin: Mapping[str, Any],
+        whole: Callable[[Record], bool],
     ) -> None:
         """Note a finished record that the next replaces without being `whole` in the next."""
         if self.file is None or not self.writes:
             return
         with suppress(UserError):
             before = self.load(self.file)
-            if before.provenance.get("precision") != origin["precision"] or not whole(before):
-                watch.note(
-                    f"{self.file} has other tokens, lengths or precision, and is replaced at the"
-                    " end of this measurement; --out FOLDER keeps the file"
-                )
+            if abspath(before.subject.run) != abspath(model.folder):
+                found = f"is of {before.subject.run}"
+            elif before.provenance.get("precision") != origin["precision"] or not whole(before):
+                found = "has other tokens, lengths or precision"
+            else:
+                return
+            watch.note(
+                f"{self.file} {found}, and is replaced at the end of this measurement; --out FOLDER"
+                " keeps the file"
+            )
 
     def keep(self, record: Record) -> None:
         """Write the measurements of an unfinished record."""
@@ -156,5 +171,5 @@ def repeats(before: Recorded, model: Model, origin: Mapping[str, Any]) -> bool:
 
 def drawing(kind: str, runs: Sequence[str], out: Path | None) -> str:
     """Return a hint with the command that draws the results of runs."""
-    folders = [str(out / Path(run).absolute().name if out else run) for run in dict.fromkeys(runs)]
+    folders = [str(_inside(out, run) if out else run) for run in dict.fromkeys(runs)]
     return f"to draw the results: dape plot {kind} {shlex.join(folders)} --out {kind}.png"

@@ -185,7 +185,9 @@ class _Session:
         self, task: str, asked: "_Asked", again: bool, network: Callable[[], nn.Module]
     ) -> Retrieval:
         kept = Kept(self.folder.retrieval(task) if self.folder else None, load)
-        kept.note_lost(self.watch, self.origin, lambda each: self._within(each, task, asked))
+        kept.note_lost(
+            self.model, self.watch, self.origin, lambda each: self._within(each, task, asked)
+        )
         done = None if again else self._before(kept, task, asked)
         if done is None:
             done = self._empty(network(), task, asked)
