@@ -27,9 +27,9 @@ from dape.data.shards import Corpus
 from dape.data.tokenizer import byte
 from dape.errors import UserError
 from dape.evaluate import evaluate, evaluate_retrieval
-from dape.evaluate.opening import open_model
+from dape.evaluate.opening import open_model, open_models
 from dape.evaluate.record import load
-from dape.evaluate.results import drawing, precisions
+from dape.evaluate.results import drawing, precisions, results_folders
 from dape.evaluate.watch import Watch
 from dape.files import locked
 from dape.model.modeling import DapeForCausalLM
@@ -327,6 +327,20 @@ def test_results_that_cannot_be_written_are_refused_before_the_work(run, corpus,
 
 def test_a_folder_named_twice_is_measured_once(run, corpus):
     assert len(evaluate([run, str(run), run / ".." / "run"], corpus, [16])) == 1
+
+
+def test_a_run_and_a_model_of_the_hub_with_its_name_are_two_models(run, monkeypatch):
+    shutil.copytree(run, run.parent / "runs" / "named")
+    config = open_model(run).config
+    monkeypatch.setattr("dape.model.loading.load_config", lambda *_, **__: config)
+    monkeypatch.chdir(run.parent)
+    models = open_models(["runs/named", "named"], watch=(heard := Heard()))
+    assert [each.source for each in models] == ["runs/named/model", "named"] and not heard.notes
+    with (
+        pytest.raises(UserError, match="would have their results in runs/named; evaluate the mod"),
+        results_folders(models, None, lambda folder: []),
+    ):
+        pass
 
 
 def test_retrieval_takes_models_in_memory_too(run):

@@ -25,9 +25,9 @@ def open_models(
     partial_weights: bool = False,
     watch: Watch = SILENT,
 ) -> list[Model]:
-    """Return the models, without repeated folders; `tokenizer` belongs to modules in memory.
+    """Return the models, each once; `tokenizer` belongs to modules in memory.
 
-    `watch` receives a note about repeated folders.
+    `watch` receives a note about repeated models.
 
     Raises:
         UserError: for an unknown name, or without any name.
@@ -41,12 +41,13 @@ def open_models(
         else open_model(Path(one), partial_weights)
         for place, one in enumerate(each)
     ]
-    found: dict[Path, Model] = {}
+    found: dict[tuple[Path, Path], Model] = {}
     for model in models:
-        path = model.folder.path.resolve()
-        if path in found:
+        # A name on the hub has the results of `runs/NAME`, possibly the folder of a run.
+        paths = model.folder.path.resolve(), Path(model.source).resolve()
+        if paths in found:
             watch.note(repeated(str(model.folder)))
-        found.setdefault(path, model)
+        found.setdefault(paths, model)
     return list(found.values())
 
 
