@@ -29,6 +29,7 @@ from dape.evaluate.opening import open_model
 from dape.evaluate.plan import plan
 from dape.evaluate.protocols import protocol
 from dape.evaluate.watch import Watch
+from dape.model.modeling import DapeForCausalLM
 from dape.runs import RunFolder, unfinished
 from evaluations import PROVENANCE
 from folders import make_run, prepare
@@ -360,6 +361,15 @@ def test_the_tokens_are_of_the_split_and_of_the_seed_asked_for(run, tmp_path):
 def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
     with pytest.raises(UserError, match=f"{name}={value} must be at least"):
         evaluate_context(run.folder, None, [16, 32], **{name: value})
+
+
+def test_a_module_in_memory_is_measured_as_its_folder(run, tmp_path):
+    asked = {"lengths": [16, 32], "documents": 3}
+    network = DapeForCausalLM.from_pretrained(run.folder.model)
+    (expected,) = evaluate_context(run.folder, out=tmp_path, **asked)
+    (found,) = evaluate_context(network, run.corpus(None), **asked)
+    assert (found.tallies, found.positions) == (expected.tallies, expected.positions)
+    assert (found.subject.run, found.subject.weights) == ("models[0]", None)
 
 
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
