@@ -133,9 +133,10 @@ def test_the_order_of_a_seed_is_that_of_earlier_versions():
         assert len(windows) == count and [windows[n][0] for n in range(4)] == first
 
 
-def test_windows_of_a_single_token_have_a_label():
-    windows = Windows(numbers(50), 1, seed=0)
-    assert sorted(window.tolist() for window in windows) == [[n, n + 1] for n in range(49)]
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 17, 49, 64, 65])
+def test_windows_of_a_single_token_have_a_label(count):
+    windows = Windows(numbers(count + 1), 1, seed=0)
+    assert sorted(window.tolist() for window in windows) == [[n, n + 1] for n in range(count)]
 
 
 def test_a_split_without_a_window_is_refused(split):
