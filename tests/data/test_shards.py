@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from unittest.mock import Mock
@@ -9,6 +10,7 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dape.data import shards
 from dape.data.shards import Corpus, Split, Windows, _mixed
 from dape.data.tokenizer import fingerprint, saved
 from dape.errors import UserError
@@ -302,6 +304,16 @@ def test_tokens_that_changed_since_they_were_written_are_refused(
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(UserError, match=f"{name} {message}"):
         Corpus(folder).split("train")
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**24])
+def test_a_long_shard_is_scanned_in_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(shards, "SCAN", block)
+    path = tmp_path / "long.bin"
+    np.array(STREAM, "uint16").tofile(path)
+    checksum, bounds = shards.scan(path, "uint16", 256)
+    assert checksum == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert bounds.tolist() == [0, *(n for n, token in enumerate(STREAM, 1) if token == 256)]
 
 
 def test_tokens_are_verified_once(corpus, monkeypatch):
