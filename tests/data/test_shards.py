@@ -198,6 +198,17 @@ def test_a_tokenizer_that_names_no_end_of_text_is_that_of_its_corpus(tmp_path, a
         corpus.check_model(model, 258, PreTrainedTokenizerFast(tokenizer_object=lower), model)
 
 
+def test_the_end_of_text_may_be_the_first_token(tmp_path):
+    """As of GPT-NeoX."""
+    backend = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, "a": 1, "b": 2}, merges=[]))
+    named = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    named.save_pretrained(tmp_path / "tokenizer")
+    made.write_zst(tmp_path / "train.jsonl.zst", ["ab", "b"])
+    source, tokenizer = tmp_path / "train.jsonl.zst", str(tmp_path / "tokenizer")
+    corpus, _ = made.prepare(source, out=tmp_path / "out", tokenizer=tokenizer)
+    assert made.documents(corpus, "train") == [[1, 2, 0], [2, 0]]
+
+
 def merged(folder, merges):
     """Save a tokenizer of bytes with merges; texts of other characters have the same tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -269,6 +280,10 @@ def test_a_folder_that_is_no_corpus_is_refused_with_the_remedy(corpus, tmp_path)
         (lambda f: (f / "train-00001.bin").unlink(), "train-00001.bin is missing, or has not"),
         (lambda f: (f / "train-00001.idx.npy").unlink(), "train-00001.bin is missing, or has not"),
         (lambda f: (f / "train-00000.bin").write_bytes(b"ab"), "train-00000.bin is missing, or"),
+        (
+            lambda f: (f / "tokenizer" / "tokenizer.json").unlink(),
+            "tokenizer has no tokenizer.json",
+        ),
     ],
 )
 def test_damage_is_told_with_the_remedy(corpus, tmp_path, damage, message):
