@@ -1,6 +1,7 @@
 """Use of the context: distances by brute force, gains of models whose losses are known."""
 
 import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -363,13 +364,14 @@ def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
         evaluate_context(run.folder, None, [16, 32], **{name: value})
 
 
-def test_a_module_in_memory_is_measured_as_its_folder(run, tmp_path):
-    asked = {"lengths": [16, 32], "documents": 3}
-    network = DapeForCausalLM.from_pretrained(run.folder.model)
-    (expected,) = evaluate_context(run.folder, out=tmp_path, **asked)
-    (found,) = evaluate_context(network, run.corpus(None), **asked)
+def test_a_folder_in_16_bits_is_measured_as_the_module_in_float32(run, tmp_path):
+    network = DapeForCausalLM.from_pretrained(run.folder.model).bfloat16()
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    network.save_pretrained(folder / "model")
+    asked = {"corpus": run.corpus(None), "lengths": [16, 32], "documents": 3}
+    (found,), (expected,) = (evaluate_context(x, **asked) for x in (folder, network.float()))
     assert (found.tallies, found.positions) == (expected.tallies, expected.positions)
-    assert (found.subject.run, found.subject.weights) == ("models[0]", None)
+    assert (expected.subject.run, expected.subject.weights) == ("models[0]", None)
 
 
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
