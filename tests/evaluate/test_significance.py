@@ -73,6 +73,10 @@ def test_no_difference_is_no_evidence():
     assert paired_t([1.5, 1.6], [1.5, 1.6]).p_value == 1.0
 
 
+def test_differences_that_are_all_one_number_have_an_infinite_t():
+    assert paired_t([2.5, 2.25, 2.0], [2.0, 1.75, 1.5]).p_value == 0.0
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_no_evidence(value):

@@ -48,8 +48,11 @@ def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTes
         raise UserError(f"paired t-test over {len(candidate)} seed: give at least 2")
     p_value = math.nan
     if np.isfinite([candidate, baseline]).all():
-        equal = list(candidate) == list(baseline)  # whose t is 0 / 0
-        p_value = 1.0 if equal else float(ttest_rel(candidate, baseline).pvalue)
+        difference = np.subtract(candidate, baseline)
+        if np.ptp(difference) == 0:  # t is 0 / 0, or infinite
+            p_value = 0.0 if difference.any() else 1.0
+        else:
+            p_value = float(ttest_rel(candidate, baseline).pvalue)
     return PairedTest(
         name="paired t over seeds (scipy.stats.ttest_rel)",
         pairs=len(candidate),
