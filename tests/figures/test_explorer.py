@@ -113,13 +113,18 @@ def test_numbers_of_the_page_are_those_of_a_row_of_the_model(run, with_model):
 
 
 def test_a_layer_has_its_own_bias_and_the_text_is_of_the_split_asked_for(run):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    network = dape.DapeForCausalLM(dape.DapeConfig(scheme="kerple", vocab_size=257, **sizes))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = dape.DapeConfig(scheme="dape-concat-kerple", vocab_size=257, **sizes)
+    network = dape.DapeForCausalLM(config)
     (model,) = open_models(network, byte())
-    (layer,) = passage(model, Source(text="abc"), layers=[1], device=CPU).layers
-    own = network.model.layers[1].self_attn.position_bias
-    assert layer.layer == 1 and torch.equal(layer.module.raw_p, own.raw_p)
+    (layer,) = passage(model, Source(text="abc"), layers=[2], device=CPU).layers
+    own = network.model.layers[2].self_attn.position_bias
+    assert layer.layer == 2 and torch.equal(layer.module.raw_p, own.raw_p) and not layer.residual
     assert not torch.equal(own.raw_p, network.model.layers[0].self_attn.position_bias.raw_p)
+    network = dape.DapeForCausalLM(dape.DapeConfig(scheme="rope", vocab_size=257, **sizes))
+    (model,) = open_models(network, byte())
+    (_, layer, _) = passage(model, Source(text="abc"), device=CPU).layers
+    assert layer.layer == 1 and layer.module is None and layer.residual and not layer.bias.any()
     found = passage(open_model(run), Source(length=20, split="validation"), device=CPU)
     text = (run.parent / "text" / "validation" / "0.txt").read_bytes()[:20]
     letters = [letter for letter in found.tokens if len(letter) == 1]
@@ -134,6 +139,7 @@ def test_tokens_are_the_text_and_a_part_of_a_character_is_named(run):
     with pytest.raises(dape.UserError, match="fewer than 2 tokens"):
         passage(open_model(run), Source(text="a"), device=CPU)
     assert passage(open_model(run), Source(text="ab"), device=CPU).tokens == ["a", "b"]
+    assert passage(open_model(run), Source(2, text="abc"), device=CPU).tokens == ["a", "b"]
 
 
 def test_the_bias_mounted_in_a_pretrained_model_is_on_the_page():
