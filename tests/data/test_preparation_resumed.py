@@ -45,19 +45,48 @@ def interrupted(options, monkeypatch, statuses):
             file.write(b"torn")
 
 
+def split_writer(folder, written, shard_tokens=100):
+    header = {
+        "dtype": "uint16",
+        "tokenizer": {"end_of_text": 0},
+        "options": {"shard_tokens": shard_tokens},
+    }
+    return writer.SplitWriter(folder, "train", header, written)
+
+
 def test_what_the_journal_notes_is_on_the_disk(tmp_path):
     """Tokens in a buffer would be gone with a killed process."""
-    header = {
-        "dtype": "uint16", "tokenizer": {"end_of_text": 0}, "options": {"shard_tokens": 100}
-    }  # fmt: skip
     written = writer.Written()
-    split = writer.SplitWriter(tmp_path, "train", header, written)
+    split = split_writer(tmp_path, written)
     split.append(np.array([3, 4, 0], "uint16"), 2, ends=True)
     split.flush()
     (file,) = tmp_path.glob("*.bin")
     assert np.fromfile(file, "uint16").tolist() == [3, 4, 0]
     assert (written.documents, written.tokens, written.bytes) == (1, 3, 2)
     split.close()
+    again = split_writer(tmp_path, written)  # no token more or less than noted
+    again.append(np.array([5, 0], "uint16"), 1, ends=True)
+    again.finish()
+    assert np.fromfile(file, "uint16").tolist() == [3, 4, 0, 5, 0]
+    assert (written.documents, written.tokens, written.bytes) == (2, 5, 3)
+
+
+def test_a_shard_ends_with_the_document_that_reaches_the_size(tmp_path):
+    written = writer.Written()
+    split = split_writer(tmp_path, written, shard_tokens=5)
+    documents = [[1, 2, 0], [3, 0], [4, 5, 0], [6, 7, 8, 9, 0], [1, 0]]
+    for tokens in documents:
+        split.append(np.array(tokens, "uint16"), len(tokens) - 1, ends=True)
+    split.finish()
+    expected = [documents[:2], documents[2:4], documents[4:]]
+    assert [each["documents"] for each in written.shards] == [2, 2, 1]
+    for shard, inside in zip(written.shards, expected, strict=True):
+        tokens = np.fromfile(tmp_path / shard["file"], "uint16").tolist()
+        assert tokens == [token for each in inside for token in each]
+        assert shard["tokens"] == len(tokens)
+        bounds = np.load((tmp_path / shard["file"]).with_suffix(".idx.npy")).tolist()
+        assert bounds == np.cumsum([0, *map(len, inside)]).tolist()
+    assert len([*tmp_path.iterdir()]) == 6
 
 
 @pytest.mark.parametrize("stops", [(1,), (2, 3), (7, 1, 9), (25,)])
