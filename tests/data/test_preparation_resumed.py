@@ -40,8 +40,9 @@ def interrupted(options, monkeypatch, statuses):
                 next(run)
     run.close()
     assert (options.out / "progress.json").exists()
-    for name in writer.SPLITS:
-        with open(max(options.out.glob(f"{name}-*.bin")), "ab") as file:
+    ends = [max(options.out.glob(f"{name}-*.bin")) for name in writer.SPLITS]
+    for path in (*ends, options.out / writer.SKIPPED):
+        with open(path, "ab") as file:
             file.write(b"torn")
 
 
