@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dape.data import prepare, records, writer
-from dape.data.encoding import Batch, Encoding, encoded
+from dape.data.encoding import Batch, Encoded, Encoding, encoded
 from dape.data.prepare import Options, Preparation
 from dape.data.records import Record
 from dape.data.shards import Corpus
@@ -46,13 +46,16 @@ def interrupted(options, monkeypatch, statuses):
             file.write(b"torn")
 
 
-def split_writer(folder, written, shard_tokens=100):
-    header = {
+def header(shard_tokens=100):
+    return {
         "dtype": "uint16",
         "tokenizer": {"end_of_text": 0},
         "options": {"shard_tokens": shard_tokens},
     }
-    return writer.SplitWriter(folder, "train", header, written)
+
+
+def split_writer(folder, written, **options):
+    return writer.SplitWriter(folder, "train", header(**options), written)
 
 
 def test_what_the_journal_notes_is_on_the_disk(tmp_path):
@@ -70,6 +73,20 @@ def test_what_the_journal_notes_is_on_the_disk(tmp_path):
     again.finish()
     assert np.fromfile(file, "uint16").tolist() == [3, 4, 0, 5, 0]
     assert (written.documents, written.tokens, written.bytes) == (2, 5, 3)
+
+
+def test_records_that_the_journal_counts_are_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "JOURNAL_SECONDS", 0.0)
+    corpus = writer.CorpusWriter(tmp_path, header(), stop_on_error=False)
+    broken = Encoded("a.jsonl:1", "", np.empty(0), 0, True, "not JSON")
+    corpus.add([broken, Encoded("a.jsonl:2", "train", np.array([3, 0], "uint16"), 1, True)], 0, 2)
+    listed = (tmp_path / "skipped.txt").read_bytes()
+    state = json.loads((tmp_path / "progress.json").read_text())["state"]
+    assert listed == b"a.jsonl:1: not JSON\n"
+    assert (state["broken"], state["listed"], state["records"]) == (1, len(listed), 2)
+    assert state["splits"]["train"]["tokens"] == 2
+    assert np.fromfile(tmp_path / "train-00000.bin", "uint16").tolist() == [3, 0]
+    corpus.close()
 
 
 def test_a_shard_ends_with_the_document_that_reaches_the_size(tmp_path):
