@@ -364,14 +364,18 @@ def test_numbers_of_an_evaluation_that_are_none_are_refused(run, name, value):
         evaluate_context(run.folder, None, [16, 32], **{name: value})
 
 
-def test_a_folder_in_16_bits_is_measured_as_the_module_in_float32(run, tmp_path):
+def test_a_folder_in_16_bits_is_measured_as_modules_in_float32(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     network = DapeForCausalLM.from_pretrained(run.folder.model).bfloat16()
     folder = shutil.copytree(run.folder, tmp_path / "run")
     network.save_pretrained(folder / "model")
     asked = {"corpus": run.corpus(None), "lengths": [16, 32], "documents": 3}
-    (found,), (expected,) = (evaluate_context(x, **asked) for x in (folder, network.float()))
-    assert (found.tallies, found.positions) == (expected.tallies, expected.positions)
-    assert (expected.subject.run, expected.subject.weights) == ("models[0]", None)
+    found = evaluate_context([folder, network.float(), network], **asked)
+    assert [each.subject.run for each in found] == [str(folder), "models[1]", "models[2]"]
+    for each in found[1:]:
+        assert (each.tallies, each.positions) == (found[0].tallies, found[0].positions)
+        assert each.subject.weights is None
+    assert [*tmp_path.iterdir()] == [folder], "modules in memory have no folder"
 
 
 def test_records_of_other_tokens_are_not_compared(run, monkeypatch):
