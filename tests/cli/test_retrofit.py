@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -204,6 +206,29 @@ def test_learned_positions_end_where_they_end_with_adapters_too(models, command,
     content = evaluation(Path("runs/g"))
     assert [each["length"] for each in content["measurements"]] == [16]
     assert "no learned position for row" in content["refused"]["64"]
+
+
+@pytest.mark.parametrize("length", [16, 24])
+def test_a_stored_table_of_positions_reaches_as_far_with_adapters(
+    tmp_path, corpus, command, length
+):
+    """Beyond `n_positions`, in training and in windows, as the formula of the table goes on."""
+    sizes = {"vocab_size": 257, "n_embd": 24, "n_layer": 2, "n_head": 4, "dff": 20}
+    ends = {"n_positions": 20, "bos_token_id": None, "eos_token_id": None}
+    CTRLLMHeadModel(CTRLConfig(**sizes, **ends)).save_pretrained(tmp_path / "ctrl")
+    Corpus(corpus).tokenizer().save_pretrained(tmp_path / "ctrl")
+    assert not command(tmp_path / "ctrl", "--training.length", length, "--name", "c")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ctrl", n_positions=33).eval()
+    dape.load_adapters(model, "runs/c/adapters")
+    content = evaluation(Path("runs/c"))
+    measured = content["measurements"][1]["document_losses"]
+    assert measured == pytest.approx(expected_losses(model, corpus, content), rel=1e-5)
+
+
+def test_training_beyond_learned_positions_is_one_line(models, command, capsys):
+    line = refused(capsys, command, models / "gpt2", "--training.length", 49, "--name", "far")
+    assert "training.length=49: no learned position for row 48: the table has 48 rows" in line
+    assert not Path("runs/far").exists()
 
 
 def test_what_it_saved_is_shared_as_it_is(models, command, capsys):

@@ -20,7 +20,6 @@ from dape.data.shards import Corpus
 from dape.data.tokenizer import file_of_model, of_model
 from dape.errors import UserError, unknown
 from dape.evaluate.dynamic import without_history
-from dape.evaluate.refusal import STORED, Tables
 from dape.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -158,9 +157,7 @@ class Model:
         """
         from dape.model.loading import load_causal
 
-        stored = STORED.get(self.config.model_type)
-        options = {stored: max(longest, getattr(self.config, stored))} if stored else {}
-        model = load_causal(self.source, self.partial_weights, **options, **_dtype(precision))
+        model = load_causal(self.source, self.partial_weights, longest, **_dtype(precision))
         with without_history(self._checked(model.to(device).eval())) as network:
             yield network
 
@@ -220,6 +217,8 @@ class Model:
 
         DAPE models need no context.
         """
+        from dape.model.tables import Tables
+
         return nullcontext() if self.config.model_type == "dape" else Tables()
 
 
@@ -293,7 +292,7 @@ class Finetuned(Model):
         from dape.model.retrofit import load_adapters
 
         options = {"config": self.config, **_dtype(precision)}
-        model = load_causal(self.source, self.partial_weights, **options)
+        model = load_causal(self.source, self.partial_weights, longest, **options)
         check_base(model, self.source, self.folder)
         model.to(device)
         load_adapters(model, self.folder.adapters, backend=self._chosen["backend"])

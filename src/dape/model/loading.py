@@ -15,6 +15,7 @@ from dape.data.hub import fetch
 from dape.device import device_of
 from dape.errors import UserError, first_line, out_of_memory
 from dape.model.rotation import OLDER, ROTATION, changed_rotation
+from dape.model.tables import reaching
 from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error
@@ -51,16 +52,20 @@ def load_config(source: str, **changes: Any) -> Any:
         ) from None
 
 
-def load_causal(source: str, partial_weights: bool = False, **options: Any) -> PreTrainedModel:
+def load_causal(
+    source: str, partial_weights: bool = False, longest: int = 0, **options: Any
+) -> PreTrainedModel:
     """Return the model in a folder or of a name on the hub, on the CPU.
 
     transformers draws missing weights at random, and continues. `partial_weights` allows the same
-    here, with the same numbers in every load. `options` go to `from_pretrained`.
+    here, with the same numbers in every load. A table of positions stored by formula holds
+    `longest` tokens. `options` go to `from_pretrained`.
 
     Raises:
         UserError: for an unknown model, damaged files, or missing or unused weights.
     """
-    options = _attention(options.get("config") or load_config(source)) | options
+    config = reaching(options.pop("config", None) or load_config(source), longest)
+    options = _attention(config) | options | {"config": config}
     verbosity = logging.get_verbosity()
     if not partial_weights:
         logging.set_verbosity_error()  # the error below replaces the warning

@@ -205,10 +205,13 @@ class Retrofitting(NextToken):
         """Load the model, mount adapters, and freeze all parameters outside `base.train`."""
         from dape.model.loading import check_base, check_causal
         from dape.model.retrofit import retrofit, set_trainable
+        from dape.model.tables import check_reach
 
         chosen, source = self.recipe.model, source_of(self.recipe)
-        model = load(source, chosen.config).to(device)
+        length = self.recipe.training.length
+        model = load(source, chosen.config, length).to(device)
         check_causal(model, source)
+        check_reach(model, length)
         self._weights = check_base(model, source, self.recipe.run)
         tokens = model.config.get_text_config().vocab_size
         folder = file_of_model(source).parent
@@ -302,8 +305,10 @@ def source_of(recipe: Retrofit) -> str:
     return str(base.model) if base.has_model else recipe.model.base
 
 
-def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
+def load(source: str, changes: dict[str, Any], longest: int = 0) -> "PreTrainedModel":
     """Return a pretrained model in float32, with changed keys of the configuration.
+
+    A table of positions stored by formula holds `longest` tokens.
 
     Raises:
         UserError: for an unknown model or key.
@@ -316,4 +321,4 @@ def load(source: str, changes: dict[str, Any]) -> "PreTrainedModel":
         raise unknown(f"key of the configuration of {source}", name, config.to_dict())
     if getattr(config, "rope_parameters", None):
         check_rotation(source, config)
-    return load_causal(source, config=config, dtype=torch.float32)
+    return load_causal(source, longest=longest, config=config, dtype=torch.float32)
