@@ -59,7 +59,7 @@ def test_the_table_has_a_row_for_each_depth_with_the_mean_over_seeds():
         ["learned", "1", "1", "30%", "—"],
     ]
     assert "A number of 5 digits" in shown.note and "10 numbers at each" in shown.note
-    once = table([make("kerple", [[1, 0]] * 3, trials=1)])
+    once = table([make("kerple", [[1.0, 0.0]] * 3, trials=1)])
     assert "; 1 number at each length and depth, " in once.note
     assert shown.note.endswith("— learned refused 1,024 tokens: it ends.")
 

@@ -259,7 +259,7 @@ def test_a_document_counts_by_its_far_tokens(tmp_path):
 
 
 def use(tokens, losses, lengths=(128, 256, 512), token=None):
-    made = evaluations.make("kerple", [3.0] * 5)
+    made = evaluations.make("kerple", [3.0] * 5, documents=len(tokens[0]))
     tally = Tally(tokens, losses)
     return ContextUse(
         subject=made.subject,
