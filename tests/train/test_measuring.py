@@ -2,6 +2,7 @@
 
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from small import recipe
 
 from dape.cli import main
 from dape.train import measure
+from dape.train.loop import Session
 from dape.train.measure import GIB, Reading
 from dape.train.recipe import write
 
@@ -70,7 +72,7 @@ def test_the_slowest_and_the_fullest_of_several_gpus_count(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     times = [{"update_seconds": each} for each in (9.0, 9.0, 1.0, 1.5, 4.0)]
     monkeypatch.setattr(measure, "updates", lambda session: times)
-    session = SimpleNamespace(fabric=fabric, task=task, model=None)
+    session = Mock(spec=Session, fabric=fabric, task=task, model=None)
     found = measure._reading(session, size=7, warm_up=2)
     seconds = 2 * 1.5
     mfu = 1000 / seconds * 1e9 / (4 * 312e12)  # of four A100 by their data sheet
