@@ -217,7 +217,7 @@ class Model:
 
         DAPE models need no context.
         """
-        from dape.model.tables import Tables
+        from dape.model.position_tables import Tables
 
         return nullcontext() if self.config.model_type == "dape" else Tables()
 

@@ -14,8 +14,8 @@ from transformers.utils import logging
 from dape.data.hub import fetch
 from dape.device import device_of
 from dape.errors import UserError, first_line, out_of_memory
+from dape.model.position_tables import reaching
 from dape.model.rotation import OLDER, ROTATION, changed_rotation
-from dape.model.tables import reaching
 from dape.runs import RunFolder
 
 _NAMED = 3  # weights named in an error

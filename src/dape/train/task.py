@@ -204,8 +204,8 @@ class Retrofitting(NextToken):
     def build(self, device: torch.device) -> nn.Module:
         """Load the model, mount adapters, and freeze all parameters outside `base.train`."""
         from dape.model.loading import check_base, check_causal
+        from dape.model.position_tables import check_reach
         from dape.model.retrofit import retrofit, set_trainable
-        from dape.model.tables import check_reach
 
         chosen, source = self.recipe.model, source_of(self.recipe)
         length = self.recipe.training.length
