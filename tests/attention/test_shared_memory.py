@@ -51,6 +51,11 @@ BANDS = {
     "dtype": "bfloat16", "room": 2 * 64 * 64, "kernels": ["grad_kernel"],
 }  # fmt: skip
 
+MERGED = [  # a row in parts, and many rows
+    STEP | {"rows": rows, "keys": 1024, "hidden": 0, "kernels": ["combine_kernel"]}
+    for rows in (1, 512)
+]
+
 
 @pytest.fixture(scope="module")
 def compiled():
@@ -65,7 +70,8 @@ def compiled():
     )
     parts = {
         "decoding": decoding, "anywhere": anywhere, "maps": MAPS, "bfloat16": IN_BFLOAT16,
-        "bands": [BANDS], "rows": [STEP | {"taps": 3, "kernels": ["rows_mix_kernel"]}],
+        "bands": [BANDS], "merged": MERGED,
+        "rows": [STEP | {"taps": 3, "kernels": ["rows_mix_kernel"]}],
     }  # fmt: skip
     command = [
         sys.executable,
@@ -93,6 +99,12 @@ def test_the_kernel_of_a_step_with_taps_fits_smaller_gpus(compiled):
     (found,) = compiled["rows"]
     (size,) = found["rows_mix_kernel"]
     assert 0 < size <= 99 * 1024
+
+
+def test_spans_merge_in_little_shared_memory(compiled):
+    for found in compiled["merged"]:
+        (size,) = found["combine_kernel"]
+        assert 0 < size <= 16 * 1024
 
 
 def test_the_map_across_heads_fits_smaller_gpus(compiled):
