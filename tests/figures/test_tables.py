@@ -224,7 +224,9 @@ def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatc
     [
         (8.314, "perplexity", "8.31"),
         (1234.5, "perplexity", "1,234.50"),
-        (65536.0, "perplexity", "6.6e+04"),
+        (9999.5, "perplexity", "9,999.50"),
+        (65536.4, "perplexity", "65,536"),
+        (6553600.0, "perplexity", "6.6e+06"),
         (math.inf, "perplexity", "inf"),
         (1.23456, "bits_per_byte", "1.2346"),
     ],

@@ -214,4 +214,4 @@ def number(value: float | None, metric: str = "perplexity") -> str:
         return NOTHING
     if metric != "perplexity":
         return f"{value:.4f}"
-    return f"{value:,.2f}" if value < 1e4 else f"{value:.1e}"
+    return f"{value:,.{2 if value < 1e4 else 0}f}" if value < 1e6 else f"{value:.1e}"
