@@ -12,7 +12,7 @@ from dape.evaluate.request import Harnessed, Score
 from dape.evaluate.significance import PairedTest
 from dape.figures.harness import table as table_of_scores
 from dape.figures.report import drawings, findings, origin, runs_table
-from dape.figures.tables import number, p_value, refusal, results, significance
+from dape.figures.tables import number, p_value, percent, refusal, results, significance
 from evaluations import PROVENANCE, make
 
 KERPLE = [[2.1, 2.0, 2.1, 2.3, 2.6], [2.12, 2.1, 2.3, 2.5, 2.9]]
@@ -139,6 +139,11 @@ def test_changes_are_ratios_of_perplexities(groups):
     assert table.rows[0][-1] == f"{100 * expected:.1f} %"
     assert [row[0] for row in table.rows[1:]] == ["p over 2 seeds", "p over 20 documents"]
     assert "ttest_rel" in table.note and "scipy.stats.bootstrap" in table.note
+
+
+def test_a_change_of_many_times_has_the_commas_of_a_perplexity():
+    assert percent(math.log(15.0)) == "+1,400.0 %"
+    assert percent(math.log(0.5)) == "-50.0 %"
 
 
 def test_a_single_document_and_seed_leave_the_change_without_a_test(groups):

@@ -179,7 +179,7 @@ def change(comparison: Comparison | None) -> str:
 def percent(difference: float) -> str:
     """Return a difference of losses as the change of perplexity, as `-12.3 %`."""
     with np.errstate(over="ignore"):
-        return f"{100 * float(np.expm1(difference)):+.1f} %"
+        return f"{100 * float(np.expm1(difference)):+,.1f} %"
 
 
 def p_value(test: PairedTest | None) -> str:
