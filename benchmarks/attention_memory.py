@@ -13,7 +13,6 @@ Writes `results/attention_memory.json`, and a table beside it.
 """
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dape
-from dape.files import check_writable
+from dape.files import check_writable, write_json
 from dape.provenance import provenance
 
 HEADS, HEAD_DIM = 12, 64
@@ -154,8 +153,7 @@ def main() -> None:
         print(results[-1], flush=True)
     command = f"python benchmarks/attention_memory.py --out {options.out}"
     record = {**provenance("cpu"), "command": command, "unit": "bytes", "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(options.out, record)
     options.out.with_suffix(".md").write_text(table(record))
 
 

@@ -10,7 +10,6 @@ how many kernels it starts. Prints a line for each measurement as it comes, and 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ import dape
 from dape.bench import parity
 from dape.bench.case import FORWARD, TRAINING, Case, Inputs, Parts, build, draw, sets, step
 from dape.bench.clock import Timing, measure
-from dape.files import check_writable
+from dape.files import check_writable, write_json
 from dape.provenance import provenance
 from dape.train import measure as train
 from dape.train.recipe import Recipe, override, read
@@ -256,7 +255,6 @@ def main() -> None:
         parser.error("the bars need a CUDA GPU, and PyTorch sees none")
     check_writable(given.out)
     record = {"provenance": provenance(DEVICE), "results": []}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     for name in given.parts or PARTS:
         for result in PARTS[name]():
             line = f"{result.what:68} {result.ours:11.4g} {result.unit:8}"
@@ -268,7 +266,7 @@ def main() -> None:
                 line += f"  {result.clock}"
             print(line, flush=True)
             record["results"].append(asdict(result) | {"ratio": result.ratio})
-            given.out.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(given.out, record)
 
 
 if __name__ == "__main__":

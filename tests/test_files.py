@@ -1,5 +1,7 @@
 import errno
 import fcntl
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dape.errors import UserError
@@ -225,6 +228,17 @@ def test_json_comes_back(tmp_path):
     content = {"a": [1, 2.5, None], "b": {"c": "ä"}}
     write_json(tmp_path / "record.json", content)
     assert read_json(tmp_path / "record.json", dict, "measure again") == content
+
+
+def test_a_number_that_json_lacks_is_null(tmp_path):
+    content = {
+        "a": [1.5, math.nan, (math.inf, np.float64("nan"))],
+        "b": {"c": -math.inf},
+        "d": "NaN",
+    }
+    write_json(tmp_path / "record.json", content)
+    found = json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": [1.5, None, [None, None]], "b": {"c": None}, "d": "NaN"}
 
 
 @pytest.mark.parametrize(

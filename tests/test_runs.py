@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_metrics_without_steps_are_damaged(tmp_path, line):
     write(run.metrics, f'{{"step": 1}}\n{line}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
         run.read_metrics()
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_file_and_nan_for_a_reader(tmp_path):
+    run = RunFolder(tmp_path)
+    run.update_record({"loss": math.nan, "validation_loss": math.inf, "step": 3})
+    write(run.metrics, run.record.read_text().replace("\n", "") + "\n")
+    assert json.loads(run.record.read_text(), parse_constant=pytest.fail)["loss"] is None
+    for found in (run.read_record(), *run.read_metrics()):
+        assert found["step"] == 3
+        assert math.isnan(found["loss"]) and math.isnan(found["validation_loss"])
 
 
 def test_a_part_of_a_record_that_is_null_is_none_and_other_kinds_are_damage(tmp_path):

@@ -1,12 +1,21 @@
 """Mappings into dataclasses: what is taken, and what is named as wrong."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 
+from dape.bench import record as bench
+from dape.chomsky import maps
 from dape.errors import UserError
-from dape.strict import Holds, build
+from dape.evaluate import learned
+from dape.evaluate import trials as retrieval
+from dape.evaluate.context import Tally
+from dape.evaluate.heads import Head
+from dape.evaluate.request import Score
+from dape.files import as_json
+from dape.strict import Holds, Number, build
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,49 @@ class Whole:
 
 
 LEAST = {"name": "x", "parts": []}
+
+
+@dataclass(frozen=True)
+class Measured:
+    best: Number
+    pairs: list[tuple[int, Number]]
+    lines: dict[str, list[list[Number]]]
+
+
+def test_a_number_may_be_null_where_none_exists_and_is_nan_then():
+    found = build(
+        Measured, {"best": None, "pairs": [[1, None], [2, 3]], "lines": {"a": [[None, 1]]}}
+    )
+    numbers = [found.best, *(y for _, y in found.pairs), *found.lines["a"][0]]
+    assert np.isnan(numbers).tolist() == [True, True, False, True, False]
+    assert all(type(each) is float for each in numbers)
+    for wrong in ("nan", True, [1.0]):
+        with pytest.raises(UserError, match=r"best=.*expected a number"):
+            build(Measured, {"best": wrong, "pairs": [], "lines": {}})
+
+
+RECORDS = [
+    (Tally, {"tokens": [[1]], "losses": [[[None]]]}),
+    (Score, {"metric": "acc", "value": None, "error": None}),
+    (bench.Check, {"method": "", "length": 1, "direction": "", "batch": 1, "checked": 1,
+                   "errors": {"out": None}}),
+    (retrieval.Cell, {"length": 1, "depth": 0.0, "exact": 0.0, "accuracy": 0.0, "rank": 1.0,
+                      "log_probability": None}),
+    (learned.Layer, {"layer": 0, "residual": True, "scores": [[None]], "bias": [[None]],
+                     "change": [[None]], "heads": []}),
+    (Head, {"head": 0, "kind": "even", "attention_far": None, "centre": None,
+            **dict.fromkeys(("positive_far", "change_far", "with_scores", "with_bias"))}),
+    (maps.Layer, {"residual": True, "with_scores": None, "with_bias": None,
+                  "spread": {"bias": None},
+                  **{key: [[None]] for key in ("scores", "bias", "change", "weights")}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "data"), RECORDS)
+def test_numbers_of_a_broken_model_are_read_again(kind, data):
+    """A model with weights that are NaN, say, in each record that has its numbers."""
+    found = asdict(build(kind, data))
+    assert "nan" in repr(found) and as_json(found) == as_json(asdict(build(kind, found)))
 
 
 def test_what_json_holds_becomes_what_the_types_say():

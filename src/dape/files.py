@@ -8,6 +8,7 @@ leftovers. Writers of the same target take turns, by the lock `.NAME.lock`.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -127,7 +128,23 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, as_json(content, indent=1) + "\n")
+
+
+def as_json(content: Any, indent: int | None = None) -> str:
+    """Return JSON, with null for NaN and infinities, which JSON lacks.
+
+    A field of the type `strict.Number` reads null as NaN.
+    """
+    return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_text(path: Path, remedy: str = "") -> str:

@@ -1,6 +1,7 @@
 """The folder of a run: the paths of the content, and the progress of the run."""
 
 import json
+import math
 from dataclasses import dataclass
 from os.path import lexists
 from pathlib import Path
@@ -12,6 +13,7 @@ from dape.strict import Holds, check_keys
 
 _STEP = "step-"
 _CONTEXT = "context"  # begins the name of a file of `dape eval context`
+_LOSSES = ("loss", "validation_loss")
 # Of a record and of metrics, what a later command reads; a run may lack some.
 _FACTS = {
     "command": str,
@@ -22,7 +24,8 @@ _FACTS = {
     "base_weights": str,
     "step": int,
     "tokens": int,
-    **dict.fromkeys(("loss", "validation_loss", "seconds"), float),
+    "seconds": float,
+    **dict.fromkeys(_LOSSES, float),
 }
 # Of a recipe, what a later command reads.
 _SETTINGS = {"data": str, "seed": int, "model": dict, "training": dict, "optimizer": dict}
@@ -218,11 +221,16 @@ def _inside(folder: Path, pattern: str) -> list[Path]:
 def _known(record: Any) -> dict[str, Any]:
     """Return the entries of a record or of a line of metrics, without facts that are null.
 
+    A loss that is null is NaN.
+
     Raises:
         UserError: for a fact of another type.
     """
+    losses = {name: math.nan for name in _LOSSES if record.get(name, 0) is None}
     known = {
-        name: value for name, value in record.items() if name not in _FACTS or value is not None
+        name: value
+        for name, value in (record | losses).items()
+        if name not in _FACTS or value is not None
     }
     check_keys(known, {name: kind for name, kind in _FACTS.items() if name in known})
     return known

@@ -35,6 +35,14 @@ class Switch:
     off: str
 
 
+@dataclass(frozen=True, slots=True)
+class _NullIsNaN:
+    """Marker of a number that is NaN for null in a file, where no number exists."""
+
+
+Number = Annotated[float, _NullIsNaN()]
+
+
 def default(meaning: str, metavar: str | None = None) -> Any:
     """Return the annotation of an option whose empty default stands for `meaning`."""
     from tyro.conf import arg
@@ -104,6 +112,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     for note in notes:
         if isinstance(note, Switch) and type(value) is bool:
             return note.on if value else note.off
+        if isinstance(note, _NullIsNaN) and value is None:
+            return math.nan
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if _fits(value, option):

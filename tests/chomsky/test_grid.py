@@ -47,9 +47,9 @@ def test_p_values_are_welchs(grid):
         # Means 100 and 91, variances 0 and 1, three seeds each: t = 9 sqrt(3), with 2 degrees.
         ([100, 100, 100], [90, 91, 92], 2 * student.sf(9 * 3**0.5, 2)),
         ([90, 91, 92], [100, 100, 100], 2 * student.sf(9 * 3**0.5, 2)),
-        ([100, 100], [50, 50], 1.0),
-        ([100], [50, 51, 52], 1.0),
-        ([50, 51, 52], [100], 1.0),
+        ([100, 100], [50, 50], math.nan),
+        ([100], [50, 51, 52], math.nan),
+        ([50, 51, 52], [100], math.nan),
     ],
 )
 def test_a_side_without_spread_is_tested_and_a_single_seed_is_not(first, second, expected):
@@ -59,7 +59,7 @@ def test_a_side_without_spread_is_tested_and_a_single_seed_is_not(first, second,
         for seed, score in enumerate(scores)
     ]
     found = arrange(("even-pairs",), ("alibi", "kerple"), made)
-    assert p_value(found, "even-pairs", "alibi", "kerple") == pytest.approx(expected)
+    assert p_value(found, "even-pairs", "alibi", "kerple") == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_score_of_a_scheme_is_the_mean_over_seeds():

@@ -311,6 +311,9 @@ def test_a_metric_has_the_error_of_its_own_filter():
         "exact_match_stderr,strict": 0.1,
         "exact_match,none": 0.75,
         "exact_match_stderr,none": "N/A",
+        "f1,none": 0.25,
+        "f1_stderr,none": math.nan,  # of a single document
     }
     expected = [Score("exact_match,strict", 0.5, 0.1), Score("exact_match", 0.75, None)]
+    expected += [Score("f1", 0.25, None)]
     assert scores(entry) == expected

@@ -1,7 +1,10 @@
 """Evaluations on disk."""
 
 import json
+import math
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from dape.errors import UserError
@@ -39,9 +42,37 @@ def test_a_file_that_knows_of_no_refusals_has_none(tmp_path):
     assert load(path) == evaluation
 
 
-def test_numbers_that_are_not_finite_survive(tmp_path):
-    make("nope", [float("inf")], lengths=(128,)).save(tmp_path / "last.json")
-    assert load(tmp_path / "last.json").measurements[0].perplexity == float("inf")
+def test_a_number_that_is_not_finite_is_null_in_the_file(tmp_path):
+    """A perplexity beyond all numbers follows from the loss; a loss that is not finite is NaN."""
+    path, lengths = tmp_path / "last.json", (128, 256, 512)
+    made = make("nope", [800.0, math.inf, math.nan], lengths=lengths)
+    first, *broken = made.measurements
+    lost = {"loss_error": math.nan, "bits_per_byte": math.nan}
+    replace(made, measurements=[first, *(replace(each, **lost) for each in broken)]).save(path)
+    json.loads(path.read_text(), parse_constant=pytest.fail)
+    large, *nothing = load(path).measurements
+    assert large == first and large.perplexity == math.inf
+    for each in nothing:
+        numbers = [each.loss, each.perplexity, *each.document_losses, each.contexts[0][2]]
+        assert len(numbers) == 23 and np.isnan(numbers).all()
+        assert (each.loss_error, each.bits_per_byte) == (None, None)
+
+
+def test_a_file_of_an_earlier_version_holds_numbers_that_are_not_finite(tmp_path):
+    path = tmp_path / "last.json"
+    made = make("nope", [math.inf], lengths=(128,))
+    made.save(path)
+    content = json.loads(path.read_text())
+    content["measurements"] = [asdict(each) for each in made.measurements]
+    path.write_text(json.dumps(content))
+    assert "Infinity" in path.read_text() and load(path) == made
+
+
+@pytest.mark.parametrize("name", ["loss_error", "bits_per_byte"])
+def test_a_number_may_be_absent_with_the_loss_alone(tmp_path, name):
+    made = make("kerple", [2.0], lengths=(128,))
+    with pytest.raises(UserError, match=name):
+        replace(made, measurements=[replace(made.measurements[0], **{name: None})])
 
 
 @pytest.mark.parametrize(
@@ -103,6 +134,9 @@ def test_no_field_may_be_missing_null_or_of_another_kind(tmp_path):
             except UserError:
                 pass
     assert accepted == {
+        *((("measurements", 0, name), "None") for name in ("loss", "perplexity")),
+        *((("measurements", 0, "document_losses", n), "None") for n in range(20)),
+        (("measurements", 0, "contexts", 0, 2), "None"),
         (("weights",), "None"),
         (("trained_on",), "None"),
         (("provenance", "commit"), "None"),

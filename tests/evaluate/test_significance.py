@@ -70,11 +70,23 @@ def test_bootstrap_cannot_claim_less_than_its_resamples_show():
 def test_no_difference_is_no_evidence():
     losses = np.linspace(1, 2, 20)
     assert paired_bootstrap(losses, losses, np.full(20, 10)).p_value == 1.0
-    assert paired_t([1.5, 1.6], [1.5, 1.6]).p_value == 1.0
 
 
-def test_differences_that_are_all_one_number_have_an_infinite_t():
-    assert paired_t([2.5, 2.25, 2.0], [2.0, 1.75, 1.5]).p_value == 0.0
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_a_t_test_without_a_spread_has_no_p():
+    """The variance is zero, and t infinite or 0 / 0, also where rounding is all that differs."""
+    for candidate, baseline in (
+        ([2.5, 2.25, 2.0], [2.0, 1.75, 1.5]),
+        ([2.5, 2.25], [2.0, 1.75]),
+        ([1.5, 1.6], [1.5, 1.6]),
+        ([0.0, 0.0], [0.0, 0.0]),
+        ([3.1 + 0.01, 2.7 + 0.01, 2.9 + 0.01], [3.1, 2.7, 2.9]),
+    ):
+        assert math.isnan(paired_t(candidate, baseline).p_value)
+    assert stats.ttest_rel(candidate, baseline).pvalue < 1e-20, "by the rounding of the last pair"
+    close = [3.1 + 0.01, 2.7 + 0.01, 2.9 + 0.01 + 1e-12]
+    expected = stats.ttest_rel(close, baseline).pvalue
+    assert paired_t(close, baseline).p_value == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -90,7 +90,19 @@ def test_precisions_are_named_where_they_differ():
 def test_a_loss_that_is_nan_has_no_small_p_value():
     broken = make("dape-kerple", [*DAPE[0][:-1], math.nan])
     table = significance(compare(group([make("kerple", KERPLE[0]), broken])))
-    assert [row[-1] for row in table.rows] == ["+nan %", "nan"]
+    assert [row[-1] for row in table.rows] == ["+nan %", "—"]
+    assert table.note.endswith(" — no p: the pairs have no spread, or a loss is not finite.")
+
+
+def test_runs_whose_differences_are_all_one_number_have_no_p_over_seeds():
+    runs = [make("kerple", KERPLE[0]), make("kerple", KERPLE[0], seed=1)]
+    runs += [make("dape-kerple", DAPE[0]), make("dape-kerple", DAPE[0], seed=1)]
+    table = significance(compare(group(runs)))
+    assert table.rows[1] == ["p over 2 seeds"] + ["—"] * 5
+    assert table.rows[2] == ["p over 20 documents"] + ["< 0.0002"] * 5
+    assert "— no p: the pairs have no spread" in table.note
+    (sentence,) = findings(group(runs), compare(group(runs)))
+    assert "over 2 seeds" not in sentence and "p < 0.0002 over 20 documents" in sentence
 
 
 def test_a_refused_length_is_a_dash_with_the_reason_below_and_nan_is_not():
@@ -163,7 +175,6 @@ def test_the_least_that_resamples_can_show_is_no_exact_p_value(groups):
     assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0004, least=0.0002)) == "0.0004"
     assert p_value(PairedTest("bootstrap", 20, -0.1, 0.0002, least=0.0002)) == "< 0.0002"
     assert p_value(PairedTest("paired t", 3, -0.1, 1e-9)) == "1e-09"
-    assert p_value(PairedTest("paired t", 3, -0.1, 0.0)) == "0", "all differences are one number"
     (sentence,) = findings(groups, compare(groups))
     assert "p < 0.0002 over 20 documents" in sentence and "p = " in sentence
 

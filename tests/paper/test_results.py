@@ -293,6 +293,21 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
     assert "dape paper small" in text
 
 
+def test_a_p_that_does_not_exist_is_null_in_the_file_and_a_dash_in_the_table():
+    """As of differences that are all one number, whose t is infinite."""
+    found = run(experiment())
+    test = PairedTest("paired t", 3, -0.1, math.nan)
+    finding = Finding("not decidable at this scale", "-9 %", 3, test)
+    verdict = replace(found.verdicts[0], findings=(finding,))
+    replace(found, verdicts=(verdict,)).write()
+    text = Path("runs/smoke/small/verdicts.json").read_text()
+    ((check,),) = (each["checks"] for each in json.loads(text, parse_constant=pytest.fail))
+    assert check["p"] is None and check["test"] == "paired t"
+    table = verdicts_table([verdict])
+    assert table.rows[1][-1] == "—"
+    assert table.note.endswith(" — no p: the pairs have no spread, or a loss is not finite.")
+
+
 def test_the_page_holds_everything_itself():
     found = run(experiment())
     text = page([found, results(CORE)], beside(found.cells))

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from small import metrics, recipe
@@ -32,6 +33,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [(e.step, e.value) for e in board.Scalars("loss")] == [
         (step, step / 2) for step in (1, 2, 3, 4, 5)
     ]
+
+
+def test_a_loss_that_is_not_finite_is_null_also_after_a_resumption(tmp_path):
+    settings = recipe("data", tmp_path)
+    for done in (0, 1):
+        tracker = Tracker(settings, done)
+        tracker.log({"step": done + 1, "loss": 1.0, "validation_loss": math.nan})
+        tracker.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert found == [{"step": n, "loss": 1.0, "validation_loss": None} for n in (1, 2)]
 
 
 def test_a_new_run_begins_with_nothing(tmp_path):

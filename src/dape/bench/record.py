@@ -7,7 +7,7 @@ from typing import Any
 from dape.errors import UserError
 from dape.files import read_json, write_json
 from dape.provenance import Provenance
-from dape.strict import build
+from dape.strict import Number, build
 
 FORMAT = 1
 # Reasons of a missing number.
@@ -35,7 +35,7 @@ class Check:
     direction: str
     batch: int
     checked: int
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, Number] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
     missing: Missing | None = None
 

@@ -16,7 +16,7 @@ from dape.chomsky.tasks import resolve
 from dape.errors import UserError, first_line
 from dape.files import read_json, read_tensors, whole, write_json
 from dape.provenance import Provenance
-from dape.strict import Holds
+from dape.strict import Holds, Number
 
 FORMAT = 2
 _Training = Annotated[dict[str, Any], Holds({"length": int})]
@@ -42,7 +42,7 @@ class Cell:
     seed: int
     settings: Settings
     parameters: int
-    loss: list[tuple[int, float]]
+    loss: list[tuple[int, Number]]
     accuracy: list[float]
     seconds: dict[str, float]
     models: int

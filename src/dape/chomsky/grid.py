@@ -1,5 +1,6 @@
 """The finished cells of a benchmark as a grid of tasks by schemes."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,6 +13,7 @@ from dape.chomsky.benchmark import Benchmark
 from dape.chomsky.cell import Cell, finished
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
+from dape.evaluate.significance import spreads
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,9 @@ def arrange(tasks: tuple[str, ...], schemes: tuple[str, ...], cells: Iterable[Ce
 
 
 def p_value(grid: Grid, task: str, first: str, second: str) -> float:
-    """Return Welch's two-sided p-value over seeds; 1 with fewer than two seeds or no spread."""
+    """Return Welch's two-sided p-value over seeds; NaN with fewer than two seeds or no spread."""
     a, b = grid.scores(task, first), grid.scores(task, second)
-    if min(len(a), len(b)) < 2 or max(np.ptp(a), np.ptp(b)) == 0:
-        return 1.0
+    if min(len(a), len(b)) < 2 or not (spreads(a) or spreads(b)):
+        return math.nan
     moments = (moment for x in (a, b) for moment in (x.mean(), x.std(ddof=1), len(x)))
     return float(ttest_ind_from_stats(*moments, equal_var=False).pvalue)

@@ -25,11 +25,11 @@ from dape.evaluate.capture import Row, rows_of
 from dape.files import read_json, write_json
 from dape.positions.rotary import RandomizedRoPE
 from dape.provenance import Provenance
-from dape.strict import build
+from dape.strict import Number, build
 
 FORMAT = 1
 DIGITS = 4  # of a number in a map
-Lines = list[list[float]]
+Lines = list[list[Number]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Layer:
     bias: Lines
     change: Lines
     weights: Lines
-    spread: dict[str, float]
+    spread: dict[str, Number]
     with_scores: float | None
     with_bias: float | None
 

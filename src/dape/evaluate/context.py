@@ -28,6 +28,7 @@ from dape.evaluate.results import KEPT, Kept, origins, results_folders
 from dape.evaluate.subject import PRECISIONS, Model, Subject
 from dape.evaluate.watch import SILENT, Watch
 from dape.provenance import Provenance
+from dape.strict import Number
 
 FORMAT = 1
 Losses = Float[np.ndarray, "windows scored"]
@@ -48,7 +49,7 @@ class Tally:
     """
 
     tokens: list[list[int]]
-    losses: list[list[list[float]]]
+    losses: list[list[list[Number]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class ContextUse:
     subject: Subject
     targets: Targets
     lengths: list[int]
-    positions: list[tuple[int, int, float]]
+    positions: list[tuple[int, int, Number]]
     tallies: dict[str, Tally]
     provenance: Provenance
     format: int = field(default=FORMAT)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from dape.errors import UserError
 from dape.evaluate.capture import Row
+from dape.strict import Number
 
 DENSER = 2.0  # least ratio of densities for a head named local or anti-local
 
@@ -38,8 +39,8 @@ class Head:
     kind: str
     positive_far: float | None
     change_far: float | None
-    attention_far: float
-    centre: float
+    attention_far: Number
+    centre: Number
     with_scores: float | None
     with_bias: float | None
 

@@ -18,6 +18,7 @@ from dape.evaluate.heads import Head, describe
 from dape.evaluate.record import restore, save
 from dape.evaluate.subject import Model, Subject
 from dape.provenance import Provenance
+from dape.strict import Number
 
 FORMAT = 1
 SPANS = 256  # most spans of keys with a mean in a record
@@ -30,9 +31,9 @@ class Layer:
 
     layer: int
     residual: bool
-    scores: list[list[float]]
-    bias: list[list[float]]
-    change: list[list[float]]
+    scores: list[list[Number]]
+    bias: list[list[Number]]
+    change: list[list[Number]]
     heads: list[Head]
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from dape.attention.context_parallel import ContextParallel
 from dape.evaluate.protocols import Windows
 from dape.evaluate.refusal import explained
+from dape.strict import Number
 
 BINS_PER_OCTAVE = 2
 Document = Callable[[int], Int[np.ndarray, " tokens"]]
@@ -35,12 +36,17 @@ class Measurement:
 
     length: int
     windows: int
-    loss: float
+    loss: Number
     loss_error: float | None
-    perplexity: float
+    perplexity: Number
     bits_per_byte: float | None
-    document_losses: list[float]
-    contexts: list[tuple[int, int, float]]
+    document_losses: list[Number]
+    contexts: list[tuple[int, int, Number]]
+
+    def __post_init__(self) -> None:
+        """Take a perplexity beyond all numbers, which a file lacks, from the loss."""
+        if math.isnan(self.perplexity):
+            object.__setattr__(self, "perplexity", _exp(self.loss))
 
 
 @torch.inference_mode()
@@ -144,19 +150,22 @@ def measure(
     tokens = np.bincount(owner) * windows.scored
     sums = np.bincount(owner, weights=losses.sum(axis=1, dtype=np.float64))
     loss = float(sums.sum() / tokens.sum())
-    with np.errstate(over="ignore"):
-        perplexity = float(np.exp(loss))
     bits = None if document_bytes is None else sums.sum() / math.log(2) / document_bytes.sum()
     return Measurement(
         length=windows.length,
         windows=len(losses),
         loss=loss,
         loss_error=_clustered_error(sums - loss * tokens, int(tokens.sum())),
-        perplexity=perplexity,
+        perplexity=_exp(loss),
         bits_per_byte=None if bits is None else float(bits),
         document_losses=(sums / tokens).tolist(),
         contexts=_by_context(losses, windows),
     )
+
+
+def _exp(loss: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
 
 
 def _clustered_error(residuals: Float[np.ndarray, " documents"], tokens: int) -> float | None:

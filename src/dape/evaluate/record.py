@@ -1,5 +1,6 @@
 """Records of evaluations: JSON files in the run folder."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -88,6 +89,8 @@ class Evaluation:
         for each in self.measurements:
             if len(each.document_losses) != len(self.targets.documents):
                 raise UserError(f"document_losses of length {each.length} has not each document")
+            if not math.isfinite(each.loss):  # without the numbers that follow from the loss
+                continue
             if (each.bits_per_byte is None) != (self.targets.bytes is None):
                 raise UserError(f"bits_per_byte of length {each.length} without bytes, or none")
             if (each.loss_error is None) != (len(each.document_losses) == 1):

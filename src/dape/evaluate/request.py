@@ -1,6 +1,7 @@
 """A request to lm-eval: a model at a length, a task, and the scores."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dape.errors import UserError
 from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.subject import Model, Subject
 from dape.provenance import Provenance
+from dape.strict import Number
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -28,7 +30,7 @@ class Score:
     """A metric of a task with the standard error, None where lm-eval has none."""
 
     metric: str
-    value: float
+    value: Number
     error: float | None
 
 
@@ -177,7 +179,8 @@ def scores(entry: Mapping[str, Any]) -> list[Score]:
         metric, _, form = key.partition(",")
         if form and not metric.endswith("_stderr"):
             error = entry.get(f"{metric}_stderr,{form}")
-            error = float(error) if isinstance(error, float) else None
+            if not (isinstance(error, float) and math.isfinite(error)):
+                error = None
             found.append(Score(metric if form == "none" else key, float(value), error))
     return found
 

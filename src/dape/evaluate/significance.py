@@ -12,13 +12,15 @@ from dape.errors import UserError
 
 RESAMPLES = 9_999
 FEWEST_DOCUMENTS = 20  # with fewer, p-values of the bootstrap are too small
+Values = Sequence[float] | Float[np.ndarray, " values"]
+_ROUNDING = 10 * np.finfo(np.float64).eps  # of a difference, relative to the subtracted numbers
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
     """A two-sided paired test of `candidate - baseline`; `difference` is the mean in nats a token.
 
-    `least` is the smallest possible p-value.
+    `p_value` is NaN where none exists, and `least` the smallest possible p-value.
     """
 
     name: str
@@ -36,8 +38,9 @@ class PairedTest:
 def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTest:
     """Return Student's paired t-test of two lists of losses, in the same order of seeds.
 
-    The test takes losses, because a difference of losses is a ratio of perplexities. Losses that
-    are not finite have the p-value NaN.
+    The test takes losses, because a difference of losses is a ratio of perplexities. The p-value is
+    NaN for losses that are not finite, and for differences without a spread, where t is 0 / 0 or
+    infinite.
 
     Raises:
         UserError: below two seeds.
@@ -46,19 +49,19 @@ def paired_t(candidate: Sequence[float], baseline: Sequence[float]) -> PairedTes
 
     if len(candidate) < 2:
         raise UserError(f"paired t-test over {len(candidate)} seed: give at least 2")
-    p_value = math.nan
-    if np.isfinite([candidate, baseline]).all():
-        difference = np.subtract(candidate, baseline)
-        if np.ptp(difference) == 0:  # t is 0 / 0, or infinite
-            p_value = 0.0 if difference.any() else 1.0
-        else:
-            p_value = float(ttest_rel(candidate, baseline).pvalue)
+    tested = np.isfinite([candidate, baseline]).all() and spreads(candidate, baseline)
     return PairedTest(
         name="paired t over seeds (scipy.stats.ttest_rel)",
         pairs=len(candidate),
         difference=float(np.mean(candidate) - np.mean(baseline)),
-        p_value=p_value,
+        p_value=float(ttest_rel(candidate, baseline).pvalue) if tested else math.nan,
     )
+
+
+def spreads(values: Values, less: Values | float = 0.0) -> bool:
+    """Return whether `values - less` differ by more than rounding; a t-test needs a spread."""
+    largest = max(np.abs(values).max(), np.abs(less).max())
+    return bool(np.ptp(np.subtract(values, less)) > _ROUNDING * largest)
 
 
 def paired_bootstrap(

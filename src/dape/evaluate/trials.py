@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from dape.evaluate.prompts import Prompt, Prompts
 from dape.evaluate.refusal import Refused, explained
+from dape.strict import Number
 
 Answer = tuple[Int[np.ndarray, " answer"], Float[np.ndarray, " answer"]]
 
@@ -36,7 +37,7 @@ class Cell:
     exact: float
     accuracy: float
     rank: float
-    log_probability: float
+    log_probability: Number
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def finding(comparison: Comparison, candidate: Group, baseline: Group) -> str:
             (comparison.over_seeds, "seeds"),
             (comparison.over_documents, "documents"),
         )
-        if test is not None and (p := tables.p_value(test))
+        if test is not None and (p := tables.p_value(test)) != tables.NOTHING
     ]
     return (
         f"At {length:,} tokens{times}, the perplexity of {candidate.label} is {ours}, "

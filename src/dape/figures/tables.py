@@ -1,5 +1,6 @@
 """Tables of results, for the screen, for Markdown and for the report."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from dape.evaluate.significance import FEWEST_DOCUMENTS, PairedTest
 from dape.text import markdown, one_line
 
 NOTHING = "—"
+NO_P = f"{NOTHING} no p: the pairs have no spread, or a loss is not finite."
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,9 @@ def significance(comparisons: Sequence[Comparison]) -> Table:
                 rows.append([f"p over {found[0].pairs} {label}", *map(p_value, outcomes)])
                 names.append(found[0].name)
     notes = [f"Two-sided p-values: {'; '.join(dict.fromkeys(names))}."] if names else []
+    tests = [test for each in comparisons for test in (each.over_seeds, each.over_documents)]
+    if any(test and math.isnan(test.p_value) for test in tests):
+        notes.append(NO_P)
     if any(each.left_out for each in comparisons):
         notes.append("Runs of a seed that the other scheme lacks are left out.")
     if any(each.over_documents is None for each in comparisons):
@@ -183,8 +188,8 @@ def percent(difference: float) -> str:
 
 
 def p_value(test: PairedTest | None) -> str:
-    """Return a p-value with two significant digits, or the bound; none over few documents."""
-    if test is None or test.few:
+    """Return a p-value with two significant digits, or the bound, or a dash for none."""
+    if test is None or test.few or math.isnan(test.p_value):
         return NOTHING
     if test.least and test.p_value <= test.least:
         return f"< {test.least:.2g}"

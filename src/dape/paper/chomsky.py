@@ -13,6 +13,7 @@ one-sided t-tests over seeds for `Near`. On a task a difference is clear with p 
 test over seeds.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from dape.chomsky.benchmark import differences
 from dape.chomsky.grid import Grid, arrange, p_value
 from dape.chomsky.tasks import TASKS
 from dape.errors import UserError
-from dape.evaluate.significance import PairedTest
+from dape.evaluate.significance import PairedTest, spreads
 from dape.figures import chomsky as figures
 from dape.figures import chomsky_map
 from dape.paper.cells import Cell, kept_files
@@ -201,8 +202,8 @@ class Near(Check):
             return None
         off = float(found.mean()) - self.published
         within = abs(off) < NEAR
-        p = 1.0
-        if np.ptp(found) > 0:
+        p = math.nan
+        if spreads(found):
             sides = [
                 float(ttest_1samp(found, self.published + edge, alternative=side).pvalue)
                 for edge, side in (

@@ -287,7 +287,7 @@ def _over_documents(candidate: Documents, baseline: Documents, tokens: Tokens) -
     if len(tokens) >= 2:
         return paired_bootstrap(candidate, baseline, tokens)
     difference = float((candidate - baseline).mean()) if len(tokens) else math.nan
-    return PairedTest("none over documents (fewer than 2)", len(tokens), difference, p_value=1.0)
+    return PairedTest("none over documents (fewer than 2)", len(tokens), difference, math.nan)
 
 
 def best_length(group: Group, length: int) -> int:

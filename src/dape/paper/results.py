@@ -1,12 +1,13 @@
 """The results of an experiment: sections with figures and tables, and verdicts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dape.evaluate.significance import FEWEST_DOCUMENTS
 from dape.figures.style import save
-from dape.figures.tables import NOTHING, Table, p_value
+from dape.figures.tables import NO_P, NOTHING, Table, p_value
 from dape.files import write_json, write_text
 from dape.paper import chomsky, record, sections
 from dape.paper.cells import Cell
@@ -120,6 +121,8 @@ def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
     note = f"Two-sided p: {'; '.join(tests)}." if tests else "No claim is measured."
     if any(test and test.few for test in found):
         note += f" {NOTHING} fewer than {FEWEST_DOCUMENTS} documents: no p over documents."
+    if any(test and not test.few and math.isnan(test.p_value) for test in found):
+        note += f" {NO_P}"
     return Table("Verdicts", ["claim", "outcome", "seeds", "p"], rows, note)
 
 

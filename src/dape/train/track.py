@@ -1,6 +1,5 @@
 """Outputs of a run: `metrics.jsonl`, TensorBoard, a service on request, the screen."""
 
-import json
 import math
 import time
 from dataclasses import asdict
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from dape.errors import UserError
-from dape.files import write_text
+from dape.files import as_json, write_text
 from dape.packages import has_package
 from dape.train.recipe import Settings
 
@@ -53,7 +52,7 @@ class Tracker:
 
     def log(self, metrics: Metrics) -> None:
         """Write a line with `step` and the measurements."""
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(as_json(metrics) + "\n")
         self._file.flush()
         values = {name: value for name, value in metrics.items() if name != "step"}
         for name, value in values.items():
@@ -77,7 +76,7 @@ def _reopen(recipe: Settings, step: int) -> TextIO:
     newest = max((each["step"] for each in kept), default=0)
     if step - newest >= recipe.tracking.log_every:
         print(f"{run.metrics} has no metrics of steps {newest + 1} to {step}")
-    write_text(run.metrics, "".join(json.dumps(each) + "\n" for each in kept))
+    write_text(run.metrics, "".join(as_json(each) + "\n" for each in kept))
     return run.metrics.open("a", encoding="utf-8")
 
 
