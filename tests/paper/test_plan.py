@@ -6,6 +6,7 @@ from statistics import median
 import pytest
 from laboratory import ROOT, Pretended, cells, enter
 
+from dape.files import remove
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Regime
@@ -158,6 +159,46 @@ def test_an_arm_does_not_begin_with_the_model_of_an_earlier_recipe():
     assert choose(plan([base, arm]), only=["dape-512"]) == [arm, base], (
         "base trains first, as needed"
     )
+
+
+def test_a_fine_tuning_runs_again_after_its_base_was_trained_by_another_recipe():
+    """From the beginning, because the folder of the run holds a model from the earlier base."""
+
+    def chosen(**changes):
+        base = replace(RETROFIT.parts[0].base, **changes)
+        retrofit = replace(RETROFIT, parts=(replace(RETROFIT.parts[0], base=base),))
+        everything = retrofit.cells({"books": "data/python-stdlib"})
+        return [c for c in everything if c.arm in ("base", "dape-512") and c.training.seed == 0]
+
+    def tune(cell):
+        record.prepare(cell)
+        assert not cell.run.path.exists()
+        for command in cell.commands:
+            for path, place in command.keeps.items():
+                (cell.run.path / place).parent.mkdir(parents=True, exist_ok=True)
+                (cell.run.path / place).write_text("{}")
+                (cell.record.path / path).parent.mkdir(parents=True, exist_ok=True)
+                (cell.record.path / path).write_text("{}")
+        cell.record.recipe.write_text(write(cell.training.recipe))
+        record.finish(cell, {str(cell.commands[0]): 1.0}, None)
+
+    base, arm = chosen()
+    run([base])
+    tune(arm)
+    assert states([base, arm]) == ["finished", "finished"]
+    (arms,) = (part.base.arms for part in RETROFIT.parts)
+    changed = [replace(each, options={**each.options, "optimizer.warmup": 0.5}) for each in arms]
+    base, arm = chosen(arms=tuple(changed))
+    assert states([base, arm]) == ["changed", "changed"]
+    remove(base.run.path)
+    run([base])
+    assert states([base, arm]) == ["finished", "changed"], "the base alone was trained again"
+    record.write(arm, replace(record.read(arm), error="step 7: loss nan"))
+    assert states([arm]) == ["changed"]
+    tune(arm)
+    assert states([base, arm]) == ["finished", "finished"]
+    (arm.record.path / "base.yaml").unlink()
+    assert states([arm]) == ["finished"], "as in records of earlier versions"
 
 
 def test_the_price_is_tokens_by_speed_until_one_like_it_is_finished():

@@ -53,12 +53,16 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The training of a cell: the recipe for comparison with the record, and the corpus folder."""
+    """The training of a cell: recipes for comparison with the record, and the corpus folder.
+
+    `base` is the recipe of the model that a fine-tuning begins with, if a cell trains the model.
+    """
 
     regime: Regime
     seed: int
     data: str
     recipe: Recipe | Retrofit
+    base: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
-from dape.files import locked, read_json, remove, whole, write_json
+from dape.files import locked, read_json, remove, whole, write_json, write_text
 from dape.paper.cells import INSIDE, Cell, Command
 from dape.strict import build
 from dape.train import recipe as recipes
+from dape.train.recipe import Settings
 
 State = Literal["finished", "failed", "missing", "changed"]
 
@@ -111,12 +112,13 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
     """Return whether a cell is finished.
 
     `checksums` holds the checksums of the corpora on this machine, by folder. A cell is `changed`
-    if the record differs in recipe, data or measurement, and then must run again.
+    if the record differs in recipe, recipe of the base model, data or measurement, and then must
+    run again.
     """
     if not _file(cell).is_file():
         return "missing"
     end = read(cell)
-    if _other_recipe(cell) or _other_data(cell, end, checksums):
+    if _other_recipe(cell) or _other_base(cell) or _other_data(cell, end, checksums):
         return "changed"
     if end.error:
         return "changed" if _failed_otherwise(cell, end) else "failed"
@@ -148,13 +150,17 @@ def ended(cell: Cell) -> int | None:
 def prepare(cell: Cell) -> None:
     """Make the folder of the record, without files of a different recipe.
 
-    A finished run is removed if the model was discarded, because a finished run does not train.
+    A finished run is removed if the model was discarded, because a finished run does not train, and
+    any run that began with the base model of a different recipe.
     """
-    if _other_recipe(cell):
-        remove(cell.record.path)
-    if cell.training and cell.run.finished and not cell.run.has_result:
+    discarded = cell.training and cell.run.finished and not cell.run.has_result
+    if discarded or _other_base(cell):
         remove(cell.run.path)
+    if _other_recipe(cell) or _other_base(cell):
+        remove(cell.record.path)
     cell.record.path.mkdir(parents=True, exist_ok=True)
+    if cell.training and cell.training.base:
+        write_text(_base(cell), recipes.write(cell.training.base))
 
 
 def collect(cell: Cell, command: Command) -> None:
@@ -211,12 +217,23 @@ def _file(cell: Cell) -> Path:
     return cell.record.path / "cell.json"
 
 
+def _base(cell: Cell) -> Path:
+    """Return the file with the recipe of the base model, absent in records of earlier versions."""
+    return cell.record.path / "base.yaml"
+
+
 def _other_recipe(cell: Cell) -> bool:
-    known = cell.record.recipe
-    if cell.training is None or not known.is_file():
+    return _differs(cell.record.recipe, cell.training.recipe if cell.training else None)
+
+
+def _other_base(cell: Cell) -> bool:
+    return _differs(_base(cell), cell.training.base if cell.training else None)
+
+
+def _differs(file: Path, recipe: Settings | None) -> bool:
+    if recipe is None or not file.is_file():
         return False
-    recipe = cell.training.recipe
-    return bool(recipes.differences(recipes.read(known, type(recipe)), recipe))
+    return bool(recipes.differences(recipes.read(file, type(recipe)), recipe))
 
 
 def _other_data(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:

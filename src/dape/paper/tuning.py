@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dape.paper.cells import INSIDE, TRAINED, Cell, Command, Regime, Training
 from dape.paper.sweep import TINY, Arm, Measure, Options, Sweep, data_folder, schemes, words
-from dape.train.recipe import Retrofit, override, read
+from dape.train.recipe import Recipe, Retrofit, override, read
 
 LAST = INSIDE.evaluation("last")
 SMALL: Options = {
@@ -37,14 +37,15 @@ class Tuning:
         """Return the cells of the base models, followed by the cells of their fine-tuning."""
         for base in self.base.cells(home, data):
             yield base
-            assert base.training is not None
-            regime, seed = base.training.regime, base.training.seed
+            assert base.training is not None and isinstance(base.training.recipe, Recipe)
+            regime, seed, own = base.training.regime, base.training.seed, base.training.recipe
             reads = ("--lengths", self.base.reads.format(length=regime.length))
             for arm in self.arms:
                 chosen = replace(arm, options={**self.options, **arm.options})
                 folder = base.training.data
                 cell = _cell(home, regime, chosen, seed, folder, str(base.run), self.recipe, reads)
-                yield replace(cell, needs=base.name)
+                assert cell.training is not None
+                yield replace(cell, needs=base.name, training=replace(cell.training, base=own))
 
     def tiny(self) -> "Tuning":
         """Return every arm once, with a tiny model of bytes on a CPU."""
