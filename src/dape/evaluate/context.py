@@ -234,7 +234,10 @@ def context_use(
     if done is not None and done.measured == done.lengths:
         return done
     precision = provenance["precision"]
-    with model.loaded(device, longest.length, precision) as network, model.refusing():
+    with (
+        model.loaded(device, longest.length, precision) as network,
+        model.refusing(network),
+    ):
         if done is None:
             lengths = [each.length for each in plan.windows]
             subject = model.subject(network)

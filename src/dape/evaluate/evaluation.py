@@ -228,7 +228,7 @@ class _Session:
         return replace(done, measurements=[measured[length] for length in sorted(measured)])
 
     def _measure(self, windows: Windows, network: nn.Module) -> Measurement:
-        with self.model.refusing():
+        with self.model.refusing(network):
             losses = token_losses(
                 network,
                 self.plan.corpus.split(self.plan.split).document,

@@ -133,7 +133,7 @@ class Request:
         import lm_eval
 
         rows = max(1, self.batch_tokens // self.length)
-        with explained(self.length, rows), self.model.refusing():
+        with explained(self.length, rows), self.model.refusing(self.network):
             return lm_eval.simple_evaluate(
                 _counting(log)(
                     pretrained=self.network,

@@ -206,7 +206,7 @@ class _Session:
 
     def _with(self, done: Retrieval, length: int, asked: "_Asked", network: nn.Module) -> Retrieval:
         """Return the record with a further length."""
-        with self.model.refusing():
+        with self.model.refusing(network):
             cells, refused = retrieve(
                 network,
                 asked.prompts,

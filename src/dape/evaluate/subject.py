@@ -212,14 +212,14 @@ class Model:
             )
         return int(found)
 
-    def refusing(self) -> AbstractContextManager[Any]:
-        """Return the context in which the model refuses unreadable windows.
+    def refusing(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Return the context in which the loaded model refuses unreadable windows.
 
         DAPE models need no context.
         """
         from dape.model.position_tables import Tables
 
-        return nullcontext() if self.config.model_type == "dape" else Tables()
+        return nullcontext() if self.config.model_type == "dape" else Tables(network)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Models of others with a table of positions, learned or stored."""
 
 import inspect
+from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
 
@@ -18,6 +19,9 @@ _STORED = {
     "mpt": "max_seq_len",
 }
 
+# Models whose tables end in an error of PyTorch, before a row outside an embedding is read.
+_ENDING = {**_STORED, "openai-gpt": "n_positions"}
+
 
 def reaching(config: Any, longest: int) -> Any:
     """Return a configuration whose stored table of positions, if any, holds `longest` tokens."""
@@ -30,11 +34,27 @@ def reaching(config: Any, longest: int) -> Any:
 
 
 class Tables(TorchFunctionMode):
-    """Raise a `UserError` where a model reads a row outside an embedding.
+    """Raise a `UserError` where a model reads beyond a table of positions.
 
-    A GPU would end the process instead. The row is a learned position, because callers check the
-    vocabulary before.
+    A GPU would end the process instead. A row outside an embedding is a learned position, because
+    callers check the vocabulary before.
     """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model, self._hooks = model, ExitStack()
+
+    def __enter__(self) -> "Tables":
+        """Look at the inputs of the model too."""
+        hook = self._model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+        self._hooks.callback(hook.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Look no longer."""
+        super().__exit__(*error)
+        self._hooks.close()
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -50,6 +70,33 @@ class Tables(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse inputs, with the tokens in a cache, beyond the table of a model."""
+    given = [*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))]
+    _check_length(model, max(each.shape[1] for each in given if isinstance(each, torch.Tensor)))
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    config: Any = model.config
+    key = _ENDING.get(config.model_type)
+    most = getattr(config, key) if key else _learned(model)
+    if most is not None and length > most:
+        remedy = f"; load the model with {key}={length}" if config.model_type in _STORED else ""
+        raise UserError(f"the table of positions ends after {most} tokens{remedy}")
+
+
+def _learned(model: nn.Module) -> int | None:
+    """Return the tokens of a table as of BERT or RoBERTa, None for other models.
+
+    RoBERTa counts from the row after the padding.
+    """
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if type(table) is nn.Embedding:
+            return len(table.weight) - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return None
+
+
 @torch.inference_mode()
 def check_reach(model: nn.Module, length: int) -> None:
     """Refuse a training beyond the table of a model; a model that takes no positions has none.
@@ -57,11 +104,12 @@ def check_reach(model: nn.Module, length: int) -> None:
     Raises:
         UserError: naming the length of the training.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return
     place = torch.tensor([[length - 1]], device=device_of(model, torch.device("cpu")))
     try:
-        with Tables():
+        _check_length(model, length)
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            return
+        with Tables(model):
             model(input_ids=torch.zeros_like(place), position_ids=place, use_cache=False)
     except UserError as error:
         raise UserError(f"training.length={length}: {error}; take a shorter length") from None
