@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from dape.data.tokenizer import byte
+from dape.data.tokenizer import byte, fingerprint
 from dape.evaluate import harness
 from dape.evaluate.request import Score, scores
 from dape.model.modeling import DapeForCausalLM
@@ -281,6 +281,13 @@ def test_tasks_that_were_measured_are_not_measured_again(run, tasks, tmp_path, c
     again = capsys.readouterr()
     assert again.out == first and "rolling measured before; --again measures again" in again.err
     assert asked == []
+    file = tmp_path / "out" / run.name / "harness" / "rolling-8.json"
+    content = json.loads(file.read_text())
+    assert content["tokenizer"] == fingerprint(byte())
+    file.write_text(json.dumps(content | {"tokenizer": None}))  # as an earlier version wrote
+    earlier = {"tasks": ["rolling"], "lengths": [8], "include_path": tasks, "out": tmp_path / "out"}
+    (kept,) = harness.evaluate_harness(run, **earlier)
+    assert kept.tokenizer == content["tokenizer"] and asked == []
     assert not dape(*words, "rolling,choosing") and asked == ["choosing"] * 2
     assert not dape(*words, "choosing", "--limit", 2) and asked == ["choosing"] * 4
     assert not dape(*words, "choosing", "--again") and asked == ["choosing"] * 6

@@ -224,6 +224,11 @@ def test_scores_of_lm_eval_stand_beside_their_run_and_under_their_length():
         ["runs/kerple-0", "lambada", "acc", "0.25 ± 0.012", "0.5 ± 0.012"],
         ["runs/kerple-1", "lambada", "acc", "—", "0.75 ± 0.012"],
     ]
+    known = [replace(each, tokenizer=name) for each, name in zip(found, "aab", strict=True)]
+    note = "The models have different tokenizers: a length is not the same text for all."
+    assert note in table_of_scores(known).note
+    for same in (found, known[:2], [*known[:2], found[2]]):  # None: of an earlier version
+        assert "tokenizers" not in table_of_scores(same).note
 
 
 def test_a_table_on_a_narrow_screen_keeps_every_digit(groups, capsys, monkeypatch):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from itertools import product
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dape.data.tokenizer import fingerprint
 from dape.device import choose_device
 from dape.errors import UserError, check_whole, install
 from dape.evaluate.lengths import chosen_lengths, trained_at
@@ -163,7 +164,7 @@ class _Session:
             whole = load(self.folder.harness(task, length))
             parts = [load(self.folder.harness(name, length)) for name in whole.parts]
             if all(repeats(each, self.model, self.origin) for each in parts):
-                return parts
+                return [replace(each, tokenizer=fingerprint(self.tokenizer)) for each in parts]
         return []
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dape.data.tokenizer import fingerprint
 from dape.errors import UserError
 from dape.evaluate.refusal import Refused, explained
 from dape.evaluate.subject import Model, Subject
@@ -49,6 +50,7 @@ class Harnessed:
         cut: number of requests cut by lm-eval, over the whole group of tasks.
         parts: results of all tasks of a group; a single result for a plain task.
         refused: the reason of a refusal, without scores.
+        tokenizer: fingerprint of the tokenizer, None in records of earlier versions.
         format: version of the file format.
     """
 
@@ -62,6 +64,7 @@ class Harnessed:
     cut: int = 0
     refused: str | None = None
     parts: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
     format: int = FORMAT
 
     @property
@@ -105,6 +108,7 @@ class Request:
             subject=self.model.subject(self.network),
             max_length=self.length,
             provenance=origin,
+            tokenizer=fingerprint(self.tokenizer),
         )
         try:
             with truncations() as log:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dape.evaluate.request import Harnessed, Score
-from dape.figures.tables import NOTHING, Table
+from dape.figures.tables import NOTHING, Table, tokenizers
 
 
 def table(results: Sequence[Harnessed]) -> Table:
@@ -14,7 +14,7 @@ def table(results: Sequence[Harnessed]) -> Table:
         for score in each.scores:
             row = cells.setdefault((each.subject.run, each.task, score.metric), {})
             row[each.max_length] = cell(score)
-    notes = ["Columns: number of last tokens kept of a request (max_length)."]
+    notes = ["Columns: number of last tokens kept of a request (max_length).", *tokenizers(results)]
     notes += [
         f"{each.subject.run}, {each.task} at {each.max_length:,}: lm-eval cut {each.cut:,} "
         "requests."

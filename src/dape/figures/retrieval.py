@@ -13,7 +13,7 @@ from dape.evaluate.compare import gather
 from dape.evaluate.prompts import TASKS
 from dape.evaluate.retrieval import Retrieval
 from dape.figures.style import theme
-from dape.figures.tables import NOTHING, Table, refusal
+from dape.figures.tables import NOTHING, Table, refusal, tokenizers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ SCALES = {
 def table(records: Sequence[Retrieval], metric: str = "exact") -> Table:
     """Return the mean metric over runs, by label, depth and length."""
     first, form = check(records), SCALES[metric].form
-    rows, notes = [], [describe(first), *differ(records)]
+    rows, notes = [], [describe(first), *tokenizers(records)]
     for label, members in gather(records).items():
         values = mean(members, metric)
         for depth, row in zip(first.plan.depths, values, strict=True):
@@ -106,7 +106,7 @@ def heat_map(records: Sequence[Retrieval], metric: str = "exact") -> "Figure":
         for axes in [*grid.flat][len(panels) :]:
             axes.set_visible(False)
         grey = "; grey: refused" if any(each.refused for each in records) else ""
-        apart = ", of different tokenizers" if differ(records) else ""
+        apart = ", of different tokenizers" if tokenizers(records) else ""
         figure.supxlabel(f"length of the text (tokens{apart}){grey}", fontsize=9)
         figure.supylabel("depth of the number", fontsize=9)
         bar = figure.colorbar(grid[0, 0].collections[0], ax=grid, format=f"{{x:{scale.form}}}")
@@ -142,13 +142,6 @@ def describe(record: Retrieval) -> str:
         f"A number of {digits} digits in {around}, asked for at the end; {count} at each "
         "length and depth, the same for all. It is right if greedy decoding gives all of it."
     )
-
-
-def differ(records: Sequence[Retrieval]) -> list[str]:
-    """Return a note for models with different tokenizers, if any."""
-    if len({each.tokenizer for each in records} - {None}) < 2:
-        return []
-    return ["The models have different tokenizers: a length is not the same text for all."]
 
 
 def _panel(

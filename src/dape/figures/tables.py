@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -126,6 +126,22 @@ def precisions(groups: Sequence[Group]) -> list[str]:
         return []
     parts = (f"{precision} for {', '.join(labels)}" for precision, labels in sorted(named.items()))
     return [f"Precision of products: {'; '.join(parts)}."]
+
+
+@runtime_checkable
+class Tokenized(Protocol):
+    """A record with the fingerprint of a tokenizer, None in records of earlier versions."""
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The fingerprint."""
+
+
+def tokenizers(records: Sequence[Tokenized]) -> list[str]:
+    """Return a sentence on different tokenizers of records, if any."""
+    if len({each.tokenizer for each in records} - {None}) < 2:
+        return []
+    return ["The models have different tokenizers: a length is not the same text for all."]
 
 
 def refusal(label: str, refused: Mapping[int, str]) -> str:
