@@ -12,7 +12,7 @@ from dape.figures.curves import over_length
 from dape.figures.report import Report
 from dape.figures.style import save
 from dape.figures.tables import Table, results
-from dape.text import code, code_block, markdown, one_line
+from dape.text import code, code_block, counted, markdown, one_line
 from evaluations import make
 
 HOSTILE = "a|b [red]x[/] $\\frac{$ <script>1</script> \x1b[31m`c` **d**\nnext\x07"
@@ -75,3 +75,9 @@ def test_markdown_and_html_show_names_as_they_are(evaluations):
 def test_dollar_signs_are_no_formulas(evaluations, tmp_path):
     save(over_length(group(evaluations)), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").stat().st_size > 1000
+
+
+def test_a_number_has_its_noun_in_singular_or_plural():
+    found = [counted(number, "cell") for number in (0, 1, 2, 2000)]
+    assert found == ["0 cells", "1 cell", "2 cells", "2,000 cells"]
+    assert [counted(n, "batch", "es") for n in (1, 2)] == ["1 batch", "2 batches"]

@@ -3,6 +3,11 @@
 import re
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """Return a number with a noun in singular or plural, as `1 cell` and `2,000 cells`."""
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
+
+
 def one_line(text: str) -> str:
     """Return text on one line, with a sign in place of control characters of a terminal."""
     line = " ".join(filter(None, (each.strip() for each in text.replace("\t", " ").splitlines())))

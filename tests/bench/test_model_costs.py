@@ -214,8 +214,8 @@ def test_eager_times_have_a_table_of_their_own():
         ["cope, fused", "OOM"],
     ]
     assert timed.note == "In brackets: the ratio to nope, fused."
-    host = "The host took 50.0 to 60.0 microseconds a launch: rows whose ratio is below 1.20 may"
-    assert eager.note == f"{timed.note} {host} differ by the host alone."
+    host = "The host took 50.0 to 60.0 microseconds a launch: two rows less than 1.20 times apart"
+    assert eager.note == f"{timed.note} {host} may differ by the host alone."
 
 
 def test_a_length_at_which_a_scheme_was_not_measured_is_left_empty():

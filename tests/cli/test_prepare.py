@@ -36,7 +36,7 @@ def test_a_corpus_is_made_summarized_and_not_made_twice(capsys, sources, tmp_pat
     assert ["test", "1", "4", "3", "1"] in rows
     assert ["validation", "0", "0", "0", "0"] in rows
     listed = f"(listed in {tmp_path}/out/skipped.txt)"
-    assert f"skipped: 1 broken {listed}, 0 empty documents, 1 files of other kinds" in out
+    assert f"skipped: 1 broken {listed}, 0 empty documents, 1 file of other kinds" in out
     assert f"skipped {sources}/train.jsonl:2: " in err
     checksum = Corpus(tmp_path / "out").checksum
     assert f"checksum: {checksum}" in out

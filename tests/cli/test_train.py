@@ -1,3 +1,5 @@
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -130,7 +132,7 @@ def test_a_dry_run_tells_what_the_paper_trained(capsys, tmp_path, monkeypatch):
     blocks = 12 * (12 * 768**2 + 13 * 768) + 2 * 768
     assert f"parameters  {blocks + 2 * 50304 * 768 + 14_352 + 288:,}" in printed
     assert "14,640 parameters for positions" in printed
-    assert f"{256 * 512:,} tokens: 1 devices x 8 micro-batches x 32 sequences x 512" in printed
+    assert f"{256 * 512:,} tokens: 1 device x 8 micro-batches x 32 sequences x 512" in printed
     products = 12 * 12 * 768**2 + 50304 * 768
     pairs = 12 * (4 * 768 + 2 * (24 * 32 + 32 * 12))  # scores, weighted sum, and the adapter
     flops = (6 * products + 3 * 512 * pairs) * 256 * 512
@@ -161,6 +163,10 @@ def test_the_end_of_a_run_is_a_line_and_so_is_a_record_without_it(tmp_path):
     run = RunFolder(tmp_path)
     run.update_record({"step": 6, "tokens": 1024, "validation_loss": 2.5, "ended": "then"})
     assert ending(run).startswith(f"{run} is finished: 6 steps, 1,024 tokens, validation loss 2.50")
-    run.update_record({"validation_loss": None})
+    run.update_record({"validation_loss": math.nan})
+    assert "validation loss nan" in ending(run)
+    content = json.loads(run.record.read_text())
+    del content["validation_loss"]
+    run.record.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"run\.json is damaged"):
         ending(run)

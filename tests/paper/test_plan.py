@@ -101,7 +101,7 @@ def test_memory_that_does_not_suffice_is_a_result_of_the_measurement_too():
     found = cells("kerple")
     run(
         found,
-        fails={"eval": "dape: error: out of memory at length 512 with 1 windows in a forward pass"},
+        fails={"eval": "dape: error: out of memory at length 512 with 1 window in a forward pass"},
     )
     assert states(found) == ["failed"]
     assert found[0].record.read_record()["validation_loss"] == 2.5

@@ -91,6 +91,8 @@ def test_cells_wait_for_the_corpus_and_for_the_model(capsys):
         ]
     )
     assert "no model in models/smollm2: 2 cells wait" in capsys.readouterr().out
+    assert not paper.main(["smollm2", "--only", "plain", "--seeds", "1"])
+    assert "no corpus in data/books-smollm2: 1 cell waits" in capsys.readouterr().out
     Path("models/smollm2").mkdir(parents=True)
     assert without_model(SMOLLM2.cells()) == {}
 

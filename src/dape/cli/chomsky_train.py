@@ -11,6 +11,7 @@ from dape.chomsky.benchmark import Benchmark, read
 from dape.cli.arguments import parse
 from dape.cli.options import at_least_one
 from dape.errors import UserError
+from dape.text import counted
 
 if TYPE_CHECKING:
     from dape.chomsky.run import Job
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     benchmark, device = arguments.benchmark, choose_device(arguments.device)
     models = sum(len(job.seeds) for job in plan(benchmark))
-    print(f"{benchmark.out}: {models} models to train on {device}", flush=True)
+    print(f"{benchmark.out}: {counted(models, 'model')} to train on {device}", flush=True)
     report = partial(show, benchmark.training.steps)
     words = ["chomsky", "train", *argv]
     run(benchmark, device, report, words, arguments.together)

@@ -10,6 +10,7 @@ import tyro
 from dape.cli.arguments import parse
 from dape.errors import UserError
 from dape.files import check_writable, locked, whole
+from dape.text import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +53,4 @@ def export(run: Path, out: Path) -> None:
         trained.tokenizer.save_pretrained(partial)
         written.save(partial / "README.md")
     share = f"hf upload NAME {quote(str(out))}"
-    print(f"wrote {out}, the model after {trained.step:,} steps; to share: {share}")
+    print(f"wrote {out}, the model after {counted(trained.step, 'step')}; to share: {share}")

@@ -10,6 +10,7 @@ from dape.cli.arguments import parse
 from dape.cli.options import Names, Seeds, commas
 from dape.errors import UserError, unknown
 from dape.strict import default
+from dape.text import counted
 
 if TYPE_CHECKING:
     from dape.paper.cells import Cell
@@ -126,20 +127,23 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     plan.table([each for each in planned if each.cell.name in named], len(devices)).show()
     for folder, waiting in plan.without_corpus(due).items():
         print(
-            f"no corpus in {folder}: {len(waiting)} cells wait; prepare the corpus"
+            f"no corpus in {folder}: {waits(waiting)}; prepare the corpus"
             " (docs/paper.md), or give --data"
         )
         due = [cell for cell in due if cell not in waiting]
     for folder, waiting in plan.without_model(due).items():
-        print(f"no model in {folder}: {len(waiting)} cells wait; make the model (docs/paper.md)")
+        print(f"no model in {folder}: {waits(waiting)}; make the model (docs/paper.md)")
         due = [cell for cell in due if cell not in waiting]
     if (timed := [cell for cell in due if cell.gpu]) and devices == ["cpu"]:
-        print(f"no GPU on this machine: {len(timed)} cells wait; run the command on one with a GPU")
+        print(f"no GPU on this machine: {waits(timed)}; run the command on one with a GPU")
         due = [cell for cell in due if not cell.gpu]
     for (folder, longest), (number, waiting) in plan.long_documents(due).items():
-        few = f"{number} documents of the test split in {folder} exceed {longest:,} tokens"
+        few = (
+            f"{counted(number, 'document')} of the test split in {folder}"
+            f" {'exceeds' if number == 1 else 'exceed'} {longest:,} tokens"
+        )
         if number == 0:
-            print(f"{few}: {len(waiting)} cells wait; add longer texts (docs/paper.md)")
+            print(f"{few}: {waits(waiting)}; add longer texts (docs/paper.md)")
             due = [cell for cell in due if cell not in waiting]
         elif number < FEWEST_DOCUMENTS:
             print(f"{few}; p-values over documents need {FEWEST_DOCUMENTS} (docs/paper.md)")
@@ -164,10 +168,15 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     failed = [end for end in ends if end.error]
     done = len(ends) - len(failed)
     print(
-        f"{done} cells finished, {len(failed)} failed, {left} left (in another process,"
+        f"{counted(done, 'cell')} finished, {len(failed)} failed, {left} left (in another process,"
         " or for lack of time)"
     )
     return 1 if failed else 0
+
+
+def waits(cells: list["Cell"]) -> str:
+    """Return the number of cells that wait in words."""
+    return f"{counted(len(cells), 'cell')} {'waits' if len(cells) == 1 else 'wait'}"
 
 
 def check_seeds(cells: list["Cell"], seeds: tuple[int, ...]) -> None:

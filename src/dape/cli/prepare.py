@@ -14,7 +14,7 @@ from dape.data.prepare import Preparation, Status
 from dape.data.shards import Corpus
 from dape.data.writer import SKIPPED
 from dape.errors import UserError
-from dape.text import one_line
+from dape.text import counted, one_line
 
 LOG_SECONDS = 30.0  # between lines of progress outside a terminal
 COLUMNS = (
@@ -91,7 +91,9 @@ def _summarize(folder: Path) -> None:
     ignored = sum(source["ignored_files"] for source in manifest["sources"])
     where = f" (listed in {folder / SKIPPED})" if skipped["broken"] else ""
     console.print(
-        f"skipped: {skipped['broken']:,} broken{where}, {skipped['empty']:,} empty documents, "
-        f"{ignored:,} files of other kinds or linked twice\nchecksum: {manifest['checksum']}",
+        f"skipped: {skipped['broken']:,} broken{where}, "
+        f"{counted(skipped['empty'], 'empty document')}, "
+        f"{counted(ignored, 'file')} of other kinds or linked twice\n"
+        f"checksum: {manifest['checksum']}",
         markup=False,
     )

@@ -10,6 +10,7 @@ import tyro
 
 from dape.cli.arguments import parse
 from dape.errors import UserError
+from dape.text import counted
 from dape.train.recipe import Recipe, read
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def ending(folder: "RunFolder") -> str:
     done = folder.read_record()
     try:
         return (
-            f"{folder} is finished: {done['step']} steps, {done['tokens']:,} tokens,"
+            f"{folder} is finished: {counted(done['step'], 'step')}, {done['tokens']:,} tokens,"
             f" validation loss {done['validation_loss']:.4f}; to measure: dape eval"
             f" {quote(str(folder))}"
         )

@@ -19,6 +19,7 @@ from dape.evaluate.record import restore, save
 from dape.evaluate.subject import Model, Subject
 from dape.provenance import Provenance
 from dape.strict import Number
+from dape.text import counted
 
 FORMAT = 1
 SPANS = 256  # most spans of keys with a mean in a record
@@ -147,8 +148,8 @@ def choose_document(part: Split, length: int, document: int | None) -> int:
     count, longest = len(lengths), max(lengths)
     if length > longest:
         raise UserError(
-            f"length {length}: the longest of the {count} documents of the split has {longest} "
-            "tokens; take a shorter length"
+            f"length {length}: the longest of the {counted(count, 'document')} of the split has"
+            f" {longest} tokens; take a shorter length"
         )
     if document is None:
         return next(n for n, tokens in enumerate(lengths) if tokens >= length)

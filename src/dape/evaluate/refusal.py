@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dape.errors import RankError, UserError, out_of_memory
+from dape.text import counted
 
 
 class Refused(UserError):
@@ -24,8 +25,8 @@ def explained(length: int, windows: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise RankError(
-            f"out of memory at length {length} with {windows} windows in a forward pass; "
-            "lower --batch-tokens or the longest of --lengths"
+            f"out of memory at length {length} with {counted(windows, 'window')} in a forward pass;"
+            " lower --batch-tokens or the longest of --lengths"
         ) from None
     except UserError as error:
         raise Refused(str(error)) from error

@@ -18,6 +18,7 @@ from dape.figures.style import ACCENT, looks, save, theme
 from dape.figures.tables import NOTHING, Table
 from dape.files import check_writable, write_text
 from dape.provenance import INSTALLED
+from dape.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,8 +138,9 @@ def made(grid: Grid) -> str:
     )
     versions = ", ".join(f"{k} {v}" for k, v in first.provenance["versions"].items())
     return (
-        f"{len(cells)} models of width {model['hidden_size']}, {training['steps']:,} steps of "
-        f"{training['batch_size']} examples of lengths 1 to {training['length']}, rate "
+        f"{counted(len(cells), 'model')} of width {model['hidden_size']}, "
+        f"{training['steps']:,} steps of {training['batch_size']} examples of lengths"
+        f" 1 to {training['length']}, rate "
         f"{training['learning_rate']:g}, {training['precision']}. {hours:.2f} device hours on "
         f"{devices}; {rate:,.0f} model steps a device second. Commit {commits}; {versions}."
     )

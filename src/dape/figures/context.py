@@ -12,6 +12,7 @@ from dape.evaluate.context import OCCURRENCES, ContextUse
 from dape.evaluate.gains import Contrast, Gain, by_adapter, by_length, check_comparable
 from dape.figures.style import ACCENT, looks, theme
 from dape.figures.tables import NOTHING, Table
+from dape.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,8 +69,8 @@ def _table(
         rows=rows,
         note=f"A row holds the tokens whose last occurrence lies in a window of the longer length "
         f"and in none of the shorter. The last {targets.block:,} tokens of each window, of "
-        f"{len(targets.documents):,} documents of the {targets.split} split. In brackets the 95 % "
-        "interval, by the bootstrap over documents.",
+        f"{counted(len(targets.documents), 'document')} of the {targets.split} split. In brackets "
+        "the 95 % interval, by the bootstrap over documents.",
     )
 
 

@@ -80,8 +80,8 @@ def _of_host(chosen: list[Cost]) -> str:
         return ""
     least, most = min(found), max(found)
     return (
-        f" The host took {digits(least)} to {digits(most)} microseconds a launch: rows"
-        f" whose ratio is below {digits(most / least)} may differ by the host alone."
+        f" The host took {digits(least)} to {digits(most)} microseconds a launch: two rows less"
+        f" than {digits(most / least)} times apart may differ by the host alone."
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dape.evaluate.request import Harnessed, Score
 from dape.figures.tables import NOTHING, Table, tokenizers
+from dape.text import counted
 
 
 def table(results: Sequence[Harnessed]) -> Table:
@@ -16,8 +17,8 @@ def table(results: Sequence[Harnessed]) -> Table:
             row[each.max_length] = cell(score)
     notes = ["Columns: number of last tokens kept of a request (max_length).", *tokenizers(results)]
     notes += [
-        f"{each.subject.run}, {each.task} at {each.max_length:,}: lm-eval cut {each.cut:,} "
-        "requests."
+        f"{each.subject.run}, {each.task} at {each.max_length:,}: lm-eval cut"
+        f" {counted(each.cut, 'request')}."
         for each in results
         if each.cut
     ]

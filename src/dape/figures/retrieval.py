@@ -14,6 +14,7 @@ from dape.evaluate.prompts import TASKS
 from dape.evaluate.retrieval import Retrieval
 from dape.figures.style import theme
 from dape.figures.tables import NOTHING, Table, refusal, tokenizers
+from dape.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,10 +138,10 @@ def describe(record: Retrieval) -> str:
     """Return a sentence on the prompts."""
     digits, trials = TASKS[record.task].digits, record.plan.trials
     around = "text of the corpus" if record.data else "five sentences, over and over"
-    count = "1 number" if trials == 1 else f"{trials:,} numbers"
     return (
-        f"A number of {digits} digits in {around}, asked for at the end; {count} at each "
-        "length and depth, the same for all. It is right if greedy decoding gives all of it."
+        f"A number of {digits} digits in {around}, asked for at the end; "
+        f"{counted(trials, 'number')} at each length and depth, the same for all. It is right if"
+        " greedy decoding gives all of it."
     )
 
 

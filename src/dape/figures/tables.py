@@ -14,7 +14,7 @@ from jaxtyping import Float
 from dape.evaluate.compare import METRICS, Comparison, Group
 from dape.evaluate.record import Targets
 from dape.evaluate.significance import FEWEST_DOCUMENTS, PairedTest
-from dape.text import markdown, one_line
+from dape.text import counted, markdown, one_line
 
 NOTHING = "—"
 NO_P = f"{NOTHING} no p: the pairs have no spread, or a loss is not finite."
@@ -111,8 +111,8 @@ def describe_targets(groups: Sequence[Group]) -> str:
 def _extent(targets: Targets) -> str:
     """Return the number of scored tokens, of their documents, and the split."""
     return (
-        f"{sum(targets.tokens):,} tokens of {len(targets.documents):,} documents of the "
-        f"{targets.split} split"
+        f"{counted(sum(targets.tokens), 'token')} of {counted(len(targets.documents), 'document')}"
+        f" of the {targets.split} split"
     )
 
 

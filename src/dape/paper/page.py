@@ -13,6 +13,7 @@ from dape.paper.claims import Outcome
 from dape.paper.record import minutes
 from dape.paper.results import Results
 from dape.paper.sections import OURS
+from dape.text import counted
 
 
 def page(found: Sequence[Results], beside: Table) -> str:
@@ -31,4 +32,5 @@ def page(found: Sequence[Results], beside: Table) -> str:
         beside=beside,
         published=f", {OURS}",
         p_value=p_value,
+        counted=counted,
     )

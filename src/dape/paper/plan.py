@@ -14,6 +14,7 @@ from dape.figures.tables import NOTHING, Table
 from dape.paper import record
 from dape.paper.cells import Cell
 from dape.paper.record import State
+from dape.text import counted
 from dape.train.recipe import Retrofit
 
 # Tokens a second of training on an H200 with CUDA graphs, and factors for slower schemes. The speed
@@ -213,7 +214,7 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
     left = [each.minutes for each in planned if each.due and each.minutes is not None]
     if left:
         hours = max(sum(left) / devices, *left) / 60
-        note += f" About {hours:.1f} hours on {devices} GPU{'s' if devices > 1 else ''}."
+        note += f" About {hours:.1f} hours on {counted(devices, 'GPU')}."
     if any(each.due and each.estimate for each in planned):
         note += f" {ESTIMATE}: includes estimates, for arms without a finished cell."
     if any(each.due and each.minutes is None for each in planned):

@@ -15,6 +15,7 @@ from dape.paper.claims import Evidence, Verdict, judge
 from dape.paper.experiment import Experiment
 from dape.paper.sections import Section
 from dape.paper.study import Study, studies
+from dape.text import counted
 
 SECTIONS = sections.SECTIONS | chomsky.SECTIONS
 TABLE, VERDICTS = "table.md", "verdicts.json"
@@ -65,7 +66,7 @@ class Results:
         parts = [
             f"# {self.experiment.title}",
             f"Reproduces {self.experiment.shows}: `{self.command}`,"
-            f" {self.minutes:.0f} minutes of a device.",
+            f" {counted(round(self.minutes), 'minute')} of a device.",
             verdicts_table(self.verdicts).markdown() if self.verdicts else "",
         ]
         for section in self.sections:

@@ -14,6 +14,7 @@ from dape.data.shards import MANIFEST, Corpus
 from dape.errors import UserError
 from dape.positions import scheme
 from dape.ranks import ranks
+from dape.text import counted
 from dape.train import estimate, parallelize, track
 from dape.train.recipe import Recipe, Retrofit, flat, override, read
 from dape.train.sections import Base
@@ -186,7 +187,11 @@ def cost(recipe: Recipe, ranks: int) -> str:
     training, size = recipe.training, estimate.size(model)
     sequences, groups = training.batch_size, recipe.groups(ranks)
     accumulated, each = recipe.micro_batches(groups), ranks // groups
-    devices = f"{ranks} devices" if each == 1 else f"{groups} groups of {each} devices"
+    devices = (
+        counted(ranks, "device")
+        if each == 1
+        else f"{counted(groups, 'group')} of {counted(each, 'device')}"
+    )
     tokens = sequences * training.length
     flops = estimate.flops_per_token(model, training.length) * tokens
     parts = estimate.memory(recipe, size.parameters, entries, ranks)
@@ -195,10 +200,11 @@ def cost(recipe: Recipe, ranks: int) -> str:
             f"run         {recipe.folder}",
             f"scheme      {recipe.model.scheme}, {size.positional:,} parameters for positions",
             f"parameters  {size.parameters:,} ({size.multiplied:,} in matrix products)",
-            f"step        {tokens:,} tokens: {devices} x {accumulated} micro-batches x"
-            f" {sequences // (groups * accumulated)} sequences x {training.length},"
+            f"step        {tokens:,} tokens: {devices} x"
+            f" {counted(accumulated, 'micro-batch', 'es')} x"
+            f" {counted(sequences // (groups * accumulated), 'sequence')} x {training.length},"
             f" {flops:.2e} FLOP",
-            f"training    {training.steps:,} steps, {tokens * training.steps:,} tokens,"
+            f"training    {counted(training.steps, 'step')}, {tokens * training.steps:,} tokens,"
             f" {flops * training.steps:.2e} FLOP",
             f"memory      about {sum(parts.values()):.3g} GiB on each device: "
             + ", ".join(f"{name} {gib:.3g}" for name, gib in parts.items()),
