@@ -396,6 +396,13 @@ def test_a_check_counts_the_failed_runs_beside_finished_ones(tmp_path):
     turned = Better("kerple", "dape-kerple", REGIME).find([where])
     assert turned.number.endswith("(small-arxiv-128-150M, runs failed: 1)")
     assert Rise("kerple", REGIME, 16, True).find([where]).number.endswith("(small-arxiv-128-150M)")
+    for cell, after in zip(cells[2:4], (2.0, 9.0), strict=True):  # the second is of a failed run
+        losses = [[[10.0] * 25, [mean * 4] * 25, [20.0] * 25] for mean in (3.0, after)]
+        record = use([[5] * 25, [4] * 25, [5] * 25], losses, lengths=[128, 256])
+        record.save(cell.record.evaluation("context"))
+    far = Uses("dape-kerple", REGIME).find([where])
+    assert far.test.difference == pytest.approx(-1.0) and far.seeds == 1
+    assert far.number.endswith("on 100 far tokens (small-arxiv-128-150M, runs failed: 1)")
 
 
 def test_losses_that_are_no_numbers_are_not_the_best_and_huge_ones_are_infinitely_worse():

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from laboratory import Pretended, cells, enter
 
+import folders
 from dape.data.shards import Corpus
+from dape.files import remove
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
 from dape.paper.cells import Command
@@ -114,6 +116,24 @@ def test_the_end_of_a_cell_is_said_in_minutes():
     (cell,) = cells("kerple")
     said = describe(Outcome(cell, "3", 90.0, None))
     assert said == f"{cell.name} is finished (1.5 min on 3)"
+
+
+def test_a_training_on_another_corpus_begins_without_the_measurements_of_the_first():
+    (cell,) = cells("kerple")
+    spread([cell], ["cpu"], Pretended(), silent)
+    kept = cell.record.evaluation("last")
+    assert kept.is_file()
+    diverged = "dape: error: step 7: loss nan, gradient norm nan, at learning rate 1"
+    spread([cell], ["cpu"], Pretended(fails={"eval": diverged}), silent)
+    assert kept.is_file(), "of the same model"
+    remove(Path("data"))
+    folders.prepare(Path("other"), sizes=[500, 700, 650])
+    Path("other").rename("data")
+    Path("data/data").rename("data/python-stdlib")
+    remove(cell.run.path)
+    assert [each.state for each in plan([cell])] == ["changed"]
+    spread([cell], ["cpu"], Pretended(fails={"train": diverged}), silent)
+    assert [each.state for each in plan([cell])] == ["failed"] and not kept.exists()
 
 
 def test_a_cell_that_fails_is_said_in_one_line_and_the_others_go_on():

@@ -165,7 +165,8 @@ class Uses(Check):
         """Return the finding from the records, or None without records."""
         study = _study(evidence, self.regime)
         cells = [cell for cell in study.cells if cell.arm == self.arm] if study else []
-        files = [cell.record.path / CONTEXT for cell in cells]
+        errors = study.errors if study else {}
+        files = [cell.record.path / CONTEXT for cell in cells if cell.name not in errors]
         records = [context.load(file) for file in files if file.is_file()]
         if study is None or not records:
             return _failure(study, self.arm)
@@ -178,7 +179,8 @@ class Uses(Check):
         return Finding(
             outcome=_decided(test, 0.0, holds_below=True),
             number=f"{self.arm} {percent(test.difference)} by windows of {lengths[-1]:,} over"
-            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens ({study.name})",
+            f" {lengths[0]:,} on {tokens.sum():,.0f} far tokens"
+            f" ({study.name}{_lost(study, self.arm)})",
             seeds=len(records),
             test=test,
         )

@@ -148,7 +148,7 @@ def ended(cell: Cell) -> int | None:
 
 
 def prepare(cell: Cell) -> None:
-    """Make the folder of the record, without files of a different recipe.
+    """Make the folder of the record, without files of a different recipe or corpus.
 
     A finished run is removed if the model was discarded, because a finished run does not train, and
     any run that began with the base model of a different recipe.
@@ -156,7 +156,9 @@ def prepare(cell: Cell) -> None:
     discarded = cell.training and cell.run.finished and not cell.run.has_result
     if discarded or _other_base(cell):
         remove(cell.run.path)
-    if _other_recipe(cell) or _other_base(cell):
+    before = read(cell) if _file(cell).is_file() else None
+    other_data = before is not None and _other_data(cell, before, checksums([cell]))
+    if other_data or _other_recipe(cell) or _other_base(cell):
         remove(cell.record.path)
     cell.record.path.mkdir(parents=True, exist_ok=True)
     if cell.training and cell.training.base:
