@@ -373,7 +373,8 @@ def test_an_arm_whose_runs_all_failed_leaves_its_claim_open(tmp_path):
     where = replace(study(group("kerple", flat(3.0))), cells=cells, errors=errors)
     good = replace(where, groups=(*where.groups, group("alibi", flat(2.9))))
     fails = Better("dape-kerple", "kerple", REGIME), Rise("dape-kerple", REGIME, 16, False)
-    for check in (*fails, Uses("dape-kerple", REGIME)):
+    turned = Better("kerple", "dape-kerple", REGIME)
+    for check in (*fails, turned, Uses("dape-kerple", REGIME)):
         found = check.find([where])
         assert found.outcome == "not decidable at this scale" and found.test is None
         assert found.number == "dape-kerple failed: step 7: loss nan (small-arxiv-128-150M)"

@@ -30,6 +30,23 @@ def test_every_size_of_micro_batch_is_measured(tmp_path):
     assert not list(tmp_path.iterdir()), "a measurement leaves nothing"
 
 
+def test_chosen_sizes_are_measured_up_to_the_first_that_will_not_fit(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(measure, "_fits", lambda found, n, device: asked.append(n) or n < 8)
+    found = list(measure.measure(settings(tmp_path), sizes=[2, 4, 8, 16], steps=2))
+    assert [each.micro_batch_size for each in found] == [2, 4] and asked == [2, 4, 8]
+    assert [len(each.updates) for each in found] == [2, 2]
+
+
+def test_a_reading_is_a_line_with_what_a_device_measures():
+    words = "micro_batch_size 2  3.2 GiB  1,001 tokens/s  0.50 s a step  MFU 41%"
+    assert str(Reading(2, 0.5, 1000.6, 3.21, 0.414)) == words
+    assert (
+        str(Reading(2, 0.5, 1000.6, None, None))
+        == "micro_batch_size 2  1,001 tokens/s  0.50 s a step"
+    )
+
+
 def test_the_command_names_the_fastest(tmp_path, capsys):
     file = tmp_path / "recipe.yaml"
     file.write_text(write(settings(tmp_path)))
@@ -53,6 +70,9 @@ def test_a_size_that_memory_cannot_hold_is_not_tried(monkeypatch):
     gpu = torch.device("cuda")
     found = [Reading(1, 1.0, 1.0, 10.0, None), Reading(2, 1.0, 1.0, 16.0, None)]
     assert [measure._fits(found, size, gpu) for size in (4, 5, 6, 8)] == [True, True, False, False]
+    twice = [Reading(2 * each.micro_batch_size, 1.0, 1.0, each.gib, None) for each in found]
+    three = [Reading(1, 1.0, 1.0, 1.0, None), *twice]
+    assert measure._fits(three, 8, gpu) and not measure._fits(three, 16, gpu), "by the last two"
     assert measure._fits(found[:1], 8, gpu) and measure._fits(found, 8, torch.device("cpu"))
 
 
@@ -88,6 +108,7 @@ def test_random_tokens_differ_between_steps_and_devices_and_are_of_the_recipe(tm
     assert {each.shape for each in batches} == {(4, 17)}
     assert 0 <= min(each.min() for each in batches) < max(each.max() for each in batches) < 64
     assert len({str(each.tolist()) for each in batches}) == 4
+    assert torch.equal(task.batch("train", 1, 0, 2)[0], batches[2]), "at every draw"
     assert task.tokens == 8 * 16
 
 
@@ -101,4 +122,16 @@ def test_where_memory_ends_on_one_device_the_sizes_before_stand(tmp_path, monkey
     monkeypatch.setattr(measure, "updates", updates)
     found = list(measure.measure(settings(tmp_path)))
     assert [(each.micro_batch_size, each.seconds) for each in found] == [(1, 0.5), (2, 0.5)]
+    assert [len(each.updates) for each in found] == [3, 3]
     assert found[0].updates == (0.5, 0.7, 0.25), "without the first, in which kernels are compiled"
+
+
+def test_another_failure_than_of_memory_is_no_end_of_the_sizes(tmp_path, monkeypatch):
+    def updates(session):
+        if session.recipe.hardware.micro_batch_size > 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield from ({"update_seconds": 1.0} for _ in range(session.recipe.training.steps))
+
+    monkeypatch.setattr(measure, "updates", updates)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(measure.measure(settings(tmp_path)))
