@@ -291,6 +291,14 @@ def test_what_is_written_holds_tables_figures_and_verdicts():
     (figure,) = re.findall(r"!\[.*\]\((.*)\)", text)
     assert (folder / figure).read_text().startswith("<?xml")
     assert "dape paper small" in text
+    (section,) = found.sections
+    parts = [verdicts_table(found.verdicts), *section.tables]
+    places = [text.index(part) for part in (*(x.markdown() for x in parts), section.caption)]
+    assert places == sorted(places) and text.count(f"## {section.name}") == 1
+    unclaimed = replace(found, verdicts=(), experiment=replace(found.experiment, name="bare"))
+    unclaimed.write()
+    assert "Verdicts" not in unclaimed.markdown()
+    assert {file.name for file in Path("runs/smoke/bare").iterdir()} == {"table.md", figure}
 
 
 def test_a_p_that_does_not_exist_is_null_in_the_file_and_a_dash_in_the_table():
