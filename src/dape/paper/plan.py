@@ -26,7 +26,7 @@ SLOWER = {
     "fire": 1.4,
     "dape": 1.1,
     "rope": 1.1,
-    "talking-heads": 2.0,
+    "talking-heads": 1.4,
     "cope": 2.6,
     "transformer-xl": 2.6,
 }
