@@ -33,14 +33,38 @@ def test_importing_dape_imports_no_library():
     assert imported("import dape") == set()
 
 
-def test_attention_and_its_parts_import_torch_alone():
+CALLS = "dape.attention(x, x, x), dape.attention(x, x, x, dape.Kerple(2), dape.DAPE(2))"
+STATEMENTS = {
+    "attention": f"import dape; x = torch.ones(1, 2, 3, 4); {CALLS}",
+    "experiments": "from dape.paper import experiments, plan",
+    "evaluate": "import dape; assert dape.evaluate.evaluate.__module__ in sys.modules",
+}
+
+
+@pytest.fixture(scope="module")
+def beside_torch():
+    """Return which heavy libraries a Python with PyTorch alone has after each of the statements."""
+    code = f"""
+import json, os, sys, torch
+for name, statement in {STATEMENTS!r}.items():
+    if not os.fork():
+        exec(statement)
+        os.write(1, f"{{json.dumps([name, [*({HEAVY!r} & sys.modules.keys())]])}}\\n".encode())
+        os._exit(0)
+    assert not os.wait()[1], name
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return {name: {*found} for name, found in map(json.loads, run.stdout.splitlines())}
+
+
+def test_attention_and_its_parts_import_torch_alone(beside_torch):
     """PyTorch's compiler, torch._dynamo, would double the time of the import."""
-    call = "dape.attention(x, x, x), dape.attention(x, x, x, dape.Kerple(2), dape.DAPE(2))"
-    assert imported(f"import dape, torch; x = torch.ones(1, 2, 3, 4); {call}") == {"torch"}
+    assert beside_torch["attention"] == {"torch"}
 
 
-def test_experiments_are_listed_and_planned_without_the_models():
-    assert imported("from dape.paper import experiments, plan") == {"torch"}
+def test_experiments_are_listed_and_planned_without_the_models(beside_torch):
+    assert beside_torch["experiments"] == {"torch"}
 
 
 def asked():
@@ -179,9 +203,9 @@ def test_a_name_there_is_not_is_an_attribute_error():
         dape.kerple  # noqa: B018
 
 
-def test_packages_of_functions_are_attributes_and_cost_nothing_until_one_is_used():
+def test_packages_of_functions_are_attributes_and_cost_nothing_until_one_is_used(beside_torch):
     assert imported("import dape; dape.evaluate, dape.train; 'train' in dir(dape)") == set()
-    assert imported("import dape; dape.evaluate.evaluate") >= {"torch"}
+    assert beside_torch["evaluate"] >= {"torch"}
     for package in (dape.evaluate, dape.train):
         for name in package.__all__:
             assert getattr(package, name).__name__ == name
