@@ -11,6 +11,9 @@ from transformers import CompileConfig
 import dape
 from dape.positions.scheme import ADAPTERS, BASES
 
+# A convolution over 5 or 7 keys has the operators of one over 3 keys, in longer sums.
+COMPILED = [*BASES, *(f"{name}-kerple" for name in ADAPTERS if name not in ("dape5", "dape7"))]
+
 
 @pytest.mark.unhooked
 @pytest.mark.parametrize("block", ["paper", "modern"])
@@ -60,7 +63,7 @@ def test_masks_and_positions_may_come_with_a_later_length(name):
 
 
 @pytest.mark.unhooked
-@pytest.mark.parametrize("scheme", [*BASES, *(f"{adapter}-kerple" for adapter in ADAPTERS)])
+@pytest.mark.parametrize("scheme", COMPILED)
 def test_every_scheme_compiles_whole(scheme):
     torch.compiler.reset()
     model = grown(scheme=scheme, num_hidden_layers=1).eval()  # random positions are for training
