@@ -163,5 +163,5 @@ def test_running_out_of_memory_names_the_length_and_the_remedy():
         raise torch.OutOfMemoryError
 
     blocks = choose_blocks(protocol("last", [16]), TEXT_LENGTHS, documents=1, blocks=1, seed=0)
-    with pytest.raises(UserError, match=r"length 16 with 1 windows .* lower --batch-tokens"):
+    with pytest.raises(UserError, match=r"length 16 with 1 window .* lower --batch-tokens"):
         token_losses(hungry, DOCUMENTS.__getitem__, blocks.windows(16), batch_tokens=16)
