@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from dape.device import device_of
 from dape.errors import UserError
+from dape.model.arguments import CACHE_NAMES
 
 # Models with a formula for any length, stored in a table up to the number in this key.
 _STORED = {
@@ -72,8 +73,15 @@ class Tables(TorchFunctionMode):
 
 def _check_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse inputs, with the tokens in a cache, beyond the table of a model."""
-    given = [*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))]
-    _check_length(model, max(each.shape[1] for each in given if isinstance(each, torch.Tensor)))
+    lengths = [
+        each.shape[1]
+        for each in (*args[:1], *map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask")))
+        if isinstance(each, torch.Tensor)
+    ]
+    for cache in map(kwargs.get, CACHE_NAMES):
+        if cache is not None and kwargs.get("attention_mask") is None:
+            lengths = [int(cache.get_seq_length()) + length for length in lengths]
+    _check_length(model, max(lengths))
 
 
 def _check_length(model: nn.Module, length: int) -> None:
