@@ -98,7 +98,7 @@ def test_metadata_of_someone_else_runs_no_code(saved, tmp_path):
         lambda: checkpoint.load_weights(saved, trained(updates=0)[0]),
     ):
         with pytest.raises(
-            UserError, match=r"cannot be read \(pathlib.Path.touch is not allowed in"
+            UserError, match=r"cannot be read \(pathlib[\w.]*.Path.touch is not allowed in"
         ):
             read()
     assert not (tmp_path / "canary").exists()
