@@ -218,6 +218,22 @@ def test_eager_times_have_a_table_of_their_own():
     assert eager.note == f"{timed.note} {host} may differ by the host alone."
 
 
+def test_a_time_that_another_program_may_have_disturbed_is_named():
+    """As on an H200, where tests ran beside the first row."""
+    runs = {
+        "nope": (82.561, 69.522, 83.542),
+        "rope": (70.132, 69.4, 73.1),
+        "t5": (11.0, 10.0, 11.1),
+    }
+    entries = [Entry(name, 1024, 1, "forward", *times, 14) for name, times in runs.items()]
+    costs = [model.Cost("tiny", "fused", GIB, entry) for entry in entries]
+    (table,) = tables(model.Costs(1, 0, {}, costs))
+    assert table.note == (
+        "In brackets: the ratio to nope, fused. Unsteady, the median is more than 10 % above the "
+        "fastest run, as beside a second program: nope, fused, 1,024 (69.5 to 83.5 ms)."
+    )
+
+
 def test_a_length_at_which_a_scheme_was_not_measured_is_left_empty():
     graph = {"clock": clock.GRAPHED, "peak": GIB}
     entries = [

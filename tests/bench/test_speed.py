@@ -58,6 +58,7 @@ def test_a_table_has_times_ratios_and_peaks_and_says_why_a_number_is_missing():
     assert "— (it knows no bias): flex." in short.note
     assert "By CUDA graph: sdpa, cuda, textbook." in short.note
     assert "By CUDA graph: sdpa, cuda, textbook forward." in long.note
+    assert short.note.count(" to ") == 6 and "cuda forward (0.100 to 0.400 ms)" in short.note
 
 
 def test_a_failure_is_told_from_what_cannot_be():

@@ -12,6 +12,9 @@ from dape.strict import Number, build
 FORMAT = 1
 # Reasons of a missing number.
 NOT_SERVED, OUT_OF_MEMORY, FAILED = "not served", "out of memory", "failed"
+# Medians over fastest runs on an H200: at most 1.05 inside CUDA graphs, and 1.19 while a second
+# program had the GPU for half of the runs.
+STEADY = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,13 @@ class Entry:
     missing: Missing | None = None
     eager: float | None = None
     launches: int | None = None
+
+    @property
+    def unsteady(self) -> tuple[float, float] | None:
+        """Return the fastest and the slowest run if the median is far above the fastest."""
+        if self.milliseconds is None or self.fastest is None or self.slowest is None:
+            return None
+        return (self.fastest, self.slowest) if self.milliseconds > STEADY * self.fastest else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dape.bench.model import DIRECTIONS, LOGITS, Cost, Costs
-from dape.figures.speed import digits, milliseconds, origin
+from dape.figures.speed import digits, milliseconds, origin, unsteady
 from dape.figures.tables import NOTHING, Table
 
 GIB = 2**30
@@ -60,15 +60,21 @@ def _table(
         times = map(_time, line, base)
         rows.append([f"{scheme}, {form}", *times, *(() if eager else map(_memory, line))])
     header = [f"{n:,} (ms)" for n in lengths]
+    named = ((f"{c.entry.method}, {c.form}, {c.entry.length:,}", c.entry) for c in chosen)
     return Table(
         title=f"{size}, {direction}{', eager' if eager else ''}",
         header=["scheme", *header, *(() if eager else (f"{n:,} (GiB)" for n in lengths))],
         rows=rows,
-        note=f"In brackets: the ratio to {YARDSTICK}, fused.{_of_host(chosen) if eager else ''}",
+        note=" ".join(
+            [
+                f"In brackets: the ratio to {YARDSTICK}, fused.",
+                *(_of_host(chosen) if eager else unsteady(named)),
+            ]
+        ),
     )
 
 
-def _of_host(chosen: list[Cost]) -> str:
+def _of_host(chosen: list[Cost]) -> list[str]:
     """Return a sentence on the host's time for a launch, by calls that wait mostly for the host."""
     entries = [cost.entry for cost in chosen]
     found = [
@@ -77,12 +83,12 @@ def _of_host(chosen: list[Cost]) -> str:
         if e.eager and e.launches and e.milliseconds and e.eager > 2 * e.milliseconds
     ]
     if not found:
-        return ""
+        return []
     least, most = min(found), max(found)
-    return (
-        f" The host took {digits(least)} to {digits(most)} microseconds a launch: two rows less"
+    return [
+        f"The host took {digits(least)} to {digits(most)} microseconds a launch: two rows less"
         f" than {digits(most / least)} times apart may differ by the host alone."
-    )
+    ]
 
 
 def _eager(cost: Cost | None) -> Cost | None:

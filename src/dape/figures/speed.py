@@ -1,7 +1,7 @@
 """Speed and memory of attention, measured by `dape bench attention`: tables and a figure."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dape.bench.case import DIRECTIONS, YARDSTICK
@@ -62,7 +62,8 @@ def table(results: Results, length: int) -> Table:
         base = [results.entry(YARDSTICK, length, direction) for direction in DIRECTIONS]
         times = zip(map(milliseconds, pair), map(ratio, pair, base), strict=True)
         rows.append([method, *(cell for both in times for cell in both), *map(peak, pair)])
-    batch = next(entry.batch for entry in results.entries if entry.length == length)
+    timed = [entry for entry in results.entries if entry.length == length]
+    batch = timed[0].batch
     header = [cell for name in DIRECTIONS for cell in (f"{name} (ms)", f"/ {YARDSTICK}")]
     return Table(
         title=f"{results.scheme}, {results.heads} heads of {results.head_dim}, {results.dtype}, "
@@ -73,6 +74,7 @@ def table(results: Results, length: int) -> Table:
             [
                 *(checked(results, length), *clocks(results, length)),
                 *(*eager(results, length), *gaps(results, length)),
+                *unsteady((f"{e.method} {e.direction}", e) for e in timed),
             ]
         ),
     )
@@ -126,6 +128,17 @@ def eager(results: Results, length: int) -> list[str]:
         if entry.length == length and entry.eager is not None
     ]
     return [f"Eager, by the wall clock: {', '.join(found)}."] if found else []
+
+
+def unsteady(entries: Iterable[tuple[str, Entry]]) -> list[str]:
+    """Return a sentence on named times whose runs differ, as beside a second program."""
+    found = ", ".join(
+        f"{name} ({digits(span[0])} to {digits(span[1])} ms)"
+        for name, entry in entries
+        if (span := entry.unsteady)
+    )
+    why = "the median is more than 10 % above the fastest run, as beside a second program"
+    return [f"Unsteady, {why}: {found}."] if found else []
 
 
 def gaps(results: Results, length: int) -> list[str]:
