@@ -213,19 +213,21 @@ def read_tensors(path: Path, remedy: str) -> "dict[str, Tensor]":
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the mapping in a recipe.
 
-    An installed package has the recipes of the repository, such as `recipes/demo.yaml`.
+    The recipes of the repository, such as `recipes/demo.yaml`, are found from every folder: an
+    installed package holds them, and an editable one lies in the checkout.
 
     Raises:
         UserError: naming the file, and for an absent file the known recipes.
     """
-    package = Path(__file__).parent
     if path.exists():
         return read_yaml(path)
-    if (package / path).is_file():
-        return read_yaml(package / path)
+    shipped = Path(__file__).parent, Path(__file__).parents[2]
+    for base in shipped:
+        if (base / path).is_file():
+            return read_yaml(base / path)
     known = {
         str(each.relative_to(base))
-        for base in (Path(), package)
+        for base in (Path(), *shipped)
         for each in base.glob("recipes/*.yaml")
     }
     return read_yaml(path, f"known recipes: {', '.join(sorted(known))}" if known else "")

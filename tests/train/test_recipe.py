@@ -93,6 +93,14 @@ def test_a_missing_recipe_is_named_with_those_at_hand(tmp_path, monkeypatch):
         recipes.read("train", Recipe)
 
 
+def test_the_recipes_of_the_checkout_are_found_from_every_folder(tmp_path, monkeypatch):
+    here = recipes.read("recipes/paper/small.yaml", Recipe)
+    monkeypatch.chdir(tmp_path)
+    assert recipes.read("recipes/paper/small.yaml", Recipe) == here
+    with pytest.raises(UserError, match=r"^cannot read demo.yaml: .*; .*recipes/demo\.yaml"):
+        recipes.read("demo.yaml", Recipe)
+
+
 def test_a_mistake_is_found_before_torch_is_loaded(tmp_path):
     (tmp_path / "bad.yaml").write_text("training: {steps: many}")
     script = (
