@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from laboratory import Pretended, cells, enter
+from laboratory import Pretended, cells, enter, sweep
 
 import folders
 from dape.data.shards import Corpus
+from dape.evaluate.record import load
 from dape.files import remove
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
@@ -21,6 +22,7 @@ from dape.paper.cells import Command
 from dape.paper.experiments import COST
 from dape.paper.plan import choose, plan
 from dape.paper.spread import Outcome, Workers, describe, devices, spread
+from dape.paper.sweep import MEASURED_ON
 from dape.runs import RunFolder
 from dape.train.loop import divergence
 from dape.train.recipe import Recipe, read
@@ -393,6 +395,56 @@ def test_what_another_recipe_left_does_not_mix_with_a_new_record():
     spread([again], ["cpu"], Pretended(), silent)
     assert not (moved / "evaluation" / "sliding-64.json").exists()
     assert [each.state for each in plan([again])] == ["finished"]
+
+
+def test_measurements_on_one_corpus_never_stand_for_those_on_another():
+    """The second evaluation of a run ends by a kill, and its file is still that of the first."""
+    data = {"mixed": "data/python-stdlib", "arxiv": "data/arxiv", "books": "data/books"}
+    made = replace(sweep("kerple"), corpora=("mixed",)).cells(Path("runs/smoke"), data)
+    (cell,) = found = list(made)
+    spread(found, ["cpu"], Pretended(), silent)
+    arxiv, books = (
+        cell.record.path / f"evaluation/last-{name}.json" for name in MEASURED_ON["mixed"]
+    )
+    arxiv.unlink()
+    books.write_text("of books")
+    spread(found, ["cpu"], Pretended(fails={"data/books": "Killed"}), silent)
+    assert arxiv.is_file() and books.read_text() == "of books"
+
+
+class Dated(Pretended):
+    """Workers whose trainings have a start; `killed` ones leave what they have so far."""
+
+    def call(self, words, device, log):
+        status = super().call(words, device, log)
+        if words[0] == "train":
+            run = RunFolder(Path("runs") / words[words.index("--name") + 1])
+            run.path.mkdir(parents=True, exist_ok=True)
+            dated = run.read_record() | {"started": "yesterday" if not self.losses else "today"}
+            run.record.write_text(json.dumps(dated))
+        return status
+
+
+def test_measurements_of_an_earlier_training_do_not_stand_beside_a_new_one():
+    """A base model that is gone is trained again; until measured again, the cell is missing."""
+    (cell,) = found = cells("kerple")
+    spread(found, ["cpu"], Dated(), silent)
+    left = cell.record.path / "learned" / "64.json"
+    left.parent.mkdir()
+    left.write_text("of the first training")
+    remove(cell.run.path)
+    today = {"losses": {"kerple": [1.0] * 5}}
+    spread(found, ["cpu"], Dated(fails={"train": "Killed"}, **today), silent)
+    assert [each.state for each in plan(found)] == ["finished"] and left.is_file()
+    assert cell.record.read_record()["started"] == "yesterday", "a killed training takes nothing"
+    remove(cell.run.path)
+    spread(found, ["cpu"], Dated(fails={"eval": "Killed"}, **today), silent)
+    assert [each.state for each in plan(found)] == ["missing"]
+    assert not cell.record.evaluation("last").exists() and not left.exists()
+    assert b"Killed" in record.log(cell).read_bytes()
+    spread(found, ["cpu"], Dated(**today), silent)
+    assert [each.state for each in plan(found)] == ["finished"]
+    assert load(cell.record.evaluation("last")).measurements[0].loss == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

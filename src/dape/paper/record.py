@@ -166,7 +166,16 @@ def prepare(cell: Cell) -> None:
 
 
 def collect(cell: Cell, command: Command) -> None:
-    """Copy existing files of a command from the run folder to the record."""
+    """Copy existing files of a command from the run folder to the record.
+
+    A record of an earlier training, by the same recipe on the same corpus, ends here.
+    """
+    with repairable([cell]):
+        before, now = (each.read_record().get("started") for each in (cell.record, cell.run))
+    if before and before != now:
+        for path in cell.record.path.iterdir():
+            if path not in (log(cell), _base(cell)):
+                remove(path)
     for kept, place in command.keeps.items():
         if (cell.run.path / place).is_file():
             with whole(cell.record.path / kept) as copy:

@@ -247,17 +247,22 @@ def _commands(
 ) -> str | None:
     """Run the commands in order, keep their files, and return the first error.
 
+    A failed measurement leaves no files, because the run folder may hold those of an earlier one,
+    and a killed training none, because the record may be of a finished one.
     `leave_room` is called near the end of a training, and after a training without an error.
     """
     record.prepare(cell)
     seconds: dict[str, float] = {}
     error = None
     for command in cell.commands:
-        near_end = leave_room if cell.training and command is cell.commands[0] else None
+        trains = cell.training is not None and command is cell.commands[0]
+        near_end = leave_room if trains else None
         begun = time.monotonic()
         with _watched(cell, near_end) if near_end else nullcontext():
             error = _command(cell, command, device, workers)
         seconds[str(command)] = time.monotonic() - begun
+        if not error or (trains and _tells(error, alone=leave_room is None)):
+            record.collect(cell, command)
         if error:
             break
         if near_end:
@@ -312,12 +317,11 @@ def _tells(error: str | None, alone: bool) -> bool:
 
 
 def _command(cell: Cell, command: Command, device: str, workers: Workers) -> str | None:
-    """Run a command, keep the files, and return the error of a failure."""
+    """Run a command, and return the error of a failure."""
     log = record.log(cell)
     with log.open("ab") as output:
         begin = output.tell()
         status = workers.call(command.words, device, output)
-    record.collect(cell, command)
     return _error(log.read_bytes()[begin:].decode("utf-8", "replace"), status) if status else None
 
 
