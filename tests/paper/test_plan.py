@@ -345,6 +345,21 @@ def test_the_plan_as_a_table_adds_up():
     ]
 
 
+def test_the_plan_prices_the_cells_that_will_run():
+    """Failed cells that are retried, and a base whose model is gone, beside the missing ones."""
+    (failed, *finished), retry = cells("kerple", "alibi"), {"retry": True}
+    run([failed], fails={"train": "dape: error: step 7: loss nan, gradient norm nan"})
+    run(finished)
+    planned = [
+        replace(each, minutes=minutes)
+        for each, minutes in zip(plan([failed, *finished]), (30.0, 90.0), strict=True)
+    ]
+    for chosen, minutes in ((choose(planned), "0"), (choose(planned, **retry), "30")):
+        assert table(planned, 1, chosen).rows[-1][-1] == minutes
+    shown = table(planned, 1, [failed, *finished])
+    assert shown.rows[-1][-1] == "120" and "About 2.0 hours" in shown.note
+
+
 def finished(order, prices, devices, minutes):
     """The names of cells that end in time, where each device takes the first that can."""
     free, left, ended = [0.0] * devices, list(order), []

@@ -280,6 +280,17 @@ def test_a_training_that_repeats_its_text_too_often_is_named():
     assert "rose again" not in results(chosen).sections[0].tables[1].note
 
 
+def test_a_training_that_diverged_did_not_repeat_its_text_too_often():
+    chosen = experiment("kerple", "alibi")
+    run(chosen)
+    cell, _ = chosen.cells()
+    lines = [{"step": step, "validation_loss": loss} for step, loss in enumerate((3.0, 9.0))]
+    cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record.write(cell, replace(record.read(cell), error="step 2: loss nan, gradient norm nan"))
+    note = results(chosen).sections[0].tables[-1].note
+    assert "kerple-0 failed: step 2" in note and "rose again" not in note
+
+
 def test_what_is_written_holds_tables_figures_and_verdicts():
     found = run(experiment())
     found.write()

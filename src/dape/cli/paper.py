@@ -124,7 +124,8 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     due = plan.choose(planned, arguments.only, arguments.retry, arguments.seeds, turns)
     asked = plan.asked(planned, arguments.only, arguments.seeds)
     named = {cell.name for cell in (*due, *(each.cell for each in asked))}
-    plan.table([each for each in planned if each.cell.name in named], len(devices)).show()
+    shown = [each for each in planned if each.cell.name in named]
+    plan.table(shown, len(devices), due).show()
     for folder, waiting in plan.without_corpus(due).items():
         print(
             f"no corpus in {folder}: {waits(waiting)}; prepare the corpus"

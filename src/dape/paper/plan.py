@@ -1,7 +1,7 @@
 """The plan of an experiment: finished cells, missing cells, and the cost of missing cells."""
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,8 +199,12 @@ def _longest(cell: Cell) -> dict[str, int]:
     return found
 
 
-def table(planned: Sequence[Planned], devices: int) -> Table:
-    """Return the plan as a table, with the cost of cells that are due.
+def table(
+    planned: Sequence[Planned], devices: int, chosen: Collection[Cell] | None = None
+) -> Table:
+    """Return the plan as a table, with the cost of the cells that `choose` has chosen.
+
+    By default these are the cells that are due.
 
     A row is a regime, a group of tasks for encoders, or the lengths of a measurement.
     """
@@ -209,15 +213,19 @@ def table(planned: Sequence[Planned], devices: int) -> Table:
         group = each.cell.name.rpartition("/")[0] or each.cell.name
         name = each.cell.regime.name if each.cell.regime else group
         groups.setdefault(name, []).append(each)
-    rows = [_row(name, group) for name, group in {**groups, "all": planned}.items()]
+    if chosen is None:
+        chosen = [each.cell for each in planned if each.due]
+    names = {cell.name for cell in chosen}
+    due = [each for each in planned if each.cell.name in names]
+    rows = [_row(name, group, names) for name, group in {**groups, "all": planned}.items()]
     note = "Changed: settings, data or measurements differ now; runs again."
-    left = [each.minutes for each in planned if each.due and each.minutes is not None]
+    left = [each.minutes for each in due if each.minutes is not None]
     if left:
         hours = max(sum(left) / devices, *left) / 60
         note += f" About {hours:.1f} hours on {counted(devices, 'GPU')}."
-    if any(each.due and each.estimate for each in planned):
+    if any(each.estimate for each in due):
         note += f" {ESTIMATE}: includes estimates, for arms without a finished cell."
-    if any(each.due and each.minutes is None for each in planned):
+    if any(each.minutes is None for each in due):
         note += f" {NOTHING}: no price was measured (docs/chomsky.md for encoders)."
     return Table("Plan", ["regime", *get_args(State), "GPU minutes due"], rows, note)
 
@@ -274,9 +282,9 @@ def _estimate(cell: Cell) -> float | None:
     return regime.tokens * factor / TOKENS_PER_SECOND[regime.size] / 60 + AROUND[regime.size]
 
 
-def _row(name: str, group: Sequence[Planned]) -> list[str]:
+def _row(name: str, group: Sequence[Planned], chosen: Collection[str]) -> list[str]:
     counts = [str(sum(each.state == state for each in group)) for state in get_args(State)]
-    due = [each for each in group if each.due]
+    due = [each for each in group if each.cell.name in chosen]
     known = [each.minutes for each in due if each.minutes is not None]
     mark = ESTIMATE if any(each.estimate for each in due) else ""
     return [name, *counts, f"{mark}{sum(known):.0f}" if len(known) == len(due) else NOTHING]

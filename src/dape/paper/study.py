@@ -50,6 +50,8 @@ class Study:
         """Return the arms and seeds with a rise of the validation loss, with both losses."""
         found = []
         for cell in self.cells:
+            if cell.name in self.errors:  # diverged, or not measured
+                continue
             losses = [
                 s["validation_loss"] for s in cell.record.read_metrics() if "validation_loss" in s
             ]
