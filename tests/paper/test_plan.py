@@ -4,8 +4,9 @@ from random import Random
 from statistics import median
 
 import pytest
-from laboratory import ROOT, Pretended, cells, enter
+from laboratory import ROOT, Pretended, cells, enter, sweep
 
+from dape.evaluate.record import load
 from dape.files import remove
 from dape.paper import record
 from dape.paper.beyond import RETROFIT
@@ -71,6 +72,27 @@ def test_other_settings_other_data_and_other_measurements_are_run_again():
     assert states([layout]) == ["finished"]
     assert states(cells("kerple", reads="32,64")) == ["changed"]
     assert record.state(cell, {cell.training.data: "another checksum"}) == "changed"
+
+
+def test_a_corpus_of_a_measurement_may_lie_elsewhere_and_not_change():
+    """Models of the mixed corpus are measured on texts of two others."""
+
+    def chosen(**folders):
+        mixed = replace(sweep("kerple"), corpora=("mixed",))
+        return list(mixed.cells(Path("runs/smoke"), {"mixed": "data/python-stdlib", **folders}))
+
+    (cell,) = found = chosen(arxiv="a folder/arxiv")
+    run(found)
+    assert states(found) == states(chosen()) == ["finished"]
+    own = load(cell.record.evaluation("last").with_stem("last-arxiv")).targets.data
+    for folders, folder in (({"arxiv": "a folder/arxiv"}, "a folder/arxiv"), ({}, "data/arxiv")):
+        (moved,) = chosen(**folders)
+        assert record.state(moved, {folder: own}) == "finished"
+        assert record.state(moved, {folder: "another checksum"}) == "changed"
+    Path("data/arxiv").symlink_to(Path("data/python-stdlib").absolute())
+    assert states(chosen()) == ["changed"], "the pretended evaluations are of no corpus"
+    record.write(cell, replace(record.read(cell), error="out of memory"))
+    assert states(chosen()) == ["failed"]
 
 
 def test_a_result_that_is_lost_is_measured_again():

@@ -11,6 +11,7 @@
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from dape.runs import RunFolder
@@ -49,6 +50,11 @@ class Command:
     def __str__(self) -> str:
         """Return the words for a shell."""
         return shlex.join(["dape", *self.words])
+
+    @property
+    def data(self) -> str | None:
+        """Return the folder of the corpus, None for the training corpus of a measured run."""
+        return dict(pairwise(self.words)).get("--data")
 
 
 @dataclass(frozen=True, slots=True)

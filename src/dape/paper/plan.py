@@ -4,6 +4,7 @@ import heapq
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import get_args
@@ -192,8 +193,8 @@ def _longest(cell: Cell) -> dict[str, int]:
         return {}
     found = {cell.training.data: 0}
     for command in cell.commands:
-        given = dict(zip(command.words, command.words[1:], strict=False))
-        folder = given.get("--data", cell.training.data)
+        given = dict(pairwise(command.words))
+        folder = command.data or cell.training.data
         lengths = given.get("--lengths", "0")
         found[folder] = max(found.get(folder, 0), int(lengths.rpartition(",")[2]))
     return found

@@ -6,16 +6,19 @@ commands and `cell.json`, the end of the cell, are files of the record too.
 
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.evaluate.record import load
 from dape.files import locked, read_json, remove, whole, write_json, write_text
 from dape.paper.cells import INSIDE, Cell, Command
 from dape.strict import build
@@ -122,7 +125,7 @@ def state(cell: Cell, checksums: Mapping[str, str]) -> State:
         return "changed"
     if end.error:
         return "changed" if _failed_otherwise(cell, end) else "failed"
-    return "finished" if _measured(cell, end) else "changed"
+    return "finished" if _measured(cell, end, checksums) else "changed"
 
 
 def claimed(cell: Cell) -> AbstractContextManager[None]:
@@ -216,7 +219,7 @@ def discard(cell: Cell) -> None:
 def checksums(cells: Sequence[Cell]) -> dict[str, str]:
     """Return the checksums of the cells' corpora on this machine, by folder."""
     found = {}
-    for folder in dict.fromkeys(cell.training.data for cell in cells if cell.training):
+    for folder in dict.fromkeys(each.data for cell in cells for each in cell.commands if each.data):
         try:
             found[folder] = Corpus(folder).checksum
         except UserError:
@@ -257,7 +260,7 @@ def _failed_otherwise(cell: Cell, end: End) -> bool:
     trained = end.commands.get(str(INSIDE.record)) if cell.training else None
     reached = any(words != trained for words in end.seconds)
     return reached and any(
-        end.commands.get(str(path), str(each)) != str(each)
+        _asked(end.commands.get(str(path), str(each))) != _asked(str(each))
         for each in _measures(cell)
         for path in each.keeps
     )
@@ -267,9 +270,26 @@ def _measures(cell: Cell) -> tuple[Command, ...]:
     return cell.commands[1:] if cell.training else cell.commands
 
 
-def _measured(cell: Cell, end: End) -> bool:
+def _asked(words: str) -> list[str]:
+    """Return the words of a command without the folder of a corpus, another on each machine."""
+    return [
+        word
+        for before, word in pairwise(["", *shlex.split(words)])
+        if "--data" not in (before, word)
+    ]
+
+
+def _measured(cell: Cell, end: End, checksums: Mapping[str, str]) -> bool:
     """Return whether the record holds the files of all commands, measured as asked."""
     kept = [cell.record.path / path for each in cell.commands for path in each.keeps]
     return all(path.is_file() for path in kept) and all(
-        end.commands.get(str(path)) == str(each) for each in _measures(cell) for path in each.keeps
+        _asked(end.commands.get(str(path), "")) == _asked(str(each))
+        and _same_corpus(cell.record.path / path, checksums.get(each.data or ""))
+        for each in _measures(cell)
+        for path in each.keeps
     )
+
+
+def _same_corpus(file: Path, checksum: str | None) -> bool:
+    """Return whether an evaluation is of a corpus, if its checksum is known here."""
+    return checksum is None or load(file).targets.data == checksum
