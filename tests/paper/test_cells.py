@@ -124,6 +124,16 @@ def test_in_miniature_each_arm_is_trained_once_and_claims_move_along():
         assert regimes <= set(tiny.regimes)
 
 
+def test_a_name_has_one_training_over_all_experiments():
+    """The record of a cell serves every experiment with the cell."""
+    for scale in (lambda each: each, smoke):
+        found = {}
+        for experiment in experiments.EXPERIMENTS.values():
+            for cell in scale(experiment).cells():
+                first = found.setdefault((cell.home, cell.name), cell)
+                assert cell.training == first.training and cell.commands[0] == first.commands[0]
+
+
 def test_in_miniature_the_costs_of_the_small_model_are_measured_once():
     found = smoke(experiments.COST).cells()
     assert [cell.name for cell in found] == [

@@ -48,12 +48,10 @@ class Experiment:
 
 def smoke(experiment: Experiment) -> Experiment:
     """Return the experiment in miniature: every arm once, with a tiny model of bytes on a CPU."""
-    return replace(
-        experiment,
-        parts=tuple(part.tiny() for part in experiment.parts),
-        claims=tuple(claim.moved(lambda regime: TINY) for claim in experiment.claims),
-        home=Path("runs/smoke"),
-    )
+    parts = tuple(part.tiny() for part in experiment.parts)
+    small = replace(experiment, parts=parts, home=Path("runs/smoke"))
+    (tiny,) = small.regimes or (TINY,)
+    return replace(small, claims=tuple(each.moved(lambda regime: tiny) for each in small.claims))
 
 
 def check_data(experiments: Iterable[Experiment], data: Mapping[str, str]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dape.paper.cells import INSIDE, TRAINED, Cell, Command, Regime, Training
-from dape.paper.sweep import TINY, Arm, Measure, Options, Sweep, data_folder, schemes, words
+from dape.paper.sweep import TINY, Arm, Measure, Options, Sweep, data_folder, words
 from dape.train.recipe import Recipe, Retrofit, override, read
 
 LAST = INSIDE.evaluation("last")
@@ -101,14 +101,17 @@ class Pretrained:
         }
 
     def tiny(self) -> Tuning:
-        """Return every arm once on a tiny model of ours, which lacks the changed keys."""
+        """Return every arm once on a tiny model of ours, which lacks the changed keys.
+
+        The base has half the tokens, because arms of trainings have the same names.
+        """
         kept = ("model.adapter", "model.train", "model.options", "optimizer.learning_rate")
         arms = tuple(
             replace(arm, options={key: arm.options[key] for key in kept if key in arm.options})
             for arm in self.arms
         )
-        base = replace(Sweep("", (), (), schemes("rope")).tiny(), arms=(BASE,))
-        return Tuning(base, self.recipe, arms, {}).tiny()
+        tiny = Tuning(Sweep("", (), (), (BASE,)), self.recipe, arms, {}).tiny()
+        return replace(tiny, base=replace(tiny.base, tokens=(TINY.tokens // 2,)))
 
 
 BASE = Arm("base", {"model.scheme": "rope"})
