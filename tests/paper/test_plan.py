@@ -23,6 +23,7 @@ from dape.paper.plan import (
     table,
     without_corpus,
 )
+from dape.paper.smollm2 import SMOLLM2
 from dape.paper.spread import spread
 from dape.paper.sweep import USES
 from dape.train.recipe import override, write
@@ -283,6 +284,13 @@ def test_finished_measurements_correct_the_estimates_of_others():
     assert times == pytest.approx([2.0, 3.0, *[2.5] * 57])
     assert [each.estimate for each in planned] == [False, False, *[True] * 57]
     assert plan(found)[-1].minutes == pytest.approx(3 * found[-1].minutes)
+    tuned = SMOLLM2.cells()
+    assert [each.minutes for each in plan([*tuned, *found])[: len(tuned)]] == [
+        cell.minutes for cell in tuned
+    ], "a training is no measurement"
+    one = [replace(each, estimate=False) for each in plan(found[4:5])]
+    assert "~: includes estimates" not in table(one, devices=1).note
+    assert "~: includes estimates" in table([*one, *plan(found[:4])], devices=1).note
 
 
 def test_the_plan_marks_prices_that_no_finished_cell_gives():

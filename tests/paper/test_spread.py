@@ -333,6 +333,16 @@ def test_an_interruption_ends_the_processes_and_the_next_time_goes_on(tmp_path, 
     assert choose(plan(found)) == []
 
 
+def test_after_an_interruption_no_further_command_starts(tmp_path):
+    """Such as the measurement of a training that ended a moment before."""
+    workers = Workers(program=(sys.executable, "-c", "print('started')"))
+    with (tmp_path / "output").open("wb") as log:
+        assert workers.call([], "cpu", log) == 0
+        workers.stop()
+        assert workers.call([], "cpu", log) != 0
+    assert (tmp_path / "output").read_text() == "started\n"
+
+
 def test_two_spreads_at_a_time_never_run_the_same_cell():
     """The second takes the next cells, and leaves what the first one ends."""
     found = cells("kerple", "alibi", "fire")
