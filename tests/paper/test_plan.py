@@ -195,7 +195,7 @@ def test_a_fine_tuning_runs_again_after_its_base_was_trained_by_another_recipe()
 
     def tune(cell):
         record.prepare(cell)
-        assert not cell.run.path.exists()
+        assert not cell.run.path.exists() and states([cell]) == ["missing"]
         for command in cell.commands:
             for path, place in command.keeps.items():
                 (cell.run.path / place).parent.mkdir(parents=True, exist_ok=True)

@@ -343,6 +343,25 @@ def test_after_an_interruption_no_further_command_starts(tmp_path):
     assert (tmp_path / "output").read_text() == "started\n"
 
 
+@pytest.mark.parametrize(
+    ("record_of_run", "folder", "goes_on"),
+    [
+        ("{}", "checkpoints", True),
+        ('{"ended": null}', "checkpoints", True),
+        ('{"ended": "now"}', "model", True),
+        ('{"ended": "now"}', "adapters", True),
+        ('{"ended": "now"}', "checkpoints", False),
+    ],
+)
+def test_a_run_goes_on_unless_its_model_was_discarded(record_of_run, folder, goes_on):
+    (cell,) = cells("kerple")
+    (cell.run.path / folder).mkdir(parents=True)
+    (cell.run.path / folder / "config.json").write_text("{}")
+    cell.run.record.write_text(record_of_run)
+    record.prepare(cell)
+    assert cell.run.path.exists() == goes_on
+
+
 def test_two_spreads_at_a_time_never_run_the_same_cell():
     """The second takes the next cells, and leaves what the first one ends."""
     found = cells("kerple", "alibi", "fire")

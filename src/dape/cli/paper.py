@@ -127,25 +127,19 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     shown = [each for each in planned if each.cell.name in named]
     plan.table(shown, len(devices), due).show()
     for folder, waiting in plan.without_corpus(due).items():
-        print(
-            f"no corpus in {folder}: {waits(waiting)}; prepare the corpus"
-            " (docs/paper.md), or give --data"
-        )
-        due = [cell for cell in due if cell not in waiting]
+        remedy = "prepare the corpus (docs/paper.md), or give --data"
+        due = without(waiting, due, f"no corpus in {folder}", remedy)
     for folder, waiting in plan.without_model(due).items():
-        print(f"no model in {folder}: {waits(waiting)}; make the model (docs/paper.md)")
-        due = [cell for cell in due if cell not in waiting]
+        due = without(waiting, due, f"no model in {folder}", "make the model (docs/paper.md)")
     if (timed := [cell for cell in due if cell.gpu]) and devices == ["cpu"]:
-        print(f"no GPU on this machine: {waits(timed)}; run the command on one with a GPU")
-        due = [cell for cell in due if not cell.gpu]
+        due = without(timed, due, "no GPU on this machine", "run the command on one with a GPU")
     for (folder, longest), (number, waiting) in plan.long_documents(due).items():
         few = (
             f"{counted(number, 'document')} of the test split in {folder}"
             f" {'exceeds' if number == 1 else 'exceed'} {longest:,} tokens"
         )
         if number == 0:
-            print(f"{few}: {waits(waiting)}; add longer texts (docs/paper.md)")
-            due = [cell for cell in due if cell not in waiting]
+            due = without(waiting, due, few, "add longer texts (docs/paper.md)")
         elif number < FEWEST_DOCUMENTS:
             print(f"{few}; p-values over documents need {FEWEST_DOCUMENTS} (docs/paper.md)")
     if arguments.plan or not due:
@@ -175,9 +169,11 @@ def run(cells: list["Cell"], turns: dict[str, int], arguments: Arguments) -> int
     return 1 if failed else 0
 
 
-def waits(cells: list["Cell"]) -> str:
-    """Return the number of cells that wait in words."""
-    return f"{counted(len(cells), 'cell')} {'waits' if len(cells) == 1 else 'wait'}"
+def without(waiting: list["Cell"], due: list["Cell"], reason: str, remedy: str) -> list["Cell"]:
+    """Return the cells that are due without those that wait, and print why these wait."""
+    wait = "waits" if len(waiting) == 1 else "wait"
+    print(f"{reason}: {counted(len(waiting), 'cell')} {wait}; {remedy}")
+    return [cell for cell in due if cell not in waiting]
 
 
 def check_seeds(cells: list["Cell"], seeds: tuple[int, ...]) -> None:
