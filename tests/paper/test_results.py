@@ -9,6 +9,7 @@ import pytest
 from laboratory import Pretended, enter, sweep
 
 import evaluations
+from dape.data.shards import Corpus
 from dape.errors import UserError
 from dape.evaluate.compare import Group
 from dape.evaluate.significance import PairedTest
@@ -273,8 +274,11 @@ def test_a_training_that_repeats_its_text_too_often_is_named():
         {"step": step, "validation_loss": loss, "tokens_per_second": 1000}
         for step, loss in enumerate((3.0, 2.0, 2.02))
     ]
+    lines.insert(1, {"step": 1, "loss": 2.5})
     cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "kerple-0 from 2.000 to 2.020" in results(chosen).sections[0].tables[1].note
+    note = results(chosen).sections[0].tables[1].note
+    assert "kerple-0 from 2.000 to 2.020" in note
+    assert f"the checksum {Corpus(cell.training.data).checksum[:12]}. " in note
     lines[-1]["validation_loss"] = 2.009
     cell.record.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "rose again" not in results(chosen).sections[0].tables[1].note

@@ -175,7 +175,7 @@ def collect(cell: Cell, command: Command) -> None:
     """
     with repairable([cell]):
         before, now = (each.read_record().get("started") for each in (cell.record, cell.run))
-    if before and before != now:
+    if before != now:
         for path in cell.record.path.iterdir():
             if path not in (log(cell), _base(cell)):
                 remove(path)
