@@ -1,11 +1,11 @@
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from dape.cli.arguments import parse
+from dape.cli.arguments import NARROWEST, options_of, parse
 from dape.errors import UserError
 
 
@@ -127,3 +127,43 @@ def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):
         parse(Wordy, ["--help"], "dape thing")
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 50 and "  A second paragraph begins a line." in lines
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Do a thing by the command `dape thing FOLDER --size 3` at-once."""
+
+    folder: Positional[str]
+    """Where."""
+    size: int
+    """Size."""
+    again: Annotated[int, arg(name="once-more")] = 3
+    """How often again."""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "missing: STR, --size INT (see `dape thing --help`)"),
+        (["here"], "missing: --size INT (see `dape thing --help`)"),
+        (["here", "--sise", "3"], "unknown option '--sise'; did you mean '--size'?"),
+        (["here", "--size", "3", "--again", "4"], "unknown option '--again'"),
+        (["here", "--size", "3", "--once-mor", "4"], "did you mean '--once-more'?"),
+    ],
+)
+def test_a_missing_argument_is_named_and_an_unknown_option_first(words, message):
+    assert list(options_of(Needed)) == ["--size", "--once-more"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(Needed, words, "dape thing")
+
+
+@pytest.mark.parametrize("columns", [NARROWEST - 1, NARROWEST, 48])
+def test_help_fits_a_narrow_terminal_and_does_not_break_code(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse(Needed, ["--help"], "dape thing")
+    page = capsys.readouterr().out
+    lines = page[page.index("  Do a thing") :].partition("\n\n")[0].splitlines()
+    assert 18 <= max(map(len, lines)) <= max(NARROWEST, columns)
+    if columns == 48:
+        assert "  `dape thing FOLDER --size 3` at-once." in lines
