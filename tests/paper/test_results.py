@@ -5,14 +5,20 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from laboratory import Pretended, enter, sweep
 
 import evaluations
 from dape.data.shards import Corpus
 from dape.errors import UserError
+from dape.evaluate.capture import Row
 from dape.evaluate.compare import Group
+from dape.evaluate.heads import describe
+from dape.evaluate.learned import Layer, LearnedRows
 from dape.evaluate.significance import PairedTest
+from dape.evaluate.subject import Subject
+from dape.figures.learned import table
 from dape.paper import record
 from dape.paper.beside import beside
 from dape.paper.cells import Regime
@@ -22,10 +28,11 @@ from dape.paper.experiments import AMOUNTS, CORE, COST, SIGNIFICANCE
 from dape.paper.page import page
 from dape.paper.published import PUBLISHED
 from dape.paper.results import as_record, results, verdicts_table
-from dape.paper.sections import curves, perplexities, trainings
+from dape.paper.sections import curves, heads, perplexities, trainings
 from dape.paper.spread import spread
 from dape.paper.study import Study, studies
 from dape.paper.sweep import TINY, Measure
+from dape.paper.sweep import heads as measured
 from dape.positions.scheme import SCHEMES
 
 LOSSES = {"kerple": [2.0, 2.1, 2.2, 2.3, 2.4], "dape-kerple": [1.9, 1.8, 1.7, 1.7, 1.7]}
@@ -329,6 +336,38 @@ def test_a_p_that_does_not_exist_is_null_in_the_file_and_a_dash_in_the_table():
     table = verdicts_table([verdict])
     assert table.rows[1][-1] == "—"
     assert table.note.endswith(" — no p: the pairs have no spread, or a loss is not finite.")
+
+
+def test_a_section_of_heads_is_of_the_run_and_the_length_in_its_name():
+    found = list(
+        sweep("kerple", seeds=(0, 1), measures=(measured(1), measured(4))).cells(
+            Path("runs/smoke"), {}
+        )
+    )
+    rng, expected = np.random.default_rng(0), {}
+    for cell in found[::-1]:
+        for length in (128, 32):
+            row = Row(0, False, *rng.normal(size=(3, 2, length)))
+            lines = (values.tolist() for values in (row.scores, row.bias, row.change))
+            layer = Layer(0, False, *lines, describe(row, 16))
+            about = {"document": 0, "length": length, "query": length - 1, "far": 16}
+            subject = Subject(str(cell.run), "kerple", 32, cell.training.seed, "c", 1)
+            spans = list(range(length + 1))
+            made = LearnedRows(
+                subject,
+                "c0ffee",
+                "test",
+                **about,
+                spans=spans,
+                layers=[layer],
+                provenance=evaluations.PROVENANCE,
+            )
+            made.save(cell.record.path / f"learned/{length}.json")
+            name = f"{cell.name.replace('/', '-')}-at-{length}"
+            expected[name] = table(made).rows
+    shown = {section.name: section.tables[0].rows for section in heads(found)}
+    assert shown == expected and len(expected) == 4
+    assert next(iter(shown)) == f"{found[0].name.replace('/', '-')}-at-32"
 
 
 def test_the_page_holds_everything_itself():
