@@ -254,6 +254,22 @@ def test_a_quantized_cache_goes_through_and_is_refused_once_cropped(scheme):
         model(ids[:, 13:], past_key_values=cache)
 
 
+@pytest.mark.parametrize("retrofitted", [False, True])
+@torch.no_grad()
+def test_a_cache_that_generate_would_not_go_on_from_is_refused(retrofitted):
+    """Each step would read all tokens again, behind the cached keys."""
+    model, ids = grown(scheme="dape-kerple"), tokens(2, 6)
+    if retrofitted:
+        model = pretrained("llama", torch.float64)
+        dape.retrofit(model, bias="kerple")
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :4], past_key_values=cache)
+    with pytest.raises(UserError, match=r"^use_cache=False, .* say use_cache=True, or le") as error:
+        generate(model, ids, past_key_values=copy.deepcopy(cache), use_cache=False)
+    assert "\n" not in str(error.value)
+    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
+
+
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_the_cache_of_an_encoder_is_refused(name):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -120,6 +120,20 @@ def check_fits(cache: Cache, batch: int, total: int | Tensor, keys: int) -> None
         )
 
 
+def check_cache_used(inputs: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for a step of `generate` beside a cache that it does not go on from.
+
+    With `use_cache=False` each step reads all tokens again, behind the keys in the cache.
+    """
+    cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
+    if cache is not None and inputs.get("use_cache") is False:
+        raise UserError(
+            "use_cache=False, of the call or of the configuration, and past_key_values: generate "
+            "would read all tokens again behind the cached keys; say use_cache=True, or leave "
+            "past_key_values out"
+        )
+
+
 def check_counted(found: int, counted: int | None) -> None:
     """Raise a `UserError` for a cache that returns other keys than it counts, None if unknown.
 

@@ -24,6 +24,7 @@ from dape.errors import UserError, check_whole
 from dape.model.arguments import (
     CACHE,
     by_either_name,
+    check_cache_used,
     check_last,
     packed_documents,
     refuse_pages,
@@ -324,11 +325,13 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
         The cache has the name `past_key_values` in every release, by which PEFT looks for it.
 
         Raises:
-            UserError: without tokens, or for positions that are not those of all keys.
+            UserError: without tokens, for positions that are not those of all keys, or for a cache
+                beside `use_cache=False`.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
+        check_cache_used(inputs)
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         if inputs["input_ids"] is not None and not inputs["input_ids"].shape[1]:

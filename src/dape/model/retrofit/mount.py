@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
-from dape.model.arguments import refuse_pages
+from dape.model.arguments import check_cache_used, refuse_pages
 from dape.model.base import DapePreTrainedModel
 from dape.model.blocks import in_use
 from dape.model.retrofit.choice import Choice, Factory
@@ -153,6 +153,7 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
             before_each(undo, modules, partial(refuse_another, text))
             put(undo, model, "create_masks_for_generate", mask_as_given)
             put(undo, model, "init_continuous_batching", refuse_pages)
+            put(undo, model, "prepare_inputs_for_generation", partial(inputs_of_step, model))
             around(undo, model, own_bias=any(each.bias is not None for each in found))
         parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
         check_unchanged(model, own)
@@ -243,6 +244,22 @@ def put(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
 def mask_as_given(attention_mask: Tensor | None, **_: Any) -> Tensor | None:
     """Return the padding mask, because `generate` needs no mask of four axes."""
     return attention_mask
+
+
+def inputs_of_step(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the inputs of a step of `generate`, as the class does.
+
+    Prompt and prefix tuning of PEFT put a method in place of this one, call this one, and look for
+    the cache by the name `past_key_values`.
+
+    Raises:
+        UserError: for a cache beside `use_cache=False`.
+    """
+    inputs: dict[str, Any] = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
+    check_cache_used(inputs)
+    if "cache" in inputs and not isinstance(self.prepare_inputs_for_generation, partial):
+        inputs["past_key_values"] = inputs.pop("cache")
+    return inputs
 
 
 def set_trainable(
