@@ -267,6 +267,13 @@ def test_a_cache_that_generate_would_not_go_on_from_is_refused(retrofitted):
     with pytest.raises(UserError, match=r"^use_cache=False, .* say use_cache=True, or le") as error:
         generate(model, ids, past_key_values=copy.deepcopy(cache), use_cache=False)
     assert "\n" not in str(error.value)
+    embeddings = model.get_input_embeddings()(ids[:, 4:])
+    for given in ({"inputs": ids[:, 4:]}, {"inputs": ids[:, :4]}, {"inputs_embeds": embeddings}):
+        with pytest.raises(UserError, match=r"^past_key_values holds 4 keys, .* no more") as error:
+            model.generate(**given, past_key_values=copy.deepcopy(cache), **OPTIONS)
+        assert "\n" not in str(error.value)
+    new = generate(model, ids[:, 4:], torch.ones_like(ids), past_key_values=copy.deepcopy(cache))
+    assert torch.equal(new, generate(model, ids))
     assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
 
 

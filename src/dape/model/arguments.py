@@ -120,10 +120,12 @@ def check_fits(cache: Cache, batch: int, total: int | Tensor, keys: int) -> None
         )
 
 
-def check_cache_used(inputs: Mapping[str, Any]) -> None:
-    """Raise a `UserError` for a step of `generate` beside a cache that it does not go on from.
+def check_goes_on(inputs: Mapping[str, Any], new: int | None) -> None:
+    """Raise a `UserError` for a step of `generate` that would not go on from its cache.
 
-    With `use_cache=False` each step reads all tokens again, behind the keys in the cache.
+    With `use_cache=False` each step reads all tokens again, behind the keys in the cache. `new` is
+    the number of tokens of the text after the cached ones, None if unknown; without one, the
+    tokens read would be others.
     """
     cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
     if cache is not None and inputs.get("use_cache") is False:
@@ -131,6 +133,12 @@ def check_cache_used(inputs: Mapping[str, Any]) -> None:
             "use_cache=False, of the call or of the configuration, and past_key_values: generate "
             "would read all tokens again behind the cached keys; say use_cache=True, or leave "
             "past_key_values out"
+        )
+    if cache is not None and new is not None and new < 1:
+        raise UserError(
+            f"past_key_values holds {int(cache.get_seq_length())} keys, and generate takes the "
+            "given tokens for the whole text, which has no more: give the cached and the new "
+            "tokens, or input_ids of the new ones with an attention_mask of all"
         )
 
 

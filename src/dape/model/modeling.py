@@ -24,7 +24,7 @@ from dape.errors import UserError, check_whole
 from dape.model.arguments import (
     CACHE,
     by_either_name,
-    check_cache_used,
+    check_goes_on,
     check_last,
     packed_documents,
     refuse_pages,
@@ -326,12 +326,12 @@ class DapeForCausalLM(DapePreTrainedModel, GenerationMixin):
 
         Raises:
             UserError: without tokens, for positions that are not those of all keys, or for a cache
-                beside `use_cache=False`.
+                from which the step would not go on.
         """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        check_cache_used(inputs)
+        check_goes_on(inputs, kwargs.get("next_sequence_length"))
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
         if inputs["input_ids"] is not None and not inputs["input_ids"].shape[1]:

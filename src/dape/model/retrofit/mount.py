@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from dape.attention.select import check_backend
 from dape.errors import UserError, unknown
-from dape.model.arguments import check_cache_used, refuse_pages
+from dape.model.arguments import check_goes_on, refuse_pages
 from dape.model.base import DapePreTrainedModel
 from dape.model.blocks import in_use
 from dape.model.retrofit.choice import Choice, Factory
@@ -153,7 +154,11 @@ def mount(model: PreTrainedModel, choice: Choice, train: tuple[str, ...], backen
             before_each(undo, modules, partial(refuse_another, text))
             put(undo, model, "create_masks_for_generate", mask_as_given)
             put(undo, model, "init_continuous_batching", refuse_pages)
-            put(undo, model, "prepare_inputs_for_generation", partial(inputs_of_step, model))
+            if isinstance(model, GenerationMixin):
+                # transformers reads the parameters of the class's method
+                own_step = type(model).prepare_inputs_for_generation
+                step = update_wrapper(partial(inputs_of_step, model), own_step, (), ())
+                put(undo, model, "prepare_inputs_for_generation", step)
             around(undo, model, own_bias=any(each.bias is not None for each in found))
         parts = keep_trainable(undo, model, train, mounted_in(modules, choice))
         check_unchanged(model, own)
@@ -253,10 +258,10 @@ def inputs_of_step(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     the cache by the name `past_key_values`.
 
     Raises:
-        UserError: for a cache beside `use_cache=False`.
+        UserError: for a cache from which the step would not go on.
     """
     inputs: dict[str, Any] = type(self).prepare_inputs_for_generation(self, *args, **kwargs)
-    check_cache_used(inputs)
+    check_goes_on(inputs, kwargs.get("next_sequence_length"))
     if "cache" in inputs and not isinstance(self.prepare_inputs_for_generation, partial):
         inputs["past_key_values"] = inputs.pop("cache")
     return inputs
