@@ -12,8 +12,8 @@ from dape.strict import Number, build
 FORMAT = 1
 # Reasons of a missing number.
 NOT_SERVED, OUT_OF_MEMORY, FAILED = "not served", "out of memory", "failed"
-# Medians over fastest runs on an H200: at most 1.05 inside CUDA graphs, and 1.19 while a second
-# program had the GPU for half of the runs.
+# Medians over fastest runs on an H200: at most 1.05 inside CUDA graphs, and 1.19 beside tests on
+# the same GPU.
 STEADY = 1.1
 
 

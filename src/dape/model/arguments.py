@@ -124,8 +124,8 @@ def check_goes_on(inputs: Mapping[str, Any], new: int | None) -> None:
     """Raise a `UserError` for a step of `generate` that would not go on from its cache.
 
     With `use_cache=False` each step reads all tokens again, behind the keys in the cache. `new` is
-    the number of tokens of the text after the cached ones, None if unknown; without one, the
-    tokens read would be others.
+    the number of tokens after the cached ones, None if unknown. Below 1, the step would read
+    cached tokens again.
     """
     cache = next((inputs[name] for name in CACHE_NAMES if inputs.get(name) is not None), None)
     if cache is not None and inputs.get("use_cache") is False:
@@ -136,9 +136,9 @@ def check_goes_on(inputs: Mapping[str, Any], new: int | None) -> None:
         )
     if cache is not None and new is not None and new < 1:
         raise UserError(
-            f"past_key_values holds {int(cache.get_seq_length())} keys, and generate takes the "
-            "given tokens for the whole text, which has no more: give the cached and the new "
-            "tokens, or input_ids of the new ones with an attention_mask of all"
+            f"past_key_values holds {int(cache.get_seq_length())} keys, and the given tokens are "
+            "no more, though generate takes the given tokens for the whole text: give the cached "
+            "and the new tokens, or input_ids of the new tokens with an attention_mask of all"
         )
 
 
